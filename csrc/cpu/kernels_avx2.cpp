@@ -1,0 +1,18 @@
+#include "kernels_includes.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define LORA_F16C
+#define LORA_ISA avx2
+#include "kernels_impl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#include "kernels_table.h"
+
+const lora::Kernels& lora::kernels_avx2() { return avx2::table; }
+#endif

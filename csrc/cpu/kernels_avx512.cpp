@@ -1,0 +1,20 @@
+#include "kernels_includes.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+#define LORA_F16C
+#define LORA_ISA avx512
+#include "kernels_impl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#include "kernels_table.h"
+
+const lora::Kernels& lora::kernels_avx512() { return avx512::table; }
+#endif

@@ -1,0 +1,7 @@
+#include "kernels_includes.h"
+
+#define LORA_ISA baseline
+#include "kernels_impl.h"
+#include "kernels_table.h"
+
+const lora::Kernels& lora::kernels_baseline() { return baseline::table; }

@@ -1,0 +1,280 @@
+// Included by kernels_<isa>.cpp after LORA_ISA and the target are set. No include guard on purpose,
+// and no #include: a header parsed under a raised target would leak its inline functions to others.
+
+namespace lora {
+namespace LORA_ISA {
+namespace {
+
+typedef double Double8 __attribute__((vector_size(64), aligned(8), may_alias));
+typedef float Float8 __attribute__((vector_size(32), aligned(4), may_alias));
+
+inline float to_float(float x) { return x; }
+inline float to_float(c10::BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline void from_float(float x, float& out) { out = x; }
+inline void from_float(float x, c10::BFloat16& out) {  // round to nearest even, as c10 does
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out.x = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+
+#ifdef LORA_F16C
+inline float to_float(c10::Half x) { return _cvtsh_ss(x.x); }
+inline void from_float(float x, c10::Half& out) {
+  out.x = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+inline float to_float(c10::Half x) { return static_cast<float>(x); }
+inline void from_float(float x, c10::Half& out) { out = c10::Half(x); }
+#endif
+
+inline Float8 load8(const float* p) { return *reinterpret_cast<const Float8*>(p); }
+inline void store8(Float8 x, float* p) { *reinterpret_cast<Float8*>(p) = x; }
+
+typedef uint16_t Short8 __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint32_t Word8 __attribute__((vector_size(32), aligned(4), may_alias));
+
+inline Float8 load8(const c10::BFloat16* p) {
+  return (Float8)(__builtin_convertvector(*reinterpret_cast<const Short8*>(p), Word8) << 16);
+}
+inline void store8(Float8 x, c10::BFloat16* p) {
+  const Word8 bits = (Word8)x;
+  const Word8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Word8 quiet = (x != x) ? (Word8{} + 0x7fc0u) : rounded;
+  *reinterpret_cast<Short8*>(p) = __builtin_convertvector(quiet, Short8);
+}
+
+inline Float8 load8(const c10::Half* p) {
+#ifdef LORA_F16C
+  return (Float8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Float8 x;
+  for (int lane = 0; lane < 8; ++lane) {
+    x[lane] = to_float(p[lane]);
+  }
+  return x;
+#endif
+}
+inline void store8(Float8 x, c10::Half* p) {
+#ifdef LORA_F16C
+  const auto half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+#else
+  for (int lane = 0; lane < 8; ++lane) {
+    from_float(x[lane], p[lane]);
+  }
+#endif
+}
+
+// In float64, because near the diagonal numerator and denominator both cancel: float32 would lose
+// up to 1 / |cos a - cos b| there. The group shares one division (1/x = yzw / xyzw): on 4096^2 that
+// is the difference between bound by the divider and bound by memory. The subtraction is in the
+// same loop for memory's sake: by a block of corrections it took twice as long.
+template <typename T>
+void subtract_rows_typed(
+    const RowGroup& group, const double* low, const double* high, const double* cosine,
+    int64_t columns, T* const (&rows)[kRowGroup]) {
+  const RowGroup g = group;  // a copy that the stores below cannot alias
+  const auto finish = [&](const auto& q, const auto& h, const auto& c, auto store)
+                          __attribute__((always_inline)) {
+    const auto d0 = g.cosine[0] - c, d1 = g.cosine[1] - c;
+    const auto d2 = g.cosine[2] - c, d3 = g.cosine[3] - c;
+    const auto d01 = d0 * d1, d23 = d2 * d3;
+    const auto inverse = 1.0 / (d01 * d23);
+    const auto i01 = inverse * d23, i23 = inverse * d01;
+    store(0, (g.high[0] * q - g.low[0] * h) * (i01 * d1));
+    store(1, (g.high[1] * q - g.low[1] * h) * (i01 * d0));
+    store(2, (g.high[2] * q - g.low[2] * h) * (i23 * d3));
+    store(3, (g.high[3] * q - g.low[3] * h) * (i23 * d2));
+  };
+  int64_t j = 0;
+  for (; j + 8 <= columns; j += 8) {
+    const Double8 q = *reinterpret_cast<const Double8*>(low + j);
+    const Double8 h = *reinterpret_cast<const Double8*>(high + j);
+    const Double8 c = *reinterpret_cast<const Double8*>(cosine + j);
+    finish(q, h, c, [&](int r, const auto& value) __attribute__((always_inline)) {
+      store8(load8(rows[r] + j) - __builtin_convertvector(value, Float8), rows[r] + j);
+    });
+  }
+  for (; j < columns; ++j) {
+    finish(low[j], high[j], cosine[j], [&](int r, double value) __attribute__((always_inline)) {
+      from_float(to_float(rows[r][j]) - static_cast<float>(value), rows[r][j]);
+    });
+  }
+}
+
+void subtract_rows(
+    const RowGroup& group, const double* low, const double* high, const double* cosine,
+    int64_t columns, void* const (&rows)[kRowGroup], c10::ScalarType dtype) {
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    T* const typed[kRowGroup] = {
+        static_cast<T*>(rows[0]), static_cast<T*>(rows[1]), static_cast<T*>(rows[2]),
+        static_cast<T*>(rows[3])};
+    subtract_rows_typed(group, low, high, cosine, columns, typed);
+  };
+  switch (dtype) {
+    case c10::ScalarType::BFloat16:
+      return run(c10::BFloat16{});
+    case c10::ScalarType::Half:
+      return run(c10::Half{});
+    default:
+      return run(float{});
+  }
+}
+
+// Sixteen independent lanes, added up in one order: the same bits whatever the instruction set
+// (float32 squares are exact in float64, so fusing them changes nothing).
+struct SumLanes {
+  Double8 sum[2] = {};
+  Double8 square[2] = {};
+
+  template <typename Vector>  // Float8 or Double8
+  void add(const Vector* data, int64_t count) {  // count in elements, a multiple of 16
+    for (int64_t v = 0; v < count / 8; v += 2) {
+      for (int half = 0; half < 2; ++half) {
+        const Double8 x = __builtin_convertvector(data[v + half], Double8);
+        sum[half] += x;
+        square[half] += x * x;
+      }
+    }
+  }
+
+  SumPair total() const {
+    SumPair result{0.0, 0.0};
+    for (int lane = 0; lane < 8; ++lane) {
+      result.sum += sum[0][lane] + sum[1][lane];
+      result.sum_of_squares += square[0][lane] + square[1][lane];
+    }
+    return result;
+  }
+};
+
+constexpr int64_t kSumTile = 256;
+
+template <typename T>
+SumPair sums_typed(const T* data, int64_t stride, int64_t count) {
+  constexpr bool is_double = std::is_same_v<T, double>;
+  using Element = std::conditional_t<is_double, double, float>;
+  using Vector = std::conditional_t<is_double, Double8, Float8>;
+  SumLanes lanes;
+  Element tile[kSumTile];
+  int64_t begin = 0;
+  if constexpr (std::is_same_v<T, Element>) {
+    if (stride == 1) {
+      begin = count / 16 * 16;
+      lanes.add(reinterpret_cast<const Vector*>(data), begin);
+    }
+  }
+  for (; begin < count; begin += kSumTile) {
+    const int64_t size = std::min(kSumTile, count - begin);
+    const T* source = data + begin * stride;
+    for (int64_t j = 0; j < size; ++j) {
+      if constexpr (is_double) {
+        tile[j] = source[j * stride];
+      } else {
+        tile[j] = to_float(stride == 1 ? source[j] : source[j * stride]);
+      }
+    }
+    const int64_t padded = (size + 15) / 16 * 16;
+    std::fill(tile + size, tile + padded, Element(0));
+    lanes.add(reinterpret_cast<const Vector*>(tile), padded);
+  }
+  return lanes.total();
+}
+
+SumPair sums(const void* data, c10::ScalarType dtype, int64_t stride, int64_t count) {
+  switch (dtype) {
+    case c10::ScalarType::Double:
+      return sums_typed(static_cast<const double*>(data), stride, count);
+    case c10::ScalarType::BFloat16:
+      return sums_typed(static_cast<const c10::BFloat16*>(data), stride, count);
+    case c10::ScalarType::Half:
+      return sums_typed(static_cast<const c10::Half*>(data), stride, count);
+    default:
+      return sums_typed(static_cast<const float*>(data), stride, count);
+  }
+}
+
+// Philox4x32-10 (Salmon et al., SC'11) on kLanes counters at once; counter = (column / 4, row).
+constexpr int kLanes = 16;
+
+void philox_words(int64_t row, int64_t first_quad, uint64_t seed, uint32_t (&words)[4][kLanes]) {
+  uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    c0[lane] = static_cast<uint32_t>(first_quad + lane);
+    c1[lane] = 0;
+    c2[lane] = static_cast<uint32_t>(row);
+    c3[lane] = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
+  }
+  auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0[lane];
+      const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2[lane];
+      c0[lane] = static_cast<uint32_t>(p1 >> 32) ^ c1[lane] ^ k0;
+      c2[lane] = static_cast<uint32_t>(p0 >> 32) ^ c3[lane] ^ k1;
+      c1[lane] = static_cast<uint32_t>(p1);
+      c3[lane] = static_cast<uint32_t>(p0);
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  __builtin_memcpy(words[0], c0, sizeof(c0));
+  __builtin_memcpy(words[1], c1, sizeof(c1));
+  __builtin_memcpy(words[2], c2, sizeof(c2));
+  __builtin_memcpy(words[3], c3, sizeof(c3));
+}
+
+template <typename T>
+void dropout_typed(const T* x, T* out, int64_t row, int64_t count, const Philox& philox) {
+  uint32_t words[4][kLanes];
+  float factor[4 * kLanes];
+  for (int64_t j = 0; j < count; j += 4 * kLanes) {
+    philox_words(row, j / 4, philox.seed, words);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int w = 0; w < 4; ++w) {
+        factor[4 * lane + w] = words[w][lane] < philox.threshold ? 0.0f : philox.keep_scale;
+      }
+    }
+    const int64_t block = std::min<int64_t>(4 * kLanes, count - j);
+    for (int64_t k = 0; k < block; ++k) {
+      if constexpr (std::is_same_v<T, double>) {
+        out[j + k] = factor[k] == 0.0f ? 0.0 : x[j + k] * static_cast<double>(factor[k]);
+      } else {
+        const float value = to_float(x[j + k]);
+        from_float(factor[k] == 0.0f ? 0.0f : value * factor[k], out[j + k]);
+      }
+    }
+  }
+}
+
+void dropout_row(
+    const void* x, void* out, c10::ScalarType dtype, int64_t row, int64_t count,
+    const Philox& philox) {
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    dropout_typed(static_cast<const T*>(x), static_cast<T*>(out), row, count, philox);
+  };
+  switch (dtype) {
+    case c10::ScalarType::Double:
+      return run(double{});
+    case c10::ScalarType::BFloat16:
+      return run(c10::BFloat16{});
+    case c10::ScalarType::Half:
+      return run(c10::Half{});
+    default:
+      return run(float{});
+  }
+}
+
+}  // namespace
+}  // namespace LORA_ISA
+
+}  // namespace lora

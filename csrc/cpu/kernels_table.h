@@ -1,0 +1,13 @@
+// The table of pointers of the instruction set LORA_ISA; included once by each kernels_<isa>.cpp.
+
+#define LORA_STRINGIFY_(x) #x
+#define LORA_STRINGIFY(x) LORA_STRINGIFY_(x)
+
+namespace lora {
+namespace LORA_ISA {
+namespace {
+const Kernels table{
+    LORA_STRINGIFY(LORA_ISA), subtract_rows, sums, dropout_row};
+}  // namespace
+}  // namespace LORA_ISA
+}  // namespace lora

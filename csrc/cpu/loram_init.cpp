@@ -1,0 +1,64 @@
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "dst.h"
+
+namespace lora {
+namespace {
+
+// Q[r] = ln r / ln min(n, m), with Q[1] taken as Q[2]: rank 1 would start at zero and never train.
+double log_gain(int64_t rows, int64_t cols, int64_t rank) {
+  const int64_t full = std::min(rows, cols);
+  if (full <= 2) {
+    return 1.0;
+  }
+  return std::log(static_cast<double>(std::max<int64_t>(rank, 2))) /
+      std::log(static_cast<double>(full));
+}
+
+void loram_init_(
+    at::TensorList weights, at::TensorList lora_A, at::TensorList lora_B, at::Tensor beta,
+    int64_t rank, double scaling) {
+  std::map<const void*, size_t> seen;
+  for (size_t k = 0; k < weights.size(); ++k) {
+    const auto [first, is_new] = seen.try_emplace(weights[k].data_ptr(), k);
+    TORCH_CHECK_VALUE(
+        is_new, "loram_init: weights ", first->second, " and ", k,
+        " share memory (tied?); pass it only once");
+  }
+  const auto stats = frobenius_stats(weights);
+  const auto* sums = stats.data_ptr<double>();
+  for (size_t k = 0; k < weights.size(); ++k) {
+    const double sum_of_squares = sums[2 * k + 1];
+    TORCH_CHECK_VALUE(
+        std::isfinite(sum_of_squares), "loram_init: weight ", k,
+        " holds NaN or Inf (or its norm overflows float64); no weight was changed");
+    TORCH_CHECK_VALUE(
+        sum_of_squares > 0, "loram_init: weight ", k,
+        " is zero, so its magnitude gives no scale; no weight was changed");
+  }
+  auto* betas = beta.data_ptr<double>();
+  SineTables tables;
+  std::vector<DstSubtraction> jobs;
+  jobs.reserve(weights.size());
+  for (size_t k = 0; k < weights.size(); ++k) {
+    const int64_t rows = weights[k].size(0), cols = weights[k].size(1);
+    const double squared = std::sqrt(
+        sums[2 * k + 1] * log_gain(rows, cols, rank) / static_cast<double>(rank));
+    betas[k] = std::sqrt(squared);
+    fill_dst_basis(lora_A[k].t(), cols, 0, betas[k], tables);
+    fill_dst_basis(lora_B[k], rows, 0, betas[k], tables);
+    jobs.push_back({weights[k], scaling * squared, rank, {rows, cols, 0, 0}});
+  }
+  subtract_dst(jobs, tables);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lora, CPU, m) { m.impl("_loram_init_", loram_init_); }
+
+}  // namespace lora

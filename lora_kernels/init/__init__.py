@@ -1,0 +1,16 @@
+"""Initialisers: one file per family, one registry of names."""
+
+from .base import Initializer, Start
+from .lora import LoRA
+from .loram import LoRAM
+from .registry import get_initializer, initializer_names, register_initializer
+
+__all__ = [
+    "Initializer",
+    "LoRA",
+    "LoRAM",
+    "Start",
+    "get_initializer",
+    "initializer_names",
+    "register_initializer",
+]

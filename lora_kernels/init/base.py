@@ -1,0 +1,54 @@
+"""What an initialiser is: a small frozen dataclass that turns a weight into starting factors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an adapter starts.
+
+    `lora_A` [r, in] and `lora_B` [out, r]; `beta`, the DST scale if the factors are β times DST
+    bases (0-dim float64), from which they can be made again.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    beta: Tensor | None = None
+
+
+class Initializer(ABC):
+    """Base of all initialisers; subclasses are frozen dataclasses whose fields are their options.
+
+    `changes_base`: whether s · B₀A₀ is not zero and has to be taken out of the layer, so that it
+    starts as the layer it adapts.
+    """
+
+    changes_base: bool
+
+    @abstractmethod
+    def __call__(self, weight: Tensor, r: int) -> Start:
+        """The start for `weight` [out, in], which is only read."""
+
+    def absorb_(self, weight: Tensor, r: int, scaling: float) -> Start:
+        """The start, with weight ← weight − scaling · B₀A₀ in place if that is not zero.
+
+        Nothing is written if an error is raised.
+        """
+        start = self(weight, r)
+        if self.changes_base:
+            subtract_start_(weight, start, scaling)
+        return start
+
+
+def subtract_start_(weight: Tensor, start: Start, scaling: float) -> None:
+    """Weight ← weight − scaling · B₀A₀ in place; a negative scaling gives the base back."""
+    if start.beta is None:
+        raise ValueError("this start keeps no recipe, so it cannot be taken out of a weight")
+    coefficient = (scaling * start.beta.to(torch.float64) ** 2).to(weight.device)
+    torch.ops.lora.subtract_dst_(weight, coefficient, start.lora_A.shape[0])

@@ -1,0 +1,222 @@
+"""`LoRALinear`: a linear layer with a low-rank adapter, in the place of `nn.Linear`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._errors import unknown_name
+from .init import Initializer, Start, get_initializer
+from .init.base import subtract_start_
+from .ops._checks import check_rank, check_weight
+from .scaling import lora_scaling
+
+RESIDUALS = ("absorb", "implicit")
+
+
+class LoRALinear(nn.Linear):
+    """y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ with W, b frozen and A [r, in], B [out, r] trained.
+
+    An adapter that does not start at zero must be taken out of the layer once:
+
+    - `residual="absorb"`: W ← W − s·B₀A₀ in place. The forward costs what LoRA costs.
+    - `residual="implicit"`: W keeps its bits, the forward subtracts the constant s·B₀A₀ itself
+      (one product of rank 2r), so that many adapters can share the base.
+
+    A and B are float32 (float64 over a float64 base) whatever W is; the output has x's dtype.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        r: rank, 1 ≤ r ≤ min(in_features, out_features).
+        lora_alpha: s = lora_alpha / r, or lora_alpha / √r with `use_rslora`.
+        init_lora_weights: a name ("loram", "lora") or an object of `lora_kernels.init`.
+        lora_dropout: probability of dropping an element of x on its way to A, while training.
+        residual: "absorb" or "implicit".
+
+    Raises:
+        ValueError: a value out of range, an unknown name, a weight that is zero or not finite.
+        TypeError: an argument or a weight of the wrong type. Nothing is changed then.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        init_lora_weights: str | Initializer = "loram",
+        use_rslora: bool = False,
+        lora_dropout: float = 0.0,
+        residual: str = "absorb",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._adapt(r, lora_alpha, init_lora_weights, use_rslora, lora_dropout, residual)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        init_lora_weights: str | Initializer = "loram",
+        use_rslora: bool = False,
+        lora_dropout: float = 0.0,
+        residual: str = "absorb",
+    ) -> LoRALinear:
+        """The adapted layer over the linear's own weight and bias, which it takes over and freezes.
+
+        No second copy of W is made: with `residual="absorb"`, `linear.weight` changes with it.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"from_linear takes an nn.Linear, got {type(linear).__name__}")
+        if isinstance(linear, LoRALinear):
+            raise TypeError("this layer is adapted already; take layer.to_linear() or base_linear()")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.training = linear.training
+        layer._adapt(r, lora_alpha, init_lora_weights, use_rslora, lora_dropout, residual)
+        return layer
+
+    def _adapt(
+        self,
+        r: int,
+        lora_alpha: float,
+        init_lora_weights: str | Initializer,
+        use_rslora: bool,
+        lora_dropout: float,
+        residual: str,
+    ) -> None:
+        if isinstance(r, bool) or not isinstance(r, int):
+            raise TypeError(f"r must be an integer, got {type(r).__name__}")
+        check_weight(self.weight)
+        check_rank(r, *self.weight.shape)
+        initializer = get_initializer(init_lora_weights)
+        if residual not in RESIDUALS:
+            raise unknown_name("residual", residual, RESIDUALS)
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+        if initializer.changes_base and self.weight.is_meta:
+            raise ValueError(
+                f"{type(initializer).__name__} reads the weight, which is on the meta device: "
+                "load it first"
+            )
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.scaling = lora_scaling(lora_alpha, r, use_rslora)
+        self.lora_dropout = lora_dropout
+        self.residual = residual
+        self.adapter_enabled = True
+
+        with torch.no_grad():
+            if residual == "absorb":
+                start = initializer.absorb_(self.weight, r, self.scaling)
+            else:
+                start = initializer(self.weight, r)
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.lora_A = nn.Parameter(start.lora_A)
+        self.lora_B = nn.Parameter(start.lora_B)
+        # What gives the base back: β and the rule (absorb), or the factors themselves (implicit).
+        implicit = initializer.changes_base and residual == "implicit"
+        self.register_buffer("start_A", start.lora_A.clone() if implicit else None)
+        self.register_buffer("start_B", start.lora_B.clone() if implicit else None)
+        absorbed = initializer.changes_base and residual == "absorb"
+        self._absorbed_beta = start.beta if absorbed else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] → [..., out_features], in x's dtype."""
+        if not self.adapter_enabled:
+            return self._base_forward(x)
+        dropout, seed = 0.0, None
+        if self.training and self.lora_dropout > 0:
+            # From the global generator, so that manual_seed and checkpointing govern it.
+            dropout = self.lora_dropout
+            seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+        return torch.ops.lora.linear(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            dropout,
+            seed,
+            self.start_A,
+            self.start_B,
+        )
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        if self._absorbed_beta is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        start = self._absorbed_start()
+        return torch.ops.lora.linear(
+            x, self.weight, self.bias, start.lora_A, start.lora_B, self.scaling
+        )
+
+    def _absorbed_start(self) -> Start:
+        """The factors that W lacks, made again from β."""
+        beta = self._absorbed_beta.to(self.weight.device)
+        dtype = self.lora_A.dtype
+        basis = torch.ops.lora.dst_basis
+        lora_A = basis(self.in_features, self.r, dtype=dtype, scale=beta).T.contiguous()
+        lora_B = basis(self.out_features, self.r, dtype=dtype, scale=beta)
+        return Start(lora_A, lora_B, beta)
+
+    @torch.no_grad()
+    def base_linear(self) -> nn.Linear:
+        """A new `nn.Linear`, the layer before it was adapted.
+
+        W is what it was, bit for bit if the residual is implicit or the start was zero, else to one
+        rounding of its dtype.
+        """
+        weight = self.weight.detach().clone()
+        if self._absorbed_beta is not None:
+            subtract_start_(weight, self._absorbed_start(), -self.scaling)
+        return self._plain(weight)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A new `nn.Linear` with everything merged: W + s·(BA − B₀A₀), summed in float32 or wider
+        and rounded once.
+        """
+        work = torch.promote_types(self.lora_A.dtype, torch.float32)
+        weight = self.weight.detach().to(work, copy=True)
+        left, right = self.lora_B.to(work), self.lora_A.to(work)
+        if self.start_A is not None:
+            left = torch.cat([left, -self.start_B.to(work)], dim=1)  # [out, 2r]
+            right = torch.cat([right, self.start_A.to(work)], dim=0)  # [2r, in]
+        return self._plain(weight.addmm_(left, right, alpha=self.scaling).to(self.weight.dtype))
+
+    def _plain(self, weight: Tensor) -> nn.Linear:
+        has_bias = self.bias is not None
+        linear = nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
+        linear.weight = nn.Parameter(weight)
+        if has_bias:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear.train(self.training)
+
+    def get_extra_state(self) -> Tensor:
+        """β of an absorbed start as a float64 tensor of its own, which `.to(dtype)` leaves alone;
+        empty if nothing was absorbed.
+        """
+        if self._absorbed_beta is None:
+            return torch.empty(0, dtype=torch.float64)
+        return self._absorbed_beta.detach().clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """What `get_extra_state` gave."""
+        self._absorbed_beta = state.clone() if state.numel() else None
+
+    def extra_repr(self) -> str:
+        """`nn.Linear`'s, and the adapter's settings."""
+        return (
+            f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, "
+            f"lora_dropout={self.lora_dropout:g}, residual={self.residual!r}"
+        )

@@ -1,0 +1,59 @@
+"""Checks that every operator shares. They run before anything is written."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOAT_NAMES = "float64, float32, bfloat16 or float16"
+
+
+def check_weight(weight: torch.Tensor, name: str = "weight") -> None:
+    """Raises unless `weight` is a 2-D floating-point matrix of ordinary strided memory."""
+    torch._check_type(
+        weight.dtype in FLOATS,
+        lambda: (
+            f"{name} has dtype {weight.dtype}; expected {_FLOAT_NAMES} "
+            "(dequantise it first if it is quantised)"
+        ),
+    )
+    torch._check_value(
+        weight.dim() == 2,
+        lambda: f"{name} must be 2-D [out_features, in_features], got shape {list(weight.shape)}",
+    )
+    torch._check_value(
+        weight.layout == torch.strided, lambda: f"{name} must be dense, got {weight.layout}"
+    )
+
+
+def check_writable(weight: torch.Tensor, name: str = "weight") -> None:
+    """Raises if two entries of `weight` share memory, so that writing one changes the other."""
+    torch._check_value(
+        not any(s == 0 and n > 1 for n, s in zip(weight.shape, weight.stride(), strict=True)),
+        lambda: f"{name} is an expanded view (stride 0) and cannot be written in place",
+    )
+
+
+def check_rank(rank: int, rows: int, cols: int, name: str = "weight") -> None:
+    """Raises unless 1 <= rank <= min(rows, cols)."""
+    torch._check_value(rank >= 1, lambda: f"rank must be at least 1, got {rank}")
+    torch._check_value(
+        rank <= rows and rank <= cols,
+        lambda: (
+            f"rank {rank} is larger than min(n, m) = {min(rows, cols)} of {name}, "
+            f"shape [{rows}, {cols}]"
+        ),
+    )
+
+
+def check_finite(value: float, name: str) -> None:
+    """Raises unless the Python number `value` is finite."""
+    torch._check_value(
+        value == value and abs(value) != float("inf"),
+        lambda: f"{name} must be finite, got {value}",
+    )
+
+
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of A and B for a weight of `dtype`: float32, or float64 for float64 weights."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

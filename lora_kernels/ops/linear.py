@@ -1,0 +1,255 @@
+"""`lora::linear`: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ (Hu et al., arXiv 2106.09685, eq. 3), with its
+backward. With `start_A`, `start_B` (the implicit residual) also − s · x A₀ᵀ B₀ᵀ, constant.
+
+Shapes: x [..., K], weight [N, K], bias [N], lora_A and start_A [r, K], lora_B and start_B [N, r].
+It computes in x's dtype; A and B may be kept wider (fp32 masters) and get their gradients so.
+Saved for backward: x and z = drop(x) Aᵀ [M, r]. The dropout mask is drawn again from `seed`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import FLOATS, check_finite
+from ._library import LIBRARY, define_composite, define_kernel
+from .philox import dropout as drop_elements
+
+_EXTRAS = "float dropout, Tensor? seed, Tensor? start_A, Tensor? start_B"
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x[..., 0].numel(), 0)
+
+
+def linear_forward_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    start_A: Tensor | None,
+    start_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows = _rows(x)  # [M, K]
+    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    z = (drop_elements(rows, dropout, seed) if dropout > 0 else rows) @ A.T  # [M, r]
+    y = torch.nn.functional.linear(rows, weight, bias)  # [M, N]
+    if start_A is None:
+        y.addmm_(z, B.T, alpha=scaling)
+    else:
+        # One product of rank 2r: start and adapter cancel before y is rounded.
+        z0 = rows @ start_A.to(x.dtype).T
+        y.addmm_(
+            torch.cat([z, z0], 1), torch.cat([B, -start_B.to(x.dtype)], 1).T, alpha=scaling
+        )
+    return y.reshape(*x.shape[:-1], weight.shape[0]), z
+
+
+def linear_forward_fake(
+    x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, x.new_empty(_rows(x).shape[0], lora_A.shape[0])
+
+
+def linear_backward_ref(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    z: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    start_A: Tensor | None,
+    start_B: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs_x, needs_weight, needs_bias, needs_A, needs_B = needs
+    dy, rows = _rows(grad), _rows(x)
+    A = lora_A.to(x.dtype)
+    dx = dweight = dbias = dA = dB = x.new_empty(0)
+    dz = (dy @ lora_B.to(x.dtype)) * scaling  # [M, r]
+    if needs_x:
+        dx = dy @ weight
+        through_A = dz @ A
+        dx += drop_elements(through_A, dropout, seed) if dropout > 0 else through_A
+        if start_A is not None:
+            dx -= (dy @ start_B.to(x.dtype)) * scaling @ start_A.to(x.dtype)
+        dx = dx.reshape(x.shape)
+    if needs_A:
+        dropped = drop_elements(rows, dropout, seed) if dropout > 0 else rows
+        dA = (dz.T @ dropped).to(lora_A.dtype)
+    if needs_B:
+        dB = (dy.T @ z).to(lora_B.dtype) * scaling
+    if needs_weight:
+        dweight = dy.T @ rows
+    if needs_bias:
+        dbias = dy.sum(0)
+    return tuple(t.clone() if t.numel() == 0 else t for t in (dx, dweight, dbias, dA, dB))
+
+
+def linear_backward_fake(
+    grad, x, weight, lora_A, lora_B, z, scaling, dropout, seed, start_A, start_B, needs
+) -> tuple[Tensor, ...]:
+    shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape)
+    dtypes = (x.dtype, x.dtype, x.dtype, lora_A.dtype, lora_B.dtype)
+    return tuple(
+        x.new_empty(shape if need else (0,), dtype=dtype if need else x.dtype)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _, lora_A, lora_B, scaling, dropout, seed, start_A, start_B = inputs
+    _, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, lora_A, lora_B, z, seed, start_A, start_B)
+    ctx.scaling, ctx.dropout = scaling, dropout
+
+
+def _backward(ctx, grad_y, _grad_z):
+    if grad_y is None:
+        return (None,) * 10
+    x, weight, lora_A, lora_B, z, seed, start_A, start_B = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
+    grads = torch.ops.lora.linear_backward(
+        grad_y,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        z,
+        ctx.scaling,
+        ctx.dropout,
+        seed,
+        start_A,
+        start_B,
+        needs,
+    )
+    wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return (*wanted, None, None, None, None, None)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    start_A: Tensor | None = None,
+    start_B: Tensor | None = None,
+) -> Tensor:
+    _check(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B)
+    return torch.ops.lora.linear_forward(
+        x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B
+    )[0]
+
+
+def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B) -> None:
+    check_finite(scaling, "scaling")
+    torch._check_type(x.dtype in FLOATS, lambda: f"x must be a real float, got {x.dtype}")
+    torch._check_value(weight.dim() == 2, lambda: f"weight must be 2-D, got {list(weight.shape)}")
+    n, k = weight.shape
+    torch._check_value(
+        x.dim() >= 1 and x.shape[-1] == k,
+        lambda: f"x must be [..., {k}] to fit weight [{n}, {k}], got {list(x.shape)}",
+    )
+    torch._check_value(lora_A.dim() == 2, lambda: f"lora_A must be 2-D, got {list(lora_A.shape)}")
+    r = lora_A.shape[0]
+    expected = {
+        "bias": (bias, (n,)),
+        "lora_A": (lora_A, (r, k)),
+        "lora_B": (lora_B, (n, r)),
+        "start_A": (start_A, (r, k)),
+        "start_B": (start_B, (n, r)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        torch._check_value(
+            tensor.shape == shape,
+            lambda name=name, tensor=tensor, shape=shape: (
+                f"{name} must be {list(shape)} to fit weight [{n}, {k}] and rank {r}, "
+                f"got {list(tensor.shape)}"
+            ),
+        )
+        torch._check_value(
+            tensor.device == x.device,
+            lambda name=name, tensor=tensor: f"{name} is on {tensor.device}, x on {x.device}",
+        )
+        torch._check_type(
+            tensor.dtype in FLOATS,
+            lambda name=name, tensor=tensor: f"{name} must be a real float, got {tensor.dtype}",
+        )
+    torch._check_value(
+        weight.device == x.device, lambda: f"weight is on {weight.device}, x on {x.device}"
+    )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            torch._check_type(
+                tensor.dtype == x.dtype,
+                lambda name=name, tensor=tensor: (
+                    f"x is {x.dtype} but {name} is {tensor.dtype}; cast one, or use torch.autocast"
+                ),
+            )
+    torch._check_value(
+        (start_A is None) == (start_B is None), lambda: "give both start_A and start_B, or neither"
+    )
+    torch._check_value(
+        0.0 <= dropout <= 1.0, lambda: f"dropout must be a probability in [0, 1], got {dropout}"
+    )
+    torch._check_value(
+        dropout == 0.0 or (seed is not None and seed.dtype == torch.int64 and seed.numel() == 1),
+        lambda: "dropout > 0 needs seed, an int64 tensor of one element",
+    )
+
+
+def _autocast_to(device_type: str):
+    """x, W and b as torch.autocast casts them for nn.Linear; A and B stay as they are."""
+
+    def linear_autocast(x, weight, bias, *args, **kwargs):
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [
+            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64
+            else t
+            for t in (x, weight, bias)
+        ]
+        with torch.amp.autocast(device_type, enabled=False):
+            return torch.ops.lora.linear(*cast, *args, **kwargs)
+
+    return linear_autocast
+
+
+define_kernel(
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+    f"float scaling, {_EXTRAS}) -> (Tensor y, Tensor z)",
+    linear_forward_ref,
+    linear_forward_fake,
+)
+define_kernel(
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor z, "
+    f"float scaling, {_EXTRAS}, bool[5] needs) "
+    "-> (Tensor x, Tensor weight, Tensor bias, Tensor lora_A, Tensor lora_B)",
+    linear_backward_ref,
+    linear_backward_fake,
+)
+torch.library.register_autograd(
+    "lora::linear_forward", _backward, setup_context=_setup_context, lib=LIBRARY
+)
+define_composite(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
+    "float dropout=0.0, Tensor? seed=None, Tensor? start_A=None, Tensor? start_B=None) -> Tensor",
+    linear,
+)
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    LIBRARY.impl("linear", _autocast_to(_device), _key)

@@ -1,0 +1,111 @@
+"""`lora::loram_init` and `lora::loram_init_foreach`: the LoRAM start (arXiv 2507.06558)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ._checks import check_finite, check_rank, check_weight, check_writable, factor_dtype
+from ._library import define_composite, define_mutating_kernel
+from .dst_basis import dst_basis_ref
+from .frobenius_stats import check_same_device, frobenius_stats_ref
+from .subtract_dst import subtract_dst_ref
+
+
+def log_gain(rank: int, rows: int, cols: int) -> float:
+    """Q[r] = ln r / ln min(n, m) (LoRAM, eq. 9), with Q[1] taken as Q[2].
+
+    ln 1 = 0 would start A and B at zero, where both gradients vanish: rank 1 would never train.
+    """
+    full = min(rows, cols)
+    return 1.0 if full <= 2 else math.log(max(rank, 2)) / math.log(full)
+
+
+def check_distinct(weights: list[torch.Tensor]) -> None:
+    """Raises if a weight is in the list twice: it would have its start subtracted twice."""
+    seen: dict[int, int] = {}
+    for k, weight in enumerate(weights):
+        first = seen.setdefault(weight.data_ptr(), k)
+        if first != k:
+            raise ValueError(
+                f"loram_init: weights {first} and {k} share memory (tied?); pass it only once"
+            )
+
+
+def loram_init_ref(
+    weights: list[torch.Tensor],
+    lora_A: list[torch.Tensor],
+    lora_B: list[torch.Tensor],
+    beta: torch.Tensor,
+    rank: int,
+    scaling: float,
+) -> None:
+    check_distinct(weights)
+    sum_of_squares = frobenius_stats_ref(weights)[:, 1]
+    for k, value in enumerate(sum_of_squares.tolist()):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"loram_init: weight {k} holds NaN or Inf (or its norm overflows float64); "
+                "no weight was changed"
+            )
+        if value == 0:
+            raise ValueError(
+                f"loram_init: weight {k} is zero, so its magnitude gives no scale; "
+                "no weight was changed"
+            )
+    for k, weight in enumerate(weights):
+        rows, cols = weight.shape
+        squared = torch.sqrt(sum_of_squares[k] * log_gain(rank, rows, cols) / rank)  # β²
+        beta[k] = torch.sqrt(squared)
+        dst_basis_ref(lora_A[k].T, cols, 0, beta[k])
+        dst_basis_ref(lora_B[k], rows, 0, beta[k])
+        subtract_dst_ref(weight, scaling * squared, rank, rows, cols, 0, 0)
+
+
+def loram_init_foreach(
+    weights: list[torch.Tensor], rank: int, scaling: float = 1.0
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    check_finite(scaling, "scaling")
+    for k, weight in enumerate(weights):
+        name = f"weights[{k}]"
+        check_weight(weight, name)
+        check_writable(weight, name)
+        check_rank(rank, *weight.shape, name)
+    check_same_device(weights)
+    device = weights[0].device if weights else torch.device("cpu")
+    lora_A, lora_B = [], []
+    for weight in weights:
+        dtype = factor_dtype(weight.dtype)
+        lora_A.append(torch.empty(rank, weight.shape[1], dtype=dtype, device=device))
+        lora_B.append(torch.empty(weight.shape[0], rank, dtype=dtype, device=device))
+    beta = torch.empty(len(weights), dtype=torch.float64, device=device)
+    if weights:
+        with torch.no_grad():
+            torch.ops.lora._loram_init_(weights, lora_A, lora_B, beta, rank, scaling)
+    return lora_A, lora_B, beta
+
+
+def loram_init(
+    weight: torch.Tensor, rank: int, scaling: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lora_A, lora_B, beta = loram_init_foreach([weight], rank, scaling)
+    return lora_A[0], lora_B[0], beta[0]
+
+
+define_mutating_kernel(
+    "_loram_init_(Tensor(a!)[] weights, Tensor(b!)[] lora_A, Tensor(c!)[] lora_B, Tensor(d!) beta, "
+    "SymInt rank, float scaling) -> ()",
+    loram_init_ref,
+    lambda weights, lora_A, lora_B, beta, *rest: [*weights, *lora_A, *lora_B, beta],
+)
+define_composite(
+    "loram_init(Tensor(a!) weight, SymInt rank, float scaling=1.0) "
+    "-> (Tensor lora_A, Tensor lora_B, Tensor beta)",
+    loram_init,
+)
+define_composite(
+    "loram_init_foreach(Tensor(a!)[] weights, SymInt rank, float scaling=1.0) "
+    "-> (Tensor[] lora_A, Tensor[] lora_B, Tensor beta)",
+    loram_init_foreach,
+)

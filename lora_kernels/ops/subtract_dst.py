@@ -1,0 +1,86 @@
+"""`lora::subtract_dst_`: W −= c · Φₙ Φₘᵀ in place (LoRAM, arXiv 2507.06558, algorithm 1)."""
+
+from __future__ import annotations
+
+import torch
+
+from ._checks import check_rank, check_weight, check_writable
+from ._library import define_composite, define_mutating_kernel
+from .dst_basis import dst_basis
+
+_ROW_BLOCK = 256
+
+
+def subtract_dst_ref(
+    weight: torch.Tensor,
+    coefficient: torch.Tensor,
+    rank: int,
+    global_rows: int,
+    global_cols: int,
+    row_offset: int,
+    col_offset: int,
+) -> None:
+    """The product itself, in float64 and by blocks of rows: slow, and plainly right."""
+    rows, cols = weight.shape
+    options = {"dtype": torch.float64, "device": weight.device}
+    right = dst_basis(global_cols, rank, offset=col_offset, length=cols, **options)
+    for begin in range(0, rows, _ROW_BLOCK):
+        block = weight[begin : begin + _ROW_BLOCK]  # [block, cols]
+        left = dst_basis(
+            global_rows, rank, offset=row_offset + begin, length=len(block), **options
+        )
+        product = (coefficient * left) @ right.T
+        block.copy_(block.to(product.dtype) - product)
+
+
+def subtract_dst_(
+    weight: torch.Tensor,
+    coefficient: torch.Tensor,
+    rank: int,
+    global_rows: int | None = None,
+    global_cols: int | None = None,
+    row_offset: int = 0,
+    col_offset: int = 0,
+) -> torch.Tensor:
+    check_weight(weight)
+    check_writable(weight)
+    rows, cols = weight.shape
+    global_rows = rows if global_rows is None else global_rows
+    global_cols = cols if global_cols is None else global_cols
+    check_rank(rank, global_rows, global_cols)
+    torch._check_value(
+        coefficient.numel() == 1 and coefficient.is_floating_point(),
+        lambda: "coefficient must hold exactly one floating-point number",
+    )
+    torch._check_value(
+        coefficient.device == weight.device,
+        lambda: f"coefficient is on {coefficient.device}, weight on {weight.device}",
+    )
+    for axis, offset, size, whole in (
+        ("rows", row_offset, rows, global_rows),
+        ("columns", col_offset, cols, global_cols),
+    ):
+        torch._check_value(
+            offset >= 0 and offset + size <= whole,
+            lambda axis=axis, offset=offset, size=size, whole=whole: (
+                f"{axis} [{offset}, {offset + size}) do not lie in the global [0, {whole})"
+            ),
+        )
+    with torch.no_grad():
+        torch.ops.lora._subtract_dst_(
+            weight, coefficient, rank, global_rows, global_cols, row_offset, col_offset
+        )
+    return weight
+
+
+define_mutating_kernel(
+    "_subtract_dst_(Tensor(a!) weight, Tensor coefficient, SymInt rank, SymInt global_rows, "
+    "SymInt global_cols, SymInt row_offset, SymInt col_offset) -> ()",
+    subtract_dst_ref,
+    lambda weight, *rest: [weight],
+)
+define_composite(
+    "subtract_dst_(Tensor(a!) weight, Tensor coefficient, SymInt rank, SymInt? global_rows=None, "
+    "SymInt? global_cols=None, SymInt row_offset=0, SymInt col_offset=0) -> Tensor(a!)",
+    subtract_dst_,
+)

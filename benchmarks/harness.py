@@ -41,13 +41,16 @@ class Timing:
     failure: str | None = None
 
     def quantile(self, q: float) -> float:
+        """Of the seconds; NaN if there are none."""
         return float(np.quantile(list(self.seconds.values()), q)) if self.seconds else float("nan")
 
     def ratio(self, q: float = 0.5) -> float:
+        """A quantile of the ratios, the median if not told."""
         return float(np.quantile(self.ratios, q)) if self.ratios else float("nan")
 
     @property
     def median(self) -> float:
+        """Seconds."""
         return self.quantile(0.5)
 
     def row(self) -> dict[str, object]:

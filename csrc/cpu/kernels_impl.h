@@ -5,8 +5,23 @@ namespace lora {
 namespace LORA_ISA {
 namespace {
 
-typedef double Double8 __attribute__((vector_size(64), aligned(8), may_alias));
-typedef float Float8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef double Double8 __attribute__((vector_size(64)));
+typedef float Float8 __attribute__((vector_size(32)));
+typedef uint32_t Word8 __attribute__((vector_size(32)));
+typedef uint16_t Short8 __attribute__((vector_size(16)));
+
+// Through memcpy, which becomes one unaligned move: an alignment attribute on a vector type is lost
+// as soon as the type is a template argument.
+template <typename Vector, typename T>
+inline Vector read8(const T* p) {
+  Vector v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename Vector, typename T>
+inline void write8(const Vector& v, T* p) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
 
 inline float to_float(float x) { return x; }
 inline float to_float(c10::BFloat16 x) {
@@ -34,20 +49,17 @@ inline float to_float(c10::Half x) { return static_cast<float>(x); }
 inline void from_float(float x, c10::Half& out) { out = c10::Half(x); }
 #endif
 
-inline Float8 load8(const float* p) { return *reinterpret_cast<const Float8*>(p); }
-inline void store8(Float8 x, float* p) { *reinterpret_cast<Float8*>(p) = x; }
-
-typedef uint16_t Short8 __attribute__((vector_size(16), aligned(2), may_alias));
-typedef uint32_t Word8 __attribute__((vector_size(32), aligned(4), may_alias));
+inline Float8 load8(const float* p) { return read8<Float8>(p); }
+inline void store8(const Float8& x, float* p) { write8(x, p); }
 
 inline Float8 load8(const c10::BFloat16* p) {
-  return (Float8)(__builtin_convertvector(*reinterpret_cast<const Short8*>(p), Word8) << 16);
+  return (Float8)(__builtin_convertvector(read8<Short8>(p), Word8) << 16);
 }
-inline void store8(Float8 x, c10::BFloat16* p) {
+inline void store8(const Float8& x, c10::BFloat16* p) {
   const Word8 bits = (Word8)x;
   const Word8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Word8 quiet = (x != x) ? (Word8{} + 0x7fc0u) : rounded;
-  *reinterpret_cast<Short8*>(p) = __builtin_convertvector(quiet, Short8);
+  write8(__builtin_convertvector(quiet, Short8), p);
 }
 
 inline Float8 load8(const c10::Half* p) {
@@ -61,7 +73,7 @@ inline Float8 load8(const c10::Half* p) {
   return x;
 #endif
 }
-inline void store8(Float8 x, c10::Half* p) {
+inline void store8(const Float8& x, c10::Half* p) {
 #ifdef LORA_F16C
   const auto half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
@@ -95,9 +107,9 @@ void subtract_rows_typed(
   };
   int64_t j = 0;
   for (; j + 8 <= columns; j += 8) {
-    const Double8 q = *reinterpret_cast<const Double8*>(low + j);
-    const Double8 h = *reinterpret_cast<const Double8*>(high + j);
-    const Double8 c = *reinterpret_cast<const Double8*>(cosine + j);
+    const Double8 q = read8<Double8>(low + j);
+    const Double8 h = read8<Double8>(high + j);
+    const Double8 c = read8<Double8>(cosine + j);
     finish(q, h, c, [&](int r, const auto& value) __attribute__((always_inline)) {
       store8(load8(rows[r] + j) - __builtin_convertvector(value, Float8), rows[r] + j);
     });
@@ -129,17 +141,20 @@ void subtract_rows(
   }
 }
 
+inline Double8 widen8(const double* p) { return read8<Double8>(p); }
+inline Double8 widen8(const float* p) { return __builtin_convertvector(load8(p), Double8); }
+
 // Sixteen independent lanes, added up in one order: the same bits whatever the instruction set
 // (float32 squares are exact in float64, so fusing them changes nothing).
 struct SumLanes {
   Double8 sum[2] = {};
   Double8 square[2] = {};
 
-  template <typename Vector>  // Float8 or Double8
-  void add(const Vector* data, int64_t count) {  // count in elements, a multiple of 16
-    for (int64_t v = 0; v < count / 8; v += 2) {
+  template <typename T>  // float or double
+  void add(const T* data, int64_t count) {  // count is a multiple of 16
+    for (int64_t j = 0; j < count; j += 16) {
       for (int half = 0; half < 2; ++half) {
-        const Double8 x = __builtin_convertvector(data[v + half], Double8);
+        const Double8 x = widen8(data + j + 8 * half);
         sum[half] += x;
         square[half] += x * x;
       }
@@ -162,14 +177,13 @@ template <typename T>
 SumPair sums_typed(const T* data, int64_t stride, int64_t count) {
   constexpr bool is_double = std::is_same_v<T, double>;
   using Element = std::conditional_t<is_double, double, float>;
-  using Vector = std::conditional_t<is_double, Double8, Float8>;
   SumLanes lanes;
   Element tile[kSumTile];
   int64_t begin = 0;
   if constexpr (std::is_same_v<T, Element>) {
     if (stride == 1) {
       begin = count / 16 * 16;
-      lanes.add(reinterpret_cast<const Vector*>(data), begin);
+      lanes.add(data, begin);
     }
   }
   for (; begin < count; begin += kSumTile) {
@@ -184,7 +198,7 @@ SumPair sums_typed(const T* data, int64_t stride, int64_t count) {
     }
     const int64_t padded = (size + 15) / 16 * 16;
     std::fill(tile + size, tile + padded, Element(0));
-    lanes.add(reinterpret_cast<const Vector*>(tile), padded);
+    lanes.add(tile, padded);
   }
   return lanes.total();
 }

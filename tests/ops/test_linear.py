@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from lora_kernels.ops.linear import linear_backward_ref, linear_forward_ref
+from lora_kernels.ops.philox import dropout as drop
+
+from ..oracle import ROUNDING, assert_close, to_numpy
+
+op = torch.ops.lora.linear
+# Bounds on ‖error‖ / ‖result‖: GEMMs accumulate in float32, with a few roundings to the dtype on
+# the way (A, B, z, y), whose errors are independent.
+RATIO = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
+DTYPES = list(RATIO)
+GRADS = ("x", "weight", "bias", "lora_A", "lora_B")
+
+
+def inputs(lead, n, k, r, dtype, *, bias=True, start=False, device="cpu"):
+    factor = torch.float64 if dtype == torch.float64 else torch.float32
+    make = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
+    tensors = {
+        "x": make(*lead, k).to(dtype),
+        "weight": (make(n, k) / k**0.5).to(dtype),
+        "bias": make(n).to(dtype) if bias else None,
+        "lora_A": (make(r, k) / k**0.5).to(factor),
+        "lora_B": make(n, r).to(factor),
+    }
+    tensors["start_A"] = (make(r, k) / k**0.5).to(factor) if start else None
+    tensors["start_B"] = make(n, r).to(factor) if start else None
+    return tensors
+
+
+def call(t, scaling, dropout=0.0, seed=None):
+    names = ("x", "weight", "bias", "lora_A", "lora_B")
+    return op(*(t[k] for k in names), scaling, dropout, seed, t["start_A"], t["start_B"])
+
+
+def oracle(t, dy, scaling, dropout=0.0, seed=None):
+    """y and all five gradients, in float64 from the formula; the factors as the dtype sees them."""
+    dtype = t["x"].dtype
+    f = {k: None if v is None else to_numpy(v.to(dtype)) for k, v in t.items()}
+    x = f["x"].reshape(-1, f["x"].shape[-1])
+    g = to_numpy(dy).reshape(-1, f["weight"].shape[0])
+    mask = np.ones_like(x)
+    if dropout:
+        ones = torch.ones(x.shape, dtype=torch.float64)
+        mask = to_numpy(drop(ones, dropout, seed.cpu()))
+    W, A, B = f["weight"], f["lora_A"], f["lora_B"]
+    y = x @ W.T + scaling * (x * mask) @ A.T @ B.T
+    dx = g @ W + scaling * mask * (g @ B @ A)
+    if t["bias"] is not None:
+        y = y + f["bias"]
+    if t["start_A"] is not None:
+        y = y - scaling * x @ f["start_A"].T @ f["start_B"].T
+        dx = dx - scaling * g @ f["start_B"] @ f["start_A"]
+    grads = {
+        "x": dx.reshape(t["x"].shape),
+        "weight": g.T @ x,
+        "bias": g.sum(0),
+        "lora_A": scaling * (g @ B).T @ (x * mask),
+        "lora_B": scaling * g.T @ ((x * mask) @ A.T),
+    }
+    return y.reshape(*t["x"].shape[:-1], -1) if y.size else y, grads
+
+
+def check(t, scaling, dropout=0.0, seed=None) -> None:
+    dtype = t["x"].dtype
+    leaves = {k: t[k].requires_grad_() for k in GRADS if t[k] is not None}
+    y = call(t, scaling, dropout, seed)
+    assert y.dtype == dtype and y.shape == (*t["x"].shape[:-1], t["weight"].shape[0])
+    dy = torch.randn_like(y)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    want, want_grads = oracle(t, dy, scaling, dropout, seed)
+    assert_close(to_numpy(y), want.reshape(y.shape), RATIO[dtype], ROUNDING[dtype])
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
+        assert_close(to_numpy(grad), want_grads[name], RATIO[dtype], ROUNDING[dtype])
+
+
+@given(
+    st.sampled_from([(5,), (1,), (2, 3), (), (2, 2, 2), (70,)]),
+    st.integers(1, 130),
+    st.integers(1, 130),
+    st.integers(1, 40),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 0.25]),
+)
+def test_matches_float64(lead, n, k, r, dtype, bias, start, dropout):
+    torch.manual_seed(n * k + r)
+    t = inputs(lead, n, k, min(r, n, k), dtype, bias=bias, start=start)
+    check(t, 0.7, dropout, torch.tensor(99) if dropout else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("start", [False, True])
+def test_large(dtype, dropout, start, device):
+    t = inputs((3, 85), 512, 768, 16, dtype, start=start, device=device)
+    check(t, 2.0, dropout, torch.tensor(5, device=device) if dropout else None)
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_reference_agrees_with_the_kernel(start, dropout):
+    t = inputs((11,), 20, 30, 4, torch.float64, start=start)
+    seed = torch.tensor(3)
+    args = [t[k] for k in GRADS]
+    extras = (0.5, dropout, seed, t["start_A"], t["start_B"])
+    got = torch.ops.lora.linear_forward(*args, *extras)
+    want = linear_forward_ref(*args, *extras)
+    torch.testing.assert_close(got, want)
+    x, weight, _, A, B = args
+    backward = (torch.randn(11, 20, dtype=torch.float64), x, weight, A, B, got[1], *extras)
+    for needs in ([True] * 5, [False, False, False, True, False], [True, False, True, False, True]):
+        torch.testing.assert_close(
+            torch.ops.lora.linear_backward(*backward, needs), linear_backward_ref(*backward, needs)
+        )
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradcheck(start, dropout, device):
+    t = inputs((2, 3), 5, 7, 2, torch.float64, start=start, device=device)
+    seed = torch.tensor(11, device=device)
+    leaves = [t[k].requires_grad_() for k in GRADS]
+    assert torch.autograd.gradcheck(
+        lambda *a: op(*a, 1.3, dropout, seed, t["start_A"], t["start_B"]), leaves
+    )
+
+
+def test_start_cancels_the_adapter():
+    """At the start A = A₀ and B = B₀: the implicit layer is the base to float32 rounding, however
+    large s·B₀A₀ is beside W, and to the last bit of bfloat16 nearly everywhere."""
+    t = inputs((64,), 96, 128, 16, torch.float32, bias=False)
+    t["start_A"], t["start_B"] = t["lora_A"], t["lora_B"]
+    base = t["x"] @ t["weight"].T
+    assert (call(t, 8.0) - base).norm() <= 1e-5 * base.norm()
+    for key in ("x", "weight"):
+        t[key] = t[key].bfloat16()
+    base = t["x"] @ t["weight"].T
+    assert (call(t, 8.0) != base).double().mean() < 0.02
+
+
+def test_saves_x_and_z_only():
+    t = inputs((50,), 40, 30, 4, torch.float32)
+    t["x"].requires_grad_()
+    t["lora_A"].requires_grad_()
+    saved = []
+    known = {t[k].data_ptr() for k in GRADS}
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s) or s, lambda s: s):
+        call(t, 1.0)
+    extra = [tuple(s.shape) for s in saved if s.data_ptr() not in known]
+    assert extra == [(50, 4)]
+
+
+def test_only_the_wanted_gradients():
+    t = inputs((6,), 5, 4, 2, torch.float32)
+    t["lora_B"].requires_grad_()
+    call(t, 1.0).sum().backward()
+    assert t["lora_B"].grad is not None and t["x"].grad is None
+
+
+def test_layouts(device):
+    t = inputs((8,), 12, 10, 3, torch.float32, device=device)
+    want = call(t, 1.0)
+    for key in ("x", "weight", "lora_A", "lora_B"):
+        strided = dict(t)
+        strided[key] = t[key].T.contiguous().T
+        torch.testing.assert_close(call(strided, 1.0), want)
+        padded = torch.full([2 * s for s in t[key].shape], float("nan"), device=device)
+        padded[::2, ::2] = t[key]
+        strided[key] = padded[::2, ::2]
+        torch.testing.assert_close(call(strided, 1.0), want)
+    expanded = dict(t, x=t["x"][:1].expand(8, 10))
+    torch.testing.assert_close(call(expanded, 1.0), want[:1].expand(8, 12))
+    y = call(dict(t, x=t["x"].requires_grad_()), 1.0)
+    y.sum().backward()  # an expanded gradient, stride 0
+
+
+@pytest.mark.parametrize("lead", [(0,), (0, 3), (3, 0)])
+def test_empty_batch(lead):
+    t = inputs(lead, 6, 5, 2, torch.float32)
+    t["x"].requires_grad_()
+    t["lora_A"].requires_grad_()
+    y = call(t, 1.0)
+    assert y.shape == (*lead, 6)
+    y.sum().backward()
+    assert (t["lora_A"].grad == 0).all() and t["x"].grad.shape == t["x"].shape
+
+
+def test_autocast():
+    t = inputs((9,), 12, 10, 3, torch.float32)
+    t["lora_A"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = call(t, 1.0)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert t["lora_A"].grad.dtype == torch.float32
+    with torch.autocast("cpu", enabled=False):
+        assert call(t, 1.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_opcheck(dropout, device):
+    t = inputs((4,), 6, 5, 2, torch.float32, start=True, device=device)
+    for key in ("x", "lora_A", "lora_B"):
+        t[key].requires_grad_()
+    seed = torch.tensor(3, device=device)
+    args = [t[k] for k in GRADS]
+    opcheck(op, (*args, 0.5, dropout, seed, t["start_A"], t["start_B"]))
+    opcheck(
+        torch.ops.lora.linear_forward,
+        (*args, 0.5, dropout, seed, t["start_A"], t["start_B"]),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    t = inputs((4,), 6, 5, 2, torch.float32)
+    leaves = [t[k].requires_grad_() for k in ("x", "lora_A", "lora_B")]
+    run = torch.compile(lambda: call(t, 0.5).square().sum(), fullgraph=True, dynamic=dynamic)
+    got = torch.autograd.grad(run(), leaves)
+    want = torch.autograd.grad(call(t, 0.5).square().sum(), leaves)
+    torch.testing.assert_close(got, want)
+
+
+def test_meta_and_inference_mode():
+    t = {k: v if v is None else v.to("meta") for k, v in inputs((4,), 6, 5, 2, torch.half).items()}
+    assert call(t, 1.0).shape == (4, 6)
+    with torch.inference_mode():
+        assert call(inputs((4,), 6, 5, 2, torch.float32), 1.0).is_inference()
+
+
+@pytest.mark.parametrize(
+    "change,error,match",
+    [
+        ({"x": torch.ones(4, 6)}, ValueError, r"x must be \[..., 5\]"),
+        ({"x": torch.ones(())}, ValueError, "x must be"),
+        ({"x": torch.ones(4, 5, dtype=torch.int64)}, TypeError, "real float"),
+        ({"x": torch.ones(4, 5).half()}, TypeError, "autocast"),
+        ({"weight": torch.ones(5)}, ValueError, "2-D"),
+        ({"bias": torch.ones(7)}, ValueError, "bias"),
+        ({"bias": torch.ones(6).double()}, TypeError, "bias"),
+        ({"lora_A": torch.ones(2, 4)}, ValueError, "lora_A"),
+        ({"lora_A": torch.ones(2)}, ValueError, "lora_A"),
+        ({"lora_B": torch.ones(6, 3)}, ValueError, "lora_B"),
+        ({"lora_A": torch.ones(2, 5, device="meta")}, ValueError, "lora_A is on meta"),
+        ({"weight": torch.ones(6, 5, device="meta")}, ValueError, "weight is on meta"),
+        ({"lora_B": torch.ones(6, 2, dtype=torch.int8)}, TypeError, "lora_B"),
+        ({"start_A": torch.ones(2, 5)}, ValueError, "both"),
+        ({"start_A": torch.ones(3, 5), "start_B": torch.ones(6, 2)}, ValueError, "start_A"),
+    ],
+)
+def test_bad_input(change, error, match):
+    with pytest.raises(error, match=match):
+        call(inputs((4,), 6, 5, 2, torch.float32) | change, 1.0)
+
+
+@pytest.mark.parametrize(
+    "scaling,dropout,seed", [(float("nan"), 0.0, None), (1.0, -0.1, None), (1.0, 0.1, None)]
+)
+def test_bad_numbers(scaling, dropout, seed):
+    with pytest.raises(ValueError):
+        call(inputs((4,), 6, 5, 2, torch.float32), scaling, dropout, seed)

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from lora_kernels.ops.subtract_dst import subtract_dst_ref
+
+from ..oracle import ROUNDING, TINY, dst_basis, to_numpy
+from .strides import LAYOUTS, lay_out
+
+op = torch.ops.lora.subtract_dst_
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def check(got: torch.Tensor, before: torch.Tensor, correction: np.ndarray) -> None:
+    """One rounding of the weight's dtype, plus float32's own for the correction and difference."""
+    dtype = before.dtype
+    exact = to_numpy(before) - correction
+    inner = ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
+    # The closed form's own error is below 1e-12 of its largest value; a product's is rank * eps.
+    slack = 1e-14 if dtype == torch.float64 else 1e-12
+    bound = (
+        1.01 * ROUNDING[dtype] * np.abs(exact)
+        + 1.01 * inner * (np.abs(correction) + np.abs(exact))
+        + slack * np.abs(correction).max(initial=0.0)
+        + TINY[dtype]
+    )
+    error = np.abs(to_numpy(got) - exact)
+    assert (error <= bound).all(), (error / bound).max()
+
+
+def correction_of(n: int, m: int, rank: int, coefficient: float) -> np.ndarray:
+    return coefficient * dst_basis(n, rank) @ dst_basis(m, rank).T
+
+
+@st.composite
+def cases(draw):
+    n, m = draw(st.integers(1, 160)), draw(st.integers(1, 160))
+    if draw(st.booleans()):  # n + 1 and m + 1 sharing factors: where arguments coincide
+        k = draw(st.integers(1, 20))
+        n, m = k * draw(st.integers(1, 8)), k * draw(st.integers(1, 8))
+        n, m = max(n - 1, 1), max(m - 1, 1)
+    if draw(st.booleans()):
+        m = n
+    return n, m, draw(st.integers(1, min(n, m)))
+
+
+@given(cases(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.integers(0, 999))
+@example((1, 1, 1), torch.float32, "contiguous", 0)
+@example((1, 9, 1), torch.float32, "transposed", 0)
+@example((5, 11, 5), torch.float32, "contiguous", 0)
+@example((7, 7, 7), torch.float32, "both_strided", 0)
+def test_matches_the_product(case, dtype, layout, seed):
+    n, m, rank = case
+    torch.manual_seed(seed)
+    before = torch.randn(n, m).to(dtype)
+    coefficient = float(2 * math.sqrt(n * m))
+    weight = lay_out(before, layout)
+    returned = op(weight, torch.tensor(coefficient, dtype=torch.float64), rank)
+    assert returned is weight or returned.data_ptr() == weight.data_ptr()
+    check(weight, before, correction_of(n, m, rank, coefficient))
+    reference = lay_out(before, layout)
+    subtract_dst_ref(reference, torch.tensor(coefficient, dtype=torch.float64), rank, n, m, 0, 0)
+    check(reference, before, correction_of(n, m, rank, coefficient))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1024, 1024), (1100, 512), (512, 2049), (2047, 1023)])
+@pytest.mark.parametrize("rank", [1, 16, 512])
+def test_large_shapes(shape, rank, layout, device):
+    before = torch.randn(*shape, device=device)
+    coefficient = math.sqrt(shape[0] * shape[1])
+    weight = lay_out(before, layout)
+    op(weight, torch.tensor(coefficient, dtype=torch.float64, device=device), rank)
+    check(weight, before, correction_of(*shape, rank, coefficient))
+
+
+@pytest.mark.parametrize("shape", [(4, 5000), (5000, 4), (3, 3), (100, 30000)])
+def test_very_wide_and_tall(shape):
+    rank = min(*shape, 16)
+    before = torch.randn(*shape)
+    weight = before.clone()
+    op(weight, torch.tensor(50.0), rank)
+    check(weight, before, correction_of(*shape, rank, 50.0))
+
+
+def test_nothing_between_the_entries_is_touched():
+    memory = torch.full((21, 41), 7.0)
+    view = memory[1::2, 2::3]
+    inside = torch.zeros_like(memory, dtype=torch.bool)
+    inside[1::2, 2::3] = True
+    op(view, torch.tensor(3.0), 4)
+    assert (memory[~inside] == 7.0).all()
+    assert (memory[inside] != 7.0).any()
+
+
+@given(cases(), st.data())
+def test_shards_give_the_whole(case, data):
+    n, m, rank = case
+    whole = torch.randn(n, m)
+    i = data.draw(st.integers(0, n))
+    j = data.draw(st.integers(0, m))
+    coefficient = torch.tensor(float(n + m))
+    sharded = whole.clone()
+    for rows, row_offset in ((slice(0, i), 0), (slice(i, n), i)):
+        for cols, col_offset in ((slice(0, j), 0), (slice(j, m), j)):
+            op(sharded[rows, cols], coefficient, rank, n, m, row_offset, col_offset)
+    check(sharded, whole, correction_of(n, m, rank, float(n + m)))
+
+
+def test_subtracting_and_adding_gives_the_base_back():
+    before = torch.randn(300, 200)
+    weight = before.clone()
+    op(weight, torch.tensor(40.0), 16)
+    op(weight, torch.tensor(-40.0), 16)
+    assert (weight - before).abs().max() <= 4 * 2**-24 * before.abs().max()
+
+
+def test_bits_do_not_depend_on_threads():
+    before = torch.randn(700, 900)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(op(before.clone(), torch.tensor(30.0), 20))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_raises_the_version_counter():
+    weight = torch.randn(8, 8)
+    version = weight._version
+    op(weight, torch.tensor(1.0), 2)
+    assert weight._version > version
+
+
+def test_opcheck(device):
+    coefficient = torch.tensor(2.0, device=device)
+    opcheck(op, (torch.randn(9, 7, device=device), coefficient, 3))
+    opcheck(op, (torch.randn(9, 7, device=device).T, coefficient, 3, 20, 30, 1, 2))
+
+
+def test_compile_functionalises():
+    def step(weight, coefficient):
+        return op(weight * 1.0, coefficient, 3) + 1
+
+    weight, coefficient = torch.randn(12, 10), torch.tensor(2.0)
+    compiled = torch.compile(step, fullgraph=True)
+    torch.testing.assert_close(compiled(weight, coefficient), step(weight, coefficient))
+
+
+def test_empty_shard_and_inference_mode():
+    op(torch.empty(0, 5), torch.tensor(1.0), 2, 10, 5, 10, 0)
+    with torch.inference_mode():
+        op(torch.randn(6, 6), torch.tensor(1.0), 2)
+
+
+@pytest.mark.parametrize(
+    "weight,coefficient,args,error,match",
+    [
+        (torch.ones(4, 4), torch.ones(()), (5,), ValueError, "rank 5 is larger"),
+        (torch.ones(4, 4), torch.ones(()), (0,), ValueError, "at least 1"),
+        (torch.ones(4), torch.ones(()), (1,), ValueError, "2-D"),
+        (torch.ones(4, 4, dtype=torch.int32), torch.ones(()), (1,), TypeError, "int32"),
+        (torch.ones(4, 1).expand(4, 4), torch.ones(()), (1,), ValueError, "expanded"),
+        (torch.ones(4, 4), torch.ones(3), (1,), ValueError, "exactly one"),
+        (torch.ones(4, 4), torch.ones((), dtype=torch.int64), (1,), ValueError, "floating"),
+        (torch.ones(4, 4), torch.ones((), device="meta"), (1,), ValueError, "meta"),
+        (torch.ones(4, 4), torch.ones(()), (1, 6, 4, 3, 0), ValueError, "rows"),
+        (torch.ones(4, 4), torch.ones(()), (1, 4, 4, 0, -1), ValueError, "columns"),
+    ],
+)
+def test_bad_input(weight, coefficient, args, error, match):
+    with pytest.raises(error, match=match):
+        op(weight, coefficient, *args)
+    assert (weight == 1).all()

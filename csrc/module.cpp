@@ -1,7 +1,7 @@
 // lora_kernels._C: importing it registers the kernels under torch.ops.lora; what it holds itself
 // only tells how it was built.
-#include <torch/version.h>
 #include <pybind11/pybind11.h>
+#include <torch/version.h>
 
 #include "cpu/kernels.h"
 

@@ -36,6 +36,7 @@ class LoRALinear(nn.Linear):
     Raises:
         ValueError: a value out of range, an unknown name, a weight that is zero or not finite.
         TypeError: an argument or a weight of the wrong type. Nothing is changed then.
+
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class LoRALinear(nn.Linear):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"from_linear takes an nn.Linear, got {type(linear).__name__}")
         if isinstance(linear, LoRALinear):
-            raise TypeError("this layer is adapted already; take layer.to_linear() or base_linear()")
+            raise TypeError(
+                "this layer is adapted already; take layer.to_linear() or base_linear()"
+            )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features

@@ -10,7 +10,8 @@
 
 namespace lora {
 
-// out [length, rank] of any strides <- scale * rows [offset, offset + length) of the DST-I basis of `size`.
+// out [length, rank] of any strides <- scale * rows [offset, offset + length) of the DST-I basis of
+// `size`.
 void fill_dst_basis(
     const at::Tensor& out, int64_t size, int64_t offset, std::optional<double> scale,
     SineTables& tables);

@@ -59,27 +59,26 @@ void fill_dst_basis(
     SineTables& tables) {
   const double norm = std::sqrt(2.0 / static_cast<double>(size + 1));
   const auto& sines = tables.sines(size + 1);
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, out.scalar_type(), "dst_basis", [&] {
-        std::vector<scalar_t> table(sines.size());
-        for (size_t p = 0; p < sines.size(); ++p) {
-          const double value = norm * sines[p];
-          table[p] = static_cast<scalar_t>(scale ? value * *scale : value);
-        }
-        // Rows along the faster dimension: entry (i, j) is symmetric in i + 1 and j + 1.
-        const bool tall = out.stride(0) >= out.stride(1);
-        const int64_t rows = tall ? out.size(0) : out.size(1);
-        const int64_t cols = tall ? out.size(1) : out.size(0);
-        const int64_t row_stride = tall ? out.stride(0) : out.stride(1);
-        const int64_t col_stride = tall ? out.stride(1) : out.stride(0);
-        auto* data = out.data_ptr<scalar_t>();
-        const int64_t grain = std::max<int64_t>(1, kRowGrainElements / std::max<int64_t>(1, cols));
-        at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-          fill_rows(
-              data, row_stride, col_stride, table, begin, end, tall ? offset : 0,
-              tall ? 0 : offset, cols);
-        });
-      });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "dst_basis", [&] {
+    std::vector<scalar_t> table(sines.size());
+    for (size_t p = 0; p < sines.size(); ++p) {
+      const double value = norm * sines[p];
+      table[p] = static_cast<scalar_t>(scale ? value * *scale : value);
+    }
+    // Rows along the faster dimension: entry (i, j) is symmetric in i + 1 and j + 1.
+    const bool tall = out.stride(0) >= out.stride(1);
+    const int64_t rows = tall ? out.size(0) : out.size(1);
+    const int64_t cols = tall ? out.size(1) : out.size(0);
+    const int64_t row_stride = tall ? out.stride(0) : out.stride(1);
+    const int64_t col_stride = tall ? out.stride(1) : out.stride(0);
+    auto* data = out.data_ptr<scalar_t>();
+    const int64_t grain = std::max<int64_t>(1, kRowGrainElements / std::max<int64_t>(1, cols));
+    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      fill_rows(
+          data, row_stride, col_stride, table, begin, end, tall ? offset : 0, tall ? 0 : offset,
+          cols);
+    });
+  });
 }
 
 namespace {
@@ -93,6 +92,8 @@ void dst_basis_(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(lora, CPU, m) { m.impl("_dst_basis_", dst_basis_); }
+TORCH_LIBRARY_IMPL(lora, CPU, m) {
+  m.impl("_dst_basis_", dst_basis_);
+}
 
 }  // namespace lora

@@ -61,8 +61,8 @@ at::Tensor frobenius_stats(at::TensorList weights) {
     const int64_t done = view.rows * view.cols;
     const int64_t rest = weights[index].numel() - done;
     if (rest > 0) {
-      const auto pair = kernel.sums(
-          view.data + done * view.element_size, view.dtype, view.col_stride, rest);
+      const auto pair =
+          kernel.sums(view.data + done * view.element_size, view.dtype, view.col_stride, rest);
       result[2 * index] += pair.sum;
       result[2 * index + 1] += pair.sum_of_squares;
     }
@@ -70,6 +70,8 @@ at::Tensor frobenius_stats(at::TensorList weights) {
   return out;
 }
 
-TORCH_LIBRARY_IMPL(lora, CPU, m) { m.impl("_frobenius_stats", frobenius_stats); }
+TORCH_LIBRARY_IMPL(lora, CPU, m) {
+  m.impl("_frobenius_stats", frobenius_stats);
+}
 
 }  // namespace lora

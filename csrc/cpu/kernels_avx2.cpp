@@ -14,5 +14,7 @@
 #endif
 #include "kernels_table.h"
 
-const lora::Kernels& lora::kernels_avx2() { return avx2::table; }
+const lora::Kernels& lora::kernels_avx2() {
+  return avx2::table;
+}
 #endif

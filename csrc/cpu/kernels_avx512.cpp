@@ -2,7 +2,7 @@
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
     apply_to = function)
 #else
@@ -16,5 +16,7 @@
 #endif
 #include "kernels_table.h"
 
-const lora::Kernels& lora::kernels_avx512() { return avx512::table; }
+const lora::Kernels& lora::kernels_avx512() {
+  return avx512::table;
+}
 #endif

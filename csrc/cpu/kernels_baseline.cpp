@@ -4,4 +4,6 @@
 #include "kernels_impl.h"
 #include "kernels_table.h"
 
-const lora::Kernels& lora::kernels_baseline() { return baseline::table; }
+const lora::Kernels& lora::kernels_baseline() {
+  return baseline::table;
+}

@@ -14,7 +14,7 @@ const Kernels& choose() {
     return kernels_baseline();
   }
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && ceiling != "avx2") {
     return kernels_avx512();
   }

@@ -23,7 +23,9 @@ inline void write8(const Vector& v, T* p) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-inline float to_float(float x) { return x; }
+inline float to_float(float x) {
+  return x;
+}
 inline float to_float(c10::BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
   float f;
@@ -31,7 +33,9 @@ inline float to_float(c10::BFloat16 x) {
   return f;
 }
 
-inline void from_float(float x, float& out) { out = x; }
+inline void from_float(float x, float& out) {
+  out = x;
+}
 inline void from_float(float x, c10::BFloat16& out) {  // round to nearest even, as c10 does
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
@@ -40,17 +44,27 @@ inline void from_float(float x, c10::BFloat16& out) {  // round to nearest even,
 }
 
 #ifdef LORA_F16C
-inline float to_float(c10::Half x) { return _cvtsh_ss(x.x); }
+inline float to_float(c10::Half x) {
+  return _cvtsh_ss(x.x);
+}
 inline void from_float(float x, c10::Half& out) {
   out.x = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-inline float to_float(c10::Half x) { return static_cast<float>(x); }
-inline void from_float(float x, c10::Half& out) { out = c10::Half(x); }
+inline float to_float(c10::Half x) {
+  return static_cast<float>(x);
+}
+inline void from_float(float x, c10::Half& out) {
+  out = c10::Half(x);
+}
 #endif
 
-inline Float8 load8(const float* p) { return read8<Float8>(p); }
-inline void store8(const Float8& x, float* p) { write8(x, p); }
+inline Float8 load8(const float* p) {
+  return read8<Float8>(p);
+}
+inline void store8(const Float8& x, float* p) {
+  write8(x, p);
+}
 
 inline Float8 load8(const c10::BFloat16* p) {
   return (Float8)(__builtin_convertvector(read8<Short8>(p), Word8) << 16);
@@ -95,16 +109,16 @@ void subtract_rows_typed(
   const RowGroup g = group;  // a copy that the stores below cannot alias
   const auto finish = [&](const auto& q, const auto& h, const auto& c, auto store)
                           __attribute__((always_inline)) {
-    const auto d0 = g.cosine[0] - c, d1 = g.cosine[1] - c;
-    const auto d2 = g.cosine[2] - c, d3 = g.cosine[3] - c;
-    const auto d01 = d0 * d1, d23 = d2 * d3;
-    const auto inverse = 1.0 / (d01 * d23);
-    const auto i01 = inverse * d23, i23 = inverse * d01;
-    store(0, (g.high[0] * q - g.low[0] * h) * (i01 * d1));
-    store(1, (g.high[1] * q - g.low[1] * h) * (i01 * d0));
-    store(2, (g.high[2] * q - g.low[2] * h) * (i23 * d3));
-    store(3, (g.high[3] * q - g.low[3] * h) * (i23 * d2));
-  };
+                            const auto d0 = g.cosine[0] - c, d1 = g.cosine[1] - c;
+                            const auto d2 = g.cosine[2] - c, d3 = g.cosine[3] - c;
+                            const auto d01 = d0 * d1, d23 = d2 * d3;
+                            const auto inverse = 1.0 / (d01 * d23);
+                            const auto i01 = inverse * d23, i23 = inverse * d01;
+                            store(0, (g.high[0] * q - g.low[0] * h) * (i01 * d1));
+                            store(1, (g.high[1] * q - g.low[1] * h) * (i01 * d0));
+                            store(2, (g.high[2] * q - g.low[2] * h) * (i23 * d3));
+                            store(3, (g.high[3] * q - g.low[3] * h) * (i23 * d2));
+                          };
   int64_t j = 0;
   for (; j + 8 <= columns; j += 8) {
     const Double8 q = read8<Double8>(low + j);
@@ -141,8 +155,12 @@ void subtract_rows(
   }
 }
 
-inline Double8 widen8(const double* p) { return read8<Double8>(p); }
-inline Double8 widen8(const float* p) { return __builtin_convertvector(load8(p), Double8); }
+inline Double8 widen8(const double* p) {
+  return read8<Double8>(p);
+}
+inline Double8 widen8(const float* p) {
+  return __builtin_convertvector(load8(p), Double8);
+}
 
 // Sixteen independent lanes, added up in one order: the same bits whatever the instruction set
 // (float32 squares are exact in float64, so fusing them changes nothing).
@@ -150,7 +168,7 @@ struct SumLanes {
   Double8 sum[2] = {};
   Double8 square[2] = {};
 
-  template <typename T>  // float or double
+  template <typename T>                     // float or double
   void add(const T* data, int64_t count) {  // count is a multiple of 16
     for (int64_t j = 0; j < count; j += 16) {
       for (int half = 0; half < 2; ++half) {

@@ -1,6 +1,7 @@
-// y = x W^T + b + s drop(x) A^T B^T - s x A0^T B0^T, and its gradients. The GEMMs are the library's:
-// at ranks up to 128 its thin products run at 150-800 GF/s, so that a rank-16 forward costs 1-2 %
-// over the base product. What is fused is the update of y and of dx in place (beta = 1).
+// y = x W^T + b + s drop(x) A^T B^T - s x A0^T B0^T, and its gradients. The GEMMs are the
+// library's: at ranks up to 128 its thin products run at 150-800 GF/s, so that a rank-16 forward
+// costs 1-2 % over the base product. What is fused is the update of y and of dx in place (beta =
+// 1).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -54,10 +55,10 @@ std::tuple<at::Tensor, at::Tensor> linear_forward(
     const OptionalTensor& seed, const OptionalTensor& start_A, const OptionalTensor& start_B) {
   const auto dtype = x.scalar_type();
   const Dropout drop{dropout, seed};
-  const auto rows = as_rows(x);                                             // [M, K]
-  const auto A = lora_A.to(dtype), B = lora_B.to(dtype);                    // [r, K], [N, r]
-  const auto z = at::mm(drop.active() ? drop(rows) : rows, A.t());          // [M, r]
-  auto y = at::linear(rows, weight, bias);                                  // [M, N]
+  const auto rows = as_rows(x);                                     // [M, K]
+  const auto A = lora_A.to(dtype), B = lora_B.to(dtype);            // [r, K], [N, r]
+  const auto z = at::mm(drop.active() ? drop(rows) : rows, A.t());  // [M, r]
+  auto y = at::linear(rows, weight, bias);                          // [M, N]
   if (start_A) {
     // One product of rank 2r: start and adapter cancel before y is rounded.
     const auto z0 = at::mm(rows, start_A->to(dtype).t());
@@ -71,10 +72,10 @@ std::tuple<at::Tensor, at::Tensor> linear_forward(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
-    const at::Tensor& lora_A, const at::Tensor& lora_B, const at::Tensor& z, double scaling,
-    double dropout, const OptionalTensor& seed, const OptionalTensor& start_A,
-    const OptionalTensor& start_B, std::array<bool, 5> needs) {
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, const at::Tensor& z, double scaling, double dropout,
+    const OptionalTensor& seed, const OptionalTensor& start_A, const OptionalTensor& start_B,
+    std::array<bool, 5> needs) {
   const auto [needs_x, needs_weight, needs_bias, needs_A, needs_B] = needs;
   const auto dtype = x.scalar_type();
   const Dropout drop{dropout, seed};
@@ -102,8 +103,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_ba
     }
     dx = dx.reshape(x.sizes());
   }
-  auto dA = needs_A ? at::mm(dz.t(), drop.active() ? drop(rows) : rows).to(lora_A.scalar_type())
-                    : none();
+  auto dA =
+      needs_A ? at::mm(dz.t(), drop.active() ? drop(rows) : rows).to(lora_A.scalar_type()) : none();
   auto dB = needs_B ? at::mm(dy.t(), z).to(lora_B.scalar_type()).mul_(scaling) : none();
   auto dweight = needs_weight ? at::mm(dy.t(), rows) : none();
   auto dbias = needs_bias ? dy.sum(0) : none();

@@ -17,7 +17,7 @@ double log_gain(int64_t rows, int64_t cols, int64_t rank) {
     return 1.0;
   }
   return std::log(static_cast<double>(std::max<int64_t>(rank, 2))) /
-      std::log(static_cast<double>(full));
+         std::log(static_cast<double>(full));
 }
 
 void loram_init_(
@@ -47,8 +47,8 @@ void loram_init_(
   jobs.reserve(weights.size());
   for (size_t k = 0; k < weights.size(); ++k) {
     const int64_t rows = weights[k].size(0), cols = weights[k].size(1);
-    const double squared = std::sqrt(
-        sums[2 * k + 1] * log_gain(rows, cols, rank) / static_cast<double>(rank));
+    const double squared =
+        std::sqrt(sums[2 * k + 1] * log_gain(rows, cols, rank) / static_cast<double>(rank));
     betas[k] = std::sqrt(squared);
     fill_dst_basis(lora_A[k].t(), cols, 0, betas[k], tables);
     fill_dst_basis(lora_B[k], rows, 0, betas[k], tables);
@@ -59,6 +59,8 @@ void loram_init_(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(lora, CPU, m) { m.impl("_loram_init_", loram_init_); }
+TORCH_LIBRARY_IMPL(lora, CPU, m) {
+  m.impl("_loram_init_", loram_init_);
+}
 
 }  // namespace lora

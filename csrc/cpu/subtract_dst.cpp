@@ -1,4 +1,5 @@
-// W -= coefficient * Phi_rows Phi_cols^T with Phi never in memory, at a cost independent of the rank.
+// W -= coefficient * Phi_rows Phi_cols^T with Phi never in memory, at a cost independent of the
+// rank.
 //
 // An entry is a sum of sines over k <= rank, which the Christoffel-Darboux identity closes:
 //   sum_k sin(k a) sin(k b) = [sin((r+1)a) sin(r b) - sin(r a) sin((r+1)b)] / (2 (cos a - cos b)).
@@ -35,8 +36,9 @@ struct Job {
       std::swap(placement.row_offset, placement.col_offset);
     }
     scale = job.coefficient * 2.0 /
-        std::sqrt(static_cast<double>(placement.global_rows + 1) *
-                  static_cast<double>(placement.global_cols + 1));
+            std::sqrt(
+                static_cast<double>(placement.global_rows + 1) *
+                static_cast<double>(placement.global_cols + 1));
     row_axis = &tables.axis(placement.global_rows, placement.row_offset, view.rows, rank);
     col_axis = &tables.axis(placement.global_cols, placement.col_offset, view.cols, rank);
   }
@@ -61,13 +63,12 @@ struct Job {
 
   double value(int64_t row, int64_t col, int64_t nearest, const RowGroup& group, int64_t g) const {
     if (col == nearest) {
-      return scale *
-          sine_product_sum(
-                 placement.row_offset + row, placement.global_rows, placement.col_offset + col,
-                 placement.global_cols, rank);
+      return scale * sine_product_sum(
+                         placement.row_offset + row, placement.global_rows,
+                         placement.col_offset + col, placement.global_cols, rank);
     }
     return (group.high[g] * col_axis->low[col] - group.low[g] * col_axis->high[col]) /
-        (group.cosine[g] - col_axis->cosine[col]);
+           (group.cosine[g] - col_axis->cosine[col]);
   }
 
   template <typename T>
@@ -103,8 +104,7 @@ struct Job {
         for (int64_t g = 0; g < count; ++g) {
           auto* row = static_cast<T*>(rows[g]) - j;
           for (int64_t col = low; col <= high; ++col) {
-            const auto correction =
-                static_cast<float>(value(i + g, col, nearest[g], group, g));
+            const auto correction = static_cast<float>(value(i + g, col, nearest[g], group, g));
             row[col] = static_cast<T>(static_cast<float>(before[g][col - low]) - correction);
           }
           if (view.col_stride != 1) {
@@ -186,12 +186,17 @@ void subtract_dst_(
     int64_t global_cols, int64_t row_offset, int64_t col_offset) {
   SineTables tables;
   subtract_dst(
-      {{weight, coefficient.item<double>(), rank, {global_rows, global_cols, row_offset, col_offset}}},
+      {{weight,
+        coefficient.item<double>(),
+        rank,
+        {global_rows, global_cols, row_offset, col_offset}}},
       tables);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(lora, CPU, m) { m.impl("_subtract_dst_", subtract_dst_); }
+TORCH_LIBRARY_IMPL(lora, CPU, m) {
+  m.impl("_subtract_dst_", subtract_dst_);
+}
 
 }  // namespace lora

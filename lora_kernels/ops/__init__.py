@@ -1,5 +1,6 @@
 """The operators `torch.ops.lora.*`. Importing this package registers them; the compiled kernels
-override the references where they were built (see DESIGN in the README)."""
+override the references where they were built (see DESIGN in the README).
+"""
 
 from . import dst_basis, frobenius_stats, linear, loram_init, subtract_dst
 from ._extension import load_extension

@@ -43,9 +43,7 @@ def linear_forward_ref(
     else:
         # One product of rank 2r: start and adapter cancel before y is rounded.
         z0 = rows @ start_A.to(x.dtype).T
-        y.addmm_(
-            torch.cat([z, z0], 1), torch.cat([B, -start_B.to(x.dtype)], 1).T, alpha=scaling
-        )
+        y.addmm_(torch.cat([z, z0], 1), torch.cat([B, -start_B.to(x.dtype)], 1).T, alpha=scaling)
     return y.reshape(*x.shape[:-1], weight.shape[0]), z
 
 
@@ -220,7 +218,8 @@ def _autocast_to(device_type: str):
     def linear_autocast(x, weight, bias, *args, **kwargs):
         dtype = torch.get_autocast_dtype(device_type)
         cast = [
-            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64
+            t.to(dtype)
+            if t is not None and t.is_floating_point() and t.dtype != torch.float64
             else t
             for t in (x, weight, bias)
         ]

@@ -26,9 +26,7 @@ def subtract_dst_ref(
     right = dst_basis(global_cols, rank, offset=col_offset, length=cols, **options)
     for begin in range(0, rows, _ROW_BLOCK):
         block = weight[begin : begin + _ROW_BLOCK]  # [block, cols]
-        left = dst_basis(
-            global_rows, rank, offset=row_offset + begin, length=len(block), **options
-        )
+        left = dst_basis(global_rows, rank, offset=row_offset + begin, length=len(block), **options)
         product = (coefficient * left) @ right.T
         block.copy_(block.to(product.dtype) - product)
 

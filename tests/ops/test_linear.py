@@ -41,7 +41,7 @@ def call(t, scaling, dropout=0.0, seed=None):
 
 
 def oracle(t, dy, scaling, dropout=0.0, seed=None):
-    """y and all five gradients, in float64 from the formula; the factors as the dtype sees them."""
+    """Y and all five gradients, in float64 from the formula; the factors as the dtype sees them."""
     dtype = t["x"].dtype
     f = {k: None if v is None else to_numpy(v.to(dtype)) for k, v in t.items()}
     x = f["x"].reshape(-1, f["x"].shape[-1])
@@ -137,7 +137,8 @@ def test_gradcheck(start, dropout, device):
 
 def test_start_cancels_the_adapter():
     """At the start A = A₀ and B = B₀: the implicit layer is the base to float32 rounding, however
-    large s·B₀A₀ is beside W, and to the last bit of bfloat16 nearly everywhere."""
+    large s·B₀A₀ is beside W, and to the last bit of bfloat16 nearly everywhere.
+    """
     t = inputs((64,), 96, 128, 16, torch.float32, bias=False)
     t["start_A"], t["start_B"] = t["lora_A"], t["lora_B"]
     base = t["x"] @ t["weight"].T

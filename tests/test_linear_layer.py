@@ -1,0 +1,360 @@
+"""`LoRALinear`: what a user relies on when it stands in the place of an nn.Linear."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels import LoRALinear
+from lora_kernels.init import LoRA, LoRAM
+
+from .oracle import ROUNDING
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+METHODS = ["loram", "lora"]
+RESIDUALS = ["absorb", "implicit"]
+
+
+def make(method="loram", residual="absorb", dtype=torch.float32, bias=True, **kwargs):
+    """(layer, a copy of the linear it was made from)."""
+    linear = nn.Linear(48, 40, bias=bias, dtype=dtype)
+    original = copy.deepcopy(linear)
+    kwargs = {"r": 8, "lora_alpha": 16, **kwargs}
+    layer = LoRALinear.from_linear(linear, init_lora_weights=method, residual=residual, **kwargs)
+    return layer, original
+
+
+def train_a_little(layer: LoRALinear, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(16, layer.in_features, dtype=layer.weight.dtype)
+        layer(x).float().square().mean().backward()
+        optimizer.step()
+
+
+def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, roundings: float) -> None:
+    """‖got − want‖ within so many roundings of the dtype."""
+    difference = (got.double() - want.double()).norm()
+    assert difference <= roundings * ROUNDING[dtype] * want.double().norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("method", METHODS)
+def test_life_of_a_layer(method, residual, dtype):
+    layer, original = make(method, residual, dtype)
+    x = torch.randn(5, 7, 48, dtype=dtype)
+    y = original(x)
+    # The start: the same function. Absorbing rounds W once at the size of W − sBA (here up to
+    # twice W), and the product of A and B as often again.
+    close(layer(x), y, dtype, 16)
+    trained = [n for n, p in layer.named_parameters() if p.requires_grad]
+    assert trained == ["lora_A", "lora_B"]
+    assert layer.lora_A.shape == (8, 48) and layer.lora_B.shape == (40, 8)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert layer.lora_A.dtype == layer.lora_B.dtype == expected
+
+    before = layer.lora_B.detach().clone()
+    train_a_little(layer)
+    assert not torch.equal(layer.lora_B, before)
+    assert layer.weight.grad is None and layer.bias.grad is None
+
+    # Off: the original layer, now and after training; exact where W was not rewritten.
+    layer.adapter_enabled = False
+    base = layer.base_linear()
+    if residual == "implicit" or method == "lora":
+        assert torch.equal(layer(x), y) and torch.equal(base.weight, original.weight)
+    else:
+        close(layer(x), y, dtype, 16)
+        close(base.weight, original.weight, dtype, 4)
+    layer.adapter_enabled = True
+    merged = layer.to_linear()
+    assert type(merged) is nn.Linear and type(base) is nn.Linear
+    assert merged.weight.dtype == dtype and torch.equal(merged.bias, original.bias)
+    close(merged(x), layer(x), dtype, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_absorbed_start_is_exact_to_one_rounding(dtype):
+    """Max |W_res + s·BA − W| in units of the rounding of W_res, plus float32's of the product."""
+    layer, original = make(dtype=dtype)
+    wide = layer.weight.double()
+    A, B = layer.lora_A.double(), layer.lora_B.double()
+    error = (wide + layer.scaling * B @ A - original.weight.double()).abs()
+    factor = ROUNDING[layer.lora_A.dtype]
+    bound = 1.01 * (ROUNDING[dtype] + factor) * wide.abs()
+    bound += 4 * factor * layer.scaling * (B.abs() @ A.abs()) + 2e-16
+    assert (error <= bound).all()
+
+
+def test_takes_the_storage_over():
+    linear = nn.Linear(48, 40)
+    weight, bias = linear.weight, linear.bias
+    layer = LoRALinear.from_linear(linear, r=4)
+    assert layer.weight is weight and layer.bias is bias
+    assert not weight.requires_grad and not bias.requires_grad
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("method", METHODS)
+def test_copies(method, residual):
+    layer, _ = make(method, residual)
+    train_a_little(layer)
+    x = torch.randn(3, 48)
+    y, base = layer(x), layer.base_linear()
+
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    loaded = LoRALinear(48, 40, r=8, lora_alpha=16, init_lora_weights=method, residual=residual)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
+        assert torch.equal(other(x), y)
+        assert torch.equal(other.base_linear().weight, base.weight)
+        with torch.no_grad():
+            other.lora_A.zero_()
+    assert torch.equal(layer(x), y)  # nothing was shared
+
+
+def test_state_dict_is_tensors_only(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    layer, _ = make()
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other = LoRALinear(48, 40, r=8, lora_alpha=16)
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    x = torch.randn(2, 48)
+    assert torch.equal(other(x), layer(x))
+    assert torch.equal(other.base_linear().weight, layer.base_linear().weight)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_moves_to_another_dtype(residual):
+    layer, original = make(residual=residual)
+    layer.to(torch.bfloat16)
+    x = torch.randn(4, 48).bfloat16()
+    y = original.to(torch.bfloat16)(x)
+    # A and B are bfloat16 now too: three rounded factors, of a product larger than W.
+    close(layer(x), y, torch.bfloat16, 16)
+    close(layer.base_linear().weight, original.weight, torch.bfloat16, 4)
+
+
+def test_moves_to_a_device(device):
+    layer, original = make()
+    layer.to(device)
+    x = torch.randn(4, 48)
+    close(layer(x.to(device)).cpu(), original(x), torch.float32, 64)
+    layer.adapter_enabled = False
+    close(layer(x.to(device)).cpu(), original(x), torch.float32, 64)
+
+
+def test_construct_without_a_linear():
+    layer = LoRALinear(48, 40, bias=False, r=4, lora_alpha=8, dtype=torch.bfloat16)
+    assert layer.bias is None and layer.scaling == 2.0
+    assert layer(torch.randn(2, 48).bfloat16()).shape == (2, 40)
+
+
+def test_stands_in_for_nn_linear():
+    layer, original = make()
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (48, 40)
+    assert layer.weight.shape == original.weight.shape and layer.bias is not None
+    assert "r=8" in repr(layer) and "scaling=2" in repr(layer)
+
+
+def test_training_flag_and_bias_are_kept():
+    linear = nn.Linear(8, 8, bias=False).eval()
+    layer = LoRALinear.from_linear(linear, r=2)
+    assert not layer.training and layer.bias is None
+    assert not layer.to_linear().training
+
+
+@pytest.mark.parametrize(
+    "alpha,rs,want", [(16, False, 2), (16, True, 16 / 8**0.5), (1, False, 1 / 8)]
+)
+def test_scaling(alpha, rs, want):
+    layer, _ = make(lora_alpha=alpha, use_rslora=rs)
+    assert layer.scaling == pytest.approx(want) and isinstance(layer.scaling, float)
+
+
+def test_scaling_enters_the_subtraction_and_not_beta():
+    (one, original), two = make(lora_alpha=8), None
+    two = LoRALinear.from_linear(copy.deepcopy(original), r=8, lora_alpha=32)
+    assert torch.equal(one.lora_A, two.lora_A) and torch.equal(one.lora_B, two.lora_B)
+    x = torch.randn(3, 48)
+    close(two(x), original(x), torch.float32, 32)
+
+
+def test_initialiser_objects_and_names():
+    linear = nn.Linear(48, 40)
+    a = LoRALinear.from_linear(copy.deepcopy(linear), r=4, init_lora_weights=LoRA(seed=3))
+    b = LoRALinear.from_linear(copy.deepcopy(linear), r=4, init_lora_weights=LoRA(seed=3))
+    assert torch.equal(a.lora_A, b.lora_A) and (a.lora_B == 0).all()
+    c = LoRALinear.from_linear(copy.deepcopy(linear), r=4, init_lora_weights=LoRAM())
+    d = LoRALinear.from_linear(copy.deepcopy(linear), r=4, init_lora_weights="LoRAM")
+    assert torch.equal(c.lora_A, d.lora_A)
+
+
+class TestDropout:
+    def test_off_when_it_does_not_train(self):
+        layer, _ = make(lora_dropout=0.5)
+        x = torch.randn(4, 48)
+        layer.eval()
+        state = torch.get_rng_state()
+        assert torch.equal(layer(x), layer(x))
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_follows_manual_seed(self):
+        layer, _ = make(lora_dropout=0.5)
+        x = torch.randn(4, 48)
+        torch.manual_seed(1)
+        first, second = layer(x), layer(x)
+        torch.manual_seed(1)
+        assert torch.equal(layer(x), first) and not torch.equal(first, second)
+
+    @pytest.mark.parametrize("residual", RESIDUALS)
+    def test_expectation_is_the_layer_without(self, residual):
+        layer, _ = make(residual=residual, lora_dropout=0.5, dtype=torch.float64)
+        x = torch.randn(1, 48, dtype=torch.float64).expand(20000, 48)
+        mean = layer(x).mean(0)
+        spread = layer(x).std(0) / 20000**0.5
+        layer.eval()
+        assert ((mean - layer(x[:1])[0]).abs() <= 5 * spread).all()
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(residual, reentrant):
+    layer, _ = make(residual=residual, lora_dropout=0.3)
+    x = torch.randn(6, 48, requires_grad=True)
+    grads = []
+    for run in (layer, lambda v: checkpoint(layer, v, use_reentrant=reentrant)):
+        torch.manual_seed(5)
+        layer.zero_grad()
+        x.grad = None
+        run(x).square().sum().backward()
+        grads.append([x.grad.clone(), layer.lora_A.grad.clone(), layer.lora_B.grad.clone()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast(enabled):
+    layer, _ = make()
+    layer.adapter_enabled = enabled
+    x = torch.randn(4, 48, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    if enabled:
+        assert layer.lora_A.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compile(residual, dropout):
+    layer, _ = make(residual=residual, lora_dropout=dropout)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(4, 48)
+    y = compiled(x)
+    y.sum().backward()
+    assert layer.lora_A.grad is not None
+    layer.eval()
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_compiles_switched_off():
+    layer, original = make()
+    layer.adapter_enabled = False
+    x = torch.randn(4, 48)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), original(x))
+
+
+@pytest.mark.parametrize("shape", [(48,), (0, 48), (2, 3, 48)])
+def test_shapes_of_x(shape):
+    layer, _ = make()
+    assert layer(torch.randn(*shape)).shape == (*shape[:-1], 40)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_rank_one_trains(residual):
+    layer, _ = make(residual=residual, r=1)
+    layer(torch.randn(4, 48)).square().sum().backward()
+    assert layer.lora_A.grad.abs().max() > 0 and layer.lora_B.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("view", [lambda w: w.T.contiguous().T, lambda w: torch.cat([w, w])[::2]])
+def test_strided_weight(view):
+    linear = nn.Linear(48, 40)
+    linear.weight.data = view(linear.weight.data)
+    original = copy.deepcopy(linear)
+    layer = LoRALinear.from_linear(linear, r=4)
+    assert layer.weight.stride() == original.weight.stride() or layer.weight is linear.weight
+    x = torch.randn(3, 48)
+    close(layer(x), original(x), torch.float32, 32)
+
+
+@pytest.mark.parametrize(
+    "kwargs,error,match",
+    [
+        ({"r": 0}, ValueError, "at least 1"),
+        ({"r": 41}, ValueError, r"rank 41 is larger than min\(n, m\) = 40"),
+        ({"r": 4.0}, TypeError, "integer"),
+        ({"r": True}, TypeError, "integer"),
+        ({"lora_alpha": 0}, ValueError, "positive"),
+        ({"lora_alpha": -1}, ValueError, "positive"),
+        ({"lora_alpha": float("nan")}, ValueError, "finite"),
+        ({"lora_alpha": float("inf")}, ValueError, "finite"),
+        ({"lora_alpha": "16"}, TypeError, "number"),
+        ({"lora_dropout": 1.0}, ValueError, "lora_dropout"),
+        ({"lora_dropout": -0.1}, ValueError, "lora_dropout"),
+        ({"init_lora_weights": "lorm"}, ValueError, "did you mean 'loram'"),
+        ({"init_lora_weights": "zzz"}, ValueError, "expected one of .*lora.*loram"),
+        ({"init_lora_weights": 3}, TypeError, "name or an Initializer"),
+        ({"residual": "absorbed"}, ValueError, "did you mean 'absorb'"),
+    ],
+)
+def test_bad_options_change_nothing(kwargs, error, match):
+    linear = nn.Linear(48, 40)
+    before = linear.weight.detach().clone()
+    with pytest.raises(error, match=match):
+        LoRALinear.from_linear(linear, **kwargs)
+    assert torch.equal(linear.weight, before)
+    assert linear.weight.requires_grad and linear.bias.requires_grad
+
+
+@pytest.mark.parametrize("bad", ["zero", "nan", "inf"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_bad_weights_change_nothing(bad, residual):
+    linear = nn.Linear(48, 40)
+    with torch.no_grad():
+        if bad == "zero":
+            linear.weight.zero_()
+        else:
+            linear.weight[39, 47] = float(bad)
+    before = linear.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"NaN or Inf|zero"):
+        LoRALinear.from_linear(linear, r=4, residual=residual)
+    assert torch.equal(linear.weight.nan_to_num(9.0), before.nan_to_num(9.0))
+
+
+def test_weights_that_cannot_be_absorbed():
+    linear = nn.Linear(48, 40)
+    linear.weight = nn.Parameter(torch.ones(40, 48, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"int8.*dequantise"):
+        LoRALinear.from_linear(linear, r=4)
+    with pytest.raises(ValueError, match="meta"):
+        LoRALinear.from_linear(nn.Linear(48, 40, device="meta"), r=4)
+    with pytest.raises(TypeError, match="Embedding"):
+        LoRALinear.from_linear(nn.Embedding(4, 4), r=2)
+    layer = LoRALinear.from_linear(nn.Linear(48, 40), r=4)
+    with pytest.raises(TypeError, match="adapted already"):
+        LoRALinear.from_linear(layer, r=4)

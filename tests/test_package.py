@@ -1,0 +1,107 @@
+"""What holds for the package as it is installed: without a compiler, on any instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+# What each process computes: every operator, and the layer's gradients.
+PROGRAM = """
+import sys, warnings
+import torch
+block = {block}
+if block:
+    sys.modules["lora_kernels._C"] = None  # as if it had not been built
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import lora_kernels
+    from lora_kernels import LoRALinear
+messages = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+name = "none" if block else lora_kernels._C.cpu_capability()
+def numbers(*shape):  # torch.randn itself depends on the instruction set
+    count = torch.Size(shape).numel()
+    return ((torch.arange(count) * 7919 % 100003) / 50001.5 - 1.0).reshape(shape)
+out = []
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    weight = numbers(70, 53).to(dtype)
+    out += [torch.ops.lora.frobenius_stats([weight])]
+    out += torch.ops.lora.loram_init(weight, 9, 2.0)
+    out += [weight]
+torch.manual_seed(0)
+linear = torch.nn.Linear(64, 48)
+with torch.no_grad():
+    linear.weight.copy_(numbers(48, 64))
+    linear.bias.zero_()
+layer = LoRALinear.from_linear(linear, r=4, lora_dropout=0.2)
+layer(numbers(5, 64)).square().sum().backward()
+out += [layer.weight.detach(), layer.lora_A.grad, layer.lora_B.grad]
+torch.save({{"name": name, "messages": messages, "out": out}}, sys.argv[1])
+"""
+
+
+def run(path: Path, capability: str | None = None, block: bool = False) -> dict:
+    env = dict(os.environ)
+    if capability:
+        env["ATEN_CPU_CAPABILITY"] = capability
+    program = PROGRAM.format(block=block)
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True, env=env, cwd=ROOT)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def fastest(tmp_path_factory) -> dict:
+    return run(tmp_path_factory.mktemp("package") / "fastest.pt")
+
+
+def agree(got: dict, want: dict) -> None:
+    for a, b in zip(got["out"], want["out"], strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(a.dtype, 2e-6)
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def test_without_the_extension(tmp_path, fastest):
+    """The references alone: the same results, and one warning that says how to get the kernels."""
+    plain = run(tmp_path / "plain.pt", block=True)
+    assert len(plain["messages"]) == 1
+    assert "pip install --no-build-isolation ." in plain["messages"][0]
+    assert fastest["messages"] == []
+    agree(plain, fastest)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set(tmp_path, capability, fastest):
+    lower = run(tmp_path / "lower.pt", capability)
+    if capability == "default":
+        assert lower["name"] == "baseline"
+    agree(lower, fastest)
+    # Sums of float32 and narrower weights are the same bits on all of them.
+    assert all(torch.equal(lower["out"][k], fastest["out"][k]) for k in (0, 5, 10))
+
+
+def test_triton_kernels_is_no_top_level_package():
+    """That name is another package's: serving engines look for it."""
+    import lora_kernels.triton_kernels
+
+    assert lora_kernels.triton_kernels.__name__ == "lora_kernels.triton_kernels"
+    code = "import importlib.util as u; raise SystemExit(u.find_spec('triton_kernels') is not None)"
+    assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
+
+
+def test_builds_without_a_compiler(tmp_path):
+    """LORA_KERNELS_BUILD=none asks for no extension; a misspelt value is refused."""
+    for value, code in (("none", 0), ("gpu", 1)):
+        env = dict(os.environ, LORA_KERNELS_BUILD=value)
+        command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path)]
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode != 0) == bool(code), done.stderr
+    assert "expected one of auto, cpu, cuda, none" in done.stderr
+    assert not list(tmp_path.rglob("_C*")) and list(tmp_path.rglob("lora_kernels/linear.py"))
+    assert list(tmp_path.rglob("lora_kernels/triton_kernels/__init__.py"))

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -44,6 +44,11 @@ class Task:
     recipe: Recipe
     training: Sequence[Tensor]
     validation: Sequence[Tensor]
+
+    @cached_property
+    def reference(self) -> list[Tensor]:
+        """The untouched model's logits."""
+        return self.logits(self.base)
 
     @torch.no_grad()
     def logits(self, model: nn.Module) -> list[Tensor]:
@@ -78,7 +83,6 @@ class Outcome:
 def run(task: Task, name: str, progress: Progress) -> tuple[Outcome, nn.Module]:
     """Initialise, compare the start with the untouched model, fine-tune."""
     torch.manual_seed(task.recipe.seed)
-    reference = task.logits(task.base)
     model = copy.deepcopy(task.base)
 
     bar = progress.add_task(f"{name}: initialise", total=len(task.targets))
@@ -86,8 +90,7 @@ def run(task: Task, name: str, progress: Progress) -> tuple[Outcome, nn.Module]:
         start = time.perf_counter()
         adapt(model, task.targets, METHODS[name], partial(progress.advance, bar))
         seconds = time.perf_counter() - start
-    difference = max_difference(task.logits(model), reference)
-    del reference
+    difference = max_difference(task.logits(model), task.reference)
 
     bar = progress.add_task(f"{name}: fine-tune", total=task.recipe.steps)
     advance = partial(progress.advance, bar)
@@ -149,18 +152,19 @@ def show(console: Console, outcomes: Sequence[Outcome]) -> None:
     )
 
 
-def load(quick: bool, recipe: Recipe) -> Task:
-    """The model and the texts; `quick` keeps two of its blocks and a few validation texts."""
+def load(recipe: Recipe, blocks: int | None, validation_texts: int) -> Task:
+    """The model and the texts; `blocks` keeps the first few of its 30 blocks."""
     base, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
     training, validation = (smollm2.tokenize(tokenizer, part) for part in smollm2.load_texts())
-    targets = list(smollm2.target_projections(base, blocks=2 if quick else None))
-    return Task(base, targets, recipe, training, validation[: 2 if quick else None])
+    targets = list(smollm2.target_projections(base, blocks))
+    return Task(base, targets, recipe, training, validation[:validation_texts])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.demo", description=__doc__)
     parser.add_argument("--steps", type=int, help="training steps (default 30, quick 2)")
+    parser.add_argument("--validation-texts", type=int, help="of 32 held out (default 16, quick 2)")
     parser.add_argument("--lr", type=float, default=2e-5, help="learning rate (default 2e-5)")
     parser.add_argument("--seed", type=int, default=0, help="seed of A and of the batches")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSVs and PNG go")
@@ -171,17 +175,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if the saved and loaded adapter agrees with the trained one."""
     options, console = parse(argv), Console()
-    steps = options.steps or (2 if options.quick else 30)
-    batch = 2 if options.quick else 4
+    steps, batch, blocks, validation_texts = (2, 2, 2, 2) if options.quick else (30, 4, None, 16)
+    steps = options.steps or steps
+    validation_texts = options.validation_texts or validation_texts
     recipe = Recipe(steps=steps, batch=batch, lr=options.lr, seed=options.seed)
     try:
         with console.status("Loading SmolLM2-135M (20 s the first time: its GGUF is unpacked)"):
-            task = load(options.quick, recipe)
+            task = load(recipe, blocks, validation_texts)
     except smollm2.MissingWheelError as error:
         console.print(f"The demo cannot run: {error}", style="red")
         return 1
     facts = {"layers": len(task.targets), "r": RANK, "lora_alpha": ALPHA, "steps": steps}
-    facts |= {"lr": options.lr, "seed": options.seed, "dtype": "fp32", **environment()}
+    facts |= {
+        "validation_texts": len(task.validation),
+        "lr": options.lr,
+        "seed": options.seed,
+        "dtype": "fp32",
+        **environment(),
+    }
     console.print("SmolLM2-135M:", ", ".join(f"{key} {value}" for key, value in facts.items()))
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

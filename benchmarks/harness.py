@@ -49,6 +49,11 @@ class Timing:
         return float(np.quantile(self.ratios, q)) if self.ratios else float("nan")
 
     @property
+    def family(self) -> str:
+        """The first word of the name: "PEFT" of "PEFT pissa"."""
+        return self.name.split()[0]
+
+    @property
     def median(self) -> float:
         """Seconds."""
         return self.quantile(0.5)

@@ -1,4 +1,4 @@
-"""What an adapter adds to a layer: forward, and forward with backward, `python -m benchmarks.layer`.
+"""What an adapter adds to a layer, forward and forward with backward: `python -m benchmarks.layer`.
 
 The baseline is the bare frozen `nn.Linear` whose input needs a gradient. W is fp32 or bf16, A and
 B are fp32 always. PEFT's layer is imported, never re-written.

@@ -46,11 +46,11 @@ def print_timings(console: Console, title: str, timings: Sequence[Timing], basel
         [
             {
                 "variant": t.name,
-                "median ms": t.failure or f"{1e3 * t.median:.4g}",
-                "min": _cell(1e3 * t.quantile(0), ".4g"),
-                "quartiles": _spread(1e3 * t.quantile(0.25), 1e3 * t.quantile(0.75), ".4g"),
-                f"× {baseline}": _cell(t.ratio(), ".3g"),
-                "10–90 %": _spread(t.ratio(0.1), t.ratio(0.9), ".3g"),
+                "median ms": t.failure or _short(1e3 * t.median),
+                "min": _short(1e3 * t.quantile(0)),
+                "quartiles": _spread(1e3 * t.quantile(0.25), 1e3 * t.quantile(0.75)),
+                f"× {baseline}": _short(t.ratio()),
+                "10–90 %": _spread(t.ratio(0.1), t.ratio(0.9)),
                 "rounds": str(len(t.seconds)),
             }
             for t in timings
@@ -67,7 +67,10 @@ def bar_panels(
     log: bool = False,
     columns: int = 2,
 ) -> None:
-    """One panel of horizontal bars per configuration: median ms, labelled with the ratio."""
+    """One panel of horizontal bars per configuration: median ms, labelled with the ratio.
+
+    Variants whose names begin with the same word share a colour.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,14 +81,14 @@ def bar_panels(
     figure, axes = plt.subplots(
         rows, columns, figsize=(6.2 * columns, height * rows), squeeze=False, layout="constrained"
     )
-    names = list(dict.fromkeys(t.name for timings in panels.values() for t in timings))
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    families = dict.fromkeys(t.family for timings in panels.values() for t in timings)
+    colour = {family: COLOURS[i % len(COLOURS)] for i, family in enumerate(families)}
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (label, timings) in zip(axes.flat, panels.items(), strict=False):
         positions = range(len(timings))
         values = [0.0 if t.failure else 1e3 * t.median for t in timings]
-        axis.barh(positions, values, color=[colour[t.name] for t in timings], height=0.7)
+        axis.barh(positions, values, color=[colour[t.family] for t in timings], height=0.7)
         axis.set_yticks(positions, [t.name for t in timings])
         axis.invert_yaxis()
         axis.set_title(label, fontsize=10, loc="left")
@@ -96,7 +99,9 @@ def bar_panels(
         axis.margins(x=0.3 if log else 0.22)
         left = axis.get_xlim()[0]
         for position, timing, value in zip(positions, timings, values, strict=True):
-            text = "fails" if timing.failure else f" {value:.3g} ms  ({timing.ratio():.3g}×)"
+            text = (
+                "fails" if timing.failure else f" {_short(value)} ms  ({_short(timing.ratio())}×)"
+            )
             axis.text(value or left, position, text, va="center", fontsize=8)
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,9 +113,12 @@ def _plain(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _cell(value: float, spec: str) -> str:
-    return "" if math.isnan(value) else format(value, spec)
+def _short(value: float) -> str:
+    """Three significant digits, never an exponent: 0.174, 12.3, 12,345; empty for NaN."""
+    if math.isnan(value):
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _spread(low: float, high: float, spec: str) -> str:
-    return "" if math.isnan(low) else f"{low:{spec}}–{high:{spec}}"
+def _spread(low: float, high: float) -> str:
+    return f"{_short(low)}–{_short(high)}".strip("–")

@@ -25,6 +25,12 @@ def weight(dtype: torch.dtype, size: int = SIZE) -> torch.Tensor:
     return torch.randn(size, size).div_(size**0.5).to(dtype)
 
 
+def operands(dtype: torch.dtype, r: int) -> tuple[torch.Tensor, ...]:
+    """x, W, A, B; the factors in fp32."""
+    x = torch.randn(TOKENS, SIZE, dtype=dtype)
+    return x, weight(dtype), torch.randn(r, SIZE) / SIZE**0.5, torch.randn(SIZE, r) / r**0.5
+
+
 @ranks
 @pytest.mark.benchmark(group="dst_basis 4096")
 def test_dst_basis(benchmark, r):
@@ -84,9 +90,3 @@ def test_linear_backward(benchmark, dtype, r):
     benchmark.pedantic(
         lambda: torch.autograd.grad(ops.linear(x, w, None, a, b, 1.0), wanted, dy), **ROUNDS
     )
-
-
-def operands(dtype: torch.dtype, r: int) -> tuple[torch.Tensor, ...]:
-    """x, W, A, B; the factors in fp32."""
-    x = torch.randn(TOKENS, SIZE, dtype=dtype)
-    return x, weight(dtype), torch.randn(r, SIZE) / SIZE**0.5, torch.randn(SIZE, r) / r**0.5

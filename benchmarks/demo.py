@@ -86,7 +86,7 @@ def run(task: Task, name: str, progress: Progress) -> tuple[Outcome, nn.Module]:
     model = copy.deepcopy(task.base)
 
     bar = progress.add_task(f"{name}: initialise", total=len(task.targets))
-    with PeakGrowth() as init_memory:
+    with PeakGrowth(sharp=True) as init_memory:
         start = time.perf_counter()
         adapt(model, task.targets, METHODS[name], partial(progress.advance, bar))
         seconds = time.perf_counter() - start
@@ -152,19 +152,18 @@ def show(console: Console, outcomes: Sequence[Outcome]) -> None:
     )
 
 
-def load(recipe: Recipe, blocks: int | None, validation_texts: int) -> Task:
-    """The model and the texts; `blocks` keeps the first few of its 30 blocks."""
+def load(recipe: Recipe, blocks: int | None, held_out: int | None) -> Task:
+    """The model's first few blocks and the first few validation texts; None: all."""
     base, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
     training, validation = (smollm2.tokenize(tokenizer, part) for part in smollm2.load_texts())
     targets = list(smollm2.target_projections(base, blocks))
-    return Task(base, targets, recipe, training, validation[:validation_texts])
+    return Task(base, targets, recipe, training, validation[:held_out])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.demo", description=__doc__)
     parser.add_argument("--steps", type=int, help="training steps (default 30, quick 2)")
-    parser.add_argument("--validation-texts", type=int, help="of 32 held out (default 16, quick 2)")
     parser.add_argument("--lr", type=float, default=2e-5, help="learning rate (default 2e-5)")
     parser.add_argument("--seed", type=int, default=0, help="seed of A and of the batches")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSVs and PNG go")
@@ -175,13 +174,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if the saved and loaded adapter agrees with the trained one."""
     options, console = parse(argv), Console()
-    steps, batch, blocks, validation_texts = (2, 2, 2, 2) if options.quick else (30, 4, None, 16)
+    steps, batch, blocks, held_out = (2, 2, 2, 2) if options.quick else (30, 4, None, None)
     steps = options.steps or steps
-    validation_texts = options.validation_texts or validation_texts
     recipe = Recipe(steps=steps, batch=batch, lr=options.lr, seed=options.seed)
     try:
         with console.status("Loading SmolLM2-135M (20 s the first time: its GGUF is unpacked)"):
-            task = load(recipe, blocks, validation_texts)
+            task = load(recipe, blocks, held_out)
     except smollm2.MissingWheelError as error:
         console.print(f"The demo cannot run: {error}", style="red")
         return 1

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100
@@ -90,7 +89,7 @@ def token_loss(model: nn.Module, texts: Sequence[Tensor]) -> tuple[Tensor, int]:
     hidden = model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
     predicted = labels != IGNORED
     losses = [
-        F.cross_entropy(model.lm_head(h[here]), label[here], reduction="sum")
+        nn.functional.cross_entropy(model.lm_head(h[here]), label[here], reduction="sum")
         for h, label, here in zip(hidden[:, :-1], labels, predicted, strict=True)
     ]
     return torch.stack(losses).sum(), int(predicted.sum())

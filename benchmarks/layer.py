@@ -39,7 +39,7 @@ class Composition(nn.Module):
         self.scaling = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x Wᵀ + s · (x Aᵀ) Bᵀ in x's dtype."""
+        """In x's dtype: y = x Wᵀ + s · (x Aᵀ) Bᵀ."""
         lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return self.linear(x) + self.scaling * ((x @ lora_A.T) @ lora_B.T)
 

@@ -11,14 +11,24 @@ from types import TracebackType
 import psutil
 
 INTERVAL = 0.002  # seconds between two looks at the resident size
+M_MMAP_THRESHOLD = -3  # as in malloc.h
 
 
 class PeakGrowth:
-    """Context manager; `mib` is the highest resident memory inside, less that at its start."""
+    """Context manager; `mib` is the highest resident memory inside, less that at its start.
+
+    `sharp` makes the allocator return each large block when it is freed, or else fragments of its
+    heap are counted with what is in use; it costs time where many blocks come and go.
+    """
 
     mib: float = 0.0
 
+    def __init__(self, sharp: bool = False) -> None:
+        self._sharp = sharp
+
     def __enter__(self) -> PeakGrowth:
+        if self._sharp:
+            _release_blocks_from(1 << 20)
         _return_freed_memory()
         self._process = psutil.Process()
         self._start = self._peak = self._process.memory_info().rss
@@ -36,6 +46,8 @@ class PeakGrowth:
         self._stop.set()
         self._watcher.join()
         self._look()
+        if self._sharp:
+            _release_blocks_from(1 << 25)  # the highest that glibc chooses by itself
         self.mib = (self._peak - self._start) / 2**20
 
     def _watch(self) -> None:
@@ -49,7 +61,15 @@ class PeakGrowth:
 def _return_freed_memory() -> None:
     """Without it, memory that an earlier method freed would hide what the next one takes."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(0)
+    _glibc("malloc_trim", 0)
+
+
+def _release_blocks_from(size: int) -> None:
+    """Blocks of at least `size` bytes go back to the system as soon as they are freed."""
+    _glibc("mallopt", M_MMAP_THRESHOLD, size)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    """Calls it where there is a glibc; elsewhere the figures are a little less sharp."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), function):
+        getattr(library, function)(*arguments)

@@ -4,8 +4,10 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "dst.h"
+#include "kernels.h"
 #include "sine.h"
 
 namespace lora {
@@ -13,42 +15,25 @@ namespace {
 
 constexpr int64_t kRowGrainElements = 1 << 14;
 
-// The table index (i+1)(j+1) mod 2n is an exact integer, stepped along the row. One chain of steps
-// waits for itself, so a group of rows walks abreast.
-template <typename T, int kGroup>
-void fill_group(
-    T* out, int64_t row_stride, int64_t col_stride, const std::vector<T>& table, int64_t first_row,
-    int64_t first_col, int64_t cols) {
-  const auto period = static_cast<uint32_t>(table.size());
-  uint32_t step[kGroup], index[kGroup];
-  for (int g = 0; g < kGroup; ++g) {
-    const int64_t i = (first_row + g + 1) % period;
-    step[g] = static_cast<uint32_t>(i);
-    index[g] = static_cast<uint32_t>(i * ((first_col + 1) % period) % period);
-  }
-  const T* values = table.data();
-  for (int64_t j = 0; j < cols; ++j) {
-    for (int g = 0; g < kGroup; ++g) {
-      out[g * row_stride + j * col_stride] = values[index[g]];
-      index[g] += step[g];
-      index[g] = std::min(index[g], index[g] - period);  // unsigned: wraps unless past the period
+// The table index (i+1)(j+1) mod 2n is an exact integer, stepped along the row.
+template <typename T>
+void fill_row(
+    T* out, int64_t stride, const std::vector<T>& table, int64_t row, int64_t first_col,
+    int64_t cols) {
+  const auto period = static_cast<int64_t>(table.size());
+  const int64_t step = (row + 1) % period;
+  int64_t index = step * ((first_col + 1) % period) % period;
+  if constexpr (std::is_same_v<T, float>) {
+    if (stride == 1) {
+      return kernels().gather_row(
+          table.data(), static_cast<uint32_t>(period), static_cast<uint32_t>(index),
+          static_cast<uint32_t>(step), out, cols);
     }
   }
-}
-
-template <typename T>
-void fill_rows(
-    T* out, int64_t row_stride, int64_t col_stride, const std::vector<T>& table, int64_t begin,
-    int64_t end, int64_t first_row, int64_t first_col, int64_t cols) {
-  constexpr int kGroup = 8;
-  int64_t i = begin;
-  for (; i + kGroup <= end; i += kGroup) {
-    fill_group<T, kGroup>(
-        out + i * row_stride, row_stride, col_stride, table, first_row + i, first_col, cols);
-  }
-  for (; i < end; ++i) {
-    fill_group<T, 1>(
-        out + i * row_stride, row_stride, col_stride, table, first_row + i, first_col, cols);
+  for (int64_t j = 0; j < cols; ++j) {
+    out[j * stride] = table[index];
+    index += step;
+    index -= index >= period ? period : 0;
   }
 }
 
@@ -74,9 +59,11 @@ void fill_dst_basis(
     auto* data = out.data_ptr<scalar_t>();
     const int64_t grain = std::max<int64_t>(1, kRowGrainElements / std::max<int64_t>(1, cols));
     at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      fill_rows(
-          data, row_stride, col_stride, table, begin, end, tall ? offset : 0, tall ? 0 : offset,
-          cols);
+      for (int64_t i = begin; i < end; ++i) {
+        fill_row(
+            data + i * row_stride, col_stride, table, (tall ? offset : 0) + i, tall ? 0 : offset,
+            cols);
+      }
     });
   });
 }

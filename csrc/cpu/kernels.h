@@ -36,6 +36,10 @@ struct Kernels {
       const RowGroup& group, const double* low, const double* high, const double* cosine,
       int64_t columns, void* const (&rows)[kRowGroup], c10::ScalarType dtype);
   SumPair (*sums)(const void* data, c10::ScalarType dtype, int64_t stride, int64_t count);
+  // out[j] = table[(index + j * step) mod period]; index, step < period < 2^31
+  void (*gather_row)(
+      const float* table, uint32_t period, uint32_t index, uint32_t step, float* out,
+      int64_t count);
   // out[j] = keep(row, j) ? keep_scale * x[j] : 0
   void (*dropout_row)(
       const void* x, void* out, c10::ScalarType dtype, int64_t row, int64_t count,

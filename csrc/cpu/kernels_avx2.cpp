@@ -7,6 +7,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define LORA_F16C
+#define LORA_GATHER8
 #define LORA_ISA avx2
 #include "kernels_impl.h"
 #if defined(__clang__)

@@ -9,6 +9,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 #define LORA_F16C
+#define LORA_GATHER16
 #define LORA_ISA avx512
 #include "kernels_impl.h"
 #if defined(__clang__)

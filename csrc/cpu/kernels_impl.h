@@ -234,6 +234,50 @@ SumPair sums(const void* data, c10::ScalarType dtype, int64_t stride, int64_t co
   }
 }
 
+// The index chain of one row is the vector's: 16 or 8 steps at once, then a hardware gather.
+void gather_row(
+    const float* table, uint32_t period, uint32_t index, uint32_t step, float* out,
+    int64_t count) {
+  int64_t j = 0;
+#if defined(LORA_GATHER16) || defined(LORA_GATHER8)
+#if defined(LORA_GATHER16)
+  constexpr int kWidth = 16;
+#else
+  constexpr int kWidth = 8;
+#endif
+  alignas(64) uint32_t lanes[kWidth];
+  uint64_t lane_index = index;
+  for (int lane = 0; lane < kWidth; ++lane) {
+    lanes[lane] = static_cast<uint32_t>(lane_index);
+    lane_index = (lane_index + step) % period;
+  }
+  const auto stride = static_cast<int>(static_cast<uint64_t>(step) * kWidth % period);
+#if defined(LORA_GATHER16)
+  auto at = _mm512_load_si512(lanes);
+  const auto advance = _mm512_set1_epi32(stride), wrap = _mm512_set1_epi32(period);
+  for (; j + kWidth <= count; j += kWidth) {
+    _mm512_storeu_ps(out + j, _mm512_i32gather_ps(at, table, 4));
+    at = _mm512_add_epi32(at, advance);
+    at = _mm512_min_epu32(at, _mm512_sub_epi32(at, wrap));
+  }
+#else
+  auto at = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
+  const auto advance = _mm256_set1_epi32(stride), wrap = _mm256_set1_epi32(period);
+  for (; j + kWidth <= count; j += kWidth) {
+    _mm256_storeu_ps(out + j, _mm256_i32gather_ps(table, at, 4));
+    at = _mm256_add_epi32(at, advance);
+    at = _mm256_min_epu32(at, _mm256_sub_epi32(at, wrap));
+  }
+#endif
+  index = static_cast<uint32_t>((index + static_cast<uint64_t>(step) * j) % period);
+#endif
+  for (; j < count; ++j) {
+    out[j] = table[index];
+    index += step;
+    index = std::min(index, index - period);  // unsigned: wraps unless past the period
+  }
+}
+
 // Philox4x32-10 (Salmon et al., SC'11) on kLanes counters at once; counter = (column / 4, row).
 constexpr int kLanes = 16;
 

@@ -6,7 +6,7 @@
 namespace lora {
 namespace LORA_ISA {
 namespace {
-const Kernels table{LORA_STRINGIFY(LORA_ISA), subtract_rows, sums, dropout_row};
+const Kernels table{LORA_STRINGIFY(LORA_ISA), subtract_rows, sums, gather_row, dropout_row};
 }  // namespace
 }  // namespace LORA_ISA
 }  // namespace lora

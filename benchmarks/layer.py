@@ -25,7 +25,7 @@ from lora_kernels import LoRALinear
 SHAPES: tuple[Shape, ...] = ((4096, 4096),)
 RANKS = (16, 128)
 TOKENS = 512
-BARE = "nn.Linear, frozen"
+BARE = "frozen nn.Linear"
 
 
 class Composition(nn.Module):

@@ -236,8 +236,7 @@ SumPair sums(const void* data, c10::ScalarType dtype, int64_t stride, int64_t co
 
 // The index chain of one row is the vector's: 16 or 8 steps at once, then a hardware gather.
 void gather_row(
-    const float* table, uint32_t period, uint32_t index, uint32_t step, float* out,
-    int64_t count) {
+    const float* table, uint32_t period, uint32_t index, uint32_t step, float* out, int64_t count) {
   int64_t j = 0;
 #if defined(LORA_GATHER16) || defined(LORA_GATHER8)
 #if defined(LORA_GATHER16)

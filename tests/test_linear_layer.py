@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -358,3 +360,39 @@ def test_weights_that_cannot_be_absorbed():
     layer = LoRALinear.from_linear(nn.Linear(48, 40), r=4)
     with pytest.raises(TypeError, match="adapted already"):
         LoRALinear.from_linear(layer, r=4)
+
+
+PEAK = """
+import sys, threading
+import psutil, torch
+from torch import nn
+from lora_kernels import LoRALinear
+LoRALinear(64, 64, r=4)  # what the first call loads
+dtype, layout = getattr(torch, sys.argv[1]), sys.argv[2]
+linear = nn.Linear(8192, 8192, bias=False, dtype=dtype)
+if layout == "transposed":
+    linear.weight.data = linear.weight.data.T.contiguous().T
+elif layout == "strided":
+    linear.weight.data = torch.cat([linear.weight.data] * 2)[::2]
+resident = psutil.Process().memory_info
+before, peak, done = resident().rss, 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.0005):
+        peak = max(peak, resident().rss)
+watcher = threading.Thread(target=watch)
+watcher.start()
+layer = LoRALinear.from_linear(linear, r=8)
+done.set()
+watcher.join()
+print((max(peak, resident().rss) - before) / (8192 * 8192 * dtype.itemsize))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+def test_absorbing_holds_no_second_copy(dtype, layout):
+    """The process grows by A and B, never by as much as a tenth of W."""
+    command = [sys.executable, "-c", PEAK, dtype, layout]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 0.1

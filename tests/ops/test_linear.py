@@ -216,10 +216,23 @@ def test_opcheck(dropout, device):
     seed = torch.tensor(3, device=device)
     args = [t[k] for k in GRADS]
     opcheck(op, (*args, 0.5, dropout, seed, t["start_A"], t["start_B"]))
+    plain = [a if a is None else a.detach() for a in args]
+    extras = (0.5, dropout, seed, t["start_A"], t["start_B"])
+    opcheck(torch.ops.lora.linear_forward, (*plain, *extras))
+    z, grad = torch.randn(4, 2, device=device), torch.randn(4, 6, device=device)
+    x, weight, _, A, B = plain
     opcheck(
-        torch.ops.lora.linear_forward,
-        (*args, 0.5, dropout, seed, t["start_A"], t["start_B"]),
+        torch.ops.lora.linear_backward,
+        (grad, x, weight, A, B, z, *extras, [True, False, True, False, True]),
     )
+
+
+def test_differentiates_once():
+    t = inputs((3,), 6, 5, 2, torch.float64)
+    A = t["lora_A"].requires_grad_()
+    (grad,) = torch.autograd.grad(call(t, 1.0).square().sum(), A, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -126,12 +126,13 @@ class LoRALinear(nn.Linear):
             self.bias.requires_grad_(False)
         self.lora_A = nn.Parameter(start.lora_A)
         self.lora_B = nn.Parameter(start.lora_B)
-        # What gives the base back: β and the rule (absorb), or the factors themselves (implicit).
-        implicit = initializer.changes_base and residual == "implicit"
-        self.register_buffer("start_A", start.lora_A.clone() if implicit else None)
-        self.register_buffer("start_B", start.lora_B.clone() if implicit else None)
-        absorbed = initializer.changes_base and residual == "absorb"
-        self._absorbed_beta = start.beta if absorbed else None
+        # What gives the base back: β and the rule, which is one number, or else the factors.
+        changed = initializer.changes_base
+        recipe = changed and residual == "absorb" and start.beta is not None
+        keep = changed and not recipe
+        self.register_buffer("start_A", start.lora_A.clone() if keep else None)
+        self.register_buffer("start_B", start.lora_B.clone() if keep else None)
+        self._absorbed_beta = start.beta if recipe else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features], in x's dtype."""
@@ -151,20 +152,26 @@ class LoRALinear(nn.Linear):
             self.scaling,
             dropout,
             seed,
-            self.start_A,
-            self.start_B,
+            *self._implicit_start(),
         )
 
+    def _implicit_start(self) -> tuple[Tensor | None, Tensor | None]:
+        """The factors that the forward subtracts."""
+        return (self.start_A, self.start_B) if self.residual == "implicit" else (None, None)
+
     def _base_forward(self, x: Tensor) -> Tensor:
-        if self._absorbed_beta is None:
-            return nn.functional.linear(x, self.weight, self.bias)
         start = self._absorbed_start()
+        if start is None:
+            return nn.functional.linear(x, self.weight, self.bias)
         return torch.ops.lora.linear(
             x, self.weight, self.bias, start.lora_A, start.lora_B, self.scaling
         )
 
-    def _absorbed_start(self) -> Start:
-        """The factors that W lacks, made again from β."""
+    def _absorbed_start(self) -> Start | None:
+        """The factors that W lacks, kept or made again from β; None if it lacks nothing."""
+        if self._absorbed_beta is None:
+            kept = self.residual == "absorb" and self.start_A is not None
+            return Start(self.start_A, self.start_B) if kept else None
         beta = self._absorbed_beta.to(self.weight.device)
         dtype = self.lora_A.dtype
         basis = torch.ops.lora.dst_basis
@@ -180,8 +187,9 @@ class LoRALinear(nn.Linear):
         rounding of its dtype.
         """
         weight = self.weight.detach().clone()
-        if self._absorbed_beta is not None:
-            subtract_start_(weight, self._absorbed_start(), -self.scaling)
+        start = self._absorbed_start()
+        if start is not None:
+            subtract_start_(weight, start, -self.scaling)
         return self._plain(weight)
 
     @torch.no_grad()
@@ -192,9 +200,10 @@ class LoRALinear(nn.Linear):
         work = torch.promote_types(self.lora_A.dtype, torch.float32)
         weight = self.weight.detach().to(work, copy=True)
         left, right = self.lora_B.to(work), self.lora_A.to(work)
-        if self.start_A is not None:
-            left = torch.cat([left, -self.start_B.to(work)], dim=1)  # [out, 2r]
-            right = torch.cat([right, self.start_A.to(work)], dim=0)  # [2r, in]
+        start_A, start_B = self._implicit_start()
+        if start_A is not None:
+            left = torch.cat([left, -start_B.to(work)], dim=1)  # [out, 2r]
+            right = torch.cat([right, start_A.to(work)], dim=0)  # [2r, in]
         return self._plain(weight.addmm_(left, right, alpha=self.scaling).to(self.weight.dtype))
 
     def _plain(self, weight: Tensor) -> nn.Linear:
@@ -206,8 +215,8 @@ class LoRALinear(nn.Linear):
         return linear.train(self.training)
 
     def get_extra_state(self) -> Tensor:
-        """β of an absorbed start as a float64 tensor of its own, which `.to(dtype)` leaves alone;
-        empty if nothing was absorbed.
+        """β of an absorbed DST start as a float64 tensor of its own, which `.to(dtype)` leaves
+        alone; empty if there is none.
         """
         if self._absorbed_beta is None:
             return torch.empty(0, dtype=torch.float64)

@@ -46,9 +46,21 @@ class Initializer(ABC):
         return start
 
 
+_ROW_BLOCK = 256
+
+
 def subtract_start_(weight: Tensor, start: Start, scaling: float) -> None:
-    """Weight ← weight − scaling · B₀A₀ in place; a negative scaling gives the base back."""
-    if start.beta is None:
-        raise ValueError("this start keeps no recipe, so it cannot be taken out of a weight")
-    coefficient = (scaling * start.beta.to(torch.float64) ** 2).to(weight.device)
-    torch.ops.lora.subtract_dst_(weight, coefficient, start.lora_A.shape[0])
+    """Weight ← weight − scaling · B₀A₀ in place, rounded once; a negative scaling adds it back.
+
+    By the closed form of a DST start, else as a product in float32 or wider, by blocks of rows.
+    """
+    if start.beta is not None:
+        coefficient = (scaling * start.beta.to(torch.float64) ** 2).to(weight.device)
+        torch.ops.lora.subtract_dst_(weight, coefficient, start.lora_A.shape[0])
+        return
+    work = torch.promote_types(weight.dtype, torch.float32)
+    lora_A = start.lora_A.to(work)
+    for begin in range(0, weight.shape[0], _ROW_BLOCK):
+        block = weight[begin : begin + _ROW_BLOCK]
+        lora_B = start.lora_B[begin : begin + _ROW_BLOCK].to(work)
+        block.copy_(torch.addmm(block.to(work), lora_B, lora_A, alpha=-scaling))

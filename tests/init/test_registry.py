@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 import torch
+from torch import nn
 
 from lora_kernels import LoRALinear
 from lora_kernels.init import (
@@ -16,6 +18,8 @@ from lora_kernels.init import (
     register_initializer,
     registry,
 )
+
+from ..oracle import ROUNDING
 
 
 def test_names():
@@ -39,6 +43,45 @@ def test_a_user_registers_one(monkeypatch):
     assert (layer.lora_A == 0.5).all()
     with pytest.raises(ValueError, match="taken"):
         register_initializer("halves", Halves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", ["absorb", "implicit"])
+def test_a_start_without_a_recipe(dtype, residual):
+    """Any factors can be absorbed, or subtracted by the forward: they are then kept."""
+
+    @dataclass(frozen=True)
+    class Random(Initializer):
+        changes_base = True
+
+        def __call__(self, weight, r):
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            rows, cols = weight.shape
+            return Start(torch.randn(r, cols, dtype=wide), torch.randn(rows, r, dtype=wide))
+
+    linear = nn.Linear(40, 600, dtype=dtype)
+    original = copy.deepcopy(linear).double().requires_grad_(False)
+    layer = LoRALinear.from_linear(linear, r=4, init_lora_weights=Random(), residual=residual)
+    A, B = (p.detach().double().clone() for p in (layer.lora_A, layer.lora_B))
+    lacking = layer.scaling * (B @ A) if residual == "absorb" else 0.0
+    eps = ROUNDING[dtype] + 6 * ROUNDING[layer.lora_A.dtype]
+    bound = eps * (layer.weight.double().abs() + layer.scaling * B.abs() @ A.abs())
+    assert ((layer.weight.double() + lacking - original.weight).abs() <= bound).all()
+
+    with torch.no_grad():
+        layer.lora_B.mul_(0.5)  # as if trained: what gives the base back must not move with it
+    loaded = LoRALinear(40, 600, r=4, init_lora_weights=Random(), residual=residual, dtype=dtype)
+    loaded.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 40, dtype=dtype)
+    base = original(x.double())
+    trained = base - 0.5 * layer.scaling * x.double() @ A.T @ B.T
+    noise = 32 * ROUNDING[dtype] * (base.norm() + trained.norm())
+    for one in (layer, loaded):
+        assert ((one.base_linear().weight.double() - original.weight).abs() <= 2 * bound).all()
+        assert (one(x).double() - trained).norm() <= noise
+        assert (one.to_linear()(x).double() - trained).norm() <= noise
+        one.adapter_enabled = False
+        assert (one(x).double() - base).norm() <= noise
 
 
 def test_options_are_frozen():

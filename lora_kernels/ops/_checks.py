@@ -28,9 +28,16 @@ def check_weight(weight: torch.Tensor, name: str = "weight") -> None:
 
 def check_writable(weight: torch.Tensor, name: str = "weight") -> None:
     """Raises if two entries of `weight` share memory, so that writing one changes the other."""
+    fast, slow = sorted(zip(weight.stride(), weight.shape, strict=True))
+    overlaps = (fast[0] == 0 and fast[1] > 1) or (
+        slow[1] > 1 and slow[0] <= (fast[1] - 1) * fast[0]
+    )
     torch._check_value(
-        not any(s == 0 and n > 1 for n, s in zip(weight.shape, weight.stride(), strict=True)),
-        lambda: f"{name} is an expanded view (stride 0) and cannot be written in place",
+        weight.numel() == 0 or not overlaps,
+        lambda: (
+            f"{name} is an expanded or overlapping view (strides {list(weight.stride())} of shape "
+            f"{list(weight.shape)}) and cannot be written in place; clone it first"
+        ),
     )
 
 

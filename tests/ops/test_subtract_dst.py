@@ -171,6 +171,8 @@ def test_empty_shard_and_inference_mode():
         (torch.ones(4), torch.ones(()), (1,), ValueError, "2-D"),
         (torch.ones(4, 4, dtype=torch.int32), torch.ones(()), (1,), TypeError, "int32"),
         (torch.ones(4, 1).expand(4, 4), torch.ones(()), (1,), ValueError, "expanded"),
+        (torch.ones(9).as_strided((4, 4), (1, 1)), torch.ones(()), (1,), ValueError, "overlapping"),
+        (torch.ones(9).as_strided((4, 4), (2, 1)), torch.ones(()), (1,), ValueError, "overlapping"),
         (torch.ones(4, 4), torch.ones(3), (1,), ValueError, "exactly one"),
         (torch.ones(4, 4), torch.ones((), dtype=torch.int64), (1,), ValueError, "floating"),
         (torch.ones(4, 4), torch.ones((), device="meta"), (1,), ValueError, "meta"),

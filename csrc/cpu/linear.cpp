@@ -46,7 +46,14 @@ struct Dropout {
 };
 
 at::Tensor as_rows(const at::Tensor& x) {
-  return x.dim() == 2 ? x : x.reshape({x.numel() / std::max<int64_t>(1, x.size(-1)), x.size(-1)});
+  if (x.dim() == 2) {
+    return x;
+  }
+  int64_t count = 1;
+  for (const auto size : x.sizes().slice(0, x.dim() - 1)) {
+    count *= size;
+  }
+  return x.reshape({count, x.size(-1)});
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_forward(
@@ -68,7 +75,7 @@ std::tuple<at::Tensor, at::Tensor> linear_forward(
   }
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
-  return {y.reshape(shape), z};
+  return {at::_unsafe_view(y, shape), z};  // no view: a user may write into y in place
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward(

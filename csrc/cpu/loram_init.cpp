@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 
 #include "dst.h"
@@ -18,6 +19,28 @@ double log_gain(int64_t rows, int64_t cols, int64_t rank) {
   }
   return std::log(static_cast<double>(std::max<int64_t>(rank, 2))) /
          std::log(static_cast<double>(full));
+}
+
+double largest(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf:
+      return std::numeric_limits<at::Half>::max();
+    case at::kBFloat16:
+      return std::numeric_limits<at::BFloat16>::max();
+    case at::kDouble:
+      return std::numeric_limits<double>::max();
+    default:
+      return std::numeric_limits<float>::max();
+  }
+}
+
+// An entry of the subtracted product is at most |coefficient| 2r / sqrt((n+1)(m+1)).
+bool residual_fits(const at::Tensor& weight, double norm, double coefficient, int64_t rank) {
+  const double bound =
+      std::abs(coefficient) * 2.0 * static_cast<double>(rank) /
+      std::sqrt(static_cast<double>(weight.size(0) + 1) * static_cast<double>(weight.size(1) + 1));
+  const double limit = largest(weight.scalar_type());
+  return bound + norm <= limit || bound + weight.abs().max().item<double>() <= limit;
 }
 
 void loram_init_(
@@ -42,7 +65,6 @@ void loram_init_(
         " is zero, so its magnitude gives no scale; no weight was changed");
   }
   auto* betas = beta.data_ptr<double>();
-  SineTables tables;
   std::vector<DstSubtraction> jobs;
   jobs.reserve(weights.size());
   for (size_t k = 0; k < weights.size(); ++k) {
@@ -50,9 +72,16 @@ void loram_init_(
     const double squared =
         std::sqrt(sums[2 * k + 1] * log_gain(rows, cols, rank) / static_cast<double>(rank));
     betas[k] = std::sqrt(squared);
-    fill_dst_basis(lora_A[k].t(), cols, 0, betas[k], tables);
-    fill_dst_basis(lora_B[k], rows, 0, betas[k], tables);
     jobs.push_back({weights[k], scaling * squared, rank, {rows, cols, 0, 0}});
+    TORCH_CHECK_VALUE(
+        residual_fits(weights[k], std::sqrt(sums[2 * k + 1]), jobs[k].coefficient, rank),
+        "loram_init: with scaling ", scaling, " the residual of weight ", k, " could overflow ",
+        weights[k].scalar_type(), "; no weight was changed");
+  }
+  SineTables tables;
+  for (size_t k = 0; k < weights.size(); ++k) {
+    fill_dst_basis(lora_A[k].t(), weights[k].size(1), 0, betas[k], tables);
+    fill_dst_basis(lora_B[k], weights[k].size(0), 0, betas[k], tables);
   }
   subtract_dst(jobs, tables);
 }

@@ -184,13 +184,11 @@ namespace {
 void subtract_dst_(
     at::Tensor weight, const at::Tensor& coefficient, int64_t rank, int64_t global_rows,
     int64_t global_cols, int64_t row_offset, int64_t col_offset) {
+  const auto value = coefficient.item<double>();
+  TORCH_CHECK_VALUE(
+      std::isfinite(value), "subtract_dst_: coefficient is ", value, "; nothing was changed");
   SineTables tables;
-  subtract_dst(
-      {{weight,
-        coefficient.item<double>(),
-        rank,
-        {global_rows, global_cols, row_offset, col_offset}}},
-      tables);
+  subtract_dst({{weight, value, rank, {global_rows, global_cols, row_offset, col_offset}}}, tables);
 }
 
 }  // namespace

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ..ops._checks import factor_dtype
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,34 @@ class Initializer(ABC):
 
         Nothing is written if an error is raised.
         """
-        start = self(weight, r)
+        start = checked(self(weight, r), weight, r)
         if self.changes_base:
             subtract_start_(weight, start, scaling)
         return start
+
+
+def checked(start: Start, weight: Tensor, r: int) -> Start:
+    """The start with factors of its own, in the dtype that goes with `weight`.
+
+    Raises:
+        ValueError: if a factor does not fit the weight and the rank, or is not finite.
+
+    """
+    rows, cols = weight.shape
+    dtype = factor_dtype(weight.dtype)
+    factors = {}
+    for name, shape in (("lora_A", (r, cols)), ("lora_B", (rows, r))):
+        factor = getattr(start, name)
+        if tuple(factor.shape) != shape:
+            raise ValueError(
+                f"the initialiser gave {name} of shape {list(factor.shape)}; a weight "
+                f"[{rows}, {cols}] at rank {r} needs {list(shape)}"
+            )
+        if not factor.is_meta and not bool(factor.isfinite().all()):
+            raise ValueError(f"the initialiser gave a {name} that holds NaN or Inf")
+        shared = factor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        factors[name] = factor.detach().to(weight.device, dtype, copy=shared)
+    return replace(start, **factors)
 
 
 _ROW_BLOCK = 256

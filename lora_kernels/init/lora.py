@@ -31,7 +31,7 @@ class LoRA(Initializer):
             "device": weight.device,
         }
         generator = None
-        if self.seed is not None:
+        if self.seed is not None and not weight.is_meta:
             generator = torch.Generator(weight.device).manual_seed(self.seed)
         bound = 1 / math.sqrt(cols)
         lora_A = torch.empty(r, cols, **options).uniform_(-bound, bound, generator=generator)

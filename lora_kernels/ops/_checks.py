@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_SIZE = 2**30
 _FLOAT_NAMES = "float64, float32, bfloat16 or float16"
 
 
@@ -38,6 +39,13 @@ def check_writable(weight: torch.Tensor, name: str = "weight") -> None:
             f"{name} is an expanded or overlapping view (strides {list(weight.stride())} of shape "
             f"{list(weight.shape)}) and cannot be written in place; clone it first"
         ),
+    )
+
+
+def check_size(size: int, name: str) -> None:
+    """Raises unless 1 <= size < 2^30: products of two sizes and a rank have to fit an int64."""
+    torch._check_value(
+        size >= 1 and size < MAX_SIZE, lambda: f"{name} must be in [1, 2^30), got {size}"
     )
 
 

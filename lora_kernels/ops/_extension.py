@@ -14,7 +14,7 @@ def load_extension() -> bool:
         warnings.warn(
             "lora_kernels runs without its compiled CPU kernels, on the plain-torch references: "
             "results are the same, initialisation is many times slower. To build them: "
-            f"pip install --no-build-isolation . (needs a C++17 compiler and ninja). [{error}]",
+            f"pip install --no-build-isolation . (needs a C++20 compiler and ninja). [{error}]",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ._checks import FLOATS
+from ._checks import FLOATS, check_size
 from ._library import define_composite, define_mutating_kernel
 
 # Minimax polynomials of sine and cosine on [0, pi/4] (fdlibm's, error < 2^-57), highest power
@@ -86,7 +86,7 @@ def dst_basis(
     length = size - offset if length is None else length
     dtype = dtype or torch.get_default_dtype()
     torch._check_type(dtype in FLOATS, lambda: f"dtype must be a real float, got {dtype}")
-    torch._check_value(size >= 1, lambda: f"size must be at least 1, got {size}")
+    check_size(size, "size")
     torch._check_value(
         rank >= 1 and rank <= size, lambda: f"rank must be in [1, {size}], got {rank}"
     )

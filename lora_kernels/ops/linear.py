@@ -46,7 +46,8 @@ def linear_forward_ref(
         # One product of rank 2r: start and adapter cancel before y is rounded.
         z0 = rows @ start_A.to(x.dtype).T
         y.addmm_(torch.cat([z, z0], 1), torch.cat([B, -start_B.to(x.dtype)], 1).T, alpha=scaling)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), z
+    # No view: a user may write into y in place.
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), z
 
 
 def linear_forward_fake(

@@ -54,13 +54,32 @@ def loram_init_ref(
                 f"loram_init: weight {k} is zero, so its magnitude gives no scale; "
                 "no weight was changed"
             )
+    squared = []  # β² of each
+    for k, weight in enumerate(weights):
+        gain = log_gain(rank, *weight.shape)
+        squared.append(torch.sqrt(sum_of_squares[k] * gain / rank))
+        if not _residual_fits(weight, sum_of_squares[k], scaling * squared[k], rank):
+            raise ValueError(
+                f"loram_init: with scaling {scaling} the residual of weight {k} could overflow "
+                f"{weight.dtype}; no weight was changed"
+            )
     for k, weight in enumerate(weights):
         rows, cols = weight.shape
-        squared = torch.sqrt(sum_of_squares[k] * log_gain(rank, rows, cols) / rank)  # β²
-        beta[k] = torch.sqrt(squared)
+        beta[k] = torch.sqrt(squared[k])
         dst_basis_ref(lora_A[k].T, cols, 0, beta[k])
         dst_basis_ref(lora_B[k], rows, 0, beta[k])
-        subtract_dst_ref(weight, scaling * squared, rank, rows, cols, 0, 0)
+        subtract_dst_ref(weight, scaling * squared[k], rank, rows, cols, 0, 0)
+
+
+def _residual_fits(
+    weight: torch.Tensor, sum_of_squares: torch.Tensor, coefficient: torch.Tensor, rank: int
+) -> bool:
+    """An entry of the subtracted product is at most |coefficient| 2r / √((n+1)(m+1))."""
+    rows, cols = weight.shape
+    bound = float(coefficient.abs()) * 2 * rank / math.sqrt((rows + 1) * (cols + 1))
+    limit = torch.finfo(weight.dtype).max
+    norm = math.sqrt(float(sum_of_squares))
+    return bound + norm <= limit or bound + float(weight.abs().max()) <= limit
 
 
 def loram_init_foreach(

@@ -29,7 +29,7 @@ def philox_words(rows: int, cols: int, seed: torch.Tensor) -> torch.Tensor:
         high1, low1 = _multiply(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
-    return torch.stack([c0, c1, c2, c3], dim=-1).reshape(rows, -1)[:, :cols]
+    return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)[:, :cols]
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:

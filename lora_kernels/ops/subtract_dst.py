@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_rank, check_weight, check_writable
+from ._checks import check_rank, check_size, check_weight, check_writable
 from ._library import define_composite, define_mutating_kernel
 from .dst_basis import dst_basis
 
@@ -45,6 +45,8 @@ def subtract_dst_(
     rows, cols = weight.shape
     global_rows = rows if global_rows is None else global_rows
     global_cols = cols if global_cols is None else global_cols
+    check_size(global_rows, "global_rows")
+    check_size(global_cols, "global_cols")
     check_rank(rank, global_rows, global_cols)
     torch._check_value(
         coefficient.numel() == 1 and coefficient.is_floating_point(),

@@ -286,6 +286,73 @@ def test_shapes_of_x(shape):
     assert layer(torch.randn(*shape)).shape == (*shape[:-1], 40)
 
 
+@pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 3, 48)])
+def test_output_can_be_written_in_place(shape):
+    layer, _ = make(residual="implicit")
+    y = layer(torch.randn(*shape))
+    y += 1
+    nn.functional.relu_(y).sum().backward()
+    assert layer.lora_A.grad is not None
+
+
+def test_a_weight_is_absorbed_once():
+    linear = nn.Linear(48, 40)
+    first = LoRALinear.from_linear(linear, r=4)
+    before = linear.weight.detach().clone()
+    for residual in RESIDUALS:
+        with pytest.raises(ValueError, match="start of another adapter"):
+            LoRALinear.from_linear(linear, r=4, residual=residual)
+    assert torch.equal(linear.weight, before)
+    LoRALinear.from_linear(first.base_linear(), r=4)
+    shared = nn.Linear(48, 40)  # many adapters on one base: what implicit is for
+    x = torch.randn(2, 48)
+    y = shared(x)
+    for _ in range(2):
+        layer = LoRALinear.from_linear(shared, r=4, residual="implicit")
+        close(layer(x), y, torch.float32, 32)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "make_linear,match",
+    [
+        (lambda: Doubling(8, 8), "Doubling does not compute"),
+        (lambda: nn.MultiheadAttention(8, 2).out_proj, "NonDynamicallyQuantizable"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "parametrization"),
+        (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(8, 8)), "parametrization"),
+    ],
+)
+def test_linears_that_are_none(make_linear, match):
+    linear = make_linear()
+    before = linear.weight.detach().clone()
+    with pytest.raises(TypeError, match=match):
+        LoRALinear.from_linear(linear, r=2)
+    assert torch.equal(linear.weight, before)
+
+
+def test_another_scaling_does_not_load():
+    layer, _ = make(lora_alpha=16)
+    other = LoRALinear(48, 40, r=8, lora_alpha=8)
+    with pytest.raises(ValueError, match=r"absorbed its start with scaling 2, this one has 1"):
+        other.load_state_dict(layer.state_dict())
+
+
+def test_the_base_does_not_move_with_the_scaling():
+    layer, original = make()
+    layer.scaling *= 3
+    close(layer.base_linear().weight, original.weight, torch.float32, 4)
+
+
+def test_numbers_of_numpy():
+    np = pytest.importorskip("numpy")
+    layer, _ = make(r=np.int64(4), lora_alpha=np.float32(8))
+    assert layer.r == 4 and layer.scaling == 2.0 and type(layer.scaling) is float
+
+
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_rank_one_trains(residual):
     layer, _ = make(residual=residual, r=1)

@@ -84,6 +84,44 @@ def test_a_start_without_a_recipe(dtype, residual):
         assert (one(x).double() - base).norm() <= noise
 
 
+@pytest.mark.parametrize("residual", ["absorb", "implicit"])
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        (lambda A, B: (A, B[:300]), r"lora_B of shape \[300, 4\]"),
+        (lambda A, B: (A[:, :3], B), r"lora_A of shape \[4, 3\]"),
+        (lambda A, B: (A, B * float("nan")), "lora_B that holds NaN"),
+    ],
+)
+def test_a_start_that_does_not_fit(change, match, residual):
+    @dataclass(frozen=True)
+    class Broken(Initializer):
+        changes_base = True
+
+        def __call__(self, weight, r):
+            return Start(*change(torch.ones(r, weight.shape[1]), torch.ones(weight.shape[0], r)))
+
+    linear = nn.Linear(40, 600)
+    before = linear.weight.detach().clone()
+    with pytest.raises(ValueError, match=match):
+        LoRALinear.from_linear(linear, r=4, init_lora_weights=Broken(), residual=residual)
+    assert torch.equal(linear.weight, before)
+
+
+def test_factors_are_float32_and_their_own():
+    @dataclass(frozen=True)
+    class View(Initializer):
+        changes_base = False
+
+        def __call__(self, weight, r):
+            return Start(weight[:r], weight.new_zeros(weight.shape[0], r))
+
+    layer = LoRALinear(8, 8, r=2, init_lora_weights=View(), dtype=torch.float32)
+    assert layer.lora_A.data_ptr() != layer.weight.data_ptr()
+    layer = LoRALinear(8, 8, r=2, init_lora_weights=View(), dtype=torch.bfloat16)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+
+
 def test_options_are_frozen():
     with pytest.raises(FrozenInstanceError):
         LoRA(seed=1).seed = 2

@@ -120,6 +120,8 @@ def test_meta():
     "args,kwargs,error",
     [
         ((0, 1), {}, ValueError),
+        ((2**63 - 1, 1), {"length": 1}, ValueError),
+        ((2**30, 1), {"length": 1}, ValueError),
         ((4, 0), {}, ValueError),
         ((4, 5), {}, ValueError),
         ((4, 2), {"offset": 3, "length": 2}, ValueError),

@@ -186,11 +186,15 @@ def test_layouts(device):
 
 
 @pytest.mark.parametrize("lead", [(0,), (0, 3), (3, 0)])
-def test_empty_batch(lead):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_empty_batch(lead, dropout):
     t = inputs(lead, 6, 5, 2, torch.float32)
+    reference = [t[k] for k in GRADS]
+    y, z = linear_forward_ref(*reference, 1.0, dropout, torch.tensor(1), None, None)
+    assert y.shape == (*lead, 6) and z.shape == (0, 2)
     t["x"].requires_grad_()
     t["lora_A"].requires_grad_()
-    y = call(t, 1.0)
+    y = call(t, 1.0, dropout, torch.tensor(1))
     assert y.shape == (*lead, 6)
     y.sum().backward()
     assert (t["lora_A"].grad == 0).all() and t["x"].grad.shape == t["x"].shape

@@ -183,6 +183,21 @@ def test_bad_arguments(weight, rank, scaling, error, match):
     assert (weight == 1).all()
 
 
+@pytest.mark.parametrize(
+    "dtype,size,scaling", [(torch.float16, 20000.0, 4.0), (torch.float32, 1.0, 1e38)]
+)
+def test_a_residual_that_would_overflow(dtype, size, scaling):
+    weight = (torch.randn(32, 40).clamp(-3, 3) * size).to(dtype)
+    before = weight.clone()
+    with pytest.raises(ValueError, match="could overflow"):
+        op(weight, 32, scaling)
+    assert torch.equal(weight, before)
+    factors = torch.empty(32, 40), torch.empty(32, 32), torch.empty(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="could overflow"):
+        loram_init_ref([weight], [factors[0]], [factors[1]], factors[2], 32, scaling)
+    op((torch.ones(32, 40) * 30000).half(), 2, 0.01)  # large, and fits
+
+
 def test_the_same_weight_twice():
     weight = torch.randn(6, 6)
     before = weight.clone()

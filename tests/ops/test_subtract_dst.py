@@ -179,6 +179,8 @@ def test_empty_shard_and_inference_mode():
             ValueError,
             "overlapping",
         ),
+        (torch.ones(4, 4), torch.tensor(float("nan")), (1,), ValueError, "nan"),
+        (torch.ones(4, 4), torch.ones(()), (1, 2**63 - 1, 4), ValueError, "2\\^30"),
         (torch.ones(4, 4), torch.ones(3), (1,), ValueError, "exactly one"),
         (torch.ones(4, 4), torch.ones((), dtype=torch.int64), (1,), ValueError, "floating"),
         (torch.ones(4, 4), torch.ones((), device="meta"), (1,), ValueError, "meta"),

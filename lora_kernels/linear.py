@@ -10,8 +10,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from ._errors import unknown_name
-from .init import Initializer, Start, get_initializer
-from .init.base import checked, subtract_start_
+from .init import Initializer, get_initializer
+from .init.base import checked, subtract_factors_, subtract_recipe_
 from .ops._checks import check_rank, check_weight
 from .scaling import lora_scaling
 
@@ -183,24 +183,14 @@ class LoRALinear(nn.Linear):
 
     def _base_weight(self) -> Tensor:
         """W as it was before the adapter: itself, or a copy with the start put back."""
-        start = self._absorbed_start()
-        if start is None:
+        if self._absorbed_scaling is None:
             return self.weight
         weight = self.weight.detach().clone()
-        subtract_start_(weight, start, -self._absorbed_scaling)
+        if self._absorbed_beta is not None:
+            subtract_recipe_(weight, self._absorbed_beta, self.r, -self._absorbed_scaling)
+        else:
+            subtract_factors_(weight, self.start_A, self.start_B, -self._absorbed_scaling)
         return weight
-
-    def _absorbed_start(self) -> Start | None:
-        """The factors that W lacks, kept or made again from β; None if it lacks nothing."""
-        if self._absorbed_beta is None:
-            kept = self.residual == "absorb" and self.start_A is not None
-            return Start(self.start_A, self.start_B) if kept else None
-        beta = self._absorbed_beta.to(self.weight.device)
-        dtype = self.lora_A.dtype
-        basis = torch.ops.lora.dst_basis
-        lora_A = basis(self.in_features, self.r, dtype=dtype, scale=beta).T.contiguous()
-        lora_B = basis(self.out_features, self.r, dtype=dtype, scale=beta)
-        return Start(lora_A, lora_B, beta)
 
     @torch.no_grad()
     def base_linear(self) -> nn.Linear:

@@ -76,17 +76,27 @@ _ROW_BLOCK = 256
 
 
 def subtract_start_(weight: Tensor, start: Start, scaling: float) -> None:
-    """Weight ← weight − scaling · B₀A₀ in place, rounded once; a negative scaling adds it back.
-
-    By the closed form of a DST start, else as a product in float32 or wider, by blocks of rows.
-    """
+    """Takes scaling · B₀A₀ out of `weight` in place, by the recipe if the start has one."""
     if start.beta is not None:
-        coefficient = (scaling * start.beta.to(torch.float64) ** 2).to(weight.device)
-        torch.ops.lora.subtract_dst_(weight, coefficient, start.lora_A.shape[0])
-        return
+        subtract_recipe_(weight, start.beta, start.lora_A.shape[0], scaling)
+    else:
+        subtract_factors_(weight, start.lora_A, start.lora_B, scaling)
+
+
+def subtract_recipe_(weight: Tensor, beta: Tensor, r: int, scaling: float) -> None:
+    """Takes scaling · β²ΦₙΦₘᵀ out of `weight` in place; a negative scaling adds it."""
+    coefficient = (scaling * beta.to(torch.float64) ** 2).to(weight.device)
+    torch.ops.lora.subtract_dst_(weight, coefficient, r)
+
+
+def subtract_factors_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """Takes scaling · BA out of `weight` in place; a negative scaling adds it.
+
+    In float32 or wider and rounded once, by blocks of rows: no second matrix is formed.
+    """
     work = torch.promote_types(weight.dtype, torch.float32)
-    lora_A = start.lora_A.to(work)
+    lora_A = lora_A.to(work)
     for begin in range(0, weight.shape[0], _ROW_BLOCK):
         block = weight[begin : begin + _ROW_BLOCK]
-        lora_B = start.lora_B[begin : begin + _ROW_BLOCK].to(work)
-        block.copy_(torch.addmm(block.to(work), lora_B, lora_A, alpha=-scaling))
+        rows_B = lora_B[begin : begin + _ROW_BLOCK].to(work)
+        block.copy_(torch.addmm(block.to(work), rows_B, lora_A, alpha=-scaling))

@@ -33,7 +33,7 @@ def philox_words(rows: int, cols: int, seed: torch.Tensor) -> torch.Tensor:
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """X [M, K] with each element dropped with probability p and the rest scaled by 1 / (1 − p)."""
+    """The rows x [M, K], each element dropped with probability p, the rest times 1 / (1 − p)."""
     threshold = min(int(p * 2**32), 2**32 - 1)
     keep = philox_words(*x.shape, seed) >= threshold
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0

@@ -61,7 +61,7 @@ double dirichlet(int64_t q, int64_t numerator, int64_t denominator) {
 double sin_pi(int64_t numerator, int64_t denominator) {
   int64_t p = numerator % (2 * denominator);
   double sign = 1.0;
-  if (p >= denominator) {
+  if (p > denominator) {
     p -= denominator;
     sign = -1.0;
   }
@@ -84,7 +84,7 @@ const std::vector<double>& SineTables::sines(int64_t n) {
   at::parallel_for(0, n, kTableGrain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       table[p] = sin_pi(p, n);
-      table[p + n] = -table[p];
+      table[p + n] = p == 0 ? 0.0 : -table[p];
     }
   });
   return table;

@@ -4,7 +4,9 @@ override the references where they were built (see DESIGN in the README).
 
 from . import dst_basis, frobenius_stats, linear, loram_init, subtract_dst
 from ._extension import load_extension
+from ._triton import register_triton
 
 __all__ = ["dst_basis", "frobenius_stats", "linear", "loram_init", "subtract_dst"]
 
 load_extension()
+register_triton()

@@ -43,7 +43,7 @@ def sin_pi(numerator: torch.Tensor, denominator: int) -> torch.Tensor:
     The argument is reduced to [0, π/4] in exact integers before anything is rounded.
     """
     p = numerator % (2 * denominator)
-    negative = p >= denominator
+    negative = p > denominator
     p = torch.where(negative, p - denominator, p)
     p = torch.where(2 * p > denominator, denominator - p, p)
     span = float(2 * denominator)

@@ -33,17 +33,11 @@ def check_distinct(weights: list[torch.Tensor]) -> None:
             )
 
 
-def loram_init_ref(
-    weights: list[torch.Tensor],
-    lora_A: list[torch.Tensor],
-    lora_B: list[torch.Tensor],
-    beta: torch.Tensor,
-    rank: int,
-    scaling: float,
+def refuse_unfit(
+    weights: list[torch.Tensor], sums_of_squares: list[float], rank: int, scaling: float
 ) -> None:
-    check_distinct(weights)
-    sum_of_squares = frobenius_stats_ref(weights)[:, 1]
-    for k, value in enumerate(sum_of_squares.tolist()):
+    """Raises if a weight has no finite, non-zero magnitude, or no room for the residual."""
+    for k, value in enumerate(sums_of_squares):
         if not math.isfinite(value):
             raise ValueError(
                 f"loram_init: weight {k} holds NaN or Inf (or its norm overflows float64); "
@@ -54,36 +48,47 @@ def loram_init_ref(
                 f"loram_init: weight {k} is zero, so its magnitude gives no scale; "
                 "no weight was changed"
             )
-    squared = []  # β² of each
-    for k, weight in enumerate(weights):
-        gain = log_gain(rank, *weight.shape)
-        squared.append(torch.sqrt(sum_of_squares[k] * gain / rank))
-        if not _residual_fits(weight, sum_of_squares[k], scaling * squared[k], rank):
+    for k, (weight, value) in enumerate(zip(weights, sums_of_squares, strict=True)):
+        coefficient = scaling * math.sqrt(value * log_gain(rank, *weight.shape) / rank)
+        if not _residual_fits(weight, math.sqrt(value), coefficient, rank):
             raise ValueError(
                 f"loram_init: with scaling {scaling} the residual of weight {k} could overflow "
                 f"{weight.dtype}; no weight was changed"
             )
-    for k, weight in enumerate(weights):
-        rows, cols = weight.shape
-        beta[k] = torch.sqrt(squared[k])
-        dst_basis_ref(lora_A[k].T, cols, 0, beta[k])
-        dst_basis_ref(lora_B[k], rows, 0, beta[k])
-        subtract_dst_ref(weight, scaling * squared[k], rank, rows, cols, 0, 0)
 
 
-def _residual_fits(
-    weight: torch.Tensor, sum_of_squares: torch.Tensor, coefficient: torch.Tensor, rank: int
-) -> bool:
+def _residual_fits(weight: torch.Tensor, norm: float, coefficient: float, rank: int) -> bool:
     """An entry of the subtracted product is at most |coefficient| 2r / √((n+1)(m+1))."""
     rows, cols = weight.shape
-    bound = float(coefficient.abs()) * 2 * rank / math.sqrt((rows + 1) * (cols + 1))
+    bound = abs(coefficient) * 2 * rank / math.sqrt((rows + 1) * (cols + 1))
     limit = torch.finfo(weight.dtype).max
-    norm = math.sqrt(float(sum_of_squares))
     return bound + norm <= limit or bound + float(weight.abs().max()) <= limit
 
 
+def loram_init_ref(
+    weights: list[torch.Tensor],
+    lora_A: list[torch.Tensor],
+    lora_B: list[torch.Tensor],
+    beta: torch.Tensor,
+    rank: int,
+    scaling: float,
+    check: bool,
+) -> None:
+    check_distinct(weights)
+    sum_of_squares = frobenius_stats_ref(weights)[:, 1]
+    if check:
+        refuse_unfit(weights, sum_of_squares.tolist(), rank, scaling)
+    for k, weight in enumerate(weights):
+        rows, cols = weight.shape
+        squared = torch.sqrt(sum_of_squares[k] * log_gain(rank, rows, cols) / rank)
+        beta[k] = torch.sqrt(squared)
+        dst_basis_ref(lora_A[k].T, cols, 0, beta[k])
+        dst_basis_ref(lora_B[k], rows, 0, beta[k])
+        subtract_dst_ref(weight, scaling * squared, rank, rows, cols, 0, 0)
+
+
 def loram_init_foreach(
-    weights: list[torch.Tensor], rank: int, scaling: float = 1.0
+    weights: list[torch.Tensor], rank: int, scaling: float = 1.0, *, check: bool = True
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     check_finite(scaling, "scaling")
     for k, weight in enumerate(weights):
@@ -101,30 +106,30 @@ def loram_init_foreach(
     beta = torch.empty(len(weights), dtype=torch.float64, device=device)
     if weights:
         with torch.no_grad():
-            torch.ops.lora._loram_init_(weights, lora_A, lora_B, beta, rank, scaling)
+            torch.ops.lora._loram_init_(weights, lora_A, lora_B, beta, rank, scaling, check)
     return lora_A, lora_B, beta
 
 
 def loram_init(
-    weight: torch.Tensor, rank: int, scaling: float = 1.0
+    weight: torch.Tensor, rank: int, scaling: float = 1.0, *, check: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    lora_A, lora_B, beta = loram_init_foreach([weight], rank, scaling)
+    lora_A, lora_B, beta = loram_init_foreach([weight], rank, scaling, check=check)
     return lora_A[0], lora_B[0], beta[0]
 
 
 define_mutating_kernel(
     "_loram_init_(Tensor(a!)[] weights, Tensor(b!)[] lora_A, Tensor(c!)[] lora_B, Tensor(d!) beta, "
-    "SymInt rank, float scaling) -> ()",
+    "SymInt rank, float scaling, bool check) -> ()",
     loram_init_ref,
     lambda weights, lora_A, lora_B, beta, *rest: [*weights, *lora_A, *lora_B, beta],
 )
 define_composite(
-    "loram_init(Tensor(a!) weight, SymInt rank, float scaling=1.0) "
+    "loram_init(Tensor(a!) weight, SymInt rank, float scaling=1.0, *, bool check=True) "
     "-> (Tensor lora_A, Tensor lora_B, Tensor beta)",
     loram_init,
 )
 define_composite(
-    "loram_init_foreach(Tensor(a!)[] weights, SymInt rank, float scaling=1.0) "
+    "loram_init_foreach(Tensor(a!)[] weights, SymInt rank, float scaling=1.0, *, bool check=True) "
     "-> (Tensor[] lora_A, Tensor[] lora_B, Tensor beta)",
     loram_init_foreach,
 )

@@ -1,0 +1,145 @@
+"""What the ahead-of-time gate compiles: calls of the wrappers, in the configurations they ship."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from lora_kernels.triton_kernels import (
+    dst_basis,
+    frobenius_stats,
+    linear_decode,
+    linear_expand,
+    linear_gemm,
+    linear_grads,
+    linear_shrink,
+    loram_init,
+    philox,
+    subtract_dst,
+)
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+SEED = torch.zeros((), dtype=torch.int64)
+RANKS = (16, 64, 128)
+
+
+def of(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    """Nothing reads it: what matters is its dtype, its strides and its alignment."""
+    return torch.empty(*shape, dtype=dtype)
+
+
+def factors(r: int, K: int = 256, N: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B as the layer keeps them."""
+    return of(r, K, dtype=FP32), of(N, r, dtype=FP32)
+
+
+def dst(arch: int) -> None:
+    for dtype in (FP32, BF16, FP64):
+        out = of(4096, 16, dtype=dtype)
+        dst_basis.dst_basis_(out, 4096, 0)
+        dst_basis.dst_basis_(out.T.contiguous().T, 4096, 0, torch.ones((), dtype=FP64))
+
+
+def stats(arch: int) -> None:
+    frobenius_stats.frobenius_stats([of(256, 256), of(256, 256, dtype=FP32)])
+
+
+def subtract(arch: int) -> None:
+    coefficient = torch.ones((), dtype=FP64)
+    for dtype in (BF16, FP16, FP32):
+        for weight in (of(256, 256, dtype=dtype), of(256, 257, dtype=dtype)[:, 1:]):
+            subtract_dst.subtract_dst_(weight, coefficient, 16, 256, 256, 0, 0)
+
+
+def init(arch: int) -> None:
+    weights = [of(256, 512), of(512, 256)]
+    lora_A = [of(16, w.shape[1], dtype=FP32) for w in weights]
+    lora_B = [of(w.shape[0], 16, dtype=FP32) for w in weights]
+    loram_init.loram_init_(weights, lora_A, lora_B, of(2, dtype=FP64), 16, 1.0, [0.5, 0.5], None)
+
+
+def dropout(arch: int) -> None:
+    for dtype in (BF16, FP32):
+        philox.dropout(of(256, 256, dtype=dtype), 0.1, SEED)
+
+
+def shrink(arch: int) -> None:
+    for r, (start, p) in itertools.product(RANKS, ((False, 0.0), (False, 0.1), (True, 0.1))):
+        A, _ = factors(r)
+        linear_shrink.shrink(of(8192, 256), A, A if start else None, p, SEED)
+    A, _ = factors(16)
+    linear_shrink.shrink(of(512, 256), A, None, 0.0, SEED)  # in parts
+
+
+def shrink_float32(arch: int) -> None:
+    linear_shrink.shrink(of(8192, 256, dtype=FP32), factors(16)[0], None, 0.0, SEED)
+
+
+def expand(arch: int) -> None:
+    for r, start, p in itertools.product((16, 128), (False, True), (0.0, 0.1)):
+        _, B = factors(r)
+        z = of(128, r)
+        extra = (z, B, -1.0) if start else ()
+        linear_expand.expand(z, B, 1.0, of(256), *extra)
+        linear_expand.expand(z, B, 1.0, None, *(extra or (None, None, 0.0)), p, SEED)
+
+
+def decode(arch: int) -> None:
+    for M, r, start in itertools.product((1, 16, 64), (16, 128), (False, True)):
+        A, B = factors(r)
+        starts = (A, B) if start else (None, None)
+        linear_decode.decode(of(M, 256), of(256, 256), of(256), A, B, 1.0, 0.0, SEED, *starts)
+
+
+def gemm(arch: int) -> None:
+    if arch < 90:  # the tensor memory accelerator is younger
+        return
+    for config, w_is_kn, r, start in itertools.product(
+        linear_gemm.CONFIGS, (False, True), (16, 128), (False, True)
+    ):
+        _, B = factors(r)
+        z = of(256, r)
+        extra = (z, B, -1.0) if start else ()
+        linear_gemm.gemm(config, 132, of(256, 256), of(256, 256), w_is_kn, z, B, 1.0, None, *extra)
+
+
+def grads(arch: int) -> None:
+    for r, start in itertools.product((16, 64), (False, True)):
+        _, B = factors(r)
+        linear_grads.dz_dB(of(512, 256), B, B if start else None, of(512, r), 1.0, True)
+    for r, p in itertools.product(RANKS, (0.0, 0.1)):
+        linear_grads.dA(of(512, r), of(512, 256), FP32, p, SEED)
+
+
+CASES = {
+    function.__name__: function
+    for function in (
+        dst,
+        stats,
+        subtract,
+        init,
+        dropout,
+        shrink,
+        shrink_float32,
+        expand,
+        decode,
+        gemm,
+        grads,
+    )  # fmt: skip
+}
+WIDE = ["ld.global.128"]
+EXPECTS = {
+    # Memory-bound: 16-byte accesses, and several of them under way.
+    "stats:partial_stats_kernel": dict.fromkeys((80, 90), WIDE),
+    "init:subtract_kernel": dict.fromkeys((80, 90, 100), ["cp.async", "st.global.128"]),
+    "init:dst_fill_kernel": dict.fromkeys((80, 90), ["st.global.128"]),
+    "decode:decode_kernel": dict.fromkeys((80, 90, 100), ["cp.async"]),
+    # Matrix cores.
+    "gemm:gemm_kernel": {
+        90: ["wgmma", "tma.load", "tma.store"],
+        100: ["tcgen05", "tma.load", "tma.store"],
+    },
+    "expand:expand_kernel": {80: ["mma.sync"], 90: ["wgmma"], 100: ["tcgen05"]},
+    "grads:dz_dB_kernel": {80: ["mma.sync"], 90: ["wgmma"], 100: ["tcgen05"]},
+    "shrink:shrink_kernel": {80: ["mma.sync", "cp.async"], 90: ["wgmma", "cp.async"]},
+}

@@ -1,0 +1,124 @@
+"""Every kernel compiles for every arch, without spills, within its shared memory (`aot`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="compiling the kernels needs triton (pip install triton)")
+
+ROOT = Path(__file__).parents[2]
+# What a block may ask for; Triton finds out only when it loads the kernel on the device.
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+ARCHS = sorted(SHARED_LIMIT)
+
+
+def _run(cases_module: str, **environment: str) -> subprocess.CompletedProcess:
+    # In another process: this one may have imported the kernels for the interpreter.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    if not environment.get("TRITON_INTERPRET"):
+        environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.triton_kernels.aot", cases_module]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def _reports(cases_module: str) -> list[dict]:
+    process = _run(cases_module, TRITON_INTERPRET="")
+    assert process.returncode == 0, process.stderr[-5000:]
+    return json.loads(process.stdout)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict]:
+    return _reports("tests.triton_kernels.aot_cases")
+
+
+@pytest.fixture(scope="module")
+def probes() -> list[dict]:
+    return _reports("tests.triton_kernels.aot_probes")
+
+
+def _faults(reports: list[dict]) -> list[dict]:
+    """The reports that something is wrong with, less what is in order."""
+    faults = []
+    for report in reports:
+        wrong = {name: report[name] for name in ("error", "missing", "stack") if report.get(name)}
+        if report.get("shared", 0) > SHARED_LIMIT.get(report["arch"], 0):
+            wrong["shared"] = report["shared"]
+        if wrong:
+            about = {k: report[k] for k in ("case", "arch", "kernel", "arguments") if k in report}
+            faults.append(about | wrong)
+    return faults
+
+
+def test_every_kernel_compiles(kernels):
+    assert kernels
+    faults = [fault for fault in _faults(kernels) if "error" in fault]
+    assert not faults, "\n".join(map(str, faults))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("aspect", ["stack", "shared", "missing"])
+def test_no_kernel_spills_or_overflows_or_lacks_instructions(kernels, arch, aspect):
+    assert any(report["arch"] == arch for report in kernels)
+    faults = [fault for fault in _faults(kernels) if fault["arch"] == arch and aspect in fault]
+    assert not faults, "\n".join(map(str, faults))
+
+
+def _probe(probes: list[dict], case: str) -> dict[int | None, dict]:
+    """The report of `case` by arch."""
+    return {report["arch"]: report for report in probes if report["case"] == case}
+
+
+@pytest.mark.parametrize(
+    ("case", "aspect", "archs"),
+    [
+        ("spill", "stack", {*ARCHS}),
+        ("shared", "shared", {*ARCHS}),
+        ("dot again", "missing", {90}),
+        ("raise", "error", {*ARCHS}),
+        ("none", "error", {None}),
+        ("dot", "error", {None}),  # expects something of a kernel that it does not launch
+        ("newer", "error", set()),
+    ],
+)
+def test_the_gate_finds(probes, case, aspect, archs):
+    faults = [fault for fault in _faults(probes) if fault["case"] == case]
+    assert {fault["arch"] for fault in faults} == archs
+    assert all(aspect in fault for fault in faults)
+
+
+@pytest.mark.parametrize(("arch", "name"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")])
+def test_the_gate_counts_instructions(probes, arch, name):
+    dot, descriptors = (_probe(probes, case)[arch] for case in ("dot", "descriptors"))
+    assert {"mma.sync", "wgmma", "tcgen05"} & dot["instructions"].keys() == {name}
+    assert name in descriptors["instructions"]
+    assert ("tma.load" in descriptors["instructions"]) == (arch >= 90)
+    assert "tma.load" not in dot["instructions"]
+
+
+def test_identical_launches_are_compiled_once(probes):
+    # The clock would differ.
+    assert _probe(probes, "dot")[90]["seconds"] == _probe(probes, "dot again")[90]["seconds"]
+    reports = [r for r in probes if r["case"] == "arguments" and r["arch"] == 90]
+    assert [r["arguments"]["Bias"] for r in reports] == ["None", "*fp64/16", "*fp64"]
+
+
+def test_arguments_are_specialised_as_at_run_time(probes):
+    arguments = _probe(probes, "arguments")[80]["arguments"]
+    assert arguments["size"] == "i32/16"
+    assert arguments["one"] == "1"
+    assert arguments["wide"] == "i64/16"
+    assert arguments["free"] == arguments["unaligned"] == "i32"
+    assert arguments["pair"] == "('*u8', 'i32')"
+
+
+def test_interpreted_kernels_are_refused():
+    process = _run("tests.triton_kernels.aot_probes", TRITON_INTERPRET="1")
+    assert process.returncode != 0
+    assert "TRITON_INTERPRET" in process.stderr

@@ -1,0 +1,236 @@
+"""`lora::linear_forward` and `lora::linear_backward` on a GPU.
+
+Each step has a few ways, of which the fastest is measured for a shape (`choice.fastest`):
+  thin products (z, dz, dA, dB): a Triton kernel that reads x or dY once, or cuBLAS;
+  the product with W: "fused" (one Triton kernel, the rank term in its accumulator), "reversed" (the
+  rank term and bias first, the product added to it in place), "library" (the product first, as one
+  writes it by hand). At most 64 rows: also "decode", two kernels in all.
+float64 takes the library, as does float32 above rank 64: there is no tensor core for the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import linear_gemm
+from .choice import fastest
+from .linear_decode import MOST_ROWS, decode
+from .linear_expand import expand
+from .linear_grads import LARGEST_RANK, dA, dz_dB
+from .linear_shrink import shrink
+from .philox import dropout as drop
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    start_A: Tensor | None,
+    start_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Y [..., N] and z = drop(x) Aᵀ [M, r] in x's dtype."""
+    rows = _rows(x)  # [M, K]
+    (M, K), (N, r) = rows.shape, lora_B.shape
+    y_shape = [*x.shape[:-1], N]
+    if M == 0 or N == 0:
+        return x.new_empty(y_shape), x.new_empty(M, r)
+    if K == 0 or r == 0:
+        y = x.new_zeros(M, N) if bias is None else bias.expand(M, N).contiguous()
+        return y.view(y_shape), x.new_zeros(M, r)
+    key = _key(rows, weight, r, bias is not None, start_A is not None, dropout > 0)
+    thin = _thin(x.dtype, r)
+
+    def z_then_y() -> tuple[Tensor, Tensor]:
+        ways = {"library": lambda: _shrink_library(rows, lora_A, start_A, dropout, seed)}
+        if thin:
+            kernel = lambda: shrink(rows, lora_A, start_A, dropout, seed)  # noqa: E731
+            ways = _first(r <= LARGEST_RANK, "kernel", kernel, ways)
+        z, z0 = fastest(("z", *key), ways, x.device)
+        y = product(
+            ("y", *key), rows, weight, False, z, lora_B, scaling, bias, z0, start_B, -scaling
+        )
+        return y, z
+
+    ways = {"steps": z_then_y}
+    if thin and M <= MOST_ROWS:
+        kernels = lambda: decode(  # noqa: E731
+            rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B
+        )
+        ways = {"decode": kernels, **ways}
+    y, z = fastest(("forward", *key), ways, x.device)
+    return y.view(y_shape), z
+
+
+def linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    z: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    start_A: Tensor | None,
+    start_B: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, W, b, A, B; an empty tensor for each that is not needed."""
+    needs_x, needs_weight, needs_bias, needs_A, needs_B = needs
+    dy, rows = _rows(grad), _rows(x)
+    (M, K), (N, r) = rows.shape, lora_B.shape
+    grads = [x.new_empty(0) for _ in needs]
+    if min(M, N, K, r) == 0:
+        shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape)
+        dtypes = (x.dtype, x.dtype, x.dtype, lora_A.dtype, lora_B.dtype)
+        for k in range(5):
+            if needs[k]:
+                grads[k] = torch.zeros(shapes[k], dtype=dtypes[k], device=x.device)
+        if needs_x and min(M, N) > 0 and K > 0:
+            grads[0] = (dy @ weight).view(x.shape)
+        if needs_weight and min(M, N, K) > 0:
+            grads[1] = dy.T @ rows
+        if needs_bias:
+            grads[2] = dy.sum(0)
+        return tuple(grads)
+    key = _key(rows, weight, r, False, start_A is not None, dropout > 0)
+    thin = _thin(x.dtype, r)
+    if needs_x or needs_A or needs_B:
+        start = start_B if needs_x else None
+        ways = {"library": lambda: _dz_dB_library(dy, lora_B, start, z, scaling, needs_B)}
+        if thin and r <= LARGEST_RANK:
+            kernel = lambda: dz_dB(dy, lora_B, start, z, scaling, needs_B)  # noqa: E731
+            ways = {"kernel": kernel, **ways}
+        dz, dz0, dB = fastest(("dz", needs_B, start is None, *key), ways, x.device)
+        if needs_B:
+            grads[4] = dB
+    if needs_A:
+        dtype = lora_A.dtype
+        ways = {"library": lambda: _mm(dz.T, drop(rows, dropout, seed) if dropout else rows, dtype)}
+        if thin:
+            kernel = lambda: dA(dz, rows, dtype, dropout, seed)  # noqa: E731
+            ways = _first(r <= LARGEST_RANK or dropout > 0, "kernel", kernel, ways)
+        grads[3] = fastest(("dA", *key), ways, x.device)
+    if needs_x:
+        start = None if start_A is None else start_A.T
+        dx = product(
+            ("dx", *key), dy, weight, True, dz, lora_A.T, 1.0, None, dz0, start, 1.0, dropout, seed
+        )
+        grads[0] = dx.view(x.shape)
+    if needs_weight:
+        grads[1] = dy.T @ rows
+    if needs_bias:
+        grads[2] = dy.sum(0)
+    return tuple(grads)
+
+
+def product(
+    key: tuple,
+    a: Tensor,
+    weight: Tensor,
+    w_is_kn: bool,
+    z: Tensor,
+    B: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    z0: Tensor | None,
+    B0: Tensor | None,
+    scale0: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """A Wᵀ (a W if `w_is_kn`) + bias + scale · drop(z Bᵀ) + scale₀ · z₀ B₀ᵀ."""
+    right = weight if w_is_kn else weight.T
+
+    def reversed_() -> Tensor:
+        y = expand(z, B, scale, bias, z0, B0, scale0, dropout, seed)
+        return y.addmm_(a, right)
+
+    def library() -> Tensor:
+        y = torch.mm(a, right) if bias is None else torch.addmm(bias, a, right)
+        left, factor = z, B.to(z.dtype)
+        if dropout > 0:
+            y += drop(torch.mm(z, factor.T) * scale, dropout, seed)
+            return y if z0 is None else y.addmm_(z0, B0.to(z.dtype).T, alpha=scale0)
+        if z0 is not None:  # one product of rank 2r: start and adapter cancel before y is rounded
+            left = torch.cat([z, z0], 1)
+            factor = torch.cat([factor, (scale0 / scale if scale else 0.0) * B0.to(z.dtype)], 1)
+        return y.addmm_(left, factor.T, alpha=scale)
+
+    if not _thin(a.dtype, z.shape[1]):
+        return library()
+    ways = {"reversed": reversed_, "library": library}
+    if not dropout and _has_tma(a.device) and linear_gemm.fits(a, weight):
+        # The result's rows too have to lie at multiples of 16 bytes.
+        out_fits = B.shape[0] % 8 == 0 and z.shape[1] <= linear_gemm.LARGEST_RANK
+        for name in linear_gemm.CONFIGS if out_fits else ():
+            ways[name] = functools.partial(
+                linear_gemm.gemm,
+                name, _multiprocessors(a.device), a, weight, w_is_kn, z, B, scale, bias,
+                z0, B0, scale0,
+            )  # fmt: skip
+    return fastest(key, ways, a.device)
+
+
+def _first(condition: bool, name: str, way, ways: dict) -> dict:
+    """`ways` with `way` as well, in front of them (the default) if `condition`."""
+    return {name: way, **ways} if condition else {**ways, name: way}
+
+
+def _thin(dtype: torch.dtype, r: int) -> bool:
+    """Whether the Triton kernels of the thin products are worth it."""
+    return dtype in HALVES or (dtype == torch.float32 and r <= LARGEST_RANK)
+
+
+def _key(rows: Tensor, weight: Tensor, r: int, *flags: bool) -> tuple:
+    """What the choice of a way depends on; the number of rows in powers of two."""
+    return (rows.device, rows.dtype, rows.shape[0].bit_length(), *weight.shape, r, *flags)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """X as a matrix [M, K] whose rows are contiguous."""
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x[..., 0].numel(), 0)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of 16-bit matrices as float32, unrounded, where `dtype` is that."""
+    if a.dtype in HALVES and dtype == torch.float32 and a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).to(dtype)
+
+
+def _shrink_library(
+    rows: Tensor, A: Tensor, A0: Tensor | None, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    dropped = drop(rows, dropout, seed) if dropout > 0 else rows
+    z = torch.mm(dropped, A.to(rows.dtype).T)
+    return z, None if A0 is None else torch.mm(rows, A0.to(rows.dtype).T)
+
+
+def _dz_dB_library(
+    dy: Tensor, B: Tensor, B0: Tensor | None, z: Tensor, scaling: float, needs_B: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dz = torch.mm(dy, B.to(dy.dtype)).mul_(scaling)
+    dz0 = None if B0 is None else torch.mm(dy, B0.to(dy.dtype)).mul_(-scaling)
+    return dz, dz0, _mm(dy.T, z, B.dtype).mul_(scaling) if needs_B else None
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _has_tma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

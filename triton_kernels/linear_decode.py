@@ -1,0 +1,149 @@
+"""The layer for few rows (M <= 64): W [N, K] streams through once, in two kernels altogether.
+
+The first leaves z in parts (`shrink_parts`), which each program of the second adds up after its
+K loop. Bytes: W; x, A and the parts come from the caches.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .linear_shrink import rank_block, shrink_parts
+
+MOST_ROWS = 64
+PARTS = 16
+BLOCK_N, BLOCK_K = 32, 128
+
+
+@triton.jit
+def _finish_rank_term(
+    acc, parts, B, z, row, col, M, N, r, b_row, b_col, scale,
+    SAVE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    for first in tl.static_range(0, RANKS, BLOCK_R):
+        rank = first + tl.arange(0, BLOCK_R)
+        z_mask = (row < M)[:, None] & (rank < r)[None, :]
+        b_mask = (rank < r)[:, None] & (col < N)[None, :]
+        where = row[:, None] * r + rank[None, :]
+        total = tl.zeros([row.shape[0], BLOCK_R], tl.float32)
+        for part in range(PARTS):
+            value = tl.load(parts + part * M * r + where, mask=z_mask, other=0.0)
+            total += value.to(tl.float32)
+        left = total.to(z.dtype.element_ty)
+        if SAVE and tl.program_id(0) == 0:
+            tl.store(z + where, left, mask=z_mask)
+        right = tl.load(B + col[None, :] * b_row + rank[:, None] * b_col, mask=b_mask, other=0.0)
+        acc += scale * tl.dot(left, right.to(left.dtype), input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def decode_kernel(
+    x,
+    W,
+    bias,
+    y,
+    z,
+    parts,
+    B,
+    parts0,
+    B0,
+    M,
+    N,
+    K,
+    r,
+    x_stride,
+    w_row,
+    w_col,
+    b_row,
+    b_col,
+    b0_row,
+    b0_col,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_START: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    row = tl.arange(0, BLOCK_M)
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for begin in range(0, K, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)
+        x_mask = (row < M)[:, None] & (k < K)[None, :]
+        w_mask = (col < N)[None, :] & (k < K)[:, None]
+        left = tl.load(x + row[:, None] * x_stride + k[None, :], mask=x_mask, other=0.0)
+        where = col[None, :].to(tl.int64) * w_row + k[:, None] * w_col
+        right = tl.load(W + where, mask=w_mask, other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    acc = _finish_rank_term(
+        acc, parts, B, z, row, col, M, N, r, b_row, b_col, scale, True, PARTS, RANKS, BLOCK_R
+    )
+    if HAS_START:
+        acc = _finish_rank_term(
+            acc, parts0, B0, z, row, col, M, N, r, b0_row, b0_col, -scale,
+            False, PARTS, RANKS, BLOCK_R,
+        )  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+    mask = (row < M)[:, None] & (col < N)[None, :]
+    tl.store(y + row[:, None] * N + col[None, :], acc.to(y.dtype.element_ty), mask=mask)
+
+
+def decode(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+    A0: torch.Tensor | None,
+    B0: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Y [M, N] and z [M, r] in x's dtype, for M <= 64."""
+    (M, K), (N, r) = x.shape, B.shape
+    parts, parts0 = shrink_parts(x, A, A0, dropout, seed, PARTS)
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    z = torch.empty(M, r, dtype=x.dtype, device=x.device)
+    start = B if B0 is None else B0
+    block_r = rank_block(r, 64)
+    decode_kernel[(triton.cdiv(N, BLOCK_N),)](
+        x,
+        weight,
+        x if bias is None else bias,
+        y,
+        z,
+        parts,
+        B,
+        parts if parts0 is None else parts0,
+        start,
+        M,
+        N,
+        K,
+        r,
+        x.stride(0),
+        *weight.stride(),
+        *B.stride(),
+        *start.stride(),
+        scale,
+        HAS_BIAS=bias is not None,
+        HAS_START=A0 is not None,
+        PARTS=parts.shape[0],
+        BLOCK_M=max(16, triton.next_power_of_2(M)),
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K if x.element_size() == 2 else BLOCK_K // 2,
+        BLOCK_R=block_r,
+        RANKS=triton.cdiv(r, block_r) * block_r,
+        num_warps=4,
+        enable_fp_fusion=True,
+        num_stages=4,
+    )
+    return y, z

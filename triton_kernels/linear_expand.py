@@ -1,0 +1,118 @@
+"""y = bias + scale · drop(z Bᵀ) + scale₀ · z₀ B₀ᵀ [M, N], written once.
+
+What the product with W is then added to in place by cuBLAS (beta = 1), whose reading of y hides
+behind its arithmetic. `drop` is for dX: there the mask falls on the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .linear_shrink import rank_block
+from .philox import drop, mask_arguments
+
+BLOCK_M, BLOCK_N = 64, 128
+
+
+@triton.jit
+def rank_product(z, B, row, col, M, N, r, b_row, b_col, RANKS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The tile rows × cols of z Bᵀ in float32, with B rounded to z's dtype."""
+    acc = tl.zeros([row.shape[0], col.shape[0]], tl.float32)
+    for first in tl.static_range(0, RANKS, BLOCK_R):
+        rank = first + tl.arange(0, BLOCK_R)
+        z_mask = (row < M)[:, None] & (rank < r)[None, :]
+        b_mask = (rank < r)[:, None] & (col < N)[None, :]
+        left = tl.load(z + row[:, None] * r + rank[None, :], mask=z_mask, other=0.0)
+        right = tl.load(B + col[None, :] * b_row + rank[:, None] * b_col, mask=b_mask, other=0.0)
+        acc = tl.dot(left, right.to(left.dtype), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def expand_kernel(
+    y,
+    bias,
+    z,
+    B,
+    z0,
+    B0,
+    seed,
+    M,
+    N,
+    r,
+    b_row,
+    b_col,
+    b0_row,
+    b0_col,
+    scale,
+    scale0,
+    threshold,
+    keep_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin = tl.program_id(1) * BLOCK_N
+    col = begin + tl.arange(0, BLOCK_N)
+    value = scale * rank_product(z, B, row, col, M, N, r, b_row, b_col, RANKS, BLOCK_R)
+    if HAS_DROPOUT:
+        value = drop(value, tl.load(seed), row, begin, threshold, keep_scale, BLOCK_N)
+    if HAS_START:
+        value += scale0 * rank_product(z0, B0, row, col, M, N, r, b0_row, b0_col, RANKS, BLOCK_R)
+    if HAS_BIAS:
+        value += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+    mask = (row < M)[:, None] & (col < N)[None, :]
+    where = row[:, None] * N + col[None, :]
+    tl.store(y + where, value.to(y.dtype.element_ty), mask=mask)
+
+
+def expand(
+    z: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    z0: torch.Tensor | None = None,
+    B0: torch.Tensor | None = None,
+    scale0: float = 0.0,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Y [M, N] in z's dtype from z, z0 [M, r] (contiguous), B, B0 [N, r] and bias [N]."""
+    (M, r), N = z.shape, B.shape[0]
+    y = torch.empty(M, N, dtype=z.dtype, device=z.device)
+    start = B if B0 is None else B0
+    block_r = rank_block(r, 64)
+    expand_kernel[triton.cdiv(M, BLOCK_M), triton.cdiv(N, BLOCK_N)](
+        y,
+        y if bias is None else bias,
+        z,
+        B,
+        z if z0 is None else z0,
+        start,
+        z if seed is None else seed,
+        M,
+        N,
+        r,
+        *B.stride(),
+        *start.stride(),
+        scale,
+        scale0,
+        *mask_arguments(dropout),
+        HAS_BIAS=bias is not None,
+        HAS_START=z0 is not None,
+        HAS_DROPOUT=dropout > 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_R=block_r,
+        RANKS=triton.cdiv(r, block_r) * block_r,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+    return y

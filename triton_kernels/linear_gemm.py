@@ -1,0 +1,171 @@
+"""out = a Wᵀ (or a W) + bias + scale · z Bᵀ + scale₀ · z₀ B₀ᵀ in one kernel, for Hopper and later.
+
+A persistent GEMM: tiles by the tensor memory accelerator, the rank products after the K loop into
+the same float32 accumulator. Before the loop they would hold shared memory that the pipeline needs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .linear_shrink import rank_block
+
+GROUP_M = 8
+LARGEST_RANK = 128  # above it the rank term, which nothing overlaps, is no longer small
+CONFIGS = {  # name: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, programs a multiprocessor)
+    "fused": (128, 256, 64, 8, 3, 1),
+    "fused pair": (128, 128, 64, 4, 3, 2),  # one's rank term beside the other's K loop
+}
+
+
+@triton.jit
+def _add_rank_term(
+    acc, z, B, row, col, M, N, r, b_row, b_col, scale, RANKS: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """Acc + z (scale · B)ᵀ: the scale goes into B before its rounding, so that one dot adds on."""
+    for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
+        rank = first + tl.arange(0, BLOCK_R)
+        z_mask = (row < M)[:, None] & (rank < r)[None, :]
+        b_mask = (rank < r)[:, None] & (col < N)[None, :]
+        left = tl.load(z + row[:, None] * r + rank[None, :], mask=z_mask, other=0.0)
+        right = tl.load(B + col[None, :] * b_row + rank[:, None] * b_col, mask=b_mask, other=0.0)
+        right = (scale * right.to(tl.float32)).to(left.dtype)
+        acc = tl.dot(left, right, acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_kernel(
+    a,
+    w,
+    out,
+    bias,
+    z,
+    B,
+    z0,
+    B0,
+    M,
+    N,
+    K,
+    r,
+    b_row,
+    b_col,
+    b0_row,
+    b0_col,
+    scale,
+    scale0,
+    W_IS_KN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_START: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANKS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    rows_of_tiles, cols_of_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = GROUP_M * cols_of_tiles
+    for tile in tl.range(tl.program_id(0), rows_of_tiles * cols_of_tiles, tl.num_programs(0)):
+        # Groups of GROUP_M rows of tiles share what the L2 cache holds of W.
+        first = tile // group * GROUP_M
+        height = min(rows_of_tiles - first, GROUP_M)
+        m = (first + tile % group % height) * BLOCK_M
+        n = tile % group // height * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            left = a.load([m, k])
+            if W_IS_KN:
+                acc = tl.dot(left, w.load([k, n]), acc)
+            else:
+                acc = tl.dot(left, w.load([n, k]).T, acc)
+        row = m + tl.arange(0, BLOCK_M)
+        col = n + tl.arange(0, BLOCK_N)
+        row64 = row.to(tl.int64)
+        acc = _add_rank_term(acc, z, B, row64, col, M, N, r, b_row, b_col, scale, RANKS, BLOCK_R)
+        if HAS_START:
+            acc = _add_rank_term(
+                acc, z0, B0, row64, col, M, N, r, b0_row, b0_col, scale0, RANKS, BLOCK_R
+            )
+        if HAS_BIAS:
+            acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+        # In halves: a whole tile on its way out would take the place of a pipeline stage.
+        halves = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1])
+        left_half, right_half = tl.split(halves)
+        out.store([m, n], left_half.to(out.dtype))
+        out.store([m, n + BLOCK_N // 2], right_half.to(out.dtype))
+
+
+def fits(*matrices: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator takes these: 16-bit, rows at multiples of 16 bytes."""
+    return all(
+        t.element_size() == 2
+        and t.numel() > 0
+        and t.stride(1) == 1
+        and t.stride(0) % 8 == 0
+        and t.stride(0) > 0
+        and t.data_ptr() % 16 == 0
+        and max(t.shape) < 2**31
+        for t in matrices
+    )
+
+
+def gemm(
+    config: str,
+    multiprocessors: int,
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    w_is_kn: bool,
+    z: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    z0: torch.Tensor | None = None,
+    B0: torch.Tensor | None = None,
+    scale0: float = 0.0,
+) -> torch.Tensor:
+    """A [M, K] times weight [N, K] transposed, or weight [K, N], and the rank terms.
+
+    z, z0 [M, r] are contiguous, B, B0 [N, r] of any strides.
+    """
+    block_m, block_n, block_k, warps, stages, resident = CONFIGS[config]
+    (M, K), (N, r) = a.shape, B.shape
+    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
+    w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
+    start = B if B0 is None else B0
+    block_r = rank_block(r, 32 if z0 is None else 16)  # more spills
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    gemm_kernel[(min(resident * multiprocessors, tiles),)](
+        TensorDescriptor.from_tensor(a, [block_m, block_k]),
+        TensorDescriptor.from_tensor(weight, w_block),
+        TensorDescriptor.from_tensor(out, [block_m, block_n // 2]),
+        a if bias is None else bias,
+        z,
+        B,
+        z if z0 is None else z0,
+        start,
+        M,
+        N,
+        K,
+        r,
+        *B.stride(),
+        *start.stride(),
+        scale,
+        scale0,
+        W_IS_KN=w_is_kn,
+        HAS_BIAS=bias is not None,
+        HAS_START=z0 is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        RANKS=triton.cdiv(r, block_r) * block_r,
+        GROUP_M=GROUP_M,
+        num_warps=warps,
+        enable_fp_fusion=True,
+        num_stages=stages,
+    )
+    return out

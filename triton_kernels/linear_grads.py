@@ -1,0 +1,208 @@
+"""The gradients of A and B, and dz = s · dY B on the way: sums over the rows M, without atomics.
+
+dY [M, N] is read once for dz, dz₀ and dB: a program has a block of columns and walks down a chunk of
+rows. What it knows of dz is a part over N, what it knows of dB a part over M; both go to a float32
+workspace and `reduce` adds them up in order. At N = 4096, r = 16 that is a third of dY's bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .linear_shrink import ENOUGH_PROGRAMS, rank_block, reduce
+from .philox import drop, mask_arguments
+
+LARGEST_RANK = 64  # of the fused kernel: the workspace grows with it, dY does not
+BLOCK_M, BLOCK_N, BLOCK_K = 64, 128, 128
+
+
+@triton.jit(do_not_specialize=["M", "chunk"])
+def dz_dB_kernel(
+    dy,
+    B,
+    B0,
+    z,
+    dz_parts,
+    dz0_parts,
+    dB_parts,
+    M,
+    N,
+    r,
+    chunk,
+    dy_stride,
+    b_row,
+    b_col,
+    b0_row,
+    b0_col,
+    HAS_START: tl.constexpr,
+    NEEDS_DB: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rank = tl.arange(0, BLOCK_R)
+    b_mask = (col < N)[:, None] & (rank < r)[None, :]
+    b = tl.load(B + col[:, None] * b_row + rank[None, :] * b_col, mask=b_mask, other=0.0)
+    b = b.to(dy.dtype.element_ty)  # [BLOCK_N, BLOCK_R]
+    if HAS_START:
+        b0 = tl.load(B0 + col[:, None] * b0_row + rank[None, :] * b0_col, mask=b_mask, other=0.0)
+        b0 = b0.to(dy.dtype.element_ty)
+    dB = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    begin = tl.program_id(1).to(tl.int64) * chunk
+    part = tl.program_id(0).to(tl.int64) * M * r
+    for m in range(begin, min(begin + chunk, M), BLOCK_M):
+        row = m + tl.arange(0, BLOCK_M)
+        mask = (row < M)[:, None] & (col < N)[None, :]
+        g = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=mask, other=0.0)
+        z_where = row[:, None] * r + rank[None, :]
+        z_mask = (row < M)[:, None] & (rank < r)[None, :]
+        dz = tl.dot(g, b, input_precision="ieee")  # [BLOCK_M, BLOCK_R]
+        tl.store(dz_parts + part + z_where, dz, mask=z_mask)
+        if HAS_START:
+            dz0 = tl.dot(g, b0, input_precision="ieee")
+            tl.store(dz0_parts + part + z_where, dz0, mask=z_mask)
+        if NEEDS_DB:
+            zt = tl.load(z + z_where, mask=z_mask, other=0.0)
+            dB = tl.dot(tl.trans(g), zt, dB, input_precision="ieee")
+    if NEEDS_DB:
+        where = tl.program_id(1).to(tl.int64) * N * r + col[:, None] * r + rank[None, :]
+        tl.store(dB_parts + where, dB, mask=b_mask)
+
+
+@triton.jit(do_not_specialize=["M", "chunk", "threshold"])
+def dA_kernel(
+    dz,
+    x,
+    parts,
+    seed,
+    M,
+    K,
+    r,
+    chunk,
+    x_stride,
+    threshold,
+    keep_scale,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """parts[chunk] = dzᵀ drop(x) over the chunk's rows."""
+    begin_col = tl.program_id(0) * BLOCK_K
+    col = begin_col + tl.arange(0, BLOCK_K)
+    rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if HAS_DROPOUT:
+        seed_value = tl.load(seed)
+    acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    begin = tl.program_id(1).to(tl.int64) * chunk
+    for m in range(begin, min(begin + chunk, M), BLOCK_M):
+        row = m + tl.arange(0, BLOCK_M)
+        mask = (row < M)[:, None] & (col < K)[None, :]
+        value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0)
+        if HAS_DROPOUT:
+            value = drop(value, seed_value, row, begin_col, threshold, keep_scale, BLOCK_K)
+        z_mask = (row < M)[:, None] & (rank < r)[None, :]
+        left = tl.load(dz + row[:, None] * r + rank[None, :], mask=z_mask, other=0.0)
+        acc = tl.dot(tl.trans(left), value, acc, input_precision="ieee")  # [BLOCK_R, BLOCK_K]
+    where = tl.program_id(1).to(tl.int64) * r * K + rank[:, None] * K + col[None, :]
+    tl.store(parts + where, acc, mask=(rank < r)[:, None] & (col < K)[None, :])
+
+
+def _chunk(M: int, blocks: int) -> int:
+    """Rows a program walks down: so many that all programs together just fill a GPU twice."""
+    chunks = max(1, 2 * ENOUGH_PROGRAMS // blocks)
+    return max(triton.cdiv(triton.cdiv(M, chunks), BLOCK_M) * BLOCK_M, BLOCK_M)
+
+
+def dz_dB(
+    dy: torch.Tensor,
+    B: torch.Tensor,
+    B0: torch.Tensor | None,
+    z: torch.Tensor,
+    scale: float,
+    needs_B: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Dz = scale · dY B, dz₀ = −scale · dY B₀ [M, r] in dY's dtype, dB = scale · dYᵀ z in B's.
+
+    dY's rows and z are contiguous; r <= LARGEST_RANK.
+    """
+    (M, N), r = dy.shape, B.shape[1]
+    block_r = rank_block(r, LARGEST_RANK)
+    block_n = BLOCK_N if block_r <= 32 or B0 is None else BLOCK_N // 2  # or registers spill
+    blocks = triton.cdiv(N, block_n)
+    chunk = _chunk(M, blocks)
+    chunks = triton.cdiv(M, chunk)
+    work = {"dtype": torch.float32, "device": dy.device}
+    dz_parts = torch.empty(blocks, M, r, **work)
+    dz0_parts = None if B0 is None else torch.empty_like(dz_parts)
+    dB_parts = torch.empty(chunks, N, r, **work) if needs_B else None
+    start = B if B0 is None else B0
+    dz_dB_kernel[blocks, chunks](
+        dy,
+        B,
+        start,
+        z,
+        dz_parts,
+        dz_parts if dz0_parts is None else dz0_parts,
+        dz_parts if dB_parts is None else dB_parts,
+        M,
+        N,
+        r,
+        chunk,
+        dy.stride(0),
+        *B.stride(),
+        *start.stride(),
+        HAS_START=B0 is not None,
+        NEEDS_DB=needs_B,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        num_warps=4 if r <= 32 else 8,
+        enable_fp_fusion=True,
+        num_stages=3,
+    )
+    return (
+        reduce(dz_parts, dy.dtype, scale),
+        None if dz0_parts is None else reduce(dz0_parts, dy.dtype, -scale),
+        None if dB_parts is None else reduce(dB_parts, B.dtype, scale),
+    )
+
+
+def dA(
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> torch.Tensor:
+    """dzᵀ drop(x) [r, K] as `dtype`; dz is contiguous, and so are x's rows."""
+    (M, K), r = x.shape, dz.shape[1]
+    block_r = rank_block(r, 128)
+    blocks = triton.cdiv(K, BLOCK_K)
+    ranks = triton.cdiv(r, block_r)
+    chunk = _chunk(M, blocks * ranks)
+    chunks = triton.cdiv(M, chunk)
+    parts = torch.empty(chunks, r, K, dtype=torch.float32, device=x.device)
+    dA_kernel[blocks, chunks, ranks](
+        dz,
+        x,
+        parts,
+        x if seed is None else seed,
+        M,
+        K,
+        r,
+        chunk,
+        x.stride(0),
+        *mask_arguments(dropout),
+        HAS_DROPOUT=dropout > 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_K=BLOCK_K,
+        BLOCK_R=block_r,
+        num_warps=4 if block_r <= 64 else 8,
+        enable_fp_fusion=True,
+        num_stages=3,
+    )
+    return reduce(parts, dtype)

@@ -1,0 +1,48 @@
+"""`lora::_loram_init_` on a GPU: any number of weights in about a dozen launches.
+
+Two reads and one write of each weight; β never leaves the device. The one wait is for the sums of
+squares that `check` looks at, before anything is written; without it a CUDA graph can hold it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .dst_basis import Basis, dst_fill
+from .frobenius_stats import frobenius_stats
+from .jobs import float_bits, upload
+from .subtract_dst import Placement, subtract_dst
+
+
+def loram_init_(
+    weights: list[torch.Tensor],
+    lora_A: list[torch.Tensor],
+    lora_B: list[torch.Tensor],
+    beta: torch.Tensor,
+    rank: int,
+    scaling: float,
+    gains: list[float],
+    check: Callable[[list[float]], None] | None,
+) -> None:
+    """Writes A₀ = βΦᵀ, B₀ = βΦ and β, and subtracts scaling · B₀A₀ from each weight.
+
+    `gains` are the Q of β² = ‖W‖ √(Q / rank); `check` gets the sums of squares and may raise.
+    """
+    sums_of_squares = frobenius_stats(weights)[:, 1]
+    gain = upload([[float_bits(value)] for value in gains], beta.device).view(torch.float64)[:, 0]
+    if check is not None:
+        check(sums_of_squares.tolist())
+    squared = (sums_of_squares * gain).div_(rank).sqrt_()
+    root = squared.sqrt()
+    beta.copy_(root)
+    # A.T, so that both are [length, rank] bases. One call a dtype: they follow the weights'.
+    for dtype in dict.fromkeys(factor.dtype for factor in lora_A):
+        members = [k for k, factor in enumerate(lora_A) if factor.dtype == dtype]
+        scales = root if len(members) == len(weights) else root[members]
+        dst_fill([Basis(lora_A[k].T, weights[k].shape[1]) for k in members], scales)
+        dst_fill([Basis(lora_B[k], weights[k].shape[0]) for k in members], scales)
+    subtract_dst(
+        weights, squared.mul_(scaling), rank, [Placement(*weight.shape) for weight in weights]
+    )

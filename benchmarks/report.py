@@ -46,10 +46,10 @@ def print_timings(console: Console, title: str, timings: Sequence[Timing], basel
         [
             {
                 "variant": t.name,
-                "median ms": t.failure or _short(1e3 * t.median),
-                "min": _short(1e3 * t.quantile(0)),
+                "median ms": t.failure or short(1e3 * t.median),
+                "min": short(1e3 * t.quantile(0)),
                 "quartiles": _spread(1e3 * t.quantile(0.25), 1e3 * t.quantile(0.75)),
-                f"× {baseline}": _short(t.ratio()),
+                f"× {baseline}": short(t.ratio()),
                 "10–90 %": _spread(t.ratio(0.1), t.ratio(0.9)),
                 "rounds": str(len(t.seconds)),
             }
@@ -99,9 +99,7 @@ def bar_panels(
         axis.margins(x=0.3 if log else 0.22)
         left = axis.get_xlim()[0]
         for position, timing, value in zip(positions, timings, values, strict=True):
-            text = (
-                "fails" if timing.failure else f" {_short(value)} ms  ({_short(timing.ratio())}×)"
-            )
+            text = "fails" if timing.failure else f" {short(value)} ms  ({short(timing.ratio())}×)"
             axis.text(value or left, position, text, va="center", fontsize=8)
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +111,7 @@ def _plain(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three significant digits, never an exponent: 0.174, 12.3, 12,345; empty for NaN."""
     if math.isnan(value):
         return ""
@@ -121,4 +119,4 @@ def _short(value: float) -> str:
 
 
 def _spread(low: float, high: float) -> str:
-    return f"{_short(low)}–{_short(high)}".strip("–")
+    return f"{short(low)}–{short(high)}".strip("–")

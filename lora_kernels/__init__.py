@@ -1,5 +1,12 @@
 """LoRA with its kernels: operators, initialisers and the layer. See the README for a tour."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("lora_kernels.triton_kernels") is None:
+    # Used from a checkout that is not installed, where that package is the folder beside this one.
+    __path__.append(str(Path(__file__).parents[1]))
+
 from . import init as init
 from . import ops as ops
 from ._version import __version__ as __version__

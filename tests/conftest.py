@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # The kernels of triton_kernels/ then run in Triton's interpreter. @triton.jit chooses when it
+    # decorates, Triton's own library included: set before anything imports triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 
 import lora_kernels  # noqa: F401  (registers the operators)
 
+from .devices import DEVICES
+
 settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
-settings.load_profile("tests")
+# A new shape may compile a kernel; the CPU's 40 examples are for the machines without a GPU.
+settings.register_profile("gpu", settings.get_profile("tests"), max_examples=10)
+settings.load_profile("gpu" if "cuda" in DEVICES else "tests")
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+# The tolerances are those of float32 products, and of sums accumulated in float32.
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-@pytest.fixture(params=DEVICES)
+def pytest_configure(config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "sanitize: small enough for `compute-sanitizer python -m pytest -m sanitize -k cuda`",
+    )
+
+
+# Hypothesis refuses fixtures that are made anew for every test, hence the scope.
+@pytest.fixture(scope="session", params=DEVICES)
 def device(request) -> str:
     return request.param
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +92,28 @@ def test_triton_kernels_is_no_top_level_package():
     import lora_kernels.triton_kernels
 
     assert lora_kernels.triton_kernels.__name__ == "lora_kernels.triton_kernels"
-    code = "import importlib.util as u; raise SystemExit(u.find_spec('triton_kernels') is not None)"
-    assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
+    # In a folder of its own, and not where PYTHONPATH may point: to a checkout used in place.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = "import importlib.util as u; s = u.find_spec('triton_kernels'); print(s and s.origin)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd="/", env=env, check=True, capture_output=True, text=True)
+    origin = Path(done.stdout.strip())
+    ours = Path(lora_kernels.triton_kernels.__file__).read_text()
+    assert done.stdout.strip() == "None" or origin.read_text() != ours  # the other package's
+
+
+def test_a_checkout_works_where_it_lies(tmp_path):
+    """As `make gpu` uses it: not installed, the kernels' folder beside the package."""
+    for folder in ("lora_kernels", "triton_kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so"))
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore');"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
+        "import lora_kernels.triton_kernels as t; print(t.__file__)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert Path(done.stdout.strip()) == tmp_path / "triton_kernels" / "__init__.py"
 
 
 def test_builds_without_a_compiler(tmp_path):

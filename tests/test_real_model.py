@@ -7,8 +7,12 @@ import copy
 import pytest
 import torch
 
-from benchmarks import demo, smollm2
+from benchmarks import smollm2
 from lora_kernels import LoRALinear
+
+from .packages import needs_demo, needs_real_model
+
+pytestmark = needs_real_model
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +37,9 @@ def logits(model, ids) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("residual", ["absorb", "implicit"])
-def test_life_on_a_model(real_model, ids, residual):
-    want = logits(real_model, ids)
-    model = copy.deepcopy(real_model)
+def test_life_on_a_model(real_model, ids, residual, device):
+    model, ids = copy.deepcopy(real_model).to(device), ids.to(device)
+    want = logits(model, ids)
     layers = adapt(model, residual=residual)
     assert len(layers) == 210
     # 210 layers, each off by a few roundings of float32, on logits of size 20: a noise of 1e-5 of
@@ -69,8 +73,8 @@ def test_life_on_a_model(real_model, ids, residual):
     assert (logits(model, ids) - trained).abs().max() <= 3e-5 * trained.abs().max()
 
 
-def test_bf16_model_with_fp32_adapters(real_model, ids):
-    model = copy.deepcopy(real_model).to(torch.bfloat16)
+def test_bf16_model_with_fp32_adapters(real_model, ids, device):
+    model, ids = copy.deepcopy(real_model).to(device, torch.bfloat16), ids.to(device)
     want = logits(model, ids)
     adapt(model, residual="implicit")
     got = logits(model, ids)
@@ -84,7 +88,10 @@ def test_bf16_model_with_fp32_adapters(real_model, ids):
     assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
 
+@needs_demo
 def test_the_demo_runs(tmp_path):
     """`make demo` in small: two blocks, two steps; it reports that the reloaded logits agree."""
+    from benchmarks import demo
+
     assert demo.main(["--quick", "--out", str(tmp_path)]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"demo.csv", "demo_curve.csv", "demo_loss.png"}

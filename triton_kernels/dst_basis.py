@@ -152,7 +152,7 @@ def sine_tables(sizes: Iterable[int], device: torch.device) -> tuple[torch.Tenso
 
 
 def dst_fill(bases: Sequence[Basis], scales: torch.Tensor | None = None) -> None:
-    """Writes `bases`, which share dtype and device, the k-th times `scales[k]` (float64) if given."""
+    """Writes `bases`, of one dtype and device, the k-th times `scales[k]` (float64) if given."""
     jobs = {k: _job(basis) for k, basis in enumerate(bases) if basis.out.numel()}
     if not jobs:
         return

@@ -46,7 +46,7 @@ def _chunk_totals(
         for part in tl.static_range(ROUNDS):
             e = begin + step + part * LANES + t
             where = e
-            if not DENSE:
+            if not DENSE:  # noqa: SIM102, the outer condition is the compiler's
                 if row_stride != cols or col_stride != 1:
                     where = e // cols * row_stride + e % cols * col_stride
             wide = tl.load(pointer + where, mask=e < size, other=0.0).to(tl.float64)

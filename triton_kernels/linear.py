@@ -11,6 +11,7 @@ float64 takes the library, as does float32 above rank 64: there is no tensor cor
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -40,15 +41,11 @@ def linear_forward(
 ) -> tuple[Tensor, Tensor]:
     """Y [..., N] and z = drop(x) Aᵀ [M, r] in x's dtype."""
     rows = _rows(x)  # [M, K]
-    (M, K), (N, r) = rows.shape, lora_B.shape
+    N, r = lora_B.shape
     y_shape = [*x.shape[:-1], N]
-    if M == 0 or N == 0:
-        return x.new_empty(y_shape), x.new_empty(M, r)
-    if K == 0 or r == 0:
-        y = x.new_zeros(M, N) if bias is None else bias.expand(M, N).contiguous()
-        return y.view(y_shape), x.new_zeros(M, r)
+    bias = None if bias is None else bias.contiguous()
     key = _key(rows, weight, r, bias is not None, start_A is not None, dropout > 0)
-    thin = _thin(x.dtype, r)
+    thin = _thin(rows, weight, r)
 
     def z_then_y() -> tuple[Tensor, Tensor]:
         ways = {"library": lambda: _shrink_library(rows, lora_A, start_A, dropout, seed)}
@@ -62,12 +59,13 @@ def linear_forward(
         return y, z
 
     ways = {"steps": z_then_y}
-    if thin and M <= MOST_ROWS:
+    if thin and rows.shape[0] <= MOST_ROWS:
+        overlap = x.device.type == "cuda" and _is_hopper(x.device)  # not the interpreter
         kernels = lambda: decode(  # noqa: E731
-            rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B
+            rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, overlap
         )
         ways = {"decode": kernels, **ways}
-    y, z = fastest(("forward", *key), ways, x.device)
+    y, z = fastest(("forward", *key), ways, x.device, count_launches=True)
     return y.view(y_shape), z
 
 
@@ -88,23 +86,10 @@ def linear_backward(
     """The gradients of x, W, b, A, B; an empty tensor for each that is not needed."""
     needs_x, needs_weight, needs_bias, needs_A, needs_B = needs
     dy, rows = _rows(grad), _rows(x)
-    (M, K), (N, r) = rows.shape, lora_B.shape
+    r = lora_B.shape[1]
     grads = [x.new_empty(0) for _ in needs]
-    if min(M, N, K, r) == 0:
-        shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape)
-        dtypes = (x.dtype, x.dtype, x.dtype, lora_A.dtype, lora_B.dtype)
-        for k in range(5):
-            if needs[k]:
-                grads[k] = torch.zeros(shapes[k], dtype=dtypes[k], device=x.device)
-        if needs_x and min(M, N) > 0 and K > 0:
-            grads[0] = (dy @ weight).view(x.shape)
-        if needs_weight and min(M, N, K) > 0:
-            grads[1] = dy.T @ rows
-        if needs_bias:
-            grads[2] = dy.sum(0)
-        return tuple(grads)
     key = _key(rows, weight, r, False, start_A is not None, dropout > 0)
-    thin = _thin(x.dtype, r)
+    thin = _thin(rows, weight, r)
     if needs_x or needs_A or needs_B:
         start = start_B if needs_x else None
         ways = {"library": lambda: _dz_dB_library(dy, lora_B, start, z, scaling, needs_B)}
@@ -167,10 +152,10 @@ def product(
             factor = torch.cat([factor, (scale0 / scale if scale else 0.0) * B0.to(z.dtype)], 1)
         return y.addmm_(left, factor.T, alpha=scale)
 
-    if not _thin(a.dtype, z.shape[1]):
+    if not _thin(a, weight, z.shape[1]):
         return library()
     ways = {"reversed": reversed_, "library": library}
-    if not dropout and _has_tma(a.device) and linear_gemm.fits(a, weight):
+    if not dropout and _is_hopper(a.device) and linear_gemm.fits(a, weight):
         # The result's rows too have to lie at multiples of 16 bytes.
         out_fits = B.shape[0] % 8 == 0 and z.shape[1] <= linear_gemm.LARGEST_RANK
         for name in linear_gemm.CONFIGS if out_fits else ():
@@ -187,9 +172,11 @@ def _first(condition: bool, name: str, way, ways: dict) -> dict:
     return {name: way, **ways} if condition else {**ways, name: way}
 
 
-def _thin(dtype: torch.dtype, r: int) -> bool:
-    """Whether the Triton kernels of the thin products are worth it."""
-    return dtype in HALVES or (dtype == torch.float32 and r <= LARGEST_RANK)
+def _thin(a: Tensor, weight: Tensor, r: int) -> bool:
+    """Whether the Triton kernels of the thin products take these, and are worth it."""
+    if min(*a.shape, *weight.shape, r) == 0:
+        return False
+    return a.dtype in HALVES or (a.dtype == torch.float32 and r <= LARGEST_RANK)
 
 
 def _key(rows: Tensor, weight: Tensor, r: int, *flags: bool) -> tuple:
@@ -199,7 +186,7 @@ def _key(rows: Tensor, weight: Tensor, r: int, *flags: bool) -> tuple:
 
 def _rows(x: Tensor) -> Tensor:
     """X as a matrix [M, K] whose rows are contiguous."""
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x[..., 0].numel(), 0)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
@@ -232,5 +219,6 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _has_tma(device: torch.device) -> bool:
+def _is_hopper(device: torch.device) -> bool:
+    """Or later: tensor memory accelerator, kernels that start before the one ahead has ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,7 +1,8 @@
 """The layer for few rows (M <= 64): W [N, K] streams through once, in two kernels altogether.
 
 The first leaves z in parts (`shrink_parts`), which each program of the second adds up after its
-K loop. Bytes: W; x, A and the parts come from the caches.
+K loop. On Hopper and later the second starts with the first and waits for it only there, so that
+W streams meanwhile. Bytes: W; x, A and the parts come from the caches.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def decode_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     RANKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.arange(0, BLOCK_M)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -82,6 +84,8 @@ def decode_kernel(
         where = col[None, :].to(tl.int64) * w_row + k[:, None] * w_col
         right = tl.load(W + where, mask=w_mask, other=0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     acc = _finish_rank_term(
         acc, parts, B, z, row, col, M, N, r, b_row, b_col, scale, True, PARTS, RANKS, BLOCK_R
     )
@@ -107,10 +111,11 @@ def decode(
     seed: torch.Tensor | None,
     A0: torch.Tensor | None,
     B0: torch.Tensor | None,
+    overlap: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Y [M, N] and z [M, r] in x's dtype, for M <= 64."""
+    """Y [M, N] and z [M, r] in x's dtype, for M <= 64. `overlap` wants Hopper or later."""
     (M, K), (N, r) = x.shape, B.shape
-    parts, parts0 = shrink_parts(x, A, A0, dropout, seed, PARTS)
+    parts, parts0 = shrink_parts(x, A, A0, dropout, seed, PARTS, overlap)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     z = torch.empty(M, r, dtype=x.dtype, device=x.device)
     start = B if B0 is None else B0
@@ -142,6 +147,8 @@ def decode(
         BLOCK_K=BLOCK_K if x.element_size() == 2 else BLOCK_K // 2,
         BLOCK_R=block_r,
         RANKS=triton.cdiv(r, block_r) * block_r,
+        OVERLAP=overlap,
+        launch_pdl=overlap,
         num_warps=4,
         enable_fp_fusion=True,
         num_stages=4,

@@ -39,7 +39,10 @@ def shrink_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     part = tl.program_id(2)
@@ -102,8 +105,12 @@ def shrink_parts(
     dropout: float,
     seed: torch.Tensor | None,
     parts: int | None = None,
+    overlap: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Z and z₀ as parts [S, M, r] that are to be added up: in x's dtype if S is 1, else float32."""
+    """Z and z₀ as parts [S, M, r] that are to be added up: in x's dtype if S is 1, else float32.
+
+    With `overlap` the next kernel may start with this one; it has to wait before it reads them.
+    """
     (M, K), r = x.shape, A.shape[0]
     block_r = rank_block(r, 128)
     block_m = min(max(16, triton.next_power_of_2(M)), 64)
@@ -139,6 +146,7 @@ def shrink_parts(
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
+        OVERLAP=overlap,
         num_warps=4,
         enable_fp_fusion=True,
         num_stages=4 if block_r <= 32 else 3,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
@@ -51,7 +53,10 @@ def dropout_kernel(
 
 def mask_arguments(p: float) -> tuple[int, float]:
     """The largest dropped word + 1, and what the kept elements are multiplied with."""
-    return min(int(p * 2**32), 2**32 - 1), (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+    keep_scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
+    # As float32, which a kernel's float argument is.
+    (keep_scale,) = struct.unpack("f", struct.pack("f", keep_scale))
+    return min(int(p * 2**32), 2**32 - 1), keep_scale
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:

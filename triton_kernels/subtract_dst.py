@@ -175,8 +175,10 @@ def subtract_dst(
         first = ends.get(key, 0)
         norm = 2.0 / math.sqrt((place.global_rows + 1) * (place.global_cols + 1))
         groups.setdefault(key, []).append(
-            [first, weight.data_ptr() - origin, rows, cols, *weight.stride()]
-            + [axes[row_axis], axes[col_axis], float_bits(norm), k]
+            [
+                *(first, weight.data_ptr() - origin, rows, cols, *weight.stride()),
+                *(axes[row_axis], axes[col_axis], float_bits(norm), k),
+            ]
         )
         ends[key] = first + triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(cols, BLOCK_COLS)
     if not groups:

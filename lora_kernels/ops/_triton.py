@@ -52,6 +52,16 @@ def _linear_backward(*args):
     return _module("linear").linear_backward(*args)
 
 
+KERNELS = {
+    "_dst_basis_": _dst_basis_,
+    "_frobenius_stats": _frobenius_stats,
+    "_subtract_dst_": _subtract_dst_,
+    "_loram_init_": _loram_init_,
+    "linear_forward": _linear_forward,
+    "linear_backward": _linear_backward,
+}
+
+
 def _on_its_device(kernel: Callable) -> Callable:
     """Triton launches on the current device, which need not be the tensors'."""
 
@@ -69,17 +79,10 @@ def register_triton() -> None:
         if torch.version.cuda is not None:
             warnings.warn(
                 "lora_kernels runs its plain-torch references on CUDA tensors: the results are the "
-                "same, everything is slower. Install Triton to have its kernels: pip install triton",
+                "same, everything is slower. For the kernels: pip install triton",
                 RuntimeWarning,
                 stacklevel=2,
             )
         return
-    for name, kernel in (
-        ("_dst_basis_", _dst_basis_),
-        ("_frobenius_stats", _frobenius_stats),
-        ("_subtract_dst_", _subtract_dst_),
-        ("_loram_init_", _loram_init_),
-        ("linear_forward", _linear_forward),
-        ("linear_backward", _linear_backward),
-    ):
+    for name, kernel in KERNELS.items():
         LIBRARY.impl(name, _on_its_device(kernel), "CUDA")

@@ -21,7 +21,7 @@ _EXTRAS = "float dropout, Tensor? seed, Tensor? start_A, Tensor? start_B"
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x[..., 0].numel(), 0)
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def linear_forward_ref(

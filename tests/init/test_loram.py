@@ -13,8 +13,8 @@ from ..oracle import ROUNDING, dst_basis, loram_beta, to_numpy
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (48, 48)])
 @pytest.mark.parametrize("r", [1, 2, 16, 40])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_pure_call(shape, r, dtype):
-    weight = torch.randn(*shape).to(dtype)
+def test_pure_call(shape, r, dtype, device):
+    weight = torch.randn(*shape).to(device, dtype)
     before = weight.clone()
     start = LoRAM()(weight, r)
     assert torch.equal(weight, before)
@@ -29,8 +29,8 @@ def test_pure_call(shape, r, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_absorbing_is_the_pure_call_and_the_subtraction(dtype):
-    weight = torch.randn(50, 30).to(dtype)
+def test_absorbing_is_the_pure_call_and_the_subtraction(dtype, device):
+    weight = torch.randn(50, 30).to(device, dtype)
     absorbed, by_hand = weight.clone(), weight.clone()
     fused = LoRAM().absorb_(absorbed, 8, 0.5)
     start = LoRAM()(by_hand, 8)

@@ -28,7 +28,7 @@ def test_names():
     assert get_initializer(LoRA(seed=1)) == LoRA(seed=1)
 
 
-def test_a_user_registers_one(monkeypatch):
+def test_a_user_registers_one(monkeypatch, device):
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
     @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def test_a_user_registers_one(monkeypatch):
             return Start(torch.full((r, weight.shape[1]), 0.5), torch.zeros(weight.shape[0], r))
 
     register_initializer("Halves", Halves)
-    layer = LoRALinear(6, 4, r=2, init_lora_weights="halves")
+    layer = LoRALinear(6, 4, r=2, init_lora_weights="halves", device=device)
     assert (layer.lora_A == 0.5).all()
     with pytest.raises(ValueError, match="taken"):
         register_initializer("halves", Halves)
@@ -47,7 +47,7 @@ def test_a_user_registers_one(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", ["absorb", "implicit"])
-def test_a_start_without_a_recipe(dtype, residual):
+def test_a_start_without_a_recipe(dtype, residual, device):
     """Any factors can be absorbed, or subtracted by the forward: they are then kept."""
 
     @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def test_a_start_without_a_recipe(dtype, residual):
             rows, cols = weight.shape
             return Start(torch.randn(r, cols, dtype=wide), torch.randn(rows, r, dtype=wide))
 
-    linear = nn.Linear(40, 600, dtype=dtype)
+    linear = nn.Linear(40, 600, dtype=dtype).to(device)
     original = copy.deepcopy(linear).double().requires_grad_(False)
     layer = LoRALinear.from_linear(linear, r=4, init_lora_weights=Random(), residual=residual)
     A, B = (p.detach().double().clone() for p in (layer.lora_A, layer.lora_B))
@@ -70,9 +70,10 @@ def test_a_start_without_a_recipe(dtype, residual):
 
     with torch.no_grad():
         layer.lora_B.mul_(0.5)  # as if trained: what gives the base back must not move with it
-    loaded = LoRALinear(40, 600, r=4, init_lora_weights=Random(), residual=residual, dtype=dtype)
+    options = {"dtype": dtype, "device": device}
+    loaded = LoRALinear(40, 600, r=4, init_lora_weights=Random(), residual=residual, **options)
     loaded.load_state_dict(layer.state_dict())
-    x = torch.randn(3, 40, dtype=dtype)
+    x = torch.randn(3, 40, dtype=dtype).to(device)
     base = original(x.double())
     trained = base - 0.5 * layer.scaling * x.double() @ A.T @ B.T
     noise = 32 * ROUNDING[dtype] * (base.norm() + trained.norm())
@@ -93,7 +94,7 @@ def test_a_start_without_a_recipe(dtype, residual):
         (lambda A, B: (A, B * float("nan")), "lora_B that holds NaN"),
     ],
 )
-def test_a_start_that_does_not_fit(change, match, residual):
+def test_a_start_that_does_not_fit(change, match, residual, device):
     @dataclass(frozen=True)
     class Broken(Initializer):
         changes_base = True
@@ -101,14 +102,14 @@ def test_a_start_that_does_not_fit(change, match, residual):
         def __call__(self, weight, r):
             return Start(*change(torch.ones(r, weight.shape[1]), torch.ones(weight.shape[0], r)))
 
-    linear = nn.Linear(40, 600)
+    linear = nn.Linear(40, 600).to(device)
     before = linear.weight.detach().clone()
     with pytest.raises(ValueError, match=match):
         LoRALinear.from_linear(linear, r=4, init_lora_weights=Broken(), residual=residual)
     assert torch.equal(linear.weight, before)
 
 
-def test_factors_are_float32_and_their_own():
+def test_factors_are_float32_and_their_own(device):
     @dataclass(frozen=True)
     class View(Initializer):
         changes_base = False
@@ -116,9 +117,10 @@ def test_factors_are_float32_and_their_own():
         def __call__(self, weight, r):
             return Start(weight[:r], weight.new_zeros(weight.shape[0], r))
 
-    layer = LoRALinear(8, 8, r=2, init_lora_weights=View(), dtype=torch.float32)
+    options = {"r": 2, "init_lora_weights": View(), "device": device}
+    layer = LoRALinear(8, 8, dtype=torch.float32, **options)
     assert layer.lora_A.data_ptr() != layer.weight.data_ptr()
-    layer = LoRALinear(8, 8, r=2, init_lora_weights=View(), dtype=torch.bfloat16)
+    layer = LoRALinear(8, 8, dtype=torch.bfloat16, **options)
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
 
 

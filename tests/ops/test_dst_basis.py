@@ -25,50 +25,55 @@ def size_and_rank(draw):
 
 
 @given(size_and_rank())
-def test_matches_scipy(sr):
+def test_matches_scipy(device, sr):
     size, rank = sr
-    got = to_numpy(op(size, rank, dtype=torch.float64))
+    got = to_numpy(op(size, rank, dtype=torch.float64, device=device))
     # SciPy's FFT is itself only good to a few eps of the largest entry.
     assert np.abs(got - oracle(size, rank)).max() <= 8 * 2**-52
 
 
 @pytest.mark.parametrize("size", [11008, 14336, 49152])
-def test_large_sizes_keep_full_precision(size):
+def test_large_sizes_keep_full_precision(size, device):
     """Against exact rational reduction and mpmath-free long double at random places."""
     rng = np.random.default_rng(0)
-    basis = op(size, 64, dtype=torch.float64)
+    basis = to_numpy(op(size, 64, dtype=torch.float64, device=device))
     i, j = rng.integers(0, size, 500), rng.integers(0, 64, 500)
     reduced = ((i + 1) * (j + 1)) % (2 * (size + 1))
     want = np.sqrt(2 / (size + 1)) * np.sin(
         np.longdouble(reduced) * np.longdouble("3.14159265358979323846264") / (size + 1)
     )
-    assert np.abs(basis[i, j].numpy() - want.astype(np.float64)).max() <= 4 * 2**-53 * 0.02
+    assert np.abs(basis[i, j] - want.astype(np.float64)).max() <= 4 * 2**-53 * 0.02
 
 
 @given(size_and_rank(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_one_rounding_from_float64(sr, dtype):
+def test_one_rounding_from_float64(device, sr, dtype):
     size, rank = sr
-    wide = op(size, rank, dtype=torch.float64)
-    assert torch.equal(op(size, rank, dtype=dtype), wide.to(dtype))
+    wide = op(size, rank, dtype=torch.float64, device=device)
+    assert torch.equal(op(size, rank, dtype=dtype, device=device), wide.to(dtype))
 
 
 @given(size_and_rank(), st.data())
-def test_kernel_has_the_bits_of_the_reference(sr, data):
+def test_kernel_has_the_bits_of_the_reference(device, sr, data):
     size, rank = sr
     offset = data.draw(st.integers(0, size))
     length = data.draw(st.integers(0, size - offset))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
-    scale = data.draw(st.sampled_from([None, torch.tensor(0.37, dtype=torch.float64)]))
-    want = torch.full((length, rank), math.nan, dtype=dtype)
+    scale = data.draw(st.sampled_from([None, 0.37]))
+    if scale is not None:
+        scale = torch.tensor(scale, dtype=torch.float64, device=device)
+    want = torch.full((length, rank), math.nan, dtype=dtype, device=device)
     dst_basis_ref(want, size, offset, scale)
-    got = op(size, rank, dtype=dtype, offset=offset, length=length, scale=scale)
+    where = {"device": device, "offset": offset, "length": length}
+    got = op(size, rank, dtype=dtype, scale=scale, **where)
     assert torch.equal(got, want)
-    transposed = torch.full((rank, length), math.nan, dtype=dtype)
+    transposed = torch.full((rank, length), math.nan, dtype=dtype, device=device)
     torch.ops.lora._dst_basis_(transposed.T, size, offset, scale)
     assert torch.equal(transposed.T, want)
 
 
-@pytest.mark.parametrize("size,rank", [(64, 64), (577, 16), (4096, 128)])
+@pytest.mark.parametrize(
+    "size,rank", [pytest.param(64, 64, marks=pytest.mark.sanitize), (577, 16), (4096, 128)]
+)
 def test_orthonormal(size, rank, device):
     basis = op(size, rank, dtype=torch.float64, device=device)
     eye = torch.eye(rank, dtype=torch.float64, device=device)
@@ -82,10 +87,11 @@ def test_same_bits_on_every_device(device):
             assert torch.equal(here, op(size, rank, dtype=dtype))
 
 
-def test_shards_are_slices():
-    whole = op(1000, 8)
-    assert torch.equal(op(1000, 8, offset=300, length=250), whole[300:550])
-    assert torch.equal(op(1000, 8, offset=300), whole[300:])
+@pytest.mark.sanitize
+def test_shards_are_slices(device):
+    whole = op(1000, 8, device=device)
+    assert torch.equal(op(1000, 8, offset=300, length=250, device=device), whole[300:550])
+    assert torch.equal(op(1000, 8, offset=300, device=device), whole[300:])
 
 
 def test_defaults_follow_torch(device):
@@ -94,9 +100,9 @@ def test_defaults_follow_torch(device):
         assert op(8, 2).device.type == device
 
 
-def test_sin_pi_is_exact_at_the_zeros():
+def test_sin_pi_is_exact_at_the_zeros(device):
     n = 12
-    values = sin_pi(torch.arange(0, 8 * n, n), n)
+    values = sin_pi(torch.arange(0, 8 * n, n, device=device), n)
     assert (values == 0).all()
 
 
@@ -105,11 +111,12 @@ def test_opcheck(device):
     opcheck(op, (33, 5), {"device": device, "offset": 3, "length": 7, "dtype": torch.bfloat16})
 
 
-def test_compiles_and_runs_under_inference_mode():
-    compiled = torch.compile(lambda: op(40, 6) * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(), op(40, 6) * 2)
+def test_compiles_and_runs_under_inference_mode(device):
+    double = lambda: op(40, 6, device=device) * 2  # noqa: E731
+    compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), double())
     with torch.inference_mode():
-        assert op(40, 6).is_inference()
+        assert op(40, 6, device=device).is_inference()
 
 
 def test_meta():
@@ -130,6 +137,6 @@ def test_meta():
         ((4, 2), {"scale": torch.ones(2)}, ValueError),
     ],
 )
-def test_bad_input(args, kwargs, error):
+def test_bad_input(args, kwargs, error, device):
     with pytest.raises(error):
-        op(*args, **kwargs)
+        op(*args, device=device, **kwargs)

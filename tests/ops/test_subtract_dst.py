@@ -56,25 +56,26 @@ def cases(draw):
 @example((1, 9, 1), torch.float32, "transposed", 0)
 @example((5, 11, 5), torch.float32, "contiguous", 0)
 @example((7, 7, 7), torch.float32, "both_strided", 0)
-def test_matches_the_product(case, dtype, layout, seed):
+def test_matches_the_product(device, case, dtype, layout, seed):
     n, m, rank = case
     torch.manual_seed(seed)
-    before = torch.randn(n, m).to(dtype)
-    coefficient = float(2 * math.sqrt(n * m))
+    before = torch.randn(n, m).to(device, dtype)
+    coefficient = torch.tensor(2 * math.sqrt(n * m), dtype=torch.float64, device=device)
+    correction = correction_of(n, m, rank, float(coefficient))
     weight = lay_out(before, layout)
-    returned = op(weight, torch.tensor(coefficient, dtype=torch.float64), rank)
+    returned = op(weight, coefficient, rank)
     assert returned is weight or returned.data_ptr() == weight.data_ptr()
-    check(weight, before, correction_of(n, m, rank, coefficient))
+    check(weight, before, correction)
     reference = lay_out(before, layout)
-    subtract_dst_ref(reference, torch.tensor(coefficient, dtype=torch.float64), rank, n, m, 0, 0)
-    check(reference, before, correction_of(n, m, rank, coefficient))
+    subtract_dst_ref(reference, coefficient, rank, n, m, 0, 0)
+    check(reference, before, correction)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1024, 1024), (1100, 512), (512, 2049), (2047, 1023)])
 @pytest.mark.parametrize("rank", [1, 16, 512])
 def test_large_shapes(shape, rank, layout, device):
-    before = torch.randn(*shape, device=device)
+    before = torch.randn(*shape).to(device)
     coefficient = math.sqrt(shape[0] * shape[1])
     weight = lay_out(before, layout)
     op(weight, torch.tensor(coefficient, dtype=torch.float64, device=device), rank)
@@ -82,31 +83,32 @@ def test_large_shapes(shape, rank, layout, device):
 
 
 @pytest.mark.parametrize("shape", [(4, 5000), (5000, 4), (3, 3), (100, 30000)])
-def test_very_wide_and_tall(shape):
+def test_very_wide_and_tall(shape, device):
     rank = min(*shape, 16)
-    before = torch.randn(*shape)
+    before = torch.randn(*shape).to(device)
     weight = before.clone()
-    op(weight, torch.tensor(50.0), rank)
+    op(weight, torch.tensor(50.0, device=device), rank)
     check(weight, before, correction_of(*shape, rank, 50.0))
 
 
-def test_nothing_between_the_entries_is_touched():
-    memory = torch.full((21, 41), 7.0)
+@pytest.mark.sanitize
+def test_nothing_between_the_entries_is_touched(device):
+    memory = torch.full((21, 41), 7.0, device=device)
     view = memory[1::2, 2::3]
     inside = torch.zeros_like(memory, dtype=torch.bool)
     inside[1::2, 2::3] = True
-    op(view, torch.tensor(3.0), 4)
+    op(view, torch.tensor(3.0, device=device), 4)
     assert (memory[~inside] == 7.0).all()
     assert (memory[inside] != 7.0).any()
 
 
 @given(cases(), st.data())
-def test_shards_give_the_whole(case, data):
+def test_shards_give_the_whole(device, case, data):
     n, m, rank = case
-    whole = torch.randn(n, m)
+    whole = torch.randn(n, m).to(device)
     i = data.draw(st.integers(0, n))
     j = data.draw(st.integers(0, m))
-    coefficient = torch.tensor(float(n + m))
+    coefficient = torch.tensor(float(n + m), device=device)
     sharded = whole.clone()
     for rows, row_offset in ((slice(0, i), 0), (slice(i, n), i)):
         for cols, col_offset in ((slice(0, j), 0), (slice(j, m), j)):
@@ -114,11 +116,12 @@ def test_shards_give_the_whole(case, data):
     check(sharded, whole, correction_of(n, m, rank, float(n + m)))
 
 
-def test_subtracting_and_adding_gives_the_base_back():
-    before = torch.randn(300, 200)
+@pytest.mark.sanitize
+def test_subtracting_and_adding_gives_the_base_back(device):
+    before = torch.randn(300, 200).to(device)
     weight = before.clone()
-    op(weight, torch.tensor(40.0), 16)
-    op(weight, torch.tensor(-40.0), 16)
+    op(weight, torch.tensor(40.0, device=device), 16)
+    op(weight, torch.tensor(-40.0, device=device), 16)
     assert (weight - before).abs().max() <= 4 * 2**-24 * before.abs().max()
 
 
@@ -135,60 +138,69 @@ def test_bits_do_not_depend_on_threads():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_raises_the_version_counter():
-    weight = torch.randn(8, 8)
+def test_raises_the_version_counter(device):
+    weight = torch.randn(8, 8).to(device)
     version = weight._version
-    op(weight, torch.tensor(1.0), 2)
+    op(weight, torch.tensor(1.0, device=device), 2)
     assert weight._version > version
 
 
 def test_opcheck(device):
     coefficient = torch.tensor(2.0, device=device)
-    opcheck(op, (torch.randn(9, 7, device=device), coefficient, 3))
-    opcheck(op, (torch.randn(9, 7, device=device).T, coefficient, 3, 20, 30, 1, 2))
+    opcheck(op, (torch.randn(9, 7).to(device), coefficient, 3))
+    opcheck(op, (torch.randn(9, 7).to(device).T, coefficient, 3, 20, 30, 1, 2))
 
 
-def test_compile_functionalises():
+def test_compile_functionalises(device):
     def step(weight, coefficient):
         return op(weight * 1.0, coefficient, 3) + 1
 
-    weight, coefficient = torch.randn(12, 10), torch.tensor(2.0)
+    weight, coefficient = torch.randn(12, 10).to(device), torch.tensor(2.0, device=device)
     compiled = torch.compile(step, fullgraph=True)
     torch.testing.assert_close(compiled(weight, coefficient), step(weight, coefficient))
 
 
-def test_empty_shard_and_inference_mode():
-    op(torch.empty(0, 5), torch.tensor(1.0), 2, 10, 5, 10, 0)
+def test_empty_shard_and_inference_mode(device):
+    one = torch.tensor(1.0, device=device)
+    op(torch.empty(0, 5, device=device), one, 2, 10, 5, 10, 0)
     with torch.inference_mode():
-        op(torch.randn(6, 6), torch.tensor(1.0), 2)
+        op(torch.randn(6, 6).to(device), one, 2)
 
 
 @pytest.mark.parametrize(
-    "weight,coefficient,args,error,match",
+    "make,args,error,match",
     [
-        (torch.ones(4, 4), torch.ones(()), (5,), ValueError, "rank 5 is larger"),
-        (torch.ones(4, 4), torch.ones(()), (0,), ValueError, "at least 1"),
-        (torch.ones(4), torch.ones(()), (1,), ValueError, "2-D"),
-        (torch.ones(4, 4, dtype=torch.int32), torch.ones(()), (1,), TypeError, "int32"),
-        (torch.ones(4, 1).expand(4, 4), torch.ones(()), (1,), ValueError, "expanded"),
-        (torch.ones(9).as_strided((4, 4), (1, 1)), torch.ones(()), (1,), ValueError, "overlapping"),
-        (
-            torch.ones(10).as_strided((4, 4), (2, 1)),
-            torch.ones(()),
-            (1,),
-            ValueError,
-            "overlapping",
-        ),
-        (torch.ones(4, 4), torch.tensor(float("nan")), (1,), ValueError, "nan"),
-        (torch.ones(4, 4), torch.ones(()), (1, 2**63 - 1, 4), ValueError, "2\\^30"),
-        (torch.ones(4, 4), torch.ones(3), (1,), ValueError, "exactly one"),
-        (torch.ones(4, 4), torch.ones((), dtype=torch.int64), (1,), ValueError, "floating"),
-        (torch.ones(4, 4), torch.ones((), device="meta"), (1,), ValueError, "meta"),
-        (torch.ones(4, 4), torch.ones(()), (1, 6, 4, 3, 0), ValueError, "rows"),
-        (torch.ones(4, 4), torch.ones(()), (1, 4, 4, 0, -1), ValueError, "columns"),
+        (lambda: (torch.ones(4, 4), torch.ones(())), (5,), ValueError, "rank 5 is larger"),
+        (lambda: (torch.ones(4, 4), torch.ones(())), (0,), ValueError, "at least 1"),
+        (lambda: (torch.ones(4), torch.ones(())), (1,), ValueError, "2-D"),
+        (lambda: (torch.ones(4, 4).int(), torch.ones(())), (1,), TypeError, "int32"),
+        (lambda: (torch.ones(4, 1).expand(4, 4), torch.ones(())), (1,), ValueError, "expanded"),
+        (lambda: (overlapping(9, 1), torch.ones(())), (1,), ValueError, "overlapping"),
+        (lambda: (overlapping(10, 2), torch.ones(())), (1,), ValueError, "overlapping"),
+        (lambda: (torch.ones(4, 4), torch.ones(())), (1, 2**63 - 1, 4), ValueError, "2\\^30"),
+        (lambda: (torch.ones(4, 4), torch.ones(3)), (1,), ValueError, "exactly one"),
+        (lambda: (torch.ones(4, 4), torch.ones(()).long()), (1,), ValueError, "floating"),
+        (lambda: (torch.ones(4, 4), torch.ones((), device="meta")), (1,), ValueError, "meta"),
+        (lambda: (torch.ones(4, 4), torch.ones(())), (1, 6, 4, 3, 0), ValueError, "rows"),
+        (lambda: (torch.ones(4, 4), torch.ones(())), (1, 4, 4, 0, -1), ValueError, "columns"),
     ],
 )
-def test_bad_input(weight, coefficient, args, error, match):
+def test_bad_input(make, args, error, match, device):
+    with torch.device(device):
+        weight, coefficient = make()
     with pytest.raises(error, match=match):
         op(weight, coefficient, *args)
+    assert (weight == 1).all()
+
+
+def overlapping(size: int, stride: int) -> torch.Tensor:
+    """4 x 4, with rows that begin `stride` apart."""
+    return torch.ones(size).as_strided((4, 4), (stride, 1))
+
+
+def test_a_coefficient_that_is_nan():
+    """On the CPU only: on a GPU, seeing it would wait for the device."""
+    weight = torch.ones(4, 4)
+    with pytest.raises(ValueError, match="nan"):
+        op(weight, torch.tensor(float("nan")), 1)
     assert (weight == 1).all()

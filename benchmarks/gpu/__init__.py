@@ -1,0 +1,1 @@
+"""Benchmarks on a CUDA GPU: `python -m benchmarks.gpu [PART ...]`, from the repository root."""

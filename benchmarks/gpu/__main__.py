@@ -1,0 +1,120 @@
+"""Everything that the issue asks of a GPU, in parts: `python -m benchmarks.gpu [PART ...]`.
+
+Each part writes a CSV and a PNG to benchmarks/results/<gpu>/ and prints a table; headline.csv has
+every target with its aim, its prediction and what was measured. `--predict` needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks.gpu import ceilings, decode, grid, init, layer, memory, operators, svd
+from benchmarks.gpu.headline import write_headline, write_prediction
+from benchmarks.gpu.plan import FULL, QUICK, Plan
+from benchmarks.gpu.predict import H200
+from benchmarks.gpu.session import Session, slug
+from benchmarks.report import RESULTS
+
+PARTS = ("ceilings", "operators", "init", "layer", "decode", "memory")
+# (part, title, what it runs): the targets first, then what may be cut short.
+SECTIONS = (
+    ("ceilings", "ceilings", ceilings.run),
+    ("init", "init", init.run),
+    ("operators", "operators", operators.run),
+    ("layer", "layer", layer.run),
+    ("decode", "decode", decode.run),
+    ("memory", "memory", memory.run),
+    ("init", "SVD", svd.run),
+    ("layer", "grid", grid.run),
+)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all if none is named"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, a corner of the grid")
+    parser.add_argument(
+        "--minutes", type=float, default=7.0, help="what is not begun by then is skipped (7)"
+    )
+    parser.add_argument("--out", type=Path, help="the folder to write to")
+    parser.add_argument(
+        "--predict", action="store_true", help="only predict an H200's figures; needs no GPU"
+    )
+    options = parser.parse_args(argv)
+    unknown = [part for part in options.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    return options
+
+
+def run_sections(session: Session, parts: Sequence[str]) -> bool:
+    """True if none broke; one that breaks does not stop the others."""
+    good = True
+    for part, title, run in SECTIONS:
+        if part not in parts:
+            continue
+        try:
+            gc.collect()  # it finds the device empty
+            if session.device.type == "cuda":
+                torch.cuda.empty_cache()
+            run(session)
+        except Exception:
+            good = False
+            session.console.print(f"{title} broke:", style="red")
+            session.console.print_exception(max_frames=6)
+    return good
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    device: torch.device | None = None,
+    plan: Plan | None = None,
+) -> int:
+    """0, or 1 if a section broke, 2 without a GPU. `device` and `plan` are for the tests."""
+    options = parse(argv)
+    # A log file has no width of its own; the tables want more than the default of 80.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    plan = plan or (QUICK if options.quick else FULL)
+    if options.predict:
+        write_prediction(console, options.out or RESULTS / H200.name, plan)
+        return 0
+    if device is None:
+        if not torch.cuda.is_available():
+            print("benchmarks.gpu: no CUDA GPU here; --predict works without one", file=sys.stderr)
+            return 2
+        device = torch.device("cuda", torch.cuda.current_device())
+    warnings.filterwarnings("ignore", module="peft")
+    out = options.out
+    if out is None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        out = RESULTS / slug(name) / ("quick" if options.quick else "")
+    torch.manual_seed(0)
+    session = Session(device, plan, out, options.minutes, console)
+    console.print(", ".join(f"{key} {value}" for key, value in session.environment.items()))
+    good = run_sections(session, options.parts or PARTS)
+    if not session.measured:
+        return 0 if good else 1
+    write_headline(session)
+    if session.over:
+        console.print(
+            f"The budget of {options.minutes:g} minutes was spent: what is marked 'skipped' was "
+            "not measured. Run its part alone, or raise --minutes.",
+            style="yellow",
+        )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

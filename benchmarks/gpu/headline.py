@@ -1,0 +1,96 @@
+"""The targets in one table: aim, prediction and what was measured."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.gpu.pictures import Bar, aim_bars
+from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.predict import H200, Line, lines
+from benchmarks.gpu.session import SKIPPED, Session, cell
+from benchmarks.report import print_table, write_csv
+
+HEADS = {
+    "line": "line",
+    "aim": "aim",
+    "predicted": "predicted",
+    "predicted_ms": "ms",
+    "floor_ms": "floor ms",
+    "measured": "measured",
+    "measured_ms": "ms measured",
+    "met": "met",
+}
+_KEPT = ("measured", "measured_ms", "met", "measured_on")
+
+
+def write_prediction(console: Console, out: Path, plan: Plan) -> None:
+    """predicted.csv of an H200: the measured columns are empty."""
+    rows = [line.row() for line in lines(H200, plan)]
+    write_csv(out / "predicted.csv", rows)
+    show(console, "Predicted for an H200 from bytes and flops; nothing is measured", rows)
+
+
+def write_headline(session: Session) -> None:
+    """headline.csv and .png: this run's figures, and of an earlier one what this one skipped.
+
+    The predictions are made again from the ceilings of this run.
+    """
+    path = session.out / "headline.csv"
+    earlier = _read(path)
+    known = lines(session.machine, session.plan)
+    rows = [_row(session, line, earlier.get(line.name, {})) for line in known]
+    write_csv(path, [{**row, **session.environment} for row in rows])
+    title = f"Targets, {session.environment['device']}"
+    show(session.console, f"{title}; predictions from its measured ceilings", rows)
+    bars = list(_bars(known, rows))
+    aim_bars(session.out / "headline.png", title, bars, "part of the limit", longest=2.0)
+
+
+def show(console: Console, title: str, rows: Iterable[dict[str, object]]) -> None:
+    """On the terminal."""
+    cells = [{head: cell(row[key]) for key, head in HEADS.items()} for row in rows]
+    print_table(console, title, cells)
+
+
+def _row(session: Session, line: Line, earlier: dict[str, str]) -> dict[str, object]:
+    row = {**line.row(), "measured_on": ""}
+    value, milliseconds = session.measured.get(line.name, (SKIPPED, None))
+    if value == SKIPPED:
+        return row | {key: _number(earlier.get(key, "")) for key in _KEPT}
+    row |= {"measured": value, "measured_on": f"{session.started:%Y-%m-%d %H:%M} UTC"}
+    if milliseconds is not None:
+        row["measured_ms"] = milliseconds
+    if isinstance(value, float):
+        row["met"] = "yes" if line.met(value) else "NO"
+    return row
+
+
+def _bars(known: Iterable[Line], rows: Iterable[dict[str, object]]) -> Iterable[Bar]:
+    """1 is the aim, more misses it, whichever way the aim is meant."""
+    for line, row in zip(known, rows, strict=True):
+        value = row["measured"]
+        if not line.aim:
+            continue
+        if not isinstance(value, float) or not value:
+            share = float("nan")
+        else:
+            share = value / line.aim if line.sense == "≤" else line.aim / value
+        yield Bar(line.name, share, 1.0)
+
+
+def _read(path: Path) -> dict[str, dict[str, str]]:
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["line"]: row for row in csv.DictReader(file)}
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,96 @@
+"""What the parts share: the device, the plan, the time that is left, the ceilings, the results."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.predict import Machine
+from benchmarks.harness import Timing, environment
+from benchmarks.report import print_table, short, write_csv
+
+SKIPPED = "skipped: time budget"
+
+
+class Session:
+    """One run. `measured` holds, by line, the value in the aim's unit (or why there is none), and
+    the milliseconds.
+    """
+
+    def __init__(
+        self, device: torch.device, plan: Plan, out: Path, minutes: float, console: Console
+    ) -> None:
+        self.device, self.plan, self.out, self.console = device, plan, out, console
+        self.measured: dict[str, tuple[float | str, float | None]] = {}
+        self.started = datetime.now(timezone.utc)
+        self._deadline = time.monotonic() + 60 * minutes
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the budget; negative once it is spent."""
+        return self._deadline - time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Whether what remains is to be skipped."""
+        return self.seconds_left <= 0
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """The columns of every CSV that say where it comes from."""
+        return environment(self.device) | {"plan": self.plan.name}
+
+    @cached_property
+    def machine(self) -> Machine:
+        """The ceilings, measured when they are first asked for."""
+        from benchmarks.gpu.ceilings import measure_ceilings
+
+        return measure_ceilings(self.device, self.plan, slug(self.environment["device"]))
+
+    def record(self, line: str, value: float | str, milliseconds: float | None = None) -> None:
+        """The measured value of a target's line, or why there is none."""
+        if isinstance(value, float) and math.isnan(value):
+            value = "no value"
+        self.measured[line] = (value, milliseconds)
+
+    def record_timing(self, line: str, timing: Timing, value: float) -> None:
+        """The same of a timing, which may have failed."""
+        if timing.failure:
+            self.record(line, timing.failure)
+        else:
+            self.record(line, value, 1e3 * timing.median)
+
+    def publish(
+        self,
+        name: str,
+        title: str,
+        rows: Sequence[Mapping[str, object]],
+        shown: Mapping[str, str],
+    ) -> None:
+        """Writes `<name>.csv` and prints the columns in `shown`, {column: its heading}."""
+        self.save(name, rows)
+        cells = [{head: cell(row.get(key, "")) for key, head in shown.items()} for row in rows]
+        print_table(self.console, title, cells)
+
+    def save(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """The CSV only."""
+        write_csv(self.out / f"{name}.csv", [{**row, **self.environment} for row in rows])
+
+
+def cell(value: object) -> str:
+    """A table's text: floats to three digits, NaN empty."""
+    return short(value) if isinstance(value, float) else str(value)
+
+
+def slug(name: str) -> str:
+    """`"NVIDIA H200"` -> `"nvidia-h200"`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

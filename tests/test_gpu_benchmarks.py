@@ -1,0 +1,176 @@
+"""The GPU benchmarks, on a CPU with tiny shapes: what they write, and what they predict."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import peers
+from benchmarks.gpu.__main__ import PARTS, main
+from benchmarks.gpu.grid import to_best_peer
+from benchmarks.gpu.plan import FULL
+from benchmarks.gpu.predict import H200, lines
+from benchmarks.gpu.session import slug
+from benchmarks.harness import Timing
+
+TINY = replace(
+    FULL,
+    name="tiny",
+    copy_bytes=2**12,
+    gemm=32,
+    operator_shapes=((32, 16),),
+    list_length=2,
+    operator_ranks=(2,),
+    model=(((16, 16), 2), ((24, 16), 1)),
+    init_ranks=(2, 4),
+    svd_shapes=1,
+    layer_shape=(16, 16),
+    layer_tokens=32,
+    layer_cases=((2, 0.0), (2, 0.1)),
+    grid_shapes=((24, 16),),
+    grid_tokens=(8,),
+    grid_ranks=(2,),
+    decode_tokens=(1, 4),
+    decode_rank=2,
+    decode_layers=2,
+    rounds=2,
+    grid_rounds=1,
+    burst_ms=0.1,
+    grid_burst_ms=0.1,
+)
+CPU = torch.device("cpu")
+# By part: the files that it leaves, with columns of each.
+FILES = {
+    "ceilings": {"ceilings": {"ceiling", "measured", "unit", "h200_earlier"}},
+    "operators": {"operators": {"shape", "dtype", "median_ms", "gb_per_s", "share_of_copy", "aim"}},
+    "init": {
+        "init": {"projections", "r", "dtype", "median_ms", "floor_ms", "times_floor"},
+        "init_svd": {"what", "shape", "one_layer_s", "extrapolated_s", "times_ours"},
+    },
+    "layer": {
+        "layer": {"shape", "tokens", "r", "dropout", "dtype", "pass", "variant", "ratio", "aim"},
+        "layer_grid": {"shape", "tokens", "r", "pass", "clock", "variant", "ours_to_best_peer"},
+    },
+    "decode": {"decode": {"shape", "tokens", "r", "layers", "variant", "median_ms", "ratio"}},
+    "memory": {"memory": {"shape", "tokens", "variant", "peak_mib", "growth_mib", "ratio", "aim"}},
+}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def run(out: Path, *argv: str, plan=TINY) -> int:
+    return main([*argv, "--out", str(out)], device=CPU, plan=plan)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("gpu")
+    assert run(out) == 0
+    return out
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_leaves_its_files(part, everything):
+    for name, columns in FILES[part].items():
+        rows = read(everything / f"{name}.csv")
+        assert rows
+        assert columns | {"device", "torch", "plan"} <= set(rows[0])
+        failures = {row.get("failure", "") for row in rows}
+        assert failures <= {"", peers.NOT_INSTALLED, "left out of the tiny plan"}
+        assert (everything / f"{name}.png").stat().st_size > 1000
+
+
+def test_every_target_is_measured(everything):
+    table = {row["line"]: row for row in read(everything / "headline.csv")}
+    assert list(table) == [line.name for line in lines(H200, TINY)]
+    assert all(row["measured"] for row in table.values())
+    assert (everything / "headline.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Drawing them takes most of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
+
+
+def test_later_part_keeps_the_earlier_figures(tmp_path, no_pictures):
+    assert run(tmp_path, "init") == run(tmp_path, "decode") == 0
+    for row in read(tmp_path / "headline.csv"):
+        assert bool(row["measured"]) == row["line"].startswith(("init", "decode"))
+        assert bool(row["measured_on"]) == bool(row["measured"])
+
+
+def test_spent_budget_is_said(tmp_path, capsys, no_pictures):
+    parts = ("operators", "layer", "decode", "memory")
+    assert run(tmp_path, *parts, "--minutes", "0") == 0
+    for name in (*parts, "layer_grid"):
+        assert {row["failure"] for row in read(tmp_path / f"{name}.csv")} <= {
+            "skipped: time budget",
+            peers.NOT_INSTALLED,
+        }
+    assert "was spent" in capsys.readouterr().out
+    assert not any(row["met"] for row in read(tmp_path / "headline.csv"))
+
+
+def test_without_a_gpu_one_line_and_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "--predict" in err
+
+
+def test_prediction_by_hand(tmp_path, capsys):
+    assert main(["--predict", "--out", str(tmp_path)]) == 0
+    table = {row["line"]: row for row in read(tmp_path / "predicted.csv")}
+    assert not any(row["measured"] or row["measured_ms"] for row in table.values())
+
+    # 32 layers × (4 × 4096² + 3 × 4096 × 11008) elements × 2 bytes: 12.952 GB; thrice at 4.3 TB/s.
+    init = table["init, 224 projections, r = 16"]
+    assert init["aim"] == "≤ 1.3 × floor"
+    assert float(init["floor_ms"]) == pytest.approx(9.0363, rel=1e-4)
+    # A, B: 64 B × 32 × (4 × 8192 + 3 × 15104) = 159.91 MB, 37.2 μs more; four kernels, 4 μs.
+    assert float(init["predicted_ms"]) == pytest.approx(9.0363 + 0.0372 + 0.004, rel=1e-4)
+
+    # 2 × 8192 × 4096² flops = 0.34795 ms at 790 TFLOP/s; the expand 2 × 8192 × 4096 × 16: 1.359 μs;
+    # the shrink reads x, 67.109 MB, and A, 0.262 MB, writes z, 0.262 MB: 15.729 μs; two kernels.
+    layer = table["layer, 8192 tokens, 4096×4096, r = 16, forward"]
+    assert float(layer["floor_ms"]) == pytest.approx(0.34795, rel=1e-4)
+    ours = 0.34795 + 0.001359 + 0.015729 + 0.002
+    assert float(layer["predicted_ms"]) == pytest.approx(ours, rel=1e-4)
+    assert float(layer["predicted"]) == pytest.approx(ours / 0.34895, rel=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_addmm_peer_has_the_gradients_of_the_naive_one(dropout):
+    linear = torch.nn.Linear(7, 5, bias=False).requires_grad_(False)
+    naive, addmm = peers.Naive(linear, 3, dropout), peers.Addmm(linear, 3, dropout)
+    addmm.load_state_dict(naive.state_dict())
+    x, dy = torch.randn(4, 7, requires_grad=True), torch.randn(4, 5)
+    results = []
+    for layer in (naive, addmm):
+        layer.scaling = 1.7
+        torch.manual_seed(1)
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y, [x, layer.lora_A, layer.lora_B], dy)])
+    torch.testing.assert_close(*results)
+
+
+def test_best_peer():
+    timings = [
+        Timing("ours", {0: 3.0}),
+        Timing("naive", {0: 4.0}),
+        Timing("addmm_", {0: 2.0}),
+        Timing("PEFT", failure="not installed"),
+    ]
+    assert to_best_peer(timings) == (1.5, "addmm_")
+
+
+def test_slug():
+    assert slug("NVIDIA H200") == "nvidia-h200"

@@ -1,0 +1,43 @@
+"""The operators over the Triton kernels: compiled on a GPU, else interpreted on CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need triton (pip install triton)")
+
+from lora_kernels.ops import _triton
+
+
+@pytest.fixture(scope="package")
+def device() -> Iterator[str]:
+    if torch.cuda.is_available():
+        yield "cuda"
+        return
+    library = torch.library.Library("lora", "IMPL")
+    for name, kernel in _triton.KERNELS.items():
+        library.impl(name, kernel, "CPU", allow_override=True)
+    yield "cpu"
+    library._destroy()
+
+
+@pytest.fixture(scope="package")
+def dtypes() -> tuple[torch.dtype, ...]:
+    """Triton's interpreter takes the bits of bfloat16 for integers."""
+    halves = (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float16,)
+    return (torch.float32, *halves)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch) -> None:
+    """What a kernel forgets to write is NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kw: poison(empty(*args, **kw)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: poison(empty_like(*args, **kw)))

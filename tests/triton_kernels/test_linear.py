@@ -1,0 +1,151 @@
+"""The layer's kernels, each way to the result by itself, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_kernels.ops.philox import dropout as drop_ref
+from lora_kernels.triton_kernels import choice, linear, linear_gemm, philox
+
+from ..ops.test_linear import check, inputs
+
+CONFIGS = list(linear_gemm.CONFIGS)
+SHAPES = [  # rows, N, K, r
+    ((1,), 48, 40, 3),
+    ((2, 3), 96, 200, 16),
+    ((64,), 136, 72, 40),
+    ((130,), 264, 136, 70),
+    ((200,), 24, 344, 8),
+]
+
+
+@pytest.fixture
+def force(monkeypatch, device):
+    """`force(name)`: every choice falls on that way, where there is one of that name."""
+    taken = []
+
+    def use(*names: str) -> list[str]:
+        def chosen(key, ways, device, count_launches=False):
+            name = next((name for name in names if name in ways), next(iter(ways)))
+            taken.append(name)
+            return ways[name]()
+
+        monkeypatch.setattr(linear, "fastest", chosen)
+        if device == "cpu":  # the interpreter knows the tensor memory accelerator too
+            monkeypatch.setattr(linear, "_is_hopper", lambda device: True)
+            monkeypatch.setattr(linear, "_multiprocessors", lambda device: 3)
+        return taken
+
+    return use
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("lead", "n", "k", "r"), SHAPES)
+@pytest.mark.parametrize(
+    "ways",
+    [
+        *(("kernel", "decode"), ("kernel", "steps", "reversed"), ("steps", "library")),
+        *(("steps", config) for config in CONFIGS),
+    ],
+)
+def test_every_way(ways, lead, n, k, r, dropout, start, device, dtypes, force):
+    for dtype in dtypes:
+        bias = (n + k) % 3 != 0
+        t = inputs(lead, n, k, r, dtype, bias=bias, start=start, device=device)
+        seed = torch.tensor(2**33 + 5, device=device) if dropout else None
+        taken = force(*ways)
+        check(t, 0.7, dropout, seed)
+    assert (ways[-1] in taken) or (ways[-1] == "decode" and t["x"].numel() // k > 64)
+
+
+@pytest.mark.parametrize("r", [1, 2, 15, 17, 100, 128, 200, 512])
+@pytest.mark.parametrize("rows", [5, 80])
+def test_ranks(r, rows, device, force):
+    t = inputs((rows,), 520, 528, r, torch.float16, start=r < 128, device=device)
+    force("kernel", "steps", "reversed")
+    check(t, 1.0, 0.1, torch.tensor(1, device=device))
+
+
+@pytest.mark.parametrize("way", ["decode", "reversed", "library", CONFIGS[0]])
+def test_strides(way, device, force):
+    force("kernel", "steps", way)
+    t = inputs((6, 11), 64, 80, 8, torch.float16, device=device)
+    for name in ("x", "weight", "lora_A", "lora_B"):
+        for strided in (
+            lambda v: v.transpose(-1, -2).contiguous().transpose(-1, -2),
+            lambda v: torch.stack([v, v], -1)[..., 0],
+            lambda v: torch.cat([v, v], -1)[..., : v.shape[-1]],
+        ):
+            changed = {k: None if v is None else v.detach() for k, v in t.items()}
+            changed[name] = strided(changed[name])
+            check(changed, 0.5)
+
+
+def test_expanded_gradient_and_bias(device, force):
+    force("kernel", "steps", "reversed")
+    t = inputs((70,), 32, 48, 4, torch.float32, device=device)
+    leaves = [t[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
+    bias = torch.randn(1, device=device).expand(32)
+    y = torch.ops.lora.linear(t["x"], t["weight"], bias, t["lora_A"], t["lora_B"], 0.5)
+    got = torch.autograd.grad(y.sum(), leaves)  # of stride 0
+    plain = t["x"] @ t["weight"].T + bias + 0.5 * t["x"] @ t["lora_A"].T @ t["lora_B"].T
+    torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, torch.autograd.grad(plain.sum(), leaves), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("empty", [{"rows": 0}, {"n": 0}, {"k": 0}, {"r": 0}])
+def test_empty_sizes(empty, device):
+    sizes = {"rows": 3, "n": 5, "k": 7, "r": 2} | empty
+    t = inputs((sizes["rows"],), sizes["n"], max(sizes["k"], 1), sizes["r"], torch.float32)
+    t = {name: None if v is None else v.to(device) for name, v in t.items()}
+    if sizes["k"] == 0:
+        t |= {name: t[name][..., :0] for name in ("x", "weight", "lora_A")}
+    leaves = [t[k].detach().requires_grad_() for k in ("x", "weight", "bias", "lora_A", "lora_B")]
+    y = torch.ops.lora.linear(*leaves, 0.5)
+    x, weight, bias, lora_A, lora_B = leaves
+    want = torch.nn.functional.linear(x, weight, bias) + 0.5 * x @ lora_A.T @ lora_B.T
+    torch.testing.assert_close(y, want)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy)
+    )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (37, 45), (16, 256), (3, 1030), (0, 4)])
+def test_dropout_is_the_reference_mask(shape, p, device):
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        x = torch.randn(*shape).to(device, dtype)
+        for seed in (0, 7, 2**63 - 1, -(2**62)):
+            word = torch.tensor(seed, device=device)
+            assert torch.equal(philox.dropout(x, p, word), drop_ref(x, p, word))
+
+
+def test_backward_is_deterministic(device, force):
+    force("kernel", "steps", "reversed")
+    t = inputs((200,), 264, 136, 16, torch.float16, device=device)
+    leaves = [t[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
+    runs = []
+    for _ in range(2):
+        y = torch.ops.lora.linear(t["x"], t["weight"], None, t["lora_A"], t["lora_B"], 1.0)
+        runs.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):
+    times = {"slow": 3.0, "fast": 1.0, "middling": 2.0}
+    ran = []
+    ways = {name: (lambda name=name: ran.append(name) or name) for name in times}
+    monkeypatch.setattr(choice, "CHOSEN", {})
+    monkeypatch.setattr(choice, "_can_measure", lambda device: True)
+    monkeypatch.setattr(choice, "_milliseconds", lambda way, launches: times[way()])
+    cpu = torch.device("cpu")
+    assert choice.fastest(("key",), ways, cpu) == "fast"
+    assert ran == ["slow", "fast", "middling", "fast"]
+    assert choice.fastest(("key",), ways, cpu) == "fast"
+    assert len(ran) == 5
+    monkeypatch.setattr(choice, "_can_measure", lambda device: False)
+    assert choice.fastest(("another key",), ways, cpu) == "slow"
+    assert choice.CHOSEN == {("key",): "fast"}

@@ -40,11 +40,14 @@ def loram_beta(weight: np.ndarray, rank: int) -> float:
     return float((gain * np.mean(weight**2) / np.mean(product**2)) ** 0.25)
 
 
-def assert_close(got: np.ndarray, want: np.ndarray, ratio: float, eps: float) -> None:
-    """‖got − want‖ ≤ ratio · ‖want‖, and no entry is off by more than 64 eps of the largest."""
-    assert got.shape == want.shape
+def assert_close(
+    got: np.ndarray, want: np.ndarray, size: np.ndarray, ratio: float, dtype: torch.dtype
+) -> None:
+    """‖got − want‖ ≤ ratio · ‖size‖, and no entry is off by more than 64 eps of the largest size;
+    besides 64 roundings of subnormals an entry.
+    """
+    assert got.shape == want.shape == size.shape
     assert np.isfinite(got).all()
-    norm = np.linalg.norm(want)
-    assert np.linalg.norm(got - want) <= ratio * norm + 1e-300
-    if want.size:
-        assert np.abs(got - want).max() <= 64 * eps * np.abs(want).max() + 1e-300
+    error, tiny = np.abs(got - want), 64 * TINY[dtype]
+    assert np.linalg.norm(error) <= ratio * np.linalg.norm(size) + tiny * size.size**0.5
+    assert error.max() <= 64 * ROUNDING[dtype] * size.max() + tiny

@@ -5,11 +5,13 @@ LORA_KERNELS_TUNE=0 takes the first way always, which makes results the same bit
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 Result = TypeVar("Result")
 ROUNDS = 5
@@ -33,15 +35,12 @@ def fastest(
         return next(iter(ways.values()))()
     first = next(iter(ways))
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing:
-        name = first if count_launches else CHOSEN.get(key, first)
-    else:
-        name = CHOSEN.get(key)
-        if name not in ways:
-            name = first
-            if _can_measure(device):
-                times = {n: _milliseconds(way, count_launches) for n, way in ways.items()}
-                name = CHOSEN[key] = min(times, key=times.get)
+    name = first if capturing and count_launches else CHOSEN.get(key)
+    if name not in ways:
+        name = first
+        if _can_measure(device) and not capturing:
+            times = {n: _milliseconds(way, count_launches) for n, way in ways.items()}
+            name = CHOSEN[key] = min(times, key=times.get)
     return ways[name]()
 
 
@@ -50,8 +49,11 @@ def _can_measure(device: torch.device) -> bool:
 
 
 def _milliseconds(way: Callable[[], object], count_launches: bool) -> float:
-    """The shortest of ROUNDS, after a first run that compiles."""
-    way()
+    """The shortest of ROUNDS, after a first that compiles; infinite if this GPU is too small."""
+    try:
+        way()
+    except (OutOfResources, torch.OutOfMemoryError):
+        return math.inf
     times = []
     for _ in range(ROUNDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,31 +1,32 @@
-"""`lora::_dst_basis_` on a GPU, for one basis or for the A and B of a whole model.
+"""`lora::_dst_basis_` on a GPU, for one basis or for the A or B of a whole model.
 
-An entry is g · sin((p+1)(q+1)π/N). A program takes 16 p and walks along q in blocks of 128, where
-angle addition gives an entry for two float64 operations from the sines of the block's first column
-and those of the steps inside of a block. That is right to about 1e-15, not to the last bit: where
-two neighbours of the value would round differently (once in some 10^7 entries), the tile is taken
-from the table of exact sines. Bytes: the output once; the tables stay in the L2 cache.
-
-Gathering every entry from the table would need 32 cache lines a warp, 4 to 8 times what
-the memory takes (estimated, not measured).
+An entry is g · sin((p+1)(q+1)π/N). A program takes 8 p and walks along q in blocks of 128. Angle
+addition gives an entry for two float64 operations, from the sines of the block's first column and
+those of the steps inside of a block; both begin exact, from integers, and the first turns on by a
+fixed angle. That is right to some 1e-14, not to the last bit: where two neighbours of a value would
+round differently (once in some 10^6 entries), the block is written again, sine by sine.
+Bytes: the output, once. A sine each would take 60 float64 operations an entry, and a gather from a
+table of sines 32 cache lines a warp: both several times what the memory takes (estimated).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from .jobs import aligned, anchor, find_job, float_bits, load_float, slots, tensor_at, upload
-from .sine import cos_pi, sin_pi
+from .jobs import anchor, find_job, float_bits, load_float, slots, tensor_at, upload
+from .sine import cos_pi, modulo, sin_pi
 
-TABLE_BLOCK = 256
-BLOCK_P, BLOCK_Q, STEPS = 16, 128, 8
-FIELDS = tl.constexpr(12)
+BLOCK_P, BLOCK_Q = 8, 128
+LONG = 1024
+MOST_STEPS = 32  # blocks that share the exact sines of a program, and a bit each in an int32
+ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
+FIELDS = tl.constexpr(11)
 TRITON_DTYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -44,111 +45,104 @@ class Basis:
 
 
 @triton.jit
-def sine_tables_kernel(tables, sizes, BLOCK: tl.constexpr):
-    """For each (N, base) of `sizes`: tables[base:] = sin(πp/N), then cos(πp/N), p in [0, 2N)."""
-    n = tl.load(sizes + 2 * tl.program_id(1))
-    out = tables + tl.load(sizes + 2 * tl.program_id(1) + 1)
-    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = p < 2 * n
-    tl.store(out + p, sin_pi(p, n), mask=mask)
-    tl.store(out + 2 * n + p, cos_pi(p, n), mask=mask)
+def _store(out, p, q, p_stride, q_stride, mask, value, OUT: tl.constexpr):
+    where = p[:, None].to(tl.int64) * p_stride + q[None, :].to(tl.int64) * q_stride
+    if tl.float64 == OUT:
+        tl.store(out + where, value, mask=mask)
+    else:  # by float32, as the reference's conversion
+        tl.store(out + where, value.to(tl.float32).to(OUT), mask=mask)
 
 
 @triton.jit
+def _any(flags):
+    return tl.max(tl.max((flags != 0).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit(do_not_specialize=["steps"])
 def dst_fill_kernel(
     jobs,
     base,
-    tables,
     scales,
     count,
+    steps,
     OUT: tl.constexpr,
     Q_CONTIGUOUS: tl.constexpr,
     P_CONTIGUOUS: tl.constexpr,
-    ALIGNED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     program = tl.program_id(0)
     k = find_job(jobs, count, program, FIELDS, SLOTS)
     job = jobs + k * FIELDS
     chunk = program - tl.load(job)
-    out = tensor_at(base, tl.load(job + 1), OUT, ALIGNED)
+    out = tensor_at(base, tl.load(job + 1), OUT, False)
     p_size, q_size = tl.load(job + 2), tl.load(job + 3)
     p_stride, q_stride = tl.load(job + 4), tl.load(job + 5)
+    # Stored 4 or 2 bytes a thread: 16 would want another layout, and a barrier each time.
     if P_CONTIGUOUS:
         p_stride = 1
-        if ALIGNED:
-            p_size, q_stride = aligned(p_size, 16), aligned(q_stride, 16)
     if Q_CONTIGUOUS:
         q_stride = 1
-        if ALIGNED:
-            q_size, p_stride = aligned(q_size, 16), aligned(p_stride, 16)
     n = tl.load(job + 8)
-    sines = tables + tl.load(job + 9)
-    cosines = sines + 2 * n
-    norm = load_float(job + 10)
+    norm = load_float(job + 9)
     scale = norm * 0.0 + 1.0
     if HAS_SCALE:
-        scale = tl.load(scales + tl.load(job + 11))
+        scale = tl.load(scales + tl.load(job + 10))
     gain = norm * scale
-    # 16 float64 ulp: above the errors of both ways to an entry.
-    slack = tl.abs(gain) * 1.8e-15
+    # (16 + 2 steps) roundings: above the errors of both ways to an entry.
+    slack = tl.abs(gain) * (16 + 2 * steps).to(tl.float64) * 1.12e-16
     zero = tl.abs(gain) * 1e-10  # below the smallest sine but 0 of any size under 2^30
 
-    q_chunks = tl.cdiv(q_size, BLOCK_Q * STEPS)
+    q_chunks = tl.cdiv(q_size, BLOCK_Q * steps)
     p = chunk // q_chunks * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
-    q_begin = chunk % q_chunks * (BLOCK_Q * STEPS)
+    q_begin = chunk % q_chunks * (BLOCK_Q * steps)
     step = tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
     a = p + tl.load(job + 6) + 1
-    inside = (a[:, None] * step[None, :]) % (2 * n)  # [BLOCK_P, BLOCK_Q]
-    inside_sine = tl.load(sines + inside)
-    inside_cosine = tl.load(cosines + inside)
-    for block in range(STEPS):
-        q0 = q_begin + block * BLOCK_Q
-        if q0 < q_size:
-            b0 = q0 + tl.load(job + 7) + 1
-            start = (a * b0) % (2 * n)
-            sine = gain * tl.load(sines + start)  # [BLOCK_P]
-            cosine = gain * tl.load(cosines + start)
-            value = sine[:, None] * inside_cosine + cosine[:, None] * inside_sine
-            mask = (p < p_size)[:, None] & (q0 + step < q_size)[None, :]
-            below, above = (value - slack).to(tl.float32), (value + slack).to(tl.float32)
-            is_zero = tl.abs(value) < zero
-            value = tl.where(is_zero, gain * 0.0, value)
-            undecided = mask & (below != above) & (is_zero == 0)
-            if EXACT or tl.max(tl.max(undecided.to(tl.int32), 1), 0) > 0:
-                index = (a[:, None] * (b0 + step)[None, :]) % (2 * n)
-                value = (norm * tl.load(sines + index, mask=mask, other=0.0)) * scale
-            where = p[:, None].to(tl.int64) * p_stride + (q0 + step)[None, :] * q_stride
-            if tl.float64 == OUT:
-                tl.store(out + where, value, mask=mask)
-            else:  # by float32, as the reference's conversion
-                tl.store(out + where, value.to(tl.float32).to(OUT), mask=mask)
+    b0 = q_begin + tl.load(job + 7) + 1
+    inside = modulo(a[:, None] * step[None, :], 2 * n)  # [BLOCK_P, BLOCK_Q]
+    inside_sine, inside_cosine = sin_pi(inside, n), cos_pi(inside, n)
+    first, turn = (a * b0) % (2 * n), (a * BLOCK_Q) % (2 * n)
+    sine, cosine = sin_pi(first, n), cos_pi(first, n)  # [BLOCK_P], of the block's first column
+    turn_sine, turn_cosine = sin_pi(turn, n), cos_pi(turn, n)
+    undecided = tl.zeros([BLOCK_P, BLOCK_Q], tl.int32)  # a bit for each block
+    for block in range(steps):
+        q = q_begin + block * BLOCK_Q + step
+        mask = (p < p_size)[:, None] & (q < q_size)[None, :]
+        value = tl.fma(
+            (gain * sine)[:, None], inside_cosine, (gain * cosine)[:, None] * inside_sine
+        )
+        is_zero = tl.abs(value) < zero
+        value = tl.where(is_zero, gain * 0.0, value)
+        narrow = (value + slack).to(tl.float32)
+        open_ = mask & (narrow != (value - slack).to(tl.float32)) & (is_zero == 0)
+        undecided |= open_.to(tl.int32) << block
+        _store(out, p, q, p_stride, q_stride, mask, value, OUT)
+        turned = sine * turn_cosine + cosine * turn_sine
+        cosine = cosine * turn_cosine - sine * turn_sine
+        sine = turned
+    if EXACT or _any(undecided):
+        for block in range(steps):
+            if EXACT or _any((undecided >> block) & 1):
+                q = q_begin + block * BLOCK_Q + step
+                mask = (p < p_size)[:, None] & (q < q_size)[None, :]
+                index = modulo(first + block * turn, 2 * n)[:, None] + inside
+                index = tl.where(index >= 2 * n, index - 2 * n, index)
+                value = (norm * sin_pi(index, n)) * scale
+                _store(out, p, q, p_stride, q_stride, mask, value, OUT)
 
 
-def _job(basis: Basis) -> tuple[list[int], bool]:
-    """What the kernel's table says of `basis`; q runs along its longer side."""
+def _job(basis: Basis) -> list[int]:
+    """What the kernel's table says of `basis`; q runs along contiguous memory, if that is long."""
     (rows, cols), (row_stride, col_stride) = basis.out.shape, basis.out.stride()
     row, col = (rows, row_stride, basis.offset), (cols, col_stride, 0)
-    (p, p_stride, p_first), (q, q_stride, q_first) = (col, row) if rows > cols else (row, col)
+    contiguous, other = (row, col) if row_stride < col_stride else (col, row)
+    along_other = contiguous[0] < LONG and other[0] > contiguous[0]
+    q, p = (other, contiguous) if along_other else (contiguous, other)
+    (p, p_stride, p_first), (q, q_stride, q_first) = p, q
     return [basis.out.data_ptr(), p, q, p_stride, q_stride, p_first, q_first, basis.size + 1]
-
-
-def sine_tables(sizes: Iterable[int], device: torch.device) -> tuple[torch.Tensor, dict[int, int]]:
-    """Float64 sines and cosines of πp/N for each N of `sizes`, and where each N's begin."""
-    base_of, end = {}, 0
-    for n in sizes:
-        base_of[n] = end
-        end += 4 * n
-    tables = torch.empty(end, dtype=torch.float64, device=device)
-    table = upload([[n, base] for n, base in base_of.items()], device)
-    grid = (triton.cdiv(2 * max(base_of), TABLE_BLOCK), len(base_of))
-    sine_tables_kernel[grid](tables, table, BLOCK=TABLE_BLOCK, enable_fp_fusion=False)
-    return tables, base_of
 
 
 def dst_fill(bases: Sequence[Basis], scales: torch.Tensor | None = None) -> None:
@@ -158,45 +152,34 @@ def dst_fill(bases: Sequence[Basis], scales: torch.Tensor | None = None) -> None
         return
     device, dtype = bases[0].out.device, bases[0].out.dtype
     base, origin = anchor(bases[0].out)
-    tables, base_of = sine_tables(dict.fromkeys(job[-1] for job in jobs.values()), device)
-    groups: dict[tuple[bool, bool, bool], list[int]] = {}
-    for k, (address, p, q, p_stride, q_stride, *_) in jobs.items():
-        # What the compiler needs for 16-byte accesses, whichever side is contiguous.
-        places = (address, q, p_stride) if q_stride == 1 else (address, p, q_stride)
-        aligned = all(place % 16 == 0 for place in places)
-        groups.setdefault((q_stride == 1, q_stride != 1 == p_stride, aligned), []).append(k)
-    for (q_contiguous, p_contiguous, aligned), members in groups.items():
+    tiles = sum(triton.cdiv(p, BLOCK_P) * triton.cdiv(q, BLOCK_Q) for _, p, q, *_ in jobs.values())
+    steps = min(max(1, triton.next_power_of_2(tiles // ENOUGH_PROGRAMS)), MOST_STEPS)
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for k, (_, _, _, p_stride, q_stride, *_) in jobs.items():
+        groups.setdefault((q_stride == 1, q_stride != 1 == p_stride), []).append(k)
+    for (q_contiguous, p_contiguous), members in groups.items():
         rows, programs = [], 0
         for k in members:
             address, p, q, *_, n = jobs[k]
-            rows.append(
-                [
-                    programs,
-                    address - origin,
-                    *jobs[k][1:],
-                    base_of[n],
-                    float_bits(math.sqrt(2.0 / n)),
-                    k,
-                ]
-            )
-            programs += triton.cdiv(p, BLOCK_P) * triton.cdiv(q, BLOCK_Q * STEPS)
+            norm = float_bits(math.sqrt(2.0 / n))
+            rows.append([programs, address - origin, *jobs[k][1:], norm, k])
+            programs += triton.cdiv(p, BLOCK_P) * triton.cdiv(q, BLOCK_Q * steps)
         dst_fill_kernel[(programs,)](
-            upload(rows, device),
+            *upload(device, rows),
             base,
-            tables,
-            tables if scales is None else scales,
+            base if scales is None else scales,
             len(rows),
+            steps,
             OUT=TRITON_DTYPES[dtype],
             Q_CONTIGUOUS=q_contiguous,
             P_CONTIGUOUS=p_contiguous,
-            ALIGNED=aligned and (q_contiguous or p_contiguous),
             HAS_SCALE=scales is not None,
             EXACT=dtype == torch.float64,
             SLOTS=slots(len(rows)),
             BLOCK_P=BLOCK_P,
             BLOCK_Q=BLOCK_Q,
-            STEPS=STEPS,
-            enable_fp_fusion=True,
+            num_warps=8,
+            enable_fp_fusion=False,
         )
 
 

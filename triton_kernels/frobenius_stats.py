@@ -113,7 +113,7 @@ def partial_stats_kernel(
     tl.store(partials + 2 * program + 1, q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def reduce_stats_kernel(jobs, partials, stats, programs, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
     """stats[k] = the sum over weight k's programs, in order."""
     k = tl.program_id(0)
@@ -147,7 +147,7 @@ def frobenius_stats(weights: Sequence[torch.Tensor]) -> torch.Tensor:
         at = address - origin
         rows.append([programs, at, n * m, m, row_stride, col_stride, code, int(dense)])
         programs += triton.cdiv(n * m, CHUNK)
-    jobs = upload(rows, device)
+    (jobs,) = upload(device, rows)
     partials = torch.empty(max(programs, 1), 2, dtype=torch.float64, device=device)
     stats = torch.empty(len(rows), 2, dtype=torch.float64, device=device)
     if programs:

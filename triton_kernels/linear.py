@@ -5,7 +5,8 @@ Each step has a few ways, of which the fastest is measured for a shape (`choice.
   the product with W: "fused" (one Triton kernel, the rank term in its accumulator), "reversed" (the
   rank term and bias first, the product added to it in place), "library" (the product first, as one
   writes it by hand). At most 64 rows: also "decode", two kernels in all.
-float64 takes the library, as does float32 above rank 64: there is no tensor core for the rest.
+The library is also what float32 and float64 take, and sizes that 16-byte accesses do not suit: the
+kernels are made for the tensor cores of 16-bit dtypes.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from . import linear_gemm
 from .choice import fastest
 from .linear_decode import MOST_ROWS, decode
 from .linear_expand import expand
-from .linear_grads import LARGEST_RANK, dA, dz_dB
+from .linear_grads import dA, dz_dB, is_worth_it
 from .linear_shrink import shrink
 from .philox import dropout as drop
 
 HALVES = (torch.bfloat16, torch.float16)
+LOW_RANK = 64  # up to here a thin product is bound by memory, and the default is to fuse it
 
 
 def linear_forward(
@@ -45,13 +47,13 @@ def linear_forward(
     y_shape = [*x.shape[:-1], N]
     bias = None if bias is None else bias.contiguous()
     key = _key(rows, weight, r, bias is not None, start_A is not None, dropout > 0)
-    thin = _thin(rows, weight, r)
+    thin = _thin(rows, weight, lora_A, lora_B)
 
     def z_then_y() -> tuple[Tensor, Tensor]:
         ways = {"library": lambda: _shrink_library(rows, lora_A, start_A, dropout, seed)}
         if thin:
             kernel = lambda: shrink(rows, lora_A, start_A, dropout, seed)  # noqa: E731
-            ways = _first(r <= LARGEST_RANK, "kernel", kernel, ways)
+            ways = _first(r <= LOW_RANK, "kernel", kernel, ways)
         z, z0 = fastest(("z", *key), ways, x.device)
         y = product(
             ("y", *key), rows, weight, False, z, lora_B, scaling, bias, z0, start_B, -scaling
@@ -60,13 +62,15 @@ def linear_forward(
 
     ways = {"steps": z_then_y}
     if thin and rows.shape[0] <= MOST_ROWS:
-        overlap = x.device.type == "cuda" and _is_hopper(x.device)  # not the interpreter
+        # Not in the interpreter.
+        overlap = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (9, 0)
         kernels = lambda: decode(  # noqa: E731
             rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, overlap
         )
         ways = {"decode": kernels, **ways}
     y, z = fastest(("forward", *key), ways, x.device, count_launches=True)
-    return y.view(y_shape), z
+    # No view: a user may write into y in place.
+    return torch.ops.aten._unsafe_view(y, y_shape), z
 
 
 def linear_backward(
@@ -85,15 +89,15 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, W, b, A, B; an empty tensor for each that is not needed."""
     needs_x, needs_weight, needs_bias, needs_A, needs_B = needs
-    dy, rows = _rows(grad), _rows(x)
+    dy, rows, z = _rows(grad), _rows(x), z.contiguous()
     r = lora_B.shape[1]
     grads = [x.new_empty(0) for _ in needs]
     key = _key(rows, weight, r, False, start_A is not None, dropout > 0)
-    thin = _thin(rows, weight, r)
+    thin = _thin(rows, weight, lora_A, lora_B)
     if needs_x or needs_A or needs_B:
         start = start_B if needs_x else None
         ways = {"library": lambda: _dz_dB_library(dy, lora_B, start, z, scaling, needs_B)}
-        if thin and r <= LARGEST_RANK:
+        if thin and is_worth_it(r, start is not None):
             kernel = lambda: dz_dB(dy, lora_B, start, z, scaling, needs_B)  # noqa: E731
             ways = {"kernel": kernel, **ways}
         dz, dz0, dB = fastest(("dz", needs_B, start is None, *key), ways, x.device)
@@ -104,7 +108,7 @@ def linear_backward(
         ways = {"library": lambda: _mm(dz.T, drop(rows, dropout, seed) if dropout else rows, dtype)}
         if thin:
             kernel = lambda: dA(dz, rows, dtype, dropout, seed)  # noqa: E731
-            ways = _first(r <= LARGEST_RANK or dropout > 0, "kernel", kernel, ways)
+            ways = _first(r <= LOW_RANK or dropout > 0, "kernel", kernel, ways)
         grads[3] = fastest(("dA", *key), ways, x.device)
     if needs_x:
         start = None if start_A is None else start_A.T
@@ -152,13 +156,12 @@ def product(
             factor = torch.cat([factor, (scale0 / scale if scale else 0.0) * B0.to(z.dtype)], 1)
         return y.addmm_(left, factor.T, alpha=scale)
 
-    if not _thin(a, weight, z.shape[1]):
+    if not _thin(a, weight, B):
         return library()
     ways = {"reversed": reversed_, "library": library}
     if not dropout and _is_hopper(a.device) and linear_gemm.fits(a, weight):
-        # The result's rows too have to lie at multiples of 16 bytes.
-        out_fits = B.shape[0] % 8 == 0 and z.shape[1] <= linear_gemm.LARGEST_RANK
-        for name in linear_gemm.CONFIGS if out_fits else ():
+        r = z.shape[1]
+        for name in linear_gemm.CONFIGS if r % 8 == 0 and r <= linear_gemm.LARGEST_RANK else ():
             ways[name] = functools.partial(
                 linear_gemm.gemm,
                 name, _multiprocessors(a.device), a, weight, w_is_kn, z, B, scale, bias,
@@ -172,11 +175,13 @@ def _first(condition: bool, name: str, way, ways: dict) -> dict:
     return {name: way, **ways} if condition else {**ways, name: way}
 
 
-def _thin(a: Tensor, weight: Tensor, r: int) -> bool:
+def _thin(a: Tensor, *others: Tensor) -> bool:
     """Whether the Triton kernels of the thin products take these, and are worth it."""
-    if min(*a.shape, *weight.shape, r) == 0:
+    if a.dtype not in HALVES or any(t.numel() == 0 or t.element_size() > 4 for t in (a, *others)):
         return False
-    return a.dtype in HALVES or (a.dtype == torch.float32 and r <= LARGEST_RANK)
+    r = min(others[-1].shape)
+    aligned = all(size % 16 == 0 for size in (a.shape[1], others[0].shape[0], others[0].shape[1]))
+    return aligned and (r <= LOW_RANK or r % 16 == 0)
 
 
 def _key(rows: Tensor, weight: Tensor, r: int, *flags: bool) -> tuple:
@@ -220,5 +225,5 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
-    """Or later: tensor memory accelerator, kernels that start before the one ahead has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Or a data-centre Blackwell: what the fused kernel's tiles are made for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)

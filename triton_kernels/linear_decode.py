@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear_shrink import rank_block, shrink_parts
+from .jobs import aligned
+from .linear_shrink import rank_block, rank_unit, shrink_parts
 
 MOST_ROWS = 64
 PARTS = 16
@@ -71,9 +72,11 @@ def decode_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     RANKS: tl.constexpr,
+    RANK_UNIT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    row = tl.arange(0, BLOCK_M)
+    r = aligned(r, RANK_UNIT)
+    row = tl.arange(0, BLOCK_M).to(tl.int64)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for begin in range(0, K, BLOCK_K):
@@ -81,7 +84,7 @@ def decode_kernel(
         x_mask = (row < M)[:, None] & (k < K)[None, :]
         w_mask = (col < N)[None, :] & (k < K)[:, None]
         left = tl.load(x + row[:, None] * x_stride + k[None, :], mask=x_mask, other=0.0)
-        where = col[None, :].to(tl.int64) * w_row + k[:, None] * w_col
+        where = col[None, :].to(tl.int64) * w_row + k[:, None].to(tl.int64) * w_col
         right = tl.load(W + where, mask=w_mask, other=0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if OVERLAP:
@@ -147,6 +150,7 @@ def decode(
         BLOCK_K=BLOCK_K if x.element_size() == 2 else BLOCK_K // 2,
         BLOCK_R=block_r,
         RANKS=triton.cdiv(r, block_r) * block_r,
+        RANK_UNIT=rank_unit(r),
         OVERLAP=overlap,
         launch_pdl=overlap,
         num_warps=4,

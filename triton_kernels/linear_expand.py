@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear_shrink import rank_block
+from .jobs import aligned
+from .linear_shrink import rank_block, rank_unit
 from .philox import drop, mask_arguments
 
 BLOCK_M, BLOCK_N = 64, 128
@@ -57,7 +58,9 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     RANKS: tl.constexpr,
+    RANK_UNIT: tl.constexpr,
 ):
+    r = aligned(r, RANK_UNIT)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     begin = tl.program_id(1) * BLOCK_N
     col = begin + tl.arange(0, BLOCK_N)
@@ -88,7 +91,7 @@ def expand(
     (M, r), N = z.shape, B.shape[0]
     y = torch.empty(M, N, dtype=z.dtype, device=z.device)
     start = B if B0 is None else B0
-    block_r = rank_block(r, 64)
+    block_r = rank_block(r, 32)
     expand_kernel[triton.cdiv(M, BLOCK_M), triton.cdiv(N, BLOCK_N)](
         y,
         y if bias is None else bias,
@@ -112,6 +115,7 @@ def expand(
         BLOCK_N=BLOCK_N,
         BLOCK_R=block_r,
         RANKS=triton.cdiv(r, block_r) * block_r,
+        RANK_UNIT=rank_unit(r),
         num_warps=8,
         enable_fp_fusion=True,
     )

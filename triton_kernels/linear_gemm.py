@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .linear_shrink import rank_block
+from .jobs import aligned
+from .linear_shrink import rank_block, rank_unit
 
 GROUP_M = 8
 LARGEST_RANK = 128  # above it the rank term, which nothing overlaps, is no longer small
@@ -65,8 +66,10 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     RANKS: tl.constexpr,
+    RANK_UNIT: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    r = aligned(r, RANK_UNIT)
     rows_of_tiles, cols_of_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = GROUP_M * cols_of_tiles
     for tile in tl.range(tl.program_id(0), rows_of_tiles * cols_of_tiles, tl.num_programs(0)):
@@ -137,6 +140,11 @@ def gemm(
     w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
     start = B if B0 is None else B0
     block_r = rank_block(r, 32 if z0 is None else 16)  # more spills
+    ranks = triton.cdiv(r, block_r) * block_r
+    if (
+        z0 is not None
+    ):  # a loop of one turn is unrolled, and sm_100 has no room for its accumulators
+        ranks = max(ranks, 2 * block_r)
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     gemm_kernel[(min(resident * multiprocessors, tiles),)](
         TensorDescriptor.from_tensor(a, [block_m, block_k]),
@@ -162,7 +170,8 @@ def gemm(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
-        RANKS=triton.cdiv(r, block_r) * block_r,
+        RANKS=ranks,
+        RANK_UNIT=rank_unit(r),
         GROUP_M=GROUP_M,
         num_warps=warps,
         enable_fp_fusion=True,

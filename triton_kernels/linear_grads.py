@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear_shrink import ENOUGH_PROGRAMS, rank_block, reduce
+from .jobs import aligned
+from .linear_shrink import ENOUGH_PROGRAMS, rank_block, rank_unit, reduce
 from .philox import drop, mask_arguments
 
-LARGEST_RANK = 64  # of the fused kernel: the workspace grows with it, dY does not
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 128, 128
 
 
@@ -42,7 +42,9 @@ def dz_dB_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    RANK_UNIT: tl.constexpr,
 ):
+    r = aligned(r, RANK_UNIT)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rank = tl.arange(0, BLOCK_R)
     b_mask = (col < N)[:, None] & (rank < r)[None, :]
@@ -90,8 +92,10 @@ def dA_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    RANK_UNIT: tl.constexpr,
 ):
     """parts[chunk] = dzᵀ drop(x) over the chunk's rows."""
+    r = aligned(r, RANK_UNIT)
     begin_col = tl.program_id(0) * BLOCK_K
     col = begin_col + tl.arange(0, BLOCK_K)
     rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -112,6 +116,11 @@ def dA_kernel(
     tl.store(parts + where, acc, mask=(rank < r)[:, None] & (col < K)[None, :])
 
 
+def is_worth_it(r: int, start: bool) -> bool:
+    """Whether the parts of dz (and dz₀), 4 r / BLOCK_N bytes for 2 of dY, are less than dY is."""
+    return r <= (16 if start else 32)
+
+
 def _chunk(M: int, blocks: int) -> int:
     """Rows a program walks down: so many that all programs together just fill a GPU twice."""
     chunks = max(1, 2 * ENOUGH_PROGRAMS // blocks)
@@ -128,12 +137,10 @@ def dz_dB(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Dz = scale · dY B, dz₀ = −scale · dY B₀ [M, r] in dY's dtype, dB = scale · dYᵀ z in B's.
 
-    dY's rows and z are contiguous; r <= LARGEST_RANK.
+    dY's rows and z are contiguous; r as `is_worth_it` has it.
     """
     (M, N), r = dy.shape, B.shape[1]
-    block_r = rank_block(r, LARGEST_RANK)
-    block_n = BLOCK_N if block_r <= 32 or B0 is None else BLOCK_N // 2  # or registers spill
-    blocks = triton.cdiv(N, block_n)
+    blocks = triton.cdiv(N, BLOCK_N)
     chunk = _chunk(M, blocks)
     chunks = triton.cdiv(M, chunk)
     work = {"dtype": torch.float32, "device": dy.device}
@@ -159,9 +166,10 @@ def dz_dB(
         HAS_START=B0 is not None,
         NEEDS_DB=needs_B,
         BLOCK_M=BLOCK_M,
-        BLOCK_N=block_n,
-        BLOCK_R=block_r,
-        num_warps=4 if r <= 32 else 8,
+        BLOCK_N=BLOCK_N,
+        BLOCK_R=rank_block(r, 32),
+        RANK_UNIT=rank_unit(r),
+        num_warps=4 if r <= 16 else 8,
         enable_fp_fusion=True,
         num_stages=3,
     )
@@ -199,9 +207,10 @@ def dA(
         x.stride(0),
         *mask_arguments(dropout),
         HAS_DROPOUT=dropout > 0,
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=BLOCK_M // 2 if dropout > 0 else BLOCK_M,  # the mask takes registers
         BLOCK_K=BLOCK_K,
         BLOCK_R=block_r,
+        RANK_UNIT=rank_unit(r),
         num_warps=4 if block_r <= 64 else 8,
         enable_fp_fusion=True,
         num_stages=3,

@@ -6,10 +6,13 @@ K is split; the parts are added up in order by `reduce`, or by the decode kernel
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
+from .jobs import aligned
 from .philox import drop, mask_arguments
 
 ENOUGH_PROGRAMS = 128  # an H100, H200 or A100 has 108 to 132 multiprocessors
@@ -39,8 +42,10 @@ def shrink_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    RANK_UNIT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    r = aligned(r, RANK_UNIT)
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -93,6 +98,11 @@ def reduce(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch
     return out
 
 
+def rank_unit(r: int) -> int:
+    """A factor of r that the compiler can count on: what one access may span."""
+    return math.gcd(r, 16)
+
+
 def rank_block(r: int, largest: int) -> int:
     """The rank that a program is compiled for: a power of two that tl.dot takes."""
     return min(max(16, triton.next_power_of_2(r)), largest)
@@ -114,9 +124,10 @@ def shrink_parts(
     (M, K), r = x.shape, A.shape[0]
     block_r = rank_block(r, 128)
     block_m = min(max(16, triton.next_power_of_2(M)), 64)
-    block_k = 128 if block_r <= 32 and x.element_size() == 2 else 64
-    if block_r > 64 or (block_r > 32 and A0 is not None):  # or registers spill
-        block_k = 32
+    # What registers, and the shared memory of the smallest GPUs (99 KB), hold.
+    block_k = 128 if block_r <= 32 else 64 if block_r <= 64 else 32
+    if A0 is not None or x.element_size() > 2:
+        block_k = max(block_k // (4 if dropout > 0 else 2), 32)
     programs = triton.cdiv(M, block_m) * triton.cdiv(r, block_r)
     if parts is None:
         parts = max(1, ENOUGH_PROGRAMS // programs)
@@ -146,8 +157,9 @@ def shrink_parts(
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
+        RANK_UNIT=rank_unit(r),
         OVERLAP=overlap,
-        num_warps=4,
+        num_warps=8 if block_r > 64 and A0 is not None else 4,
         enable_fp_fusion=True,
         num_stages=4 if block_r <= 32 else 3,
     )

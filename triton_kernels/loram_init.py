@@ -13,7 +13,7 @@ import torch
 from .dst_basis import Basis, dst_fill
 from .frobenius_stats import frobenius_stats
 from .jobs import float_bits, upload
-from .subtract_dst import Placement, subtract_dst
+from .subtract_dst import Placement, Subtraction
 
 
 def loram_init_(
@@ -31,18 +31,18 @@ def loram_init_(
     `gains` are the Q of β² = ‖W‖ √(Q / rank); `check` gets the sums of squares and may raise.
     """
     sums_of_squares = frobenius_stats(weights)[:, 1]
-    gain = upload([[float_bits(value)] for value in gains], beta.device).view(torch.float64)[:, 0]
-    if check is not None:
-        check(sums_of_squares.tolist())
-    squared = (sums_of_squares * gain).div_(rank).sqrt_()
+    (gain,) = upload(beta.device, [[float_bits(value) for value in gains]])
+    squared = (sums_of_squares * gain.view(torch.float64)).div_(rank).sqrt_()
     root = squared.sqrt()
     beta.copy_(root)
     # A.T, so that both are [length, rank] bases. One call a dtype: they follow the weights'.
     for dtype in dict.fromkeys(factor.dtype for factor in lora_A):
         members = [k for k, factor in enumerate(lora_A) if factor.dtype == dtype]
-        scales = root if len(members) == len(weights) else root[members]
+        scales = root if len(members) == len(weights) else torch.stack([root[k] for k in members])
         dst_fill([Basis(lora_A[k].T, weights[k].shape[1]) for k in members], scales)
         dst_fill([Basis(lora_B[k], weights[k].shape[0]) for k in members], scales)
-    subtract_dst(
-        weights, squared.mul_(scaling), rank, [Placement(*weight.shape) for weight in weights]
-    )
+    subtraction = Subtraction(weights, rank, [Placement(*weight.shape) for weight in weights])
+    squared.mul_(scaling)
+    if check is not None:  # last, while the device has all of this to do
+        check(sums_of_squares.tolist())
+    subtraction.run(squared)

@@ -142,67 +142,79 @@ def subtract_kernel(
         tl.store(weight + where, after.to(DTYPE), mask=mask)
 
 
-def subtract_dst(
-    weights: Sequence[torch.Tensor],
-    coefficients: torch.Tensor,
-    rank: int,
-    placements: Sequence[Placement],
-) -> None:
-    """W_k −= coefficients[k] (float64, on the device) · the part of ΦₙΦₘᵀ that weight k sees."""
-    device = weights[0].device
-    base, origin = anchor(weights[0])
-    axes: dict[tuple[int, ...], int] = {}  # (length, offset, size, other, other_offset) -> base
-    groups: dict[tuple[torch.dtype, int], list[list[int]]] = {}
-    ends: dict[tuple[torch.dtype, int], int] = {}
-    end = 0
-    for k, (weight, place) in enumerate(zip(weights, placements, strict=True)):
-        if weight.numel() == 0:
-            continue
-        if weight.dtype == torch.float64:
-            _subtract_product(weight, coefficients[k], rank, place)
-            continue
-        if weight.stride(0) < weight.stride(1):
-            weight, place = weight.T, place.transposed()
-        rows, cols = weight.shape
-        row_axis = (rows, place.row_offset, place.global_rows, place.global_cols, place.col_offset)
-        col_axis = (cols, place.col_offset, place.global_cols, place.global_rows, place.row_offset)
-        for axis in (row_axis, col_axis):
-            if axis not in axes:
-                axes[axis] = end
-                end += 5 * axis[0]
-        vector = _vector(weight)
-        key = (weight.dtype, vector)
-        first = ends.get(key, 0)
-        norm = 2.0 / math.sqrt((place.global_rows + 1) * (place.global_cols + 1))
-        groups.setdefault(key, []).append(
-            [
-                *(first, weight.data_ptr() - origin, rows, cols, *weight.stride()),
-                *(axes[row_axis], axes[col_axis], float_bits(norm), k),
-            ]
-        )
-        ends[key] = first + triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(cols, BLOCK_COLS)
-    if not groups:
-        return
-    tables = torch.empty(end, dtype=torch.float64, device=device)
-    axis_jobs = upload([[*axis, rank, base] for axis, base in axes.items()], device)
-    grid = (triton.cdiv(max(axis[0] for axis in axes), AXIS_BLOCK), len(axes))
-    axis_tables_kernel[grid](tables, axis_jobs, BLOCK=AXIS_BLOCK, enable_fp_fusion=False)
-    for (dtype, vector), rows in groups.items():
-        subtract_kernel[(ends[dtype, vector],)](
-            upload(rows, device),
-            base,
-            tables,
-            coefficients,
-            len(rows),
-            DTYPE=TRITON_DTYPES[dtype],
-            VECTOR=vector,
-            SLOTS=slots(len(rows)),
-            BLOCK_COLS=BLOCK_COLS,
-            BLOCK_ROWS=BLOCK_ROWS,
-            GROUP=GROUP,
-            STAGES=STAGES,
-            enable_fp_fusion=True,
-        )
+class Subtraction:
+    """W_k −= coefficients[k] · the part of ΦₙΦₘᵀ that weight k sees, in two steps.
+
+    Making one has the tables of sines computed. `run` then writes the weights, all of one dtype and
+    layout in one launch.
+    """
+
+    def __init__(
+        self, weights: Sequence[torch.Tensor], rank: int, placements: Sequence[Placement]
+    ) -> None:
+        device = weights[0].device
+        self.rank = rank
+        self.base, origin = anchor(weights[0])
+        self.products: list[tuple[int, torch.Tensor, Placement]] = []
+        axes: dict[tuple[int, ...], int] = {}  # (length, offset, size, other, its offset) -> place
+        groups: dict[tuple[torch.dtype, int], list[list[int]]] = {}
+        self.programs: dict[tuple[torch.dtype, int], int] = {}
+        end = 0
+        for k, (weight, place) in enumerate(zip(weights, placements, strict=True)):
+            if weight.numel() == 0:
+                continue
+            if weight.dtype == torch.float64:
+                self.products.append((k, weight, place))
+                continue
+            if weight.stride(0) < weight.stride(1):
+                weight, place = weight.T, place.transposed()
+            rows, cols = weight.shape
+            n, m, i, j = place.global_rows, place.global_cols, place.row_offset, place.col_offset
+            row_axis, col_axis = (rows, i, n, m, j), (cols, j, m, n, i)
+            for axis in (row_axis, col_axis):
+                if axis not in axes:
+                    axes[axis] = end
+                    end += 5 * axis[0]
+            key = (weight.dtype, _vector(weight))
+            first = self.programs.get(key, 0)
+            norm = float_bits(2.0 / math.sqrt((n + 1) * (m + 1)))
+            at = (weight.data_ptr() - origin, rows, cols, *weight.stride())
+            job = [first, *at, axes[row_axis], axes[col_axis], norm, k]
+            groups.setdefault(key, []).append(job)
+            self.programs[key] = first + triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(
+                cols, BLOCK_COLS
+            )
+        axis_rows = [[*axis, rank, place] for axis, place in axes.items()]
+        axis_jobs, *jobs = upload(device, axis_rows, *groups.values())
+        self.groups = dict(zip(groups, jobs, strict=True))
+        self.tables = torch.empty(end, dtype=torch.float64, device=device)
+        if axes:
+            grid = (triton.cdiv(max(axis[0] for axis in axes), AXIS_BLOCK), len(axes))
+            axis_tables_kernel[grid](
+                self.tables, axis_jobs, BLOCK=AXIS_BLOCK, enable_fp_fusion=False
+            )
+
+    def run(self, coefficients: torch.Tensor) -> None:
+        """`coefficients` [len] are float64, on the device."""
+        for k, weight, place in self.products:
+            _subtract_product(weight, coefficients[k], self.rank, place)
+        for (dtype, vector), jobs in self.groups.items():
+            count = len(jobs) // FIELDS.value
+            subtract_kernel[(self.programs[dtype, vector],)](
+                jobs,
+                self.base,
+                self.tables,
+                coefficients,
+                count,
+                DTYPE=TRITON_DTYPES[dtype],
+                VECTOR=vector,
+                SLOTS=slots(count),
+                BLOCK_COLS=BLOCK_COLS,
+                BLOCK_ROWS=BLOCK_ROWS,
+                GROUP=GROUP if vector else GROUP // 2,  # or registers spill
+                STAGES=STAGES,
+                enable_fp_fusion=True,
+            )
 
 
 def _vector(weight: torch.Tensor) -> int:
@@ -238,4 +250,4 @@ def subtract_dst_(
 ) -> None:
     """W −= coefficient · the part of ΦₙΦₘᵀ that starts at the offsets."""
     place = Placement(global_rows, global_cols, row_offset, col_offset)
-    subtract_dst([weight], coefficient.reshape(1).to(torch.float64), rank, [place])
+    Subtraction([weight], rank, [place]).run(coefficient.reshape(1).to(torch.float64))

@@ -123,9 +123,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, lora_A, lora_B, z, *extras = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
-        grads = torch.ops.lora.linear_backward(
-            grad, x, weight, lora_A, lora_B, z, ctx.scaling, ctx.dropout, *extras, needs
-        )
+        # Autocast has done its part in the forward: here it would cast what the kernel multiplies.
+        with torch.amp.autocast(grad.device.type, enabled=False):
+            grads = torch.ops.lora.linear_backward(
+                grad, x, weight, lora_A, lora_B, z, ctx.scaling, ctx.dropout, *extras, needs
+            )
         wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return (*wanted, None, None, None, None, None)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,16 +15,13 @@ from lora_kernels.ops.philox import dropout as drop
 from ..oracle import ROUNDING, assert_close, to_numpy
 
 op = torch.ops.lora.linear
-# Bounds on ‖error‖ / ‖result‖: GEMMs accumulate in float32, with a few roundings to the dtype on
-# the way (A, B, z, y), whose errors are independent.
-RATIO = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
-DTYPES = list(RATIO)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 GRADS = ("x", "weight", "bias", "lora_A", "lora_B")
 
 
 def inputs(lead, n, k, r, dtype, *, bias=True, start=False, device="cpu"):
     factor = torch.float64 if dtype == torch.float64 else torch.float32
-    make = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
+    make = lambda *shape: torch.randn(*shape).to(device)  # noqa: E731
     tensors = {
         "x": make(*lead, k).to(dtype),
         "weight": (make(n, k) / k**0.5).to(dtype),
@@ -40,32 +39,52 @@ def call(t, scaling, dropout=0.0, seed=None):
     return op(*(t[k] for k in names), scaling, dropout, seed, t["start_A"], t["start_B"])
 
 
-def oracle(t, dy, scaling, dropout=0.0, seed=None):
-    """Y and all five gradients, in float64 from the formula; the factors as the dtype sees them."""
-    dtype = t["x"].dtype
-    f = {k: None if v is None else to_numpy(v.to(dtype)) for k, v in t.items()}
-    x = f["x"].reshape(-1, f["x"].shape[-1])
-    g = to_numpy(dy).reshape(-1, f["weight"].shape[0])
-    mask = np.ones_like(x)
-    if dropout:
-        ones = torch.ones(x.shape, dtype=torch.float64)
-        mask = to_numpy(drop(ones, dropout, seed.cpu()))
-    W, A, B = f["weight"], f["lora_A"], f["lora_B"]
-    y = x @ W.T + scaling * (x * mask) @ A.T @ B.T
-    dx = g @ W + scaling * mask * (g @ B @ A)
-    if t["bias"] is not None:
-        y = y + f["bias"]
-    if t["start_A"] is not None:
-        y = y - scaling * x @ f["start_A"].T @ f["start_B"].T
-        dx = dx - scaling * g @ f["start_B"] @ f["start_A"]
-    grads = {
-        "x": dx.reshape(t["x"].shape),
+def formula(f, g, mask, s, sign):
+    """Y and all five gradients; `sign` is the start's."""
+    x, W, A, B = f["x"], f["weight"], f["lora_A"], f["lora_B"]
+    dropped = x * mask
+    values = {
+        "y": x @ W.T + s * dropped @ A.T @ B.T + f.get("bias", 0.0),
+        "x": g @ W + s * mask * (g @ B @ A),
         "weight": g.T @ x,
         "bias": g.sum(0),
-        "lora_A": scaling * (g @ B).T @ (x * mask),
-        "lora_B": scaling * g.T @ ((x * mask) @ A.T),
+        "lora_A": s * (g @ B).T @ dropped,
+        "lora_B": s * g.T @ (dropped @ A.T),
     }
-    return y.reshape(*t["x"].shape[:-1], -1) if y.size else y, grads
+    if "start_A" in f:
+        values["y"] += sign * s * x @ f["start_A"].T @ f["start_B"].T
+        values["x"] += sign * s * g @ f["start_B"] @ f["start_A"]
+    return values
+
+
+def oracle(t, dy, scaling, dropout=0.0, seed=None):
+    """The formula in float64, the factors as the dtype sees them; and the root of the sum of its
+    squared terms: the size of a result had none of them cancelled.
+    """
+    f = {k: to_numpy(v.to(t["x"].dtype)) for k, v in t.items() if v is not None}
+    f["x"] = f["x"].reshape(-1, f["x"].shape[-1])
+    g = to_numpy(dy).reshape(-1, f["weight"].shape[0])
+    mask = np.ones_like(f["x"])
+    if dropout:
+        mask = to_numpy(drop(torch.from_numpy(mask), dropout, seed.cpu()))
+    squares = {k: v**2 for k, v in f.items()}
+    size = formula(squares, g**2, mask**2, scaling**2, 1)
+    return formula(f, g, mask, scaling, -1), {k: np.sqrt(v) for k, v in size.items()}
+
+
+def largest_ratio(dtype, m, n, k, r, entries) -> float:
+    """Bound on ‖error‖ / ‖size‖ from independent roundings, each uniform in ± u times its value.
+
+    At most 7 to the dtype follow each other (dx: dz, s dz, dz A, its dropout, and the sum of three
+    products twice, the first of them rounded itself), and m + n + k + r in the accumulators (the
+    float64 oracle's included: a partial sum is half the whole in the mean square). Each adds u² / 3
+    to (error / size)², if values are as large as their terms. Where few numbers, d, determine a
+    result, they may be larger: the norm of d normal numbers strays by 1 / √(2d) of itself, the
+    error of dz A (three such factors) by √1.5 / √d. The bound leaves 6.5 times that, 8 / √d.
+    """
+    accumulated = ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
+    rms = math.sqrt((7 * ROUNDING[dtype] ** 2 + (m + n + k + r) * accumulated**2) / 3)
+    return rms * (1 + 8 / math.sqrt(min(entries, r * min(m, n, k))))
 
 
 def check(t, scaling, dropout=0.0, seed=None) -> None:
@@ -73,13 +92,16 @@ def check(t, scaling, dropout=0.0, seed=None) -> None:
     leaves = {k: t[k].requires_grad_() for k in GRADS if t[k] is not None}
     y = call(t, scaling, dropout, seed)
     assert y.dtype == dtype and y.shape == (*t["x"].shape[:-1], t["weight"].shape[0])
-    dy = torch.randn_like(y)
+    dy = torch.randn(y.shape, dtype=dtype).to(y.device)
     grads = torch.autograd.grad(y, list(leaves.values()), dy)
-    want, want_grads = oracle(t, dy, scaling, dropout, seed)
-    assert_close(to_numpy(y), want.reshape(y.shape), RATIO[dtype], ROUNDING[dtype])
-    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+    for leaf, grad in zip(leaves.values(), grads, strict=True):
         assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
-        assert_close(to_numpy(grad), want_grads[name], RATIO[dtype], ROUNDING[dtype])
+    want, size = oracle(t, dy, scaling, dropout, seed)
+    (m, n), (r, k) = want["y"].shape, t["lora_A"].shape
+    for name, got in {"y": y, **dict(zip(leaves, grads, strict=True))}.items():
+        ratio = largest_ratio(dtype, m, n, k, r, got.numel())
+        got = to_numpy(got).reshape(want[name].shape)
+        assert_close(got, want[name], size[name], ratio, dtype)
 
 
 @given(
@@ -92,10 +114,10 @@ def check(t, scaling, dropout=0.0, seed=None) -> None:
     st.booleans(),
     st.sampled_from([0.0, 0.25]),
 )
-def test_matches_float64(lead, n, k, r, dtype, bias, start, dropout):
+def test_matches_float64(device, lead, n, k, r, dtype, bias, start, dropout):
     torch.manual_seed(n * k + r)
-    t = inputs(lead, n, k, min(r, n, k), dtype, bias=bias, start=start)
-    check(t, 0.7, dropout, torch.tensor(99) if dropout else None)
+    t = inputs(lead, n, k, min(r, n, k), dtype, bias=bias, start=start, device=device)
+    check(t, 0.7, dropout, torch.tensor(99, device=device) if dropout else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,16 +130,17 @@ def test_large(dtype, dropout, start, device):
 
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_reference_agrees_with_the_kernel(start, dropout):
-    t = inputs((11,), 20, 30, 4, torch.float64, start=start)
-    seed = torch.tensor(3)
+def test_reference_agrees_with_the_kernel(start, dropout, device):
+    t = inputs((11,), 20, 30, 4, torch.float64, start=start, device=device)
+    seed = torch.tensor(3, device=device)
     args = [t[k] for k in GRADS]
     extras = (0.5, dropout, seed, t["start_A"], t["start_B"])
     got = torch.ops.lora.linear_forward(*args, *extras)
     want = linear_forward_ref(*args, *extras)
     torch.testing.assert_close(got, want)
     x, weight, _, A, B = args
-    backward = (torch.randn(11, 20, dtype=torch.float64), x, weight, A, B, got[1], *extras)
+    grad = torch.randn(11, 20, dtype=torch.float64).to(device)
+    backward = (grad, x, weight, A, B, got[1], *extras)
     for needs in ([True] * 5, [False, False, False, True, False], [True, False, True, False, True]):
         torch.testing.assert_close(
             torch.ops.lora.linear_backward(*backward, needs), linear_backward_ref(*backward, needs)
@@ -135,11 +158,11 @@ def test_gradcheck(start, dropout, device):
     )
 
 
-def test_start_cancels_the_adapter():
+def test_start_cancels_the_adapter(device):
     """At the start A = A₀ and B = B₀: the implicit layer is the base to float32 rounding, however
     large s·B₀A₀ is beside W, and to the last bit of bfloat16 nearly everywhere.
     """
-    t = inputs((64,), 96, 128, 16, torch.float32, bias=False)
+    t = inputs((64,), 96, 128, 16, torch.float32, bias=False, device=device)
     t["start_A"], t["start_B"] = t["lora_A"], t["lora_B"]
     base = t["x"] @ t["weight"].T
     assert (call(t, 8.0) - base).norm() <= 1e-5 * base.norm()
@@ -149,8 +172,8 @@ def test_start_cancels_the_adapter():
     assert (call(t, 8.0) != base).double().mean() < 0.02
 
 
-def test_saves_x_and_z_only():
-    t = inputs((50,), 40, 30, 4, torch.float32)
+def test_saves_x_and_z_only(device):
+    t = inputs((50,), 40, 30, 4, torch.float32, device=device)
     t["x"].requires_grad_()
     t["lora_A"].requires_grad_()
     saved = []
@@ -161,13 +184,15 @@ def test_saves_x_and_z_only():
     assert extra == [(50, 4)]
 
 
-def test_only_the_wanted_gradients():
-    t = inputs((6,), 5, 4, 2, torch.float32)
+@pytest.mark.sanitize
+def test_only_the_wanted_gradients(device):
+    t = inputs((6,), 5, 4, 2, torch.float32, device=device)
     t["lora_B"].requires_grad_()
     call(t, 1.0).sum().backward()
     assert t["lora_B"].grad is not None and t["x"].grad is None
 
 
+@pytest.mark.sanitize
 def test_layouts(device):
     t = inputs((8,), 12, 10, 3, torch.float32, device=device)
     want = call(t, 1.0)
@@ -187,28 +212,29 @@ def test_layouts(device):
 
 @pytest.mark.parametrize("lead", [(0,), (0, 3), (3, 0)])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_empty_batch(lead, dropout):
-    t = inputs(lead, 6, 5, 2, torch.float32)
+def test_empty_batch(lead, dropout, device):
+    t = inputs(lead, 6, 5, 2, torch.float32, device=device)
+    seed = torch.tensor(1, device=device)
     reference = [t[k] for k in GRADS]
-    y, z = linear_forward_ref(*reference, 1.0, dropout, torch.tensor(1), None, None)
+    y, z = linear_forward_ref(*reference, 1.0, dropout, seed, None, None)
     assert y.shape == (*lead, 6) and z.shape == (0, 2)
     t["x"].requires_grad_()
     t["lora_A"].requires_grad_()
-    y = call(t, 1.0, dropout, torch.tensor(1))
+    y = call(t, 1.0, dropout, seed)
     assert y.shape == (*lead, 6)
     y.sum().backward()
     assert (t["lora_A"].grad == 0).all() and t["x"].grad.shape == t["x"].shape
 
 
-def test_autocast():
-    t = inputs((9,), 12, 10, 3, torch.float32)
+def test_autocast(device):
+    t = inputs((9,), 12, 10, 3, torch.float32, device=device)
     t["lora_A"].requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         y = call(t, 1.0)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert t["lora_A"].grad.dtype == torch.float32
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(device, enabled=False):
         assert call(t, 1.0).dtype == torch.float32
 
 
@@ -223,7 +249,7 @@ def test_opcheck(dropout, device):
     plain = [a if a is None else a.detach() for a in args]
     extras = (0.5, dropout, seed, t["start_A"], t["start_B"])
     opcheck(torch.ops.lora.linear_forward, (*plain, *extras))
-    z, grad = torch.randn(4, 2, device=device), torch.randn(4, 6, device=device)
+    z, grad = torch.randn(4, 2).to(device), torch.randn(4, 6).to(device)
     x, weight, _, A, B = plain
     opcheck(
         torch.ops.lora.linear_backward,
@@ -231,8 +257,8 @@ def test_opcheck(dropout, device):
     )
 
 
-def test_differentiates_once():
-    t = inputs((3,), 6, 5, 2, torch.float64)
+def test_differentiates_once(device):
+    t = inputs((3,), 6, 5, 2, torch.float64, device=device)
     A = t["lora_A"].requires_grad_()
     (grad,) = torch.autograd.grad(call(t, 1.0).square().sum(), A, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -240,8 +266,8 @@ def test_differentiates_once():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
-    t = inputs((4,), 6, 5, 2, torch.float32)
+def test_compile(dynamic, device):
+    t = inputs((4,), 6, 5, 2, torch.float32, device=device)
     leaves = [t[k].requires_grad_() for k in ("x", "lora_A", "lora_B")]
     run = torch.compile(lambda: call(t, 0.5).square().sum(), fullgraph=True, dynamic=dynamic)
     got = torch.autograd.grad(run(), leaves)
@@ -249,41 +275,42 @@ def test_compile(dynamic):
     torch.testing.assert_close(got, want)
 
 
-def test_meta_and_inference_mode():
-    t = {k: v if v is None else v.to("meta") for k, v in inputs((4,), 6, 5, 2, torch.half).items()}
-    assert call(t, 1.0).shape == (4, 6)
+def test_meta_and_inference_mode(device):
+    assert call(inputs((4,), 6, 5, 2, torch.half, device="meta"), 1.0).shape == (4, 6)
     with torch.inference_mode():
-        assert call(inputs((4,), 6, 5, 2, torch.float32), 1.0).is_inference()
+        assert call(inputs((4,), 6, 5, 2, torch.float32, device=device), 1.0).is_inference()
 
 
 @pytest.mark.parametrize(
     "change,error,match",
     [
-        ({"x": torch.ones(4, 6)}, ValueError, r"x must be \[..., 5\]"),
-        ({"x": torch.ones(())}, ValueError, "x must be"),
-        ({"x": torch.ones(4, 5, dtype=torch.int64)}, TypeError, "real float"),
-        ({"x": torch.ones(4, 5).half()}, TypeError, "autocast"),
-        ({"weight": torch.ones(5)}, ValueError, "2-D"),
-        ({"bias": torch.ones(7)}, ValueError, "bias"),
-        ({"bias": torch.ones(6).double()}, TypeError, "bias"),
-        ({"lora_A": torch.ones(2, 4)}, ValueError, "lora_A"),
-        ({"lora_A": torch.ones(2)}, ValueError, "lora_A"),
-        ({"lora_B": torch.ones(6, 3)}, ValueError, "lora_B"),
-        ({"lora_A": torch.ones(2, 5, device="meta")}, ValueError, "lora_A is on meta"),
-        ({"weight": torch.ones(6, 5, device="meta")}, ValueError, "weight is on meta"),
-        ({"lora_B": torch.ones(6, 2, dtype=torch.int8)}, TypeError, "lora_B"),
-        ({"start_A": torch.ones(2, 5)}, ValueError, "both"),
-        ({"start_A": torch.ones(3, 5), "start_B": torch.ones(6, 2)}, ValueError, "start_A"),
+        (lambda: {"x": torch.ones(4, 6)}, ValueError, r"x must be \[..., 5\]"),
+        (lambda: {"x": torch.ones(())}, ValueError, "x must be"),
+        (lambda: {"x": torch.ones(4, 5, dtype=torch.int64)}, TypeError, "real float"),
+        (lambda: {"x": torch.ones(4, 5).half()}, TypeError, "autocast"),
+        (lambda: {"weight": torch.ones(5)}, ValueError, "2-D"),
+        (lambda: {"bias": torch.ones(7)}, ValueError, "bias"),
+        (lambda: {"bias": torch.ones(6).double()}, TypeError, "bias"),
+        (lambda: {"lora_A": torch.ones(2, 4)}, ValueError, "lora_A"),
+        (lambda: {"lora_A": torch.ones(2)}, ValueError, "lora_A"),
+        (lambda: {"lora_B": torch.ones(6, 3)}, ValueError, "lora_B"),
+        (lambda: {"lora_A": torch.ones(2, 5, device="meta")}, ValueError, "lora_A is on meta"),
+        (lambda: {"weight": torch.ones(6, 5, device="meta")}, ValueError, "weight is on meta"),
+        (lambda: {"lora_B": torch.ones(6, 2, dtype=torch.int8)}, TypeError, "lora_B"),
+        (lambda: {"start_A": torch.ones(2, 5)}, ValueError, "both"),
+        (lambda: {"start_A": torch.ones(3, 5), "start_B": torch.ones(6, 2)}, ValueError, "start_A"),
     ],
 )
-def test_bad_input(change, error, match):
+def test_bad_input(change, error, match, device):
+    with torch.device(device):
+        t = inputs((4,), 6, 5, 2, torch.float32, device=device) | change()
     with pytest.raises(error, match=match):
-        call(inputs((4,), 6, 5, 2, torch.float32) | change, 1.0)
+        call(t, 1.0)
 
 
 @pytest.mark.parametrize(
     "scaling,dropout,seed", [(float("nan"), 0.0, None), (1.0, -0.1, None), (1.0, 0.1, None)]
 )
-def test_bad_numbers(scaling, dropout, seed):
+def test_bad_numbers(scaling, dropout, seed, device):
     with pytest.raises(ValueError):
-        call(inputs((4,), 6, 5, 2, torch.float32), scaling, dropout, seed)
+        call(inputs((4,), 6, 5, 2, torch.float32, device=device), scaling, dropout, seed)

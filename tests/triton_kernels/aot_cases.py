@@ -43,6 +43,7 @@ def dst(arch: int) -> None:
 
 def stats(arch: int) -> None:
     frobenius_stats.frobenius_stats([of(256, 256), of(256, 256, dtype=FP32)])
+    frobenius_stats.frobenius_stats([of(100, 100)])  # a single program
 
 
 def subtract(arch: int) -> None:
@@ -70,10 +71,6 @@ def shrink(arch: int) -> None:
         linear_shrink.shrink(of(8192, 256), A, A if start else None, p, SEED)
     A, _ = factors(16)
     linear_shrink.shrink(of(512, 256), A, None, 0.0, SEED)  # in parts
-
-
-def shrink_float32(arch: int) -> None:
-    linear_shrink.shrink(of(8192, 256, dtype=FP32), factors(16)[0], None, 0.0, SEED)
 
 
 def expand(arch: int) -> None:
@@ -107,11 +104,28 @@ def gemm(arch: int) -> None:
 
 
 def grads(arch: int) -> None:
-    for r, start in itertools.product((16, 64), (False, True)):
+    for r, start in ((16, False), (16, True), (32, False)):
         _, B = factors(r)
         linear_grads.dz_dB(of(512, 256), B, B if start else None, of(512, r), 1.0, True)
     for r, p in itertools.product(RANKS, (0.0, 0.1)):
         linear_grads.dA(of(512, r), of(512, 256), FP32, p, SEED)
+
+
+def odd_sizes(arch: int) -> None:
+    """Ranks that are no multiples of 16: other loads, other registers."""
+    for r in (1, 12, 61):
+        A, B = factors(r)
+        for M in (64, 8192):
+            linear_shrink.shrink(of(M, 256), A, A, 0.1, SEED)
+        linear_expand.expand(of(128, r), B, 1.0, of(256), of(128, r), B, -1.0, 0.1, SEED)
+        x, W = of(64, 256), of(256, 256)
+        linear_decode.decode(x, W, of(256), A, B, 1.0, 0.0, SEED, A, B, arch >= 90)
+        linear_grads.dA(of(512, r), of(512, 256), FP32, 0.1, SEED)
+        if linear_grads.is_worth_it(r, True):
+            linear_grads.dz_dB(of(512, 256), B, B, of(512, r), 1.0, True)
+    for r, config in itertools.product((8, 40), linear_gemm.CONFIGS if arch >= 90 else ()):
+        z, (_, B), W = of(256, r), factors(r), of(256, 256)
+        linear_gemm.gemm(config, 132, W, W, False, z, B, 1.0, of(256), z, B, -1.0)
 
 
 CASES = {
@@ -123,7 +137,7 @@ CASES = {
         init,
         dropout,
         shrink,
-        shrink_float32,
+        odd_sizes,
         expand,
         decode,
         gemm,
@@ -135,7 +149,6 @@ EXPECTS = {
     # Memory-bound: 16-byte accesses, and several of them under way.
     "stats:partial_stats_kernel": {arch: ["ld.global.128"] for arch in (80, 90)},
     "init:subtract_kernel": {arch: ["cp.async", "st.global.128"] for arch in (80, 90, 100)},
-    "init:dst_fill_kernel": {arch: ["st.global.128"] for arch in (80, 90)},
     "decode:decode_kernel": {80: ["cp.async"], 90: ["cp.async", WAIT], 100: ["cp.async", WAIT]},
     # Matrix cores.
     "gemm:gemm_kernel": {

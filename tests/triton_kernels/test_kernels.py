@@ -66,6 +66,12 @@ def test_frobenius_stats_of_mixed_weights(layout, device):
     assert torch.equal(ops.frobenius_stats(weights), ops.frobenius_stats(weights))
 
 
+@pytest.mark.parametrize("count", [1, 2, 17])
+def test_frobenius_stats_of_few_small_weights(count, device):
+    got = ops.frobenius_stats([torch.full((3, 5), 2.0, device=device)] * count)
+    assert got.tolist() == [[30.0, 60.0]] * count
+
+
 def test_frobenius_stats_keeps_small_and_large_values(device):
     small = torch.full((100, 100), 1e-30, device=device)  # squares underflow float32
     large = torch.full((100, 100), 1e30, device=device)

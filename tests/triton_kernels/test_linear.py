@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from lora_kernels.ops.philox import dropout as drop_ref
 from lora_kernels.triton_kernels import choice, linear, linear_gemm, philox
@@ -35,6 +38,10 @@ def force(monkeypatch, device):
         if device == "cpu":  # the interpreter knows the tensor memory accelerator too
             monkeypatch.setattr(linear, "_is_hopper", lambda device: True)
             monkeypatch.setattr(linear, "_multiprocessors", lambda device: 3)
+            # The kernels take what the library is left on a GPU, where they would be slow.
+            monkeypatch.setattr(
+                linear, "_thin", lambda *tensors: min(t.numel() for t in tensors) > 0
+            )
         return taken
 
     return use
@@ -95,6 +102,28 @@ def test_expanded_gradient_and_bias(device, force):
     torch.testing.assert_close(got, torch.autograd.grad(plain.sum(), leaves), rtol=1e-4, atol=1e-4)
 
 
+def test_saved_z_of_any_strides(device, force):
+    force("kernel", "steps", "reversed")
+    t = inputs((80,), 40, 48, 6, torch.float16, device=device)
+    args = [t[name] for name in ("x", "weight", "lora_A", "lora_B")]
+    _, z = torch.ops.lora.linear_forward(*args[:2], None, *args[2:], 0.5, 0.0, None, None, None)
+    dy = torch.randn(80, 40).to(device, torch.float16)
+    extras = (0.5, 0.0, None, None, None, [True, False, False, True, True])
+    want = torch.ops.lora.linear_backward(dy, *args, z, *extras)
+    for strided in (z.T.contiguous().T, torch.cat([z, z], 1)[:, :6]):
+        got = torch.ops.lora.linear_backward(dy, *args, strided, *extras)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_result_may_be_written_in_place(device):
+    t = inputs((2, 5), 8, 16, 4, torch.float16, device=device)
+    x, A = t["x"].requires_grad_(), t["lora_A"].requires_grad_()
+    y = torch.ops.lora.linear(x, t["weight"], None, A, t["lora_B"], 0.5)
+    y.add_(1)
+    y.sum().backward()
+    assert torch.isfinite(A.grad).all()
+
+
 @pytest.mark.parametrize("empty", [{"rows": 0}, {"n": 0}, {"k": 0}, {"r": 0}])
 def test_empty_sizes(empty, device):
     sizes = {"rows": 3, "n": 5, "k": 7, "r": 2} | empty
@@ -132,6 +161,13 @@ def test_backward_is_deterministic(device, force):
         y = torch.ops.lora.linear(t["x"], t["weight"], None, t["lora_A"], t["lora_B"], 1.0)
         runs.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_way_that_does_not_fit_this_gpu_takes_forever():
+    def too_large():
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    assert choice._milliseconds(too_large, False) == math.inf
 
 
 def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):

@@ -1,6 +1,7 @@
 """Which of several ways to the same result is fastest here: measured once a shape, then remembered.
 
-LORA_KERNELS_TUNE=0 takes the first way always, which makes results the same bits in every process.
+LORA_KERNELS_TUNE=0 and torch.use_deterministic_algorithms(True) take the first way always, which
+makes results the same bits in every process.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def fastest(
 
 
 def _can_measure(device: torch.device) -> bool:
-    return device.type == "cuda" and os.environ.get("LORA_KERNELS_TUNE", "1") != "0"
+    wanted = os.environ.get("LORA_KERNELS_TUNE", "1") != "0"
+    return device.type == "cuda" and wanted and not torch.are_deterministic_algorithms_enabled()
 
 
 def _milliseconds(way: Callable[[], object], count_launches: bool) -> float:

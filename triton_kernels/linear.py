@@ -115,7 +115,7 @@ def linear_backward(
         dx = product(
             ("dx", *key), dy, weight, True, dz, lora_A.T, 1.0, None, dz0, start, 1.0, dropout, seed
         )
-        grads[0] = dx.view(x.shape)
+        grads[0] = torch.ops.aten._unsafe_view(dx, x.shape)
     if needs_weight:
         grads[1] = dy.T @ rows
     if needs_bias:

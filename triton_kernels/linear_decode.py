@@ -122,7 +122,7 @@ def decode(
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     z = torch.empty(M, r, dtype=x.dtype, device=x.device)
     start = B if B0 is None else B0
-    block_r = rank_block(r, 64)
+    block_r = rank_block(r, 32)
     decode_kernel[(triton.cdiv(N, BLOCK_N),)](
         x,
         weight,

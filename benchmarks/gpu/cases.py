@@ -56,4 +56,4 @@ def operator_cases(plan: Plan) -> Iterator[OperatorCase]:
     for shape in plan.operator_shapes:
         size = shape[0] * shape[1] * dtype.itemsize
         for rank in plan.operator_ranks:
-            yield OperatorCase("subtract_dst_", shape, dtype, 2 * size, 1, rank)
+            yield OperatorCase("subtract_dst_", shape, dtype, 2 * size, 2, rank)

@@ -13,7 +13,8 @@ flop/s of a large bf16 product. Then, with W [n, k], M tokens, bf16 = 2 bytes, f
   makes no round trip), and the shrink z = x Aᵀ: reads x and A, writes z. Were y written as z Bᵀ
   first and the product added, 2 M n / copy seconds more;
 - our backward: dX like the forward's product, with A in B's place; one read of dY for dz and dB;
-  one read of x for dA. Dropout: the same bytes, as the mask is drawn again, never stored;
+  one read of x for dA. Dropout: the mask is drawn again, never stored, MASK instructions an element
+  in the shrink, in dA and in dX, whose rank term is then written first (M k) and read by cuBLAS;
 - decode: our forward against the bare one at small M, where the bytes of W decide;
 - memory: W, x, dY, y and dX of the bare layer; ours adds A, B and their gradients in fp32 and z, dz
   (r wide) in bf16; a kernel's workspace is not in it;
@@ -31,7 +32,8 @@ from benchmarks.gpu.timing import CLOCKS
 from benchmarks.shapes import Shape, shape_name
 
 KERNEL = 1e-6  # seconds beside a kernel's bytes: launch gap, ramp and tail. Assumed.
-INIT_KERNELS = 4
+INIT_KERNELS = 12
+MASK = 20  # instructions an element: Philox4x32-10 shared by four, and the choice
 MIN_WIDTH = 16  # a tensor core's product is at least this wide
 BF16, FP32 = 2, 4
 FORWARD, BOTH = "forward", "forward + backward"
@@ -44,10 +46,11 @@ class Machine:
     name: str
     copy: float  # bytes/s, read and written
     matmul: float  # flop/s in bf16
+    lanes: float = 132 * 128 * 1.755e9  # instructions/s of all lanes together
 
-    def kernel(self, bytes_: float, flops: float = 0.0) -> float:
-        """Seconds."""
-        return max(bytes_ / self.copy, flops / self.matmul) + KERNEL
+    def kernel(self, bytes_: float, flops: float = 0.0, masked: float = 0.0) -> float:
+        """Seconds; `masked` elements have their part of the dropout mask drawn."""
+        return max(bytes_ / self.copy, flops / self.matmul, masked * MASK / self.lanes) + KERNEL
 
 
 H200 = Machine("nvidia-h200", copy=4.3e12, matmul=790e12)
@@ -129,7 +132,7 @@ def init_floor(plan: Plan, copy: float) -> float:
 
 
 def layer_seconds(
-    machine: Machine, tokens: int, shape: Shape, r: int, backward: bool
+    machine: Machine, tokens: int, shape: Shape, r: int, backward: bool, dropout: float = 0.0
 ) -> tuple[float, float]:
     """(ours, bare), as the module's docstring says."""
     (n, k), m, wide = shape, tokens, max(r, MIN_WIDTH)
@@ -138,13 +141,18 @@ def layer_seconds(
         base = BF16 * (n * k + m * (n + k)) + FP32 * outputs * (r if width else 0)
         return machine.kernel(base, 2 * m * n * k + 2 * m * outputs * width)
 
-    z = BF16 * m * r
-    ours = product(wide, n) + machine.kernel(BF16 * m * k + FP32 * r * k + z, 2 * m * k * wide)
+    z, masked = BF16 * m * r, m * k if dropout else 0
+    thin = machine.kernel(BF16 * m * k + FP32 * r * k + z, 2 * m * k * wide, masked)
+    ours = product(wide, n) + thin
     bare = product()
     if backward:
-        ours += product(wide, k)
+        if dropout:
+            ours += machine.kernel(BF16 * m * k + z, 2 * m * k * wide, masked)
+            ours += product() + BF16 * m * k / machine.copy
+        else:
+            ours += product(wide, k)
         ours += machine.kernel(BF16 * m * n + FP32 * 2 * r * n + 2 * z, 4 * m * n * wide)
-        ours += machine.kernel(BF16 * m * k + FP32 * r * k + z, 2 * m * k * wide)
+        ours += thin
         bare *= 2
     return ours, bare
 
@@ -173,7 +181,7 @@ def _layer(machine: Machine, plan: Plan) -> Iterator[Line]:
             plain = r == plan.layer_cases[0][0] and not dropout
             aim = (1.05 if which == FORWARD else 1.08) if plain else 1.10
             ours, bare = layer_seconds(
-                machine, plan.layer_tokens, plan.layer_shape, r, which == BOTH
+                machine, plan.layer_tokens, plan.layer_shape, r, which == BOTH, dropout
             )
             floor = 2 * plan.layer_tokens * n * k / machine.matmul * (2 if which == BOTH else 1)
             name = layer_line(plan, r, dropout, which)

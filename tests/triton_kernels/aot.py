@@ -239,6 +239,8 @@ def check(module: Any, archs: tuple[int, ...] = ARCHS, jobs: int | None = None) 
             wanted = expects.get(f"{case}:{name}", {}).get(arch, ())
             missing = [each for each in wanted if each not in result.instructions]
             reports.append({**asdict(result), "case": case, "missing": missing})
+    if set(archs) != set(ARCHS):
+        return reports  # what follows may be about the others
     for case in module.CASES:
         if not any(recorded[case, arch] for arch in archs):
             error = "the case launches no kernel on any arch"

@@ -160,8 +160,7 @@ def product(
         return library()
     ways = {"reversed": reversed_, "library": library}
     if not dropout and _is_hopper(a.device) and linear_gemm.fits(a, weight):
-        r = z.shape[1]
-        for name in linear_gemm.CONFIGS if r % 8 == 0 and r <= linear_gemm.LARGEST_RANK else ():
+        for name in linear_gemm.offered(z.shape[1], z0 is not None):
             ways[name] = functools.partial(
                 linear_gemm.gemm,
                 name, _multiprocessors(a.device), a, weight, w_is_kn, z, B, scale, bias,

@@ -24,7 +24,7 @@ def _finish_rank_term(
     acc, parts, B, z, row, col, M, N, r, b_row, b_col, scale,
     SAVE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    for first in tl.static_range(0, RANKS, BLOCK_R):
+    for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         rank = first + tl.arange(0, BLOCK_R)
         z_mask = (row < M)[:, None] & (rank < r)[None, :]
         b_mask = (rank < r)[:, None] & (col < N)[None, :]

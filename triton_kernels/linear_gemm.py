@@ -102,6 +102,13 @@ def gemm_kernel(
         out.store([m, n + BLOCK_N // 2], right_half.to(out.dtype))
 
 
+def offered(r: int, start: bool) -> list[str]:
+    """The configurations for rank r (2r with a start) that compile without spills."""
+    if r % 8 or (2 * r if start else r) > LARGEST_RANK:
+        return []
+    return ["fused"] if start else list(CONFIGS)
+
+
 def fits(*matrices: torch.Tensor) -> bool:
     """Whether the tensor memory accelerator takes these: 16-bit, rows at multiples of 16 bytes."""
     return all(
@@ -141,9 +148,8 @@ def gemm(
     start = B if B0 is None else B0
     block_r = rank_block(r, 32 if z0 is None else 16)  # more spills
     ranks = triton.cdiv(r, block_r) * block_r
-    if (
-        z0 is not None
-    ):  # a loop of one turn is unrolled, and sm_100 has no room for its accumulators
+    if z0 is not None and block_n > 128:
+        # A loop of one turn is unrolled, and sm_100 has no room for the accumulators then.
         ranks = max(ranks, 2 * block_r)
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     gemm_kernel[(min(resident * multiprocessors, tiles),)](

@@ -94,13 +94,13 @@ def decode(arch: int) -> None:
 def gemm(arch: int) -> None:
     if arch < 90:  # the tensor memory accelerator is younger
         return
-    for config, w_is_kn, r, start in itertools.product(
-        linear_gemm.CONFIGS, (False, True), (16, 128), (False, True)
-    ):
-        _, B = factors(r)
-        z = of(256, r)
+    ranks = ((8, False), (16, False), (128, False), (8, True), (16, True), (40, True), (64, True))
+    for w_is_kn, (r, start) in itertools.product((False, True), ranks):
+        z, (_, B), W = of(256, r), factors(r), of(256, 256)
         extra = (z, B, -1.0) if start else ()
-        linear_gemm.gemm(config, 132, of(256, 256), of(256, 256), w_is_kn, z, B, 1.0, None, *extra)
+        bias = of(256) if r == 8 else None
+        for config in linear_gemm.offered(r, start):
+            linear_gemm.gemm(config, 132, W, W, w_is_kn, z, B, 1.0, bias, *extra)
 
 
 def grads(arch: int) -> None:
@@ -123,9 +123,6 @@ def odd_sizes(arch: int) -> None:
         linear_grads.dA(of(512, r), of(512, 256), FP32, 0.1, SEED)
         if linear_grads.is_worth_it(r, True):
             linear_grads.dz_dB(of(512, 256), B, B, of(512, r), 1.0, True)
-    for r, config in itertools.product((8, 40), linear_gemm.CONFIGS if arch >= 90 else ()):
-        z, (_, B), W = of(256, r), factors(r), of(256, 256)
-        linear_gemm.gemm(config, 132, W, W, False, z, B, 1.0, of(256), z, B, -1.0)
 
 
 CASES = {

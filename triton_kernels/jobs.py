@@ -12,16 +12,38 @@ import torch
 import triton
 import triton.language as tl
 
+RESERVE = 65536  # integers: the tables of a whole model's start, several times
+_reserves: list[torch.Tensor] = []  # pinned; the last is what may be used, the others are in graphs
+
 
 def upload(device: torch.device, *tables: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """The tables on the device by one copy that is not waited for, nor in a CUDA graph's way."""
-    on_gpu = device.type == "cuda"
     flat = [value for table in tables for row in table for value in row]
     # On the CPU whatever the default device is.
-    memory = torch.tensor(flat, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-    if on_gpu:
-        memory = memory.to(device, non_blocking=True)
+    memory = torch.tensor(flat, dtype=torch.int64, device="cpu")
+    if device.type == "cuda":
+        memory = _pinned(memory).to(device, non_blocking=True)
     return list(memory.split([sum(map(len, table)) for table in tables]))
+
+
+def _pinned(table: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory; while a graph is captured from what was set apart before, as nothing
+    may be pinned then, and of which no part is used twice, as every replay reads it again.
+    """
+    capturing = torch.cuda.is_current_stream_capturing()
+    if not capturing:
+        if not _reserves or len(_reserves[-1]) < RESERVE:
+            options = {"dtype": torch.int64, "device": "cpu", "pin_memory": True}
+            _reserves.append(torch.empty(2 * RESERVE, **options))
+        return table.pin_memory()
+    if not _reserves or len(_reserves[-1]) < len(table):
+        raise RuntimeError(
+            "lora_kernels: too little memory was set apart for this CUDA graph; run the same call "
+            "once before the capture (a warm-up), and capture fewer weights at a time"
+        )
+    left = _reserves[-1]
+    _reserves[-1] = left[len(table) :]
+    return left[: len(table)].copy_(table)
 
 
 def float_bits(value: float) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from lora_kernels.ops.dst_basis import dst_basis_ref
 from lora_kernels.ops.loram_init import loram_init_ref
+from lora_kernels.triton_kernels import jobs
 
 from ..ops.strides import LAYOUTS, lay_out
 from ..ops.test_subtract_dst import check as check_subtraction
@@ -126,6 +127,29 @@ def test_subtract_dst_of_a_shard_of_a_huge_weight(device):
     right = np.sqrt(2 / period) * np.sin(np.outer(j, k) % (2 * period) * np.pi / period)
     want = -size * left @ right.T
     assert np.abs(to_numpy(weight) - want).max() <= 1e-6 * np.abs(want).max()
+
+
+def test_tables_of_a_graph_share_no_memory(monkeypatch):
+    """The replays of each graph read them again. (Here with memory that is not pinned.)"""
+    empty = torch.empty
+    unpinned = lambda *args, pin_memory=False, **options: empty(*args, **options)  # noqa: E731
+    monkeypatch.setattr(torch, "empty", unpinned)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(jobs, "_reserves", [])
+    monkeypatch.setattr(jobs, "RESERVE", 8)
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    jobs._pinned(torch.arange(3))
+    capturing = True
+    tables = [jobs._pinned(torch.arange(k, k + 5)) for k in (0, 10, 20)]
+    assert [t.tolist() for t in tables] == [list(range(k, k + 5)) for k in (0, 10, 20)]
+    with pytest.raises(RuntimeError, match="warm-up"):
+        jobs._pinned(torch.arange(5))
+    capturing = False
+    jobs._pinned(torch.arange(3))
+    capturing = True
+    jobs._pinned(torch.arange(5))
+    assert [t.tolist() for t in tables] == [list(range(k, k + 5)) for k in (0, 10, 20)]
 
 
 def weights_of(device, dtype) -> list[torch.Tensor]:

@@ -314,3 +314,16 @@ def test_bad_input(change, error, match, device):
 def test_bad_numbers(scaling, dropout, seed, device):
     with pytest.raises(ValueError):
         call(inputs((4,), 6, 5, 2, torch.float32, device=device), scaling, dropout, seed)
+
+
+def test_backward_under_autocast_is_that_of_the_forward(device):
+    """Autocast governs what is called under it: a float32 forward keeps a float32 backward."""
+    t = inputs((20,), 32, 48, 4, torch.float32, device=device)
+    leaves = [t[k].requires_grad_() for k in GRADS]
+    dy = torch.randn(20, 32).to(device)
+    want = torch.autograd.grad(call(t, 0.5), leaves, dy)
+    y = call(t, 0.5)
+    with torch.autocast(device, torch.bfloat16):
+        got = torch.autograd.grad(y, leaves, dy)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)

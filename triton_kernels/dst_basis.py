@@ -11,9 +11,9 @@ table of sines 32 cache lines a warp: both several times what the memory takes (
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -33,15 +33,6 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Rows [offset, offset + len(out)) of the basis of `size` go to `out` [length, rank]."""
-
-    out: torch.Tensor
-    size: int
-    offset: int = 0
 
 
 @triton.jit
@@ -134,48 +125,66 @@ def dst_fill_kernel(
                 _store(out, p, q, p_stride, q_stride, mask, value, OUT)
 
 
-def _job(basis: Basis) -> list[int]:
-    """What the kernel's table says of `basis`; q runs along contiguous memory, if that is long."""
-    (rows, cols), (row_stride, col_stride) = basis.out.shape, basis.out.stride()
-    row, col = (rows, row_stride, basis.offset), (cols, col_stride, 0)
-    contiguous, other = (row, col) if row_stride < col_stride else (col, row)
+@functools.lru_cache(maxsize=4096)
+def _job(
+    shape: tuple[int, int], stride: tuple[int, int], size: int, offset: int
+) -> tuple[int, ...]:
+    """What a table says of a basis beside its address; q runs along contiguous memory, if long."""
+    row, col = (shape[0], stride[0], offset), (shape[1], stride[1], 0)
+    contiguous, other = (row, col) if stride[0] < stride[1] else (col, row)
     along_other = contiguous[0] < LONG and other[0] > contiguous[0]
     q, p = (other, contiguous) if along_other else (contiguous, other)
-    (p, p_stride, p_first), (q, q_stride, q_first) = p, q
-    return [basis.out.data_ptr(), p, q, p_stride, q_stride, p_first, q_first, basis.size + 1]
+    norm = float_bits(math.sqrt(2.0 / (size + 1)))
+    return (p[0], q[0], p[1], q[1], p[2], q[2], size + 1, norm)
 
 
-def dst_fill(bases: Sequence[Basis], scales: torch.Tensor | None = None) -> None:
-    """Writes `bases`, of one dtype and device, the k-th times `scales[k]` (float64) if given."""
-    jobs = {k: _job(basis) for k, basis in enumerate(bases) if basis.out.numel()}
+def dst_fill(
+    outs: Sequence[torch.Tensor],
+    transposed: bool,
+    sizes: Sequence[int],
+    scales: torch.Tensor | None = None,
+    offset: int = 0,
+) -> None:
+    """Writes rows [offset, offset + length) of the basis of `sizes[k]` to `outs[k]` [length, rank],
+    or [rank, length] if `transposed`, times `scales[k]` (float64) if given.
+
+    All of one dtype and device.
+    """
+    turn = slice(None, None, -1 if transposed else 1)
+    jobs = {
+        k: _job(tuple(out.shape)[turn], out.stride()[turn], sizes[k], offset)
+        for k, out in enumerate(outs)
+        if out.numel()
+    }
     if not jobs:
         return
-    device, dtype = bases[0].out.device, bases[0].out.dtype
-    base, origin = anchor(bases[0].out)
-    tiles = sum(triton.cdiv(p, BLOCK_P) * triton.cdiv(q, BLOCK_Q) for _, p, q, *_ in jobs.values())
+    device, dtype = outs[0].device, outs[0].dtype
+    base, origin = anchor(outs[0])
+    tiles = sum(-(-p // BLOCK_P) * -(-q // BLOCK_Q) for p, q, *_ in jobs.values())
     steps = min(max(1, triton.next_power_of_2(tiles // ENOUGH_PROGRAMS)), MOST_STEPS)
-    groups: dict[tuple[bool, bool], list[int]] = {}
-    for k, (_, _, _, p_stride, q_stride, *_) in jobs.items():
-        groups.setdefault((q_stride == 1, q_stride != 1 == p_stride), []).append(k)
-    for (q_contiguous, p_contiguous), members in groups.items():
-        rows, programs = [], 0
-        for k in members:
-            address, p, q, *_, n = jobs[k]
-            norm = float_bits(math.sqrt(2.0 / n))
-            rows.append([programs, address - origin, *jobs[k][1:], norm, k])
-            programs += triton.cdiv(p, BLOCK_P) * triton.cdiv(q, BLOCK_Q * steps)
-        dst_fill_kernel[(programs,)](
-            *upload(device, rows),
+    groups: dict[tuple[bool, bool], list[list[int]]] = {}
+    programs: dict[tuple[bool, bool], int] = {}
+    for k, job in jobs.items():
+        p, q, p_stride, q_stride, *_ = job
+        group = (q_stride == 1, q_stride != 1 == p_stride)
+        first = programs.get(group, 0)
+        groups.setdefault(group, []).append([first, outs[k].data_ptr() - origin, *job, k])
+        programs[group] = first + -(-p // BLOCK_P) * -(-q // (BLOCK_Q * steps))
+    for group, table in zip(groups, upload(device, *groups.values()), strict=True):
+        q_contiguous, p_contiguous = group
+        count = len(groups[group])
+        dst_fill_kernel[(programs[group],)](
+            table,
             base,
             base if scales is None else scales,
-            len(rows),
+            count,
             steps,
             OUT=TRITON_DTYPES[dtype],
             Q_CONTIGUOUS=q_contiguous,
             P_CONTIGUOUS=p_contiguous,
             HAS_SCALE=scales is not None,
             EXACT=dtype == torch.float64,
-            SLOTS=slots(len(rows)),
+            SLOTS=slots(count),
             BLOCK_P=BLOCK_P,
             BLOCK_Q=BLOCK_Q,
             num_warps=8,
@@ -188,4 +197,4 @@ def dst_basis_(
 ) -> None:
     """Writes rows [offset, offset + len(out)) of the basis of `size` into `out`, of any strides."""
     scales = None if scale is None else scale.reshape(1).to(torch.float64)
-    dst_fill([Basis(out, size, offset)], scales)
+    dst_fill([out], False, [size], scales, offset)

@@ -6,6 +6,7 @@ no atomics, so that the same weights give the same bits. Bytes: every weight onc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -131,22 +132,29 @@ def reduce_stats_kernel(jobs, partials, stats, programs, FIELDS: tl.constexpr, B
     tl.store(stats + 2 * k + 1, tl.sum(squares, 0))
 
 
+@functools.lru_cache(maxsize=4096)
+def _job(
+    shape: tuple[int, int], stride: tuple[int, int], dtype: torch.dtype, aligned_: bool
+) -> tuple[int, ...]:
+    """What the table says of a weight beside its address."""
+    (n, m), (row_stride, col_stride) = shape, stride
+    if row_stride < col_stride:
+        (n, m), (row_stride, col_stride) = (m, n), (col_stride, row_stride)
+    # Contiguous, and of a place and size that vector loads can be sure of.
+    dense = col_stride == 1 and row_stride == m and aligned_ and n * m % 16 == 0
+    return (n * m, m, row_stride, col_stride, DTYPE_CODES[dtype], int(dense))
+
+
 def frobenius_stats(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """-> [len, 2] float64: sum and sum of squares of each weight."""
     device = weights[0].device
     base, origin = anchor(weights[0])
     rows, programs = [], 0
     for weight in weights:
-        (n, m), (row_stride, col_stride) = weight.shape, weight.stride()
-        if row_stride < col_stride:
-            (n, m), (row_stride, col_stride) = (m, n), (col_stride, row_stride)
         address = weight.data_ptr()
-        # Contiguous, and of a place and size that vector loads can be sure of.
-        dense = col_stride == 1 and row_stride == m and address % 16 == 0 and n * m % 16 == 0
-        code = DTYPE_CODES[weight.dtype]
-        at = address - origin
-        rows.append([programs, at, n * m, m, row_stride, col_stride, code, int(dense)])
-        programs += triton.cdiv(n * m, CHUNK)
+        job = _job(tuple(weight.shape), weight.stride(), weight.dtype, address % 16 == 0)
+        rows.append([programs, address - origin, *job])
+        programs += -(-job[0] // CHUNK)
     (jobs,) = upload(device, rows)
     partials = torch.empty(max(programs, 1), 2, dtype=torch.float64, device=device)
     stats = torch.empty(len(rows), 2, dtype=torch.float64, device=device)

@@ -62,8 +62,7 @@ def linear_forward(
 
     ways = {"steps": z_then_y}
     if thin and rows.shape[0] <= MOST_ROWS:
-        # Not in the interpreter.
-        overlap = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        overlap = _capability(x.device) >= (9, 0)
         kernels = lambda: decode(  # noqa: E731
             rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, overlap
         )
@@ -223,6 +222,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of the GPU; (0, 0) in the interpreter, where `device` is the CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def _is_hopper(device: torch.device) -> bool:
     """Or a data-centre Blackwell: what the fused kernel's tiles are made for."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return _capability(device)[0] in (9, 10)

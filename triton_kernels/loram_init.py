@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from .dst_basis import Basis, dst_fill
+from .dst_basis import dst_fill
 from .frobenius_stats import frobenius_stats
 from .jobs import float_bits, upload
-from .subtract_dst import Placement, Subtraction
+from .subtract_dst import Subtraction
 
 
 def loram_init_(
@@ -35,13 +35,14 @@ def loram_init_(
     squared = (sums_of_squares * gain.view(torch.float64)).div_(rank).sqrt_()
     root = squared.sqrt()
     beta.copy_(root)
-    # A.T, so that both are [length, rank] bases. One call a dtype: they follow the weights'.
+    # One call a dtype: the factors' follow the weights'.
     for dtype in dict.fromkeys(factor.dtype for factor in lora_A):
         members = [k for k, factor in enumerate(lora_A) if factor.dtype == dtype]
         scales = root if len(members) == len(weights) else torch.stack([root[k] for k in members])
-        dst_fill([Basis(lora_A[k].T, weights[k].shape[1]) for k in members], scales)
-        dst_fill([Basis(lora_B[k], weights[k].shape[0]) for k in members], scales)
-    subtraction = Subtraction(weights, rank, [Placement(*weight.shape) for weight in weights])
+        for factors, axis, transposed in ((lora_A, 1, True), (lora_B, 0, False)):
+            outs = [factors[k] for k in members]
+            dst_fill(outs, transposed, [weights[k].shape[axis] for k in members], scales)
+    subtraction = Subtraction(weights, rank)
     squared.mul_(scaling)
     if check is not None:  # last, while the device has all of this to do
         check(sums_of_squares.tolist())

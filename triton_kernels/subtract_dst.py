@@ -10,6 +10,7 @@ Bytes: a reading and a writing of W; the tables, 24 bytes a row and column, stay
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def subtract_kernel(
     weight = tensor_at(base, tl.load(job + 1), DTYPE, VECTOR > 0)
     rows, cols = tl.load(job + 2), tl.load(job + 3)
     row_stride, col_stride = tl.load(job + 4), tl.load(job + 5)
-    if VECTOR > 0:  # see _vector: what the compiler needs for 16-byte accesses
+    if VECTOR > 0:  # see _job
         row_stride = aligned(row_stride, VECTOR)
         cols = aligned(cols, VECTOR)
         col_stride = 1
@@ -150,8 +151,12 @@ class Subtraction:
     """
 
     def __init__(
-        self, weights: Sequence[torch.Tensor], rank: int, placements: Sequence[Placement]
+        self,
+        weights: Sequence[torch.Tensor],
+        rank: int,
+        placements: Sequence[Placement] | None = None,
     ) -> None:
+        """`placements` say which part of a larger weight each is; none if they are whole."""
         device = weights[0].device
         self.rank = rank
         self.base, origin = anchor(weights[0])
@@ -160,30 +165,27 @@ class Subtraction:
         groups: dict[tuple[torch.dtype, int], list[list[int]]] = {}
         self.programs: dict[tuple[torch.dtype, int], int] = {}
         end = 0
-        for k, (weight, place) in enumerate(zip(weights, placements, strict=True)):
+        for k, weight in enumerate(weights):
             if weight.numel() == 0:
                 continue
-            if weight.dtype == torch.float64:
+            shape, dtype = tuple(weight.shape), weight.dtype
+            place = placements[k] if placements else Placement(*shape)
+            if dtype == torch.float64:
                 self.products.append((k, weight, place))
                 continue
-            if weight.stride(0) < weight.stride(1):
-                weight, place = weight.T, place.transposed()
-            rows, cols = weight.shape
-            n, m, i, j = place.global_rows, place.global_cols, place.row_offset, place.col_offset
-            row_axis, col_axis = (rows, i, n, m, j), (cols, j, m, n, i)
+            address = weight.data_ptr()
+            row_axis, col_axis, strides, norm, vector, programs = _job(
+                shape, weight.stride(), place, dtype, address % 16 == 0
+            )
             for axis in (row_axis, col_axis):
                 if axis not in axes:
                     axes[axis] = end
                     end += 5 * axis[0]
-            key = (weight.dtype, _vector(weight))
+            key = (dtype, vector)
             first = self.programs.get(key, 0)
-            norm = float_bits(2.0 / math.sqrt((n + 1) * (m + 1)))
-            at = (weight.data_ptr() - origin, rows, cols, *weight.stride())
-            job = [first, *at, axes[row_axis], axes[col_axis], norm, k]
-            groups.setdefault(key, []).append(job)
-            self.programs[key] = first + triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(
-                cols, BLOCK_COLS
-            )
+            at = (first, address - origin, row_axis[0], col_axis[0], *strides)
+            groups.setdefault(key, []).append([*at, axes[row_axis], axes[col_axis], norm, k])
+            self.programs[key] = first + programs
         axis_rows = [[*axis, rank, place] for axis, place in axes.items()]
         axis_jobs, *jobs = upload(device, axis_rows, *groups.values())
         self.groups = dict(zip(groups, jobs, strict=True))
@@ -217,11 +219,25 @@ class Subtraction:
             )
 
 
-def _vector(weight: torch.Tensor) -> int:
-    """Entries in 16 bytes, if every row of `weight` begins and ends at a multiple of that; or 0."""
-    count = 16 // weight.element_size()
-    places = (weight.data_ptr() // weight.element_size(), weight.stride(0), weight.shape[1])
-    return count if weight.stride(1) == 1 and all(k % count == 0 for k in places) else 0
+@functools.lru_cache(maxsize=4096)
+def _job(
+    shape: tuple[int, int],
+    stride: tuple[int, int],
+    place: Placement,
+    dtype: torch.dtype,
+    aligned_: bool,
+) -> tuple:
+    """Both axes, strides, norm, entries in 16 bytes and programs, of a weight or its transpose."""
+    if stride[0] < stride[1]:
+        shape, stride, place = shape[::-1], stride[::-1], place.transposed()
+    rows, cols = shape
+    n, m, i, j = place.global_rows, place.global_cols, place.row_offset, place.col_offset
+    norm = float_bits(2.0 / math.sqrt((n + 1) * (m + 1)))
+    # What the compiler needs for 16-byte accesses: every row begins and ends at a multiple of that.
+    count = 16 // dtype.itemsize
+    fits = aligned_ and stride[1] == 1 and stride[0] % count == 0 and cols % count == 0
+    programs = triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(cols, BLOCK_COLS)
+    return (rows, i, n, m, j), (cols, j, m, n, i), stride, norm, count if fits else 0, programs
 
 
 def _subtract_product(

@@ -74,12 +74,14 @@ def _on_its_device(kernel: Callable) -> Callable:
 
 
 def register_triton() -> None:
-    """One warning instead, if this is a CUDA build of torch without Triton."""
-    if importlib.util.find_spec("triton") is None:
-        if torch.version.cuda is not None:
+    """One warning instead, if this is a GPU build of torch that the kernels cannot be used in."""
+    missing = importlib.util.find_spec("triton") is None
+    if missing or torch.version.hip is not None:
+        if torch.version.cuda is not None or torch.version.hip is not None:
             warnings.warn(
-                "lora_kernels runs its plain-torch references on CUDA tensors: the results are the "
-                "same, everything is slower. For the kernels: pip install triton",
+                "lora_kernels runs its plain-torch references on GPU tensors: the results are the "
+                "same, everything is slower. The kernels are for NVIDIA GPUs and need Triton "
+                "(pip install triton)",
                 RuntimeWarning,
                 stacklevel=2,
             )

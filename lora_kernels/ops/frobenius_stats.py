@@ -24,13 +24,11 @@ def frobenius_stats_fake(weights: list[torch.Tensor]) -> torch.Tensor:
 
 def check_same_device(weights: list[torch.Tensor]) -> None:
     for k, weight in enumerate(weights):
-        torch._check_value(
-            weight.device == weights[0].device,
-            lambda k=k, weight=weight: (
+        if weight.device != weights[0].device:
+            raise ValueError(
                 f"weights[{k}] is on {weight.device}, weights[0] on {weights[0].device}; "
                 "call once per device"
-            ),
-        )
+            )
 
 
 def frobenius_stats(weights: list[torch.Tensor]) -> torch.Tensor:

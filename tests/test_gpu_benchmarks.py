@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import peers
-from benchmarks.gpu.__main__ import PARTS, main
-from benchmarks.gpu.grid import to_best_peer
-from benchmarks.gpu.plan import FULL
-from benchmarks.gpu.predict import H200, lines
-from benchmarks.gpu.session import slug
-from benchmarks.harness import Timing
+for package in ("rich", "matplotlib"):
+    pytest.importorskip(package, reason="the benchmarks need what `make test` installs")
+
+from benchmarks.gpu import peers  # noqa: E402
+from benchmarks.gpu.__main__ import PARTS, main  # noqa: E402
+from benchmarks.gpu.grid import to_best_peer  # noqa: E402
+from benchmarks.gpu.plan import FULL  # noqa: E402
+from benchmarks.gpu.predict import H200, lines  # noqa: E402
+from benchmarks.gpu.session import slug  # noqa: E402
+from benchmarks.harness import Timing  # noqa: E402
 
 TINY = replace(
     FULL,

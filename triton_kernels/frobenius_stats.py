@@ -57,6 +57,43 @@ def _chunk_totals(
 
 
 @triton.jit
+def _totals(
+    dtype,
+    base,
+    at,
+    begin,
+    size,
+    cols,
+    rs,
+    cs,
+    DENSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    """`_chunk_totals` of a dtype that only the table knows (DTYPE_CODES)."""
+    s = tl.zeros([], tl.float64)
+    q = tl.zeros([], tl.float64)
+    if dtype == 0:
+        s, q = _chunk_totals(
+            base, at, begin, size, cols, rs, cs, tl.float32, DENSE, CHUNK, LANES, ROUNDS
+        )
+    elif dtype == 1:
+        s, q = _chunk_totals(
+            base, at, begin, size, cols, rs, cs, tl.bfloat16, DENSE, CHUNK, LANES, ROUNDS
+        )
+    elif dtype == 2:
+        s, q = _chunk_totals(
+            base, at, begin, size, cols, rs, cs, tl.float16, DENSE, CHUNK, LANES, ROUNDS
+        )
+    else:
+        s, q = _chunk_totals(
+            base, at, begin, size, cols, rs, cs, tl.float64, DENSE, CHUNK, LANES, ROUNDS
+        )
+    return s, q
+
+
+@triton.jit
 def partial_stats_kernel(
     jobs,
     base,
@@ -77,39 +114,9 @@ def partial_stats_kernel(
     s = tl.zeros([], tl.float64)
     q = tl.zeros([], tl.float64)
     if dense == 1:
-        if dtype == 0:
-            s, q = _chunk_totals(
-                base, at, begin, size, cols, rs, cs, tl.float32, True, CHUNK, LANES, ROUNDS
-            )
-        elif dtype == 1:
-            s, q = _chunk_totals(
-                base, at, begin, size, cols, rs, cs, tl.bfloat16, True, CHUNK, LANES, ROUNDS
-            )
-        elif dtype == 2:
-            s, q = _chunk_totals(
-                base, at, begin, size, cols, rs, cs, tl.float16, True, CHUNK, LANES, ROUNDS
-            )
-        else:
-            s, q = _chunk_totals(
-                base, at, begin, size, cols, rs, cs, tl.float64, True, CHUNK, LANES, ROUNDS
-            )
+        s, q = _totals(dtype, base, at, begin, size, cols, rs, cs, True, CHUNK, LANES, ROUNDS)
     else:
-        if dtype == 0:
-            s, q = _chunk_totals(
-                base, at, begin, size, cols, rs, cs, tl.float32, False, CHUNK, LANES, ROUNDS
-            )
-        elif dtype == 1:
-            s, q = _chunk_totals(
-                base, at, begin, size, cols, rs, cs, tl.bfloat16, False, CHUNK, LANES, ROUNDS
-            )
-        elif dtype == 2:
-            s, q = _chunk_totals(
-                base, at, begin, size, cols, rs, cs, tl.float16, False, CHUNK, LANES, ROUNDS
-            )
-        else:
-            s, q = _chunk_totals(
-                base, at, begin, size, cols, rs, cs, tl.float64, False, CHUNK, LANES, ROUNDS
-            )
+        s, q = _totals(dtype, base, at, begin, size, cols, rs, cs, False, CHUNK, LANES, ROUNDS)
     tl.store(partials + 2 * program, s)
     tl.store(partials + 2 * program + 1, q)
 

@@ -34,7 +34,8 @@ def _pinned(table: torch.Tensor) -> torch.Tensor:
     if not capturing:
         if not _reserves or len(_reserves[-1]) < RESERVE:
             options = {"dtype": torch.int64, "device": "cpu", "pin_memory": True}
-            _reserves.append(torch.empty(2 * RESERVE, **options))
+            with torch.inference_mode(False):
+                _reserves.append(torch.empty(2 * RESERVE, **options))
         return table.pin_memory()
     if not _reserves or len(_reserves[-1]) < len(table):
         raise RuntimeError(

@@ -46,7 +46,8 @@ def sin_pi(numerator: torch.Tensor, denominator: int) -> torch.Tensor:
     negative = p > denominator
     p = torch.where(negative, p - denominator, p)
     p = torch.where(2 * p > denominator, denominator - p, p)
-    span = float(2 * denominator)
+    # As a tensor: CUDA divides by a Python number with its rounded reciprocal.
+    span = torch.full((), 2.0 * denominator, dtype=torch.float64, device=p.device)
     by_cosine = 4 * p > denominator
     reduced = torch.where(by_cosine, denominator - 2 * p, 2 * p)
     x = math.pi * (reduced.to(torch.float64) / span)
@@ -99,6 +100,10 @@ def dst_basis(
     )
     device = device or (torch.get_default_device() if scale is None else scale.device)
     out = torch.empty(length, rank, dtype=dtype, device=device)
+    torch._check_value(
+        scale is None or scale.device == out.device,
+        lambda: f"scale is on {scale.device}, the basis on {out.device}",
+    )
     torch.ops.lora._dst_basis_(out, size, offset, scale)
     return out
 

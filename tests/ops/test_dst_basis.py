@@ -140,3 +140,8 @@ def test_meta():
 def test_bad_input(args, kwargs, error, device):
     with pytest.raises(error):
         op(*args, device=device, **kwargs)
+
+
+def test_scale_on_another_device_is_refused():
+    with pytest.raises(ValueError, match="scale is on cpu, the basis on meta"):
+        torch.ops.lora.dst_basis(8, 2, device="meta", scale=torch.tensor(1.0))

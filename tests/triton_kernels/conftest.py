@@ -34,8 +34,10 @@ def dtypes() -> tuple[torch.dtype, ...]:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch) -> None:
-    """What a kernel forgets to write is NaN."""
+def _poisoned(monkeypatch, request) -> None:
+    """What a kernel forgets to write is NaN; but where launches are counted or captured."""
+    if request.module.__name__.endswith("test_gpu"):
+        return
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:

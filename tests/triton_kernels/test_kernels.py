@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels.ops.dst_basis import dst_basis_ref
 from lora_kernels.ops.loram_init import loram_init_ref
-from lora_kernels.triton_kernels import jobs
+from lora_kernels.triton_kernels import dst_basis, jobs
 
 from ..ops.strides import LAYOUTS, lay_out
 from ..ops.test_subtract_dst import check as check_subtraction
@@ -218,3 +218,18 @@ def test_loram_init_without_the_check_does_not_raise(device):
     assert beta[0] == 0 and torch.equal(weights[0], torch.zeros_like(weights[0]))
     _, _, alone = ops.loram_init(want, 4)
     assert torch.equal(weights[1], want) and torch.equal(beta[1], alone)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.7, 1e-44, 1e30, float("nan")])
+@pytest.mark.parametrize(("size", "rank"), [(16, 5), (40, 40), (1023, 9), (306, 40)])
+def test_dst_basis_in_few_long_programs(size, rank, scale, device, monkeypatch):
+    """Angle addition over many blocks, whatever is left undecided, signs of zeros included."""
+    monkeypatch.setattr(dst_basis, "ENOUGH_PROGRAMS", 1)
+    factor = torch.tensor(scale, dtype=FP64, device=device)
+    for dtype in (torch.float32, torch.float16):
+        got = torch.ops.lora.dst_basis(size, rank, dtype=dtype, device=device, scale=factor)
+        want = torch.empty(size, rank, dtype=dtype, device=device)
+        dst_basis_ref(want, size, 0, factor)
+        integer = {4: torch.int32, 2: torch.int16}[got.element_size()]
+        same = got.view(integer) == want.view(integer)
+        assert (same | (got.isnan() & want.isnan())).all()

@@ -41,7 +41,7 @@ def linear_forward(
     start_A: Tensor | None,
     start_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Y [..., N] and z = drop(x) Aᵀ [M, r] in x's dtype."""
+    """y [..., N] and z = drop(x) Aᵀ [M, r] in x's dtype."""
     rows = _rows(x)  # [M, K]
     N, r = lora_B.shape
     y_shape = [*x.shape[:-1], N]
@@ -90,7 +90,7 @@ def linear_backward(
     needs_x, needs_weight, needs_bias, needs_A, needs_B = needs
     dy, rows, z = _rows(grad), _rows(x), z.contiguous()
     r = lora_B.shape[1]
-    grads = [x.new_empty(0) for _ in needs]
+    grads: list[Tensor | None] = [None] * 5
     key = _key(rows, weight, r, False, start_A is not None, dropout > 0)
     thin = _thin(rows, weight, lora_A, lora_B)
     if needs_x or needs_A or needs_B:
@@ -119,7 +119,7 @@ def linear_backward(
         grads[1] = dy.T @ rows
     if needs_bias:
         grads[2] = dy.sum(0)
-    return tuple(grads)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def product(
@@ -137,7 +137,7 @@ def product(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """A Wᵀ (a W if `w_is_kn`) + bias + scale · drop(z Bᵀ) + scale₀ · z₀ B₀ᵀ."""
+    """a Wᵀ (a W if `w_is_kn`) + bias + scale · drop(z Bᵀ) + scale₀ · z₀ B₀ᵀ."""
     right = weight if w_is_kn else weight.T
 
     def reversed_() -> Tensor:
@@ -188,7 +188,7 @@ def _key(rows: Tensor, weight: Tensor, r: int, *flags: bool) -> tuple:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """X as a matrix [M, K] whose rows are contiguous."""
+    """x as a matrix [M, K] whose rows are contiguous."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 

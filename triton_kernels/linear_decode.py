@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from .jobs import aligned
-from .linear_shrink import rank_block, rank_unit, shrink_parts
+from .linear_rank import load_Bt, rank_block, rank_unit
+from .linear_shrink import shrink_parts
 
 MOST_ROWS = 64
 PARTS = 16
@@ -27,7 +28,6 @@ def _finish_rank_term(
     for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         rank = first + tl.arange(0, BLOCK_R)
         z_mask = (row < M)[:, None] & (rank < r)[None, :]
-        b_mask = (rank < r)[:, None] & (col < N)[None, :]
         where = row[:, None] * r + rank[None, :]
         total = tl.zeros([row.shape[0], BLOCK_R], tl.float32)
         for part in range(PARTS):
@@ -36,8 +36,8 @@ def _finish_rank_term(
         left = total.to(z.dtype.element_ty)
         if SAVE and tl.program_id(0) == 0:
             tl.store(z + where, left, mask=z_mask)
-        right = tl.load(B + col[None, :] * b_row + rank[:, None] * b_col, mask=b_mask, other=0.0)
-        acc += scale * tl.dot(left, right.to(left.dtype), input_precision="ieee")
+        right = load_Bt(B, rank, col, N, r, b_row, b_col).to(left.dtype)
+        acc += scale * tl.dot(left, right, input_precision="ieee")
     return acc
 
 
@@ -116,7 +116,7 @@ def decode(
     B0: torch.Tensor | None,
     overlap: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Y [M, N] and z [M, r] in x's dtype, for M <= 64. `overlap` wants Hopper or later."""
+    """y [M, N] and z [M, r] in x's dtype, for M <= 64. `overlap` wants Hopper or later."""
     (M, K), (N, r) = x.shape, B.shape
     parts, parts0 = shrink_parts(x, A, A0, dropout, seed, PARTS, overlap)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
@@ -147,7 +147,7 @@ def decode(
         PARTS=parts.shape[0],
         BLOCK_M=max(16, triton.next_power_of_2(M)),
         BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K if x.element_size() == 2 else BLOCK_K // 2,
+        BLOCK_K=BLOCK_K,
         BLOCK_R=block_r,
         RANKS=triton.cdiv(r, block_r) * block_r,
         RANK_UNIT=rank_unit(r),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .jobs import aligned
-from .linear_shrink import rank_block, rank_unit
+from .linear_rank import load_Bt, load_z, rank_block, rank_unit
 from .philox import drop, mask_arguments
 
 BLOCK_M, BLOCK_N = 64, 128
@@ -23,11 +23,9 @@ def rank_product(z, B, row, col, M, N, r, b_row, b_col, RANKS: tl.constexpr, BLO
     acc = tl.zeros([row.shape[0], col.shape[0]], tl.float32)
     for first in tl.static_range(0, RANKS, BLOCK_R):
         rank = first + tl.arange(0, BLOCK_R)
-        z_mask = (row < M)[:, None] & (rank < r)[None, :]
-        b_mask = (rank < r)[:, None] & (col < N)[None, :]
-        left = tl.load(z + row[:, None] * r + rank[None, :], mask=z_mask, other=0.0)
-        right = tl.load(B + col[None, :] * b_row + rank[:, None] * b_col, mask=b_mask, other=0.0)
-        acc = tl.dot(left, right.to(left.dtype), acc, input_precision="ieee")
+        left = load_z(z, row, rank, M, r)
+        right = load_Bt(B, rank, col, N, r, b_row, b_col).to(left.dtype)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     return acc
 
 
@@ -87,7 +85,7 @@ def expand(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Y [M, N] in z's dtype from z, z0 [M, r] (contiguous), B, B0 [N, r] and bias [N]."""
+    """y [M, N] in z's dtype from z, z0 [M, r] (contiguous), B, B0 [N, r] and bias [N]."""
     (M, r), N = z.shape, B.shape[0]
     y = torch.empty(M, N, dtype=z.dtype, device=z.device)
     start = B if B0 is None else B0

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .jobs import aligned
-from .linear_shrink import rank_block, rank_unit
+from .linear_rank import load_Bt, load_z, rank_block, rank_unit
 
 GROUP_M = 8
 LARGEST_RANK = 128  # above it the rank term, which nothing overlaps, is no longer small
@@ -26,13 +26,11 @@ CONFIGS = {  # name: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, programs
 def _add_rank_term(
     acc, z, B, row, col, M, N, r, b_row, b_col, scale, RANKS: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """Acc + z (scale · B)ᵀ: the scale goes into B before its rounding, so that one dot adds on."""
+    """acc + z (scale · B)ᵀ: the scale goes into B before its rounding, so that one dot adds on."""
     for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         rank = first + tl.arange(0, BLOCK_R)
-        z_mask = (row < M)[:, None] & (rank < r)[None, :]
-        b_mask = (rank < r)[:, None] & (col < N)[None, :]
-        left = tl.load(z + row[:, None] * r + rank[None, :], mask=z_mask, other=0.0)
-        right = tl.load(B + col[None, :] * b_row + rank[:, None] * b_col, mask=b_mask, other=0.0)
+        left = load_z(z, row, rank, M, r)
+        right = load_Bt(B, rank, col, N, r, b_row, b_col)
         right = (scale * right.to(tl.float32)).to(left.dtype)
         acc = tl.dot(left, right, acc)
     return acc
@@ -137,7 +135,7 @@ def gemm(
     B0: torch.Tensor | None = None,
     scale0: float = 0.0,
 ) -> torch.Tensor:
-    """A [M, K] times weight [N, K] transposed, or weight [K, N], and the rank terms.
+    """a [M, K] times weight [N, K] transposed, or weight [K, N], and the rank terms.
 
     z, z0 [M, r] are contiguous, B, B0 [N, r] of any strides.
     """
@@ -148,7 +146,7 @@ def gemm(
     start = B if B0 is None else B0
     block_r = rank_block(r, 32 if z0 is None else 16)  # more spills
     ranks = triton.cdiv(r, block_r) * block_r
-    if z0 is not None and block_n > 128:
+    if z0 is not None:
         # A loop of one turn is unrolled, and sm_100 has no room for the accumulators then.
         ranks = max(ranks, 2 * block_r)
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .jobs import aligned
-from .linear_shrink import ENOUGH_PROGRAMS, rank_block, rank_unit, reduce
+from .linear_rank import ENOUGH_PROGRAMS, load_z, rank_block, rank_unit, reduce
 from .philox import drop, mask_arguments
 
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 128, 128
@@ -68,8 +68,7 @@ def dz_dB_kernel(
             dz0 = tl.dot(g, b0, input_precision="ieee")
             tl.store(dz0_parts + part + z_where, dz0, mask=z_mask)
         if NEEDS_DB:
-            zt = tl.load(z + z_where, mask=z_mask, other=0.0)
-            dB = tl.dot(tl.trans(g), zt, dB, input_precision="ieee")
+            dB = tl.dot(tl.trans(g), load_z(z, row, rank, M, r), dB, input_precision="ieee")
     if NEEDS_DB:
         where = tl.program_id(1).to(tl.int64) * N * r + col[:, None] * r + rank[None, :]
         tl.store(dB_parts + where, dB, mask=b_mask)
@@ -109,8 +108,7 @@ def dA_kernel(
         value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0)
         if HAS_DROPOUT:
             value = drop(value, seed_value, row, begin_col, threshold, keep_scale, BLOCK_K)
-        z_mask = (row < M)[:, None] & (rank < r)[None, :]
-        left = tl.load(dz + row[:, None] * r + rank[None, :], mask=z_mask, other=0.0)
+        left = load_z(dz, row, rank, M, r)
         acc = tl.dot(tl.trans(left), value, acc, input_precision="ieee")  # [BLOCK_R, BLOCK_K]
     where = tl.program_id(1).to(tl.int64) * r * K + rank[:, None] * K + col[None, :]
     tl.store(parts + where, acc, mask=(rank < r)[:, None] & (col < K)[None, :])
@@ -135,7 +133,7 @@ def dz_dB(
     scale: float,
     needs_B: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Dz = scale · dY B, dz₀ = −scale · dY B₀ [M, r] in dY's dtype, dB = scale · dYᵀ z in B's.
+    """dz = scale · dY B, dz₀ = −scale · dY B₀ [M, r] in dY's dtype, dB = scale · dYᵀ z in B's.
 
     dY's rows and z are contiguous; r as `is_worth_it` has it.
     """

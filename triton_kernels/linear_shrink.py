@@ -6,16 +6,13 @@ K is split; the parts are added up in order by `reduce`, or by the decode kernel
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from .jobs import aligned
+from .linear_rank import ENOUGH_PROGRAMS, rank_block, rank_unit, reduce
 from .philox import drop, mask_arguments
-
-ENOUGH_PROGRAMS = 128  # an H100, H200 or A100 has 108 to 132 multiprocessors
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -76,38 +73,6 @@ def shrink_kernel(
         tl.store(out0 + where, acc0.to(out0.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["length", "parts"])
-def reduce_kernel(parts_of, out, parts, length, scale, BLOCK: tl.constexpr):
-    """Out = scale · the sum of `parts` arrays of `length`, in order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < length
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(parts):
-        total += tl.load(parts_of + part * length.to(tl.int64) + at, mask=mask, other=0.0)
-    tl.store(out + at, (scale * total).to(out.dtype.element_ty), mask=mask)
-
-
-def reduce(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    """`scale` · the sum of parts [S, ...] float32 over S, in order, as `dtype`."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    if out.numel():
-        grid = (triton.cdiv(out.numel(), 512),)
-        reduce_kernel[grid](
-            parts, out, parts.shape[0], out.numel(), scale, BLOCK=512, enable_fp_fusion=True
-        )
-    return out
-
-
-def rank_unit(r: int) -> int:
-    """A factor of r that the compiler can count on: what one access may span."""
-    return math.gcd(r, 16)
-
-
-def rank_block(r: int, largest: int) -> int:
-    """The rank that a program is compiled for: a power of two that tl.dot takes."""
-    return min(max(16, triton.next_power_of_2(r)), largest)
-
-
 def shrink_parts(
     x: torch.Tensor,
     A: torch.Tensor,
@@ -117,7 +82,7 @@ def shrink_parts(
     parts: int | None = None,
     overlap: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Z and z₀ as parts [S, M, r] that are to be added up: in x's dtype if S is 1, else float32.
+    """z and z₀ as parts [S, M, r] that are to be added up: in x's dtype if S is 1, else float32.
 
     With `overlap` the next kernel may start with this one; it has to wait before it reads them.
     """
@@ -126,7 +91,7 @@ def shrink_parts(
     block_m = min(max(16, triton.next_power_of_2(M)), 64)
     # What registers, and the shared memory of the smallest GPUs (99 KB), hold.
     block_k = 128 if block_r <= 32 else 64 if block_r <= 64 else 32
-    if A0 is not None or x.element_size() > 2:
+    if A0 is not None:
         block_k = max(block_k // (4 if dropout > 0 else 2), 32)
     programs = triton.cdiv(M, block_m) * triton.cdiv(r, block_r)
     if parts is None:
@@ -173,7 +138,7 @@ def shrink(
     dropout: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Z [M, r] = drop(x) Aᵀ and z₀ = x A₀ᵀ in x's dtype; x's rows are contiguous."""
+    """z [M, r] = drop(x) Aᵀ and z₀ = x A₀ᵀ in x's dtype; x's rows are contiguous."""
     out, out0 = shrink_parts(x, A, A0, dropout, seed)
     if out.shape[0] == 1:
         return out[0], None if out0 is None else out0[0]

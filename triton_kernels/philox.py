@@ -13,7 +13,7 @@ BLOCK_ROWS, BLOCK_COLS = 16, 256
 
 @triton.jit
 def drop(x, seed, row, col_begin, threshold, keep_scale, COLS: tl.constexpr):
-    """X [ROWS, COLS] with its elements dropped or times `keep_scale`, rounded to x's dtype.
+    """x [ROWS, COLS] with its elements dropped or times `keep_scale`, rounded to x's dtype.
 
     `row` [ROWS] are the elements' rows, their columns begin at `col_begin`, a multiple of 4.
     """

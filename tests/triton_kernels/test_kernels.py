@@ -170,6 +170,7 @@ def test_loram_init(scaling, device, dtypes):
         )
         want_beta = torch.empty_like(beta)
         loram_init_ref(want, want_A, want_B, want_beta, 8, scaling, True)
+        # The sums of squares are added in another order: an ulp of them, and what it is rounded to.
         torch.testing.assert_close(beta, want_beta, rtol=1e-14, atol=0)
         for k, weight in enumerate(weights):
             tight = {"rtol": 2e-7 if dtype != torch.float64 else 1e-13, "atol": 0}

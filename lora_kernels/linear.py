@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -12,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ._errors import unknown_name
 from .init import Initializer, get_initializer
 from .init.base import checked, subtract_factors_, subtract_recipe_
-from .ops._checks import check_rank, check_weight
+from .ops._checks import as_integer, check_rank, check_weight
 from .scaling import lora_scaling
 
 RESIDUALS = ("absorb", "implicit")
@@ -34,7 +32,7 @@ class LoRALinear(nn.Linear):
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         r: rank, 1 ≤ r ≤ min(in_features, out_features).
         lora_alpha: s = lora_alpha / r, or lora_alpha / √r with `use_rslora`.
-        init_lora_weights: a name ("loram", "lora") or an object of `lora_kernels.init`.
+        init_lora_weights: a name ("loram", "pissa" ...) or an object of `lora_kernels.init`.
         lora_dropout: probability of dropping an element of x on its way to A, while training.
         residual: "absorb" or "implicit".
 
@@ -108,9 +106,7 @@ class LoRALinear(nn.Linear):
         lora_dropout: float,
         residual: str,
     ) -> None:
-        if isinstance(r, bool) or not isinstance(r, Integral):
-            raise TypeError(f"r must be an integer, got {type(r).__name__}")
-        r = int(r)
+        r = as_integer(r, "r")
         check_weight(self.weight)
         check_rank(r, *self.weight.shape)
         initializer = get_initializer(init_lora_weights)
@@ -138,7 +134,7 @@ class LoRALinear(nn.Linear):
             if residual == "absorb":
                 start = initializer.absorb_(self.weight, r, self.scaling)
             else:
-                start = checked(initializer(self.weight, r), self.weight, r)
+                start = checked(initializer(self.weight, r, self.scaling), self.weight, r)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)

@@ -34,15 +34,21 @@ class Initializer(ABC):
     changes_base: bool
 
     @abstractmethod
-    def __call__(self, weight: Tensor, r: int) -> Start:
-        """The start for `weight` [out, in], which is only read."""
+    def __call__(
+        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
+    ) -> Start:
+        """The start for `weight` [out, in], which is only read.
+
+        `scaling` is the layer's s, for starts that are divided by it; `gradient` [out, in] that of
+        the loss, for starts that are made from it.
+        """
 
     def absorb_(self, weight: Tensor, r: int, scaling: float) -> Start:
         """The start, with weight ← weight − scaling · B₀A₀ in place if that is not zero.
 
         Nothing is written if an error is raised.
         """
-        start = checked(self(weight, r), weight, r)
+        start = checked(self(weight, r, scaling), weight, r)
         if self.changes_base:
             subtract_start_(weight, start, scaling)
         return start

@@ -23,7 +23,9 @@ class LoRA(Initializer):
     seed: int | None = None
     changes_base = False
 
-    def __call__(self, weight: Tensor, r: int) -> Start:
+    def __call__(
+        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
+    ) -> Start:
         """The start; `weight` gives shape, dtype and device only."""
         rows, cols = weight.shape
         options = {

@@ -25,7 +25,9 @@ class LoRAM(Initializer):
 
     changes_base = True
 
-    def __call__(self, weight: Tensor, r: int) -> Start:
+    def __call__(
+        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
+    ) -> Start:
         """The start; ValueError if W is zero or holds NaN or Inf."""
         rows, cols = weight.shape
         sum_of_squares = torch.ops.lora.frobenius_stats([weight])[0, 1]

@@ -6,6 +6,8 @@ GPU waited.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +60,13 @@ def check_rank(rank: int, rows: int, cols: int, name: str = "weight") -> None:
             f"rank {rank} is larger than min(n, m) = {min(rows, cols)} of {name}, "
             f"shape [{rows}, {cols}]"
         )
+
+
+def as_integer(value: object, name: str) -> int:
+    """The int that `value` is, of any library's kind; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    return int(value)
 
 
 def check_finite(value: float, name: str) -> None:

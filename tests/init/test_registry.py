@@ -35,7 +35,7 @@ def test_a_user_registers_one(monkeypatch, device):
     class Halves(Initializer):
         changes_base = False
 
-        def __call__(self, weight, r):
+        def __call__(self, weight, r, scaling=1.0, gradient=None):
             return Start(torch.full((r, weight.shape[1]), 0.5), torch.zeros(weight.shape[0], r))
 
     register_initializer("Halves", Halves)
@@ -54,7 +54,7 @@ def test_a_start_without_a_recipe(dtype, residual, device):
     class Random(Initializer):
         changes_base = True
 
-        def __call__(self, weight, r):
+        def __call__(self, weight, r, scaling=1.0, gradient=None):
             wide = torch.promote_types(weight.dtype, torch.float32)
             rows, cols = weight.shape
             return Start(torch.randn(r, cols, dtype=wide), torch.randn(rows, r, dtype=wide))
@@ -99,7 +99,7 @@ def test_a_start_that_does_not_fit(change, match, residual, device):
     class Broken(Initializer):
         changes_base = True
 
-        def __call__(self, weight, r):
+        def __call__(self, weight, r, scaling=1.0, gradient=None):
             return Start(*change(torch.ones(r, weight.shape[1]), torch.ones(weight.shape[0], r)))
 
     linear = nn.Linear(40, 600).to(device)
@@ -114,7 +114,7 @@ def test_factors_are_float32_and_their_own(device):
     class View(Initializer):
         changes_base = False
 
-        def __call__(self, weight, r):
+        def __call__(self, weight, r, scaling=1.0, gradient=None):
             return Start(weight[:r], weight.new_zeros(weight.shape[0], r))
 
     options = {"r": 2, "init_lora_weights": View(), "device": device}

@@ -9,5 +9,6 @@ if find_spec("lora_kernels.triton_kernels") is None:
 
 from . import init as init
 from . import ops as ops
+from . import svd as svd
 from ._version import __version__ as __version__
 from .linear import LoRALinear as LoRALinear

@@ -30,6 +30,23 @@ def define_kernel(schema: str, reference: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"lora::{name}", fake, lib=LIBRARY)
 
 
+def define_constant_kernel(schema: str, function: Callable, fake: Callable) -> None:
+    """Declares a kernel in plain Python, on every device, whose results carry no gradient.
+
+    Not a composite, for one whose checks read values: `torch.compile` looks into a composite, and
+    cannot follow such a check.
+    """
+    name = schema.partition("(")[0]
+    define_kernel(schema, function, fake)
+    op = getattr(torch.ops.lora, name).default
+
+    def without_gradient(keyset, *args, **kwargs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    LIBRARY.impl(name, without_gradient, "Autograd", with_keyset=True)
+
+
 def define_mutating_kernel(
     schema: str, reference: Callable, mutated: Callable[..., list[torch.Tensor]]
 ) -> None:

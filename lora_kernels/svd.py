@@ -1,0 +1,128 @@
+"""Singular triplets of a weight, or of many of one shape at once: the largest or the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._errors import unknown_name
+from .ops._checks import as_integer
+from .ops._matrices import check_matrices, exact_svd, refuse_not_finite, stacked
+from .ops.minor_svd import minor_triplets
+
+METHODS = ("randomized", "exact")
+
+
+class TruncatedSVD(NamedTuple):
+    """r singular triplets of W [n, m]; for a batch of k weights, k leads every shape.
+
+    `U` [n, r] and `Vh` [r, m] have orthonormal columns and rows, `S` [r] is not negative; all in
+    float32, or float64 for float64 weights. In each column of U the entry of largest magnitude is
+    positive. `error`: the estimated largest relative error of S (0-dim float64; [k] for a batch),
+    None if none was estimated.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    error: Tensor | None = None
+
+
+@torch.no_grad()
+def truncated(
+    weight: Tensor | Sequence[Tensor],
+    r: int,
+    method: str = "randomized",
+    *,
+    tol: float | None = None,
+    subspace: int | None = None,
+    seed: int = 0,
+) -> TruncatedSVD:
+    """The r largest singular triplets, σ descending.
+
+    Args:
+        weight: [n, m], a batch [k, n, m], or a list of k weights of one shape, dtype and device;
+            float64, float32, bfloat16 or float16, with any strides. It is only read.
+        r: 1 ≤ r ≤ min(n, m).
+        method: "randomized", block Krylov iteration, as good as `torch.svd_lowrank` with niter=16
+            on slowly decaying spectra; or "exact", LAPACK's or cuSOLVER's full SVD cut to r.
+        tol: the iteration stops once the estimated relative error of every σ is below it, or the
+            space is as large as it may be: compare `error` with it. None: nothing is estimated.
+        subspace: dimension of the Krylov space, r ≤ subspace ≤ min(n, m); with `tol`, the largest
+            it may have. None: chosen.
+        seed: of the randomised start. The same seed gives the same bits on one device.
+
+    Raises:
+        ValueError: a value out of range, an unknown method, weights that are empty, unlike, or hold
+            NaN or Inf; an option of "randomized" given to "exact".
+        TypeError: an argument or a weight of the wrong type.
+
+    """
+    check_options(method, tol, subspace)
+    r, seed = as_integer(r, "r"), as_integer(seed, "seed")
+    weights = _as_list(weight)
+    if method == "exact":
+        return _shaped_as(weight, *_exact(weights, r, lambda U, S, Vh: (U[:, :r], S[:r], Vh[:r])))
+    options = (None if subspace is None else int(subspace), seed, tol or 0.0)
+    U, S, Vh, error = torch.ops.lora.randomized_svd_foreach(weights, r, *options)
+    return _shaped_as(weight, U, S, Vh, error if tol else None)
+
+
+@torch.no_grad()
+def minor(
+    weight: Tensor | Sequence[Tensor], r: int, method: str = "randomized", *, seed: int = 0
+) -> TruncatedSVD:
+    """The r smallest singular triplets, σ ascending.
+
+    `method` is "randomized", inverse iteration from a random start, or "exact"; arguments, results
+    and errors are those of `truncated`. Nothing is estimated.
+    """
+    check_options(method)
+    r, seed = as_integer(r, "r"), as_integer(seed, "seed")
+    weights = _as_list(weight)
+    if method == "exact":
+        return _shaped_as(weight, *_exact(weights, r, lambda *usv: minor_triplets(usv, r)))
+    return _shaped_as(weight, *torch.ops.lora.minor_svd_foreach(weights, r, seed))
+
+
+def check_options(method: str, tol: float | None = None, subspace: int | None = None) -> None:
+    """Raises for an unknown method, or an option that it does not have."""
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    if subspace is not None:
+        as_integer(subspace, "subspace")
+    for name, value in (("tol", tol), ("subspace", subspace)):
+        if method == "exact" and value is not None:
+            raise ValueError(
+                f"{name} is an option of method='randomized': 'exact' does not iterate"
+            )
+
+
+def _as_list(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(weight, Tensor):
+        return list(weight.unbind()) if weight.dim() == 3 else [weight]
+    weights = list(weight) if isinstance(weight, Sequence) else [weight]
+    for one in weights:
+        if not isinstance(one, Tensor):
+            raise TypeError(
+                f"weight must be a tensor or a list of tensors, got {type(one).__name__}"
+            )
+    return weights
+
+
+def _exact(weights: list[Tensor], r: int, cut: Callable[..., tuple[Tensor, ...]]):
+    check_matrices(weights, r)
+    refuse_not_finite(weights)
+    return stacked([cut(*exact_svd(weight)) for weight in weights])
+
+
+def _shaped_as(
+    weight: Tensor | Sequence[Tensor], U: Tensor, S: Tensor, Vh: Tensor, error: Tensor | None = None
+) -> TruncatedSVD:
+    """Without the leading dimension if `weight` was a single matrix."""
+    if not isinstance(weight, Tensor) or weight.dim() == 3:
+        return TruncatedSVD(U, S, Vh, error)
+    return TruncatedSVD(U[0], S[0], Vh[0], None if error is None else error[0])

@@ -112,7 +112,7 @@ class MiLoRA(Initializer):
 class OLoRA(Initializer):
     """B = Q[:, :r], A = R[:r] of W = QR, with the signs that make R's diagonal positive.
 
-    Büyükakyüz, arXiv 2406.01775, algorithm 1. Deterministic; not divided by s. W changes
+    Büyükakyüz, arXiv 2406.01775. Deterministic; not divided by s. W changes
     (W − s·BA). Cost: a QR of W's first r columns and one product of W with r columns.
 
     B is orthonormal whatever W is, so that every component trains, those that start at zero too

@@ -75,10 +75,10 @@ __device__ double group_sum(double value) {
   return value;
 }
 
-// The sum over the block, in every thread; scratch has a double for each warp.
+// The sum over the block, in every thread, past a barrier; scratch, a double for each warp, is this
+// one's alone.
 __device__ double block_sum(double value, double* scratch) {
   value = group_sum<kWarp>(value);
-  __syncthreads();
   if (threadIdx.x % kWarp == 0) {
     scratch[threadIdx.x / kWarp] = value;
   }
@@ -151,7 +151,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   finite = !__syncthreads_or(!finite);
   const double top = largest(left, size).value;
   const int exponent = finite && top > 0.0 ? ilogb(top) : 0;
-  __syncthreads();
   double squares = 0.0;
   for (int i = thread / kWarp; i < size; i += threads / kWarp) {
     for (int j = thread % kWarp; j <= i; j += kWarp) {

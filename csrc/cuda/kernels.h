@@ -32,8 +32,8 @@ cudaError_t launch_cholesky_inverse(
 
 // matrices [batch, size, size], symmetric positive semi-definite up to rounding, of which the lower
 // triangles are read -> values [batch, size] descending, vectors [batch, size, size] with the
-// eigenvectors as orthonormal columns. Values are never negative, and 0 where rounding left no pivot,
-// as in a singular matrix. A matrix with a NaN or Inf, or far from semi-definite, gives NaN.
+// eigenvectors as orthonormal columns. Values are never negative, and 0 where rounding left no
+// pivot, as in a singular matrix. A matrix with a NaN or Inf, or far from semi-definite, gives NaN.
 // workspace: jacobi_eigh_workspace(batch, size) bytes, aligned to 8. cudaErrorInvalidValue where 28
 // bytes a row, or two columns, do not fit shared memory (size > 3600 in 99 KB).
 size_t jacobi_eigh_workspace(int64_t batch, int size);

@@ -75,6 +75,8 @@ def test_beyond_shared_memory(emulator, arch, size):
     with emulator.machine(shared=SHARED[arch]):
         (X,) = emulator.cholesky_inverse(gram[None], TOLERANCE)
     assert_inverse(X, gram, [k for k in range(size) if k != 7])
+    with emulator.machine("reversed", SHARED[arch]):
+        assert np.array_equal(emulator.cholesky_inverse(gram[None], TOLERANCE)[0], X)
 
 
 @pytest.mark.parametrize("distance", [0.0, 1e-9, 1e-5])

@@ -86,7 +86,7 @@ void pack_row(
   }
   if (factor != 1.0) {
     for (int64_t j = 0; j < count; ++j) {
-      out[j] *= static_cast<Out>(factor);
+      out[j] = static_cast<Out>(out[j] * factor);  // the factor may leave float32's range
     }
   }
 }
@@ -299,7 +299,7 @@ void gemm(
   TORCH_INTERNAL_ASSERT(a.size(options.transpose ? 0 : 1) == b.size(0));
   TORCH_INTERNAL_ASSERT(a.size(options.transpose ? 1 : 0) == out.size(0));
   TORCH_INTERNAL_ASSERT(b.size(1) == out.size(1));
-  TORCH_INTERNAL_ASSERT(b.stride(1) == 1 && out.stride(1) == 1);
+  TORCH_INTERNAL_ASSERT(b.size(1) <= 1 || (b.stride(1) == 1 && out.stride(1) == 1));
   switch (arithmetic) {
     case Arithmetic::kFloat:
       return run<FloatForm>(a, b, out, options);

@@ -9,6 +9,7 @@
 
 #include "gemm.h"
 #include "normal.h"
+#include "triangular.h"
 
 namespace lora {
 namespace {
@@ -68,6 +69,7 @@ class CpuEngine final : public Engine {
         pairs_(can_pair(weight)) {}
 
   bool rounds_operand() const override { return pairs_; }
+  void round_no_longer() override { pairs_ = false; }
   bool host_sees_values() const override { return true; }
 
   at::Tensor times(const at::Tensor& v) const override {
@@ -83,18 +85,28 @@ class CpuEngine final : public Engine {
     return pass(y, arithmetic(), true);
   }
 
+  at::Tensor wide_times(const at::Tensor& v) const override {
+    auto out = at::empty({1, n, v.size(2)}, wide());
+    gemm(Arithmetic::kDouble, weight_, unit_columns(v[0]), out[0], {.factor = factor_});
+    return out;
+  }
+
   at::Tensor weight_gram() const override {
     auto out = at::zeros({1, m, m}, wide());
     // By blocks of rows: a second copy of all of W, widened, is never made.
-    constexpr int64_t kRows = 4096;
+    constexpr int64_t kRows = 1024;
     for (int64_t begin = 0; begin < n; begin += kRows) {
       const auto rows = weight_.narrow(0, begin, std::min(kRows, n - begin));
       const auto operand = rows.to(options.dtype()).contiguous();
       gemm(
           Arithmetic::kDouble, operand, operand, out[0],
-          {.transpose = true, .alpha = factor_ * factor_, .accumulate = true});
+          {.transpose = true,
+           .alpha = factor_ * factor_,
+           .accumulate = true,
+           .lower = true});
     }
-    return out;
+    auto lower = out.tril(-1);
+    return out.tril_().add_(lower.mT());
   }
 
   at::Tensor wide_weight() const override {
@@ -155,6 +167,38 @@ class CpuEngine final : public Engine {
     return {values.flip(-1), vectors.flip(-1)};
   }
 
+  bool factorize(double shift) override {
+    if (n == m) {
+      lu_ = std::make_unique<LuFactors>(factor_ == 1.0 ? weight_ : weight_ * factor_);
+      return true;
+    }
+    if (!gram_.defined()) {
+      gram_ = weight_gram()[0];
+    }
+    auto matrix = gram_.clone();
+    matrix.diagonal().sub_(shift);
+    cholesky_factor_.reset();
+    if (!cholesky_(matrix)) {
+      return false;
+    }
+    cholesky_factor_ = std::make_unique<Triangle>(matrix, /*lower=*/true, /*unit=*/false);
+    return true;
+  }
+
+  at::Tensor solve(const at::Tensor& x, bool transposed) const override {
+    return lu_->solve(x[0], transposed).unsqueeze(0);
+  }
+
+  at::Tensor solve_normal(const at::Tensor& x) const override {
+    if (n == m) {
+      return solve(solve(x, true), false);
+    }
+    const auto& factor = *cholesky_factor_;
+    return factor.solve(factor.solve(x[0].to(at::kDouble), false), true)
+        .unsqueeze(0)
+        .to(options.dtype());
+  }
+
   at::Tensor leading_vectors(const at::Tensor& matrices, int64_t r) const override {
     if (options.dtype() == at::kFloat) {
       // Half the time. Its vectors are off by 1e-6 of largest over smallest value wanted.
@@ -184,6 +228,9 @@ class CpuEngine final : public Engine {
   }
 
   at::Tensor weight_;  // [n, m], a view
+  std::unique_ptr<LuFactors> lu_;
+  at::Tensor gram_;  // W^T W, kept for a second shift
+  std::unique_ptr<Triangle> cholesky_factor_;
   bool pairs_;
   double factor_ = 1.0;
 };

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <tuple>
 
@@ -29,14 +30,17 @@ class Engine {
   at::TensorOptions wide() const { return options.dtype(at::kDouble); }
   double epsilon() const { return options.dtype() == at::kDouble ? 0x1p-53 : 0x1p-24; }
 
-  // Whether times() rounds v to 16 bits, being exact for a v of such entries.
+  // Whether times() and transposed_times() round their operand to 16 bits, being exact for entries
+  // of 16 bits; and the end of that.
   virtual bool rounds_operand() const = 0;
+  virtual void round_no_longer() = 0;
   virtual at::Tensor times(const at::Tensor& v) const = 0;             // W v    [n, b]
   virtual at::Tensor transposed_times(const at::Tensor& y) const = 0;  // W^T y  [m, b]
   virtual at::Tensor exact_times(const at::Tensor& v) const = 0;       // W v without that rounding
   virtual at::Tensor exact_transposed_times(const at::Tensor& y) const = 0;
-  virtual at::Tensor weight_gram() const = 0;  // W^T W, wide [m, m]
-  virtual at::Tensor wide_weight() const = 0;  // W, wide [n, m]: for small weights only
+  virtual at::Tensor wide_times(const at::Tensor& v) const = 0;  // W v, wide
+  virtual at::Tensor weight_gram() const = 0;                    // W^T W, wide [m, m]
+  virtual at::Tensor wide_weight() const = 0;                    // W, wide [n, m]
 
   // From here on the weights are 2^-exponent times what they were, the largest entry of each in
   // [1, 2): for weights whose squares leave float32. Returns the factors that undo it, wide [count].
@@ -57,10 +61,23 @@ class Engine {
   // choose, in which values are computed anew.
   virtual at::Tensor leading_vectors(const at::Tensor& matrices, int64_t r) const = 0;
 
+  // Prepares solve_normal: an LU factorization of square weights, a Cholesky factorization of
+  // W^T W - shift of tall ones; false if that is not positive definite. For one weight.
+  virtual bool factorize(double shift) = 0;
+  // W^-1 x, or W^-T x: of square weights
+  virtual at::Tensor solve(const at::Tensor& x, bool transposed) const = 0;
+  // (W^T W - shift)^-1 x, where a square weight's shift is zero
+  virtual at::Tensor solve_normal(const at::Tensor& x) const = 0;
+
   // Whether the host may look at a value: never on a GPU, where it would wait for the device.
   virtual bool host_sees_values() const = 0;
 };
 
 constexpr int64_t kMaxBlock = 128;
+
+// Weights of another size are rescaled: their squares, and fourth powers in W^T W V, leave float32.
+inline bool in_range(double size) {
+  return size > 0x1p-40 && size < 0x1p40;
+}
 
 }  // namespace lora

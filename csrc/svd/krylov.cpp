@@ -3,9 +3,10 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 
 #include "orthonormal.h"
+#include "settling.h"
 
 namespace lora {
 namespace {
@@ -28,10 +29,9 @@ Plan default_plan(int64_t r) {
   return {64, (9 * r / 2 + 63) / 64 * 64};
 }
 
-// Weights whose squares (and fourth powers, in W^T W V) leave float32 are scaled first.
-bool in_range(double size) {
-  return size > 0x1p-40 && size < 0x1p40;
-}
+// Rounding to 8 bits leaves 2^-8 of the largest value in all directions: with one that stands out
+// further than this, the others would drown.
+constexpr double kSteepest = 64.0;
 
 at::Tensor diagonal_of(const at::Tensor& matrices) {
   return matrices.diagonal(0, -2, -1);
@@ -111,46 +111,20 @@ class Space {
   at::Tensor excess_;   // operand^T operand - 1, where it is not the basis
 };
 
-// Watches the r leading Ritz values from step to step.
-class Settling {
- public:
-  Settling(int64_t r, double tolerance) : r_(r), tolerance_(tolerance) {}
-
-  bool wanted() const { return tolerance_ > 0; }
-  const at::Tensor& error() const { return error_; }
-
-  // Whether all are settled. Their changes fall about geometrically, so that what is still to come
-  // is the last change times q / (1 - q), with q the ratio of the last two.
-  bool settled(const Space& space) {
-    if (space.size() < r_) {
-      return false;
-    }
-    const auto squares = at::linalg_eigvalsh(space.form()).flip(-1).narrow(-1, 0, r_);
-    const auto values = squares.clamp_min(0).sqrt();
-    if (last_.defined()) {
-      const auto floor = 1e-14 * values.narrow(-1, 0, 1) + std::numeric_limits<double>::min();
-      const auto change = ((values - last_).abs() / values.maximum(floor)).amax(-1);
-      if (change_.defined()) {
-        const auto ratio = (change / change_.clamp_min(1e-300)).clamp(0, 0.9);
-        error_ = change * (ratio / (1 - ratio)).clamp_min(0.5);
-      }
-      change_ = change;
-    }
-    last_ = values;
-    return error_.defined() && (error_ <= tolerance_).all().item<bool>();
-  }
-
- private:
-  int64_t r_;
-  double tolerance_;
-  at::Tensor last_, change_, error_;
-};
+// How far W's largest value stands out from the middle one of those that `block`, the first of the
+// space, meets.
+double steepness(const Engine& engine, const at::Tensor& block) {
+  const auto image = engine.times(block);
+  const auto squares = diagonal_of(engine.gram(image, image));
+  const auto middle = std::get<0>(squares.median(-1)).clamp_min(1e-300);
+  return std::sqrt((squares.amax(-1) / middle).max().item<double>());
+}
 
 // The triplets of a weight that is small, or most of whose triplets are wanted.
 Triplets dense(const Engine& engine, int64_t r, uint64_t seed) {
   if (engine.options.dtype() == at::kDouble) {
-    const auto [U, S, Vh] = at::linalg_svd(engine.wide_weight(), /*full_matrices=*/false);
-    return {U.narrow(-1, 0, r), S.narrow(-1, 0, r), Vh.narrow(-2, 0, r).mT(), {}};
+    const auto all = exact_triplets(engine);
+    return {all.U.narrow(-1, 0, r), all.S.narrow(-1, 0, r), all.V.narrow(-1, 0, r), {}};
   }
   const auto vectors = std::get<1>(engine.eigh(engine.weight_gram()));
   const auto basis = vectors.narrow(-1, 0, r).to(engine.options.dtype()).contiguous();
@@ -158,6 +132,11 @@ Triplets dense(const Engine& engine, int64_t r, uint64_t seed) {
 }
 
 }  // namespace
+
+Triplets exact_triplets(const Engine& engine) {
+  const auto [U, S, Vh] = at::linalg_svd(engine.wide_weight(), /*full_matrices=*/false);
+  return {U.to(engine.options.dtype()), S, Vh.mT().to(engine.options.dtype()), {}};
+}
 
 Triplets rayleigh_ritz(
     const Engine& engine, const at::Tensor& basis, const at::Tensor& image, uint64_t seed) {
@@ -188,7 +167,10 @@ Triplets rayleigh_ritz(
 
 Triplets leading_triplets(
     Engine& engine, int64_t r, int64_t subspace, uint64_t seed, double tolerance) {
-  const auto plan = default_plan(r);
+  auto plan = default_plan(r);
+  if (subspace > 0) {
+    plan.block = std::clamp<int64_t>(subspace / 4, 1, plan.block);
+  }
   const int64_t limit = subspace > 0 ? subspace : tolerance > 0 ? engine.m : plan.subspace;
   const auto sketch = engine.gaussian(engine.n, std::min(plan.block, engine.m), seed)
                           .expand({engine.count, -1, -1});
@@ -214,15 +196,25 @@ Triplets leading_triplets(
     const auto exact = at::full({engine.count}, engine.epsilon(), engine.wide());
     return finish(dense(engine, r, seed), settling.wanted() ? exact : at::Tensor());
   }
-  Space space(engine, room);
   bool settled = false;
+  block = orthonormalized(engine, block);
+  const double steep = steepness(engine, block);
+  if (steep > kSteepest) {
+    engine.round_no_longer();
+  }
+  // An error in the basis turns the chosen space by as much; what that loses of the largest value
+  // has to stay below the others.
+  Orthogonality state{std::min(1e-4, 3e-3 / steep)};
+  Space space(engine, room);
   while (space.size() < room && !settled) {
-    block = orthonormalized(engine, block, space.basis());
+    if (space.size() > 0) {
+      block = orthonormalized(engine, block, space.basis(), state);
+    }
     if (block.size(-1) > room - space.size()) {
       block = block.narrow(-1, 0, room - space.size()).contiguous();
     }
     const auto image = space.add(block);
-    settled = settling.wanted() && settling.settled(space);
+    settled = settling.wanted() && settling.settled(space.form());
     if (space.size() < room && !settled) {
       block = engine.transposed_times(image);
     }

@@ -18,6 +18,9 @@ struct Triplets {
 Triplets leading_triplets(
     Engine& engine, int64_t r, int64_t subspace, uint64_t seed, double tolerance);
 
+// All m triplets, by the library's SVD in float64.
+Triplets exact_triplets(const Engine& engine);
+
 // Triplets on the span of `basis` [count, m, r], nearly orthonormal but for zero columns at the end.
 // `image` is W basis. Rayleigh-Ritz with Gram matrices in float64.
 Triplets rayleigh_ritz(

@@ -3,10 +3,15 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/serial_blas.h"
 #include "cpu/svd_engine.h"
 #include "krylov.h"
+#include "minor.h"
+#include "thin_qr.h"
 
 namespace lora {
 namespace {
@@ -32,26 +37,76 @@ at::Tensor estimate(const Engine& engine, const Triplets& found) {
   return at::full({engine.count}, std::numeric_limits<double>::quiet_NaN(), engine.wide());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> randomized_svd_cpu(
-    at::TensorList weights, int64_t rank, int64_t subspace, int64_t seed, double tol) {
+using FactorsAndError = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+FactorsAndError leading(
+    Engine& engine, int64_t rank, int64_t subspace, int64_t seed, double tolerance) {
+  const auto found =
+      leading_triplets(engine, rank, subspace, static_cast<uint64_t>(seed), tolerance);
+  return std::tuple_cat(oriented(engine, found), std::make_tuple(estimate(engine, found)));
+}
+
+Factors trailing(Engine& engine, int64_t rank, int64_t seed) {
+  return oriented(engine, trailing_triplets(engine, rank, static_cast<uint64_t>(seed)));
+}
+
+std::tuple<at::Tensor, at::Tensor> leading_columns(
+    const Engine& engine, const at::Tensor& weight, int64_t rank) {
+  return thin_qr(engine, weight.narrow(-1, 0, rank).unsqueeze(0));
+}
+
+// Tuples of tensors with a leading dimension, one a weight, joined along it.
+template <typename... T>
+std::tuple<T...> joined(const std::vector<std::tuple<T...>>& parts) {
+  const auto member = [&](auto index) {
+    std::vector<at::Tensor> tensors;
+    for (const auto& part : parts) {
+      tensors.push_back(std::get<index>(part));
+    }
+    return at::cat(tensors);
+  };
+  return [&]<size_t... index>(std::index_sequence<index...>) {
+    return std::make_tuple(member(std::integral_constant<size_t, index>{})...);
+  }(std::index_sequence_for<T...>{});
+}
+
+// One weight after the other, each with all threads.
+template <typename Run>
+auto for_each_cpu(at::TensorList weights, const Run& run) {
   const SerialBlas serial;
-  std::vector<at::Tensor> U, S, Vh, error;
+  std::vector<decltype(run(std::declval<Engine&>(), weights[0]))> parts;
   for (const auto& weight : weights) {
     const auto engine = cpu_engine(weight.detach());
-    const auto found = leading_triplets(*engine, rank, subspace, static_cast<uint64_t>(seed), tol);
-    auto [u, s, vh] = oriented(*engine, found);
-    U.push_back(u);
-    S.push_back(s);
-    Vh.push_back(vh);
-    error.push_back(estimate(*engine, found));
+    parts.push_back(run(*engine, weight.detach()));
   }
-  return {at::cat(U), at::cat(S), at::cat(Vh), at::cat(error)};
+  return joined(parts);
+}
+
+FactorsAndError randomized_svd_cpu(
+    at::TensorList weights, int64_t rank, int64_t subspace, int64_t seed, double tol) {
+  return for_each_cpu(weights, [&](Engine& engine, const at::Tensor&) {
+    return leading(engine, rank, subspace, seed, tol);
+  });
+}
+
+Factors minor_svd_cpu(at::TensorList weights, int64_t rank, int64_t seed) {
+  return for_each_cpu(weights, [&](Engine& engine, const at::Tensor&) {
+    return trailing(engine, rank, seed);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> thin_qr_cpu(at::TensorList weights, int64_t rank) {
+  return for_each_cpu(weights, [&](Engine& engine, const at::Tensor& weight) {
+    return leading_columns(engine, weight, rank);
+  });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora, CPU, m) {
   m.impl("_randomized_svd", randomized_svd_cpu);
+  m.impl("_minor_svd", minor_svd_cpu);
+  m.impl("_thin_qr", thin_qr_cpu);
 }
 
 }  // namespace lora

@@ -3,14 +3,16 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace lora {
 namespace {
 
 // Squared sines. A column at less than 1e-6 of its length from the others' span is rounding noise in
 // float32; in the second pass, one that loses most of its length again was noise already.
-constexpr double kIndependent = 1e-12, kStable = 1e-2;
-constexpr double kMaxGrowth = 100;
+constexpr double kIndependent = 1e-12, kStable = 0.25;
+
+constexpr int kRepeats = 3;
 
 at::Tensor squared_lengths(const at::Tensor& gram) {
   return gram.diagonal(0, -2, -1);
@@ -22,7 +24,8 @@ at::Tensor to_work(const Engine& engine, const at::Tensor& wide) {
 
 }  // namespace
 
-at::Tensor orthonormalized(const Engine& engine, at::Tensor block, const at::Tensor& basis) {
+at::Tensor orthonormalized(
+    const Engine& engine, at::Tensor block, const at::Tensor& basis, Orthogonality& state) {
   const bool projected = basis.size(-1) > 0;
   at::Tensor lengths;  // squared, of the columns before the projection
   const auto project = [&] {
@@ -41,10 +44,13 @@ at::Tensor orthonormalized(const Engine& engine, at::Tensor block, const at::Ten
   const auto scale = at::where(lengths > 0, lengths.rsqrt(), 0);
   gram.mul_(scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2));
   auto inverse = engine.cholesky_inverse(gram, kIndependent);
-  // The first pass leaves an error of epsilon times the growth; a small one does no harm, as the
-  // Rayleigh-Ritz step takes the basis as it is.
-  const bool twice = !engine.host_sees_values() ||
-                     inverse.diagonal(0, -2, -1).max().item<double>() > kMaxGrowth;
+  bool twice = true;
+  if (engine.host_sees_values()) {
+    const double growth = inverse.diagonal(0, -2, -1).max().item<double>();
+    const double once = growth * (state.error + engine.epsilon());
+    twice = once > state.tolerated;
+    state.error = twice ? state.error : std::max(state.error, once);
+  }
   block = engine.product(block, to_work(engine, inverse * scale.unsqueeze(-1)));
   if (twice) {
     project();
@@ -52,6 +58,12 @@ at::Tensor orthonormalized(const Engine& engine, at::Tensor block, const at::Ten
     block = engine.product(block, to_work(engine, inverse));
   }
   return block;
+}
+
+at::Tensor orthonormalized(const Engine& engine, at::Tensor block) {
+  Orthogonality exact;
+  const auto none = block.narrow(-1, 0, 0);
+  return orthonormalized(engine, std::move(block), none, exact);
 }
 
 at::Tensor completed(const Engine& engine, at::Tensor q, uint64_t seed) {
@@ -68,16 +80,17 @@ at::Tensor completed(const Engine& engine, at::Tensor q, uint64_t seed) {
   for (int64_t begin = 0; begin < rank; begin += kMaxBlock) {
     const int64_t width = std::min(kMaxBlock, rank - begin);
     const auto before = done.narrow(-1, 0, begin);
-    auto block = orthonormalized(engine, q.narrow(-1, begin, width).clone(), before);
-    // Twice: a random direction may need it where little of the space is left.
-    for (int repeat = 0; repeat < 2; ++repeat) {
+    Orthogonality exact;
+    auto block = orthonormalized(engine, q.narrow(-1, begin, width).clone(), before, exact);
+    // A random direction may be dropped as well, where little of the space is left.
+    for (int repeat = 0; repeat < kRepeats; ++repeat) {
       const auto missing = squared_lengths(engine.gram(block, block)) < 0.5;  // [count, width]
       if (engine.host_sees_values() && !missing.any().item<bool>()) {
         break;
       }
       const auto random = engine.gaussian(size, width, seed + begin + repeat);
       const auto filled = at::where(missing.unsqueeze(-2), random.unsqueeze(0), block);
-      block = orthonormalized(engine, filled.contiguous(), before);
+      block = orthonormalized(engine, filled.contiguous(), before, exact);
     }
     done.narrow(-1, begin, width).copy_(block);
   }

@@ -1,0 +1,178 @@
+#include "minor.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "orthonormal.h"
+#include "settling.h"
+
+namespace lora {
+namespace {
+
+// The inverse is run until its values move by less than this, relative to each.
+constexpr double kSettled = 3e-6;
+constexpr int64_t kSpare = 16;  // vectors beyond the r wanted: the last ones settle last
+constexpr int64_t kProbes = 4;
+
+int64_t block_of(int64_t r) {
+  return r <= 24 ? 16 : r <= 96 ? 32 : 64;
+}
+
+// Columns [size - r, size) from the last to the first.
+at::Tensor last_first(const at::Tensor& t, int64_t r) {
+  return t.narrow(-1, t.size(-1) - r, r).flip(-1).contiguous();
+}
+
+Triplets exact_trailing(const Engine& engine, int64_t r) {
+  const auto all = exact_triplets(engine);
+  return {last_first(all.U, r), last_first(all.S, r), last_first(all.V, r), {}};
+}
+
+// The Krylov space of the inverse, and the inverse's quadratic form on it.
+class InverseSpace {
+ public:
+  InverseSpace(const Engine& engine, int64_t width, int64_t capacity, uint64_t seed)
+      : engine_(engine),
+        basis_(at::empty({1, engine.m, capacity}, engine.options)),
+        form_(at::zeros({1, capacity, capacity}, engine.wide())),
+        block_(engine.solve_normal(engine.gaussian(engine.m, width, seed).unsqueeze(0))) {}
+
+  bool has_room() const { return size_ + block_.size(-1) <= basis_.size(-1); }
+
+  void grow() {
+    const int64_t width = block_.size(-1), before = size_;
+    block_ = orthonormalized(engine_, block_, basis(), state_);
+    basis_.narrow(-1, before, width).copy_(block_);
+    size_ += width;
+    block_ = engine_.solve_normal(block_);
+    const auto columns = engine_.gram(basis(), block_);
+    form_.narrow(-1, before, width).narrow(-2, 0, size_).copy_(columns);
+    form_.narrow(-2, before, width).narrow(-1, 0, size_).copy_(columns.mT());
+  }
+
+  at::Tensor form() const {
+    const auto form = form_.narrow(-1, 0, size_).narrow(-2, 0, size_);
+    return (form + form.mT()) * 0.5;
+  }
+
+  // The vectors of the inverse's `count` largest values.
+  at::Tensor leading(int64_t count) const {
+    const auto vectors = std::get<1>(engine_.eigh(form())).narrow(-1, 0, std::min(count, size_));
+    return engine_.product(basis(), vectors.to(engine_.options.dtype()).contiguous());
+  }
+
+ private:
+  at::Tensor basis() const { return basis_.narrow(-1, 0, size_); }
+
+  const Engine& engine_;
+  int64_t size_ = 0;
+  Orthogonality state_{1e-4};
+  at::Tensor basis_, form_, block_;
+};
+
+// With a shift just below the smallest eigenvalue of W^T W: the lower edge of a tall weight's values
+// is crowded, and without it the inverse hardly tells them apart (0.014 off after as many steps as
+// take it to 5e-7).
+bool factorize_near_edge(Engine& engine, uint64_t seed) {
+  if (!engine.factorize(0.0)) {
+    return false;
+  }
+  InverseSpace space(engine, 16, 64, seed);
+  while (space.has_room()) {
+    space.grow();
+  }
+  // Not below the eigenvalue itself, as the inverse's values are taken from inside.
+  const auto form = space.form();
+  if (!form.isfinite().all().item<bool>()) {
+    return false;
+  }
+  const double edge = 1 / at::linalg_eigvalsh(form).max().item<double>();
+  for (const double part : {0.98, 0.9, 0.5, 0.0}) {
+    if (engine.factorize(part * edge)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Two-sided Rayleigh-Ritz in float64 on orthonormal spaces: the r smallest, ascending.
+Triplets two_sided(
+    const Engine& engine, const at::Tensor& left, const at::Tensor& right, int64_t r) {
+  const auto form = engine.gram(left, engine.wide_times(right));
+  const auto [P, S, Qh] = at::linalg_svd(form, /*full_matrices=*/false);
+  const auto work = engine.options.dtype();
+  return {
+      engine.product(left, last_first(P, r).to(work)), last_first(S, r),
+      engine.product(right, last_first(Qh.mT(), r).to(work)), {}};
+}
+
+// Whether W V = U S and W^T U = V S, as far as a space that has settled gives them; `size` is ||W||.
+bool holds(const Engine& engine, const Triplets& found, double size) {
+  const auto S = found.S.to(engine.options.dtype()).unsqueeze(-2);
+  const auto residual = at::maximum(
+      (engine.exact_times(found.V) - found.U * S).abs().amax(),
+      (engine.exact_transposed_times(found.U) - found.V * S).abs().amax());
+  return residual.item<double>() <= 0.05 * found.S.max().item<double>() + 1e-6 * size;
+}
+
+}  // namespace
+
+Triplets trailing_triplets(Engine& engine, int64_t r, uint64_t seed) {
+  const int64_t width = block_of(r);
+  const int64_t room = std::min(engine.m / 2, std::max(20 * width, 6 * r)) / width * width;
+  if (engine.options.dtype() == at::kDouble || room < r + 4 * width) {
+    return exact_trailing(engine, r);
+  }
+  at::Tensor undo;
+  const auto norm = [&] {
+    const auto image =
+        engine.exact_times(engine.gaussian(engine.m, kProbes, seed).unsqueeze(0));
+    return std::sqrt(
+        engine.gram(image, image).diagonal(0, -2, -1).sum().item<double>() / kProbes);
+  };
+  double size = norm();
+  if (!in_range(size)) {
+    undo = engine.rescale();
+    size = norm();
+  }
+  const bool square = engine.n == engine.m;
+  if (size == 0.0 || !(square ? engine.factorize(0.0) : factorize_near_edge(engine, seed))) {
+    return exact_trailing(engine, r);
+  }
+  InverseSpace space(engine, width, room, seed + 1);
+  Settling settling(r, kSettled);
+  bool settled = false;
+  while (!settled && space.has_room()) {
+    space.grow();
+    const auto form = space.form();
+    if (!form.isfinite().all().item<bool>()) {
+      break;  // so singular that the inverse overflows
+    }
+    settled = settling.settled(form);
+  }
+  if (!settled) {
+    return exact_trailing(engine, r);
+  }
+  // One more half-step: W v / s from a v that has not had it is off by largest over smallest value.
+  auto right = space.leading(r + kSpare);
+  at::Tensor left;
+  if (square) {
+    left = orthonormalized(engine, engine.solve(right, /*transposed=*/true));
+    right = orthonormalized(engine, engine.solve(left, /*transposed=*/false));
+  } else {
+    right = orthonormalized(engine, engine.solve_normal(right));
+    left = orthonormalized(engine, engine.wide_times(right).to(engine.options.dtype()));
+  }
+  auto found = two_sided(engine, left, right, r);
+  if (!holds(engine, found, size)) {
+    return exact_trailing(engine, r);
+  }
+  if (undo.defined()) {
+    found.S = found.S * undo.unsqueeze(-1);
+  }
+  return found;
+}
+
+}  // namespace lora

@@ -1,0 +1,26 @@
+// Watches the r leading values of a growing space, and estimates what they still lack.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace lora {
+
+class Settling {
+ public:
+  // A tolerance of 0: nothing is watched.
+  Settling(int64_t r, double tolerance) : r_(r), tolerance_(tolerance) {}
+
+  bool wanted() const { return tolerance_ > 0; }
+  const at::Tensor& error() const { return error_; }  // wide [count]; Inf after one step
+
+  // Whether the r leading values, roots of the eigenvalues of `form` (wide [count, k, k]), are all
+  // settled to the tolerance, relative to each.
+  bool settled(const at::Tensor& form);
+
+ private:
+  int64_t r_;
+  double tolerance_;
+  at::Tensor last_, change_, error_;
+};
+
+}  // namespace lora

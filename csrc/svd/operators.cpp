@@ -2,12 +2,16 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <limits>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cpu/serial_blas.h"
+#include "aten_engine.h"
 #include "cpu/svd_engine.h"
 #include "krylov.h"
 #include "minor.h"
@@ -50,11 +54,6 @@ Factors trailing(Engine& engine, int64_t rank, int64_t seed) {
   return oriented(engine, trailing_triplets(engine, rank, static_cast<uint64_t>(seed)));
 }
 
-std::tuple<at::Tensor, at::Tensor> leading_columns(
-    const Engine& engine, const at::Tensor& weight, int64_t rank) {
-  return thin_qr(engine, weight.narrow(-1, 0, rank).unsqueeze(0));
-}
-
 // Tuples of tensors with a leading dimension, one a weight, joined along it.
 template <typename... T>
 std::tuple<T...> joined(const std::vector<std::tuple<T...>>& parts) {
@@ -72,7 +71,7 @@ std::tuple<T...> joined(const std::vector<std::tuple<T...>>& parts) {
 
 // One weight after the other, each with all threads.
 template <typename Run>
-auto for_each_cpu(at::TensorList weights, const Run& run) {
+auto for_each_weight(at::TensorList weights, const Run& run) {
   const SerialBlas serial;
   std::vector<decltype(run(std::declval<Engine&>(), weights[0]))> parts;
   for (const auto& weight : weights) {
@@ -82,31 +81,91 @@ auto for_each_cpu(at::TensorList weights, const Run& run) {
   return joined(parts);
 }
 
+// Batches on a GPU, as many weights at once as `bytes` of work space each allow.
+template <typename Run>
+auto for_each_batch(at::TensorList weights, int64_t bytes, const Run& run) {
+  constexpr int64_t kAtOnce = int64_t{4} << 30;
+  const at::NoTF32Guard exact;  // W in TF32's 11 bits would be another W
+  const auto step = static_cast<size_t>(std::max<int64_t>(1, kAtOnce / bytes));
+  std::vector<decltype(run(std::declval<Engine&>(), std::vector<at::Tensor>()))> parts;
+  for (size_t begin = 0; begin < weights.size(); begin += step) {
+    std::vector<at::Tensor> batch;
+    for (size_t k = begin; k < std::min(weights.size(), begin + step); ++k) {
+      batch.push_back(weights[k].detach());
+    }
+    const auto engine = aten_engine(batch, cuda_kernels());
+    parts.push_back(run(*engine, batch));
+  }
+  return joined(parts);
+}
+
+// Of a Krylov space: basis, operand and image, with a float64 copy while Gram matrices are formed.
+int64_t space_bytes(const at::Tensor& weight, int64_t rank, int64_t subspace) {
+  const int64_t columns = subspace > 0 ? subspace : 6 * rank + 128;
+  return 12 * (weight.size(0) + weight.size(1)) * columns + 1;
+}
+
 FactorsAndError randomized_svd_cpu(
     at::TensorList weights, int64_t rank, int64_t subspace, int64_t seed, double tol) {
-  return for_each_cpu(weights, [&](Engine& engine, const at::Tensor&) {
+  return for_each_weight(weights, [&](Engine& engine, const at::Tensor&) {
     return leading(engine, rank, subspace, seed, tol);
   });
 }
 
 Factors minor_svd_cpu(at::TensorList weights, int64_t rank, int64_t seed) {
-  return for_each_cpu(weights, [&](Engine& engine, const at::Tensor&) {
+  return for_each_weight(weights, [&](Engine& engine, const at::Tensor&) {
     return trailing(engine, rank, seed);
   });
 }
 
 std::tuple<at::Tensor, at::Tensor> thin_qr_cpu(at::TensorList weights, int64_t rank) {
-  return for_each_cpu(weights, [&](Engine& engine, const at::Tensor& weight) {
-    return leading_columns(engine, weight, rank);
+  return for_each_weight(weights, [&](Engine& engine, const at::Tensor& weight) {
+    return thin_qr(engine, weight.narrow(-1, 0, rank).unsqueeze(0));
+  });
+}
+
+FactorsAndError randomized_svd_batched(
+    at::TensorList weights, int64_t rank, int64_t subspace, int64_t seed, double tol) {
+  const auto bytes = space_bytes(weights[0], rank, subspace);
+  return for_each_batch(weights, bytes, [&](Engine& engine, const std::vector<at::Tensor>&) {
+    return leading(engine, rank, subspace, seed, tol);
+  });
+}
+
+Factors minor_svd_batched(at::TensorList weights, int64_t rank, int64_t seed) {
+  // One at a time: a factorization of one weight fills the device.
+  constexpr auto kAll = std::numeric_limits<int64_t>::max();
+  return for_each_batch(weights, kAll, [&](Engine& engine, const std::vector<at::Tensor>&) {
+    return trailing(engine, rank, seed);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> thin_qr_batched(at::TensorList weights, int64_t rank) {
+  const auto bytes = space_bytes(weights[0], rank, rank);
+  return for_each_batch(weights, bytes, [&](Engine& engine, const std::vector<at::Tensor>& batch) {
+    std::vector<at::Tensor> leading;
+    for (const auto& weight : batch) {
+      leading.push_back(weight.narrow(-1, 0, rank));
+    }
+    return thin_qr(engine, at::stack(leading));
   });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora, CPU, m) {
-  m.impl("_randomized_svd", randomized_svd_cpu);
-  m.impl("_minor_svd", minor_svd_cpu);
-  m.impl("_thin_qr", thin_qr_cpu);
+  // The engine of GPUs on a CPU, without their kernels: so that it is tested where there is none.
+  const char* engine = std::getenv("LORA_KERNELS_SVD_ENGINE");
+  const bool batched = engine != nullptr && std::string_view(engine) == "aten";
+  m.impl("_randomized_svd", batched ? randomized_svd_batched : randomized_svd_cpu);
+  m.impl("_minor_svd", batched ? minor_svd_batched : minor_svd_cpu);
+  m.impl("_thin_qr", batched ? thin_qr_batched : thin_qr_cpu);
+}
+
+TORCH_LIBRARY_IMPL(lora, CUDA, m) {
+  m.impl("_randomized_svd", randomized_svd_batched);
+  m.impl("_minor_svd", minor_svd_batched);
+  m.impl("_thin_qr", thin_qr_batched);
 }
 
 }  // namespace lora

@@ -4,7 +4,7 @@
 
 namespace lora {
 
-std::pair<at::Tensor, at::Tensor> thin_qr(const Engine& engine, const at::Tensor& leading) {
+std::tuple<at::Tensor, at::Tensor> thin_qr(const Engine& engine, const at::Tensor& leading) {
   const auto work = engine.options.dtype();
   const int64_t r = leading.size(-1);
   // Householder's, in float64: on r columns it costs less than the pass over W that follows.

@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <utility>
+#include <tuple>
 
 #include "engine.h"
 
@@ -11,6 +11,6 @@ namespace lora {
 
 // Q [count, rows, r] and R [count, r, cols] of the weights as they are (not the tall ones), with
 // R_ii >= 0. `leading` [count, rows, r]: their first r columns.
-std::pair<at::Tensor, at::Tensor> thin_qr(const Engine& engine, const at::Tensor& leading);
+std::tuple<at::Tensor, at::Tensor> thin_qr(const Engine& engine, const at::Tensor& leading);
 
 }  // namespace lora

@@ -1,0 +1,11 @@
+// The guarded inverse Cholesky factor of small Gram matrices, see Engine::cholesky_inverse.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace lora {
+
+// [count, b, b] float64 on any device, by way of the host; the result is where `gram` is.
+at::Tensor cholesky_inverse_on_host(const at::Tensor& gram, double tolerance);
+
+}  // namespace lora

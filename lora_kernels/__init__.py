@@ -11,4 +11,5 @@ from . import init as init
 from . import ops as ops
 from . import svd as svd
 from ._version import __version__ as __version__
+from .gradients import capture_gradients as capture_gradients
 from .linear import LoRALinear as LoRALinear

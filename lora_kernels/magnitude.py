@@ -125,13 +125,16 @@ def start_factors(layer: LoRALinear) -> tuple[Tensor, Tensor] | None:
 
 @torch.no_grad()
 def update_mean_square(layer: LoRALinear) -> float:
-    """ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀), without forming a product of W's size.
+    """ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀), without forming a product of W's size; s·BRA
+    if the layer trains an R between the two.
 
     As s((B − B₀)A + B₀(A − A₀)): the difference of the products themselves would cancel while the
     update is small beside the start.
     """
     A, B = layer.lora_A.to(torch.float64), layer.lora_B.to(torch.float64)
-    start = start_factors(layer)
+    start, R = start_factors(layer), getattr(layer, "lora_R", None)
+    if R is not None:
+        A = R.to(torch.float64) @ A
     if start is not None:
         A0, B0 = (factor.to(torch.float64) for factor in start)
         A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)

@@ -158,7 +158,8 @@ def measure(
         r: rank of the starts, at least 1.
         scaling: s, positive.
         method: "exact", all singular values by LAPACK or cuSOLVER; or "randomized", the r largest
-            by `lora_kernels.svd.truncated`.
+            by `lora_kernels.svd.truncated`: never too large, and some per mille too small on slowly
+            decaying spectra.
         seed: of "randomized".
         name: the row's.
 
@@ -181,7 +182,8 @@ def measure(
     rank, rho, gain, gains = None, math.nan, math.nan, ()
     if real and (fits or method == "exact"):
         sigma, rank = _singular_values(weight, r, method, seed)
-        curve = sigma.cumsum(0) ** 2 / (torch.arange(1, len(sigma) + 1) * squares)
+        ranks = torch.arange(1, len(sigma) + 1, dtype=torch.float64)
+        curve = sigma.cumsum(0) ** 2 / (ranks * squares)
         gains = tuple((k, float(curve[k - 1])) for k in _powers_of_two(len(sigma)))
         if fits:
             gain = float(curve[r - 1])

@@ -54,14 +54,17 @@ def make_table(rows: Rows, title: str = ""):
         for head, values in _columns(rows).items()
         if any(value is not None for value in values)
     }
-    table = table_module.Table(title=title, title_justify="left", title_style="bold")
+    escape = needed("rich.markup", "the table", "cli").escape  # or [r] would be a style
+    table = table_module.Table(title=escape(title), title_justify="left", title_style="bold")
     table.add_column("layer", overflow="fold")
     table.add_column("out × in", justify="right", no_wrap=True)
     for head in columns:
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(escape(head), justify="right", no_wrap=True)
     for index, row in enumerate(rows):
         shape = f"{row.out_features} × {row.in_features}"
-        table.add_row(row.name, shape, *(_short(values[index]) for values in columns.values()))
+        table.add_row(
+            escape(row.name), shape, *(_short(values[index]) for values in columns.values())
+        )
     if len(rows) > 1:
         table.add_section()
         table.add_row("median", "", *(_short(_median(values)) for values in columns.values()))

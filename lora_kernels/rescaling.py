@@ -132,7 +132,8 @@ class ScaledStart(Initializer):
     ) -> Start:
         """The scaled start, kept as factors: it has no β."""
         start = self.start(weight, r, scaling * self.alpha_A * self.alpha_B, gradient)
-        return Start(start.lora_A * self.alpha_A, start.lora_B * self.alpha_B)
+        A, B = start.lora_A * self.alpha_A, start.lora_B * self.alpha_B
+        return replace(start, lora_A=A, lora_B=B, beta=None)
 
 
 def _check_factor(value: float, name: str) -> None:

@@ -140,7 +140,7 @@ def test_groups():
         (lambda: rescaled(Setup("sgd", 1, 1, 1), -1.0, 1.0), "alpha_A must be positive"),
         (lambda: rescaled(Setup("sgd", 1, 1, 1), 1.0, math.nan), "alpha_B must be positive"),
         (lambda: Setup("sgd", 1, 1, 1).groups(nn.Linear(2, 2)), "has no LoRALinear"),
-        (lambda: Setup("sgd", 1, 1, 1).initializer("loran"), "did you mean 'loram'"),
+        (lambda: Setup("sgd", 1, 1, 1).initializer("loramm"), "did you mean 'loram'"),
     ],
 )
 def test_bad(call, match):

@@ -87,6 +87,11 @@ class _Sums:
                     f"the weight of {name!r} is computed; remove its parametrization first"
                 )
             check_weight(weight, f"{name}.weight")
+            if type(weight.data) is not Tensor:
+                raise TypeError(
+                    f"{name}.weight is a {type(weight.data).__name__}: gather a sharded weight, "
+                    "dequantise a quantised one first"
+                )
             if weight.is_meta:
                 raise ValueError(f"{name}.weight is on the meta device: load it first")
             if weight in self.names:

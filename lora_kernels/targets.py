@@ -47,7 +47,7 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, n
         return _names_of(modules, targets)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         head = _output_head(model)
-        found = [n for n, m in modules.items() if is_linear(m) and n and m is not head]
+        found = [n for n, m in modules.items() if is_linear(m) and m is not head]
         if not found:
             raise ValueError(f"{type(model).__name__} has no linear layer")
         return {name: modules[name] for name in found}

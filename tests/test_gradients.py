@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from pathlib import Path
 
@@ -327,6 +328,11 @@ class TestWhatRaises:
         nn.utils.parametrizations.weight_norm(model.blocks[0])
         with pytest.raises(TypeError, match=r"'blocks.0' is computed; remove its parametrization"):
             capture_gradients(model, batches_of(), loss=mean_square)
+        model = Stack()
+        sharded = type("Sharded", (torch.Tensor,), {})
+        model.head.weight = nn.Parameter(torch.randn(3, SIZE).as_subclass(sharded))
+        with pytest.raises(TypeError, match=r"head.weight is a Sharded: gather"):
+            capture_gradients(model, batches_of(), loss=mean_square)
         with pytest.raises(ValueError, match="on the meta device: load it first"):
             capture_gradients(Stack().to("meta"), batches_of(), loss=mean_square)
 
@@ -352,6 +358,7 @@ def test_targets(device):
         (["1", "head"], ["blocks.1", "head"]),
         (["blocks.3"], ["blocks.3"]),
         (r"blocks\.[02]", ["blocks.0", "blocks.2"]),
+        ("ALL-linear", list(full)),
         ([model.head, model.blocks[0]], ["blocks.0", "head"]),
     ):
         got = capture_gradients(model, batches, targets, loss=mean_square)
@@ -360,6 +367,24 @@ def test_targets(device):
             torch.testing.assert_close(got[name], full[name])
     got = capture_gradients(model, batches, {"mine": model.head}, loss=mean_square)
     torch.testing.assert_close(got["mine"], full["head"])
+    assert list(capture_gradients(model.head, batches, loss=mean_square)) == [""]
+
+
+class TestProgress:
+    def test_bar(self, monkeypatch, capsys):
+        pytest.importorskip("rich")
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+        for progress in (True, False):
+            capture_gradients(Stack(), iter(batches_of()), loss=mean_square, progress=progress)
+            printed = capsys.readouterr()
+            assert ("gradients" in printed.err) == progress and printed.out == ""
+
+    def test_none_without_rich_or_terminal(self, monkeypatch, capsys):
+        want = capture_gradients(Stack(), batches_of(), loss=mean_square)
+        monkeypatch.setitem(sys.modules, "rich", None)
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+        got = capture_gradients(Stack(), batches_of(), loss=mean_square)
+        assert list(got) == list(want) and capsys.readouterr() == ("", "")
 
 
 @needs_real_model

@@ -32,9 +32,9 @@ def capture_gradients(
     Each gradient is added to its running sum and freed before the next layer's is made, so that
     memory grows by the sums only (as LoRA-GA, arXiv 2407.05000, and LoRA-SB, arXiv 2411.19557, take
     theirs). The model is left as it was, also if a batch raises: `.grad`, `requires_grad`, training
-    mode and hooks. Whether it trains (dropout, gradient checkpointing) or
-    evaluates is up to its mode. With `torch.distributed` initialised, the sums are those of all
-    ranks, which have to be called with the same targets.
+    mode and hooks. Whether it trains (dropout, gradient checkpointing) or evaluates is up to its
+    mode. With `torch.distributed` initialised, the sums are those of all ranks, which have to be
+    called with the same targets.
 
     Args:
         model: not wrapped in `DistributedDataParallel`. The weights may be frozen.

@@ -8,7 +8,9 @@ if find_spec("lora_kernels.triton_kernels") is None:
     __path__.append(str(Path(__file__).parents[1]))
 
 from . import init as init
+from . import magnitude as magnitude
 from . import ops as ops
 from . import svd as svd
 from ._version import __version__ as __version__
+from .gradients import capture_gradients as capture_gradients
 from .linear import LoRALinear as LoRALinear

@@ -1,0 +1,28 @@
+"""Packages that only some of the tools need: they are extras, imported where they are used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+
+class MissingExtraError(ImportError):
+    """A package of an extra is not installed."""
+
+
+def needed(module: str, purpose: str, extra: str) -> ModuleType:
+    """The imported module.
+
+    Raises:
+        MissingExtraError: one line that says what to install.
+
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise MissingExtraError(
+            f"{purpose} needs the package {package}: pip install 'lora-kernels[{extra}]'"
+        ) from None

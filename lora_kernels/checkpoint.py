@@ -1,0 +1,217 @@
+"""Weights in safetensors files, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ._extras import needed
+from .scaling import lora_scaling
+from .targets import ALL_LINEAR, match_names
+
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+_FLOATS = ("F64", "F32", "BF16", "F16")
+# Models whose linear layers are Conv1D: stored [in, out].
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+# Last parts of names of 2-D weights that are no projections: embeddings and output heads.
+_NO_PROJECTION = re.compile(r"wte|wpe|lm_head|embed_out|shared|.*embed.*")
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that lies in a file: name, shape and safetensors' name of its dtype ("BF16")."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    def load(self) -> Tensor:
+        """The tensor, on the CPU; the file is mapped, so that only its bytes are read."""
+        with _open(self.file) as file:
+            return file.get_tensor(self.name)
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """The weight of a linear layer, [out, in] once loaded."""
+
+    name: str
+    tensor: StoredTensor
+    transposed: bool
+
+    def load(self) -> Tensor:
+        """[out, in], on the CPU."""
+        weight = self.tensor.load()
+        return weight.T if self.transposed else weight
+
+
+@dataclass(frozen=True)
+class StoredPair:
+    """lora_A [r, in] and lora_B [out, r] of one layer, with their scaling."""
+
+    name: str
+    lora_A: StoredTensor
+    lora_B: StoredTensor
+    scaling: float
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether it is the folder of a PEFT adapter."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+def stored_tensors(path: Path) -> list[StoredTensor]:
+    """All tensors of a safetensors file or of a model folder; only headers are read.
+
+    Raises:
+        ValueError: nothing of the kind is there, or a file is damaged.
+        FileNotFoundError: no such path, or an index names a file that is not there.
+
+    """
+    tensors = []
+    for file in _files(path):
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  (the handle itself cannot be iterated)
+                part = opened.get_slice(name)
+                tensors.append(StoredTensor(name, file, tuple(part.get_shape()), part.get_dtype()))
+    return tensors
+
+
+def stored_weights(path: Path, targets: str | Sequence[str] = ALL_LINEAR) -> list[StoredWeight]:
+    """The projections of a checkpoint, in the order of their names, numbers as numbers.
+
+    They are the 2-D floating-point tensors called "<layer>.weight". "all-linear" leaves out those
+    that are embeddings or output heads by their name; a list of names or endings, or a regular
+    expression, chooses among all.
+
+    Raises:
+        ValueError: nothing is chosen, or the file holds an adapter; and as `stored_tensors`.
+
+    """
+    tensors = stored_tensors(path)
+    if any(".lora_A." in tensor.name for tensor in tensors):
+        raise ValueError(
+            f"{path} holds a LoRA adapter: give the folder of its {ADAPTER_CONFIG}, which has the "
+            "scaling"
+        )
+    matrices = {
+        t.name.removesuffix(".weight"): t
+        for t in tensors
+        if t.name.endswith(".weight") and len(t.shape) == 2 and t.dtype in _FLOATS
+    }
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        names = [n for n in matrices if not _NO_PROJECTION.fullmatch(n.rpartition(".")[2])]
+    else:
+        names = match_names(matrices, targets)
+    if not names:
+        dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors}))
+        raise ValueError(
+            f"{path} has no 2-D weight of a linear layer in {', '.join(_FLOATS)}; its tensors are "
+            f"{dtypes or 'none at all'} (dequantise them first if they are quantised)"
+        )
+    config = path / "config.json" if path.is_dir() else path.parent / "config.json"
+    transposed = config.is_file() and _read_json(config).get("model_type") in _CONV1D_MODELS
+    names.sort(key=_numbers_as_numbers)
+    return [StoredWeight(name, matrices[name], transposed) for name in names]
+
+
+def stored_pairs(folder: Path, targets: str | Sequence[str] = ALL_LINEAR) -> list[StoredPair]:
+    """The linear layers' pairs of a PEFT adapter folder, in the order of their names.
+
+    Raises:
+        ValueError: no pair is there or chosen, one lacks its other half, or a file is damaged.
+        FileNotFoundError: no safetensors file.
+
+    """
+    file = folder / ADAPTER_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {ADAPTER_FILE}; pickled adapters are not read")
+    config = _read_json(folder / ADAPTER_CONFIG)
+    halves: dict[str, dict[str, StoredTensor]] = {}
+    for tensor in stored_tensors(file):
+        match = re.fullmatch(r"(.*)\.lora_([AB])\.weight", tensor.name)
+        if match and len(tensor.shape) == 2:
+            halves.setdefault(match[1].removeprefix(_PEFT_PREFIX), {})[match[2]] = tensor
+    if not halves:
+        raise ValueError(f"{file} has no lora_A and lora_B of a linear layer")
+    names = list(halves)
+    if not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        names = match_names(names, targets)
+    pairs = []
+    for name in sorted(names, key=_numbers_as_numbers):
+        for half in "AB":
+            if half not in halves[name]:
+                raise ValueError(f"{file} has no lora_{half} for {name!r}")
+        A, B = halves[name]["A"], halves[name]["B"]
+        pairs.append(StoredPair(name, A, B, _scaling(config, name, A.shape[0])))
+    return pairs
+
+
+def _scaling(config: dict[str, Any], name: str, r: int) -> float:
+    """s as PEFT finds it: `alpha_pattern` is searched for the name, the rank is that of A."""
+    alpha = config.get("lora_alpha", 8)
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            alpha = value
+            break
+    return lora_scaling(alpha, r, bool(config.get("use_rslora")))
+
+
+def _numbers_as_numbers(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts layer 2 before layer 10, which the files themselves do not."""
+    parts = name.split(".")
+    return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts]
+
+
+def _files(path: Path) -> Iterable[Path]:
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} is no .safetensors file; other formats are not read")
+        return [path]
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if (path / INDEX).is_file():
+        shards = _read_json(path / INDEX).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{path / INDEX} has no weight_map")
+        files = [path / name for name in dict.fromkeys(shards.values())]
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{INDEX} names {file.name}, which is not in {path}")
+        return files
+    found = sorted(path.glob("*.safetensors"))
+    single = path / "model.safetensors"
+    if single in found:
+        return [single]
+    if len(found) != 1:
+        what = "several .safetensors files and no index" if found else "no .safetensors file"
+        raise ValueError(f"{path} has {what}; give one file, or the folder of a model or adapter")
+    return found
+
+
+def _open(file: Path):
+    safetensors = needed("safetensors", "reading checkpoints", "cli")
+    try:
+        return safetensors.safe_open(file, framework="pt")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no JSON object")
+    return content

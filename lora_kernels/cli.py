@@ -1,0 +1,149 @@
+"""The command `lora-kernels`: one function and one parser for each subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import checkpoint, report
+from ._extras import MissingExtraError, needed
+from ._progress import tracked
+from ._version import __version__
+from .magnitude import AdapterMagnitude, LayerMagnitude, measure, measure_adapter
+from .targets import ALL_LINEAR
+
+_INSPECT = """\
+The magnitudes of every layer: one line each, as a table, a CSV or a picture.
+
+Of a model's weights W: the mean square nu[W]; the exact spectral gain rho[r] and Q[r] beside
+LoRAM's ln r / ln min(n, m); LoRAM's beta and the size of its start; the predicted growth k1 of
+the update for lora, pissa and loram (arXiv 2507.06558). Of an adapter: nu of A, B and s.B.A.
+
+Weights are read one at a time: memory stays at the largest.
+"""
+_INSPECT_EXAMPLES = """\
+examples:
+  lora-kernels inspect models/SmolLM2-135M -r 16 --csv magnitudes.csv --picture magnitudes.png
+  lora-kernels inspect model-00001-of-00004.safetensors --randomized --targets q_proj v_proj
+  lora-kernels inspect runs/adapter
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, 1 after an error (one line on standard error), 2 after wrong usage."""
+    options = _parser().parse_args(argv)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, MissingExtraError) as error:
+        print(f"lora-kernels {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("lora-kernels", description="Tools for low-rank adaptation.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_inspect(commands) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="magnitudes of a model's or an adapter's layers",
+        description=_INSPECT,
+        epilog=_INSPECT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="folder of a Hugging Face model, a .safetensors file, or folder of a PEFT adapter",
+    )
+    parser.add_argument(
+        "-r", type=int, metavar="R", help="rank of the starts (default 16; an adapter has its own)"
+    )
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        default=[ALL_LINEAR],
+        metavar="NAME",
+        help="layers, by their names or last parts (default all-linear: all but embeddings and "
+        "output heads)",
+    )
+    method = parser.add_mutually_exclusive_group()
+    method.add_argument(
+        "--exact",
+        dest="method",
+        action="store_const",
+        const="exact",
+        help="all singular values (default): seconds for each large layer",
+    )
+    method.add_argument(
+        "--randomized",
+        dest="method",
+        action="store_const",
+        const="randomized",
+        help="the r largest only, by block Krylov iteration: rho then takes W to have full rank",
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every value to FILE")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw bars and Q over r (.png, .pdf, .svg)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no table and no progress bar")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    # Before the work, so that it is not lost.
+    console = None if options.quiet else _console()
+    if options.picture:
+        needed("matplotlib", "--picture", "picture")
+    adapter = checkpoint.is_adapter(options.path)
+    rows = _adapter_rows(options) if adapter else _weight_rows(options)
+    if options.csv:
+        report.write_csv(options.csv, rows)
+    if options.picture:
+        report.draw(options.picture, rows, options.path.name)
+    if console:
+        console.print(report.make_table(rows, str(options.path)))
+
+
+def _weight_rows(options: argparse.Namespace) -> list[LayerMagnitude]:
+    r, method = 16 if options.r is None else options.r, options.method or "exact"
+    weights = checkpoint.stored_weights(options.path, _targets(options))
+    return [
+        measure(weight.load(), r, method=method, name=weight.name)
+        for weight in tracked(weights, "layers", not options.quiet)
+    ]
+
+
+def _adapter_rows(options: argparse.Namespace) -> list[AdapterMagnitude]:
+    if options.r is not None or options.method is not None:
+        given = "-r" if options.r is not None else f"--{options.method}"
+        raise ValueError(f"{given} is for models; {options.path} is an adapter with its own rank")
+    return [
+        measure_adapter(pair.name, pair.lora_A.load(), pair.lora_B.load(), pair.scaling)
+        for pair in checkpoint.stored_pairs(options.path, _targets(options))
+    ]
+
+
+def _targets(options: argparse.Namespace) -> str | list[str]:
+    return ALL_LINEAR if options.targets == [ALL_LINEAR] else options.targets
+
+
+def _console():
+    """As wide as its lines where nobody's terminal limits it: in a pipe or a file."""
+    rich = needed("rich.console", "the table", "cli")
+    console = rich.Console()
+    return console if console.is_terminal else rich.Console(width=200)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

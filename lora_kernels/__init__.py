@@ -12,3 +12,4 @@ from . import ops as ops
 from . import svd as svd
 from ._version import __version__ as __version__
 from .linear import LoRALinear as LoRALinear
+from .optim import lora_plus_groups as lora_plus_groups

@@ -30,7 +30,7 @@ STARTS = [
 
 def start_of(linear: nn.Linear, initializer, residual: str, G: torch.Tensor, **options):
     """(layer, W as it was); s is 2 unless asked otherwise."""
-    W = to_numpy(linear.weight)
+    W = to_numpy(linear.weight).copy()
     gradient = G if get_initializer(initializer).needs_gradient else None
     options = {"r": 8, "lora_alpha": 16, **options}
     layer = LoRALinear.from_linear(
@@ -56,13 +56,11 @@ def check_absorbed(layer: LoRALinear, W: np.ndarray) -> float:
     are as large as the first, (r + 4) / 2 in all.
     """
     dtype = layer.weight.dtype
-    B, A = factors(layer)
+    B, A = (f.astype(np.longdouble) for f in factors(layer))  # finer than what it measures
     size = np.abs(W) + layer.scaling * np.abs(B) @ np.abs(A)
     error = np.abs(to_numpy(layer.weight) + layer.scaling * B @ A - W)
     ulp = 2 * ROUNDING[dtype] * size
     roundings = ROUNDING[dtype] + (layer.r + 3) * ROUNDING[layer.lora_A.dtype]
-    # The oracle's own float64, which over a float64 base is as coarse as what it measures.
-    roundings += (layer.r + 3) * ROUNDING[torch.float64]
     assert (error <= roundings * size + TINY[dtype]).all()
     return float((error / ulp).max())
 
@@ -70,7 +68,10 @@ def check_absorbed(layer: LoRALinear, W: np.ndarray) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("initializer", STARTS, ids=str)
 def test_absorbed_start_is_the_base(initializer, dtype, device):
-    """Measured: 0.50 ulps for bfloat16 and float16, the one rounding of W_res; float32 0.5 to 1."""
+    """Largest error measured, over the initialisers: 0.46 to 0.50 ulps for bfloat16 and float16,
+    the one rounding of W_res; 0.8 to 2.1 for float32, 1.4 to 2.4 for float64, whose products round
+    too.
+    """
     torch.manual_seed(7)
     linear = nn.Linear(96, 300, dtype=dtype).to(device)
     layer, W = start_of(linear, initializer, "absorb", torch.randn(300, 96))
@@ -80,10 +81,7 @@ def test_absorbed_start_is_the_base(initializer, dtype, device):
         return
     assert not np.array_equal(to_numpy(layer.weight), W)
     ulps = check_absorbed(layer, W)
-    if dtype in (torch.bfloat16, torch.float16):
-        assert ulps <= 0.51
-    else:
-        assert ulps <= 1.5  # (r + 4) / 2 at worst; roundings do not all go one way
+    assert ulps <= (0.51 if dtype in (torch.bfloat16, torch.float16) else (layer.r + 4) / 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,6 +120,8 @@ def test_the_base_comes_back(initializer, residual, device):
     linear = nn.Linear(40, 60).to(device)
     original, G = copy.deepcopy(linear), torch.randn(60, 40)
     layer, W = start_of(linear, initializer, residual, G)
+    B, A = factors(layer)
+    size = np.abs(W) + layer.scaling * np.abs(B) @ np.abs(A)
     x = torch.randn(3, 40).to(device)
     for p in layer.parameters():
         if p.requires_grad:
@@ -132,9 +132,9 @@ def test_the_base_comes_back(initializer, residual, device):
     untouched = residual == "implicit" or not get_initializer(initializer).changes_base
     for one in (layer, loaded):
         base = to_numpy(one.base_linear().weight)
-        # W_res and W are each rounded once, and s·BA some times, at the size of the largest.
-        room = 0 if untouched else 64 * 2**-24 * max(np.abs(W).max(), np.abs(W - base).max(), 1)
-        assert np.abs(base - W).max() <= room
+        # As many roundings there and back as `check_absorbed` counts for one way.
+        room = 0.0 if untouched else 2 * (layer.r + 4) * ROUNDING[torch.float32]
+        assert (np.abs(base - W) <= room * size).all()
         merged = one.to_linear()(x)
         torch.testing.assert_close(merged, one(x), rtol=1e-4, atol=1e-4)
         one.adapter_enabled = False

@@ -110,9 +110,7 @@ def test_seed_leaves_the_global_generator_alone(kind, device):
     assert torch.equal(rng_state(device), state)
     assert torch.equal(first.lora_A, second.lora_A) and torch.equal(first.lora_B, second.lora_B)
     other = kind(seed=4)(weight, 4)
-    assert not (
-        torch.equal(first.lora_A, other.lora_A) and torch.equal(first.lora_B, other.lora_B)
-    )
+    assert not (torch.equal(first.lora_A, other.lora_A) and torch.equal(first.lora_B, other.lora_B))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,15 +39,15 @@ def test_rules(options, want, r, device):
         layer.lora_B.normal_()
         added = x @ layer.lora_A.T @ layer.lora_B.T
         got = layer(x) - nn.functional.linear(x, layer.weight, layer.bias)
-    torch.testing.assert_close(
-        got, want(r) * added, rtol=1e-4, atol=1e-4 * float(added.abs().max())
-    )
+    # Float32 sums of r and of 70 products, and of the base, whose digits the difference has lost.
+    noise = 1e-4 * float(added.abs().max())
+    torch.testing.assert_close(got, want(r) * added, rtol=1e-4, atol=noise)
 
 
 @pytest.mark.parametrize(
     "options,match",
     [
-        ({"scaling_rule": "alpha"}, "unknown scaling_rule 'alpha'.*did you mean 'lora'|alpha_sqrt"),
+        ({"scaling_rule": "alpha"}, "unknown scaling_rule 'alpha': .*lora, rslora, alpha_sqrt"),
         ({"scaling_rule": "rs_lora"}, "did you mean 'rslora'"),
         ({"scaling_rule": "alpha_sqrt", "use_rslora": True}, "use_rslora=True is .*'alpha_sqrt'"),
         ({"scaling_rule": "lora", "use_rslora": True}, "use_rslora=True is .*'lora' is asked for"),

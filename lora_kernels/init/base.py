@@ -109,7 +109,7 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
 
 def _check_residual_fits(weight: Tensor, start: Start, scaling: float) -> None:
     """Raises if W − s·B₀A₀ could overflow: |entry of BA| ≤ |row of B| |column of A|."""
-    largest = float(torch.linalg.vector_norm(weight, math.inf, dtype=_wide(weight)))
+    largest = float(torch.linalg.vector_norm(weight, math.inf))
     if not math.isfinite(largest):
         raise ValueError("weight holds NaN or Inf; it was not changed")
     row = torch.linalg.vector_norm(start.lora_B, dim=1, dtype=torch.float64).max()
@@ -122,10 +122,6 @@ def _check_residual_fits(weight: Tensor, start: Start, scaling: float) -> None:
 
 
 _ROW_BLOCK = 256
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def subtract_start_(weight: Tensor, start: Start, scaling: float) -> None:
@@ -147,7 +143,7 @@ def subtract_factors_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
 
     In float32 or wider and rounded once, by blocks of rows: no second matrix is formed.
     """
-    work = _wide(weight)
+    work = torch.promote_types(weight.dtype, torch.float32)
     lora_A = lora_A.to(work)
     for begin in range(0, weight.shape[0], _ROW_BLOCK):
         block = weight[begin : begin + _ROW_BLOCK]

@@ -27,9 +27,11 @@ def lora_plus_groups(
 
     Raises:
         ValueError: if `lr` or `ratio` is not positive and finite, or nothing trains.
-        TypeError: if one of them is no number.
+        TypeError: if one of them is no number, or `params` is among the options.
 
     """
+    if "params" in options:
+        raise TypeError("params is not an option: the groups are made of the model's parameters")
     check_positive(lr, "lr")
     check_positive(ratio, "ratio")
     rest, factors_B = [], []

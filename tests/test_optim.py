@@ -91,6 +91,11 @@ def test_bad_numbers(lr, ratio, error, match):
         lora_plus_groups(model(), lr, ratio)
 
 
+def test_params_are_no_option():
+    with pytest.raises(TypeError, match="params is not an option"):
+        lora_plus_groups(model(), 1e-3, params=[])
+
+
 def test_nothing_trains():
     with pytest.raises(ValueError, match="no parameter that trains"):
         lora_plus_groups(nn.Linear(4, 4).requires_grad_(False), 1e-3)

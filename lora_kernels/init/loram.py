@@ -21,6 +21,8 @@ BASES = ("dst", "orthogonal", "gaussian")
 GAINS = ("log", "log_half", "exact")
 STATISTICS = ("mean_square", "variance")
 
+_SIGMA_TOLERANCE = 1e-3  # of each σ that gain="exact" adds up: half as much in β
+
 
 @dataclass(frozen=True)
 class LoRAM(Initializer):
@@ -28,8 +30,9 @@ class LoRAM(Initializer):
 
     arXiv 2507.06558, algorithm 1. With the default options Φ is the DST-I basis and
     β² = ‖W‖_F √(Q/r), Q = ln r / ln min(n, m). W changes (W − s·B₀A₀); β does not depend on s.
-    Cost: two reads and one write of W, at any rank. The start is made again from one number, β, if
-    the basis is the DST; the others are kept as factors.
+    Cost: two reads and one write of W, at any rank; gain="exact" adds PiSSA's SVD, `track` the other
+    start. The start is made again from one number, β, if the basis is the DST; the others are kept
+    as factors.
 
     The options are the paper's ablations:
 
@@ -38,7 +41,8 @@ class LoRAM(Initializer):
     - `gain`: "log", as above, where rank 1 takes Q[2] as Q[1] = 0 would never train; "log_half",
       ln(r/2) / ln min(n, m), for r > 2; or "exact", the spectral gain that they approximate,
       Q[r] = ρ[r] · r / rank(W) with ρ[r] = (mean of the r largest σ)² / mean(σ²) over the rank(W)
-      σ that are not zero: (σ₁ + … + σ_r)² / (r ‖W‖²_F), from `lora_kernels.svd.truncated`.
+      σ that are not zero: (σ₁ + … + σ_r)² / (r ‖W‖²_F), from `lora_kernels.svd.truncated`,
+      each σ to 1e-3 of itself.
     - `statistic`: ν is the "mean_square", as in the paper, or the unbiased "variance", as in the
       authors' code: β is then 10 % larger at r = 2 and 1.5 % at r = 16.
     - `track`: another initialiser, a name or an object: the magnitude of its start takes the place
@@ -141,7 +145,8 @@ class LoRAM(Initializer):
         if self.gain == "log":
             return log_gain(r, *weight.shape)
         if self.gain == "exact":
-            return svd.truncated(weight, r).S.double().sum() ** 2 / (r * squares)
+            sigma = svd.truncated(weight, r, tol=_SIGMA_TOLERANCE).S.double()
+            return sigma.sum() ** 2 / (r * squares)
         if r <= 2:
             raise ValueError(
                 f"gain='log_half' is ln(r/2) / ln min(n, m), which is not positive for r = {r}; "

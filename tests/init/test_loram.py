@@ -78,7 +78,7 @@ class TestOptions:
         start = LoRAM(basis=basis, gain=gain, statistic=statistic)(weight.to(device), r, 3.0)
         W, A, B = to_numpy(weight), to_numpy(start.lora_A), to_numpy(start.lora_B)
         want = gain_of(gain, W, r) * nu(W, statistic)
-        # A and B are float32; a randomised σ_r may be off by 1 % and is a 12th of the sum.
+        # A and B are float32; each σ may be off by 1e-3 of itself, their sum is squared.
         assert nu(B @ A, statistic) == pytest.approx(want, rel=2e-3 if gain == "exact" else 1e-5)
         assert (start.beta is not None) == (basis == "dst")
 
@@ -90,7 +90,7 @@ class TestOptions:
         start = LoRAM(gain=gain, statistic=statistic)(weight.to(device), r)
         left, right, W = dst_basis(40, r), dst_basis(60, r), to_numpy(weight)
         target = gain_of(gain, W, r) * nu(W, statistic) / nu(left @ right.T, statistic)
-        rel = 1e-3 if gain == "exact" else 1e-12
+        rel = 5e-4 if gain == "exact" else 1e-12
         assert float(start.beta) == pytest.approx(target**0.25, rel=rel)
         beta = float(start.beta)
         np.testing.assert_allclose(to_numpy(start.lora_B), beta * left, atol=1e-15 * beta)

@@ -30,9 +30,9 @@ class LoRAM(Initializer):
 
     arXiv 2507.06558, algorithm 1. With the default options Φ is the DST-I basis and
     β² = ‖W‖_F √(Q/r), Q = ln r / ln min(n, m). W changes (W − s·B₀A₀); β does not depend on s.
-    Cost: two reads and one write of W, at any rank; gain="exact" adds PiSSA's SVD, `track` the other
-    start. The start is made again from one number, β, if the basis is the DST; the others are kept
-    as factors.
+    Cost: two reads and one write of W, at any rank; gain="exact" adds PiSSA's SVD, `track` the
+    other start. The start is made again from one number, β, if the basis is the DST; the others are
+    kept as factors.
 
     The options are the paper's ablations:
 

@@ -33,8 +33,11 @@ def extensions() -> tuple[list, dict]:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
-    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
+    csrc = ROOT / "csrc"
+    everything = {p for kind in ("*.cpp", "*.cu") for p in csrc.rglob(kind)}
+    of_cuda = {p for p in everything if p.suffix == ".cu" or csrc / "cuda" in p.parents}
+    sources = sorted(str(p.relative_to(ROOT)) for p in everything - of_cuda)
+    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in of_cuda)
     has_cuda = torch.version.cuda is not None and CUDA_HOME is not None
     if choice == "cuda" and not has_cuda:
         raise SystemExit("LORA_KERNELS_BUILD=cuda needs nvcc and a CUDA build of torch")

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import include_paths
 
 CSRC = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = ["80", "90a", "100"]
@@ -40,6 +41,30 @@ def spilled_bytes(report: str) -> list[int]:
 def test_compiles_without_spills(source, arch, tmp_path):
     report = compile_cuda(source, arch, tmp_path)
     assert not any(spilled_bytes(report)), report
+
+
+@pytest.mark.parametrize(
+    "source", sorted(CSRC.glob("cuda/*.cpp")), ids=lambda path: str(path.relative_to(CSRC))
+)
+def test_binding_compiles(source, tmp_path):
+    """Against CUDA's headers and torch's, of which a CPU build lacks one that is generated."""
+    stand_in = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    # After torch's own folders: a CUDA build has the real one.
+    folders = [str(CSRC), *include_paths(), str(tmp_path)]
+    command = [NVCC, "-std=c++20", "-Xcompiler=-Wall,-Werror=return-type"]
+    command += [flag for folder in folders for flag in ("-I", folder)]
+    command += ["-c", str(source), "-o", str(tmp_path / "out.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_only_the_binding_knows_torch():
+    """Kernels that include no torch compile wherever nvcc is."""
+    for source in [*CSRC.rglob("*.cu"), *CSRC.glob("cuda/*.h")]:
+        included = re.findall(r"#include <(.+)>", source.read_text())
+        assert not [name for name in included if name.startswith(("torch/", "ATen/", "c10/"))]
 
 
 CLEAN = """

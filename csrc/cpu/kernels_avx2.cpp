@@ -8,8 +8,12 @@
 #endif
 #define LORA_F16C
 #define LORA_GATHER8
+#define LORA_STRIP_ROWS_2 3
+#define LORA_STRIP_ROWS_1 6
 #define LORA_ISA avx2
 #include "kernels_impl.h"
+#include "strip_impl.h"
+#include "strip_rows.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

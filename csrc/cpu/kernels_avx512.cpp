@@ -10,8 +10,12 @@
 #endif
 #define LORA_F16C
 #define LORA_GATHER16
+#define LORA_STRIP_ROWS_2 12
+#define LORA_STRIP_ROWS_1 24
 #define LORA_ISA avx512
 #include "kernels_impl.h"
+#include "strip_impl.h"
+#include "strip_rows.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -2,6 +2,8 @@
 
 #define LORA_ISA baseline
 #include "kernels_impl.h"
+#include "strip_impl.h"
+#include "strip_rows.h"
 #include "kernels_table.h"
 
 const lora::Kernels& lora::kernels_baseline() {

@@ -32,4 +32,13 @@ const Kernels& kernels() {
   return chosen;
 }
 
+const PairKernels* pair_kernels() {
+#if defined(__x86_64__)
+  if (&kernels() == &kernels_avx512() && __builtin_cpu_supports("avx512bf16")) {
+    return &kernels_avx512bf16();
+  }
+#endif
+  return nullptr;
+}
+
 }  // namespace lora

@@ -6,7 +6,8 @@
 namespace lora {
 namespace LORA_ISA {
 namespace {
-const Kernels table{LORA_STRINGIFY(LORA_ISA), subtract_rows, sums, gather_row, dropout_row};
+const Kernels table{LORA_STRINGIFY(LORA_ISA), subtract_rows, sums,      gather_row,
+                    dropout_row,              strip_f32,     strip_f64, widen_row};
 }  // namespace
 }  // namespace LORA_ISA
 }  // namespace lora

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from lora_kernels.ops.philox import dropout, philox_words
+from lora_kernels.ops.philox import dropout, gaussian, philox_words
 
 
 def words_at(row: int, quad: int, seed: int, device: str) -> list[int]:
@@ -11,9 +15,9 @@ def words_at(row: int, quad: int, seed: int, device: str) -> list[int]:
     return [int(w) for w in words[row, 4 * quad :]]
 
 
-def oracle(row: int, quad: int, seed: int) -> list[int]:
+def oracle(row: int, quad: int, seed: int, purpose: int = 0) -> list[int]:
     """Philox4x32-10 in plain Python integers."""
-    c = [quad, 0, row & 0xFFFFFFFF, row >> 32]
+    c = [quad, purpose, row & 0xFFFFFFFF, row >> 32]
     k = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -53,3 +57,50 @@ def test_rate_and_expectation(device):
         assert abs(dropped - p) < 5 * (p * (1 - p) / x.numel()) ** 0.5  # five sigma
         torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (1 - p)))
     assert (dropout(x, 1.0, seed) == 0).all()
+
+
+class TestGaussian:
+    def test_known_words(self):
+        """Counter (quad, 1, row), and each pair of words made into a pair of normals."""
+        normals = gaussian(4, 12, 0xDEADBEEF12)
+        for row, quad in [(0, 0), (0, 2), (3, 1)]:
+            w = oracle(row, quad, 0xDEADBEEF12, purpose=1)
+            want = []
+            for radius, angle in (w[:2], w[2:]):
+                r = math.sqrt(-2.0 * math.log((radius + 1) / 2**32))
+                want += [
+                    r * math.cos(math.tau * angle / 2**32),
+                    r * math.sin(math.tau * angle / 2**32),
+                ]
+            # The angle's rounding, 2^-52 of up to 2π, times r < 6.7; then one to float32.
+            np.testing.assert_allclose(
+                normals[row, 4 * quad : 4 * quad + 4], np.float32(want), rtol=2**-23, atol=1e-14
+            )
+
+    def test_is_not_what_dropout_draws(self):
+        seed = torch.tensor(5)
+        assert not torch.equal(philox_words(8, 8, seed), philox_words(8, 8, seed, purpose=1))
+
+    def test_a_function_of_seed_row_and_column(self):
+        normals = gaussian(7, 10, -3)
+        assert normals.dtype == torch.float32
+        assert normals.shape == (7, 10)
+        assert torch.equal(gaussian(20, 33, -3)[:7, :10], normals)
+        assert not torch.equal(gaussian(7, 10, -4), normals)
+        assert gaussian(0, 5, 1).shape == (0, 5)
+        assert gaussian(5, 0, 1).shape == (5, 0)
+
+    def test_is_standard_normal(self):
+        """Fixed seeds; five sigma of each moment, and Kolmogorov and Smirnov's distance."""
+        x = gaussian(1000, 256, 11).double().flatten().numpy()
+        n = x.size
+        for power, mean, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
+            assert abs((x**power).mean() - mean) < 5 * (variance / n) ** 0.5
+        assert stats.kstest(x, "norm").pvalue > 0.01
+        assert np.abs(x).max() > 4.0  # the tails are there: 16 are expected beyond
+
+    def test_columns_and_rows_do_not_correlate(self):
+        x = gaussian(4000, 48, 12).double().numpy()
+        correlation = np.corrcoef(x, rowvar=False) - np.eye(48)
+        assert np.abs(correlation).max() < 5.5 / 4000**0.5  # 1128 pairs
+        assert np.abs((x[1:] * x[:-1]).mean()) < 5 / x.size**0.5

@@ -1,0 +1,17 @@
+// Holds MKL to one thread in this thread: its results depend on the number of threads.
+#pragma once
+
+namespace lora {
+
+class SerialBlas {
+ public:
+  SerialBlas();
+  ~SerialBlas();
+  SerialBlas(const SerialBlas&) = delete;
+  SerialBlas& operator=(const SerialBlas&) = delete;
+
+ private:
+  int before_;
+};
+
+}  // namespace lora

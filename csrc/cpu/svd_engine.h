@@ -1,0 +1,12 @@
+// The SVD engine on a CPU: one weight at a time, on this package's GEMM.
+#pragma once
+
+#include <memory>
+
+#include "svd/engine.h"
+
+namespace lora {
+
+std::unique_ptr<Engine> cpu_engine(const at::Tensor& weight);
+
+}  // namespace lora

@@ -1,0 +1,66 @@
+// What the SVD drivers compute with: products with the weights, and the linear algebra of thin
+// matrices, on one kind of device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <tuple>
+
+namespace lora {
+
+// A batch of `count` weights of one shape, seen tall: [n, m] with n >= m, transposed if need be.
+// Tensors are [count, rows, columns] of the working dtype, float32 (float64 for float64 weights),
+// unless they are said to be "wide": float64.
+class Engine {
+ public:
+  Engine(int64_t count, int64_t rows, int64_t cols, at::TensorOptions options)
+      : count(count),
+        n(std::max(rows, cols)),
+        m(std::min(rows, cols)),
+        flipped(rows < cols),
+        options(options) {}
+  virtual ~Engine() = default;
+
+  const int64_t count, n, m;
+  const bool flipped;
+  const at::TensorOptions options;  // of the working dtype
+
+  at::TensorOptions wide() const { return options.dtype(at::kDouble); }
+  double epsilon() const { return options.dtype() == at::kDouble ? 0x1p-53 : 0x1p-24; }
+
+  // Whether times() rounds v to 16 bits, being exact for a v of such entries.
+  virtual bool rounds_operand() const = 0;
+  virtual at::Tensor times(const at::Tensor& v) const = 0;             // W v    [n, b]
+  virtual at::Tensor transposed_times(const at::Tensor& y) const = 0;  // W^T y  [m, b]
+  virtual at::Tensor exact_times(const at::Tensor& v) const = 0;       // W v without that rounding
+  virtual at::Tensor exact_transposed_times(const at::Tensor& y) const = 0;
+  virtual at::Tensor weight_gram() const = 0;  // W^T W, wide [m, m]
+  virtual at::Tensor wide_weight() const = 0;  // W, wide [n, m]: for small weights only
+
+  // From here on the weights are 2^-exponent times what they were, the largest entry of each in
+  // [1, 2): for weights whose squares leave float32. Returns the factors that undo it, wide [count].
+  virtual at::Tensor rescale() = 0;
+
+  virtual at::Tensor product(const at::Tensor& a, const at::Tensor& b) const = 0;  // a b
+  virtual void subtract_product_(at::Tensor& c, const at::Tensor& a, const at::Tensor& b) const = 0;
+  virtual at::Tensor gram(const at::Tensor& a, const at::Tensor& b) const = 0;  // a^T b, wide
+  virtual at::Tensor wide_product(const at::Tensor& a, const at::Tensor& b) const = 0;  // a b, wide
+
+  virtual at::Tensor gaussian(int64_t rows, int64_t cols, uint64_t seed) const = 0;  // [rows, cols]
+  // Of wide Gram matrices [b, b], b <= kMaxBlock: upper-triangular X with X^T G X = 1, columns whose
+  // pivot is at most `tolerance` dropped (zero).
+  virtual at::Tensor cholesky_inverse(const at::Tensor& gram, double tolerance) const = 0;
+  // Of wide symmetric matrices: values [l], descending, and vectors [l, l].
+  virtual std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& matrices) const = 0;
+  // The r leading eigenvectors [l, r], in the working dtype. Not exact to the last bit: a space to
+  // choose, in which values are computed anew.
+  virtual at::Tensor leading_vectors(const at::Tensor& matrices, int64_t r) const = 0;
+
+  // Whether the host may look at a value: never on a GPU, where it would wait for the device.
+  virtual bool host_sees_values() const = 0;
+};
+
+constexpr int64_t kMaxBlock = 128;
+
+}  // namespace lora

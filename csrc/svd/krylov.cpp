@@ -1,0 +1,240 @@
+#include "krylov.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "orthonormal.h"
+
+namespace lora {
+namespace {
+
+struct Plan {
+  int64_t block;     // columns that are multiplied at once
+  int64_t subspace;  // of all blocks together
+};
+
+// Narrow blocks reach further for one dimension of the space, wide ones run at a higher rate. The
+// dimensions give the residual and the worst value of 16 subspace iterations, or better
+// (benchmarks/results/svd.csv).
+Plan default_plan(int64_t r) {
+  if (r <= 24) {
+    return {16, 16 * 7};
+  }
+  if (r <= 96) {
+    return {32, std::max<int64_t>(32 * 5, (5 * r + 31) / 32 * 32)};
+  }
+  return {64, (9 * r / 2 + 63) / 64 * 64};
+}
+
+// Weights whose squares (and fourth powers, in W^T W V) leave float32 are scaled first.
+bool in_range(double size) {
+  return size > 0x1p-40 && size < 0x1p40;
+}
+
+at::Tensor diagonal_of(const at::Tensor& matrices) {
+  return matrices.diagonal(0, -2, -1);
+}
+
+// The blocks of the Krylov space, and W's quadratic form on it.
+class Space {
+ public:
+  Space(const Engine& engine, int64_t capacity)
+      : engine_(engine),
+        basis_(at::empty({engine.count, engine.m, capacity}, engine.options)),
+        operand_(engine.rounds_operand() ? at::empty_like(basis_) : basis_),
+        image_(at::empty({engine.count, engine.n, capacity}, engine.options)),
+        form_(at::zeros({engine.count, capacity, capacity}, engine.wide())),
+        excess_(engine.rounds_operand() ? at::zeros_like(form_) : at::Tensor()) {}
+
+  int64_t size() const { return size_; }
+  at::Tensor basis() const { return filled(basis_); }
+  at::Tensor operand() const { return filled(operand_); }
+  at::Tensor image() const { return filled(image_); }
+
+  // Takes an orthonormal block in; returns W times it.
+  at::Tensor add(const at::Tensor& block) {
+    const int64_t width = block.size(-1);
+    basis_.narrow(-1, size_, width).copy_(block);
+    auto operand = block;
+    if (engine_.rounds_operand()) {
+      operand = block.to(at::kBFloat16).to(block.scalar_type());
+      operand_.narrow(-1, size_, width).copy_(operand);
+    }
+    auto image = engine_.times(operand);
+    image_.narrow(-1, size_, width).copy_(image);
+    size_ += width;
+    extend(form_, engine_.gram(this->image(), image));
+    if (engine_.rounds_operand()) {
+      auto mass = engine_.product(this->operand().mT(), operand).to(at::kDouble);
+      auto own = diagonal_of(mass.narrow(-2, size_ - width, width));
+      own.sub_(at::where(own > 0.5, 1.0, 0.0));
+      extend(excess_, mass);
+    }
+    return image;
+  }
+
+  // The form in orthonormal coordinates. Where W meets rounded vectors, their Gram matrix is 1 + E
+  // with E a few 1e-3, and (1 + E)^-1/2 is taken to first order: what is left, E^2, only turns the
+  // space that is chosen by as much, and its values by the square of that. What is there is raised
+  // by 1e-10 of the trace, so that columns that were dropped come last.
+  at::Tensor form() const {
+    auto form = corner(form_).clone();
+    if (excess_.defined()) {
+      const auto half = engine_.wide_product(corner(excess_), form);
+      form.sub_(half + half.mT(), 0.5);
+    }
+    auto diagonal = diagonal_of(form);
+    const auto raised = diagonal + 1e-10 * diagonal.sum(-1, /*keepdim=*/true);
+    diagonal.copy_(at::where(diagonal > 0, raised, 0));
+    return form;
+  }
+
+ private:
+  at::Tensor filled(const at::Tensor& columns) const { return columns.narrow(-1, 0, size_); }
+  at::Tensor corner(const at::Tensor& form) const {
+    return form.narrow(-1, 0, size_).narrow(-2, 0, size_);
+  }
+  void extend(const at::Tensor& form, const at::Tensor& columns) const {
+    const int64_t width = columns.size(-1), before = size_ - width;
+    form.narrow(-1, before, width).narrow(-2, 0, size_).copy_(columns);
+    form.narrow(-2, before, width).narrow(-1, 0, size_).copy_(columns.mT());
+  }
+
+  const Engine& engine_;
+  int64_t size_ = 0;
+  at::Tensor basis_;    // orthonormal, but for dropped columns, which are zero
+  at::Tensor operand_;  // what W was multiplied with: the basis, rounded where the engine does
+  at::Tensor image_;    // W operand
+  at::Tensor form_;     // image^T image
+  at::Tensor excess_;   // operand^T operand - 1, where it is not the basis
+};
+
+// Watches the r leading Ritz values from step to step.
+class Settling {
+ public:
+  Settling(int64_t r, double tolerance) : r_(r), tolerance_(tolerance) {}
+
+  bool wanted() const { return tolerance_ > 0; }
+  const at::Tensor& error() const { return error_; }
+
+  // Whether all are settled. Their changes fall about geometrically, so that what is still to come
+  // is the last change times q / (1 - q), with q the ratio of the last two.
+  bool settled(const Space& space) {
+    if (space.size() < r_) {
+      return false;
+    }
+    const auto squares = at::linalg_eigvalsh(space.form()).flip(-1).narrow(-1, 0, r_);
+    const auto values = squares.clamp_min(0).sqrt();
+    if (last_.defined()) {
+      const auto floor = 1e-14 * values.narrow(-1, 0, 1) + std::numeric_limits<double>::min();
+      const auto change = ((values - last_).abs() / values.maximum(floor)).amax(-1);
+      if (change_.defined()) {
+        const auto ratio = (change / change_.clamp_min(1e-300)).clamp(0, 0.9);
+        error_ = change * (ratio / (1 - ratio)).clamp_min(0.5);
+      }
+      change_ = change;
+    }
+    last_ = values;
+    return error_.defined() && (error_ <= tolerance_).all().item<bool>();
+  }
+
+ private:
+  int64_t r_;
+  double tolerance_;
+  at::Tensor last_, change_, error_;
+};
+
+// The triplets of a weight that is small, or most of whose triplets are wanted.
+Triplets dense(const Engine& engine, int64_t r, uint64_t seed) {
+  if (engine.options.dtype() == at::kDouble) {
+    const auto [U, S, Vh] = at::linalg_svd(engine.wide_weight(), /*full_matrices=*/false);
+    return {U.narrow(-1, 0, r), S.narrow(-1, 0, r), Vh.narrow(-2, 0, r).mT(), {}};
+  }
+  const auto vectors = std::get<1>(engine.eigh(engine.weight_gram()));
+  const auto basis = vectors.narrow(-1, 0, r).to(engine.options.dtype()).contiguous();
+  return rayleigh_ritz(engine, basis, engine.exact_times(basis), seed);
+}
+
+}  // namespace
+
+Triplets rayleigh_ritz(
+    const Engine& engine, const at::Tensor& basis, const at::Tensor& image, uint64_t seed) {
+  const auto work = engine.options.dtype();
+  auto mass = engine.gram(basis, basis);
+  auto lengths = diagonal_of(mass);
+  const auto missing = lengths < 0.25;  // their rows and columns are zero
+  lengths.copy_(at::where(missing, 1, lengths));
+  const auto factor = std::get<0>(at::linalg_cholesky_ex(mass));
+  const auto half =
+      at::linalg_solve_triangular(factor, engine.gram(image, image), /*upper=*/false);
+  const auto form = at::linalg_solve_triangular(factor, half.mT(), /*upper=*/false);
+  const auto [squares, vectors] = engine.eigh(form);
+  const auto S = squares.clamp_min(0).sqrt();
+  const auto rotation =
+      at::linalg_solve_triangular(factor.mT(), vectors.contiguous(), /*upper=*/true);
+  const auto inverse = at::where(S > 0, 1 / S, 0).unsqueeze(-2);
+  auto U = engine.product(image, (rotation * inverse).to(work).contiguous());
+  auto V = engine.product(basis, rotation.to(work).contiguous());
+  // In a narrow range of values both are orthonormal as they come, to rounding.
+  if (!engine.host_sees_values() ||
+      !(S.narrow(-1, S.size(-1) - 1, 1) > 1e-3 * S.narrow(-1, 0, 1)).all().item<bool>()) {
+    U = completed(engine, U, seed + 1);
+    V = completed(engine, V, seed + 2);
+  }
+  return {U, S, V, {}};
+}
+
+Triplets leading_triplets(
+    Engine& engine, int64_t r, int64_t subspace, uint64_t seed, double tolerance) {
+  const auto plan = default_plan(r);
+  const int64_t limit = subspace > 0 ? subspace : tolerance > 0 ? engine.m : plan.subspace;
+  const auto sketch = engine.gaussian(engine.n, std::min(plan.block, engine.m), seed)
+                          .expand({engine.count, -1, -1});
+  auto block = engine.transposed_times(sketch);
+  at::Tensor undo;
+  const auto sizes = diagonal_of(engine.gram(block, block)).amax(-1).sqrt();
+  if (!in_range(sizes.max().item<double>()) || !in_range(sizes.min().item<double>())) {
+    undo = engine.rescale();
+    block = engine.transposed_times(sketch);
+  }
+  const auto finish = [&](Triplets found, const at::Tensor& error) {
+    if (undo.defined()) {
+      found.S = found.S * undo.unsqueeze(-1);
+    }
+    found.error = error;
+    return found;
+  };
+
+  // A space of two thirds of all dimensions costs more than all of them at once.
+  const int64_t room = std::min(limit, 2 * engine.m / 3);
+  Settling settling(r, tolerance);
+  if (room < r || (room < limit && !settling.wanted())) {
+    const auto exact = at::full({engine.count}, engine.epsilon(), engine.wide());
+    return finish(dense(engine, r, seed), settling.wanted() ? exact : at::Tensor());
+  }
+  Space space(engine, room);
+  bool settled = false;
+  while (space.size() < room && !settled) {
+    block = orthonormalized(engine, block, space.basis());
+    if (block.size(-1) > room - space.size()) {
+      block = block.narrow(-1, 0, room - space.size()).contiguous();
+    }
+    const auto image = space.add(block);
+    settled = settling.wanted() && settling.settled(space);
+    if (space.size() < room && !settled) {
+      block = engine.transposed_times(image);
+    }
+  }
+  if (settling.wanted() && !settled && room < limit) {
+    const auto exact = at::full({engine.count}, engine.epsilon(), engine.wide());
+    return finish(dense(engine, r, seed), exact);
+  }
+  const auto chosen = engine.leading_vectors(space.form(), r);
+  const auto basis = engine.product(space.operand(), chosen);
+  const auto image = engine.product(space.image(), chosen);
+  return finish(rayleigh_ritz(engine, basis, image, seed), settling.error());
+}
+
+}  // namespace lora

@@ -1,0 +1,26 @@
+// Leading singular triplets by block Krylov subspaces (Musco and Musco, arXiv 1504.05477).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "engine.h"
+
+namespace lora {
+
+struct Triplets {
+  at::Tensor U, S, V;  // [count, n, r], wide [count, r], [count, m, r]: of the tall weights
+  at::Tensor error;    // wide [count], see leading_triplets; undefined if nothing was estimated
+};
+
+// The r leading triplets, descending. `subspace`: dimension of the Krylov space, 0 for the default.
+// With tolerance > 0 it stops when the largest relative error of the r values, estimated from how
+// fast they settle, is below it, and `subspace` is the largest dimension allowed (0: none).
+Triplets leading_triplets(
+    Engine& engine, int64_t r, int64_t subspace, uint64_t seed, double tolerance);
+
+// Triplets on the span of `basis` [count, m, r], nearly orthonormal but for zero columns at the end.
+// `image` is W basis. Rayleigh-Ritz with Gram matrices in float64.
+Triplets rayleigh_ritz(
+    const Engine& engine, const at::Tensor& basis, const at::Tensor& image, uint64_t seed);
+
+}  // namespace lora

@@ -1,0 +1,87 @@
+#include "orthonormal.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+namespace lora {
+namespace {
+
+// Squared sines. A column at less than 1e-6 of its length from the others' span is rounding noise in
+// float32; in the second pass, one that loses most of its length again was noise already.
+constexpr double kIndependent = 1e-12, kStable = 1e-2;
+constexpr double kMaxGrowth = 100;
+
+at::Tensor squared_lengths(const at::Tensor& gram) {
+  return gram.diagonal(0, -2, -1);
+}
+
+at::Tensor to_work(const Engine& engine, const at::Tensor& wide) {
+  return wide.to(engine.options.dtype());
+}
+
+}  // namespace
+
+at::Tensor orthonormalized(const Engine& engine, at::Tensor block, const at::Tensor& basis) {
+  const bool projected = basis.size(-1) > 0;
+  at::Tensor lengths;  // squared, of the columns before the projection
+  const auto project = [&] {
+    if (!projected) {
+      return;
+    }
+    const auto inside = engine.product(basis.mT(), block);  // [k, b]
+    engine.subtract_product_(block, basis, inside);
+    if (!lengths.defined()) {
+      lengths = squared_lengths(engine.gram(inside, inside));
+    }
+  };
+  project();
+  auto gram = engine.gram(block, block);
+  lengths = projected ? lengths + squared_lengths(gram) : squared_lengths(gram).clone();
+  const auto scale = at::where(lengths > 0, lengths.rsqrt(), 0);
+  gram.mul_(scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2));
+  auto inverse = engine.cholesky_inverse(gram, kIndependent);
+  // The first pass leaves an error of epsilon times the growth; a small one does no harm, as the
+  // Rayleigh-Ritz step takes the basis as it is.
+  const bool twice = !engine.host_sees_values() ||
+                     inverse.diagonal(0, -2, -1).max().item<double>() > kMaxGrowth;
+  block = engine.product(block, to_work(engine, inverse * scale.unsqueeze(-1)));
+  if (twice) {
+    project();
+    inverse = engine.cholesky_inverse(engine.gram(block, block), kStable);
+    block = engine.product(block, to_work(engine, inverse));
+  }
+  return block;
+}
+
+at::Tensor completed(const Engine& engine, at::Tensor q, uint64_t seed) {
+  const int64_t size = q.size(-2), rank = q.size(-1);
+  if (engine.host_sees_values()) {
+    const auto gram = engine.gram(q, q);
+    const auto error = (gram - at::eye(rank, gram.options())).abs().max().item<double>();
+    if (error <= 16 * engine.epsilon()) {
+      return q;
+    }
+  }
+  // By blocks from the left: those on the right are the less certain ones.
+  auto done = at::zeros_like(q);
+  for (int64_t begin = 0; begin < rank; begin += kMaxBlock) {
+    const int64_t width = std::min(kMaxBlock, rank - begin);
+    const auto before = done.narrow(-1, 0, begin);
+    auto block = orthonormalized(engine, q.narrow(-1, begin, width).clone(), before);
+    // Twice: a random direction may need it where little of the space is left.
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      const auto missing = squared_lengths(engine.gram(block, block)) < 0.5;  // [count, width]
+      if (engine.host_sees_values() && !missing.any().item<bool>()) {
+        break;
+      }
+      const auto random = engine.gaussian(size, width, seed + begin + repeat);
+      const auto filled = at::where(missing.unsqueeze(-2), random.unsqueeze(0), block);
+      block = orthonormalized(engine, filled.contiguous(), before);
+    }
+    done.narrow(-1, begin, width).copy_(block);
+  }
+  return done;
+}
+
+}  // namespace lora

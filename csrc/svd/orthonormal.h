@@ -1,0 +1,19 @@
+// Orthonormal bases by Cholesky factors of float64 Gram matrices: products instead of Householder's
+// reflections, and safe where columns depend on each other.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "engine.h"
+
+namespace lora {
+
+// An orthonormal basis of what `block` [count, m, b] adds to the span of `basis` [count, m, k]
+// (orthonormal, some columns perhaps zero; k may be 0). A column that adds nothing becomes zero.
+at::Tensor orthonormalized(const Engine& engine, at::Tensor block, const at::Tensor& basis);
+
+// `q` [count, p, r], whose columns are orthonormal but for rounding, zeros, and the last ones of a
+// rank-deficient weight, with all columns orthonormal: noise is orthogonalised, zeros are replaced.
+at::Tensor completed(const Engine& engine, at::Tensor q, uint64_t seed);
+
+}  // namespace lora

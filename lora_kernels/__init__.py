@@ -14,3 +14,4 @@ from . import svd as svd
 from ._version import __version__ as __version__
 from .gradients import capture_gradients as capture_gradients
 from .linear import LoRALinear as LoRALinear
+from .optim import lora_plus_groups as lora_plus_groups

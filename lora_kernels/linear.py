@@ -11,7 +11,7 @@ from ._errors import unknown_name
 from .init import Initializer, get_initializer
 from .init.base import checked, subtract_factors_, subtract_recipe_
 from .ops._checks import as_integer, check_rank, check_weight
-from .scaling import lora_scaling
+from .scaling import DEFAULT_ALPHA, check_start, lora_scaling, resolve_rule
 
 RESIDUALS = ("absorb", "implicit")
 _ABSORBED = "_lora_absorbed"  # set on a Parameter that lacks a start
@@ -20,21 +20,29 @@ _ABSORBED = "_lora_absorbed"  # set on a Parameter that lacks a start
 class LoRALinear(nn.Linear):
     """y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ with W, b frozen and A [r, in], B [out, r] trained.
 
+    With a start that has an R [r, r], LoRA-XS's or LoRA-SB's, y = x Wᵀ + b + s · drop(x) Aᵀ Rᵀ Bᵀ
+    and only R, `lora_R`, is trained; A and B are parameters that need no gradient. Else `lora_R`
+    is None.
+
     An adapter that does not start at zero must be taken out of the layer once:
 
     - `residual="absorb"`: W ← W − s·B₀A₀ in place. The forward costs what LoRA costs.
     - `residual="implicit"`: W keeps its bits, the forward subtracts the constant s·B₀A₀ itself
       (one product of rank 2r), so that many adapters can share the base.
 
-    A and B are float32 (float64 over a float64 base) whatever W is; the output has x's dtype.
+    A, B and R are float32 (float64 over a float64 base) whatever W is; the output has x's dtype.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         r: rank, 1 ≤ r ≤ min(in_features, out_features).
-        lora_alpha: s = lora_alpha / r, or lora_alpha / √r with `use_rslora`.
+        lora_alpha: what `scaling_rule` makes s from; 8 by default, 256 for "alpha_sqrt".
         init_lora_weights: a name ("loram", "pissa" ...) or an object of `lora_kernels.init`.
+        use_rslora: PEFT's spelling of scaling_rule="rslora".
+        scaling_rule: "lora" (the default), s = lora_alpha / r; "rslora" or "alpha_sqrt" (LoRA-α),
+            s = lora_alpha / √r, the latter for starts that do not grow with s.
         lora_dropout: probability of dropping an element of x on its way to A, while training.
         residual: "absorb" or "implicit".
+        gradient: [out, in], the loss gradient of W, for the starts that are made from it.
 
     Raises:
         ValueError: a value out of range, an unknown name, a weight that is zero or not finite.
@@ -49,16 +57,19 @@ class LoRALinear(nn.Linear):
         bias: bool = True,
         *,
         r: int = 8,
-        lora_alpha: float = 8,
+        lora_alpha: float | None = None,
         init_lora_weights: str | Initializer = "loram",
         use_rslora: bool = False,
+        scaling_rule: str | None = None,
         lora_dropout: float = 0.0,
         residual: str = "absorb",
+        gradient: Tensor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adapt(r, lora_alpha, init_lora_weights, use_rslora, lora_dropout, residual)
+        rule = resolve_rule(scaling_rule, use_rslora)
+        self._adapt(r, lora_alpha, init_lora_weights, rule, lora_dropout, residual, gradient)
 
     @classmethod
     def from_linear(
@@ -66,11 +77,13 @@ class LoRALinear(nn.Linear):
         linear: nn.Linear,
         *,
         r: int = 8,
-        lora_alpha: float = 8,
+        lora_alpha: float | None = None,
         init_lora_weights: str | Initializer = "loram",
         use_rslora: bool = False,
+        scaling_rule: str | None = None,
         lora_dropout: float = 0.0,
         residual: str = "absorb",
+        gradient: Tensor | None = None,
     ) -> LoRALinear:
         """The adapted layer over the linear's own weight and bias, which it takes over and freezes.
 
@@ -94,17 +107,19 @@ class LoRALinear(nn.Linear):
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.training = linear.training
-        layer._adapt(r, lora_alpha, init_lora_weights, use_rslora, lora_dropout, residual)
+        rule = resolve_rule(scaling_rule, use_rslora)
+        layer._adapt(r, lora_alpha, init_lora_weights, rule, lora_dropout, residual, gradient)
         return layer
 
     def _adapt(
         self,
         r: int,
-        lora_alpha: float,
+        lora_alpha: float | None,
         init_lora_weights: str | Initializer,
-        use_rslora: bool,
+        rule: str,
         lora_dropout: float,
         residual: str,
+        gradient: Tensor | None,
     ) -> None:
         r = as_integer(r, "r")
         check_weight(self.weight)
@@ -119,33 +134,41 @@ class LoRALinear(nn.Linear):
                 "this weight lacks the start of another adapter, which absorbed it; adapt it with "
                 "residual='implicit' if several adapters share it"
             )
-        if initializer.changes_base and self.weight.is_meta:
+        if (initializer.changes_base or initializer.reads_weight) and self.weight.is_meta:
             raise ValueError(
                 f"{type(initializer).__name__} reads the weight, which is on the meta device: "
                 "load it first"
             )
-        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.scaling = lora_scaling(lora_alpha, r, use_rslora)
+        if gradient is not None and not initializer.needs_gradient:
+            raise ValueError(f"{type(initializer).__name__} has no use for a gradient")
+        lora_alpha = DEFAULT_ALPHA[rule] if lora_alpha is None else lora_alpha
+        scaling = lora_scaling(lora_alpha, r, rule)
+        check_start(rule, scaling, initializer)
+        self.r, self.lora_alpha, self.scaling, self.scaling_rule = r, lora_alpha, scaling, rule
+        self.use_rslora = rule == "rslora"
         self.lora_dropout = lora_dropout
         self.residual = residual
         self.adapter_enabled = True
 
         with torch.no_grad():
             if residual == "absorb":
-                start = initializer.absorb_(self.weight, r, self.scaling)
+                start = initializer.absorb_(self.weight, r, scaling, gradient)
             else:
-                start = checked(initializer(self.weight, r, self.scaling), self.weight, r)
+                start = checked(initializer(self.weight, r, scaling, gradient), self.weight, r)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.lora_A = nn.Parameter(start.lora_A)
-        self.lora_B = nn.Parameter(start.lora_B)
+        has_R = start.lora_R is not None
+        self.lora_A = nn.Parameter(start.lora_A, requires_grad=not has_R)
+        self.lora_B = nn.Parameter(start.lora_B, requires_grad=not has_R)
+        self.register_parameter("lora_R", nn.Parameter(start.lora_R) if has_R else None)
         # What gives the base back: β and the rule, which is one number, or else the factors.
         changed = initializer.changes_base
         absorbed = changed and residual == "absorb"
         recipe = absorbed and start.beta is not None
         keep = changed and not recipe
-        self.register_buffer("start_A", start.lora_A.clone() if keep else None)
+        start_A = start.right() if has_R else start.lora_A.clone()
+        self.register_buffer("start_A", start_A if keep else None)
         self.register_buffer("start_B", start.lora_B.clone() if keep else None)
         self._absorbed_beta = start.beta if recipe else None
         self._absorbed_scaling = self.scaling if absorbed else None
@@ -171,6 +194,7 @@ class LoRALinear(nn.Linear):
             dropout,
             seed,
             *self._implicit_start(),
+            self.lora_R,
         )
 
     def _implicit_start(self) -> tuple[Tensor | None, Tensor | None]:
@@ -200,12 +224,14 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A new `nn.Linear` with everything merged: W + s·(BA − B₀A₀), summed in float32 or wider
-        and rounded once.
+        """A new `nn.Linear` with everything merged: W + s·(BA − B₀A₀), with BRA for BA if there is
+        an R, summed in float32 or wider and rounded once.
         """
         work = torch.promote_types(self.lora_A.dtype, torch.float32)
         weight = self.weight.detach().to(work, copy=True)
         left, right = self.lora_B.to(work), self.lora_A.to(work)
+        if self.lora_R is not None:
+            right = self.lora_R.to(work) @ right
         start_A, start_B = self._implicit_start()
         if start_A is not None:
             left = torch.cat([left, -start_B.to(work)], dim=1)  # [out, 2r]
@@ -243,7 +269,7 @@ class LoRALinear(nn.Linear):
         if scaling is not None and scaling != self.scaling:
             raise ValueError(
                 f"the saved layer absorbed its start with scaling {scaling:g}, this one has "
-                f"{self.scaling:g}: construct it with the same r, lora_alpha and use_rslora"
+                f"{self.scaling:g}: construct it with the same r, lora_alpha and scaling_rule"
             )
         self._absorbed_scaling = scaling
         self._absorbed_beta = values[1].clone() if values.numel() > 1 else None

@@ -3,13 +3,52 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+
+from ._errors import unknown_name
+from .init import Initializer
+from .ops._checks import check_positive
+
+DEFAULT_ALPHA = {"lora": 8.0, "rslora": 8.0, "alpha_sqrt": 256.0}
+RULES = tuple(DEFAULT_ALPHA)
 
 
-def lora_scaling(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
-    """α / r (LoRA, arXiv 2106.09685), or α / √r with `use_rslora` (arXiv 2312.03732)."""
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, Real):
-        raise TypeError(f"lora_alpha must be a number, got {type(lora_alpha).__name__}")
-    if not 0 < lora_alpha < math.inf:
-        raise ValueError(f"lora_alpha must be positive and finite, got {lora_alpha}")
-    return float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
+def resolve_rule(scaling_rule: str | None, use_rslora: bool) -> str:
+    """The name of the rule; `use_rslora` is PEFT's spelling of "rslora".
+
+    Raises:
+        ValueError: an unknown name, or one that `use_rslora=True` contradicts.
+
+    """
+    if scaling_rule is None:
+        return "rslora" if use_rslora else "lora"
+    if scaling_rule not in RULES:
+        raise unknown_name("scaling_rule", scaling_rule, RULES)
+    if use_rslora and scaling_rule != "rslora":
+        raise ValueError(
+            f"use_rslora=True is scaling_rule='rslora', but {scaling_rule!r} is asked for too: "
+            "give one of them"
+        )
+    return scaling_rule
+
+
+def lora_scaling(lora_alpha: float, r: int, rule: str = "lora") -> float:
+    """s by the rule:
+
+    - "lora": α / r (Hu et al., arXiv 2106.09685, section 4.1).
+    - "rslora": α / √r (Kalajdzievski, arXiv 2312.03732).
+    - "alpha_sqrt": C / √r, where `lora_alpha` is C: LoRA-α's α = C√r over r (arXiv 2606.12883,
+      which finds C = 256, and wants a zero-B start and the learning rates of full fine-tuning).
+    """
+    check_positive(lora_alpha, "lora_alpha")
+    return float(lora_alpha) / (r if rule == "lora" else math.sqrt(r))
+
+
+def check_start(rule: str, scaling: float, initializer: Initializer) -> None:
+    """Raises if the rule's s, some tens, meets a start that is multiplied by it as it is."""
+    if rule == "alpha_sqrt" and initializer.grows_with_scaling:
+        raise ValueError(
+            f"scaling_rule='alpha_sqrt' multiplies the start of {type(initializer).__name__} by "
+            f"s = {scaling:g}: s·B₀A₀ would dwarf the weight, and its rounding or noise swamp it. "
+            "Take a start with B = 0 ('lora', 'gaussian'), one that is divided by s ('pissa', "
+            "LoRAM(track='pissa')), or another scaling_rule"
+        )

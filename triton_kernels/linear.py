@@ -40,6 +40,7 @@ def linear_forward(
     seed: Tensor | None,
     start_A: Tensor | None,
     start_B: Tensor | None,
+    lora_R: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] and z = drop(x) Aᵀ [M, r] in x's dtype."""
     rows = _rows(x)  # [M, K]
@@ -55,13 +56,14 @@ def linear_forward(
             kernel = lambda: shrink(rows, lora_A, start_A, dropout, seed)  # noqa: E731
             ways = _first(r <= LOW_RANK, "kernel", kernel, ways)
         z, z0 = fastest(("z", *key), ways, x.device)
+        left = _through_R(z, lora_R)
         y = product(
-            ("y", *key), rows, weight, False, z, lora_B, scaling, bias, z0, start_B, -scaling
+            ("y", *key), rows, weight, False, left, lora_B, scaling, bias, z0, start_B, -scaling
         )
         return y, z
 
     ways = {"steps": z_then_y}
-    if thin and rows.shape[0] <= MOST_ROWS:
+    if thin and rows.shape[0] <= MOST_ROWS and lora_R is None:  # its kernels go from z to y at once
         overlap = _capability(x.device) >= (9, 0)
         kernels = lambda: decode(  # noqa: E731
             rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, overlap
@@ -84,24 +86,30 @@ def linear_backward(
     seed: Tensor | None,
     start_A: Tensor | None,
     start_B: Tensor | None,
+    lora_R: Tensor | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, W, b, A, B; an empty tensor for each that is not needed."""
-    needs_x, needs_weight, needs_bias, needs_A, needs_B = needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, W, b, A, B, R; an empty tensor for each that is not needed."""
+    needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_R = needs
     dy, rows, z = _rows(grad), _rows(x), z.contiguous()
     r = lora_B.shape[1]
-    grads: list[Tensor | None] = [None] * 5
+    grads: list[Tensor | None] = [None] * 6
     key = _key(rows, weight, r, False, start_A is not None, dropout > 0)
     thin = _thin(rows, weight, lora_A, lora_B)
-    if needs_x or needs_A or needs_B:
+    if needs_x or needs_A or needs_B or needs_R:
         start = start_B if needs_x else None
-        ways = {"library": lambda: _dz_dB_library(dy, lora_B, start, z, scaling, needs_B)}
+        left = _through_R(z, lora_R) if needs_B else z
+        ways = {"library": lambda: _dz_dB_library(dy, lora_B, start, left, scaling, needs_B)}
         if thin and is_worth_it(r, start is not None):
-            kernel = lambda: dz_dB(dy, lora_B, start, z, scaling, needs_B)  # noqa: E731
+            kernel = lambda: dz_dB(dy, lora_B, start, left, scaling, needs_B)  # noqa: E731
             ways = {"kernel": kernel, **ways}
         dz, dz0, dB = fastest(("dz", needs_B, start is None, *key), ways, x.device)
         if needs_B:
             grads[4] = dB
+        if needs_R:
+            grads[5] = _mm(dz.T, z, lora_R.dtype)
+        if lora_R is not None:
+            dz = torch.mm(dz, lora_R.to(dz.dtype))
     if needs_A:
         dtype = lora_A.dtype
         ways = {"library": lambda: _mm(dz.T, drop(rows, dropout, seed) if dropout else rows, dtype)}
@@ -166,6 +174,11 @@ def product(
                 z0, B0, scale0,
             )  # fmt: skip
     return fastest(key, ways, a.device)
+
+
+def _through_R(z: Tensor, R: Tensor | None) -> Tensor:
+    """z Rᵀ [M, r], what B is multiplied with: r · r numbers, for which the library does."""
+    return z if R is None else torch.mm(z, R.to(z.dtype).T)
 
 
 def _first(condition: bool, name: str, way, ways: dict) -> dict:

@@ -1,7 +1,7 @@
-// y = x W^T + b + s drop(x) A^T B^T - s x A0^T B0^T, and its gradients. The GEMMs are the
-// library's: at ranks up to 128 its thin products run at 150-800 GF/s, so that a rank-16 forward
-// costs 1-2 % over the base product. What is fused is the update of y and of dx in place (beta =
-// 1).
+// y = x W^T + b + s drop(x) A^T R^T B^T - s x A0^T B0^T (R may be absent), and its gradients. The
+// GEMMs are the library's: at ranks up to 128 its thin products run at 150-800 GF/s, so that a
+// rank-16 forward costs 1-2 % over the base product. What is fused is the update of y and of dx in
+// place (beta = 1).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -56,34 +56,41 @@ at::Tensor as_rows(const at::Tensor& x) {
   return x.reshape({count, x.size(-1)});
 }
 
+// z R^T, what B is multiplied with.
+at::Tensor through_R(const at::Tensor& z, const OptionalTensor& lora_R) {
+  return lora_R ? at::mm(z, lora_R->to(z.scalar_type()).t()) : z;
+}
+
 std::tuple<at::Tensor, at::Tensor> linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
     const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling, double dropout,
-    const OptionalTensor& seed, const OptionalTensor& start_A, const OptionalTensor& start_B) {
+    const OptionalTensor& seed, const OptionalTensor& start_A, const OptionalTensor& start_B,
+    const OptionalTensor& lora_R) {
   const auto dtype = x.scalar_type();
   const Dropout drop{dropout, seed};
   const auto rows = as_rows(x);                                     // [M, K]
   const auto A = lora_A.to(dtype), B = lora_B.to(dtype);            // [r, K], [N, r]
   const auto z = at::mm(drop.active() ? drop(rows) : rows, A.t());  // [M, r]
+  const auto into_B = through_R(z, lora_R);                         // [M, r]
   auto y = at::linear(rows, weight, bias);                          // [M, N]
   if (start_A) {
     // One product of rank 2r: start and adapter cancel before y is rounded.
     const auto z0 = at::mm(rows, start_A->to(dtype).t());
-    y.addmm_(at::cat({z, z0}, 1), at::cat({B, start_B->to(dtype).neg()}, 1).t(), 1, scaling);
+    y.addmm_(at::cat({into_B, z0}, 1), at::cat({B, start_B->to(dtype).neg()}, 1).t(), 1, scaling);
   } else {
-    y.addmm_(z, B.t(), 1, scaling);
+    y.addmm_(into_B, B.t(), 1, scaling);
   }
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
   return {at::_unsafe_view(y, shape), z};  // no view: a user may write into y in place
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor& z, double scaling, double dropout,
     const OptionalTensor& seed, const OptionalTensor& start_A, const OptionalTensor& start_B,
-    std::array<bool, 5> needs) {
-  const auto [needs_x, needs_weight, needs_bias, needs_A, needs_B] = needs;
+    const OptionalTensor& lora_R, std::array<bool, 6> needs) {
+  const auto [needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_R] = needs;
   const auto dtype = x.scalar_type();
   const Dropout drop{dropout, seed};
   const auto dy = as_rows(grad), rows = as_rows(x);
@@ -91,8 +98,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_ba
   const auto none = [&] { return at::empty({0}, x.options()); };
 
   at::Tensor dz;  // [M, r]
-  if (needs_x || needs_A) {
+  auto dR = none();
+  if (needs_x || needs_A || needs_R) {
     dz = at::mm(dy, lora_B.to(dtype)).mul_(scaling);
+    if (needs_R) {
+      dR = at::mm(dz.t(), z).to(lora_R->scalar_type());
+    }
+    if (lora_R) {
+      dz = at::mm(dz, lora_R->to(dtype));
+    }
   }
   auto dx = none();
   if (needs_x) {
@@ -112,10 +126,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_ba
   }
   auto dA =
       needs_A ? at::mm(dz.t(), drop.active() ? drop(rows) : rows).to(lora_A.scalar_type()) : none();
-  auto dB = needs_B ? at::mm(dy.t(), z).to(lora_B.scalar_type()).mul_(scaling) : none();
+  auto dB = needs_B ? at::mm(dy.t(), through_R(z, lora_R)).to(lora_B.scalar_type()).mul_(scaling)
+                    : none();
   auto dweight = needs_weight ? at::mm(dy.t(), rows) : none();
   auto dbias = needs_bias ? dy.sum(0) : none();
-  return {dx, dweight, dbias, dA, dB};
+  return {dx, dweight, dbias, dA, dB, dR};
 }
 
 }  // namespace

@@ -1,15 +1,24 @@
 """Initialisers: one file per family, one registry of names."""
 
 from .base import Initializer, Start
-from .lora import LoRA
+from .data_driven import LoRAGA, LoRAOne, LoRASB
 from .loram import LoRAM
+from .random import Gaussian, InitAB, InitABPlus, InitB, LoRA
 from .registry import get_initializer, initializer_names, register_initializer
-from .spectral import MiLoRA, OLoRA, PiSSA
+from .spectral import LoRAXS, MiLoRA, OLoRA, PiSSA
 
 __all__ = [
+    "Gaussian",
+    "InitAB",
+    "InitABPlus",
+    "InitB",
     "Initializer",
     "LoRA",
+    "LoRAGA",
     "LoRAM",
+    "LoRAOne",
+    "LoRASB",
+    "LoRAXS",
     "MiLoRA",
     "OLoRA",
     "PiSSA",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -16,22 +17,42 @@ class Start:
     """Where an adapter starts.
 
     `lora_A` [r, in] and `lora_B` [out, r]; `beta`, the DST scale if the factors are β times DST
-    bases (0-dim float64), from which they can be made again.
+    bases (0-dim float64), from which they can be made again; `lora_R` [r, r] if that is what trains
+    between a frozen A and B, which the layer then multiplies as B R A.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     beta: Tensor | None = None
+    lora_R: Tensor | None = None
+
+    def right(self) -> Tensor:
+        """A, or R A if there is an R, in float32 or wider: s · B₀A₀ is s · `lora_B` times this."""
+        work = torch.promote_types(self.lora_A.dtype, torch.float32)
+        lora_A = self.lora_A.to(work)
+        return lora_A if self.lora_R is None else self.lora_R.to(work) @ lora_A
 
 
 class Initializer(ABC):
     """Base of all initialisers; subclasses are frozen dataclasses whose fields are their options.
 
-    `changes_base`: whether s · B₀A₀ is not zero and has to be taken out of the layer, so that it
-    starts as the layer it adapts.
+    Class attributes say what a layer has to know beforehand:
+
+    - `changes_base`: whether s · B₀A₀ is not zero and has to be taken out of the layer, so that it
+      starts as the layer it adapts.
+    - `reads_weight`: whether the start depends on W's values.
+    - `needs_gradient`: whether it is made from the loss gradient of W.
+    - `grows_with_scaling`: whether s · B₀A₀ is of some size, and the larger the larger s is.
     """
 
     changes_base: bool
+    reads_weight: bool = False
+    needs_gradient: bool = False
+
+    @property
+    def grows_with_scaling(self) -> bool:
+        """What holds of a start that is neither zero nor divided by s."""
+        return self.changes_base
 
     @abstractmethod
     def __call__(
@@ -43,13 +64,19 @@ class Initializer(ABC):
         the loss, for starts that are made from it.
         """
 
-    def absorb_(self, weight: Tensor, r: int, scaling: float) -> Start:
+    def absorb_(
+        self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
+    ) -> Start:
         """The start, with weight ← weight − scaling · B₀A₀ in place if that is not zero.
 
-        Nothing is written if an error is raised.
+        Raises:
+            ValueError: if W holds NaN or Inf, or has no room for the residual, beside what the call
+                raises. Nothing is written then.
+
         """
-        start = checked(self(weight, r, scaling), weight, r)
+        start = checked(self(weight, r, scaling, gradient), weight, r)
         if self.changes_base:
+            _check_residual_fits(weight, start, scaling)
             subtract_start_(weight, start, scaling)
         return start
 
@@ -64,8 +91,10 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
     rows, cols = weight.shape
     dtype = factor_dtype(weight.dtype)
     factors = {}
-    for name, shape in (("lora_A", (r, cols)), ("lora_B", (rows, r))):
+    for name, shape in (("lora_A", (r, cols)), ("lora_B", (rows, r)), ("lora_R", (r, r))):
         factor = getattr(start, name)
+        if factor is None and name == "lora_R":
+            continue
         if tuple(factor.shape) != shape:
             raise ValueError(
                 f"the initialiser gave {name} of shape {list(factor.shape)}; a weight "
@@ -78,6 +107,20 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
     return replace(start, **factors)
 
 
+def _check_residual_fits(weight: Tensor, start: Start, scaling: float) -> None:
+    """Raises if W − s·B₀A₀ could overflow: |entry of BA| ≤ |row of B| |column of A|."""
+    largest = float(torch.linalg.vector_norm(weight, math.inf))
+    if not math.isfinite(largest):
+        raise ValueError("weight holds NaN or Inf; it was not changed")
+    row = torch.linalg.vector_norm(start.lora_B, dim=1, dtype=torch.float64).max()
+    column = torch.linalg.vector_norm(start.right(), dim=0, dtype=torch.float64).max()
+    if largest + abs(scaling) * float(row * column) > torch.finfo(weight.dtype).max:
+        raise ValueError(
+            f"with scaling {scaling:g} the residual of weight could overflow {weight.dtype}; "
+            "it was not changed"
+        )
+
+
 _ROW_BLOCK = 256
 
 
@@ -86,7 +129,7 @@ def subtract_start_(weight: Tensor, start: Start, scaling: float) -> None:
     if start.beta is not None:
         subtract_recipe_(weight, start.beta, start.lora_A.shape[0], scaling)
     else:
-        subtract_factors_(weight, start.lora_A, start.lora_B, scaling)
+        subtract_factors_(weight, start.right(), start.lora_B, scaling)
 
 
 def subtract_recipe_(weight: Tensor, beta: Tensor, r: int, scaling: float) -> None:

@@ -1,7 +1,7 @@
-"""Starts from a factorisation of the weight: PiSSA, MiLoRA, OLoRA.
+"""Starts from a factorisation of the weight: PiSSA, MiLoRA, OLoRA, LoRA-XS.
 
-All take s·BA out of the weight. The factors have no recipe: a layer keeps them, so that its base
-and a reload are exact, whatever an SVD would give the next time.
+All but LoRA-XS take s·BA out of the weight. The factors have no recipe: a layer keeps them, so that
+its base and a reload are exact, whatever an SVD would give the next time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import svd
-from ..ops._checks import as_integer, check_finite
+from ..ops._checks import as_integer, check_finite, check_positive
 from ..ops.randomized_svd import check_tolerance
 from .base import Initializer, Start
 from .registry import register_initializer
@@ -23,21 +23,17 @@ _ZERO = 1e-12
 
 
 @dataclass(frozen=True)
-class PiSSA(Initializer):
-    """B = U_r √(S_r / s), A = √(S_r / s) V_rᵀ of the r largest singular triplets of W = USVᵀ.
-
-    Meng et al., arXiv 2404.02948, equations 2 and 3; s·BA is the best approximation of W of rank r.
-    W changes (W − s·BA). Cost: some ten products of W with r columns; with `method="exact"` a full
-    SVD, 12 to 40 s for 4096 × 4096 on 2 cores.
-
-    `method`, `seed`, `subspace` and `tol` are those of `lora_kernels.svd.truncated`.
+class _Leading(Initializer):
+    """What starts from the largest singular triplets share: the options of
+    `lora_kernels.svd.truncated`.
     """
 
     method: str = "randomized"
     seed: int = 0
     subspace: int | None = None
     tol: float | None = None
-    changes_base = True
+    reads_weight = True
+    grows_with_scaling = False
 
     def __post_init__(self) -> None:
         svd.check_options(self.method, self.tol, self.subspace)
@@ -45,25 +41,34 @@ class PiSSA(Initializer):
         if self.tol is not None:
             check_tolerance(self.tol)
 
+    def _triplets(self, weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+        """U, S, Vᵀ; ValueError if W holds NaN or Inf, or has a rank less than r."""
+        options = {"tol": self.tol, "subspace": self.subspace, "seed": self.seed}
+        U, S, Vh, _ = svd.truncated(weight, r, self.method, **options)
+        refuse_small_rank(S, weight, "weight", type(self).__name__)
+        return U, S, Vh
+
+
+@dataclass(frozen=True)
+class PiSSA(_Leading):
+    """B = U_r √(S_r / s), A = √(S_r / s) V_rᵀ of the r largest singular triplets of W = USVᵀ.
+
+    Meng et al., arXiv 2404.02948, equations 2 and 3; s·BA is the best approximation of W of rank r.
+    W changes (W − s·BA). Cost: some ten products of W with r columns; with `method="exact"` a full
+    SVD, 12 to 40 s for 4096 × 4096 on 2 cores. There is no recipe: the factors are kept.
+
+    `method`, `seed`, `subspace` and `tol` are those of `lora_kernels.svd.truncated`.
+    """
+
+    changes_base = True
+
     def __call__(
         self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
     ) -> Start:
         """The start; ValueError if W holds NaN or Inf, or if its rank is less than r: what lies
         beyond it would be zero in A and in B, where both gradients vanish.
         """
-        options = {"tol": self.tol, "subspace": self.subspace, "seed": self.seed}
-        U, S, Vh, _ = svd.truncated(weight, r, self.method, **options)
-        # What rounding makes of a zero is a few eps of the largest, and grows slowly with the size.
-        noise = 4 * math.sqrt(max(weight.shape)) * torch.finfo(S.dtype).eps * float(S[0])
-        rank = int(torch.gt(S, noise).sum())
-        if rank == 0:
-            raise ValueError("weight is zero: PiSSA would start A and B at zero and never train")
-        if rank < r:
-            raise ValueError(
-                f"weight has numerical rank {rank}, less than r = {r}: the other {r - rank} "
-                f"components of PiSSA would start at zero and never train; take r <= {rank}"
-            )
-        return _split(U, S, Vh, scaling)
+        return _split(*self._triplets(weight, r), scaling)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class MiLoRA(Initializer):
 
     Wang et al., arXiv 2406.09044, section 3. W changes, as little as it can at this rank
     (W − s·BA). Cost: a factorisation of W (square) or of WᵀW (not square) in float64 and some
-    solves; with `method="exact"` a full SVD.
+    solves; with `method="exact"` a full SVD. There is no recipe: the factors are kept.
 
     A singular value that is zero but for rounding gives small factors, which train; one that is
     zero gives none, which never would, and is an error.
@@ -83,6 +88,8 @@ class MiLoRA(Initializer):
     method: str = "randomized"
     seed: int = 0
     changes_base = True
+    reads_weight = True
+    grows_with_scaling = False
 
     def __post_init__(self) -> None:
         svd.check_options(self.method)
@@ -113,13 +120,15 @@ class OLoRA(Initializer):
     """B = Q[:, :r], A = R[:r] of W = QR, with the signs that make R's diagonal positive.
 
     Büyükakyüz, arXiv 2406.01775. Deterministic; not divided by s. W changes
-    (W − s·BA). Cost: a QR of W's first r columns and one product of W with r columns.
+    (W − s·BA). Cost: a QR of W's first r columns and one product of W with r columns. There is no
+    recipe: the factors are kept.
 
     B is orthonormal whatever W is, so that every component trains, those that start at zero too
     (W of a rank less than r, or zero).
     """
 
     changes_base = True
+    reads_weight = True
 
     def __call__(
         self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
@@ -127,6 +136,52 @@ class OLoRA(Initializer):
         """The start; ValueError if W holds NaN or Inf."""
         Q, R = torch.ops.lora.thin_qr(weight, r)
         return Start(R, Q)
+
+
+@dataclass(frozen=True)
+class LoRAXS(_Leading):
+    """B = U_r, A = S_r V_rᵀ of W = USVᵀ, both frozen; only R ~ N(0, `sigma`²) [r, r] trains.
+
+    Bałazy et al., arXiv 2405.17604, section 3: y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ. The paper's s is 1:
+    `lora_alpha` = r. W does not change: s·B R A is some 1e-5 of W. Cost: that of PiSSA. There is no
+    recipe: A and B are kept.
+
+    `method`, `subspace` and `tol` are those of `lora_kernels.svd.truncated`; `seed` is its seed and
+    that of R's own generator.
+    """
+
+    sigma: float = 1e-5
+    changes_base = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self.sigma, "sigma")
+
+    def __call__(
+        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
+    ) -> Start:
+        """The start; ValueError if W holds NaN or Inf, or if its rank is less than r: what lies
+        beyond it would be zero in A, where R's columns never train.
+        """
+        U, S, Vh = self._triplets(weight, r)
+        lora_R = torch.empty(r, r, dtype=U.dtype, device=U.device)
+        generator = torch.Generator(U.device).manual_seed(int(self.seed))
+        return Start(S[:, None] * Vh, U, lora_R=lora_R.normal_(std=self.sigma, generator=generator))
+
+
+def refuse_small_rank(S: Tensor, matrix: Tensor, name: str, method: str) -> None:
+    """Raises if one of `matrix`'s singular values S, the largest first, is zero but for rounding:
+    a few eps of the largest, which grow slowly with the size.
+    """
+    noise = 4 * math.sqrt(max(matrix.shape)) * torch.finfo(S.dtype).eps * float(S[0])
+    r, rank = len(S), int(torch.gt(S, noise).sum())
+    if rank == 0:
+        raise ValueError(f"{name} is zero: {method} would start at zero and never train")
+    if rank < r:
+        raise ValueError(
+            f"{name} has numerical rank {rank}, less than r = {r}: the other {r - rank} "
+            f"components of {method} would start at zero and never train; take r <= {rank}"
+        )
 
 
 def _split(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Start:
@@ -141,3 +196,4 @@ def _split(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Start:
 register_initializer("pissa", PiSSA)
 register_initializer("milora", MiLoRA)
 register_initializer("olora", OLoRA)
+register_initializer("lora_xs", LoRAXS)

@@ -6,7 +6,8 @@ GPU waited.
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 
 import torch
 
@@ -73,6 +74,14 @@ def check_finite(value: float, name: str) -> None:
     """Raises unless the Python number `value` is finite."""
     if value != value or abs(value) == float("inf"):
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_positive(value: object, name: str) -> None:
+    """Raises unless `value` is a positive, finite number of any library's kind; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:

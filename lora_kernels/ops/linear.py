@@ -1,9 +1,11 @@
 """`lora::linear`: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ (Hu et al., arXiv 2106.09685, eq. 3), with its
-backward. With `start_A`, `start_B` (the implicit residual) also − s · x A₀ᵀ B₀ᵀ, constant.
+backward. With `lora_R` it is s · drop(x) Aᵀ Rᵀ Bᵀ (LoRA-XS, arXiv 2405.17604); with `start_A`,
+`start_B` (the implicit residual) also − s · x A₀ᵀ B₀ᵀ, constant.
 
-Shapes: x [..., K], weight [N, K], bias [N], lora_A and start_A [r, K], lora_B and start_B [N, r].
-It computes in x's dtype; A and B may be kept wider (fp32 masters) and get their gradients so.
-Saved for backward: x and z = drop(x) Aᵀ [M, r]. The dropout mask is drawn again from `seed`.
+Shapes: x [..., K], weight [N, K], bias [N], lora_A and start_A [r, K], lora_B and start_B [N, r],
+lora_R [r, r]. It computes in x's dtype; A, B and R may be kept wider (fp32 masters) and get their
+gradients so. Saved for backward: x and z = drop(x) Aᵀ [M, r]. The dropout mask is drawn again from
+`seed`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from ._checks import FLOATS
 from ._library import LIBRARY, define_composite, define_kernel
 from .philox import dropout as drop_elements
 
-_EXTRAS = "float dropout, Tensor? seed, Tensor? start_A, Tensor? start_B"
+_EXTRAS = "float dropout, Tensor? seed, Tensor? start_A, Tensor? start_B, Tensor? lora_R"
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -35,23 +37,26 @@ def linear_forward_ref(
     seed: Tensor | None,
     start_A: Tensor | None,
     start_B: Tensor | None,
+    lora_R: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(x)  # [M, K]
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     z = (drop_elements(rows, dropout, seed) if dropout > 0 else rows) @ A.T  # [M, r]
+    into_B = z if lora_R is None else z @ lora_R.to(x.dtype).T  # [M, r]
     y = torch.nn.functional.linear(rows, weight, bias)  # [M, N]
     if start_A is None:
-        y.addmm_(z, B.T, alpha=scaling)
+        y.addmm_(into_B, B.T, alpha=scaling)
     else:
         # One product of rank 2r: start and adapter cancel before y is rounded.
         z0 = rows @ start_A.to(x.dtype).T
-        y.addmm_(torch.cat([z, z0], 1), torch.cat([B, -start_B.to(x.dtype)], 1).T, alpha=scaling)
+        factors = torch.cat([B, -start_B.to(x.dtype)], 1)
+        y.addmm_(torch.cat([into_B, z0], 1), factors.T, alpha=scaling)
     # No view: a user may write into y in place.
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), z
 
 
 def linear_forward_fake(
-    x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B
+    x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, lora_R
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty(_rows(x).shape[0], lora_A.shape[0])
@@ -69,13 +74,21 @@ def linear_backward_ref(
     seed: Tensor | None,
     start_A: Tensor | None,
     start_B: Tensor | None,
+    lora_R: Tensor | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    needs_x, needs_weight, needs_bias, needs_A, needs_B = needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_R = needs
     dy, rows = _rows(grad), _rows(x)
     A = lora_A.to(x.dtype)
-    dx = dweight = dbias = dA = dB = x.new_empty(0)
+    dx = dweight = dbias = dA = dB = dR = x.new_empty(0)
     dz = (dy @ lora_B.to(x.dtype)) * scaling  # [M, r]
+    into_B = z
+    if lora_R is not None:
+        R = lora_R.to(x.dtype)
+        into_B = z @ R.T
+        if needs_R:
+            dR = (dz.T @ z).to(lora_R.dtype)
+        dz = dz @ R
     if needs_x:
         dx = dy @ weight
         through_A = dz @ A
@@ -87,19 +100,20 @@ def linear_backward_ref(
         dropped = drop_elements(rows, dropout, seed) if dropout > 0 else rows
         dA = (dz.T @ dropped).to(lora_A.dtype)
     if needs_B:
-        dB = (dy.T @ z).to(lora_B.dtype) * scaling
+        dB = (dy.T @ into_B).to(lora_B.dtype) * scaling
     if needs_weight:
         dweight = dy.T @ rows
     if needs_bias:
         dbias = dy.sum(0)
-    return tuple(t.clone() if t.numel() == 0 else t for t in (dx, dweight, dbias, dA, dB))
+    return tuple(t.clone() if t.numel() == 0 else t for t in (dx, dweight, dbias, dA, dB, dR))
 
 
 def linear_backward_fake(
-    grad, x, weight, lora_A, lora_B, z, scaling, dropout, seed, start_A, start_B, needs
+    grad, x, weight, lora_A, lora_B, z, scaling, dropout, seed, start_A, start_B, lora_R, needs
 ) -> tuple[Tensor, ...]:
-    shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape)
-    dtypes = (x.dtype, x.dtype, x.dtype, lora_A.dtype, lora_B.dtype)
+    R = x if lora_R is None else lora_R  # needed only if there is one
+    shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape, R.shape)
+    dtypes = (x.dtype, x.dtype, x.dtype, lora_A.dtype, lora_B.dtype, R.dtype)
     return tuple(
         x.new_empty(shape if need else (0,), dtype=dtype if need else x.dtype)
         for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
@@ -110,11 +124,13 @@ class _Linear(torch.autograd.Function):
     """Forward and backward kernel, tied together."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B):
+    def forward(
+        ctx, x, weight, bias, lora_A, lora_B, lora_R, scaling, dropout, seed, start_A, start_B
+    ):
         y, z = torch.ops.lora.linear_forward(
-            x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B
+            x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, lora_R
         )
-        ctx.save_for_backward(x, weight, lora_A, lora_B, z, seed, start_A, start_B)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, z, seed, start_A, start_B, lora_R)
         ctx.scaling, ctx.dropout = scaling, dropout
         return y
 
@@ -122,7 +138,7 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, lora_A, lora_B, z, *extras = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:5])
+        needs = list(ctx.needs_input_grad[:6])
         # Autocast has done its part in the forward: here it would cast what the kernel multiplies.
         with torch.amp.autocast(grad.device.type, enabled=False):
             grads = torch.ops.lora.linear_backward(
@@ -143,15 +159,20 @@ def linear(
     seed: Tensor | None = None,
     start_A: Tensor | None = None,
     start_B: Tensor | None = None,
+    lora_R: Tensor | None = None,
 ) -> Tensor:
-    args = (x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B)
-    _check(*args)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
-        return _Linear.apply(*args)
-    return torch.ops.lora.linear_forward(*args)[0]
+    operands = (x, weight, bias, lora_A, lora_B)
+    extras = (scaling, dropout, seed, start_A, start_B)
+    _check(*operands, *extras, lora_R)
+    learned = (*operands, lora_R)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
+        return _Linear.apply(*learned, *extras)
+    return torch.ops.lora.linear_forward(*operands, *extras, lora_R)[0]
 
 
-def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B) -> None:
+def _check(
+    x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, lora_R
+) -> None:
     """Raises if the arguments do not fit. Plain comparisons: it runs at every call of a layer, and
     torch._check with its closures took 20 us, as long as a small layer itself.
     """
@@ -172,6 +193,7 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, sta
     _check_operand("lora_B", lora_B, (n, r), x, weight, r)
     _check_operand("start_A", start_A, (r, k), x, weight, r)
     _check_operand("start_B", start_B, (n, r), x, weight, r)
+    _check_operand("lora_R", lora_R, (r, r), x, weight, r)
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -202,7 +224,7 @@ def _check_operand(name, tensor, shape, x, weight, r) -> None:
 
 
 def _autocast_to(device_type: str):
-    """x, W and b as torch.autocast casts them for nn.Linear; A and B stay as they are."""
+    """x, W and b as torch.autocast casts them for nn.Linear; A, B and R stay as they are."""
 
     def linear_autocast(x, weight, bias, *args, **kwargs):
         dtype = torch.get_autocast_dtype(device_type)
@@ -226,14 +248,15 @@ define_kernel(
 )
 define_kernel(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor z, "
-    f"float scaling, {_EXTRAS}, bool[5] needs) "
-    "-> (Tensor x, Tensor weight, Tensor bias, Tensor lora_A, Tensor lora_B)",
+    f"float scaling, {_EXTRAS}, bool[6] needs) "
+    "-> (Tensor x, Tensor weight, Tensor bias, Tensor lora_A, Tensor lora_B, Tensor lora_R)",
     linear_backward_ref,
     linear_backward_fake,
 )
 define_composite(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
-    "float dropout=0.0, Tensor? seed=None, Tensor? start_A=None, Tensor? start_B=None) -> Tensor",
+    "float dropout=0.0, Tensor? seed=None, Tensor? start_A=None, Tensor? start_B=None, "
+    "Tensor? lora_R=None) -> Tensor",
     linear,
 )
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):

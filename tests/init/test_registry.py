@@ -23,7 +23,15 @@ from ..oracle import ROUNDING
 
 
 def test_names():
-    assert {"lora", "loram"} <= set(initializer_names())
+    random = {"lora", "init_b", "gaussian", "init_ab", "init_ab_plus"}
+    spectral = {"pissa", "milora", "olora", "lora_xs"}
+    data_driven = {"lora_ga", "lora_one", "lora_sb"}
+    assert {"loram"} | random | spectral | data_driven <= set(initializer_names())
+    for name in initializer_names():
+        initializer = get_initializer(name)
+        assert initializer.needs_gradient == (name in data_driven)
+        source = f"{type(initializer).__doc__} {type(initializer).__mro__[1].__doc__}"
+        assert "arXiv" in source or "PEFT" in source  # formula and source are told
     assert get_initializer("LoRAM") == LoRAM()
     assert get_initializer(LoRA(seed=1)) == LoRA(seed=1)
 

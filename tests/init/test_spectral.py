@@ -1,4 +1,4 @@
-"""PiSSA, MiLoRA and OLoRA against their papers' formulas, PEFT, and in the layer."""
+"""PiSSA, MiLoRA, OLoRA and LoRA-XS against their papers' formulas, PEFT, and in the layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_kernels import LoRALinear, svd
-from lora_kernels.init import MiLoRA, OLoRA, PiSSA, get_initializer
+from lora_kernels.init import LoRAXS, MiLoRA, OLoRA, PiSSA, get_initializer
 
 from ..devices import rng_state
 from ..ops.spectra import noise_of, with_sigma
@@ -255,12 +255,6 @@ def test_life_of_a_layer(name, residual, dtype, device):
         assert (one(x).double() - y).norm() <= 32 * eps * y.norm()
 
 
-@pytest.fixture(scope="module")
-def real_linears(real_model):
-    block = real_model.model.layers[12]
-    return [block.self_attn.k_proj, block.self_attn.q_proj, block.mlp.down_proj]
-
-
 def peft_start(linear: nn.Linear, init: str, r: int, alpha: int):
     """(s·BA, the residual weight) as PEFT makes them, in float64."""
     peft = pytest.importorskip("peft")
@@ -314,3 +308,62 @@ def test_milora_on_real_weights(init, real_linears, device):
         kept = np.linalg.svd(W - got, compute_uv=False)
         assert (np.abs(kept[:-16] - sigma[:-16]) <= 1e-3 * sigma[:-16] + noise).all()
         assert kept[-16:].max() <= 1e-3 * sigma[0]
+
+
+class TestLoRAXS:
+    """The triplets in A and B with all of S in A, and R small: the paper's section 3."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("method", ["randomized", "exact"])
+    @pytest.mark.parametrize("shape", [(60, 90), (90, 60), (64, 64)])
+    def test_formula(self, method, dtype, shape, device):
+        r = 8
+        weight = stepped(*shape, r).to(device, dtype)
+        before = weight.clone()
+        start = LoRAXS(method=method)(weight, r, 0.25)  # s plays no part
+        assert torch.equal(weight, before) and start.beta is None
+        A, B, R = (to_numpy(t) for t in (start.lora_A, start.lora_B, start.lora_R))
+        W = to_numpy(weight)
+        U, S, Vh = np.linalg.svd(W, full_matrices=False)
+        noise = 10 * noise_of(weight)
+        assert np.abs(B @ A - U[:, :r] * S[:r] @ Vh[:r]).max() <= noise * S[0]
+        assert np.abs(B.T @ B - np.eye(r)).max() <= noise
+        assert np.abs(A @ A.T - np.diag(S[:r] ** 2)).max() <= max(noise, 2e-3) * S[0] ** 2
+        assert R.shape == (r, r) and 0 < np.abs(R).max() < 5e-5  # five σ
+        assert np.std(R) == pytest.approx(1e-5, rel=0.3)  # of 64 numbers: 0.09 is one σ
+
+    def test_seed_and_sigma(self, device):
+        weight = torch.randn(30, 40).to(device)
+        state = rng_state(device)
+        first, same = LoRAXS(seed=3)(weight, 4), LoRAXS(seed=3)(weight, 4)
+        wider, other = LoRAXS(seed=3, sigma=1e-2)(weight, 4), LoRAXS(seed=4)(weight, 4)
+        assert torch.equal(rng_state(device), state)
+        assert torch.equal(first.lora_R, same.lora_R)
+        torch.testing.assert_close(wider.lora_R, 1000 * first.lora_R)
+        assert not torch.equal(first.lora_R, other.lora_R)
+
+    @pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])
+    def test_bad_sigma(self, sigma):
+        with pytest.raises(ValueError, match="sigma must be positive"):
+            LoRAXS(sigma=sigma)
+
+    def test_bad_weights(self, device):
+        weight = (torch.randn(40, 3) @ torch.randn(3, 30)).to(device)
+        with pytest.raises(ValueError, match=r"numerical rank 3, less than r = 4.*LoRAXS"):
+            LoRAXS()(weight, 4)
+        with pytest.raises(ValueError, match="weight is zero: LoRAXS"):
+            LoRAXS()(torch.zeros(8, 9, device=device), 2)
+        with pytest.raises(ValueError, match="meta device: load it first"):
+            linear = nn.Linear(8, 8, device="meta")
+            LoRALinear.from_linear(linear, r=2, init_lora_weights="lora_xs")
+
+    @needs_real_model
+    def test_real_weights(self, real_linears, device):
+        for linear in real_linears:
+            W = to_numpy(linear.weight)
+            start = LoRAXS(method="exact")(linear.weight.to(device), 16)
+            A, B = to_numpy(start.lora_A), to_numpy(start.lora_B)
+            U, S, Vh = np.linalg.svd(W, full_matrices=False)
+            want = U[:, :16] * S[:16] @ Vh[:16]
+            # Vectors at a near tie of σ_r and σ_{r+1} mix, as in PiSSA's test above.
+            assert np.linalg.norm(B @ A - want) <= 1e-4 * np.linalg.norm(want)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from .compiled import has_compiled_kernel
+from .compiled import needs_compiled
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests themselves run it on the GPU")
-@pytest.mark.skipif(not has_compiled_kernel("_randomized_svd"), reason="not compiled")
+@needs_compiled("_randomized_svd")
 @pytest.mark.parametrize("operator", ["randomized_svd", "minor_svd", "thin_qr"])
 def test_batched_engine(operator):
     # LAPACK's bits depend on the number of threads; this engine does not hold them.

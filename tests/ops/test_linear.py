@@ -17,9 +17,10 @@ from ..oracle import ROUNDING, assert_close, to_numpy
 op = torch.ops.lora.linear
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 GRADS = ("x", "weight", "bias", "lora_A", "lora_B")
+LEARNED = (*GRADS, "lora_R")
 
 
-def inputs(lead, n, k, r, dtype, *, bias=True, start=False, device="cpu"):
+def inputs(lead, n, k, r, dtype, *, bias=True, start=False, core=False, device="cpu"):
     factor = torch.float64 if dtype == torch.float64 else torch.float32
     make = lambda *shape: torch.randn(*shape).to(device)  # noqa: E731
     tensors = {
@@ -31,25 +32,28 @@ def inputs(lead, n, k, r, dtype, *, bias=True, start=False, device="cpu"):
     }
     tensors["start_A"] = (make(r, k) / k**0.5).to(factor) if start else None
     tensors["start_B"] = make(n, r).to(factor) if start else None
+    tensors["lora_R"] = (make(r, r) / r**0.5).to(factor) if core else None
     return tensors
 
 
 def call(t, scaling, dropout=0.0, seed=None):
-    names = ("x", "weight", "bias", "lora_A", "lora_B")
-    return op(*(t[k] for k in names), scaling, dropout, seed, t["start_A"], t["start_B"])
+    extras = (t["start_A"], t["start_B"], t["lora_R"])
+    return op(*(t[k] for k in GRADS), scaling, dropout, seed, *extras)
 
 
 def formula(f, g, mask, s, sign):
-    """Y and all five gradients; `sign` is the start's."""
+    """Y and all six gradients; `sign` is the start's."""
     x, W, A, B = f["x"], f["weight"], f["lora_A"], f["lora_B"]
+    R = f.get("lora_R", np.eye(len(A)))
     dropped = x * mask
     values = {
-        "y": x @ W.T + s * dropped @ A.T @ B.T + f.get("bias", 0.0),
-        "x": g @ W + s * mask * (g @ B @ A),
+        "y": x @ W.T + s * dropped @ A.T @ R.T @ B.T + f.get("bias", 0.0),
+        "x": g @ W + s * mask * (g @ B @ R @ A),
         "weight": g.T @ x,
         "bias": g.sum(0),
-        "lora_A": s * (g @ B).T @ dropped,
-        "lora_B": s * g.T @ (dropped @ A.T),
+        "lora_A": s * (g @ B @ R).T @ dropped,
+        "lora_B": s * g.T @ (dropped @ A.T @ R.T),
+        "lora_R": s * (g @ B).T @ (dropped @ A.T),
     }
     if "start_A" in f:
         values["y"] += sign * s * x @ f["start_A"].T @ f["start_B"].T
@@ -72,24 +76,26 @@ def oracle(t, dy, scaling, dropout=0.0, seed=None):
     return formula(f, g, mask, scaling, -1), {k: np.sqrt(v) for k, v in size.items()}
 
 
-def largest_ratio(dtype, m, n, k, r, entries) -> float:
+def largest_ratio(dtype, m, n, k, r, entries, core=False) -> float:
     """Bound on ‖error‖ / ‖size‖ from independent roundings, each uniform in ± u times its value.
 
     At most 7 to the dtype follow each other (dx: dz, s dz, dz A, its dropout, and the sum of three
-    products twice, the first of them rounded itself), and m + n + k + r in the accumulators (the
-    float64 oracle's included: a partial sum is half the whole in the mean square). Each adds u² / 3
+    products twice, the first of them rounded itself), 8 with R (dz R), and m + n + k + r in the
+    accumulators (the float64 oracle's included: a partial sum is half the whole in the mean
+    square), r more with R. Each adds u² / 3
     to (error / size)², if values are as large as their terms. Where few numbers, d, determine a
     result, they may be larger: the norm of d normal numbers strays by 1 / √(2d) of itself, the
     error of dz A (three such factors) by √1.5 / √d. The bound leaves 6.5 times that, 8 / √d.
     """
     accumulated = ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
-    rms = math.sqrt((7 * ROUNDING[dtype] ** 2 + (m + n + k + r) * accumulated**2) / 3)
+    sums = m + n + k + (2 if core else 1) * r
+    rms = math.sqrt(((8 if core else 7) * ROUNDING[dtype] ** 2 + sums * accumulated**2) / 3)
     return rms * (1 + 8 / math.sqrt(min(entries, r * min(m, n, k))))
 
 
 def check(t, scaling, dropout=0.0, seed=None) -> None:
     dtype = t["x"].dtype
-    leaves = {k: t[k].requires_grad_() for k in GRADS if t[k] is not None}
+    leaves = {k: t[k].requires_grad_() for k in LEARNED if t[k] is not None}
     y = call(t, scaling, dropout, seed)
     assert y.dtype == dtype and y.shape == (*t["x"].shape[:-1], t["weight"].shape[0])
     dy = torch.randn(y.shape, dtype=dtype).to(y.device)
@@ -99,7 +105,7 @@ def check(t, scaling, dropout=0.0, seed=None) -> None:
     want, size = oracle(t, dy, scaling, dropout, seed)
     (m, n), (r, k) = want["y"].shape, t["lora_A"].shape
     for name, got in {"y": y, **dict(zip(leaves, grads, strict=True))}.items():
-        ratio = largest_ratio(dtype, m, n, k, r, got.numel())
+        ratio = largest_ratio(dtype, m, n, k, r, got.numel(), t["lora_R"] is not None)
         got = to_numpy(got).reshape(want[name].shape)
         assert_close(got, want[name], size[name], ratio, dtype)
 
@@ -112,49 +118,56 @@ def check(t, scaling, dropout=0.0, seed=None) -> None:
     st.sampled_from(DTYPES),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([0.0, 0.25]),
 )
-def test_matches_float64(device, lead, n, k, r, dtype, bias, start, dropout):
+def test_matches_float64(device, lead, n, k, r, dtype, bias, start, core, dropout):
     torch.manual_seed(n * k + r)
-    t = inputs(lead, n, k, min(r, n, k), dtype, bias=bias, start=start, device=device)
+    options = {"bias": bias, "start": start, "core": core, "device": device}
+    t = inputs(lead, n, k, min(r, n, k), dtype, **options)
     check(t, 0.7, dropout, torch.tensor(99, device=device) if dropout else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("start", [False, True])
-def test_large(dtype, dropout, start, device):
-    t = inputs((3, 85), 512, 768, 16, dtype, start=start, device=device)
+@pytest.mark.parametrize("core", [False, True])
+def test_large(dtype, dropout, start, core, device):
+    t = inputs((3, 85), 512, 768, 16, dtype, start=start, core=core, device=device)
     check(t, 2.0, dropout, torch.tensor(5, device=device) if dropout else None)
 
 
 @pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("core", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_reference_agrees_with_the_kernel(start, dropout, device):
-    t = inputs((11,), 20, 30, 4, torch.float64, start=start, device=device)
+def test_reference_agrees_with_the_kernel(start, core, dropout, device):
+    t = inputs((11,), 20, 30, 4, torch.float64, start=start, core=core, device=device)
     seed = torch.tensor(3, device=device)
     args = [t[k] for k in GRADS]
-    extras = (0.5, dropout, seed, t["start_A"], t["start_B"])
+    extras = (0.5, dropout, seed, t["start_A"], t["start_B"], t["lora_R"])
     got = torch.ops.lora.linear_forward(*args, *extras)
     want = linear_forward_ref(*args, *extras)
     torch.testing.assert_close(got, want)
     x, weight, _, A, B = args
     grad = torch.randn(11, 20, dtype=torch.float64).to(device)
     backward = (grad, x, weight, A, B, got[1], *extras)
-    for needs in ([True] * 5, [False, False, False, True, False], [True, False, True, False, True]):
+    alone = [[i == wanted for i in range(6)] for wanted in range(6)]
+    for needs in ([True] * 6, [True, False, True, False, True, False], *alone):
+        needs = [need and (core or k < 5) for k, need in enumerate(needs)]
         torch.testing.assert_close(
             torch.ops.lora.linear_backward(*backward, needs), linear_backward_ref(*backward, needs)
         )
 
 
 @pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("core", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradcheck(start, dropout, device):
-    t = inputs((2, 3), 5, 7, 2, torch.float64, start=start, device=device)
+def test_gradcheck(start, core, dropout, device):
+    t = inputs((2, 3), 5, 7, 2, torch.float64, start=start, core=core, device=device)
     seed = torch.tensor(11, device=device)
-    leaves = [t[k].requires_grad_() for k in GRADS]
+    leaves = [t[k].requires_grad_() for k in (LEARNED if core else GRADS)]
     assert torch.autograd.gradcheck(
-        lambda *a: op(*a, 1.3, dropout, seed, t["start_A"], t["start_B"]), leaves
+        lambda *a: op(*a[:5], 1.3, dropout, seed, t["start_A"], t["start_B"], *a[5:]), leaves
     )
 
 
@@ -172,12 +185,13 @@ def test_start_cancels_the_adapter(device):
     assert (call(t, 8.0) != base).double().mean() < 0.02
 
 
-def test_saves_x_and_z_only(device):
-    t = inputs((50,), 40, 30, 4, torch.float32, device=device)
+@pytest.mark.parametrize("core", [False, True])
+def test_saves_x_and_z_only(core, device):
+    t = inputs((50,), 40, 30, 4, torch.float32, core=core, device=device)
     t["x"].requires_grad_()
     t["lora_A"].requires_grad_()
     saved = []
-    known = {t[k].data_ptr() for k in GRADS}
+    known = {t[k].data_ptr() for k in LEARNED if t[k] is not None}
     with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s) or s, lambda s: s):
         call(t, 1.0)
     extra = [tuple(s.shape) for s in saved if s.data_ptr() not in known]
@@ -190,13 +204,17 @@ def test_only_the_wanted_gradients(device):
     t["lora_B"].requires_grad_()
     call(t, 1.0).sum().backward()
     assert t["lora_B"].grad is not None and t["x"].grad is None
+    t = inputs((6,), 5, 4, 2, torch.float32, core=True, device=device)
+    t["lora_R"].requires_grad_()
+    call(t, 1.0).sum().backward()
+    assert t["lora_R"].grad is not None and t["lora_A"].grad is None
 
 
 @pytest.mark.sanitize
 def test_layouts(device):
-    t = inputs((8,), 12, 10, 3, torch.float32, device=device)
+    t = inputs((8,), 12, 10, 3, torch.float32, core=True, device=device)
     want = call(t, 1.0)
-    for key in ("x", "weight", "lora_A", "lora_B"):
+    for key in ("x", "weight", "lora_A", "lora_B", "lora_R"):
         strided = dict(t)
         strided[key] = t[key].T.contiguous().T
         torch.testing.assert_close(call(strided, 1.0), want)
@@ -216,7 +234,7 @@ def test_empty_batch(lead, dropout, device):
     t = inputs(lead, 6, 5, 2, torch.float32, device=device)
     seed = torch.tensor(1, device=device)
     reference = [t[k] for k in GRADS]
-    y, z = linear_forward_ref(*reference, 1.0, dropout, seed, None, None)
+    y, z = linear_forward_ref(*reference, 1.0, dropout, seed, None, None, None)
     assert y.shape == (*lead, 6) and z.shape == (0, 2)
     t["x"].requires_grad_()
     t["lora_A"].requires_grad_()
@@ -224,36 +242,44 @@ def test_empty_batch(lead, dropout, device):
     assert y.shape == (*lead, 6)
     y.sum().backward()
     assert (t["lora_A"].grad == 0).all() and t["x"].grad.shape == t["x"].shape
+    t = inputs(lead, 6, 5, 2, torch.float32, core=True, device=device)
+    t["lora_R"].requires_grad_()
+    call(t, 1.0, dropout, seed).sum().backward()
+    assert (t["lora_R"].grad == 0).all()
 
 
 def test_autocast(device):
-    t = inputs((9,), 12, 10, 3, torch.float32, device=device)
+    t = inputs((9,), 12, 10, 3, torch.float32, core=True, device=device)
     t["lora_A"].requires_grad_()
+    t["lora_R"].requires_grad_()
     with torch.autocast(device, dtype=torch.bfloat16):
         y = call(t, 1.0)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-    assert t["lora_A"].grad.dtype == torch.float32
+    assert t["lora_A"].grad.dtype == t["lora_R"].grad.dtype == torch.float32
     with torch.autocast(device, enabled=False):
         assert call(t, 1.0).dtype == torch.float32
 
 
+@pytest.mark.parametrize("core", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_opcheck(dropout, device):
-    t = inputs((4,), 6, 5, 2, torch.float32, start=True, device=device)
-    for key in ("x", "lora_A", "lora_B"):
-        t[key].requires_grad_()
+def test_opcheck(dropout, core, device):
+    t = inputs((4,), 6, 5, 2, torch.float32, start=True, core=core, device=device)
+    for key in ("x", "lora_A", "lora_B", "lora_R"):
+        if t[key] is not None:
+            t[key].requires_grad_()
     seed = torch.tensor(3, device=device)
     args = [t[k] for k in GRADS]
-    opcheck(op, (*args, 0.5, dropout, seed, t["start_A"], t["start_B"]))
+    opcheck(op, (*args, 0.5, dropout, seed, t["start_A"], t["start_B"], t["lora_R"]))
     plain = [a if a is None else a.detach() for a in args]
-    extras = (0.5, dropout, seed, t["start_A"], t["start_B"])
+    R = t["lora_R"].detach() if core else None
+    extras = (0.5, dropout, seed, t["start_A"], t["start_B"], R)
     opcheck(torch.ops.lora.linear_forward, (*plain, *extras))
     z, grad = torch.randn(4, 2).to(device), torch.randn(4, 6).to(device)
     x, weight, _, A, B = plain
     opcheck(
         torch.ops.lora.linear_backward,
-        (grad, x, weight, A, B, z, *extras, [True, False, True, False, True]),
+        (grad, x, weight, A, B, z, *extras, [True, False, True, False, True, core]),
     )
 
 
@@ -266,9 +292,11 @@ def test_differentiates_once(device):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic, device):
-    t = inputs((4,), 6, 5, 2, torch.float32, device=device)
-    leaves = [t[k].requires_grad_() for k in ("x", "lora_A", "lora_B")]
+@pytest.mark.parametrize("core", [False, True])
+def test_compile(dynamic, core, device):
+    t = inputs((4,), 6, 5, 2, torch.float32, core=core, device=device)
+    keys = ("x", "lora_A", "lora_B", *(("lora_R",) if core else ()))
+    leaves = [t[k].requires_grad_() for k in keys]
     run = torch.compile(lambda: call(t, 0.5).square().sum(), fullgraph=True, dynamic=dynamic)
     got = torch.autograd.grad(run(), leaves)
     want = torch.autograd.grad(call(t, 0.5).square().sum(), leaves)
@@ -299,6 +327,10 @@ def test_meta_and_inference_mode(device):
         (lambda: {"lora_B": torch.ones(6, 2, dtype=torch.int8)}, TypeError, "lora_B"),
         (lambda: {"start_A": torch.ones(2, 5)}, ValueError, "both"),
         (lambda: {"start_A": torch.ones(3, 5), "start_B": torch.ones(6, 2)}, ValueError, "start_A"),
+        (lambda: {"lora_R": torch.ones(2, 3)}, ValueError, r"lora_R must be \[2, 2\]"),
+        (lambda: {"lora_R": torch.ones(2)}, ValueError, "lora_R"),
+        (lambda: {"lora_R": torch.ones(2, 2, device="meta")}, ValueError, "lora_R is on meta"),
+        (lambda: {"lora_R": torch.ones(2, 2, dtype=torch.int8)}, TypeError, "lora_R"),
     ],
 )
 def test_bad_input(change, error, match, device):

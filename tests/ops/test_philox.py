@@ -44,7 +44,7 @@ def test_kernel_draws_the_same_mask(dtype, cols, device):
     seed = torch.tensor(1234567890123, device=device)
     zero = torch.zeros(16, cols, dtype=dtype, device=device)
     eye, B = torch.eye(cols, dtype=dtype, device=device), zero.clone()
-    _, z = torch.ops.lora.linear_forward(x, zero, None, eye, B, 1.0, 0.3, seed, None, None)
+    _, z = torch.ops.lora.linear_forward(x, zero, None, eye, B, 1.0, 0.3, seed, None, None, None)
     assert torch.equal(z, dropout(x, 0.3, seed))
 
 

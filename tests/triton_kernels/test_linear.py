@@ -72,6 +72,18 @@ def test_every_way(ways, lead, n, k, r, dropout, start, device, dtypes, force):
     assert (ways[-1] in taken) == offered.get(ways[-1], True)
 
 
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("lead", "n", "k", "r"), SHAPES)
+@pytest.mark.parametrize("way", ["decode", "reversed", "library", CONFIGS[0]])
+def test_with_R(way, lead, n, k, r, dropout, start, device, dtypes, force):
+    for dtype in dtypes:
+        t = inputs(lead, n, k, r, dtype, start=start, core=True, device=device)
+        taken = force("kernel", "steps", way)
+        check(t, 0.7, dropout, torch.tensor(9, device=device) if dropout else None)
+        assert "decode" not in taken  # its kernels have no place for R
+
+
 @pytest.mark.parametrize("r", [1, 2, 15, 17, 100, 128, 200, 512])
 @pytest.mark.parametrize("rows", [5, 80])
 def test_ranks(r, rows, device, force):
@@ -112,9 +124,10 @@ def test_saved_z_of_any_strides(device, force):
     force("kernel", "steps", "reversed")
     t = inputs((80,), 40, 48, 6, torch.float16, device=device)
     args = [t[name] for name in ("x", "weight", "lora_A", "lora_B")]
-    _, z = torch.ops.lora.linear_forward(*args[:2], None, *args[2:], 0.5, 0.0, None, None, None)
+    absent = (None, None, None)
+    _, z = torch.ops.lora.linear_forward(*args[:2], None, *args[2:], 0.5, 0.0, None, *absent)
     dy = torch.randn(80, 40).to(device, torch.float16)
-    extras = (0.5, 0.0, None, None, None, [True, False, False, True, True])
+    extras = (0.5, 0.0, None, *absent, [True, False, False, True, True, False])
     want = torch.ops.lora.linear_backward(dy, *args, z, *extras)
     for strided in (z.T.contiguous().T, torch.cat([z, z], 1)[:, :6]):
         got = torch.ops.lora.linear_backward(dy, *args, strided, *extras)

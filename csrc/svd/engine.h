@@ -81,7 +81,7 @@ constexpr int64_t kRoundsFrom = 1 << 19;
 
 // Weights of another size are rescaled: their squares, and fourth powers in W^T W V, leave float32.
 inline bool in_range(double size) {
-  return size > 0x1p-40 && size < 0x1p40;
+  return size == 0.0 || (size > 0x1p-40 && size < 0x1p40);
 }
 
 }  // namespace lora

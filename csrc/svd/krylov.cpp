@@ -176,8 +176,9 @@ Triplets leading_triplets(
                           .expand({engine.count, -1, -1});
   auto block = engine.transposed_times(sketch);
   at::Tensor undo;
-  const auto sizes = diagonal_of(engine.gram(block, block)).amax(-1).sqrt();
-  if (!in_range(sizes.max().item<double>()) || !in_range(sizes.min().item<double>())) {
+  const auto sizes = diagonal_of(engine.gram(block, block)).amax(-1).sqrt().cpu();
+  const auto* size = sizes.const_data_ptr<double>();
+  if (!std::all_of(size, size + engine.count, in_range)) {
     undo = engine.rescale();
     block = engine.transposed_times(sketch);
   }

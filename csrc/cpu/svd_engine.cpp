@@ -87,6 +87,13 @@ class CpuEngine final : public Engine {
     return out;
   }
 
+  at::Tensor rounded_product(const at::Tensor& a, const at::Tensor& b) const override {
+    auto out = at::empty({1, a.size(1), b.size(2)}, options);
+    const auto how = can_pair(a[0]) ? Arithmetic::kPairs : arithmetic();
+    gemm(how, a[0], unit_columns(b[0].to(options.dtype())), out[0]);
+    return out;
+  }
+
   void subtract_product_(at::Tensor& c, const at::Tensor& a, const at::Tensor& b) const override {
     gemm(arithmetic(), a[0], unit_columns(b[0]), c[0], {.alpha = -1.0, .accumulate = true});
   }

@@ -81,7 +81,10 @@ class AtenEngine final : public Engine {
   }
 
   at::Tensor product(const at::Tensor& a, const at::Tensor& b) const override {
-    return at::bmm(a, b);
+    return at::bmm(a.to(b.scalar_type()), b);
+  }
+  at::Tensor rounded_product(const at::Tensor& a, const at::Tensor& b) const override {
+    return a.is_cuda() ? at::bmm(a, b, at::kFloat) : at::bmm(a.to(at::kFloat), b.to(at::kFloat));
   }
   void subtract_product_(at::Tensor& c, const at::Tensor& a, const at::Tensor& b) const override {
     c.baddbmm_(a, b, 1, -1);

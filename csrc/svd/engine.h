@@ -47,6 +47,8 @@ class Engine {
   virtual at::Tensor rescale() = 0;
 
   virtual at::Tensor product(const at::Tensor& a, const at::Tensor& b) const = 0;  // a b
+  // The same of bfloat16 a and b, exactly, into the working dtype; a may be bfloat16 in product too.
+  virtual at::Tensor rounded_product(const at::Tensor& a, const at::Tensor& b) const = 0;
   virtual void subtract_product_(at::Tensor& c, const at::Tensor& a, const at::Tensor& b) const = 0;
   virtual at::Tensor gram(const at::Tensor& a, const at::Tensor& b) const = 0;  // a^T b, wide
   virtual at::Tensor wide_product(const at::Tensor& a, const at::Tensor& b) const = 0;  // a b, wide

@@ -26,7 +26,7 @@ Plan default_plan(int64_t r) {
   if (r <= 96) {
     return {32, std::max<int64_t>(32 * 5, (5 * r + 31) / 32 * 32)};
   }
-  return {64, (9 * r / 2 + 63) / 64 * 64};
+  return {64, (std::min(19 * r / 4, 11 * r / 4 + 256) + 31) / 32 * 32};
 }
 
 // Rounding to 8 bits leaves 2^-8 of the largest value in all directions: with one that stands out
@@ -40,39 +40,54 @@ at::Tensor diagonal_of(const at::Tensor& matrices) {
 // The blocks of the Krylov space, and W's quadratic form on it.
 class Space {
  public:
-  Space(const Engine& engine, int64_t capacity)
+  // `wide_form`: the form's entries are summed in float64.
+  Space(const Engine& engine, int64_t capacity, bool wide_form)
       : engine_(engine),
+        wide_form_(wide_form),
         basis_(at::empty({engine.count, engine.m, capacity}, engine.options)),
-        operand_(engine.rounds_operand() ? at::empty_like(basis_) : basis_),
         image_(at::empty({engine.count, engine.n, capacity}, engine.options)),
-        form_(at::zeros({engine.count, capacity, capacity}, engine.wide())),
-        excess_(engine.rounds_operand() ? at::zeros_like(form_) : at::Tensor()) {}
+        form_(at::zeros({engine.count, capacity, capacity}, engine.wide())) {
+    if (engine.rounds_operand()) {
+      rounded_ = at::empty(basis_.sizes(), engine.options.dtype(at::kBFloat16));
+      excess_ = at::zeros_like(form_);
+    }
+  }
 
   int64_t size() const { return size_; }
   at::Tensor basis() const { return filled(basis_); }
-  at::Tensor operand() const { return filled(operand_); }
+  // What W was multiplied with to give the image: the basis, rounded where the engine does.
+  at::Tensor operand() const { return filled(rounded_.defined() ? rounded_ : basis_); }
   at::Tensor image() const { return filled(image_); }
 
   // Takes an orthonormal block in; returns W times it.
   at::Tensor add(const at::Tensor& block) {
     const int64_t width = block.size(-1);
     basis_.narrow(-1, size_, width).copy_(block);
-    auto operand = block;
-    if (engine_.rounds_operand()) {
-      operand = block.to(at::kBFloat16).to(block.scalar_type());
-      operand_.narrow(-1, size_, width).copy_(operand);
+    at::Tensor rounded;
+    if (rounded_.defined()) {
+      rounded = block.to(at::kBFloat16);
+      rounded_.narrow(-1, size_, width).copy_(rounded);
     }
-    auto image = engine_.times(operand);
+    const auto image =
+        engine_.times(rounded.defined() ? rounded.to(block.scalar_type()) : block);
     image_.narrow(-1, size_, width).copy_(image);
     size_ += width;
-    extend(form_, engine_.gram(this->image(), image));
-    if (engine_.rounds_operand()) {
-      auto mass = engine_.product(this->operand().mT(), operand).to(at::kDouble);
+    columns_ = wide_form_ ? engine_.gram(this->image(), image)
+                          : engine_.product(this->image().mT(), image);
+    extend(form_, columns_);
+    if (rounded.defined()) {
+      auto mass = engine_.rounded_product(filled(rounded_).mT(), rounded).to(at::kDouble);
       auto own = diagonal_of(mass.narrow(-2, size_ - width, width));
       own.sub_(at::where(own > 0.5, 1.0, 0.0));
       extend(excess_, mass);
     }
     return image;
+  }
+
+  // basis^T W^T W b for the last block b: what of W^T W b lies in the basis. Undefined where W^T met
+  // another, rounded, image, and where rounding of the largest value is more than that of W^T W b.
+  at::Tensor inside() const {
+    return rounded_.defined() || wide_form_ ? at::Tensor() : columns_;
   }
 
   // The form in orthonormal coordinates. Where W meets rounded vectors, their Gram matrix is 1 + E
@@ -103,12 +118,14 @@ class Space {
   }
 
   const Engine& engine_;
+  const bool wide_form_;
   int64_t size_ = 0;
   at::Tensor basis_;    // orthonormal, but for dropped columns, which are zero
-  at::Tensor operand_;  // what W was multiplied with: the basis, rounded where the engine does
+  at::Tensor rounded_;  // the basis in bfloat16, where the engine rounds
   at::Tensor image_;    // W operand
+  at::Tensor columns_;  // the last ones of the form
   at::Tensor form_;     // image^T image
-  at::Tensor excess_;   // operand^T operand - 1, where it is not the basis
+  at::Tensor excess_;   // operand^T operand - 1, where the operand is rounded
 };
 
 // How far W's largest value stands out from the middle one of those that `block`, the first of the
@@ -199,17 +216,20 @@ Triplets leading_triplets(
   }
   bool settled = false;
   block = orthonormalized(engine, block);
-  const double steep = steepness(engine, block);
+  // A batch is as steep as its steepest weight. A GPU is asked only where it matters, and always sums
+  // in float64, so that a float32 weight's bits do not depend on its batch.
+  const bool host = engine.host_sees_values();
+  const double steep = host || engine.rounds_operand() ? steepness(engine, block) : 1.0;
   if (steep > kSteepest) {
     engine.round_no_longer();
   }
   // An error in the basis turns the chosen space by as much; what that loses of the largest value
   // has to stay below the others.
   Orthogonality state{std::min(1e-4, 3e-3 / steep)};
-  Space space(engine, room);
+  Space space(engine, room, /*wide_form=*/!host || steep > kSteepest);
   while (space.size() < room && !settled) {
     if (space.size() > 0) {
-      block = orthonormalized(engine, block, space.basis(), state);
+      block = orthonormalized(engine, block, space.basis(), state, space.inside());
     }
     if (block.size(-1) > room - space.size()) {
       block = block.narrow(-1, 0, room - space.size()).contiguous();

@@ -25,18 +25,22 @@ at::Tensor to_work(const Engine& engine, const at::Tensor& wide) {
 }  // namespace
 
 at::Tensor orthonormalized(
-    const Engine& engine, at::Tensor block, const at::Tensor& basis, Orthogonality& state) {
+    const Engine& engine, at::Tensor block, const at::Tensor& basis, Orthogonality& state,
+    at::Tensor inside) {
   const bool projected = basis.size(-1) > 0;
   at::Tensor lengths;  // squared, of the columns before the projection
   const auto project = [&] {
     if (!projected) {
       return;
     }
-    const auto inside = engine.product(basis.mT(), block);  // [k, b]
+    if (!inside.defined()) {
+      inside = engine.product(basis.mT(), block);  // [k, b]
+    }
     engine.subtract_product_(block, basis, inside);
     if (!lengths.defined()) {
       lengths = squared_lengths(engine.gram(inside, inside));
     }
+    inside.reset();
   };
   project();
   auto gram = engine.gram(block, block);

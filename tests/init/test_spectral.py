@@ -24,7 +24,7 @@ STARTS = [
     PiSSA(),
     PiSSA(method="exact"),
     PiSSA(subspace=24),
-    PiSSA(tol=1e-3),
+    PiSSA(tol=1e-8),  # of σ: a product is off by its square root
     MiLoRA(),
     MiLoRA(method="exact"),
     OLoRA(),

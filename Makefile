@@ -26,6 +26,7 @@ test: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks/test_operators.py --benchmark-only --benchmark-disable-gc
 	$(BIN)/python -m benchmarks.init
+	$(BIN)/python -m benchmarks.svd
 	$(BIN)/python -m benchmarks.layer
 
 # All three parts, also after one has failed; each runs alone as well. Under 8 minutes.

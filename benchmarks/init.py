@@ -47,9 +47,10 @@ def floor(weight: Tensor) -> None:
     weight.mul_(0.999)
 
 
-def adapted(weight: Tensor, r: int) -> LoRALinear:
+def adapted(weight: Tensor, r: int, start: str = "loram") -> LoRALinear:
     """The whole layer, as a user builds it."""
-    return LoRALinear.from_linear(frozen_linear(weight), r=r, lora_alpha=r)
+    linear = frozen_linear(weight)
+    return LoRALinear.from_linear(linear, r=r, lora_alpha=r, init_lora_weights=start)
 
 
 def peft_adapted(weight: Tensor, r: int, how: bool | str) -> nn.Module:
@@ -77,11 +78,13 @@ def variants(pristine: Tensor, r: int, slow_rounds: int, medium_rounds: int) -> 
         FLOOR: variant(floor),
         OURS: variant(lambda w: torch.ops.lora.loram_init(w, r, 1.0)),
         "LoRALinear (LoRAM)": variant(lambda w: adapted(w, r)),
+        "LoRALinear (PiSSA)": variant(lambda w: adapted(w, r, "pissa"), medium_rounds),
+        "LoRALinear (OLoRA)": variant(lambda w: adapted(w, r, "olora"), medium_rounds),
         "PEFT True": variant(lambda w: peft_adapted(w, r, True)),
-        "svd_lowrank niter 4": variant(
-            lambda w: torch.svd_lowrank(w.float(), q=r, niter=4), medium_rounds
-        ),
         "PEFT pissa_niter_4": variant(lambda w: peft_adapted(w, r, "pissa_niter_4"), medium_rounds),
+        "PEFT pissa_niter_16": variant(
+            lambda w: peft_adapted(w, r, "pissa_niter_16"), medium_rounds
+        ),
     }
     if slow_rounds:
         table["PEFT olora"] = variant(lambda w: peft_adapted(w, r, "olora"), slow_rounds)

@@ -7,6 +7,10 @@ flop/s of a large bf16 product. Then, with W [n, k], M tokens, bf16 = 2 bytes, f
 - operator: its bytes (`cases.py`) as above; aim and share are of `copy`;
 - init: two reads and one write of every W (the floor), one write of A and B, 4 r (n + k) bytes per
   projection, and INIT_KERNELS kernels; the host's time to launch them is not in it;
+- PiSSA: svd_lowrank reads an fp32 W 2 · SVD_NITER + 2 times and takes as many Householder QRs, HOUSEHOLDER
+  each; ours reads a bf16 W twice a block of its Krylov space, and moves the blocks' own bytes
+  (SPACE_BYTES an entry and step), SMALL_KERNELS of 1 µs a step for a batch of 32 and JACOBI once. The
+  host's time is not in it. Predicted for r = 16 only;
 - exact SVD: no prediction, its speed follows from neither bytes nor flops;
 - bare layer, forward: 2 M n k flops; bytes of W, x and y. Backward (x only): the same once more;
 - our forward: the bare one, whose epilogue adds 2 M n r flops and reads B (the fused kernel: y
@@ -35,6 +39,12 @@ KERNEL = 1e-6  # seconds beside a kernel's bytes: launch gap, ramp and tail. Ass
 INIT_KERNELS = 12
 MASK = 20  # instructions an element: Philox4x32-10 shared by four, and the choice
 MIN_WIDTH = 16  # a tensor core's product is at least this wide
+SVD_NITER, SVD_AIM = 16, 5.0
+HOUSEHOLDER = 0.35e-3  # seconds of cuSOLVER's geqrf and orgqr on [4096, 16]. Assumed.
+JACOBI = 2e-3  # seconds of both eigenproblems of a batch of 32 (csrc/cuda/jacobi_eigh.cu)
+SVD_BLOCK, SVD_STEPS, SVD_BATCH = 16, 7, 32  # of the default subspace at r = 16
+SPACE_BYTES = 60  # of basis, image and their float64 copies, for an entry and a step
+SMALL_KERNELS = 60
 BF16, FP32 = 2, 4
 FORWARD, BOTH = "forward", "forward + backward"
 
@@ -157,6 +167,19 @@ def layer_seconds(
     return ours, bare
 
 
+def pissa_seconds(machine: Machine, plan: Plan) -> tuple[float, float]:
+    """(ours, svd_lowrank) for the whole model at r = 16, as the module's docstring says."""
+    ours = peer = 0.0
+    for (n, k), count in plan.model:
+        reads = 2 * SVD_NITER + 2
+        peer += count * reads * (machine.kernel(FP32 * n * k) + HOUSEHOLDER)
+        space = SPACE_BYTES * (n + k) * SVD_BLOCK * sum(range(1, SVD_STEPS + 1))
+        ours += count * (2 * SVD_STEPS * machine.kernel(BF16 * n * k) + space / machine.copy)
+        batches = -(-count // SVD_BATCH)
+        ours += batches * (SVD_STEPS * SMALL_KERNELS * KERNEL + JACOBI)
+    return ours, peer
+
+
 def _init(machine: Machine, plan: Plan) -> Iterator[Line]:
     floor = init_floor(plan, machine.copy)
     for r in plan.init_ranks:
@@ -165,6 +188,12 @@ def _init(machine: Machine, plan: Plan) -> Iterator[Line]:
         yield Line(init_line(plan, r), "≤", 1.3, "× floor", seconds / floor, seconds, floor)
         yield Line(init_line(plan, r, "time"), "≤", 15, "ms", 1e3 * seconds, seconds, floor)
         yield Line(init_line(plan, r, "exact SVD"), "≥", 10_000, "× ours")
+        name, unit = init_line(plan, r, "PiSSA"), f"× svd_lowrank niter {SVD_NITER}"
+        if r <= SVD_BLOCK:
+            ours, peer = pissa_seconds(machine, plan)
+            yield Line(name, "≥", SVD_AIM, unit, peer / ours, ours)
+        else:
+            yield Line(name, "≥", SVD_AIM, unit)
 
 
 def _operators(machine: Machine, plan: Plan) -> Iterator[Line]:

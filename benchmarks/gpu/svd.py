@@ -1,4 +1,6 @@
-"""What an SVD start would take: one fp32 layer of each shape, extrapolated to the whole model."""
+"""What SVD starts take: exact and torch's randomised ones, of one fp32 layer of each shape, and this
+package's, of batches of bf16 layers; all extrapolated to the whole model.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.pictures import Bar, aim_bars
-from benchmarks.gpu.predict import init_line
+from benchmarks.gpu.predict import SVD_NITER, init_line
 from benchmarks.gpu.session import SKIPPED, Session
 from benchmarks.gpu.timing import Clock
 from benchmarks.harness import UNSUPPORTED, Variant
 from benchmarks.shapes import Shape, shape_name
 
-NITER = 4
+NITERS = (4, SVD_NITER)
+BATCH = 32
 FIRST_GUESS = 30.0  # seconds for the first exact SVD, which nothing can interrupt
 AIM = 10_000
 EXACT = "linalg.svd"
+OURS = "randomized_svd_foreach"
 
 
 def exact(weight: Tensor) -> object:
@@ -63,7 +67,7 @@ def exact_rows(session: Session) -> list[dict[str, object]]:
     return rows
 
 
-def randomised_rows(session: Session, r: int) -> list[dict[str, object]]:
+def randomised_rows(session: Session, r: int, niter: int) -> list[dict[str, object]]:
     """The second call of each: the first loads kernels."""
     rows = []
     for shape, count in session.plan.model:
@@ -71,21 +75,52 @@ def randomised_rows(session: Session, r: int) -> list[dict[str, object]]:
         for _ in range(2):
             if not session.over:
                 seconds = seconds_of(
-                    session, shape, lambda w: torch.svd_lowrank(w, q=r, niter=NITER)
+                    session, shape, lambda w: torch.svd_lowrank(w, q=r, niter=niter)
                 )
-        rows.append(row_of(f"svd_lowrank niter {NITER}", shape, count, r, seconds))
+        rows.append(row_of(lowrank_name(niter), shape, count, r, seconds))
     return rows
 
 
+def our_rows(session: Session, r: int) -> list[dict[str, object]]:
+    """This package's PiSSA, a batch of bf16 weights in one call; the second call of each."""
+    rows = []
+    for shape, count in session.plan.model:
+        batch, seconds = min(BATCH, count), SKIPPED
+        for _ in range(2):
+            if not session.over:
+                seconds = batch_seconds(session, shape, batch, r)
+        per_layer = seconds / batch if isinstance(seconds, float) else seconds
+        rows.append(row_of(OURS, shape, count, r, per_layer, "bf16"))
+    return rows
+
+
+def batch_seconds(session: Session, shape: Shape, batch: int, r: int) -> float | str:
+    """Of one call over `batch` weights, or why there is none."""
+    try:
+        weights = [
+            torch.randn(*shape, device=session.device).mul_(shape[1] ** -0.5).bfloat16()
+            for _ in range(batch)
+        ]
+        run = Variant(lambda: torch.ops.lora.randomized_svd_foreach(weights, r))
+        return Clock(session.device)(run)
+    except UNSUPPORTED as error:
+        return f"fails: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+
+
+def lowrank_name(niter: int) -> str:
+    """Of the peer in the tables."""
+    return f"svd_lowrank niter {niter}"
+
+
 def row_of(
-    what: str, shape: Shape, count: int, r: int | str, seconds: float | str
+    what: str, shape: Shape, count: int, r: int | str, seconds: float | str, dtype: str = "fp32"
 ) -> dict[str, object]:
     """One shape's figures; `extrapolated_s` is one layer's time by the number of such layers."""
     failed = isinstance(seconds, str)
     return {
         "what": what,
         "shape": shape_name(shape),
-        "dtype": "fp32",
+        "dtype": dtype,
         "r": r,
         "layers": count,
         "one_layer_s": "" if failed else seconds,
@@ -104,7 +139,7 @@ def total_of(session: Session, rows: list[dict[str, object]], r: int) -> dict[st
     return {
         "what": rows[0]["what"],
         "shape": "all, extrapolated" if complete else "all, extrapolated: a lower bound",
-        "dtype": "fp32",
+        "dtype": rows[0]["dtype"],
         "r": r,
         "layers": session.plan.projections,
         "extrapolated_s": total,
@@ -114,15 +149,29 @@ def total_of(session: Session, rows: list[dict[str, object]], r: int) -> dict[st
     }
 
 
+def record_randomised(
+    session: Session, r: int, peer: dict[str, object], mine: dict[str, object]
+) -> None:
+    """How many times faster than svd_lowrank at the same accuracy."""
+    name = init_line(session.plan, r, "PiSSA")
+    failure = mine["failure"] or peer["failure"]
+    if failure:
+        session.record(name, str(failure))
+    else:
+        session.record(name, peer["extrapolated_s"] / mine["extrapolated_s"])
+
+
 def run(session: Session) -> None:
     """init_svd.csv and .png."""
     plan, bars = session.plan, []
     exacts = exact_rows(session)
     rows = list(exacts)
     for r in plan.init_ranks:
-        parts = randomised_rows(session, r)
-        totals = [total_of(session, exacts, r), total_of(session, parts, r)]
-        rows += [*parts, *totals]
+        by_peer = {niter: randomised_rows(session, r, niter) for niter in NITERS}
+        mine = our_rows(session, r)
+        totals = [total_of(session, part, r) for part in (exacts, *by_peer.values(), mine)]
+        rows += [row for part in (*by_peer.values(), mine, totals) for row in part]
+        record_randomised(session, r, totals[-2], totals[-1])
         bars += [
             Bar(f"{t['what']}, against r = {r}", t["times_ours"], t["aim"] or None, "≥")
             for t in totals

@@ -37,12 +37,16 @@ at::Tensor diagonal_of(const at::Tensor& matrices) {
   return matrices.diagonal(0, -2, -1);
 }
 
+at::Tensor first_columns(const at::Tensor& block, int64_t count) {
+  return block.size(-1) <= count ? block : block.narrow(-1, 0, count).contiguous();
+}
+
 // The blocks of the Krylov space, and W's quadratic form on it.
 class Space {
  public:
   // `wide_form`: the form's entries are summed in float64.
   Space(const Engine& engine, int64_t capacity, bool wide_form)
-      : engine_(engine),
+      : engine_(&engine),
         wide_form_(wide_form),
         basis_(at::empty({engine.count, engine.m, capacity}, engine.options)),
         image_(at::empty({engine.count, engine.n, capacity}, engine.options)),
@@ -69,19 +73,26 @@ class Space {
       rounded_.narrow(-1, size_, width).copy_(rounded);
     }
     const auto image =
-        engine_.times(rounded.defined() ? rounded.to(block.scalar_type()) : block);
+        engine_->times(rounded.defined() ? rounded.to(block.scalar_type()) : block);
     image_.narrow(-1, size_, width).copy_(image);
     size_ += width;
-    columns_ = wide_form_ ? engine_.gram(this->image(), image)
-                          : engine_.product(this->image().mT(), image);
+    columns_ = wide_form_ ? engine_->gram(this->image(), image)
+                          : engine_->product(this->image().mT(), image);
     extend(form_, columns_);
     if (rounded.defined()) {
-      auto mass = engine_.rounded_product(filled(rounded_).mT(), rounded).to(at::kDouble);
+      auto mass = engine_->rounded_product(filled(rounded_).mT(), rounded).to(at::kDouble);
       auto own = diagonal_of(mass.narrow(-2, size_ - width, width));
       own.sub_(at::where(own > 0.5, 1.0, 0.0));
       extend(excess_, mass);
     }
     return image;
+  }
+
+  // How far W's largest value stands out from the middle one of those that the first block meets.
+  double steepness() const {
+    const auto squares = diagonal_of(corner(form_));
+    const auto middle = std::get<0>(squares.median(-1)).clamp_min(1e-300);
+    return std::sqrt((squares.amax(-1) / middle).max().item<double>());
   }
 
   // basis^T W^T W b for the last block b: what of W^T W b lies in the basis. Undefined where W^T met
@@ -97,7 +108,7 @@ class Space {
   at::Tensor form() const {
     auto form = corner(form_).clone();
     if (excess_.defined()) {
-      const auto half = engine_.wide_product(corner(excess_), form);
+      const auto half = engine_->wide_product(corner(excess_), form);
       form.sub_(half + half.mT(), 0.5);
     }
     auto diagonal = diagonal_of(form);
@@ -117,8 +128,8 @@ class Space {
     form.narrow(-2, before, width).narrow(-1, 0, size_).copy_(columns.mT());
   }
 
-  const Engine& engine_;
-  const bool wide_form_;
+  const Engine* engine_;
+  bool wide_form_;
   int64_t size_ = 0;
   at::Tensor basis_;    // orthonormal, but for dropped columns, which are zero
   at::Tensor rounded_;  // the basis in bfloat16, where the engine rounds
@@ -127,15 +138,6 @@ class Space {
   at::Tensor form_;     // image^T image
   at::Tensor excess_;   // operand^T operand - 1, where the operand is rounded
 };
-
-// How far W's largest value stands out from the middle one of those that `block`, the first of the
-// space, meets.
-double steepness(const Engine& engine, const at::Tensor& block) {
-  const auto image = engine.times(block);
-  const auto squares = diagonal_of(engine.gram(image, image));
-  const auto middle = std::get<0>(squares.median(-1)).clamp_min(1e-300);
-  return std::sqrt((squares.amax(-1) / middle).max().item<double>());
-}
 
 // The triplets of a weight that is small, or most of whose triplets are wanted.
 Triplets dense(const Engine& engine, int64_t r, uint64_t seed) {
@@ -214,31 +216,31 @@ Triplets leading_triplets(
     const auto exact = at::full({engine.count}, engine.epsilon(), engine.wide());
     return finish(dense(engine, r, seed), settling.wanted() ? exact : at::Tensor());
   }
-  bool settled = false;
-  block = orthonormalized(engine, block);
-  // A batch is as steep as its steepest weight. A GPU is asked only where it matters, and always sums
-  // in float64, so that a float32 weight's bits do not depend on its batch.
+  // A GPU is asked only where it matters, and always sums in float64, so that a float32 weight's bits
+  // do not depend on its batch. A batch is as steep as its steepest weight.
   const bool host = engine.host_sees_values();
-  const double steep = host || engine.rounds_operand() ? steepness(engine, block) : 1.0;
-  if (steep > kSteepest) {
-    engine.round_no_longer();
+  block = first_columns(orthonormalized(engine, block), room);
+  Space space(engine, room, /*wide_form=*/!host);
+  auto image = space.add(block);
+  double steep = 1.0;
+  if (host || engine.rounds_operand()) {
+    steep = space.steepness();
+    if (steep > kSteepest) {
+      engine.round_no_longer();
+      space = Space(engine, room, /*wide_form=*/true);
+      image = space.add(block);
+    }
   }
   // An error in the basis turns the chosen space by as much; what that loses of the largest value
   // has to stay below the others.
   Orthogonality state{std::min(1e-4, 3e-3 / steep)};
-  Space space(engine, room, /*wide_form=*/!host || steep > kSteepest);
+  bool settled = settling.wanted() && settling.settled(space.form());
   while (space.size() < room && !settled) {
-    if (space.size() > 0) {
-      block = orthonormalized(engine, block, space.basis(), state, space.inside());
-    }
-    if (block.size(-1) > room - space.size()) {
-      block = block.narrow(-1, 0, room - space.size()).contiguous();
-    }
-    const auto image = space.add(block);
+    block = engine.transposed_times(image);
+    block = orthonormalized(engine, block, space.basis(), state, space.inside());
+    block = first_columns(block, room - space.size());
+    image = space.add(block);
     settled = settling.wanted() && settling.settled(space.form());
-    if (space.size() < room && !settled) {
-      block = engine.transposed_times(image);
-    }
   }
   if (settling.wanted() && !settled && room < limit) {
     const auto exact = at::full({engine.count}, engine.epsilon(), engine.wide());
@@ -246,7 +248,7 @@ Triplets leading_triplets(
   }
   const auto chosen = engine.leading_vectors(space.form(), r);
   const auto basis = engine.product(space.operand(), chosen);
-  const auto image = engine.product(space.image(), chosen);
+  image = engine.product(space.image(), chosen);
   return finish(rayleigh_ritz(engine, basis, image, seed), settling.error());
 }
 

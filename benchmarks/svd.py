@@ -22,10 +22,9 @@ from sklearn.utils.extmath import randomized_svd as sklearn_svd
 from torch import Tensor
 
 from benchmarks.accuracy_picture import accuracy_picture
-from benchmarks.harness import Timing, Variant, dtype_name, environment, interleave
+from benchmarks.harness import Variant, dtype_name, environment, interleave
 from benchmarks.report import RESULTS, print_table, short, write_csv
 from benchmarks.shapes import Shape, shape, shape_name
-from lora_kernels import svd
 
 SHAPES: tuple[Shape, ...] = ((4096, 4096), (11008, 4096))
 RANKS = (16, 64, 128, 256)
@@ -69,9 +68,7 @@ def weight_like(size: Shape) -> Tensor:
     spikes = min(512, m // 2)
     sigma = 4 * (torch.arange(spikes) + 10.0) ** -0.3
     sigma[0] *= 4
-    left, right = (
-        torch.linalg.qr(torch.randn(k, spikes, generator=generator)).Q for k in (n, m)
-    )
+    left, right = (torch.linalg.qr(torch.randn(k, spikes, generator=generator)).Q for k in (n, m))
     return torch.randn(n, m, generator=generator).div_(n**0.5).addmm_(left * sigma, right.T)
 
 
@@ -120,7 +117,7 @@ def exact(weight: Tensor, r: int) -> Triplets:
 
 
 def ours(weight: Tensor, r: int, subspace: int | None = None) -> Triplets:
-    """This package's."""
+    """The operator."""
     return tuple(torch.ops.lora.randomized_svd(weight, r, subspace))
 
 
@@ -140,7 +137,7 @@ Row = dict[str, object]
 
 def timed(
     table: dict[str, tuple[Callable[[], Triplets], int | None]], rounds: int, truth: Truth, **kind
-) -> tuple[dict[str, Timing], list[Row]]:
+) -> list[Row]:
     """Interleaved timings with each one's accuracy; a variant may have rounds of its own."""
     kept = {name: Kept(function) for name, (function, _) in table.items()}
     variants = {
@@ -148,10 +145,9 @@ def timed(
         for name, (_, own) in table.items()
     }
     timings = interleave(variants, rounds=rounds, warmup=1)
-    rows = [
+    return [
         {**timing.row(), **truth.accuracy(kept[timing.name].result, **kind)} for timing in timings
     ]
-    return {t.name: t for t in timings}, rows
 
 
 def speedups(
@@ -202,8 +198,8 @@ def leading(size: Shape, options: argparse.Namespace, console: Console) -> tuple
             table["scikit-learn"] = (partial(of_sklearn, weight, r), options.slow_rounds)
             if dtype == torch.float32 and r == options.ranks[0]:
                 slow = (partial(exact, weight, max(options.ranks)), 1)
-                exact_timing, exact_rows = timed({"linalg.svd": slow}, 1, truth)
-            _, measured = timed(table, options.rounds, truth)
+                exact_rows = timed({"linalg.svd": slow}, 1, truth)
+            measured = timed(table, options.rounds, truth)
             facts = {"shape": shape_name(size), "dtype": dtype_name(dtype), "r": r}
             measured = [{**facts, **row} for row in measured]
             if dtype == torch.float32:
@@ -216,7 +212,9 @@ def leading(size: Shape, options: argparse.Namespace, console: Console) -> tuple
 
 def show(console: Console, facts: Row, rows: Sequence[Row]) -> None:
     """On the terminal."""
-    title = ", ".join(f"{key} {value}" if key == "r" else str(value) for key, value in facts.items())
+    title = ", ".join(
+        f"{key} {value}" if key == "r" else str(value) for key, value in facts.items()
+    )
     print_table(
         console,
         title,
@@ -248,13 +246,11 @@ def trailing(size: Shape, options: argparse.Namespace, console: Console) -> tupl
         "minor_svd": (lambda: tuple(torch.ops.lora.minor_svd(weight, r)), options.slow_rounds),
         "linalg.svd": (lambda: smallest(weight), 1),
     }
-    _, minor = timed(table, 1, truth, smallest=True)
+    minor = timed(table, 1, truth, smallest=True)
     square = size[0] == size[1]
     facts = {"shape": shape_name(size), "dtype": "fp32", "r": r}
     minor = [{**facts, **row} for row in minor]
-    compared = list(
-        speedups(minor, [("minor_svd", "linalg.svd", 9.0 if square else 3.7)], facts)
-    )
+    compared = list(speedups(minor, [("minor_svd", "linalg.svd", 9.0 if square else 3.7)], facts))
     for row in compared:
         row["as_good"] = "yes" if row["our_worst_sigma"] <= 1e-4 else "no"
     show(console, facts, minor)
@@ -281,7 +277,8 @@ def real(options: argparse.Namespace, console: Console) -> tuple[list, list]:
     from benchmarks import smollm2
 
     weights = [
-        linear.weight.detach() for linear in smollm2.target_projections(smollm2.load_model()).values()
+        linear.weight.detach()
+        for linear in smollm2.target_projections(smollm2.load_model()).values()
     ]
     truths = [Truth.of(weight) for weight in weights]
     rows, compared = [], []
@@ -341,7 +338,7 @@ def picture(size: Shape, options: argparse.Namespace) -> list[Row]:
                 )
                 table[f"scikit-learn|{niter}"] = (function, 1)
             table["torch.linalg.svd|"] = (partial(exact, weight, r), 1)
-        _, measured = timed(table, min(5, options.rounds), truth)
+        measured = timed(table, min(5, options.rounds), truth)
         for row in measured:
             method, _, effort = str(row.pop("variant")).partition("|")
             facts = {"method": method, "effort": effort, "shape": shape_name(size), "r": r}
@@ -367,7 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = environment()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows, compared = [], []
-    parts = [partial(f, size, options, console) for size in options.shapes for f in (leading, trailing)]
+    parts = [
+        partial(f, size, options, console) for size in options.shapes for f in (leading, trailing)
+    ]
     if not options.no_model:
         parts.append(partial(real, options, console))
     for part in parts:

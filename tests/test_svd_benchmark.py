@@ -1,4 +1,4 @@
-"""The SVD benchmark with tiny shapes: what it writes, and that its figures of accuracy are right."""
+"""The SVD benchmark with tiny shapes: what it writes, and whether its accuracies are right."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ flop/s of a large bf16 product. Then, with W [n, k], M tokens, bf16 = 2 bytes, f
 - operator: its bytes (`cases.py`) as above; aim and share are of `copy`;
 - init: two reads and one write of every W (the floor), one write of A and B, 4 r (n + k) bytes per
   projection, and INIT_KERNELS kernels; the host's time to launch them is not in it;
-- PiSSA: svd_lowrank reads an fp32 W 2 · SVD_NITER + 2 times and takes as many Householder QRs, HOUSEHOLDER
-  each; ours reads a bf16 W twice a block of its Krylov space, and moves the blocks' own bytes
-  (SPACE_BYTES an entry and step), SMALL_KERNELS of 1 µs a step for a batch of 32 and JACOBI once. The
-  host's time is not in it. Predicted for r = 16 only;
+- PiSSA: svd_lowrank reads an fp32 W 2 · SVD_NITER + 2 times and takes as many Householder QRs of
+  HOUSEHOLDER seconds; ours reads a bf16 W twice a block of its Krylov space, moves the blocks' own
+  bytes (SPACE_BYTES an entry and step), and takes SMALL_KERNELS of 1 µs a step for a batch of 32
+  and JACOBI once. The host's time is not in it. Predicted for r = 16 only;
 - exact SVD: no prediction, its speed follows from neither bytes nor flops;
 - bare layer, forward: 2 M n k flops; bytes of W, x and y. Backward (x only): the same once more;
 - our forward: the bare one, whose epilogue adds 2 M n r flops and reads B (the fused kernel: y

@@ -1,5 +1,5 @@
-"""What SVD starts take: exact and torch's randomised ones, of one fp32 layer of each shape, and this
-package's, of batches of bf16 layers; all extrapolated to the whole model.
+"""What SVD starts take: exact ones and torch's randomised ones, of one fp32 layer of each shape, and
+ours, of batches of bf16 layers; all extrapolated to the whole model.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def randomised_rows(session: Session, r: int, niter: int) -> list[dict[str, obje
 
 
 def our_rows(session: Session, r: int) -> list[dict[str, object]]:
-    """This package's PiSSA, a batch of bf16 weights in one call; the second call of each."""
+    """Our PiSSA, a batch of bf16 weights in one call; the second call of each."""
     rows = []
     for shape, count in session.plan.model:
         batch, seconds = min(BATCH, count), SKIPPED

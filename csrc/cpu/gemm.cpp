@@ -264,8 +264,9 @@ void run(
     const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const GemmOptions& options) {
   const Operand<Form> operand(b);
   const WeightView view(a);
-  const Job<Form> job{view, options.transpose != view.transposed,           operand,
-                      out.mutable_data_ptr<typename Form::C>(), out.stride(0), options};
+  const Job<Form> job{view,          options.transpose != view.transposed,
+                      operand,       out.mutable_data_ptr<typename Form::C>(),
+                      out.stride(0), options};
   // Cut by size alone. A short output is cut smaller, so that there is work for eight threads.
   const int64_t size = out.size(0), largest = job.by_columns ? kColumnTile : kRowTile;
   const int64_t tile = std::min(largest, round_up((size + 7) / 8, kStripRows));

@@ -27,8 +27,8 @@ struct Philox {
   float keep_scale;    // 1 / (1 - p)
 };
 
-// One strip of a product with a thin matrix: c[i, :] += sum_k a(i, k) b[k, :], in a's precision. `b`
-// is packed, [depth][vectors] of 64 bytes each; a(i, k) is one scalar, or a pair of bfloat16.
+// One strip of a product with a thin matrix: c[i, :] += sum_k a(i, k) b[k, :], in a's precision.
+// `b` is packed, [depth][vectors] of 64 bytes each; a(i, k) is one scalar, or a pair of bfloat16.
 constexpr int kStripRows = 24;  // `rows` is a multiple of it; every set's register tile divides it
 
 struct Strip {
@@ -46,7 +46,7 @@ struct Strip {
 // hardware stops at the end of a page, and the rows of a weight lie pages apart: without this a
 // product with 16 columns took 7.9 instead of 4.8 ms (4096^2, float32, 2 threads of Zen 4).
 struct Prefetch {
-  uintptr_t start = 0;  // 0: none
+  uintptr_t start = 0;                                        // 0: none
   int64_t strip_row = 0, sixteenth = 0, one = 0, second = 0;  // in bytes: per row of the strip,
                                                               // k / 16, k % 16, and between the two
 };

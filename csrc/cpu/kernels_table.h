@@ -6,8 +6,15 @@
 namespace lora {
 namespace LORA_ISA {
 namespace {
-const Kernels table{LORA_STRINGIFY(LORA_ISA), subtract_rows, sums,      gather_row,
-                    dropout_row,              strip_f32,     strip_f64, widen_row};
+const Kernels table{
+    LORA_STRINGIFY(LORA_ISA),
+    subtract_rows,
+    sums,
+    gather_row,
+    dropout_row,
+    strip_f32,
+    strip_f64,
+    widen_row};
 }  // namespace
 }  // namespace LORA_ISA
 }  // namespace lora

@@ -1,5 +1,5 @@
-// Strips of products with a thin matrix (see Strip in kernels.h). Included by kernels_<isa>.cpp after
-// LORA_ISA and the target are set, like kernels_impl.h: no include guard and no #include.
+// Strips of products with a thin matrix (see Strip in kernels.h). Included by kernels_<isa>.cpp
+// after LORA_ISA and the target are set, like kernels_impl.h: no include guard and no #include.
 
 namespace lora {
 namespace LORA_ISA {

@@ -19,8 +19,7 @@ class CpuEngine final : public Engine {
   explicit CpuEngine(const at::Tensor& weight)
       : Engine(
             1, weight.size(0), weight.size(1),
-            weight.options().dtype(
-                weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)),
+            weight.options().dtype(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)),
         weight_(flipped ? weight.t() : weight),
         pairs_(can_pair(weight) && weight.numel() >= kRoundsFrom) {}
 
@@ -56,10 +55,7 @@ class CpuEngine final : public Engine {
       const auto operand = rows.to(options.dtype()).contiguous();
       gemm(
           Arithmetic::kDouble, operand, operand, out[0],
-          {.transpose = true,
-           .alpha = factor_ * factor_,
-           .accumulate = true,
-           .lower = true});
+          {.transpose = true, .alpha = factor_ * factor_, .accumulate = true, .lower = true});
     }
     auto lower = out.tril(-1);
     return out.tril_().add_(lower.mT());
@@ -71,8 +67,8 @@ class CpuEngine final : public Engine {
 
   at::Tensor rescale() override {
     int exponent = 0;
-    const double largest = std::max(
-        std::abs(weight_.max().item<double>()), std::abs(weight_.min().item<double>()));
+    const double largest =
+        std::max(std::abs(weight_.max().item<double>()), std::abs(weight_.min().item<double>()));
     if (largest > 0) {
       std::frexp(largest, &exponent);
     }

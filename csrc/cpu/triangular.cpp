@@ -59,8 +59,8 @@ std::pair<at::Tensor, at::Tensor> factorize(const at::Tensor& weight) {
       /*copy=*/true, at::MemoryFormat::Contiguous);
   const int64_t n = lu.size(0);
   auto order = at::arange(n, lu.options().dtype(at::kLong));
-  const double floor = lu.abs().max().item<double>() *
-                       (lu.scalar_type() == at::kDouble ? 0x1p-53 : 0x1p-24);
+  const double floor =
+      lu.abs().max().item<double>() * (lu.scalar_type() == at::kDouble ? 0x1p-53 : 0x1p-24);
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t width = std::min(kBlock, n - begin), rest = n - begin - width;
     auto below = lu.narrow(0, begin, n - begin);
@@ -115,8 +115,7 @@ at::Tensor Triangle::solve(const at::Tensor& x, bool transposed) const {
         off_diagonal, out.narrow(0, from, known), rows,
         {.transpose = transposed, .alpha = -1.0, .accumulate = true});
     auto solved = at::empty_like(rows);
-    multiply(
-        block(inverses_[k], 0, width, 0, width), rows, solved, {.transpose = transposed});
+    multiply(block(inverses_[k], 0, width, 0, width), rows, solved, {.transpose = transposed});
     rows.copy_(solved);
   }
   return out;
@@ -155,8 +154,7 @@ bool cholesky_(at::Tensor& matrix) {
     multiply(left, inverse_of(corner, true, false).t().contiguous(), solved, {});
     left.copy_(solved);
     multiply(
-        solved, solved.t().contiguous(),
-        block(matrix, begin + width, rest, begin + width, rest),
+        solved, solved.t().contiguous(), block(matrix, begin + width, rest, begin + width, rest),
         {.alpha = -1.0, .accumulate = true, .lower = true});
   }
   return true;

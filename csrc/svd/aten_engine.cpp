@@ -54,8 +54,7 @@ class AtenEngine final : public Engine {
     for (int64_t k = 0; k < count; ++k) {
       auto gram = out[k];
       for (int64_t begin = 0; begin < n; begin += kRows) {
-        const auto rows =
-            weights_[k].narrow(0, begin, std::min(kRows, n - begin)).to(at::kDouble);
+        const auto rows = weights_[k].narrow(0, begin, std::min(kRows, n - begin)).to(at::kDouble);
         gram.addmm_(rows.t(), rows);
       }
     }
@@ -127,8 +126,7 @@ class AtenEngine final : public Engine {
   bool factorize(double shift) override {
     const auto& weight = weights_[0];
     if (n == m) {
-      std::tie(factor_, pivots_, std::ignore) =
-          at::linalg_lu_factor_ex(weight.to(options.dtype()));
+      std::tie(factor_, pivots_, std::ignore) = at::linalg_lu_factor_ex(weight.to(options.dtype()));
       return true;
     }
     if (!gram_.defined()) {
@@ -153,8 +151,8 @@ class AtenEngine final : public Engine {
   }
 
  private:
-  // op(W) x. A bfloat16 weight is multiplied as it is, into float32: with x rounded to bfloat16, or,
-  // if it has to be exact, with the three parts that its 24 bits fall into.
+  // op(W) x. A bfloat16 weight is multiplied as it is, into float32: with x rounded to bfloat16,
+  // or, if it has to be exact, with the three parts that its 24 bits fall into.
   at::Tensor pass(const at::Tensor& x, bool transpose, bool exact) const {
     const int64_t b = x.size(2);
     auto out = at::empty({count, transpose ? m : n, b}, options);

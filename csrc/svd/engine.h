@@ -43,19 +43,21 @@ class Engine {
   virtual at::Tensor wide_weight() const = 0;                    // W, wide [n, m]
 
   // From here on the weights are 2^-exponent times what they were, the largest entry of each in
-  // [1, 2): for weights whose squares leave float32. Returns the factors that undo it, wide [count].
+  // [1, 2): for weights whose squares leave float32. Returns the factors that undo it, wide
+  // [count].
   virtual at::Tensor rescale() = 0;
 
   virtual at::Tensor product(const at::Tensor& a, const at::Tensor& b) const = 0;  // a b
-  // The same of bfloat16 a and b, exactly, into the working dtype; a may be bfloat16 in product too.
+  // The same of bfloat16 a and b, exactly, into the working dtype; a may be bfloat16 in product
+  // too.
   virtual at::Tensor rounded_product(const at::Tensor& a, const at::Tensor& b) const = 0;
   virtual void subtract_product_(at::Tensor& c, const at::Tensor& a, const at::Tensor& b) const = 0;
   virtual at::Tensor gram(const at::Tensor& a, const at::Tensor& b) const = 0;  // a^T b, wide
   virtual at::Tensor wide_product(const at::Tensor& a, const at::Tensor& b) const = 0;  // a b, wide
 
   virtual at::Tensor gaussian(int64_t rows, int64_t cols, uint64_t seed) const = 0;  // [rows, cols]
-  // Of wide Gram matrices [b, b], b <= kMaxBlock: upper-triangular X with X^T G X = 1, columns whose
-  // pivot is at most `tolerance` dropped (zero).
+  // Of wide Gram matrices [b, b], b <= kMaxBlock: upper-triangular X with X^T G X = 1, columns
+  // whose pivot is at most `tolerance` dropped (zero).
   virtual at::Tensor cholesky_inverse(const at::Tensor& gram, double tolerance) const = 0;
   // Of wide symmetric matrices: values [l], descending, and vectors [l, l].
   virtual std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& matrices) const = 0;

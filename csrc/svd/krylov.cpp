@@ -72,8 +72,7 @@ class Space {
       rounded = block.to(at::kBFloat16);
       rounded_.narrow(-1, size_, width).copy_(rounded);
     }
-    const auto image =
-        engine_->times(rounded.defined() ? rounded.to(block.scalar_type()) : block);
+    const auto image = engine_->times(rounded.defined() ? rounded.to(block.scalar_type()) : block);
     image_.narrow(-1, size_, width).copy_(image);
     size_ += width;
     columns_ = wide_form_ ? engine_->gram(this->image(), image)
@@ -95,11 +94,10 @@ class Space {
     return std::sqrt((squares.amax(-1) / middle).max().item<double>());
   }
 
-  // basis^T W^T W b for the last block b: what of W^T W b lies in the basis. Undefined where W^T met
-  // another, rounded, image, and where rounding of the largest value is more than that of W^T W b.
-  at::Tensor inside() const {
-    return rounded_.defined() || wide_form_ ? at::Tensor() : columns_;
-  }
+  // basis^T W^T W b for the last block b: what of W^T W b lies in the basis. Undefined where W^T
+  // met another, rounded, image, and where rounding of the largest value is more than that of W^T W
+  // b.
+  at::Tensor inside() const { return rounded_.defined() || wide_form_ ? at::Tensor() : columns_; }
 
   // The form in orthonormal coordinates. Where W meets rounded vectors, their Gram matrix is 1 + E
   // with E a few 1e-3, and (1 + E)^-1/2 is taken to first order: what is left, E^2, only turns the
@@ -165,8 +163,7 @@ Triplets rayleigh_ritz(
   const auto missing = lengths < 0.25;  // their rows and columns are zero
   lengths.copy_(at::where(missing, 1, lengths));
   const auto factor = std::get<0>(at::linalg_cholesky_ex(mass));
-  const auto half =
-      at::linalg_solve_triangular(factor, engine.gram(image, image), /*upper=*/false);
+  const auto half = at::linalg_solve_triangular(factor, engine.gram(image, image), /*upper=*/false);
   const auto form = at::linalg_solve_triangular(factor, half.mT(), /*upper=*/false);
   const auto [squares, vectors] = engine.eigh(form);
   const auto S = squares.clamp_min(0).sqrt();
@@ -216,8 +213,8 @@ Triplets leading_triplets(
     const auto exact = at::full({engine.count}, engine.epsilon(), engine.wide());
     return finish(dense(engine, r, seed), settling.wanted() ? exact : at::Tensor());
   }
-  // A GPU is asked only where it matters, and always sums in float64, so that a float32 weight's bits
-  // do not depend on its batch. A batch is as steep as its steepest weight.
+  // A GPU is asked only where it matters, and always sums in float64, so that a float32 weight's
+  // bits do not depend on its batch. A batch is as steep as its steepest weight.
   const bool host = engine.host_sees_values();
   block = first_columns(orthonormalized(engine, block), room);
   Space space(engine, room, /*wide_form=*/!host);

@@ -21,8 +21,8 @@ Triplets leading_triplets(
 // All m triplets, by the library's SVD in float64.
 Triplets exact_triplets(const Engine& engine);
 
-// Triplets on the span of `basis` [count, m, r], nearly orthonormal but for zero columns at the end.
-// `image` is W basis. Rayleigh-Ritz with Gram matrices in float64.
+// Triplets on the span of `basis` [count, m, r], nearly orthonormal but for zero columns at the
+// end. `image` is W basis. Rayleigh-Ritz with Gram matrices in float64.
 Triplets rayleigh_ritz(
     const Engine& engine, const at::Tensor& basis, const at::Tensor& image, uint64_t seed);
 

@@ -72,9 +72,9 @@ class InverseSpace {
   at::Tensor basis_, form_, block_;
 };
 
-// With a shift just below the smallest eigenvalue of W^T W: the lower edge of a tall weight's values
-// is crowded, and without it the inverse hardly tells them apart (0.014 off after as many steps as
-// take it to 5e-7).
+// With a shift just below the smallest eigenvalue of W^T W: the lower edge of a tall weight's
+// values is crowded, and without it the inverse hardly tells them apart (0.014 off after as many
+// steps as take it to 5e-7).
 bool factorize_near_edge(Engine& engine, uint64_t seed) {
   if (!engine.factorize(0.0)) {
     return false;
@@ -104,11 +104,14 @@ Triplets two_sided(
   const auto [P, S, Qh] = at::linalg_svd(form, /*full_matrices=*/false);
   const auto work = engine.options.dtype();
   return {
-      engine.product(left, last_first(P, r).to(work)), last_first(S, r),
-      engine.product(right, last_first(Qh.mT(), r).to(work)), {}};
+      engine.product(left, last_first(P, r).to(work)),
+      last_first(S, r),
+      engine.product(right, last_first(Qh.mT(), r).to(work)),
+      {}};
 }
 
-// Whether W V = U S and W^T U = V S, as far as a space that has settled gives them; `size` is ||W||.
+// Whether W V = U S and W^T U = V S, as far as a space that has settled gives them; `size` is
+// ||W||.
 bool holds(const Engine& engine, const Triplets& found, double size) {
   const auto S = found.S.to(engine.options.dtype()).unsqueeze(-2);
   const auto residual = at::maximum(
@@ -127,10 +130,8 @@ Triplets trailing_triplets(Engine& engine, int64_t r, uint64_t seed) {
   }
   at::Tensor undo;
   const auto norm = [&] {
-    const auto image =
-        engine.exact_times(engine.gaussian(engine.m, kProbes, seed).unsqueeze(0));
-    return std::sqrt(
-        engine.gram(image, image).diagonal(0, -2, -1).sum().item<double>() / kProbes);
+    const auto image = engine.exact_times(engine.gaussian(engine.m, kProbes, seed).unsqueeze(0));
+    return std::sqrt(engine.gram(image, image).diagonal(0, -2, -1).sum().item<double>() / kProbes);
   };
   double size = norm();
   if (!in_range(size)) {

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/serial_blas.h"
 #include "aten_engine.h"
+#include "cpu/serial_blas.h"
 #include "cpu/svd_engine.h"
 #include "krylov.h"
 #include "minor.h"
@@ -113,9 +113,8 @@ FactorsAndError randomized_svd_cpu(
 }
 
 Factors minor_svd_cpu(at::TensorList weights, int64_t rank, int64_t seed) {
-  return for_each_weight(weights, [&](Engine& engine, const at::Tensor&) {
-    return trailing(engine, rank, seed);
-  });
+  return for_each_weight(
+      weights, [&](Engine& engine, const at::Tensor&) { return trailing(engine, rank, seed); });
 }
 
 std::tuple<at::Tensor, at::Tensor> thin_qr_cpu(at::TensorList weights, int64_t rank) {

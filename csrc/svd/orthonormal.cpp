@@ -8,8 +8,8 @@
 namespace lora {
 namespace {
 
-// Squared sines. A column at less than 1e-6 of its length from the others' span is rounding noise in
-// float32; in the second pass, one that loses most of its length again was noise already.
+// Squared sines. A column at less than 1e-6 of its length from the others' span is rounding noise
+// in float32; in the second pass, one that loses most of its length again was noise already.
 constexpr double kIndependent = 1e-12, kStable = 0.25;
 
 constexpr int kRepeats = 3;

@@ -1,4 +1,4 @@
-"""The SVD engine of GPUs, on torch's own operators, run on a CPU through the operators' own tests."""
+"""The SVD engine of GPUs, on torch's own operators, put through the operators' tests on a CPU."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def _scaling(config: dict[str, Any], name: str, r: int) -> float:
         if re.match(rf"(.*\.)?({key})$", name):
             alpha = value
             break
-    return lora_scaling(alpha, r, bool(config.get("use_rslora")))
+    return lora_scaling(alpha, r, "rslora" if config.get("use_rslora") else "lora")
 
 
 def _numbers_as_numbers(name: str) -> list[tuple[bool, int, str]]:

@@ -35,11 +35,12 @@ class LoRALinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         r: rank, 1 ≤ r ≤ min(in_features, out_features).
-        lora_alpha: what `scaling_rule` makes s from; 8 by default, 256 for "alpha_sqrt".
+        lora_alpha: what `scaling` makes s from; 8 by default, 256 for "alpha_sqrt".
         init_lora_weights: a name ("loram", "pissa" ...) or an object of `lora_kernels.init`.
-        use_rslora: PEFT's spelling of scaling_rule="rslora".
-        scaling_rule: "lora" (the default), s = lora_alpha / r; "rslora" or "alpha_sqrt" (LoRA-α),
-            s = lora_alpha / √r, the latter for starts that do not grow with s.
+        use_rslora: PEFT's spelling of scaling="rslora".
+        scaling: the rule of s: "lora" (the default), s = lora_alpha / r; "rslora" or "alpha_sqrt"
+            (LoRA-α), s = lora_alpha / √r, the latter for starts that do not grow with s. The rule
+            is the layer's `scaling_rule`; its `scaling` is the number s.
         lora_dropout: probability of dropping an element of x on its way to A, while training.
         residual: "absorb" or "implicit".
         gradient: [out, in], the loss gradient of W, for the starts that are made from it.
@@ -60,7 +61,7 @@ class LoRALinear(nn.Linear):
         lora_alpha: float | None = None,
         init_lora_weights: str | Initializer = "loram",
         use_rslora: bool = False,
-        scaling_rule: str | None = None,
+        scaling: str | None = None,
         lora_dropout: float = 0.0,
         residual: str = "absorb",
         gradient: Tensor | None = None,
@@ -68,7 +69,7 @@ class LoRALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        rule = resolve_rule(scaling_rule, use_rslora)
+        rule = resolve_rule(scaling, use_rslora)
         self._adapt(r, lora_alpha, init_lora_weights, rule, lora_dropout, residual, gradient)
 
     @classmethod
@@ -80,7 +81,7 @@ class LoRALinear(nn.Linear):
         lora_alpha: float | None = None,
         init_lora_weights: str | Initializer = "loram",
         use_rslora: bool = False,
-        scaling_rule: str | None = None,
+        scaling: str | None = None,
         lora_dropout: float = 0.0,
         residual: str = "absorb",
         gradient: Tensor | None = None,
@@ -107,7 +108,7 @@ class LoRALinear(nn.Linear):
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.training = linear.training
-        rule = resolve_rule(scaling_rule, use_rslora)
+        rule = resolve_rule(scaling, use_rslora)
         layer._adapt(r, lora_alpha, init_lora_weights, rule, lora_dropout, residual, gradient)
         return layer
 
@@ -269,7 +270,7 @@ class LoRALinear(nn.Linear):
         if scaling is not None and scaling != self.scaling:
             raise ValueError(
                 f"the saved layer absorbed its start with scaling {scaling:g}, this one has "
-                f"{self.scaling:g}: construct it with the same r, lora_alpha and scaling_rule"
+                f"{self.scaling:g}: construct it with the same r, lora_alpha and scaling rule"
             )
         self._absorbed_scaling = scaling
         self._absorbed_beta = values[1].clone() if values.numel() > 1 else None

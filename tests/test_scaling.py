@@ -67,7 +67,9 @@ def test_bad(options, match, device):
 @pytest.mark.parametrize("value", [2.0, True, ["lora"]])
 def test_the_number_is_no_rule(value):
     """The layer's `scaling` is s; the argument of that name is the rule."""
-    with pytest.raises(TypeError, match="the name of a rule, lora, .*follows from lora_alpha and r"):
+    with pytest.raises(
+        TypeError, match=r"name of a rule, lora, .*follows from lora_alpha"
+    ):
         LoRALinear(8, 8, r=2, scaling=value)
 
 
@@ -105,7 +107,7 @@ def test_alpha_sqrt_and_the_start(initializer, residual, device):
 def test_plain_function():
     assert lora_scaling(16, 4) == 4.0 and lora_scaling(16, 4, "rslora") == 8.0
     assert lora_scaling(256, 16, "alpha_sqrt") == 64.0
-    with pytest.raises(ValueError, match="unknown rule 'rs_lora': .*did you mean 'rslora'"):
+    with pytest.raises(ValueError, match=r"unknown rule 'rs_lora': .*did you mean 'rslora'"):
         lora_scaling(16, 4, "rs_lora")
     with pytest.raises(ValueError, match="unknown rule False"):
         lora_scaling(16, 4, False)

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ._errors import unknown_name
 from .init import Initializer, get_initializer
 from .init.base import checked, subtract_factors_, subtract_recipe_
-from .ops._checks import as_integer, check_rank, check_weight
+from .ops._checks import as_integer, check_number, check_rank, check_weight
 from .scaling import DEFAULT_ALPHA, check_start, lora_scaling, resolve_rule
 
 RESIDUALS = ("absorb", "implicit")
@@ -128,6 +128,7 @@ class LoRALinear(nn.Linear):
         initializer = get_initializer(init_lora_weights)
         if residual not in RESIDUALS:
             raise unknown_name("residual", residual, RESIDUALS)
+        check_number(lora_dropout, "lora_dropout")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
         if getattr(self.weight, _ABSORBED, False):
@@ -202,6 +203,27 @@ class LoRALinear(nn.Linear):
         """The factors that the forward subtracts."""
         return (self.start_A, self.start_B) if self.residual == "implicit" else (None, None)
 
+    @torch.no_grad()
+    def start_factors(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ [r, in] and B₀ [out, r] that were absorbed or are subtracted: those that are kept, or
+        made again from β. None if nothing was taken out: the start was zero, or is left in.
+        """
+        if self.start_A is not None:
+            return self.start_A, self.start_B
+        if self._absorbed_beta is None:
+            return None
+        beta = self._absorbed_beta.to(self.lora_A.device)
+        A0, B0 = (
+            torch.ops.lora.dst_basis(
+                size, self.r, dtype=factor.dtype, device=factor.device, scale=beta
+            )
+            for size, factor in (
+                (self.in_features, self.lora_A),
+                (self.out_features, self.lora_B),
+            )
+        )
+        return A0.T, B0
+
     def _base_weight(self) -> Tensor:
         """W as it was before the adapter: itself, or a copy with the start put back."""
         if self._absorbed_scaling is None:
@@ -262,11 +284,19 @@ class LoRALinear(nn.Linear):
         """What `get_extra_state` gave.
 
         Raises:
-            ValueError: if it was absorbed with another s than this layer's.
+            ValueError: if it was absorbed with another s than this layer's, or if one of the two
+                absorbed its start and the other subtracts it.
 
         """
         values = state.detach().cpu().to(torch.float64)
         scaling = float(values[0]) if values.numel() else None
+        # Where nothing was absorbed, start factors are there only to be subtracted.
+        saved = "implicit" if scaling is None and self.start_A is not None else "absorb"
+        if self.residual != saved and (scaling is not None or self.start_A is not None):
+            raise ValueError(
+                f"the saved layer has residual={saved!r}, this one {self.residual!r}: its weight "
+                "and its start do not go together; construct it with the same residual"
+            )
         if scaling is not None and scaling != self.scaling:
             raise ValueError(
                 f"the saved layer absorbed its start with scaling {scaling:g}, this one has "

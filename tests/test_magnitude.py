@@ -20,7 +20,6 @@ from lora_kernels.magnitude import (
     measure_adapter,
     measure_layer,
     product_mean_square,
-    start_factors,
     update_mean_square,
 )
 
@@ -157,7 +156,7 @@ class TestUpdate:
         )
         assert update_mean_square(layer) == 0.0
         A0, B0 = (to_numpy(p).copy() for p in (layer.lora_A, layer.lora_B))
-        factors = start_factors(layer)
+        factors = layer.start_factors()
         if start == "lora":
             assert factors is None
         else:

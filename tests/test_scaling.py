@@ -67,9 +67,7 @@ def test_bad(options, match, device):
 @pytest.mark.parametrize("value", [2.0, True, ["lora"]])
 def test_the_number_is_no_rule(value):
     """The layer's `scaling` is s; the argument of that name is the rule."""
-    with pytest.raises(
-        TypeError, match=r"name of a rule, lora, .*follows from lora_alpha"
-    ):
+    with pytest.raises(TypeError, match=r"name of a rule, lora, .*follows from lora_alpha"):
         LoRALinear(8, 8, r=2, scaling=value)
 
 

@@ -158,6 +158,10 @@ def test_groups():
     assert len(B["params"]) == 2 and "eps" not in Setup("sgd", 4, 1, 1).groups(model)[0]
 
 
+def with_R() -> LoRALinear:
+    return LoRALinear(4, 4, r=2, init_lora_weights="lora_xs")
+
+
 @pytest.mark.parametrize(
     "call,match",
     [
@@ -166,12 +170,7 @@ def test_groups():
         (lambda: rescaled(Setup("sgd", 1, 1, 1), -1.0, 1.0), "alpha_A must be positive"),
         (lambda: rescaled(Setup("sgd", 1, 1, 1), 1.0, math.nan), "alpha_B must be positive"),
         (lambda: Setup("sgd", 1, 1, 1).groups(nn.Linear(2, 2)), "has no LoRALinear"),
-        (
-            lambda: Setup("sgd", 1, 1, 1).groups(
-                LoRALinear(4, 4, r=2, init_lora_weights="lora_xs")
-            ),
-            "trains R between a frozen A and B",
-        ),
+        (lambda: Setup("sgd", 1, 1, 1).groups(with_R()), "trains R between a frozen A and B"),
         (lambda: Setup("sgd", 1, 1, 1).initializer("loramm"), "did you mean 'loram'"),
     ],
 )

@@ -156,10 +156,10 @@ def measure(
     """
     svd.check_options(method)
     r, seed = _checked(r, scaling), as_integer(seed, "seed")
-    check_weight(weight)
+    check_weight(weight, name or "weight")
     n, m = weight.shape
     if not n or not m:
-        raise ValueError(f"weight is empty, shape [{n}, {m}]")
+        raise ValueError(f"{name or 'weight'} is empty, shape [{n}, {m}]")
     nu = mean_square(weight)
     squares = nu * n * m
     real = math.isfinite(squares) and squares > 0

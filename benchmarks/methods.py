@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from benchmarks.pissa import exact_pissa
 from lora_kernels import LoRALinear
+from lora_kernels.init import PiSSA
 
 RANK = ALPHA = 16
 
@@ -25,8 +25,9 @@ def zero_b(linear: nn.Linear) -> LoRALinear:
 
 
 def pissa(linear: nn.Linear) -> LoRALinear:
-    """The reference: the leading singular triplets of W."""
-    return exact_pissa(linear, RANK, ALPHA)
+    """The reference: the leading singular triplets of W, by LAPACK's SVD."""
+    exact = PiSSA(method="exact")
+    return LoRALinear.from_linear(linear, r=RANK, lora_alpha=ALPHA, init_lora_weights=exact)
 
 
 METHODS: dict[str, Method] = {

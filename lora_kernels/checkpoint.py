@@ -160,11 +160,20 @@ def stored_pairs(folder: Path, targets: str | Sequence[str] = ALL_LINEAR) -> lis
 def _scaling(config: dict[str, Any], name: str, r: int) -> float:
     """s as PEFT finds it: `alpha_pattern` is searched for the name, the rank is that of A."""
     alpha = config.get("lora_alpha", 8)
-    for key, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"alpha_pattern of {ADAPTER_CONFIG} is no object: {patterns!r}")
+    for key, value in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({key})$", name)
+        except re.error as error:
+            raise ValueError(
+                f"alpha_pattern of {ADAPTER_CONFIG} has {key!r}, no regular expression: {error}"
+            ) from None
+        if found:
             alpha = value
             break
-    return lora_scaling(alpha, r, bool(config.get("use_rslora")))
+    return lora_scaling(alpha, r, "rslora" if config.get("use_rslora") else "lora")
 
 
 def _numbers_as_numbers(name: str) -> list[tuple[bool, int, str]]:
@@ -182,8 +191,8 @@ def _files(path: Path) -> Iterable[Path]:
         raise FileNotFoundError(f"{path} does not exist")
     if (path / INDEX).is_file():
         shards = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ValueError(f"{path / INDEX} has no weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+            raise ValueError(f"{path / INDEX} has no weight_map of names to files")
         files = [path / name for name in dict.fromkeys(shards.values())]
         for file in files:
             if not file.is_file():

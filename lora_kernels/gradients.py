@@ -55,9 +55,11 @@ def capture_gradients(
         ValueError: no batch; a loss that is no scalar, not finite, or does not depend on a target;
             a sum that is not finite; a target that no batch reached; unknown targets.
         TypeError: a weight or a batch of the wrong type, a `DistributedDataParallel` model.
-        RuntimeError: another rank failed.
+        RuntimeError: another rank failed, or `torch.inference_mode` is on.
 
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode records no gradients: call this outside of it")
     if isinstance(model, DistributedDataParallel):
         raise TypeError("model is wrapped in DistributedDataParallel: pass model.module")
     modules = find_targets(model, targets)
@@ -194,6 +196,11 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a Hugging Face model computes by itself."""
     device = next(model.parameters()).device
     if isinstance(batch, Tensor) and not batch.is_floating_point():
+        if batch.dim() != 2:
+            raise ValueError(
+                f"a batch of token ids must be [batch, length], got {list(batch.shape)}; batches "
+                "is a list of them"
+            )
         ids = batch.to(device)
         batch = {"input_ids": ids, "labels": ids}
     elif isinstance(batch, Mapping):

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ._errors import unknown_name
 from .init import Initializer, get_initializer
 from .init.base import checked, subtract_factors_, subtract_recipe_
-from .ops._checks import as_integer, check_rank, check_weight
+from .ops._checks import as_integer, check_number, check_rank, check_weight
 from .scaling import DEFAULT_ALPHA, check_start, lora_scaling, resolve_rule
 
 RESIDUALS = ("absorb", "implicit")
@@ -35,11 +35,12 @@ class LoRALinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         r: rank, 1 ≤ r ≤ min(in_features, out_features).
-        lora_alpha: what `scaling_rule` makes s from; 8 by default, 256 for "alpha_sqrt".
+        lora_alpha: what `scaling` makes s from; 8 by default, 256 for "alpha_sqrt".
         init_lora_weights: a name ("loram", "pissa" ...) or an object of `lora_kernels.init`.
-        use_rslora: PEFT's spelling of scaling_rule="rslora".
-        scaling_rule: "lora" (the default), s = lora_alpha / r; "rslora" or "alpha_sqrt" (LoRA-α),
-            s = lora_alpha / √r, the latter for starts that do not grow with s.
+        use_rslora: PEFT's spelling of scaling="rslora".
+        scaling: the rule of s: "lora" (the default), s = lora_alpha / r; "rslora" or "alpha_sqrt"
+            (LoRA-α), s = lora_alpha / √r, the latter for starts that do not grow with s. The rule
+            is the layer's `scaling_rule`; its `scaling` is the number s.
         lora_dropout: probability of dropping an element of x on its way to A, while training.
         residual: "absorb" or "implicit".
         gradient: [out, in], the loss gradient of W, for the starts that are made from it.
@@ -60,7 +61,7 @@ class LoRALinear(nn.Linear):
         lora_alpha: float | None = None,
         init_lora_weights: str | Initializer = "loram",
         use_rslora: bool = False,
-        scaling_rule: str | None = None,
+        scaling: str | None = None,
         lora_dropout: float = 0.0,
         residual: str = "absorb",
         gradient: Tensor | None = None,
@@ -68,7 +69,7 @@ class LoRALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        rule = resolve_rule(scaling_rule, use_rslora)
+        rule = resolve_rule(scaling, use_rslora)
         self._adapt(r, lora_alpha, init_lora_weights, rule, lora_dropout, residual, gradient)
 
     @classmethod
@@ -80,7 +81,7 @@ class LoRALinear(nn.Linear):
         lora_alpha: float | None = None,
         init_lora_weights: str | Initializer = "loram",
         use_rslora: bool = False,
-        scaling_rule: str | None = None,
+        scaling: str | None = None,
         lora_dropout: float = 0.0,
         residual: str = "absorb",
         gradient: Tensor | None = None,
@@ -107,7 +108,7 @@ class LoRALinear(nn.Linear):
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.training = linear.training
-        rule = resolve_rule(scaling_rule, use_rslora)
+        rule = resolve_rule(scaling, use_rslora)
         layer._adapt(r, lora_alpha, init_lora_weights, rule, lora_dropout, residual, gradient)
         return layer
 
@@ -127,6 +128,7 @@ class LoRALinear(nn.Linear):
         initializer = get_initializer(init_lora_weights)
         if residual not in RESIDUALS:
             raise unknown_name("residual", residual, RESIDUALS)
+        check_number(lora_dropout, "lora_dropout")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
         if getattr(self.weight, _ABSORBED, False):
@@ -201,6 +203,27 @@ class LoRALinear(nn.Linear):
         """The factors that the forward subtracts."""
         return (self.start_A, self.start_B) if self.residual == "implicit" else (None, None)
 
+    @torch.no_grad()
+    def start_factors(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ [r, in] and B₀ [out, r] that were absorbed or are subtracted: those that are kept, or
+        made again from β. None if nothing was taken out: the start was zero, or is left in.
+        """
+        if self.start_A is not None:
+            return self.start_A, self.start_B
+        if self._absorbed_beta is None:
+            return None
+        beta = self._absorbed_beta.to(self.lora_A.device)
+        A0, B0 = (
+            torch.ops.lora.dst_basis(
+                size, self.r, dtype=factor.dtype, device=factor.device, scale=beta
+            )
+            for size, factor in (
+                (self.in_features, self.lora_A),
+                (self.out_features, self.lora_B),
+            )
+        )
+        return A0.T, B0
+
     def _base_weight(self) -> Tensor:
         """W as it was before the adapter: itself, or a copy with the start put back."""
         if self._absorbed_scaling is None:
@@ -261,15 +284,23 @@ class LoRALinear(nn.Linear):
         """What `get_extra_state` gave.
 
         Raises:
-            ValueError: if it was absorbed with another s than this layer's.
+            ValueError: if it was absorbed with another s than this layer's, or if one of the two
+                absorbed its start and the other subtracts it.
 
         """
         values = state.detach().cpu().to(torch.float64)
         scaling = float(values[0]) if values.numel() else None
+        # Where nothing was absorbed, start factors are there only to be subtracted.
+        saved = "implicit" if scaling is None and self.start_A is not None else "absorb"
+        if self.residual != saved and (scaling is not None or self.start_A is not None):
+            raise ValueError(
+                f"the saved layer has residual={saved!r}, this one {self.residual!r}: its weight "
+                "and its start do not go together; construct it with the same residual"
+            )
         if scaling is not None and scaling != self.scaling:
             raise ValueError(
                 f"the saved layer absorbed its start with scaling {scaling:g}, this one has "
-                f"{self.scaling:g}: construct it with the same r, lora_alpha and scaling_rule"
+                f"{self.scaling:g}: construct it with the same r, lora_alpha and scaling rule"
             )
         self._absorbed_scaling = scaling
         self._absorbed_beta = values[1].clone() if values.numel() > 1 else None

@@ -110,20 +110,6 @@ def product_mean_square(lora_A: Tensor, lora_B: Tensor) -> float:
 
 
 @torch.no_grad()
-def start_factors(layer: LoRALinear) -> tuple[Tensor, Tensor] | None:
-    """A₀ [r, in] and B₀ [out, r], kept or made again from β; None of a start that is zero."""
-    if layer.start_A is not None:
-        return layer.start_A, layer.start_B
-    beta = layer._absorbed_beta
-    if beta is None:
-        return None
-    A, B = layer.lora_A, layer.lora_B
-    options = {"device": A.device, "dtype": A.dtype, "scale": beta.to(A.device)}
-    A0 = torch.ops.lora.dst_basis(layer.in_features, layer.r, **options).T
-    return A0, torch.ops.lora.dst_basis(layer.out_features, layer.r, **options).to(B.dtype)
-
-
-@torch.no_grad()
 def update_mean_square(layer: LoRALinear) -> float:
     """ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀), without forming a product of W's size; s·BRA
     if the layer trains an R between the two.
@@ -132,7 +118,7 @@ def update_mean_square(layer: LoRALinear) -> float:
     update is small beside the start.
     """
     A, B = layer.lora_A.to(torch.float64), layer.lora_B.to(torch.float64)
-    start, R = start_factors(layer), getattr(layer, "lora_R", None)
+    start, R = layer.start_factors(), layer.lora_R
     if R is not None:
         A = R.to(torch.float64) @ A
     if start is not None:
@@ -170,10 +156,10 @@ def measure(
     """
     svd.check_options(method)
     r, seed = _checked(r, scaling), as_integer(seed, "seed")
-    check_weight(weight)
+    check_weight(weight, name or "weight")
     n, m = weight.shape
     if not n or not m:
-        raise ValueError(f"weight is empty, shape [{n}, {m}]")
+        raise ValueError(f"{name or 'weight'} is empty, shape [{n}, {m}]")
     nu = mean_square(weight)
     squares = nu * n * m
     real = math.isfinite(squares) and squares > 0
@@ -215,7 +201,7 @@ def measure_layer(
     """The magnitudes of an adapted layer: of its base weight, its own start, and its update."""
     base = layer.base_linear().weight
     row = measure(base, layer.r, layer.scaling, method=method, seed=seed, name=name)
-    start, ratio = start_factors(layer), 0.0
+    start, ratio = layer.start_factors(), 0.0
     if start is not None:
         nu = product_mean_square(*start)
         ratio = layer.scaling * math.sqrt(nu / row.nu_weight) if row.nu_weight else math.nan

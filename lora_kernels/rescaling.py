@@ -6,7 +6,6 @@ its start and on the learning rates one by one, but on how they go together.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ._errors import unknown_name
 from .init import Initializer, Start, get_initializer
 from .linear import LoRALinear
+from .ops._checks import check_positive
 
 # By how much the gradient's natural step grows when a factor is multiplied by α: the powers of α
 # that go into the learning rate, eps and the weight decay. The gradient itself goes with 1 / α.
@@ -55,8 +55,8 @@ class Setup:
     def __post_init__(self) -> None:
         if self.optimizer not in _POWERS:
             raise unknown_name("optimizer", self.optimizer, tuple(_POWERS))
-        _check_factor(self.alpha_A, "alpha_A")
-        _check_factor(self.alpha_B, "alpha_B")
+        check_positive(self.alpha_A, "alpha_A")
+        check_positive(self.alpha_B, "alpha_B")
 
     def initializer(self, init_lora_weights: str | Initializer = "loram") -> ScaledStart:
         """That start with its factors multiplied: the `init_lora_weights` of the layers."""
@@ -67,6 +67,8 @@ class Setup:
         layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
         if not layers:
             raise ValueError(f"{type(model).__name__} has no LoRALinear")
+        if any(layer.lora_R is not None for layer in layers):
+            raise ValueError("a layer trains R between a frozen A and B: there is none to rescale")
         groups = []
         for half in "AB":
             group = {
@@ -92,10 +94,11 @@ def rescaled(setup: Setup, alpha_A: float, alpha_B: float) -> Setup:
 
     Raises:
         ValueError: a factor that is not positive and finite.
+        TypeError: one that is no number.
 
     """
-    _check_factor(alpha_A, "alpha_A")
-    _check_factor(alpha_B, "alpha_B")
+    check_positive(alpha_A, "alpha_A")
+    check_positive(alpha_B, "alpha_B")
     lr, eps, decay = _POWERS[setup.optimizer]
     return replace(
         setup,
@@ -124,8 +127,20 @@ class ScaledStart(Initializer):
 
     @property
     def changes_base(self) -> bool:
-        """That of the start."""
+        """That of the start, as are the others."""
         return self.start.changes_base
+
+    @property
+    def reads_weight(self) -> bool:
+        return self.start.reads_weight
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.start.needs_gradient
+
+    @property
+    def grows_with_scaling(self) -> bool:
+        return self.start.grows_with_scaling
 
     def __call__(
         self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
@@ -134,8 +149,3 @@ class ScaledStart(Initializer):
         start = self.start(weight, r, scaling * self.alpha_A * self.alpha_B, gradient)
         A, B = start.lora_A * self.alpha_A, start.lora_B * self.alpha_B
         return replace(start, lora_A=A, lora_B=B, beta=None)
-
-
-def _check_factor(value: float, name: str) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -12,23 +12,30 @@ DEFAULT_ALPHA = {"lora": 8.0, "rslora": 8.0, "alpha_sqrt": 256.0}
 RULES = tuple(DEFAULT_ALPHA)
 
 
-def resolve_rule(scaling_rule: str | None, use_rslora: bool) -> str:
-    """The name of the rule; `use_rslora` is PEFT's spelling of "rslora".
+def resolve_rule(scaling: str | None, use_rslora: bool) -> str:
+    """The name of the rule, given in any case; `use_rslora` is PEFT's spelling of "rslora".
 
     Raises:
         ValueError: an unknown name, or one that `use_rslora=True` contradicts.
+        TypeError: no name: s itself for one.
 
     """
-    if scaling_rule is None:
+    if scaling is None:
         return "rslora" if use_rslora else "lora"
-    if scaling_rule not in RULES:
-        raise unknown_name("scaling_rule", scaling_rule, RULES)
-    if use_rslora and scaling_rule != "rslora":
+    if not isinstance(scaling, str):
+        raise TypeError(
+            f"scaling must be the name of a rule, {', '.join(RULES)}, got "
+            f"{type(scaling).__name__}; s itself follows from lora_alpha and r"
+        )
+    rule = scaling.lower()
+    if rule not in RULES:
+        raise unknown_name("scaling", scaling, RULES)
+    if use_rslora and rule != "rslora":
         raise ValueError(
-            f"use_rslora=True is scaling_rule='rslora', but {scaling_rule!r} is asked for too: "
+            f"use_rslora=True is scaling='rslora', but {scaling!r} is asked for too: "
             "give one of them"
         )
-    return scaling_rule
+    return rule
 
 
 def lora_scaling(lora_alpha: float, r: int, rule: str = "lora") -> float:
@@ -38,8 +45,15 @@ def lora_scaling(lora_alpha: float, r: int, rule: str = "lora") -> float:
     - "rslora": α / √r (Kalajdzievski, arXiv 2312.03732).
     - "alpha_sqrt": C / √r, where `lora_alpha` is C: LoRA-α's α = C√r over r (arXiv 2606.12883,
       which finds C = 256, and wants a zero-B start and the learning rates of full fine-tuning).
+
+    Raises:
+        ValueError: an unknown rule, or a `lora_alpha` that is not positive and finite.
+        TypeError: a `lora_alpha` that is no number.
+
     """
     check_positive(lora_alpha, "lora_alpha")
+    if rule not in RULES:
+        raise unknown_name("rule", rule, RULES)
     return float(lora_alpha) / (r if rule == "lora" else math.sqrt(r))
 
 
@@ -47,8 +61,8 @@ def check_start(rule: str, scaling: float, initializer: Initializer) -> None:
     """Raises if the rule's s, some tens, meets a start that is multiplied by it as it is."""
     if rule == "alpha_sqrt" and initializer.grows_with_scaling:
         raise ValueError(
-            f"scaling_rule='alpha_sqrt' multiplies the start of {type(initializer).__name__} by "
+            f"scaling='alpha_sqrt' multiplies the start of {type(initializer).__name__} by "
             f"s = {scaling:g}: s·B₀A₀ would dwarf the weight, and its rounding or noise swamp it. "
             "Take a start with B = 0 ('lora', 'gaussian'), one that is divided by s ('pissa', "
-            "LoRAM(track='pissa')), or another scaling_rule"
+            "LoRAM(track='pissa')), or another scaling"
         )

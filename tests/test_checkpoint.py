@@ -120,9 +120,10 @@ class TestWeights:
         (tmp_path / checkpoint.INDEX).write_text(text)
         with pytest.raises(ValueError, match=match):
             stored_weights(tmp_path)
-        (tmp_path / checkpoint.INDEX).write_text("{}")
-        with pytest.raises(ValueError, match="has no weight_map"):
-            stored_weights(tmp_path)
+        for text in ("{}", '{"weight_map": {"a.weight": 5}}'):
+            (tmp_path / checkpoint.INDEX).write_text(text)
+            with pytest.raises(ValueError, match="has no weight_map"):
+                stored_weights(tmp_path)
 
 
 class TestPairs:
@@ -165,6 +166,13 @@ class TestPairs:
         self.write(tmp_path, self.pair("q"), lora_alpha=0)
         with pytest.raises(ValueError, match="lora_alpha must be positive"):
             stored_pairs(tmp_path)
+        for pattern, match in (
+            ([1], r"alpha_pattern .* is no object: \[1\]"),
+            ({"(": 1}, "has '\\('"),
+        ):
+            self.write(tmp_path, self.pair("q"), lora_alpha=8, alpha_pattern=pattern)
+            with pytest.raises(ValueError, match=match):
+                stored_pairs(tmp_path)
         (tmp_path / checkpoint.ADAPTER_FILE).unlink()
         with pytest.raises(FileNotFoundError, match="pickled adapters are not read"):
             stored_pairs(tmp_path)

@@ -301,6 +301,12 @@ class TestWhatRaises:
             ([], mean_square, ValueError, "batches is empty"),
             ([torch.randn(5, SIZE)], None, TypeError, "a batch is a torch.float32 tensor"),
             (["text"], None, TypeError, "a batch is str; without loss="),
+            (
+                torch.zeros(2, 5, dtype=torch.long),
+                None,
+                ValueError,
+                r"\[batch, length\], got \[5\]",
+            ),
             ([{"x": torch.randn(5, SIZE)}], None, ValueError, "gave no .loss: put labels"),
             (batches_of(), lambda m, x: m(x), ValueError, r"one element, got shape \[5, 3\]"),
             (batches_of(), lambda m, x: 1.0, ValueError, "one element, got float"),
@@ -311,6 +317,10 @@ class TestWhatRaises:
     def test_bad_batches(self, batches, loss, error, match):
         with pytest.raises(error, match=match):
             capture_gradients(Stack(), batches, loss=loss)
+
+    def test_inference_mode(self):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of it"):
+            capture_gradients(Stack(), batches_of(), loss=mean_square)
 
     def test_overflow(self):
         """A finite loss, whose gradient is too large for float16."""

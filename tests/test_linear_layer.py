@@ -345,6 +345,26 @@ def test_another_scaling_does_not_load(device):
         other.load_state_dict(layer.state_dict())
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora", "init_ab"])
+@pytest.mark.parametrize("saved,built", [("absorb", "implicit"), ("implicit", "absorb")])
+def test_another_residual_does_not_load(saved, built, method, device):
+    """Their keys are the same; the one's start would be missing, or subtracted twice."""
+    layer, _ = make(method, saved, device=device)
+    other, _ = make(method, built, device=device)
+    with pytest.raises(ValueError, match=f"has residual='{saved}', this one '{built}'"):
+        other.load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_xs"])
+@pytest.mark.parametrize("saved,built", [("absorb", "implicit"), ("implicit", "absorb")])
+def test_what_subtracts_nothing_loads_into_either(saved, built, method, device):
+    layer, _ = make(method, saved, device=device)
+    other, _ = make(method, built, device=device)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 48).to(device)
+    assert torch.equal(other(x), layer(x))
+
+
 def test_the_base_does_not_move_with_the_scaling(device):
     layer, original = make(device=device)
     layer.scaling *= 3
@@ -390,6 +410,8 @@ def test_strided_weight(view, device):
         ({"lora_alpha": "16"}, TypeError, "number"),
         ({"lora_dropout": 1.0}, ValueError, "lora_dropout"),
         ({"lora_dropout": -0.1}, ValueError, "lora_dropout"),
+        ({"lora_dropout": "0.1"}, TypeError, "lora_dropout must be a number, got str"),
+        ({"lora_dropout": None}, TypeError, "lora_dropout must be a number, got NoneType"),
         ({"init_lora_weights": "lorm"}, ValueError, "did you mean 'loram'"),
         ({"init_lora_weights": "zzz"}, ValueError, "expected one of .*lora.*loram"),
         ({"init_lora_weights": 3}, TypeError, "name or an Initializer"),

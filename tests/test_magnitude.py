@@ -20,7 +20,6 @@ from lora_kernels.magnitude import (
     measure_adapter,
     measure_layer,
     product_mean_square,
-    start_factors,
     update_mean_square,
 )
 
@@ -137,6 +136,7 @@ class TestMeasure:
             ({"scaling": math.nan}, ValueError, "scaling must be finite"),
             ({"weight": torch.zeros(3)}, ValueError, "must be 2-D"),
             ({"weight": torch.zeros(0, 3)}, ValueError, "weight is empty"),
+            ({"weight": torch.zeros(0, 3), "name": "a.b"}, ValueError, "a.b is empty"),
             ({"weight": torch.zeros(3, 3, dtype=torch.int8)}, TypeError, "dequantise"),
         ],
     )
@@ -157,7 +157,7 @@ class TestUpdate:
         )
         assert update_mean_square(layer) == 0.0
         A0, B0 = (to_numpy(p).copy() for p in (layer.lora_A, layer.lora_B))
-        factors = start_factors(layer)
+        factors = layer.start_factors()
         if start == "lora":
             assert factors is None
         else:

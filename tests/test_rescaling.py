@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_kernels import LoRALinear
+from lora_kernels.init import initializer_names
 from lora_kernels.rescaling import ScaledStart, Setup, rescaled
 
 from .packages import needs_real_model
@@ -124,12 +125,41 @@ def test_scaled_start():
     assert not Setup("sgd", 1, 1, 1).initializer("lora").changes_base
 
 
+@pytest.mark.parametrize("name", initializer_names())
+def test_scaled_start_is_treated_as_its_start(name):
+    scaled = Setup("sgd", 1, 1, 1, alpha_A=2.0).initializer(name)
+    for what in ("changes_base", "reads_weight", "needs_gradient", "grows_with_scaling"):
+        assert getattr(scaled, what) == getattr(scaled.start, what), what
+
+
+def test_scaled_start_of_a_gradient():
+    """s·BA of LoRA-GA is the same at any α; its G is passed on."""
+    G, weight = torch.randn(12, 10), torch.randn(12, 10)
+    products = []
+    for setup in (Setup("sgd", 4, 1, 1), rescaled(Setup("sgd", 4, 1, 1), 2.0, 8.0)):
+        linear = nn.Linear(10, 12)
+        linear.weight.data = weight.clone()
+        layer = LoRALinear.from_linear(
+            linear,
+            r=4,
+            lora_alpha=setup.lora_alpha,
+            init_lora_weights=setup.initializer("lora_ga"),
+            gradient=G,
+        )
+        products.append(layer.scaling * layer.lora_B @ layer.lora_A)
+    assert torch.equal(*products)  # powers of two
+
+
 def test_groups():
     model = nn.Sequential(LoRALinear(8, 6, r=2), nn.Tanh(), LoRALinear(6, 4, r=2))
     A, B = Setup("adam", 4, 1e-3, 2e-3, 1e-7, 1e-6).groups(model)
     assert (A["lr"], A["eps"], B["lr"], B["eps"]) == (1e-3, 1e-7, 2e-3, 1e-6)
     assert [p is q for p, q in zip(A["params"], (model[0].lora_A, model[2].lora_A), strict=True)]
     assert len(B["params"]) == 2 and "eps" not in Setup("sgd", 4, 1, 1).groups(model)[0]
+
+
+def with_R() -> LoRALinear:
+    return LoRALinear(4, 4, r=2, init_lora_weights="lora_xs")
 
 
 @pytest.mark.parametrize(
@@ -140,9 +170,15 @@ def test_groups():
         (lambda: rescaled(Setup("sgd", 1, 1, 1), -1.0, 1.0), "alpha_A must be positive"),
         (lambda: rescaled(Setup("sgd", 1, 1, 1), 1.0, math.nan), "alpha_B must be positive"),
         (lambda: Setup("sgd", 1, 1, 1).groups(nn.Linear(2, 2)), "has no LoRALinear"),
+        (lambda: Setup("sgd", 1, 1, 1).groups(with_R()), "trains R between a frozen A and B"),
         (lambda: Setup("sgd", 1, 1, 1).initializer("loramm"), "did you mean 'loram'"),
     ],
 )
 def test_bad(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_a_factor_that_is_no_number():
+    with pytest.raises(TypeError, match="alpha_A must be a number, got str"):
+        rescaled(Setup("sgd", 1, 1, 1), "2", 1.0)

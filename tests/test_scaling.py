@@ -21,12 +21,13 @@ ZERO = {"init_lora_weights": "lora"}
     [
         ({}, lambda r: 8 / r),
         ({"lora_alpha": 16}, lambda r: 16 / r),
-        ({"scaling_rule": "lora", "lora_alpha": 16}, lambda r: 16 / r),
+        ({"scaling": "lora", "lora_alpha": 16}, lambda r: 16 / r),
         ({"use_rslora": True, "lora_alpha": 16}, lambda r: 16 / math.sqrt(r)),
-        ({"scaling_rule": "rslora", "lora_alpha": 16}, lambda r: 16 / math.sqrt(r)),
-        ({"scaling_rule": "rslora", "use_rslora": True}, lambda r: 8 / math.sqrt(r)),
-        ({"scaling_rule": "alpha_sqrt"}, lambda r: (256 * math.sqrt(r)) / r),  # α* = C√r
-        ({"scaling_rule": "alpha_sqrt", "lora_alpha": 64}, lambda r: 64 / math.sqrt(r)),
+        ({"scaling": "rslora", "lora_alpha": 16}, lambda r: 16 / math.sqrt(r)),
+        ({"scaling": "RsLoRA", "lora_alpha": 16}, lambda r: 16 / math.sqrt(r)),
+        ({"scaling": "rslora", "use_rslora": True}, lambda r: 8 / math.sqrt(r)),
+        ({"scaling": "alpha_sqrt"}, lambda r: (256 * math.sqrt(r)) / r),  # α* = C√r
+        ({"scaling": "alpha_sqrt", "lora_alpha": 64}, lambda r: 64 / math.sqrt(r)),
     ],
 )
 def test_rules(options, want, r, device):
@@ -47,11 +48,11 @@ def test_rules(options, want, r, device):
 @pytest.mark.parametrize(
     "options,match",
     [
-        ({"scaling_rule": "alpha"}, "unknown scaling_rule 'alpha': .*lora, rslora, alpha_sqrt"),
-        ({"scaling_rule": "rs_lora"}, "did you mean 'rslora'"),
-        ({"scaling_rule": "alpha_sqrt", "use_rslora": True}, "use_rslora=True is .*'alpha_sqrt'"),
-        ({"scaling_rule": "lora", "use_rslora": True}, "use_rslora=True is .*'lora' is asked for"),
-        ({"scaling_rule": "alpha_sqrt", "lora_alpha": 0}, "lora_alpha must be positive"),
+        ({"scaling": "alpha"}, "unknown scaling 'alpha': .*lora, rslora, alpha_sqrt"),
+        ({"scaling": "rs_lora"}, "did you mean 'rslora'"),
+        ({"scaling": "alpha_sqrt", "use_rslora": True}, "use_rslora=True is .*'alpha_sqrt'"),
+        ({"scaling": "lora", "use_rslora": True}, "use_rslora=True is .*'lora' is asked for"),
+        ({"scaling": "alpha_sqrt", "lora_alpha": 0}, "lora_alpha must be positive"),
     ],
 )
 def test_bad(options, match, device):
@@ -61,6 +62,13 @@ def test_bad(options, match, device):
     with pytest.raises(ValueError, match=match):
         LoRALinear(8, 8, r=2, device=device, **ZERO, **options)
     assert linear.weight.requires_grad
+
+
+@pytest.mark.parametrize("value", [2.0, True, ["lora"]])
+def test_the_number_is_no_rule(value):
+    """The layer's `scaling` is s; the argument of that name is the rule."""
+    with pytest.raises(TypeError, match=r"name of a rule, lora, .*follows from lora_alpha"):
+        LoRALinear(8, 8, r=2, scaling=value)
 
 
 # Zero, or divided by s, or (LoRA-XS) a hundred-thousandth.
@@ -77,7 +85,7 @@ def test_alpha_sqrt_and_the_start(initializer, residual, device):
     needs = get_initializer(initializer).needs_gradient
     options = {
         "r": 16,
-        "scaling_rule": "alpha_sqrt",
+        "scaling": "alpha_sqrt",
         "init_lora_weights": initializer,
         "residual": residual,
         "gradient": torch.randn(160, 200).to(device) if needs else None,
@@ -97,6 +105,10 @@ def test_alpha_sqrt_and_the_start(initializer, residual, device):
 def test_plain_function():
     assert lora_scaling(16, 4) == 4.0 and lora_scaling(16, 4, "rslora") == 8.0
     assert lora_scaling(256, 16, "alpha_sqrt") == 64.0
+    with pytest.raises(ValueError, match=r"unknown rule 'rs_lora': .*did you mean 'rslora'"):
+        lora_scaling(16, 4, "rs_lora")
+    with pytest.raises(ValueError, match="unknown rule False"):
+        lora_scaling(16, 4, False)
     for bad, error in ((math.nan, ValueError), ("16", TypeError), (True, TypeError)):
         with pytest.raises(error, match="lora_alpha must be"):
             lora_scaling(bad, 4)
@@ -105,5 +117,5 @@ def test_plain_function():
 def test_another_rule_does_not_load(device):
     layer = LoRALinear.from_linear(nn.Linear(48, 40).to(device), r=4)
     other = LoRALinear(48, 40, r=4, use_rslora=True, device=device)
-    with pytest.raises(ValueError, match="same r, lora_alpha and scaling_rule"):
+    with pytest.raises(ValueError, match="same r, lora_alpha and scaling rule"):
         other.load_state_dict(layer.state_dict())

@@ -102,8 +102,8 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
             )
         if not factor.is_meta and not bool(factor.isfinite().all()):
             raise ValueError(f"the initialiser gave a {name} that holds NaN or Inf")
-        shared = factor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
-        factors[name] = factor.detach().to(weight.device, dtype, copy=shared)
+        # A copy: it may be a view of W or G, what the initialiser keeps, or expanded.
+        factors[name] = torch.empty(shape, dtype=dtype, device=weight.device).copy_(factor.detach())
     return replace(start, **factors)
 
 

@@ -76,10 +76,15 @@ def check_finite(value: float, name: str) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
-def check_positive(value: object, name: str) -> None:
-    """Raises unless `value` is a positive, finite number of any library's kind; a bool is none."""
+def check_number(value: object, name: str) -> None:
+    """Raises unless `value` is a real number of any library's kind; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_positive(value: object, name: str) -> None:
+    """Raises unless `value` is a positive, finite number of any library's kind."""
+    check_number(value, name)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 

@@ -132,6 +132,43 @@ def test_factors_are_float32_and_their_own(device):
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
 
 
+def test_factors_are_nobody_else_s(device):
+    """Expanded, or kept by the initialiser for all layers: training writes into neither."""
+    kept = torch.randn(2, 8).to(device)
+
+    @dataclass(frozen=True)
+    class Kept(Initializer):
+        changes_base = False
+
+        def __call__(self, weight, r, scaling=1.0, gradient=None):
+            return Start(kept, torch.ones(1, 1, device=device).expand(weight.shape[0], r))
+
+    before = kept.clone()
+    for residual in ("absorb", "implicit"):
+        options = {"r": 2, "init_lora_weights": Kept(), "residual": residual, "device": device}
+        layer = LoRALinear(8, 6, **options)
+        with torch.no_grad():
+            layer.lora_A.add_(1.0)
+            layer.lora_B.add_(1.0)
+        assert torch.equal(kept, before) and (layer.lora_B == 2).all()
+        assert layer.lora_A.is_contiguous() and layer.lora_B.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "call,match",
+    [
+        (lambda: register_initializer("mine", LoRA()), "'mine' needs a class .* object of LoRA"),
+        (lambda: register_initializer("mine", "lora"), "'mine' needs a class .* object of str"),
+        (lambda: register_initializer(3, LoRA), "must be a string, got int"),
+        (lambda: get_initializer(LoRA), r"the class LoRA: make an object of it, LoRA\(\)"),
+    ],
+)
+def test_classes_and_objects(call, match):
+    with pytest.raises(TypeError, match=match):
+        call()
+    assert "mine" not in initializer_names()
+
+
 def test_options_are_frozen():
     with pytest.raises(FrozenInstanceError):
         LoRA(seed=1).seed = 2

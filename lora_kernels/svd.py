@@ -21,8 +21,8 @@ class TruncatedSVD(NamedTuple):
 
     `U` [n, r] and `Vh` [r, m] have orthonormal columns and rows, `S` [r] is not negative; all in
     float32, or float64 for float64 weights. In each column of U the entry of largest magnitude is
-    positive. `error`: the estimated largest relative error of S (0-dim float64; [k] for a batch),
-    None if none was estimated.
+    positive. `error`: the estimated largest error of S (0-dim float64; [k] for a batch), relative
+    to each value or to 1e-7 of the largest, whichever is more; None if none was estimated.
     """
 
     U: Tensor
@@ -49,8 +49,11 @@ def truncated(
         r: 1 ≤ r ≤ min(n, m).
         method: "randomized", block Krylov iteration, as good as `torch.svd_lowrank` with niter=16
             on slowly decaying spectra; or "exact", LAPACK's or cuSOLVER's full SVD cut to r.
-        tol: the iteration stops once the estimated relative error of every σ is below it, or the
-            space is as large as it may be: compare `error` with it. None: nothing is estimated.
+        tol: the iteration stops once what every σ still lacks is estimated below it, or the space
+            is as large as it may be. Compare `error` with it, which counts rounding too (bfloat16
+            weights: 4e-6 of the largest σ) and may be more. An estimate
+            all the same: among hundreds of values that nearly agree, it may be too small. None:
+            nothing is estimated.
         subspace: dimension of the Krylov space, r ≤ subspace ≤ min(n, m); with `tol`, the largest
             it may have. None: chosen.
         seed: of the randomised start. The same seed gives the same bits on one device.

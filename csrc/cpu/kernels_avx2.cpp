@@ -12,8 +12,8 @@
 #define LORA_STRIP_ROWS_1 6
 #define LORA_ISA avx2
 #include "kernels_impl.h"
-#include "strip_impl.h"
-#include "strip_rows.h"
+#include "kernels_strip.h"
+#include "kernels_strip_rows.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -14,8 +14,8 @@
 #define LORA_STRIP_ROWS_1 24
 #define LORA_ISA avx512
 #include "kernels_impl.h"
-#include "strip_impl.h"
-#include "strip_rows.h"
+#include "kernels_strip.h"
+#include "kernels_strip_rows.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -13,7 +13,7 @@
 #define LORA_STRIP_ROWS_2 12
 #define LORA_STRIP_ROWS_1 24
 #define LORA_ISA avx512bf16
-#include "strip_impl.h"
+#include "kernels_strip.h"
 
 namespace lora {
 namespace avx512bf16 {

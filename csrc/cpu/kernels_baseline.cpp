@@ -2,9 +2,9 @@
 
 #define LORA_ISA baseline
 #include "kernels_impl.h"
+#include "kernels_strip.h"
+#include "kernels_strip_rows.h"
 #include "kernels_table.h"
-#include "strip_impl.h"
-#include "strip_rows.h"
 
 const lora::Kernels& lora::kernels_baseline() {
   return baseline::table;

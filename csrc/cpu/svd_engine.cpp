@@ -123,7 +123,9 @@ class CpuEngine final : public Engine {
 
   bool factorize(double shift) override {
     if (n == m) {
-      lu_ = std::make_unique<LuFactors>(factor_ == 1.0 ? weight_ : weight_ * factor_);
+      // The factor itself may leave float32's range.
+      lu_ = std::make_unique<LuFactors>(
+          factor_ == 1.0 ? weight_ : wide_weight()[0].to(options.dtype()));
       return true;
     }
     if (!gram_.defined()) {

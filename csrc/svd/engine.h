@@ -43,7 +43,7 @@ class Engine {
   virtual at::Tensor wide_weight() const = 0;                    // W, wide [n, m]
 
   // From here on the weights are 2^-exponent times what they were, the largest entry of each in
-  // [1, 2): for weights whose squares leave float32. Returns the factors that undo it, wide
+  // [1/2, 1): for weights whose squares leave float32. Returns the factors that undo it, wide
   // [count].
   virtual at::Tensor rescale() = 0;
 

@@ -33,12 +33,26 @@ Plan default_plan(int64_t r) {
 // further than this, the others would drown.
 constexpr double kSteepest = 64.0;
 
+// What the estimate of the values' error is multiplied by: in the first steps they settle slower
+// than geometrically, and were off by up to 2.5 times the plain estimate (Gaussian and clustered
+// values, 900 x 700).
+constexpr double kCaution = 3.0;
+// The error of values in a space that rounded vectors chose, relative to the largest: 0.4e-6 to
+// 2.0e-6, measured.
+constexpr double kRounded = 0x1p-18;
+
 at::Tensor diagonal_of(const at::Tensor& matrices) {
   return matrices.diagonal(0, -2, -1);
 }
 
 at::Tensor first_columns(const at::Tensor& block, int64_t count) {
   return block.size(-1) <= count ? block : block.narrow(-1, 0, count).contiguous();
+}
+
+// The entry of largest magnitude of each [count], wide, on the host. Not a square, which might
+// underflow.
+at::Tensor largest_of(const at::Tensor& blocks) {
+  return blocks.abs().amax({-2, -1}).to(at::kDouble).cpu();
 }
 
 // The blocks of the Krylov space, and W's quadratic form on it.
@@ -101,14 +115,20 @@ class Space {
 
   // The form in orthonormal coordinates. Where W meets rounded vectors, their Gram matrix is 1 + E
   // with E a few 1e-3, and (1 + E)^-1/2 is taken to first order: what is left, E^2, only turns the
-  // space that is chosen by as much, and its values by the square of that. What is there is raised
-  // by 1e-10 of the trace, so that columns that were dropped come last.
+  // space that is chosen by as much, and its values by the square of that.
   at::Tensor form() const {
     auto form = corner(form_).clone();
     if (excess_.defined()) {
       const auto half = engine_->wide_product(corner(excess_), form);
       form.sub_(half + half.mT(), 0.5);
     }
+    return form;
+  }
+
+  // The same with what is there raised by 1e-10 of the trace, so that columns that were dropped
+  // come last; the values are not W's any more.
+  at::Tensor raised_form() const {
+    auto form = this->form();
     auto diagonal = diagonal_of(form);
     const auto raised = diagonal + 1e-10 * diagonal.sum(-1, /*keepdim=*/true);
     diagonal.copy_(at::where(diagonal > 0, raised, 0));
@@ -192,26 +212,37 @@ Triplets leading_triplets(
                           .expand({engine.count, -1, -1});
   auto block = engine.transposed_times(sketch);
   at::Tensor undo;
-  const auto sizes = diagonal_of(engine.gram(block, block)).amax(-1).sqrt().cpu();
+  auto sizes = largest_of(block);
+  if (engine.host_sees_values() && engine.rounds_operand() && sizes.max().item<double>() == 0) {
+    // A processor's bfloat16 products take subnormal numbers for zero.
+    sizes = largest_of(engine.exact_transposed_times(sketch));
+  }
   const auto* size = sizes.const_data_ptr<double>();
   if (!std::all_of(size, size + engine.count, in_range)) {
     undo = engine.rescale();
     block = engine.transposed_times(sketch);
   }
-  const auto finish = [&](Triplets found, const at::Tensor& error) {
+  // `rounding`: what the values are off by however large the space, relative to the largest.
+  const auto finish = [&](Triplets found, const at::Tensor& error, double rounding) {
+    if (error.defined()) {
+      const auto largest = found.S.select(-1, 0).clamp_min(1e-300);
+      const auto least = at::maximum(found.S.select(-1, -1), kLeastValue * largest);
+      found.error = at::maximum(error, rounding * largest / least);
+    }
     if (undo.defined()) {
       found.S = found.S * undo.unsqueeze(-1);
     }
-    found.error = error;
     return found;
   };
+  // In float32 the last step works in float64, and its own rounding is not seen.
+  const double fine = (engine.options.dtype() == at::kDouble ? 64 : 16) * engine.epsilon();
 
   // A space of two thirds of all dimensions costs more than all of them at once.
   const int64_t room = std::min(limit, 2 * engine.m / 3);
-  Settling settling(r, tolerance);
+  Settling settling(r, tolerance, kCaution);
   if (room < r || (room < limit && !settling.wanted())) {
-    const auto exact = at::full({engine.count}, engine.epsilon(), engine.wide());
-    return finish(dense(engine, r, seed), settling.wanted() ? exact : at::Tensor());
+    const auto exact = at::zeros({engine.count}, engine.wide());
+    return finish(dense(engine, r, seed), settling.wanted() ? exact : at::Tensor(), fine);
   }
   // A GPU is asked only where it matters, and always sums in float64, so that a float32 weight's
   // bits do not depend on its batch. A batch is as steep as its steepest weight.
@@ -240,13 +271,19 @@ Triplets leading_triplets(
     settled = settling.wanted() && settling.settled(space.form());
   }
   if (settling.wanted() && !settled && room < limit) {
-    const auto exact = at::full({engine.count}, engine.epsilon(), engine.wide());
-    return finish(dense(engine, r, seed), exact);
+    return finish(dense(engine, r, seed), at::zeros({engine.count}, engine.wide()), fine);
   }
-  const auto chosen = engine.leading_vectors(space.form(), r);
+  if (engine.options.dtype() == at::kDouble) {
+    // Squares, as in the form, would lose what lies below 1e-8 of the largest value.
+    const auto [U, S, Qh] = at::linalg_svd(space.image(), /*full_matrices=*/false);
+    const auto V = engine.product(space.basis(), Qh.narrow(-2, 0, r).mT().contiguous());
+    return finish({U.narrow(-1, 0, r), S.narrow(-1, 0, r), V, {}}, settling.error(), fine);
+  }
+  const auto chosen = engine.leading_vectors(space.raised_form(), r);
   const auto basis = engine.product(space.operand(), chosen);
   image = engine.product(space.image(), chosen);
-  return finish(rayleigh_ritz(engine, basis, image, seed), settling.error());
+  const double rounding = engine.rounds_operand() ? kRounded : fine;
+  return finish(rayleigh_ritz(engine, basis, image, seed), settling.error(), rounding);
 }
 
 }  // namespace lora

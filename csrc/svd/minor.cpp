@@ -110,9 +110,18 @@ Triplets two_sided(
       {}};
 }
 
-// Whether W V = U S and W^T U = V S, as far as a space that has settled gives them; `size` is
-// ||W||.
+bool orthonormal(const Engine& engine, const at::Tensor& q) {
+  const auto gram = engine.gram(q, q);
+  return (gram - at::eye(q.size(-1), gram.options())).abs().max().item<double>() <= 1e-5;
+}
+
+// Whether W V = U S and W^T U = V S, as far as a space that has settled gives them, with U and V
+// orthonormal: a singular W's inverse may have left parallel columns, of which all but one were
+// dropped. `size` is ||W||.
 bool holds(const Engine& engine, const Triplets& found, double size) {
+  if (!orthonormal(engine, found.U) || !orthonormal(engine, found.V)) {
+    return false;
+  }
   const auto S = found.S.to(engine.options.dtype()).unsqueeze(-2);
   const auto residual = at::maximum(
       (engine.exact_times(found.V) - found.U * S).abs().amax(),
@@ -138,9 +147,15 @@ Triplets trailing_triplets(Engine& engine, int64_t r, uint64_t seed) {
     undo = engine.rescale();
     size = norm();
   }
+  const auto finish = [&](Triplets found) {
+    if (undo.defined()) {
+      found.S = found.S * undo.unsqueeze(-1);
+    }
+    return found;
+  };
   const bool square = engine.n == engine.m;
   if (size == 0.0 || !(square ? engine.factorize(0.0) : factorize_near_edge(engine, seed))) {
-    return exact_trailing(engine, r);
+    return finish(exact_trailing(engine, r));
   }
   InverseSpace space(engine, width, room, seed + 1);
   Settling settling(r, kSettled);
@@ -154,7 +169,7 @@ Triplets trailing_triplets(Engine& engine, int64_t r, uint64_t seed) {
     settled = settling.settled(form);
   }
   if (!settled) {
-    return exact_trailing(engine, r);
+    return finish(exact_trailing(engine, r));
   }
   // One more half-step: W v / s from a v that has not had it is off by largest over smallest value.
   auto right = space.leading(r + kSpare);
@@ -166,14 +181,8 @@ Triplets trailing_triplets(Engine& engine, int64_t r, uint64_t seed) {
     right = orthonormalized(engine, engine.solve_normal(right));
     left = orthonormalized(engine, engine.wide_times(right).to(engine.options.dtype()));
   }
-  auto found = two_sided(engine, left, right, r);
-  if (!holds(engine, found, size)) {
-    return exact_trailing(engine, r);
-  }
-  if (undo.defined()) {
-    found.S = found.S * undo.unsqueeze(-1);
-  }
-  return found;
+  const auto found = two_sided(engine, left, right, r);
+  return finish(holds(engine, found, size) ? found : exact_trailing(engine, r));
 }
 
 }  // namespace lora

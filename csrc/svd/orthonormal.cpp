@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 namespace lora {
@@ -22,11 +23,34 @@ at::Tensor to_work(const Engine& engine, const at::Tensor& wide) {
   return wide.to(engine.options.dtype());
 }
 
+// By Householder's reflections: a Gram matrix in float64 hides sines below 1e-8, which are no noise
+// in a float64 weight.
+at::Tensor reflected(const Engine& engine, at::Tensor block, const at::Tensor& basis) {
+  // The reflections would make axes of zeros, the same in every block: rounding that is random (of
+  // another seed in every block) gives columns that add nothing a direction of their own. It is
+  // noise after the first pass, partly within the basis again.
+  constexpr int kPasses = 3;
+  const auto lengths = at::linalg_vector_norm(block, 2, {-2}, /*keepdim=*/true);
+  const auto noise = engine.gaussian(block.size(-2), block.size(-1), basis.size(-1));
+  block = block * at::where(lengths > 0, 1 / lengths, 0);
+  block.add_(noise, engine.epsilon() / std::sqrt(block.size(-2)));
+  for (int pass = 0; pass < kPasses; ++pass) {
+    if (basis.size(-1) > 0) {
+      engine.subtract_product_(block, basis, engine.product(basis.mT(), block));
+    }
+    block = std::get<0>(at::linalg_qr(block)).contiguous();
+  }
+  return block;
+}
+
 }  // namespace
 
 at::Tensor orthonormalized(
     const Engine& engine, at::Tensor block, const at::Tensor& basis, Orthogonality& state,
     at::Tensor inside) {
+  if (engine.options.dtype() == at::kDouble) {
+    return reflected(engine, std::move(block), basis);
+  }
   const bool projected = basis.size(-1) > 0;
   at::Tensor lengths;  // squared, of the columns before the projection
   const auto project = [&] {

@@ -16,7 +16,8 @@ struct Orthogonality {
 };
 
 // An orthonormal basis of what `block` [count, m, b] adds to the span of `basis` [count, m, k]
-// (orthonormal, some columns perhaps zero; k may be 0). A column that adds nothing becomes zero.
+// (orthonormal, some columns perhaps zero; k may be 0). A column that adds nothing becomes zero;
+// in float64, some other direction outside that span.
 // `inside`: basis^T block where it is known already, to the rounding of block.
 at::Tensor orthonormalized(
     const Engine& engine, at::Tensor block, const at::Tensor& basis, Orthogonality& state,

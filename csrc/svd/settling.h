@@ -5,10 +5,15 @@
 
 namespace lora {
 
+// Values below this part of the largest are compared with it instead: rounding of their squares is
+// all that they can show.
+constexpr double kLeastValue = 1e-7;
+
 class Settling {
  public:
-  // A tolerance of 0: nothing is watched.
-  Settling(int64_t r, double tolerance) : r_(r), tolerance_(tolerance) {}
+  // A tolerance of 0: nothing is watched. The estimate is `caution` times the plain one.
+  Settling(int64_t r, double tolerance, double caution = 1.0)
+      : r_(r), tolerance_(tolerance), caution_(caution) {}
 
   bool wanted() const { return tolerance_ > 0; }
   const at::Tensor& error() const { return error_; }  // wide [count]; Inf after one step
@@ -19,7 +24,7 @@ class Settling {
 
  private:
   int64_t r_;
-  double tolerance_;
+  double tolerance_, caution_;
   at::Tensor last_, change_, error_;
 };
 

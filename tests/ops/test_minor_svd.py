@@ -74,6 +74,26 @@ def test_scales(scale, device):
     check_bottom(weight, 9, *op(weight, 9))
 
 
+@pytest.mark.parametrize("shape", [(400, 400), (450, 300), (300, 450)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 1e-41])
+def test_singular_at_any_scale(shape, scale, device):
+    """Where the inverse cannot serve, the exact SVD that takes its place is of the same scale."""
+    sigma = np.linspace(1, 0.01, min(shape))
+    sigma[-5:] = 0
+    weight = with_sigma(*shape, sigma * scale).to(device, torch.float32)
+    check_bottom(weight, 16, *op(weight, 16))
+
+
+@pytest.mark.parametrize("how", ["zero", "equal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_that_are_zero_or_equal(how, dtype, device):
+    """An exactly singular square weight, whose inverse sends all vectors into few directions."""
+    weight = torch.randn(400, 400)
+    weight[:, -7:] = 0 if how == "zero" else weight[:, :7]
+    weight = weight.to(device, dtype)
+    check_bottom(weight, 16, *op(weight, 16))
+
+
 @pytest.mark.parametrize("shape", [(90, 70), (300, 300)])
 def test_a_gap_fixes_the_space(shape, device):
     """The bottom 8 are a tenth of the next: then the projectors are determined."""

@@ -91,10 +91,46 @@ def test_scales(scale, shape, device):
     assert (op(weight, 9)[1] > 0).all()
 
 
-def test_float64_beyond_the_squares(device):
-    for scale in (1e200, 1e-200):
-        weight = torch.randn(50, 40, dtype=torch.float64).mul(scale).to(device)
+@pytest.mark.parametrize("shape", [(50, 40), (400, 300)])
+def test_float64_beyond_the_squares(shape, device):
+    for scale in (1e200, 1e-200, 1e-300):
+        weight = torch.randn(*shape, dtype=torch.float64).mul(scale).to(device)
         check_top(weight, 5, *op(weight, 5))
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-38, 1e-40])
+def test_bfloat16_near_its_subnormals(scale, device):
+    """Large enough for bfloat16 products, which take subnormal numbers for zero."""
+    weight = torch.randn(800, 700, dtype=torch.float64).mul(scale).to(device, torch.bfloat16)
+    check_top(weight, 9, *op(weight, 9))
+
+
+@pytest.mark.parametrize("what", [(3, slice(None)), (slice(None), 3), (3, 5)])
+def test_float64_beside_one_that_is_1e8_as_large(what, device):
+    """The values below it are 1e8 eps of it, as good as LAPACK's."""
+    weight = torch.randn(400, 300, dtype=torch.float64)
+    weight[what] *= 1e8
+    sigma = np.linalg.svd(to_numpy(weight), compute_uv=False)[:16]
+    weight = weight.to(device)
+    U, S, Vh = op(weight, 16)
+    check_top(weight, 16, U, S, Vh)
+    assert (np.abs(to_numpy(S) - sigma) <= 0.05 * sigma).all()
+
+
+@pytest.mark.parametrize("spectrum", ["zero", "zero_blocks", "low_rank", "ones", "identity"])
+def test_float64_where_the_space_is_soon_exhausted(spectrum, device):
+    """What a block adds is noise, or nothing, after the first few."""
+    weight = SPECTRA[spectrum](400, 300).to(device)
+    check_top(weight, 16, *op(weight, 16))
+    check_top(weight, 16, *op(weight, 16, 190))
+
+
+def test_float64_with_a_steep_spectrum(device):
+    """Down to 3e-12 of the largest: as LAPACK, to a few hundred eps of that."""
+    sigma = 10.0 ** (-np.arange(300) / 2)
+    weight = with_sigma(400, 300, sigma).to(device)
+    S = to_numpy(op(weight, 24)[1])
+    assert (np.abs(S - sigma[:24]) <= 1e-3 * sigma[:24]).all()
 
 
 @pytest.mark.parametrize("shape", [(90, 70), (300, 500)])
@@ -170,6 +206,24 @@ def test_tolerance(tol, device):
         assert (np.abs(to_numpy(S[k]) - sigma) <= max(tol, 1e-5) * sigma).all()
     _, S, _, error = foreach(weights, 8, 8, 0, tol)  # a space that small may not reach it
     assert (error >= 0).all() and S.shape == (2, 8)
+
+
+@pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-5, 1e-7, 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spectrum", ["gaussian", "clustered", "power_law", "steep"])
+def test_the_error_is_not_understated(spectrum, dtype, tol, device):
+    """Relative to each σ, or 1e-7 of the largest; of weights large enough for bfloat16 products."""
+    if spectrum == "clustered" and dtype == torch.bfloat16:
+        pytest.skip("rounding spreads 233 equal values by 1e-3, which a few blocks do not show")
+    if spectrum == "steep":
+        weight = with_sigma(900, 700, 10.0 ** (-np.arange(700) / 4))
+    else:
+        weight = SPECTRA[spectrum](900, 700)
+    weight = weight.to(device, dtype)
+    _, S, _, error = foreach([weight], 16, None, 0, tol)
+    sigma = np.linalg.svd(to_numpy(weight), compute_uv=False)[:16]
+    off = np.abs(to_numpy(S[0]) - sigma) / np.maximum(sigma, 1e-7 * sigma[0])
+    assert off.max() <= error.item() < math.inf
 
 
 def test_reference(device):

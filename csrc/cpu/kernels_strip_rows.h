@@ -1,4 +1,5 @@
-// What the table takes of strip_impl.h, and the rows that tiles are packed from. Included like it.
+// What the table takes of kernels_strip.h, and the rows that tiles are packed from. Included like
+// it.
 
 namespace lora {
 namespace LORA_ISA {

@@ -21,6 +21,7 @@ from rich.console import Console
 from sklearn.utils.extmath import randomized_svd as sklearn_svd
 from torch import Tensor
 
+import lora_kernels  # noqa: F401  (registers the operators)
 from benchmarks.accuracy_picture import accuracy_picture
 from benchmarks.harness import Variant, dtype_name, environment, interleave
 from benchmarks.report import RESULTS, print_table, short, write_csv

@@ -1,5 +1,5 @@
-"""What SVD starts take: exact and torch's randomised ones, of one fp32 layer of each shape; ours, of
-batches of bf16 layers. All are extrapolated to the whole model.
+"""What SVD starts take: exact and torch's randomised ones, of one fp32 layer of each shape, and
+ours, of batches of bf16 layers. All are extrapolated to the whole model.
 """
 
 from __future__ import annotations

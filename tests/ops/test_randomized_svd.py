@@ -117,6 +117,14 @@ def test_float64_beside_one_that_is_1e8_as_large(what, device):
     assert (np.abs(to_numpy(S) - sigma) <= 0.05 * sigma).all()
 
 
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_equal_columns(rank, device):
+    """Of rank one: LAPACK in float32 gives up on some of their forms, with repeated values."""
+    for _ in range(20):
+        weight = torch.randn(700, 1).to(device).expand(700, 760)
+        check_top(weight, rank, *op(weight, rank))
+
+
 @pytest.mark.parametrize("spectrum", ["zero", "zero_blocks", "low_rank", "ones", "identity"])
 def test_float64_where_the_space_is_soon_exhausted(spectrum, device):
     """What a block adds is noise, or nothing, after the first few."""

@@ -11,6 +11,7 @@
 #define LORA_STRIP_ROWS_2 3
 #define LORA_STRIP_ROWS_1 6
 #define LORA_ISA avx2
+#include "kernels_bits.h"
 #include "kernels_impl.h"
 #include "kernels_strip.h"
 #include "kernels_strip_rows.h"

@@ -13,6 +13,7 @@
 #define LORA_STRIP_ROWS_2 12
 #define LORA_STRIP_ROWS_1 24
 #define LORA_ISA avx512
+#include "kernels_bits.h"
 #include "kernels_impl.h"
 #include "kernels_strip.h"
 #include "kernels_strip_rows.h"

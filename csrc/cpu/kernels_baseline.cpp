@@ -1,6 +1,7 @@
 #include "kernels_includes.h"
 
 #define LORA_ISA baseline
+#include "kernels_bits.h"
 #include "kernels_impl.h"
 #include "kernels_strip.h"
 #include "kernels_strip_rows.h"

@@ -10,19 +10,6 @@ typedef float Float8 __attribute__((vector_size(32)));
 typedef uint32_t Word8 __attribute__((vector_size(32)));
 typedef uint16_t Short8 __attribute__((vector_size(16)));
 
-// Through memcpy, which becomes one unaligned move: an alignment attribute on a vector type is lost
-// as soon as the type is a template argument.
-template <typename Vector, typename T>
-inline Vector read8(const T* p) {
-  Vector v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-template <typename Vector, typename T>
-inline void write8(const Vector& v, T* p) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
-
 inline float to_float(float x) {
   return x;
 }
@@ -60,20 +47,20 @@ inline void from_float(float x, c10::Half& out) {
 #endif
 
 inline Float8 load8(const float* p) {
-  return read8<Float8>(p);
+  return read_vector<Float8>(p);
 }
 inline void store8(const Float8& x, float* p) {
-  write8(x, p);
+  write_vector(x, p);
 }
 
 inline Float8 load8(const c10::BFloat16* p) {
-  return (Float8)(__builtin_convertvector(read8<Short8>(p), Word8) << 16);
+  return (Float8)(__builtin_convertvector(read_vector<Short8>(p), Word8) << 16);
 }
 inline void store8(const Float8& x, c10::BFloat16* p) {
   const Word8 bits = (Word8)x;
   const Word8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Word8 quiet = (x != x) ? (Word8{} + 0x7fc0u) : rounded;
-  write8(__builtin_convertvector(quiet, Short8), p);
+  write_vector(__builtin_convertvector(quiet, Short8), p);
 }
 
 inline Float8 load8(const c10::Half* p) {
@@ -121,9 +108,9 @@ void subtract_rows_typed(
                           };
   int64_t j = 0;
   for (; j + 8 <= columns; j += 8) {
-    const Double8 q = read8<Double8>(low + j);
-    const Double8 h = read8<Double8>(high + j);
-    const Double8 c = read8<Double8>(cosine + j);
+    const Double8 q = read_vector<Double8>(low + j);
+    const Double8 h = read_vector<Double8>(high + j);
+    const Double8 c = read_vector<Double8>(cosine + j);
     finish(q, h, c, [&](int r, const auto& value) __attribute__((always_inline)) {
       store8(load8(rows[r] + j) - __builtin_convertvector(value, Float8), rows[r] + j);
     });
@@ -156,7 +143,7 @@ void subtract_rows(
 }
 
 inline Double8 widen8(const double* p) {
-  return read8<Double8>(p);
+  return read_vector<Double8>(p);
 }
 inline Double8 widen8(const float* p) {
   return __builtin_convertvector(load8(p), Double8);

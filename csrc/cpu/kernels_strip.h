@@ -14,17 +14,6 @@ constexpr int kRowsOf2 = 1, kRowsOf1 = 3;
 #endif
 static_assert(kStripRows % kRowsOf2 == 0 && kStripRows % kRowsOf1 == 0);
 
-template <typename Vector, typename T>
-inline Vector read_vector(const T* p) {
-  Vector v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-template <typename Vector, typename T>
-inline void write_vector(const Vector& v, T* p) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
-
 struct Line {
   uintptr_t at;
   const Prefetch& rule;

@@ -1,0 +1,23 @@
+// Vectors to and from memory. Included first by kernels_<isa>.cpp, like kernels_impl.h: no include
+// guard and no #include.
+
+namespace lora {
+namespace LORA_ISA {
+namespace {
+
+// Through memcpy, which becomes one unaligned move: an alignment attribute on a vector type is lost
+// as soon as the type is a template argument.
+template <typename Vector, typename T>
+inline Vector read_vector(const T* p) {
+  Vector v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename Vector, typename T>
+inline void write_vector(const Vector& v, T* p) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+}  // namespace
+}  // namespace LORA_ISA
+}  // namespace lora

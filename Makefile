@@ -70,7 +70,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) "setuptools>=77" ninja
 	LORA_KERNELS_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation -e ".[test,bench,lint]"
+		--no-build-isolation -e ".[test,bench,ecosystem,lint]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DATA)
 	touch $@
 

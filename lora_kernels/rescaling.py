@@ -142,10 +142,28 @@ class ScaledStart(Initializer):
     def grows_with_scaling(self) -> bool:
         return self.start.grows_with_scaling
 
+    @property
+    def rewrites_base(self) -> bool:
+        return self.start.rewrites_base
+
     def __call__(
         self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
     ) -> Start:
         """The scaled start, kept as factors: it has no β."""
-        start = self.start(weight, r, scaling * self.alpha_A * self.alpha_B, gradient)
+        return self._scaled(self.start(weight, r, self._own(scaling), gradient))
+
+    def absorb_(
+        self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
+    ) -> Start:
+        """The scaled start; what it makes of `weight` is what the start does, if not W − s·B₀A₀."""
+        if not self.rewrites_base:
+            return super().absorb_(weight, r, scaling, gradient)
+        return self._scaled(self.start.absorb_(weight, r, self._own(scaling), gradient))
+
+    def _own(self, scaling: float) -> float:
+        """The s that the start is told."""
+        return scaling * self.alpha_A * self.alpha_B
+
+    def _scaled(self, start: Start) -> Start:
         A, B = start.lora_A * self.alpha_A, start.lora_B * self.alpha_B
         return replace(start, lora_A=A, lora_B=B, beta=None)

@@ -46,9 +46,12 @@ class Initializer(ABC):
     - `reads_weight`: whether the start depends on W's values.
     - `needs_gradient`: whether it is made from the loss gradient of W.
     - `grows_with_scaling`: whether s · B₀A₀ is of some size, and the larger the larger s is.
+    - `rewrites_base`: whether the base becomes something else than W − s · B₀A₀. Only `absorb_`
+      makes such a start.
     """
 
     changes_base: bool
+    rewrites_base: bool = False
     reads_weight: bool = False
     needs_gradient: bool = False
 

@@ -91,8 +91,9 @@ def to_peft(
         elif last == "bias" and owner in state.layers:
             key = f"{owner}.base_layer.bias"
         tensors[PREFIX + key] = tensor
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    # As a pair: vLLM takes s from these two for all layers, and reads no pattern.
+    pairs = [(ranks[name], alphas[name]) for name in state.layers]
+    r, lora_alpha = Counter(pairs).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
         "task_type": config.task_type,

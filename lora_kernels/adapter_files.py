@@ -43,6 +43,7 @@ class SavedAdapter:
         folder: where.
         files: their sizes in bytes by name.
         layers: how many layers there are.
+        scalings: the different s of the layers.
         folded: the layers whose R is multiplied into A: format="peft" has no place for it, and
             training goes on with A and B. format="native" keeps it.
         errors: with `compress_to`, ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F of each layer; else None.
@@ -53,6 +54,7 @@ class SavedAdapter:
     folder: Path
     files: dict[str, int]
     layers: int
+    scalings: tuple[float, ...]
     folded: tuple[str, ...] = ()
     errors: dict[str, float] | None = None
     error: float | None = None
@@ -65,6 +67,11 @@ class SavedAdapter:
             lines.append(
                 f"recompressed with a relative error of {self.error:.2e}, at most "
                 f"{self.errors[worst]:.2e} ({worst})"
+            )
+        if len(self.scalings) > 1 and ADAPTER_FILE in self.files:
+            lines.append(
+                f"its layers have {len(self.scalings)} different scalings, by alpha_pattern: PEFT "
+                "reads that, vLLM does not and would scale them alike"
             )
         if self.folded:
             lines.append(
@@ -83,18 +90,18 @@ def save_adapter(
     compress_to: int | None = None,
 ) -> SavedAdapter:
     """Writes an adapter of the model, the active one by default, as `write_adapter` does."""
-    from .model import adapter_state
-    from .targets import is_conv1d
+    from .model import _inner, adapter_state
 
     state = adapter_state(model, adapter_name)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {name: module for name, module in _inner(model).named_modules() if name}
+    inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
     return write_adapter(
         folder,
         state,
         format=format,
         compress_to=compress_to,
-        module_names=_base_names(modules, state),
-        fan_in_fan_out=all(is_conv1d(modules[name]) for name in state.layers),
+        module_names=[name for name in modules if not name.startswith(inside)],
+        fan_in_fan_out=all(getattr(modules[n], "transposed", False) for n in state.layers),
     )
 
 
@@ -104,11 +111,19 @@ def load_adapter(
     *,
     adapter_name: str = "default",
     is_trainable: bool = True,
+    progress: bool = True,
 ):
     """Puts the adapter of a folder onto the model; whether it was written here or by PEFT.
 
+    Args:
+        model: the base, which may have other adapters.
+        folder: of `save_adapter`, or PEFT's.
+        adapter_name: what it is called from now on; it is active.
+        is_trainable: whether it can be trained further.
+        progress: whether a bar is shown, if standard error is a terminal.
+
     Returns:
-        What `lora_kernels.model.apply_state` reports.
+        What was adapted, as `add_lora` reports it.
 
     Raises:
         ValueError: as `read_adapter`, or the adapter does not fit the model, which is as it was
@@ -118,7 +133,9 @@ def load_adapter(
     from .model import apply_state
 
     state = read_adapter(folder)
-    return apply_state(model, state, adapter_name=adapter_name, is_trainable=is_trainable)
+    return apply_state(
+        model, state, adapter_name=adapter_name, is_trainable=is_trainable, progress=progress
+    )
 
 
 def write_adapter(
@@ -178,7 +195,8 @@ def write_adapter(
         _OWNED,
     )
     sizes = {file: (folder / file).stat().st_size, ADAPTER_CONFIG: len(content)}
-    return SavedAdapter(folder, sizes, len(state.layers), folded, errors, error)
+    scalings = tuple(sorted({float(f"{layer.scaling:.12g}") for layer in state.layers.values()}))
+    return SavedAdapter(folder, sizes, len(state.layers), scalings, folded, errors, error)
 
 
 def read_adapter(folder: str | Path) -> AdapterState:
@@ -405,9 +423,3 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(
             f"{file} is damaged, or no safetensors file ({error}): copy or save it again"
         ) from None
-
-
-def _base_names(modules: dict[str, nn.Module], state: AdapterState) -> list[str]:
-    """The names that the model's modules have without the adapter: nothing inside its layers."""
-    inside = tuple(f"{name}." for name in state.layers)
-    return [name for name in modules if name and not name.startswith(inside)]

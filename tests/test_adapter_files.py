@@ -331,12 +331,34 @@ class TestPlainPeft:
         )
         state, deltas = adapt_model(models["llama"], LLAMA_LAYERS[1:], config)
         write_adapter(tmp_path, state)
-        assert_agree(
-            peft_logits(models["llama"], tmp_path)[1], logits_64(models["llama"], deltas, IDS)
-        )
+        want = logits_64(models["llama"], deltas, IDS)
+        assert_agree(peft_logits(models["llama"], tmp_path)[1], want)
         written = peft_config(tmp_path)
         assert written["use_rslora"] == (rule != "lora") and written["r"] == 8
         assert sorted(written["target_modules"]) == sorted(LLAMA_LAYERS[1:])
+
+    @pytest.mark.parametrize("rule", ["lora", "rslora"])
+    def test_engines_that_read_no_pattern(self, rule, tmp_path):
+        """vLLM takes s from r and lora_alpha for all layers, and every tensor for an A or a B."""
+        alphas = {"lora": {"k": 8}, "rslora": {"k": 16 / math.sqrt(2)}}[rule]
+        config = LoRAConfig(
+            r=4, lora_alpha=16, scaling=rule, rank_pattern={"k": 2}, alpha_pattern=alphas
+        )
+        layers, deltas = {}, {}
+        for name in ("a.k", "a.q", "b.k", "b.q"):
+            layers[name], deltas[name] = adapt(nn.Linear(24, 20), config, name)
+        report = write_adapter(tmp_path, AdapterState(config, layers))
+        written = peft_config(tmp_path)
+        root = math.sqrt(written["r"]) if written["use_rslora"] else written["r"]
+        tensors = safetensors.load_file(tmp_path / ADAPTER_FILE)
+        for name, delta in deltas.items():
+            A, B = (tensors.pop(f"base_model.model.{name}.lora_{k}.weight") for k in "AB")
+            got = written["lora_alpha"] / root * to_numpy(B) @ to_numpy(A)
+            assert np.linalg.norm(got - delta) <= 1e-5 * np.linalg.norm(delta)
+        assert not tensors
+        assert len(report.scalings) == 1 and "vLLM" not in str(report)
+        layers["a.k"] = replace(layers["a.k"], scaling=1.0)
+        assert "vLLM does not" in str(write_adapter(tmp_path, AdapterState(config, layers)))
 
     def test_whole_numbers_stay(self, tmp_path):
         """s of r = 6 is 16 / 6, no binary fraction: alpha is doubled, and an integer."""

@@ -12,6 +12,8 @@ from . import magnitude as magnitude
 from . import ops as ops
 from . import svd as svd
 from ._version import __version__ as __version__
+from .adapter_files import load_adapter as load_adapter
+from .adapter_files import save_adapter as save_adapter
 from .config import LoRAConfig as LoRAConfig
 from .gradients import capture_gradients as capture_gradients
 from .linear import LoRALinear as LoRALinear

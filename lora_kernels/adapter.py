@@ -53,6 +53,11 @@ class AdapterOptions:
         rule = resolve_rule(scaling, use_rslora)
         if residual not in RESIDUALS:
             raise unknown_name("residual", residual, RESIDUALS)
+        if initializer.rewrites_base and residual != "absorb":
+            raise ValueError(
+                f"the start of {type(initializer).__name__} goes with a base that it rewrites, to "
+                "quantised values: it needs a float weight of its own and residual='absorb'"
+            )
         check_number(lora_dropout, "lora_dropout")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")

@@ -86,4 +86,4 @@ def quantised_start(
 
     """
     base = dequantized_weight(module)
-    return checked(initializer.toward(original)(base, r, scaling), base, r)
+    return checked(initializer.toward(lambda: original)(base, r, scaling), base, r)

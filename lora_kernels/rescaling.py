@@ -150,20 +150,13 @@ class ScaledStart(Initializer):
         self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
     ) -> Start:
         """The scaled start, kept as factors: it has no β."""
-        return self._scaled(self.start(weight, r, self._own(scaling), gradient))
-
-    def absorb_(
-        self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
-    ) -> Start:
-        """The scaled start; what it makes of `weight` is what the start does, if not W − s·B₀A₀."""
-        if not self.rewrites_base:
-            return super().absorb_(weight, r, scaling, gradient)
-        return self._scaled(self.start.absorb_(weight, r, self._own(scaling), gradient))
-
-    def _own(self, scaling: float) -> float:
-        """The s that the start is told."""
-        return scaling * self.alpha_A * self.alpha_B
-
-    def _scaled(self, start: Start) -> Start:
+        own = scaling * self.alpha_A * self.alpha_B
+        start = self.start(weight, r, own, gradient)
         A, B = start.lora_A * self.alpha_A, start.lora_B * self.alpha_B
         return replace(start, lora_A=A, lora_B=B, beta=None)
+
+    def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
+        """What the start does; a base that is not rewritten lacks s·B₀A₀ as always."""
+        if not self.rewrites_base:
+            return super().take_out_(weight, start, scaling)
+        return self.start.take_out_(weight, start, scaling * self.alpha_A * self.alpha_B)

@@ -20,7 +20,8 @@ class Start:
     `lora_A` [r, in] and `lora_B` [out, r]; `beta`, the DST scale if the factors are β times DST
     bases (0-dim float64), from which they can be made again; `lora_R` [r, r] if that is what trains
     between a frozen A and B, which the layer then multiplies as B R A; `weight_norm`, ‖W‖_F (0-dim
-    float64) if the initialiser has measured it on the way.
+    float64) if the initialiser has measured it on the way; `earlier`, the start of the step before,
+    if that is what the base is made from (LoftQ's).
     """
 
     lora_A: Tensor
@@ -28,6 +29,7 @@ class Start:
     beta: Tensor | None = None
     lora_R: Tensor | None = None
     weight_norm: Tensor | None = None
+    earlier: Start | None = None
 
     def right(self) -> Tensor:
         """A, or R A if there is an R, in float32 or wider: s · B₀A₀ is s · `lora_B` times this."""
@@ -46,8 +48,8 @@ class Initializer(ABC):
     - `reads_weight`: whether the start depends on W's values.
     - `needs_gradient`: whether it is made from the loss gradient of W.
     - `grows_with_scaling`: whether s · B₀A₀ is of some size, and the larger the larger s is.
-    - `rewrites_base`: whether the base becomes something else than W − s · B₀A₀. Only `absorb_`
-      makes such a start.
+    - `rewrites_base`: whether the base becomes something else than W − s · B₀A₀, so that it has to
+      be rewritten for the start to make sense.
     """
 
     changes_base: bool
@@ -97,8 +99,12 @@ class Initializer(ABC):
         start = checked(self(weight, r, scaling, gradient), weight, r)
         if self.changes_base:
             check_residual_fits(weight, start, scaling)
-            subtract_start_(weight, start, scaling)
+            self.take_out_(weight, start, scaling)
         return start
+
+    def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
+        """Makes the base that goes with a start of `weight`, in place: weight − scaling · B₀A₀."""
+        subtract_start_(weight, start, scaling)
 
 
 def checked(start: Start, weight: Tensor, r: int) -> Start:

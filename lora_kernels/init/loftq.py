@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import svd
 from ..ops._checks import as_integer, factor_dtype
 from ..quantizers import Quantizer, check_quantizer, quantized
-from .base import Initializer, Start, checked, subtract_factors_
+from .base import Initializer, Start, subtract_factors_
 from .registry import register_initializer
 from .spectral import refuse_small_rank, split
 
@@ -35,7 +35,7 @@ class LoftQ(Initializer):
     Quantising that base with the same quantiser, later or elsewhere, gives Q_T again. The layer
     without its adapter is Q_T + s·B₀A₀, W but for what r components could not make up for.
 
-    A base that is quantised already keeps its bits: `toward` is the start for it.
+    A base that is quantised already keeps its bits: the start for it is `toward`'s.
 
     `method` and `seed` are those of `lora_kernels.svd.truncated`.
     """
@@ -59,77 +59,71 @@ class LoftQ(Initializer):
     def __call__(
         self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
     ) -> Start:
-        """ValueError: the start belongs to another base than `weight`."""
-        raise ValueError(
-            "LoftQ's start goes with a base that it rewrites to quantised values: it needs a float "
-            "weight and residual='absorb'. Of a base that is quantised already it needs the "
-            "original weights (original_weights=...): without them there is no error to make up for"
-        )
+        """The start, which belongs to the base that `take_out_` makes of `weight`.
 
-    def absorb_(
-        self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
-    ) -> Start:
-        """The start, with weight ← Q_T in place.
-
-        Raises:
-            ValueError: W holds NaN or Inf, or its quantiser's values already, or W − Q has a rank
-                less than r. Nothing is written then.
-
+        ValueError if W holds NaN or Inf, or its quantiser's values already, or if W − Q has a rank
+        less than r.
         """
         if not math.isfinite(float(torch.linalg.vector_norm(weight, math.inf))):
-            raise ValueError("weight holds NaN or Inf; it was not changed")
-        options = {"method": self.method, "seed": self.seed}
+            raise ValueError("weight holds NaN or Inf")
         start = None
         for _ in range(self.iterations):
-            target = weight.detach().clone()
-            if start is not None:
-                subtract_factors_(target, start.lora_A, start.lora_B, scaling)
-            # From values in W's dtype to values in W's dtype: scales that are the largest entry of
-            # a block are then exact in it, and quantising the result changes nothing.
-            Q = quantized(target, self.quantizer).to(weight.dtype)
-            start = _best(weight, Q, r, scaling, **options)
-        start = checked(start, weight, r)
-        weight.copy_(Q)
-        return start
+            earlier, base = start, self._quantised(weight, start, scaling)
+            start = _best(weight, base, r, scaling, method=self.method, seed=self.seed)
+        return replace(start, earlier=earlier and replace(earlier, earlier=None))
 
-    def toward(self, original: Tensor) -> Initializer:
-        """The start for a base that is quantised already, Q, and was made from `original`
-        [out, in]: s·BA = the best of rank r of original − Q, Q unchanged. The quantiser and the
+    def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
+        """weight ← Q_T in place, q(weight − scaling · B_{T−1}A_{T−1}) again."""
+        weight.copy_(self._quantised(weight, start.earlier, scaling))
+
+    def _quantised(self, weight: Tensor, start: Start | None, scaling: float) -> Tensor:
+        """q(W − s·BA) in W's dtype.
+
+        Of values in W's dtype, too: a scale that is the largest entry of its block is then exact in
+        it, and quantising the result changes nothing.
+        """
+        target = weight
+        if start is not None:
+            target = weight.detach().clone()
+            subtract_factors_(target, start.lora_A, start.lora_B, scaling)
+        return quantized(target, self.quantizer).to(weight.dtype)
+
+    def toward(self, original: Callable[[], Tensor]) -> Initializer:
+        """The start for a base that is quantised already, Q, and was made from what `original()`
+        gives, W [out, in]: s·BA = the best of rank r of W − Q, Q unchanged. The quantiser and the
         iterations play no part.
         """
         return QuantizationError(original, self.method, self.seed)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class QuantizationError(Initializer):
-    """s·BA = the best of rank r of `original` − W, where W [out, in] is quantised and unchanged.
+    """s·BA = the best of rank r of W − Q, where W = `original()` [out, in], and the weight that is
+    given is Q, quantised and unchanged.
 
     LoftQ (arXiv 2310.08659) with its base fixed; PEFT's `replace_lora_weights_loftq`. Nothing is
-    subtracted: training starts from W + s·BA ≈ `original`, and W is the layer without its adapter.
+    subtracted: training starts from Q + s·BA ≈ W, and Q is the layer without its adapter. W is
+    asked for when the start is made, and not kept.
     """
 
-    original: Tensor = field(repr=False)
+    original: Callable[[], Tensor]
     method: str = "randomized"
     seed: int = 0
     changes_base = False
     reads_weight = True
 
-    def __post_init__(self) -> None:
-        svd.check_options(self.method)
-        as_integer(self.seed, "seed")
-
     def __call__(
         self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
     ) -> Start:
-        """The start; ValueError if the two do not fit, or if original − W is zero or has a rank
-        less than r.
+        """The start; ValueError if the two do not fit, or if W − Q is zero or has a rank less than
+        r.
         """
-        if self.original.shape != weight.shape:
+        original = self.original().detach().to(weight.device)
+        if original.shape != weight.shape:
             raise ValueError(
-                f"the original weight has shape {list(self.original.shape)}, this one "
+                f"the original weight has shape {list(original.shape)}, this one "
                 f"{list(weight.shape)}"
             )
-        original = self.original.detach().to(weight.device)
         return _best(original, weight, r, scaling, method=self.method, seed=self.seed)
 
     def starts(

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_kernels import LoRALinear
 from lora_kernels.bases import dequantized_weight
-from lora_kernels.init import LoftQ, LoRAM, get_initializer
+from lora_kernels.init import LoftQ, get_initializer
 from lora_kernels.originals import OriginalWeights, quantised_start
 from lora_kernels.quantizers import quantized
 
@@ -260,16 +260,15 @@ class TestErrors:
     def test_implicit_makes_no_sense(self, device):
         linear = nn.Linear(64, 48).to(device)
         before = linear.weight.detach().clone()
-        for initializer in ("loftq", LoRAM(track="loftq")):
-            options = {"r": 4, "init_lora_weights": initializer, "residual": "implicit"}
-            with pytest.raises(ValueError, match=r"float weight and residual='absorb'.*original_w"):
-                LoRALinear.from_linear(linear, **options)
+        options = {"r": 4, "init_lora_weights": "loftq", "residual": "implicit"}
+        with pytest.raises(ValueError, match=r"LoftQ goes .* float weight .*residual='absorb'"):
+            LoRALinear.from_linear(linear, **options)
         assert torch.equal(linear.weight, before)
 
     @pytest.mark.parametrize(
         "change,match",
         [
-            (lambda W: W.mul_(torch.nan), "weight holds NaN or Inf; it was not changed"),
+            (lambda W: W.mul_(torch.nan), "weight holds NaN or Inf"),
             (lambda W: W.zero_(), r"quantisation error W − Q is zero: LoftQ would start at zero"),
             (lambda W: W.copy_(quantized(W)), r"quantisation error W − Q is zero"),
             (lambda W: W[1:].zero_(), r"W − Q has numerical rank 1, less than r = 4"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .adapted import AdaptedLayer, AdaptedMatrix
 from .bases import kind_of
 from .config import LoRAConfig
 from .model_report import LoRAReport, make_report
+from .originals import OriginalWeights
 from .plan import LayerPlan, check_norms, make_starts, plan_layers, plan_states
 from .selection import match_modules, select_layers
 from .state import AdapterState
@@ -44,6 +46,7 @@ def add_lora(
     *,
     adapter_name: str = "default",
     gradients: Mapping[str, Tensor] | None = None,
+    original_weights: Mapping[str, Tensor] | str | Path | None = None,
     progress: bool = True,
 ) -> LoRAReport:
     """Adapts a model in place: its layers are replaced, its other parameters frozen.
@@ -58,6 +61,8 @@ def add_lora(
         adapter_name: what `set_adapter` and `save_adapter` call it.
         gradients: {layer name: ∂loss/∂W [out, in]} for the starts that are made from them, as
             `capture_gradients` gives it.
+        original_weights: of a quantised model, what it was quantised from, for LoftQ: a dict
+            {name: W}, or the folder of its checkpoint, of which one tensor at a time is read.
         progress: whether a bar is shown, if standard error is a terminal.
 
     Returns:
@@ -78,7 +83,8 @@ def add_lora(
     _check_name(adapter_name, record)
     selection = select_layers(model, config, is_adaptable)
     saved = _saved_slots(model, config.modules_to_save)
-    plans = plan_layers(model, selection, config)
+    originals = None if original_weights is None else OriginalWeights(original_weights)
+    plans = plan_layers(model, selection, config, originals)
     with torch.no_grad():
         make_starts(plans, config.initializer, gradients, progress)
         layers = _install(model, plans, adapter_name)

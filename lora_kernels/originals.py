@@ -49,7 +49,7 @@ class OriginalWeights:
             TypeError: it is no float tensor.
 
         """
-        key = self._find(name)
+        key = self.find(name)
         weight = self._loaders[key]()
         check_weight(weight, key)
         weight = weight.T if is_conv1d(module) else weight
@@ -60,7 +60,8 @@ class OriginalWeights:
             )
         return weight
 
-    def _find(self, name: str) -> str:
+    def find(self, name: str) -> str:
+        """What the weight of the layer of that name is called here."""
         for key in (f"{name}.weight", name):
             if key in self._loaders:
                 return key

@@ -54,7 +54,7 @@ class LayerPlan:
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return bases.linear_shape(_base(self.module))
+        return _shape(self.module)
 
     def matrix(self) -> Tensor:
         """W [out, in] without other adapters' updates: a view, or dequantised."""
@@ -101,7 +101,7 @@ def plan_layers(
     plans = []
     for name, module in selection.layers.items():
         kind = _checked_kind(name, module)
-        rows, cols = bases.linear_shape(_base(module))
+        rows, cols = _shape(module)
         r = config.layer_rank(name)
         if r > min(rows, cols):
             raise ValueError(
@@ -152,7 +152,7 @@ def plan_states(
     for name, layer in state.layers.items():
         module = candidates[name]
         kind = _checked_kind(name, module)
-        rows, cols = bases.linear_shape(_base(module))
+        rows, cols = _shape(module)
         if layer.lora_B.shape[0] != rows or layer.lora_A.shape[1] != cols:
             raise ValueError(
                 f"the adapter's {name} is for a weight [{layer.lora_B.shape[0]}, "
@@ -310,6 +310,13 @@ def _checked_kind(name: str, module: nn.Module) -> str:
         return "conv1d" if isinstance(module, LoRAConv1D) else "linear"
     bases.refuse_sharded(name, base)
     return bases.kind_of(base)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features)."""
+    if isinstance(module, AdaptedMatrix):
+        return tuple(module._matrix().shape)
+    return bases.linear_shape(_base(module))
 
 
 def _base(module: nn.Module) -> nn.Module:

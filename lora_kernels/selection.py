@@ -100,9 +100,11 @@ def _targeted(
     first = {alias: name for name, others in aliases.items() for alias in (name, *others)}
     for name in found:
         if name not in first:
+            what = "is no linear layer that can be adapted"
+            if isinstance(modules[name], nn.Linear):
+                what = "has a forward or a weight that is not its own, and cannot be adapted"
             raise TypeError(
-                f"target_modules names {name!r}, a {type(modules[name]).__name__}, which is no "
-                "linear layer that can be adapted"
+                f"target_modules names {name!r}, a {type(modules[name]).__name__}, which {what}"
             )
     return [first[name] for name in found]
 

@@ -17,6 +17,7 @@ from lora_kernels import (
     load_adapter,
     merge_lora,
     save_adapter,
+    set_adapter,
     unload_lora,
 )
 from lora_kernels.bases import dequantized_weight
@@ -97,7 +98,7 @@ def train(model: nn.Module, steps: int = 5) -> float:
         optimizer.zero_grad()
         loss_of(model).backward()
         optimizer.step()
-    return float(loss_of(model))
+    return float(loss_of(model).detach())
 
 
 def config(**options) -> LoRAConfig:
@@ -177,7 +178,6 @@ def test_gradients_through_the_base(kind):
         add_lora(one, config(residual="implicit", modules_to_save=["embed"]))
         loss_of(one).backward()
     rounded = kind in ("int8", "torchao_int8_dynamic")  # x to 8 bits
-    pairs = zip(model.named_parameters(), plain.named_parameters(), strict=False)
     seen = 0
     named = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
@@ -211,7 +211,7 @@ def test_merge_into_floating_point(kind):
     train(model)
     with torch.no_grad():
         want = model(IDS)
-    with pytest.raises(ValueError, match="3 layers are quantised .*dequantize=True"):
+    with pytest.raises(ValueError, match=r"3 layers are quantised .*dequantize=True"):
         merge_lora(model)
     merge_lora(model, dequantize=True)
     assert all(type(getattr(model, name)) is nn.Linear for name in TARGETS)
@@ -226,9 +226,13 @@ def test_second_adapter_shares_the_base():
         base = model(IDS)
     add_lora(model, config())
     train(model)
+    with torch.no_grad():
+        first = model(IDS)
     add_lora(model, config(r=2), adapter_name="second")
     with torch.no_grad():
         assert torch.equal(model(IDS), base)
+        set_adapter(model, "default")
+        assert torch.equal(model(IDS), first)
 
 
 class TestLoftQ:
@@ -241,22 +245,22 @@ class TestLoftQ:
         with torch.no_grad():
             exact, base = original(IDS), model(IDS)
         options = {"original_weights": original.state_dict()}
-        report = add_lora(model, config(r=32, init_lora_weights="loftq"), **options)
-        assert report is not None
+        add_lora(model, config(r=32, init_lora_weights="loftq"), **options)
         with torch.no_grad():
             start = model(IDS)
             with disable_adapters(model):
                 assert torch.equal(model(IDS), base)
-        assert (start - exact).norm() < 0.9 * (base - exact).norm()
+        # Rounding x to 8 bits is most of the error of 8-bit weights.
+        part = 1.0 if kind == "torchao_int8_dynamic" else 0.9
+        assert (start - exact).norm() < part * (base - exact).norm()
         for name, layer in adapted_layers(model).items():
             W = to_numpy(getattr(original, name).weight)
             error = W - to_numpy(dequantized_weight(layer.base_layer))
             rest = error - layer.scaling * to_numpy(layer.lora_B) @ to_numpy(layer.lora_A)
             sigma = np.linalg.svd(error, compute_uv=False)
             assert np.linalg.norm(rest) <= 1.02 * np.linalg.norm(sigma[32:])
-        assert train(model) < float(
-            nn.functional.cross_entropy(start[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-        )
+        before = float(loss_of(model).detach())
+        assert train(model) < before - 0.05
 
     @needs_safetensors
     def test_of_a_checkpoint(self, tmp_path):
@@ -293,28 +297,21 @@ class TestLoftQ:
         model = quantise(copy.deepcopy(original), "gptq")
         state = original.state_dict()
 
-        def refused(match: str, init="loftq", model=model, error=ValueError, **options):
+        def refused(match: str, weights=None, init="loftq", model=model) -> None:
             before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            with pytest.raises(error, match=match):
-                add_lora(model, config(init_lora_weights=init), **options)
+            with pytest.raises(ValueError, match=match):
+                add_lora(model, config(init_lora_weights=init), original_weights=weights)
             after = model.state_dict()
             assert all(torch.equal(after[name], before[name]) for name in before)
             assert not adapted_layers(model)
 
         refused(r"gate is quantised already \(forward\): without .*original_weights=")
-        refused("LoRAM has no use for original_weights", "loram", original_weights=state)
-        refused(
-            "no weight of 'gate'; the nearest",
-            original_weights={"gates.weight": state["gate.weight"]},
-        )
-        refused(
-            r"'up.weight' is \[3, 3\]", original_weights={**state, "up.weight": torch.ones(3, 3)}
-        )
-        refused(
-            "for quantised layers, of which there are none", model=original, original_weights=state
-        )
+        refused("LoRAM has no use for original_weights", state, "loram")
+        refused("no weight of 'gate'; the nearest", {"gates.weight": state["gate.weight"]})
+        refused(r"'up\.weight' is \[3, 3\]", {**state, "up.weight": torch.ones(3, 3)})
+        refused("for quantised layers, of which there are none", state, model=original)
         dequantised = {f"{n}.weight": dequantized_weight(getattr(model, n)) for n in TARGETS}
-        refused(r"gate: the quantisation error W − Q is zero", original_weights=dequantised)
+        refused(r"gate: the quantisation error W − Q is zero", dequantised)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """LoRA with its kernels: operators, initialisers and the layer. See the README for a tour."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,3 +16,10 @@ from ._version import __version__ as __version__
 from .gradients import capture_gradients as capture_gradients
 from .linear import LoRALinear as LoRALinear
 from .optim import lora_plus_groups as lora_plus_groups
+
+
+def __getattr__(name: str):
+    """`lora_kernels.peft`, imported at its first use: it imports PEFT."""
+    if name == "peft":
+        return import_module(".peft", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,9 +4,12 @@ Both change a `peft.PeftModel` in place and can be undone. PEFT stays the one wh
 merges and switches adapters.
 """
 
+from importlib.util import find_spec
+
 from .._extras import needed
 
-needed("peft", "lora_kernels.peft", "ecosystem")
+if find_spec("peft") is None:
+    needed("peft", "lora_kernels.peft", "ecosystem")
 
 from .fused import AccelerateReport as AccelerateReport
 from .fused import accelerate as accelerate

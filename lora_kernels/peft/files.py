@@ -2,7 +2,7 @@
 
 A folder holds A' = [A; A₀], B' = [B, −B₀] of rank 2r with the same s, so that plain PEFT computes
 W + s·(BA − B₀A₀) on the original base. How to take it apart again stands in the metadata of the
-safetensors file, under "lora_kernels": plain PEFT does not look there.
+safetensors file, under "lora_kernels.peft": plain PEFT does not look there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .layers import PREFIX, has_adapter, lora_layers
 from .replaced import is_replaced, replace_method, restore_method
 from .start import drop_start, set_start, start_of
 
-_METADATA = "lora_kernels"
+_METADATA = "lora_kernels.peft"
 _VERSION = 1
 # The fields of the configuration that rank 2r changes.
 _FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
@@ -255,9 +255,16 @@ def _read_recipe(path: Path) -> dict | None:
         raise ValueError(f"{path} is no complete safetensors file: {error}") from None
     if text is None:
         return None
-    recipe = json.loads(text)
-    if recipe["version"] > _VERSION:
-        raise ValueError(f"{path} was written by a newer version of lora_kernels")
+    try:
+        recipe = json.loads(text)
+        version, _ = recipe["version"], (recipe["config"], recipe["starts"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path}: its recipe, {_METADATA!r} in the metadata, is damaged") from None
+    if version != _VERSION:
+        raise ValueError(
+            f"{path} has a recipe of version {version!r}, this package reads version {_VERSION}: "
+            "update lora_kernels"
+        )
     return recipe
 
 

@@ -52,7 +52,7 @@ def accelerate(peft_model: peft.PeftModel) -> AccelerateReport:
     The parameters stay PEFT's, so that optimisers, saving and all of PEFT's methods go on working.
     Taken are layers over a plain `nn.Linear` or GPT-2's `Conv1D` of floats, and in them the calls
     with one active adapter of plain LoRA, not merged and not disabled, with or without a start of
-    `initialize`. Every other call (merged, several adapters, mixed batches ...) is PEFT's own, which
+    `initialize`. Every other call (merged, several adapters, mixed batches ...) is PEFT's own. It
     is decided at each call.
 
     The results are PEFT's but for rounding, and but for the dropout mask, which is drawn from

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import peft
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
+from .. import bases
 from .._errors import unknown_name
 from .._progress import tracked
 from ..init import Initializer, Start, get_initializer
 from ..init.base import checked
-from ..ops._checks import FLOATS, check_rank, check_weight
-from ..targets import is_linear
+from ..ops._checks import check_rank
 from .files import install, uninstall
 from .layers import PREFIX, adapter_of, check_model, has_adapter, lora_layers, why_not_linear
 from .start import drop_start, set_start, start_of
@@ -122,10 +122,10 @@ def initialize(
     the base's weights stay as they are, bit for bit, for `disable_adapter`, for other adapters and
     if they are quantised. Merging gives W + s·(BA − B₀A₀).
 
-    `save_pretrained` then writes an adapter of rank 2r, [A; A₀] and [B, −B₀], which plain PEFT loads
-    on the original base with the same outputs. `load_adapter` on a model that was initialised, in
-    this or a later process and by any method, takes such a folder back at rank r and exactly: so
-    `Trainer` resumes.
+    `save_pretrained` then writes an adapter of rank 2r, [A; A₀] and [B, −B₀], which plain PEFT
+    loads on the original base with the same outputs. `load_adapter` on a model that was
+    initialised, in this or a later process and by any method, takes such a folder back at rank r
+    and exactly: so `Trainer` resumes.
 
     All starts are computed before anything is changed; an error leaves the model as it was.
 
@@ -160,10 +160,7 @@ def initialize(
     refuse_merged(peft_model)
     layers, left = _linear_layers(peft_model, adapter)
     gradients = _by_base_name(gradients, initializer)
-    starts = {
-        name: _start(name, layer, adapter, initializer, gradients)
-        for name, layer in tracked(list(layers.items()), "initialising", progress)
-    }
+    starts = _all_starts(layers, adapter, initializer, gradients, progress)
     before = {name: _Snapshot.of(layer, adapter) for name, layer in layers.items()}
     for name, layer in layers.items():
         _write(layer, adapter, starts[name].lora_A, starts[name].lora_B)
@@ -270,44 +267,67 @@ def _by_base_name(
 
 
 @torch.no_grad()
-def _start(
-    name: str,
-    layer: LoraLayer,
+def _all_starts(
+    layers: Mapping[str, LoraLayer],
     adapter: str,
     initializer: Initializer,
     gradients: Mapping[str, Tensor] | None,
-) -> Start:
-    """The layer's start, checked; its errors name the layer."""
-    try:
-        weight = _weight(layer)
-        check_weight(weight)
-        check_rank(layer.r[adapter], *weight.shape)
-        if weight.is_meta or any(f.is_meta for f in _factors(layer, adapter)):
-            raise ValueError("the weight or the adapter is on the meta device: load it first")
-        gradient = None
-        if gradients is not None:
-            if name not in gradients:
-                raise ValueError("gradients has none for this layer")
-            gradient = gradients[name]
-        r, scaling = layer.r[adapter], layer.scaling[adapter]
-        start = checked(initializer(weight, r, scaling, gradient), weight, r)
-        if start.lora_R is not None:
-            raise ValueError(
-                f"{type(initializer).__name__} trains an R between a frozen A and B, for which "
-                "PEFT's layer has no place: use lora_kernels.add_lora"
-            )
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
-    return start
+    progress: bool,
+) -> dict[str, Start]:
+    """Every layer's start, checked. Those of one shape are made together, unless they have to be
+    dequantised: then there is one matrix of floats at a time.
+    """
+    groups: dict[tuple, list[str]] = {}
+    for name, layer in layers.items():
+        base, key = layer.get_base_layer(), (name,)
+        bases.refuse_sharded(name, base)
+        if bases.kind_of(base) in ("linear", "conv1d"):
+            weight = base.weight
+            key = (weight.shape, weight.dtype, weight.device, layer.fan_in_fan_out)
+            key += (layer.r[adapter], layer.scaling[adapter])
+        groups.setdefault(key, []).append(name)
+    starts = {}
+    for names in tracked(list(groups.values()), "initialising", progress):
+        group = {name: layers[name] for name in names}
+        try:
+            starts |= _starts(group, adapter, initializer, gradients)
+        except (TypeError, ValueError):
+            # Which one was it?
+            for name in names:
+                try:
+                    _starts({name: layers[name]}, adapter, initializer, gradients)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{name}: {error}") from error
+            raise
+    return {name: starts[name] for name in layers}
 
 
-def _weight(layer: LoraLayer) -> Tensor:
-    """W [out, in] in floats."""
-    base = layer.get_base_layer()
-    weight = base.weight
-    if is_linear(base) and type(weight) is nn.Parameter and weight.dtype in FLOATS:
-        return weight.T if layer.fan_in_fan_out else weight
-    raise TypeError(f"the weight of {type(base).__name__} is no matrix of floats")
+def _starts(
+    layers: Mapping[str, LoraLayer],
+    adapter: str,
+    initializer: Initializer,
+    gradients: Mapping[str, Tensor] | None,
+) -> dict[str, Start]:
+    """The starts of layers that have shape, dtype, device, rank and scaling in common."""
+    weights = [bases.dequantized_weight(layer.get_base_layer()) for layer in layers.values()]
+    first = next(iter(layers.values()))
+    r, scaling = first.r[adapter], first.scaling[adapter]
+    for layer, weight in zip(layers.values(), weights, strict=True):
+        check_rank(r, *weight.shape)
+        if any(factor.is_meta for factor in _factors(layer, adapter)):
+            raise ValueError("its lora_A and lora_B are on the meta device: load them first")
+    if gradients is not None:
+        if missing := layers.keys() - gradients.keys():
+            raise ValueError(f"gradients has none for {min(missing)!r}")
+        gradients = [gradients[name] for name in layers]
+    starts = initializer.starts(weights, r, scaling, gradients)
+    if any(start.lora_R is not None for start in starts):
+        raise ValueError(
+            f"{type(initializer).__name__} trains an R between a frozen A and B, for which PEFT's "
+            "layer has no place: use lora_kernels.add_lora"
+        )
+    checks = zip(layers, starts, weights, strict=True)
+    return {name: checked(start, weight, r) for name, start, weight in checks}
 
 
 def _factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """The constant s·B₀A₀ that a layer of PEFT subtracts for an adapter: y = x Wᵀ + s·x (BA − B₀A₀)ᵀ.
 
-The factors are buffers of the layer, by the adapter's name, beside its `lora_A` and `lora_B`. What
-PEFT asks a `LoraVariant` (its forward, mixed batches, merging), it asks `StartVariant`; what it asks
-`get_delta_weight` (torchao's merging, weighted adapters by SVD), `delta_weight`.
+The factors are buffers of the layer, by the adapter's name, beside its `lora_A` and `lora_B`. They
+take part through PEFT's own hook, a `LoraVariant`, which its forward, mixed batches, merging and
+`delete_adapter` know, and through `get_delta_weight`, which torchao's merging and adapters weighted
+by SVD ask without it.
 """
 
 from __future__ import annotations

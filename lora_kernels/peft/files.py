@@ -65,7 +65,8 @@ def save_pretrained(
     """PEFT's `save_pretrained`; adapters that subtract a start are written with rank 2r.
 
     Raises:
-        ValueError: such an adapter is to be pickled, or converted, which it needs not.
+        ValueError: such an adapter is to be pickled, or converted, which it needs not; or
+            `state_dict` lacks it.
 
     """
     own = type(peft_model).save_pretrained
@@ -114,7 +115,7 @@ def load_adapter(
     A, B and what the layers subtract. After any other folder, nothing is subtracted.
 
     Raises:
-        ValueError: the file is damaged, or its recipe is of a newer version.
+        ValueError: the file is damaged, or its recipe is of another version.
         RuntimeError: the adapter is merged.
 
     """
@@ -131,10 +132,15 @@ def load_adapter(
     else:
         kwargs.pop("subfolder", None)
         with TemporaryDirectory() as scratch:
-            starts = _take_apart(folder, Path(scratch), recipe)
+            try:
+                starts = _take_apart(folder, Path(scratch), recipe)
+            except KeyError as error:
+                raise ValueError(
+                    f"{folder}: the recipe does not fit its tensors: {error}"
+                ) from None
             result = own(peft_model, scratch, adapter_name, *args, **kwargs)
     for name, layer in lora_layers(peft_model).items():
-        if name in starts:
+        if name in starts and adapter_name in layer.lora_A:
             set_start(layer, adapter_name, *starts[name])
         else:
             drop_start(layer, adapter_name)
@@ -197,6 +203,8 @@ def _doubled_state(
             key_A, key_B = (
                 f"{PREFIX}{name}.{part}.{adapter}.weight" for part in ("lora_A", "lora_B")
             )
+            if missing := {key_A, key_B} - state.keys():
+                raise ValueError(f"state_dict lacks {min(missing)!r}")
             A, B = state[key_A], state[key_B]
             state[key_A] = torch.cat([A, start_A.to(A)])
             state[key_B] = torch.cat([B, -start_B.to(B)], dim=1)

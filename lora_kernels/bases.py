@@ -230,8 +230,8 @@ def _is_forward_only(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in FLOATS:
         return False
-    # A wrapper around a layer, PEFT's for one, is not the layer.
-    return not any(kind_of(child) for child in module.children())
+    # A wrapper around a layer, PEFT's for one, is not the layer, and a block of layers is none.
+    return not any(kind_of(part) for part in module.modules() if part is not module)
 
 
 def _weight_4bit(module: nn.Module) -> Tensor:

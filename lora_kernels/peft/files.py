@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .._atomic import replace_files
 from .layers import PREFIX, has_adapter, lora_layers
 from .replaced import is_replaced, replace_method, restore_method
 from .start import drop_start, set_start, start_of
@@ -100,7 +101,6 @@ def save_pretrained(
         with TemporaryDirectory() as scratch, _doubled_config(peft_model, name) as recipe:
             own(peft_model, scratch, True, [name], state_dict=tensors, **common, **kwargs)
             if is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
                 _publish(Path(scratch) / folder.relative_to(save_directory), folder, recipe)
 
 
@@ -240,16 +240,16 @@ def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict]:
 
 
 def _publish(written: Path, folder: Path, recipe: dict) -> None:
-    """Moves what PEFT wrote into the folder, file by file, the tensors with the recipe last."""
+    """Puts what PEFT wrote into the folder, with the recipe; a killed process leaves the old."""
     tensors = load_file(written / SAFETENSORS_WEIGHTS_NAME)
     metadata = {"format": "pt", _METADATA: json.dumps(recipe)}
-    (folder / f"{CONFIG_NAME}.new").write_bytes((written / CONFIG_NAME).read_bytes())
-    save_file(tensors, folder / f"{SAFETENSORS_WEIGHTS_NAME}.new", metadata)
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        new = folder / f"{name}.new"
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        new.replace(folder / name)
+    replace_files(
+        folder,
+        SAFETENSORS_WEIGHTS_NAME,
+        lambda path: save_file(tensors, path, metadata),
+        {CONFIG_NAME: (written / CONFIG_NAME).read_bytes()},
+        (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
+    )
 
 
 def _read_recipe(path: Path) -> dict | None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..ops._checks import FLOATS
 from ..targets import is_conv1d
-from .initialisation import described
-from .layers import check_model, lora_layers
+from .layers import check_model, described, lora_layers
 from .replaced import is_replaced, replace_method, restore_method
 from .start import StartVariant, start_of
 

@@ -18,7 +18,15 @@ from ..init import Initializer, Start, get_initializer
 from ..init.base import checked
 from ..ops._checks import check_rank
 from .files import install, uninstall
-from .layers import PREFIX, adapter_of, check_model, has_adapter, lora_layers, why_not_linear
+from .layers import (
+    PREFIX,
+    adapter_of,
+    check_model,
+    described,
+    has_adapter,
+    lora_layers,
+    why_not_linear,
+)
 from .start import drop_start, set_start, start_of
 
 # PEFT's own starts that are taken out of the base's weights when the adapter is made.
@@ -57,7 +65,7 @@ class InitializeReport:
         name, depths = self.adapter_name, getattr(self._model, _DEPTH)
         if depths[name] != self._depth:
             raise RuntimeError(f"adapter {name!r} was initialised again since: undo that first")
-        refuse_merged(self._model)
+        _refuse_merged(self._model)
         layers = {n: layer for n, layer in lora_layers(self._model).items() if n in self._before}
         layers = {n: layer for n, layer in layers.items() if name in layer.lora_A}
         for layer_name, layer in layers.items():
@@ -70,6 +78,7 @@ class InitializeReport:
         depths[name] -= 1
         self._undone = True
         if not any(depths.values()):
+            delattr(self._model, _DEPTH)
             uninstall(self._model)
 
     def __str__(self) -> str:
@@ -127,6 +136,10 @@ def initialize(
     initialised, in this or a later process and by any method, takes such a folder back at rank r
     and exactly: so `Trainer` resumes.
 
+    A₀ and B₀ are buffers. `DistributedDataParallel` sends buffers around before every forward
+    unless it is told broadcast_buffers=False (`ddp_broadcast_buffers` of `TrainingArguments`): here
+    it can be.
+
     All starts are computed before anything is changed; an error leaves the model as it was.
 
     Args:
@@ -157,7 +170,7 @@ def initialize(
     _check_residual(residual)
     adapter = adapter_of(peft_model, adapter_name)
     _refuse_changed_base(peft_model)
-    refuse_merged(peft_model)
+    _refuse_merged(peft_model)
     layers, left = _linear_layers(peft_model, adapter)
     gradients = _by_base_name(gradients, initializer)
     starts = _all_starts(layers, adapter, initializer, gradients, progress)
@@ -188,25 +201,13 @@ def initialize(
     )
 
 
-def refuse_merged(peft_model: peft.PeftModel) -> None:
+def _refuse_merged(peft_model: peft.PeftModel) -> None:
     """Raises RuntimeError if A and B are in the base's weights, from which PEFT will take them."""
     merged = {a for layer in lora_layers(peft_model).values() for a in layer.merged_adapters}
     if merged:
         raise RuntimeError(
             f"merged into the base: {', '.join(sorted(merged))}; call unmerge_adapter() first"
         )
-
-
-def described(left: Mapping[str, str], names: int = 3) -> list[str]:
-    """A line for each reason why layers were left, with the first of their names."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        reasons.setdefault(reason, []).append(name)
-    return [
-        f"  left {len(found)}: {reason} ({', '.join(found[:names])}"
-        f"{' ...' if len(found) > names else ''})"
-        for reason, found in reasons.items()
-    ]
 
 
 def _check_residual(residual: str) -> None:

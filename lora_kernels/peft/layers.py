@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import peft
 from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from torch import nn
@@ -71,3 +73,15 @@ def why_not_linear(layer: LoraLayer, adapter: str) -> str | None:
     if variant is not None and not isinstance(variant, StartVariant):
         return f"it is PEFT's {type(variant).__name__} and no plain LoRA"
     return None
+
+
+def described(left: Mapping[str, str], names: int = 3) -> list[str]:
+    """A line for each reason why layers were left, with the first of their names."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        reasons.setdefault(reason, []).append(name)
+    return [
+        f"  left {len(found)}: {reason} ({', '.join(found[:names])}"
+        f"{' ...' if len(found) > names else ''})"
+        for reason, found in reasons.items()
+    ]

@@ -115,5 +115,8 @@ def drop_start(layer: LoraLayer, adapter: str) -> None:
     if len(layer.lora_start_A) == 0:
         for name in _BUFFERS:
             delattr(layer, name)
-        layer.other_param_names = tuple(n for n in layer.other_param_names if n not in _BUFFERS)
+        names = tuple(name for name in layer.other_param_names if name not in _BUFFERS)
+        del layer.other_param_names  # ours, over the class's
+        if names != layer.other_param_names:
+            layer.other_param_names = names
         restore_method(layer, "get_delta_weight", delta_weight)

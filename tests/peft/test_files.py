@@ -205,7 +205,7 @@ def test_a_plain_adapter_has_nothing_to_subtract(tmp_path):
 
 
 def test_a_killed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
-    """The rename of the tensors is the last that happens."""
+    """As `lora_kernels.save_adapter` does, by the same means."""
     from lora_kernels.peft import files
 
     base = llama()
@@ -312,3 +312,30 @@ def test_weighted_adapters():
         got, want = torch.tensor(update_of(layer, "both")), torch.tensor(update_of(layer))
         assert close(got, 0.5 * want)  # "second" is zero
         assert float64(layer.lora_A["both"].weight).shape[0] == 8
+
+
+def test_hot_swapping_leaves_nothing_to_subtract(tmp_path):
+    """PEFT sets to zero what the file does not have: the start."""
+    from peft.utils.hotswap import hotswap_adapter
+
+    base = llama()
+    trained = adapted(base)
+    move(trained)
+    trained.save_pretrained(tmp_path)
+    model = adapted(base)
+    initialize(model)
+    hotswap_adapter(model, str(tmp_path), "default")
+    assert close(logits(model), logits(trained))
+
+
+def test_load_adapter_of_this_package_reads_it(tmp_path):
+    """As what plain PEFT takes it for: an adapter of rank 2r."""
+    from lora_kernels import load_adapter
+
+    model = adapted(llama())
+    initialize(model)
+    move(model)
+    model.save_pretrained(tmp_path)
+    other = llama()
+    load_adapter(other, tmp_path)
+    assert close(logits(other.eval()), logits(model))

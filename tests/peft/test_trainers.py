@@ -80,18 +80,17 @@ def test_checkpoints_are_adapters_for_plain_peft(tmp_path):
 
 @needs_trainer
 def test_best_model_at_the_end(tmp_path):
-    """A rate that spoils the model: the best one is the first, and it comes back whole."""
+    """The best is said to be the one with the largest loss, the first; it comes back whole."""
     run = trainer(
         model_to_train(0.0),
         tmp_path,
         load_best_model_at_end=True,
         eval_strategy="steps",
         eval_steps=3,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=3,
+        metric_for_best_model="loss",
+        greater_is_better=True,
         gradient_checkpointing=True,
     )
-    run.args.learning_rate = 1.0
     run.train()
     best = run.state.best_model_checkpoint
     assert best.endswith("checkpoint-3")

@@ -276,6 +276,18 @@ def test_undo_and_repeated_calls():
     assert torch.equal(logits(model), want)
 
 
+def test_initialized_afterwards(monkeypatch):
+    """The start is looked up at each call, and gone when it is undone."""
+    model = adapted(llama())
+    accelerate(model)
+    report = initialize(model, "pissa")
+    calls = fused_calls(monkeypatch)
+    assert close(logits(model), logits(llama())) and len(calls) == 14
+    move(model)
+    report.undo()
+    assert torch.equal(logits(model), logits(llama())) and len(calls) == 28
+
+
 def test_report():
     model = adapted(gpt2(), target_modules=["c_fc", "wte"])
     report = accelerate(model)

@@ -24,6 +24,8 @@ from ._errors import unknown_name
 from ._extras import needed
 from ._peft_format import DECISIVE, check_pair, from_peft, split_tensors, to_peft
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
+from .model import _inner, adapter_state, apply_state
+from .model_report import LoRAReport
 from .ops._checks import FLOATS
 from .recompression import recompressed
 from .state import AdapterState, LayerState
@@ -90,8 +92,6 @@ def save_adapter(
     compress_to: int | None = None,
 ) -> SavedAdapter:
     """Writes an adapter of the model, the active one by default, as `write_adapter` does."""
-    from .model import _inner, adapter_state
-
     state = adapter_state(model, adapter_name)
     modules = {name: module for name, module in _inner(model).named_modules() if name}
     inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
@@ -112,7 +112,7 @@ def load_adapter(
     adapter_name: str = "default",
     is_trainable: bool = True,
     progress: bool = True,
-):
+) -> LoRAReport:
     """Puts the adapter of a folder onto the model; whether it was written here or by PEFT.
 
     Args:
@@ -130,8 +130,6 @@ def load_adapter(
             then.
 
     """
-    from .model import apply_state
-
     state = read_adapter(folder)
     return apply_state(
         model, state, adapter_name=adapter_name, is_trainable=is_trainable, progress=progress

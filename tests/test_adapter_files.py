@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,15 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import LoRALinear, _atomic
+from lora_kernels import (
+    LoRALinear,
+    _atomic,
+    add_lora,
+    disable_adapters,
+    load_adapter,
+    save_adapter,
+    set_adapter,
+)
 from lora_kernels.adapter_files import NATIVE_FILE, read_adapter, write_adapter
 from lora_kernels.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels.config import LoRAConfig, pattern_matches
@@ -30,6 +39,7 @@ from lora_kernels.state import AdapterState, LayerState
 from lora_kernels.targets import is_conv1d
 
 from .oracle import to_numpy
+from .packages import needs_real_model
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -70,20 +80,7 @@ def adapt(linear: nn.Linear, config: LoRAConfig, name: str = "", residual: str =
         for factor in trained:
             factor.add_(0.1 * factor.std() + 0.05, alpha=random.uniform(0.5, 1.5))
             factor.add_(0.05 * torch.randn_like(factor))
-    absorbed_beta = layer._absorbed_beta
-    state = LayerState(
-        layer.lora_A.detach(),
-        layer.lora_B.detach(),
-        layer.scaling,
-        layer.lora_alpha,
-        lora_R=None if layer.lora_R is None else layer.lora_R.detach(),
-        beta=None if absorbed_beta is None else float(absorbed_beta),
-        start_A=layer.start_A,
-        start_B=layer.start_B,
-        residual=layer.residual,
-        weight_norm=float(linear.weight.detach().double().norm()),
-    )
-    return state, layer.scaling * (product() - start)
+    return layer.layer_state(), layer.scaling * (product() - start)
 
 
 def one_layer(rows=40, cols=48, **options):
@@ -611,6 +608,172 @@ class TestFromPeft:
             tensors = {"lora_A": torch.randn(2, 6), "lora_B": torch.randn(5, 2)}
         tensors = {f"base_model.model.a.q.{k}.weight": v for k, v in tensors.items()}
         safetensors.save_file(tensors, folder / ADAPTER_FILE)
+
+
+def train(model, steps, optimizer=None):
+    """The model, some steps further, and its optimiser."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    fresh = torch.optim.AdamW(parameters, lr=1e-2)
+    if optimizer is not None:
+        fresh.load_state_dict(copy.deepcopy(optimizer))  # it takes the tensors over
+    model.train()
+    for _ in range(steps):
+        fresh.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        fresh.step()
+    model.eval()
+    return copy.deepcopy(fresh.state_dict())
+
+
+class TestModels:
+    """save_adapter and load_adapter."""
+
+    @pytest.mark.parametrize("residual", ["absorb", "implicit"])
+    @pytest.mark.parametrize(
+        "form,name",
+        [
+            *itertools.product(["peft", "native"], ["loram", "pissa", "lora"]),
+            ("native", "lora_xs"),  # PEFT's format has no place for R
+        ],
+    )
+    def test_training_goes_on_as_if_it_had_not_stopped(
+        self, form, name, residual, models, tmp_path
+    ):
+        config = LoRAConfig(
+            r=4,
+            lora_alpha=4,
+            init_lora_weights=name,
+            residual=residual,
+            rank_pattern={r"0\.self_attn\.q_proj": 7},
+            modules_to_save=["norm"],
+        )
+        through = copy.deepcopy(models["llama"])
+        add_lora(through, config)
+        optimizer = train(through, 2)
+        save_adapter(through, tmp_path, format=form)
+        train(through, 2, optimizer)
+
+        resumed = copy.deepcopy(models["llama"])
+        load_adapter(resumed, tmp_path)
+        train(resumed, 2, optimizer)
+        with torch.no_grad():
+            assert torch.equal(resumed(IDS).logits, through(IDS).logits)
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    @pytest.mark.parametrize("name", ["loram", "olora", "lora_xs"])
+    def test_plain_peft_on_the_original_base(self, name, kind, models, tmp_path):
+        model = copy.deepcopy(models[kind])
+        config = LoRAConfig(
+            r=4, init_lora_weights=name, modules_to_save=["norm", "ln_f"][kind == "gpt2" :][:1]
+        )
+        add_lora(model, config)
+        train(model, 2)
+        with torch.no_grad():
+            want = model(IDS).logits
+        save_adapter(model, tmp_path)
+        assert all("." not in target for target in peft_config(tmp_path)["target_modules"])
+        assert_agree(peft_logits(models[kind], tmp_path)[1], want.double())
+        fresh = copy.deepcopy(models[kind])
+        load_adapter(fresh, tmp_path, is_trainable=False)
+        assert not any(p.requires_grad for p in fresh.parameters())
+        with torch.no_grad():
+            assert_agree(fresh(IDS).logits, want.double())
+            with disable_adapters(fresh):
+                assert_agree(fresh(IDS).logits, models[kind](IDS).logits.double())
+
+    def test_one_of_several(self, models, tmp_path):
+        model = copy.deepcopy(models["llama"])
+        for name, targets in (("first", ["q_proj"]), ("second", ["v_proj", "up_proj"])):
+            config = LoRAConfig(r=3, target_modules=targets, residual="implicit")
+            add_lora(model, config, adapter_name=name)
+            train(model, 1)
+            save_adapter(model, tmp_path / name)
+        save_adapter(model, tmp_path / "again", adapter_name="first")
+        for file in (tmp_path / "first").iterdir():
+            assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+        fresh = copy.deepcopy(models["llama"])
+        for name in ("first", "second"):
+            load_adapter(fresh, tmp_path / name, adapter_name=name)
+        for name in ("first", "second"):
+            for each in (model, fresh):
+                set_adapter(each, name)
+            with torch.no_grad():
+                assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+            assert_agree(
+                peft_logits(models["llama"], tmp_path / name)[1], model(IDS).logits.double()
+            )
+
+    def test_compiled(self, models, tmp_path):
+        model = copy.deepcopy(models["llama"])
+        add_lora(model, LoRAConfig(r=2, target_modules=["q_proj"]))
+        save_adapter(model, tmp_path / "a")
+        save_adapter(torch.compile(model), tmp_path / "b")
+        for file in (tmp_path / "a").iterdir():
+            assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+    def test_what_does_not_fit_changes_nothing(self, models, tmp_path):
+        model = copy.deepcopy(models["llama"])
+        add_lora(model, LoRAConfig(r=2, modules_to_save=["norm"]))
+        save_adapter(model, tmp_path / "a")
+        other = copy.deepcopy(models["gpt2"])
+        before = {k: v.clone() for k, v in other.state_dict().items()}
+        with pytest.raises(ValueError, match=r"layer 'model\.layers\.0.*GPT2LMHeadModel"):
+            load_adapter(other, tmp_path / "a")
+        state = read_adapter(tmp_path / "a")
+        name = "model.layers.1.mlp.down_proj"
+        layer = state.layers[name]
+        state.layers[name] = replace(layer, lora_A=torch.randn(2, 95))
+        write_adapter(tmp_path / "b", state)
+        with pytest.raises(
+            ValueError, match=r"down_proj is for a weight \[64, 95\], this model has"
+        ):
+            load_adapter(other := copy.deepcopy(models["llama"]), tmp_path / "b")
+        assert other.state_dict().keys() == models["llama"].state_dict().keys()
+        state.layers[name] = layer
+        state.extra = {"model.nrom.weight": torch.randn(64)}
+        write_adapter(tmp_path / "c", state)
+        with pytest.raises(ValueError, match=r"'model\.nrom\.weight'.*did you mean 'model\.norm"):
+            load_adapter(other, tmp_path / "c")
+        for key, tensor in models["llama"].state_dict().items():
+            assert torch.equal(other.state_dict()[key], tensor)
+        assert before.keys() == models["gpt2"].state_dict().keys()
+
+    @pytest.mark.parametrize("form", ["peft", "native"])
+    def test_another_base(self, form, models, tmp_path):
+        """A base that lacks a start already, as it is after PiSSA elsewhere, is told."""
+        model = copy.deepcopy(models["llama"])
+        add_lora(model, LoRAConfig(r=8, init_lora_weights="pissa"))
+        save_adapter(model, tmp_path, format=form)
+        other = copy.deepcopy(models["llama"])
+        with torch.no_grad():
+            other.get_submodule(LLAMA_LAYERS[0]).weight.mul_(0.97)
+        with pytest.warns(UserWarning, match="another base, or one that lacks a start"):
+            load_adapter(other, tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load_adapter(copy.deepcopy(models["llama"]), tmp_path)
+
+
+@needs_real_model
+def test_real_model(real_model, tmp_path):
+    """SmolLM2-135M, all 210 projections: the same logits in plain PEFT and here."""
+    peft = pytest.importorskip("peft")
+    model = copy.deepcopy(real_model)
+    add_lora(model, LoRAConfig(r=8, lora_alpha=8), progress=False)
+    train(model, 1)
+    report = save_adapter(model, tmp_path)
+    assert report.layers == 210 and peft_config(tmp_path)["r"] == 16
+    assert len(peft_config(tmp_path)["target_modules"]) == 7
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(real_model), tmp_path)
+    fresh = copy.deepcopy(real_model)
+    load_adapter(fresh, tmp_path, progress=False)
+    with torch.no_grad():
+        want = model(IDS).logits
+        assert torch.equal(fresh(IDS).logits, want)
+        # As in test_real_model: the noise of reordered GEMMs in 210 layers.
+        size = want.abs().max()
+        assert (adapted.eval()(IDS).logits - want).abs().max() <= 3e-5 * size
+        assert (real_model(IDS).logits - want).abs().max() > 1e-2 * size
 
 
 class TestRecompression:

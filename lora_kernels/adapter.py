@@ -101,6 +101,7 @@ class Adapter(nn.Module):
         self._beta = start.beta if changes_base else None
         self._absorbed_scaling = self.scaling if absorbed else None
         self._weight_norm = start.weight_norm if changes_base else None
+        self._rewritten = start.rewritten
 
     def load_factors(self, lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None) -> None:
         """Puts trained factors in the place of the start's; they are taken over."""
@@ -138,13 +139,17 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def layer_state(self) -> LayerState:
-        """Copies of the adapter's tensors on the CPU, and its numbers."""
+        """Copies of the adapter's tensors on the CPU, and its numbers.
+
+        Of a base that was rewritten, LoftQ's, it is the adapter of what that base is now: nothing
+        is taken out of it.
+        """
 
         def copied(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.detach().to("cpu", copy=True).contiguous()
 
-        recipe = self._beta is not None
-        norm = self._weight_norm
+        recipe, kept = self._beta is not None, not self._rewritten
+        norm = self._weight_norm if kept else None
         return LayerState(
             lora_A=copied(self.lora_A),
             lora_B=copied(self.lora_B),
@@ -152,8 +157,8 @@ class Adapter(nn.Module):
             lora_alpha=self.lora_alpha,
             lora_R=copied(self.lora_R),
             beta=float(self._beta) if recipe else None,
-            start_A=None if recipe else copied(self.start_A),
-            start_B=None if recipe else copied(self.start_B),
+            start_A=copied(self.start_A) if kept and not recipe else None,
+            start_B=copied(self.start_B) if kept and not recipe else None,
             residual=self.residual,
             weight_norm=None if norm is None else float(norm),
         )

@@ -24,6 +24,8 @@ from ._errors import unknown_name
 from ._extras import needed
 from ._peft_format import DECISIVE, check_pair, from_peft, split_tensors, to_peft
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
+from .model import _inner, adapter_state, apply_state
+from .model_report import LoRAReport
 from .ops._checks import FLOATS
 from .recompression import recompressed
 from .state import AdapterState, LayerState
@@ -90,8 +92,6 @@ def save_adapter(
     compress_to: int | None = None,
 ) -> SavedAdapter:
     """Writes an adapter of the model, the active one by default, as `write_adapter` does."""
-    from .model import _inner, adapter_state
-
     state = adapter_state(model, adapter_name)
     modules = {name: module for name, module in _inner(model).named_modules() if name}
     inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
@@ -112,7 +112,7 @@ def load_adapter(
     adapter_name: str = "default",
     is_trainable: bool = True,
     progress: bool = True,
-):
+) -> LoRAReport:
     """Puts the adapter of a folder onto the model; whether it was written here or by PEFT.
 
     Args:
@@ -130,8 +130,6 @@ def load_adapter(
             then.
 
     """
-    from .model import apply_state
-
     state = read_adapter(folder)
     return apply_state(
         model, state, adapter_name=adapter_name, is_trainable=is_trainable, progress=progress
@@ -290,7 +288,7 @@ def _check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> No
     if not isinstance(saved, dict):
         raise ValueError("its recipe is damaged")
     for key in DECISIVE if config is not None else ():
-        if config.get(key) != saved.get(key):
+        if (config.get(key) or None) != (saved.get(key) or None):  # {} is None
             raise ValueError(
                 f"{ADAPTER_CONFIG} says {key} = {config.get(key)!r}, but this was saved with "
                 f"{saved.get(key)!r}: it was edited, or is of another adapter; to take what was "
@@ -366,7 +364,9 @@ def _check_layer(name: str, layer: LayerState, r: int) -> None:
 def _read_config(folder: Path) -> dict[str, Any] | None:
     """`adapter_config.json`, or None."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: give the folder of an adapter")
+        raise FileNotFoundError(
+            f"{folder} is no folder: give that of an adapter, downloaded if it is on a hub"
+        )
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         return None
@@ -387,17 +387,20 @@ def _tensor_file(folder: Path, config: dict[str, Any] | None) -> Path:
     files = [folder / name for name in names if (folder / name).is_file()]
     if files:
         return max(files, key=lambda file: file.stat().st_mtime_ns)
-    pickled = sorted(file.name for file in folder.glob("adapter_model.*") if file.suffix != ".json")
-    hint = (
-        f"; {pickled[0]} is not read: save it from PEFT with safe_serialization=True"
-        if pickled
-        else ""
-    )
+    hint = ""
+    for name in ("adapter_model.bin", "adapter_model.pt"):
+        if (folder / name).is_file():
+            hint = f"; {name} is not read: save it from PEFT with safe_serialization=True"
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if inside and config is None:
+        hint = f"; there are adapters in its folders {', '.join(inside[:8])}"
     raise FileNotFoundError(f"{folder} has no {' or '.join(names)}{hint}")
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    safetensors = needed("safetensors.torch", "saving adapters", "cli")
+    needed("safetensors", "saving adapters", "cli")
+    import safetensors.torch
+
     # Copies where two share memory, which the format cannot express.
     owned: dict[str, Tensor] = {}
     seen = set()
@@ -409,7 +412,10 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         seen.add(tensor.untyped_storage().data_ptr())
         owned[name] = tensor
     # One key: with two, the order of which is random, the same adapter gives different bytes.
-    safetensors.save_file(owned, path, metadata or None)
+    try:
+        safetensors.torch.save_file(owned, path, metadata or None)
+    except safetensors.SafetensorError as error:  # no room, for one
+        raise OSError(f"{path.name} could not be written: {error}") from None
 
 
 def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -115,12 +116,33 @@ def frozen_forward(module: nn.Module, x: Tensor, differentiable: bool = True) ->
     `differentiable` is what `passes_gradient` says. If it is False the gradient is that of
     x Wᵀ with the dequantised W (straight through a quantisation of x, as in bitsandbytes' 8 bits).
 
-    bitsandbytes' 4-bit layers lose their gradient on the way: on a CPU with AVX512-BF16 their first
-    forward in eval mode packs the weight for inference for good. That is taken care of as well.
+    It is so too for bitsandbytes' 4-bit layers that are packed for inference, whatever is said.
     """
     if torch.is_grad_enabled() and x.requires_grad and not (differentiable and not _packed(module)):
         return _StraightThrough.apply(x, getattr(module, "bias", None), module)
     return module(x)
+
+
+def keep_unpacked(module: nn.Module) -> None:
+    """Keeps a 4-bit layer of bitsandbytes as it is, where it would change under training.
+
+    On a CPU with AVX512-BF16 its first forward in eval mode packs the weight for inference for
+    good: it computes in bfloat16 from then on, has no gradient, and bitsandbytes 0.50's
+    `state_dict()`, which unpacks it, misplaces the scales (the weight is off by 2 %). A layer that
+    is packed already is warned of.
+    """
+    if kind_of(module) != "bnb_4bit":
+        return
+    if _packed(module):
+        warnings.warn(
+            "a forward in eval mode has packed this 4-bit model for inference: it trains, but "
+            "model.state_dict(), which Trainer's checkpoints call, damages the base "
+            "(bitsandbytes 0.50 on CPUs with AVX512-BF16). Load it again and adapt it before its "
+            "first forward",
+            stacklevel=2,
+        )
+    elif hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
 
 
 class _StraightThrough(torch.autograd.Function):

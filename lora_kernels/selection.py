@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -40,6 +40,7 @@ def select_layers(
     candidates, aliases = find_candidates(model, adaptable)
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = set(_targeted(config, modules, candidates, aliases))
+    names = {*candidates, *(alias for others in aliases.values() for alias in others)}
     left_out = _left_out(model, config, list(modules), list(candidates), aliases)
     selection = Selection()
     for name in candidates:
@@ -50,6 +51,8 @@ def select_layers(
         else:
             selection.layers[name] = candidates[name]
             selection.aliases[name] = aliases[name]
+    strange = [n for n, m in modules.items() if isinstance(m, nn.Linear) and not _is_part(n, names)]
+    selection.skipped |= dict.fromkeys(strange, "its forward or its weight is not nn.Linear's")
     if not selection.layers:
         reasons = ", ".join(dict.fromkeys(selection.skipped.values())) or "it has no linear layer"
         raise ValueError(f"no layer of {type(model).__name__} is left to adapt: {reasons}")
@@ -84,6 +87,12 @@ def match_modules(
     """The outermost modules of these names or endings; ValueError if one of them is none."""
     found = match_names(modules, names, option=option)
     return {n: modules[n] for n in found if not any(n.startswith(f"{o}.") for o in found)}
+
+
+def _is_part(name: str, candidates: Collection[str]) -> bool:
+    """Whether it is one of the candidates, or lies inside one."""
+    parts = name.split(".")
+    return any(".".join(parts[: k + 1]) in candidates for k in range(len(parts)))
 
 
 def _targeted(

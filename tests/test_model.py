@@ -529,6 +529,34 @@ class TestWhatSurvives:
             assert layer.beta == two.layers[name].beta is not None
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_torchs_encoder_does_not_pass_the_adapters_by(mask):
+    """Its fast path reads the weights themselves, in eval mode without gradients."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 5, 16)
+    padding = torch.tensor([[False] * 5, [False] * 4 + [True]]) if mask else None
+    with torch.no_grad():
+        base = model(x, src_key_padding_mask=padding)
+    report = quiet(model, LoRAConfig(r=2))
+    assert report.skipped["layers.0.self_attn.out_proj"].startswith("its forward")
+    with torch.no_grad():
+        for adapted in adapted_layers(model).values():
+            adapted.lora_B.add_(0.3)
+    trained = model(x, src_key_padding_mask=padding)
+    assert trained.requires_grad
+    kept = ~padding if mask else torch.ones(2, 5, dtype=torch.bool)
+    with torch.no_grad():
+        off_the_fast_path = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(off_the_fast_path[kept], trained[kept], rtol=0, atol=1e-6)
+        assert (trained - base)[kept].abs().max() > 1e-2
+        unload_lora(model)
+        assert model.layers[0].activation_relu_or_gelu == 1
+        restored = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(restored[kept], base[kept], rtol=0, atol=1e-5)
+
+
 def test_disable_is_a_switch_and_a_block():
     model = llama(dtype=torch.float64)
     base = logits(model)

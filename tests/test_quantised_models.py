@@ -23,6 +23,7 @@ from lora_kernels import (
 from lora_kernels.bases import dequantized_weight
 from lora_kernels.init import LoftQ
 from lora_kernels.model import adapted_layers
+from lora_kernels.trainer import accepted_by_trainer
 from lora_kernels.wrapped import LoRAWrapper
 
 from .oracle import loram_beta, to_numpy
@@ -191,17 +192,43 @@ def test_gradients_through_the_base(kind):
 
 
 @needs_bitsandbytes
-def test_training_goes_on_after_an_evaluation():
+@pytest.mark.parametrize("kind", ["nf4", "nf4_double"])
+def test_evaluations_and_checkpoints_leave_the_base_alone(kind):
     """On a CPU with AVX512-BF16 bitsandbytes packs its 4-bit weights for good at the first forward
-    in eval mode, and gives no gradient from then on.
+    in eval mode, gives no gradient from then on, and unpacks them wrongly in state_dict().
     """
-    model = quantise(Block(), "nf4")
+    model = quantise(Block(), kind)
+    with torch.no_grad():
+        base = model(IDS)
     add_lora(model, config())
     train(model, 2)
     model.eval()
     with torch.no_grad():
         before = float(loss_of(model))
+        model.state_dict()
+        with disable_adapters(model):
+            assert torch.equal(model(IDS), base)
     assert train(model.train(), 3) < before - 0.02
+    with torch.no_grad(), disable_adapters(model):
+        assert torch.equal(model(IDS), base)
+
+
+@needs_bitsandbytes
+def test_a_base_that_is_packed_already():
+    """It is told, and trains all the same. The start is what it was before."""
+    model = quantise(Block(), "nf4").eval()
+    with torch.no_grad():
+        base = model(IDS)
+    if not getattr(model.gate.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("this processor's 4-bit layers are not packed")
+    with pytest.warns(UserWarning, match=r"packed this 4-bit model for inference.*Load it again"):
+        add_lora(model, config())
+    with torch.no_grad():
+        assert torch.equal(model(IDS), base)
+        before = float(loss_of(model))
+    assert train(model.train()) < before - 0.05
+    with torch.no_grad(), disable_adapters(model):
+        assert torch.equal(model(IDS), base)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -292,6 +319,27 @@ class TestLoftQ:
         assert 0 < (start - exact).norm() < 0.1 * exact.norm()
         torch.testing.assert_close(base, start, rtol=1e-4, atol=1e-4)
 
+    @needs_safetensors
+    @pytest.mark.parametrize("format", ["peft", "native"])
+    def test_the_adapter_is_one_of_the_new_base(self, format, tmp_path):
+        """Saved apart, it goes with the rewritten base, in floating point or quantised again."""
+        from safetensors.torch import load_file
+
+        model = Block()
+        add_lora(model, config(init_lora_weights="loftq"))
+        train(model)
+        with torch.no_grad():
+            want = model(IDS)
+        base = Block()
+        base.load_state_dict(model.state_dict(), strict=False)
+        save_adapter(model, tmp_path, format=format)
+        if format == "peft":  # no more than A and B
+            stored = load_file(tmp_path / "adapter_model.safetensors")
+            assert stored["base_model.model.up.lora_A.weight"].shape == (4, 64)
+        load_adapter(base, tmp_path)
+        with torch.no_grad():
+            assert torch.equal(base(IDS), want)
+
     def test_errors(self):
         original = Block()
         model = quantise(copy.deepcopy(original), "gptq")
@@ -367,3 +415,84 @@ class TestTransformers:
         assert torch.equal(fresh(input_ids=ids, labels=ids).loss.detach(), after)
         with disable_adapters(model):
             assert torch.equal(model(input_ids=ids, labels=ids).loss.detach(), before)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_loftq_from_floating_point_to_4_bits(self, dtype, tiny_llama, tmp_path):
+        """The way that the paper goes: the base is made, saved and loaded in 4 bits, the adapter
+        with it, trained in floating point or not. What is computed stays the same.
+        """
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype)
+        ids = torch.randint(96, (2, 16))
+        add_lora(model, LoRAConfig(r=8, lora_alpha=16, init_lora_weights="loftq"))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.sub_(0.1 * parameter.grad)
+            want = model(input_ids=ids).logits
+        save_adapter(model, tmp_path / "adapter")
+        model.save_pretrained(tmp_path / "base")
+        quantised = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base",
+            dtype=dtype,
+            device_map={"": "cpu"},
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            ),
+        )
+        load_adapter(quantised, tmp_path / "adapter")
+        for name, layer in adapted_layers(quantised).items():
+            base = dequantized_weight(layer.base_layer).to(dtype)
+            assert torch.equal(base, model.get_submodule(name).weight)
+        with torch.no_grad():
+            got = quantised(input_ids=ids).logits
+        # bfloat16 sums are rounded in another order in either.
+        room = 1e-5 if dtype == torch.float32 else 2e-2
+        assert (got - want).norm() <= room * want.norm()
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_trainer(self, bits, tiny_llama, tmp_path):
+        """Trains, evaluates, saves and resumes to the same bits; a model without adapters is
+        refused as ever.
+        """
+        pytest.importorskip("accelerate")
+        from transformers import Trainer, TrainingArguments
+
+        rows = torch.randint(96, (16, 16))
+        data = [{"input_ids": row, "labels": row} for row in rows]
+        options = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            save_steps=2,
+            eval_steps=1,
+            eval_strategy="steps",
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        with pytest.raises(ValueError, match="has no adapters: add_lora first"):
+            accepted_by_trainer(self.load(tiny_llama, bits)).__enter__()
+        runs = []
+        for resume in (None, str(tmp_path / "checkpoint-2")):
+            model = self.load(tiny_llama, bits)
+            add_lora(model, LoRAConfig(r=8, lora_alpha=16))
+            with pytest.raises(ValueError, match="purely quantized models"):
+                Trainer(model, options, train_dataset=data)
+            with accepted_by_trainer(model):
+                trainer = Trainer(model, options, train_dataset=data, eval_dataset=data[:4])
+            assert not model._hf_peft_config_loaded
+            trainer.train(resume_from_checkpoint=resume)
+            runs.append(adapted_layers(model))
+        fresh = self.load(tiny_llama, bits)
+        for name, one in runs[0].items():
+            assert torch.equal(one.lora_A, runs[1][name].lora_A)
+            assert torch.equal(one.lora_B, runs[1][name].lora_B)
+            assert not torch.equal(one.lora_B, one.start_B)
+            # The base is what was loaded, after evaluations and checkpoints.
+            base = dequantized_weight(one.base_layer)
+            assert torch.equal(base, dequantized_weight(fresh.get_submodule(name)))

@@ -20,8 +20,8 @@ class Start:
     `lora_A` [r, in] and `lora_B` [out, r]; `beta`, the DST scale if the factors are β times DST
     bases (0-dim float64), from which they can be made again; `lora_R` [r, r] if that is what trains
     between a frozen A and B, which the layer then multiplies as B R A; `weight_norm`, ‖W‖_F (0-dim
-    float64) if the initialiser has measured it on the way; `earlier`, the start of the step before,
-    if that is what the base is made from (LoftQ's).
+    float64) if the initialiser has measured it on the way. LoftQ's base is another than
+    W − s · B₀A₀: `rewritten`, and made from the start of the step before, `earlier`.
     """
 
     lora_A: Tensor
@@ -29,6 +29,7 @@ class Start:
     beta: Tensor | None = None
     lora_R: Tensor | None = None
     weight_norm: Tensor | None = None
+    rewritten: bool = False
     earlier: Start | None = None
 
     def right(self) -> Tensor:

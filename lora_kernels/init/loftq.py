@@ -32,8 +32,9 @@ class LoftQ(Initializer):
     random 256 × 192 it rises from the third step on: take fewer there.
 
     W becomes its quantised values in W's own dtype, and the layer starts as Q_T + s·BA ≈ W.
-    Quantising that base with the same quantiser, later or elsewhere, gives Q_T again. The layer
-    without its adapter is Q_T + s·B₀A₀, W but for what r components could not make up for.
+    Quantising that base with the same quantiser, later or elsewhere, gives Q_T again: an adapter
+    that is saved is one of Q_T, and the model has to be saved with it. The layer without its
+    adapter is Q_T + s·B₀A₀, W but for what r components could not make up for.
 
     A base that is quantised already keeps its bits: the start for it is `toward`'s.
 
@@ -70,7 +71,7 @@ class LoftQ(Initializer):
         for _ in range(self.iterations):
             earlier, base = start, self._quantised(weight, start, scaling)
             start = _best(weight, base, r, scaling, method=self.method, seed=self.seed)
-        return replace(start, earlier=earlier and replace(earlier, earlier=None))
+        return replace(start, rewritten=True, earlier=earlier)
 
     def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
         """weight ← Q_T in place, q(weight − scaling · B_{T−1}A_{T−1}) again."""

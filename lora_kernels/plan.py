@@ -229,9 +229,11 @@ def make_starts(
         for plan, matrix, start in zip(batch, matrices, starts, strict=True):
             with _naming(plan.name):
                 start = checked(start, matrix, first.r)
-                if plan.changes_base and plan.options.residual == "absorb":
-                    check_residual_fits(matrix, start, first.scaling)
-            plan.start = start if not plan.changes_base else _measured(start, matrix)
+                if plan.changes_base:
+                    start = _measured(start, matrix)
+                    if plan.options.residual == "absorb":
+                        check_residual_fits(matrix, start, first.scaling)
+            plan.start = start
 
 
 def _measured(start: Start, matrix: Tensor) -> Start:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._errors import unknown_name
 from .init import Initializer
-from .init.base import Start
+from .init.base import Start, refuse_implicit
 from .ops._checks import as_integer, check_number
 from .scaling import DEFAULT_ALPHA, check_start, lora_scaling, resolve_rule
 from .state import LayerState, dst_start
@@ -53,11 +53,7 @@ class AdapterOptions:
         rule = resolve_rule(scaling, use_rslora)
         if residual not in RESIDUALS:
             raise unknown_name("residual", residual, RESIDUALS)
-        if initializer.rewrites_base and residual != "absorb":
-            raise ValueError(
-                f"the start of {type(initializer).__name__} goes with a base that it rewrites, to "
-                "quantised values: it needs a float weight of its own and residual='absorb'"
-            )
+        refuse_implicit(initializer, residual)
         check_number(lora_dropout, "lora_dropout")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")

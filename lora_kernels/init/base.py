@@ -108,6 +108,15 @@ class Initializer(ABC):
         subtract_start_(weight, start, scaling)
 
 
+def refuse_implicit(initializer: Initializer, residual: str) -> None:
+    """Raises if the start needs a base that it rewrites, and that is to stay as it is."""
+    if initializer.rewrites_base and residual != "absorb":
+        raise ValueError(
+            f"the start of {type(initializer).__name__} goes with a base that it rewrites, to "
+            "quantised values: it needs a float weight of its own and residual='absorb'"
+        )
+
+
 def checked(start: Start, weight: Tensor, r: int) -> Start:
     """The start with factors of its own, in the dtype that goes with `weight`.
 

@@ -7,7 +7,6 @@ No quantiser's package is imported unless a layer is its own.
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from .ops._checks import FLOATS
 from .targets import is_conv1d
 
 _ROW_BLOCK = 256  # rows of the identity that a layer is fed at once
+_NONLINEAR = 0.1  # relative; inputs rounded to 8 bits make 0.01
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -31,8 +31,8 @@ def kind_of(module: nn.Module) -> str | None:
     - "conv1d": GPT-2's, whose weight is [in, out].
     - "bnb_4bit", "bnb_8bit": bitsandbytes' `Linear4bit` and `Linear8bitLt`.
     - "torchao": an `nn.Linear` whose weight is one of torchao's tensors.
-    - "forward": any other with integers `in_features` and `out_features` and a forward, but no
-      float weight: GPTQ's, AWQ's, HQQ's.
+    - "forward": any other with integers `in_features` and `out_features`, no float weight, and a
+      tensor of codes: GPTQ's, AWQ's, HQQ's.
 
     A layer whose weight is sharded has the kind that it had before: `refuse_sharded` tells.
     """
@@ -258,6 +258,9 @@ def _is_forward_only(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in FLOATS:
         return False
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if not any(tensor.dim() >= 2 and tensor.dtype not in FLOATS for tensor in own):
+        return False
     # A wrapper around a layer, PEFT's for one, is not the layer, and a block of layers is none.
     return not any(kind_of(part) for part in module.modules() if part is not module)
 
@@ -334,9 +337,26 @@ def _weight_through_forward(module: nn.Module) -> Tensor:
         block = torch.zeros(size, cols, **options)
         block[:, begin : begin + size].fill_diagonal_(1.0)
         weight[:, begin : begin + size] = (forward(block) - constant).T
-    if not math.isfinite(float(torch.linalg.vector_norm(weight, math.inf))):
-        raise ValueError(f"{type(module).__name__} gives NaN or Inf for rows of the identity")
+    _check_linear(module, forward, weight, constant, options)
     return weight
+
+
+def _check_linear(
+    module: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    constant: Tensor,
+    options: dict,
+) -> None:
+    """Raises unless the layer is x ↦ x Wᵀ + c for another x too, but for 8 bits of that."""
+    generator = torch.Generator(options["device"]).manual_seed(0)
+    x = torch.empty(4, weight.shape[1], **options).normal_(generator=generator)
+    want = x.float() @ weight.T + constant
+    if not (forward(x) - want).norm() <= _NONLINEAR * want.norm():
+        raise ValueError(
+            f"{type(module).__name__} computes no linear function of its input, or NaN: leave it "
+            "out with exclude_modules"
+        )
 
 
 class _Forward(nn.Module):

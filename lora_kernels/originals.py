@@ -8,10 +8,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .bases import dequantized_weight, linear_shape
+from .bases import linear_shape
 from .checkpoint import stored_tensors
-from .init.base import Start, checked
-from .init.loftq import LoftQ
 from .ops._checks import check_weight
 from .targets import is_conv1d
 
@@ -74,17 +72,3 @@ class OriginalWeights:
         close = difflib.get_close_matches(f"{name}.weight", self._loaders, n=1)
         hint = f"; the nearest is {close[0]!r}" if close else ""
         raise ValueError(f"original_weights has no weight of {name!r}{hint}")
-
-
-def quantised_start(
-    module: nn.Module, original: Tensor, r: int, scaling: float, initializer: LoftQ
-) -> Start:
-    """LoftQ's start for a quantised layer and the weight [out, in] that it was made from: A and B
-    with W_base + s·BA ≈ `original`. The layer does not change, and nothing is to be subtracted.
-
-    Raises:
-        ValueError: the two do not fit, or the quantiser took nothing that r components could give.
-
-    """
-    base = dequantized_weight(module)
-    return checked(initializer.toward(lambda: original)(base, r, scaling), base, r)

@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_kernels import LoRALinear
 from lora_kernels.bases import dequantized_weight
-from lora_kernels.init import LoftQ, get_initializer
-from lora_kernels.originals import OriginalWeights, quantised_start
+from lora_kernels.init import LoftQ, Start, get_initializer
+from lora_kernels.originals import OriginalWeights
 from lora_kernels.quantizers import quantized
 
 from ..oracle import ROUNDING, to_numpy
@@ -42,6 +42,12 @@ def error_of(layer: LoRALinear, W: np.ndarray) -> float:
     """‖W − Q − s·BA‖ / ‖W‖."""
     product = layer.scaling * to_numpy(layer.lora_B) @ to_numpy(layer.lora_A)
     return np.linalg.norm(W - to_numpy(layer.weight) - product) / np.linalg.norm(W)
+
+
+def start_of(module: nn.Module, original: torch.Tensor, **options) -> Start:
+    """Of rank 8 and s = 2, for a quantised layer."""
+    base = dequantized_weight(module)
+    return LoftQ(**options).toward(lambda: original)(base, 8, 2.0)
 
 
 def adapted(linear: nn.Linear, **options) -> LoRALinear:
@@ -294,7 +300,7 @@ class TestQuantisedBase:
         linear = nn.Linear(128, 96, dtype=dtype)
         module = linear_4bit(linear, nested=nested)
         before = module.weight.data.clone()
-        start = quantised_start(module, linear.weight, 8, 2.0, LoftQ(method="exact"))
+        start = start_of(module, linear.weight, method="exact")
         assert torch.equal(module.weight.data, before)
         assert start.lora_A.dtype == start.lora_B.dtype == torch.float32
         want = best(to_numpy(linear.weight) - to_numpy(dequantized_weight(module)), 8)
@@ -305,7 +311,7 @@ class TestQuantisedBase:
     def test_as_good_as_the_first_iteration(self):
         """One iteration quantises W itself, as loading a quantised model does."""
         linear = nn.Linear(128, 96)
-        start = quantised_start(linear_4bit(linear), linear.weight, 8, 2.0, LoftQ(method="exact"))
+        start = start_of(linear_4bit(linear), linear.weight, method="exact")
         layer = adapted(linear, iterations=1, method="exact")
         torch.testing.assert_close(start.lora_A, layer.lora_A, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(start.lora_B, layer.lora_B, rtol=1e-4, atol=1e-5)
@@ -314,9 +320,9 @@ class TestQuantisedBase:
     def test_nothing_to_make_up_for(self):
         module = linear_4bit(nn.Linear(128, 96))
         with pytest.raises(ValueError, match=r"W − Q is zero: LoftQ would start at zero"):
-            quantised_start(module, dequantized_weight(module), 8, 1.0, LoftQ())
+            start_of(module, dequantized_weight(module))
         with pytest.raises(ValueError, match=r"shape \[96, 64\], this one \[96, 128\]"):
-            quantised_start(module, torch.ones(96, 64), 8, 1.0, LoftQ())
+            start_of(module, torch.ones(96, 64))
 
 
 class TestOriginals:

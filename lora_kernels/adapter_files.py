@@ -11,6 +11,7 @@ that are no recipe, at their rank.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ def save_adapter(
 ) -> SavedAdapter:
     """Writes an adapter of the model, the active one by default, as `write_adapter` does."""
     state = adapter_state(model, adapter_name)
+    if format == "peft":
+        _warn_of_second_names(_inner(model), state)
     modules = {name: module for name, module in _inner(model).named_modules() if name}
     inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
     return write_adapter(
@@ -233,6 +236,24 @@ def read_adapter(folder: str | Path) -> AdapterState:
         return _from_recipe(recipe, config, tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
+    """PEFT puts its layer where a module is first found, and the base stays in other places."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def place(name: str) -> tuple[nn.Module, str]:
+        parent, _, key = name.rpartition(".")
+        return modules[parent], key
+
+    first = {modules[name]: place(name) for name in state.layers}
+    missed = [n for n, module in modules.items() if place(n) != first.get(module, place(n))]
+    if missed:
+        warnings.warn(
+            f"PEFT will not adapt {', '.join(missed[:4])}, which is another name of an adapted "
+            "layer: there its output differs. load_adapter adapts both",
+            stacklevel=3,
+        )
 
 
 def _check_state(state: AdapterState) -> None:

@@ -281,6 +281,18 @@ class TestModels:
         for file in (tmp_path / "a").iterdir():
             assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
+    def test_a_layer_with_two_names(self, tmp_path):
+        """PEFT adapts it under one of them."""
+        model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+        model.append(model[0])
+        base = copy.deepcopy(model)
+        add_lora(model, LoRAConfig(r=2, init_lora_weights="init_ab"))
+        with pytest.warns(UserWarning, match="PEFT will not adapt 2, which is another name"):
+            save_adapter(model, tmp_path)
+        load_adapter(base, tmp_path)
+        x = torch.randn(3, 8)
+        assert torch.equal(base(x), model(x))
+
     def test_what_does_not_fit_changes_nothing(self, tmp_path):
         model = copy.deepcopy(tiny_model("llama"))
         add_lora(model, LoRAConfig(r=2, modules_to_save=["norm"]))

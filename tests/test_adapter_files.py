@@ -24,7 +24,8 @@ from lora_kernels import (
     save_adapter,
     set_adapter,
 )
-from lora_kernels.adapter_files import NATIVE_FILE, _save, read_adapter, write_adapter
+from lora_kernels._tensor_file import save_tensors
+from lora_kernels.adapter_files import NATIVE_FILE, read_adapter, write_adapter
 from lora_kernels.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels.config import LoRAConfig
 from lora_kernels.init import LoRAM, PiSSA, initializer_names
@@ -534,4 +535,4 @@ def test_nothing_is_pickled(tmp_path):
 
 def test_no_room(tmp_path):
     with pytest.raises(OSError, match=r"x\.safetensors could not be written"):
-        _save({"a": torch.zeros(1)}, tmp_path / "no" / "x.safetensors", {})
+        save_tensors({"a": torch.zeros(1)}, tmp_path / "no" / "x.safetensors", {})

@@ -1,5 +1,6 @@
 """LoRA with its kernels: operators, initialisers and the layer. See the README for a tour."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,3 +26,10 @@ from .model import merge_lora as merge_lora
 from .model import set_adapter as set_adapter
 from .model import unload_lora as unload_lora
 from .optim import lora_plus_groups as lora_plus_groups
+
+
+def __getattr__(name: str):
+    """`lora_kernels.peft`, imported at its first use: it imports PEFT."""
+    if name == "peft":
+        return import_module(".peft", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,11 +20,10 @@ class AdaptedLayer(Adapter):
     layer computes as its base.
     """
 
-    adapters: nn.ModuleDict | None = None
-
     def _set_names(self, adapter_name: str) -> None:
         self.adapter_name = self.active_adapter = adapter_name
         self.adapter_enabled = True
+        self.adapters: nn.ModuleDict | None = None
 
     @property
     def adapter_names(self) -> list[str]:
@@ -129,7 +128,7 @@ class AdaptedMatrix(AdaptedLayer):
         """
         if self.absorbed:
             self._put_back_(self._matrix().detach())
-            delattr(self.weight, ABSORBED)
+            vars(self.weight).pop(ABSORBED, None)
         return self._plain(self.weight, self.bias)
 
     def _copied(self, matrix: Tensor) -> nn.Module:

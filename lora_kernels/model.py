@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ._errors import unknown_name
+from ._fast_path import Setting, leave_fast_path
 from ._progress import tracked
 from ._transplant import transplant
 from .adapted import AdaptedLayer, AdaptedMatrix
@@ -28,7 +29,7 @@ _RECORD = "_lora_adapters"
 
 class ModelAdapters:
     """What a model knows of its adapters, beside its layers: their configurations, which one is
-    active, and the tensors that are trained in full.
+    active, the tensors that are trained in full, and settings to put back at the end.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class ModelAdapters:
         self.trained = TrainedTensors()
         self.active = ""
         self.enabled = True
+        self.settings: list[Setting] = []
 
 
 def add_lora(
@@ -117,9 +119,10 @@ def merge_lora(
     set_adapter(model, name)
     for paths, layer in _by_layer(model):
         plain = layer.to_linear() if name in layer.adapter_names else layer.restore_()
-        _replace(model, paths, layer, plain.requires_grad_(False))
+        _replace(model, paths, layer, plain)
+    model.requires_grad_(False)
     _untie_if_needed(model)
-    delattr(_inner(model), _RECORD)
+    _forget(model, record)
     return model
 
 
@@ -132,7 +135,7 @@ def unload_lora(model: nn.Module) -> nn.Module:
     record.trained.activate(None)
     for paths, layer in _by_layer(model):
         _replace(model, paths, layer, layer.restore_())
-    delattr(_inner(model), _RECORD)
+    _forget(model, record)
     return model
 
 
@@ -269,6 +272,7 @@ def _activate_new(
     if not record.configs:
         _freeze_base(model, record)
         setattr(_inner(model), _RECORD, record)
+    record.settings += leave_fast_path(model)
     record.configs[adapter_name] = config
     set_adapter(model, adapter_name)
 
@@ -365,6 +369,12 @@ def _replace(model: nn.Module, names: Sequence[str], layer: AdaptedLayer, plain:
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, key = name.rpartition(".")
     setattr(model.get_submodule(parent), key, module)
+
+
+def _forget(model: nn.Module, record: ModelAdapters) -> None:
+    for module, name, value in record.settings:
+        setattr(module, name, value)
+    delattr(_inner(model), _RECORD)
 
 
 def _untie_if_needed(model: nn.Module) -> None:

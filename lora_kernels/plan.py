@@ -51,7 +51,7 @@ class LayerPlan:
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return bases.linear_shape(_base(self.module))
+        return _shape(self.module)
 
     def matrix(self) -> Tensor:
         """W [out, in] without other adapters' updates: a view, or dequantised."""
@@ -92,7 +92,7 @@ def plan_layers(model: nn.Module, selection: Selection, config: LoRAConfig) -> l
     plans = []
     for name, module in selection.layers.items():
         kind = _checked_kind(name, module)
-        rows, cols = bases.linear_shape(_base(module))
+        rows, cols = _shape(module)
         r = config.layer_rank(name)
         if r > min(rows, cols):
             raise ValueError(
@@ -139,7 +139,7 @@ def plan_states(
     for name, layer in state.layers.items():
         module = candidates[name]
         kind = _checked_kind(name, module)
-        rows, cols = bases.linear_shape(_base(module))
+        rows, cols = _shape(module)
         if layer.lora_B.shape[0] != rows or layer.lora_A.shape[1] != cols:
             raise ValueError(
                 f"the adapter's {name} is for a weight [{layer.lora_B.shape[0]}, "
@@ -194,9 +194,11 @@ def make_starts(
         for plan, matrix, start in zip(batch, matrices, starts, strict=True):
             with _naming(plan.name):
                 start = checked(start, matrix, first.r)
-                if plan.changes_base and plan.options.residual == "absorb":
-                    check_residual_fits(matrix, start, first.scaling)
-            plan.start = start if not plan.changes_base else _measured(start, matrix)
+                if plan.changes_base:
+                    start = _measured(start, matrix)
+                    if plan.options.residual == "absorb":
+                        check_residual_fits(matrix, start, first.scaling)
+            plan.start = start
 
 
 def _measured(start: Start, matrix: Tensor) -> Start:
@@ -275,6 +277,13 @@ def _checked_kind(name: str, module: nn.Module) -> str:
         return "conv1d" if isinstance(module, LoRAConv1D) else "linear"
     bases.refuse_sharded(name, base)
     return bases.kind_of(base)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features)."""
+    if isinstance(module, AdaptedMatrix):
+        return tuple(module._matrix().shape)
+    return bases.linear_shape(_base(module))
 
 
 def _base(module: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -40,6 +40,7 @@ def select_layers(
     candidates, aliases = find_candidates(model, adaptable)
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = set(_targeted(config, modules, candidates, aliases))
+    names = {*candidates, *(alias for others in aliases.values() for alias in others)}
     left_out = _left_out(model, config, list(modules), list(candidates), aliases)
     selection = Selection()
     for name in candidates:
@@ -50,6 +51,8 @@ def select_layers(
         else:
             selection.layers[name] = candidates[name]
             selection.aliases[name] = aliases[name]
+    strange = [n for n, m in modules.items() if isinstance(m, nn.Linear) and not _is_part(n, names)]
+    selection.skipped |= dict.fromkeys(strange, "its forward or its weight is not nn.Linear's")
     if not selection.layers:
         reasons = ", ".join(dict.fromkeys(selection.skipped.values())) or "it has no linear layer"
         raise ValueError(f"no layer of {type(model).__name__} is left to adapt: {reasons}")
@@ -86,6 +89,12 @@ def match_modules(
     return {n: modules[n] for n in found if not any(n.startswith(f"{o}.") for o in found)}
 
 
+def _is_part(name: str, candidates: Collection[str]) -> bool:
+    """Whether it is one of the candidates, or lies inside one."""
+    parts = name.split(".")
+    return any(".".join(parts[: k + 1]) in candidates for k in range(len(parts)))
+
+
 def _targeted(
     config: LoRAConfig,
     modules: Mapping[str, nn.Module],
@@ -100,9 +109,11 @@ def _targeted(
     first = {alias: name for name, others in aliases.items() for alias in (name, *others)}
     for name in found:
         if name not in first:
+            what = "is no linear layer that can be adapted"
+            if isinstance(modules[name], nn.Linear):
+                what = "has a forward or a weight that is not its own, and cannot be adapted"
             raise TypeError(
-                f"target_modules names {name!r}, a {type(modules[name]).__name__}, which is no "
-                "linear layer that can be adapted"
+                f"target_modules names {name!r}, a {type(modules[name]).__name__}, which {what}"
             )
     return [first[name] for name in found]
 

@@ -26,7 +26,7 @@ from ._peft_format import from_peft, to_peft
 from ._stored_state import check_state, check_tensors, from_recipe, native_tensors
 from ._tensor_file import load_tensors, save_tensors
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
-from .model import _inner, adapter_state, apply_state
+from .model import unwrapped, adapter_state, apply_state
 from .model_report import LoRAReport
 from .recompression import recompressed
 from .state import AdapterState
@@ -95,8 +95,8 @@ def save_adapter(
     """Writes an adapter of the model, the active one by default, as `write_adapter` does."""
     state = adapter_state(model, adapter_name)
     if format == "peft":
-        _warn_of_second_names(_inner(model), state)
-    modules = {name: module for name, module in _inner(model).named_modules() if name}
+        _warn_of_second_names(unwrapped(model), state)
+    modules = {name: module for name, module in unwrapped(model).named_modules() if name}
     inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
     return write_adapter(
         folder,

@@ -198,7 +198,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterState:
     """A copy of an adapter, the active one by default, on the CPU."""
-    model = _inner(model)
+    model = unwrapped(model)
     record = _needed_record(model)
     name = _known_name(record, adapter_name)
     layers = {
@@ -277,7 +277,7 @@ def _activate_new(
 ) -> None:
     if not record.configs:
         _freeze_base(model, record)
-        setattr(_inner(model), _RECORD, record)
+        setattr(unwrapped(model), _RECORD, record)
     record.settings += leave_fast_path(model)
     record.configs[adapter_name] = config
     set_adapter(model, adapter_name)
@@ -380,7 +380,7 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def _forget(model: nn.Module, record: ModelAdapters) -> None:
     for module, name, value in record.settings:
         setattr(module, name, value)
-    delattr(_inner(model), _RECORD)
+    delattr(unwrapped(model), _RECORD)
 
 
 def _untie_if_needed(model: nn.Module) -> None:
@@ -395,7 +395,7 @@ def _untie_if_needed(model: nn.Module) -> None:
         config.tie_word_embeddings = False
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`'s and DDP's wrappers."""
     while True:
         if isinstance(model, DistributedDataParallel):
@@ -407,7 +407,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _record(model: nn.Module) -> ModelAdapters | None:
-    return vars(_inner(model)).get(_RECORD)
+    return vars(unwrapped(model)).get(_RECORD)
 
 
 def _needed_record(model: nn.Module) -> ModelAdapters:
@@ -434,7 +434,7 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(
             "this model has PEFT's adapters: lora_kernels.peft.initialize gives them our starts"
         )
-    if _inner(model) is not model:
+    if unwrapped(model) is not model:
         raise TypeError(f"adapt the model before it is wrapped in {type(model).__name__}")
     if isinstance(model, AdaptedLayer) or kind_of(model) is not None:
         raise TypeError(f"the model is a single {type(model).__name__}: use LoRALinear.from_linear")

@@ -26,7 +26,7 @@ from ._peft_format import from_peft, to_peft
 from ._stored_state import check_state, check_tensors, from_recipe, native_tensors
 from ._tensor_file import load_tensors, save_tensors
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
-from .model import unwrapped, adapter_state, apply_state
+from .model import adapter_state, apply_state, unwrapped
 from .model_report import LoRAReport
 from .recompression import recompressed
 from .state import AdapterState

@@ -96,6 +96,15 @@ def save_adapter(
     state = adapter_state(model, adapter_name)
     if format == "peft":
         _warn_of_second_names(unwrapped(model), state)
+    if state.config.initializer.rewrites_base and any(
+        layer.residual == "absorb" for layer in state.layers.values()
+    ):
+        warnings.warn(
+            f"{type(state.config.initializer).__name__} has given the model another base, and this "
+            "adapter belongs to it, not to the original: keep that base too "
+            "(model.save_pretrained)",
+            stacklevel=2,
+        )
     modules = {name: module for name, module in unwrapped(model).named_modules() if name}
     inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
     return write_adapter(

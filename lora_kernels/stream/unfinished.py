@@ -1,0 +1,194 @@
+"""A folder while it is being written, and what of it is finished, so that a killed run goes on.
+
+What is unfinished lies in a hidden folder inside: files under their names until they are whole, and
+a journal. Its first line says what is being made, from which inputs; every further one that a
+shard is finished, after its files have reached the disk and got their places.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+WORK = ".lora-kernels-unfinished"
+_JOURNAL = "journal.jsonl"
+
+Record = dict[str, Any]
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run that writes this folder was not completed."""
+    return (folder / WORK).is_dir()
+
+
+def identity(file: Path) -> str:
+    """What a file is recognised by: its size, and when it was last written."""
+    status = file.stat()
+    return f"{status.st_size} bytes of {status.st_mtime_ns}"
+
+
+class UnfinishedFolder:
+    """The folder `out`, locked against others for as long as this is used as a context manager.
+
+    `task` are the arguments and `inputs` the files, name by `identity`. `finished` has the records
+    of an earlier run of the same task.
+
+    Raises:
+        FileExistsError: the folder has other contents, or those of another task.
+        BlockingIOError: another process is at work in it.
+
+    """
+
+    def __init__(
+        self, out: Path, task: Mapping[str, Any], inputs: Mapping[str, str], overwrite: bool = False
+    ) -> None:
+        self.out, self.work = out, out / WORK
+        self.finished: dict[str, Record] = {}
+        self._head = {"task": dict(task), "inputs": dict(inputs)}
+        self._overwrite = overwrite
+        self._journal: int | None = None
+
+    def __enter__(self) -> UnfinishedFolder:
+        if self.out.exists() and not self.out.is_dir():
+            raise FileExistsError(f"{self.out} is a file: give a folder to write into")
+        unfinished = is_unfinished(self.out)
+        if not unfinished and not self._overwrite and self.out.exists():
+            if any(self.out.iterdir()):
+                raise FileExistsError(
+                    f"{self.out} is not empty: give another folder, or --overwrite"
+                )
+        self.work.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        self._journal = os.open(self.work / _JOURNAL, flags, 0o666)
+        try:
+            self._lock()
+            if not self._resumed():
+                self._start()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def path(self, name: str) -> Path:
+        """Where a file is written before it is whole."""
+        return self.work / name
+
+    def has(self, name: str, size: int | None = None) -> bool:
+        """Whether a file is finished: journalled, and there with that size if it has a place."""
+        if name not in self.finished:
+            return False
+        file = self.out / name
+        return size is None or (file.is_file() and file.stat().st_size == size)
+
+    def finish(self, name: str, record: Record, in_place: bool = True) -> None:
+        """Gives a file that is whole, and on the disk, its place (`in_place`), and journals it."""
+        if in_place:
+            place(self.path(name), self.out / name)
+        line = json.dumps({"finished": name} | record, allow_nan=False) + "\n"
+        os.write(self._journal, line.encode())
+        os.fsync(self._journal)
+        self.finished[name] = record
+
+    def complete(self) -> None:
+        """Removes what is hidden: the folder is what it was to be."""
+        shutil.rmtree(self.work)
+        sync(self.out)
+
+    def abandon(self) -> None:
+        """Removes all that was written, where going on could not help."""
+        for name in self.finished:
+            (self.out / name).unlink(missing_ok=True)
+        shutil.rmtree(self.work)
+        with suppress(OSError):  # not empty
+            self.out.rmdir()
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BlockingIOError(f"another process is writing {self.out}") from None
+
+    def _resumed(self) -> bool:
+        """Whether the journal is one of this task; `finished` is what it says."""
+        text = (self.work / _JOURNAL).read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]  # a killed process may have left half a line
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not lines:
+            return False
+        if lines[0] != self._head:
+            if self._overwrite:
+                return False
+            raise FileExistsError(
+                f"{self.out} has an unfinished run that differs in {self._difference(lines[0])}: "
+                "repeat it as it was, or give --overwrite to start again"
+            )
+        os.ftruncate(self._journal, len(whole))
+        self.finished = {line.pop("finished"): line for line in lines[1:]}
+        return True
+
+    def _start(self) -> None:
+        os.ftruncate(self._journal, 0)
+        for entry in self.work.iterdir():
+            if entry.name != _JOURNAL:
+                entry.unlink()
+        os.write(self._journal, (json.dumps(self._head, allow_nan=False) + "\n").encode())
+        os.fsync(self._journal)
+        sync(self.work)
+
+    def _difference(self, other: Mapping[str, Any]) -> str:
+        task, inputs = other.get("task", {}), other.get("inputs", {})
+        for name in {**self._head["task"], **task}:
+            if task.get(name) != (now := self._head["task"].get(name)):
+                return f"{name} ({task.get(name)}, now {now})"
+        changed = [
+            name
+            for name in {**self._head["inputs"], **inputs}
+            if inputs.get(name) != self._head["inputs"].get(name)
+        ]
+        return f"its input: {', '.join(changed[:3])} changed since"
+
+    def _close(self) -> None:
+        if self._journal is not None:
+            os.close(self._journal)
+            self._journal = None
+
+
+def place(source: Path, target: Path) -> None:
+    """Renames a file that is whole into its place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(target)
+    sync(target.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file and waits for the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Waits until a folder's list of names is on the disk."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -20,3 +20,6 @@ def _needs(purpose: str, names: tuple[str, ...]) -> pytest.MarkDecorator:
 
 needs_real_model = _needs("the real model", _MODEL)
 needs_demo = _needs("the demo", _MODEL + _DEMO)
+needs_transformers = _needs("this test", ("transformers",))
+needs_bitsandbytes = _needs("a bitsandbytes layer", ("bitsandbytes",))
+needs_torchao = _needs("a torchao layer", ("torchao",))

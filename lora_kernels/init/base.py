@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,13 +19,15 @@ class Start:
 
     `lora_A` [r, in] and `lora_B` [out, r]; `beta`, the DST scale if the factors are β times DST
     bases (0-dim float64), from which they can be made again; `lora_R` [r, r] if that is what trains
-    between a frozen A and B, which the layer then multiplies as B R A.
+    between a frozen A and B, which the layer then multiplies as B R A; `weight_norm`, ‖W‖_F (0-dim
+    float64) if the initialiser has measured it on the way.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     beta: Tensor | None = None
     lora_R: Tensor | None = None
+    weight_norm: Tensor | None = None
 
     def right(self) -> Tensor:
         """A, or R A if there is an R, in float32 or wider: s · B₀A₀ is s · `lora_B` times this."""
@@ -64,6 +67,20 @@ class Initializer(ABC):
         the loss, for starts that are made from it.
         """
 
+    def starts(
+        self,
+        weights: Sequence[Tensor],
+        r: int,
+        scaling: float = 1.0,
+        gradients: Sequence[Tensor] | None = None,
+    ) -> list[Start]:
+        """The starts of several weights of one shape, dtype and device, which are only read.
+
+        The same as one by one; overridden where they are made faster together.
+        """
+        each = [None] * len(weights) if gradients is None else gradients
+        return [self(w, r, scaling, g) for w, g in zip(weights, each, strict=True)]
+
     def absorb_(
         self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
     ) -> Start:
@@ -76,7 +93,7 @@ class Initializer(ABC):
         """
         start = checked(self(weight, r, scaling, gradient), weight, r)
         if self.changes_base:
-            _check_residual_fits(weight, start, scaling)
+            check_residual_fits(weight, start, scaling)
             subtract_start_(weight, start, scaling)
         return start
 
@@ -107,7 +124,7 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
     return replace(start, **factors)
 
 
-def _check_residual_fits(weight: Tensor, start: Start, scaling: float) -> None:
+def check_residual_fits(weight: Tensor, start: Start, scaling: float) -> None:
     """Raises if W − s·B₀A₀ could overflow: |entry of BA| ≤ |row of B| |column of A|."""
     largest = float(torch.linalg.vector_norm(weight, math.inf))
     if not math.isfinite(largest):

@@ -5,6 +5,7 @@ Low-Rank Adaptation", arXiv 2507.06558).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from .. import svd
 from .._errors import unknown_name
 from ..ops._checks import as_integer, factor_dtype
+from ..ops._matrices import names
 from ..ops.loram_init import log_gain
 from .base import Initializer, Start
 from .registry import get_initializer, register_initializer
@@ -90,24 +92,54 @@ class LoRAM(Initializer):
         no magnitude.
         """
         bases = self._random_bases(weight, r)
-        size, gain = self._wanted(weight, r, scaling, gradient)
+        total, squares = torch.ops.lora.frobenius_stats([weight])[0]
+        _check_magnitude(float(squares), "weight")
+        size, gain = self._wanted(weight, r, scaling, gradient, total, squares)
         beta = (size * (gain / self._size_of_bases(weight, r, bases))) ** 0.25
+        if bases is None:
+            return self._dst_start(weight, r, beta, squares)
         dtype = factor_dtype(weight.dtype)
-        if bases is not None:
-            left, right = bases
-            return Start((beta * right.T).to(dtype), (beta * left).to(dtype))
-        rows, cols = weight.shape
-        lora_A = torch.ops.lora.dst_basis(cols, r, dtype=dtype, scale=beta).T.contiguous()
-        lora_B = torch.ops.lora.dst_basis(rows, r, dtype=dtype, scale=beta)
-        return Start(lora_A, lora_B, beta)
+        left, right = ((beta * base).to(dtype) for base in bases)
+        return Start(right.T.contiguous(), left, weight_norm=squares.sqrt())
+
+    def starts(
+        self,
+        weights: Sequence[Tensor],
+        r: int,
+        scaling: float = 1.0,
+        gradients: Sequence[Tensor] | None = None,
+    ) -> list[Start]:
+        """The starts; of the default options with one pass over all weights, and one wait."""
+        if not self._is_default():
+            return super().starts(weights, r, scaling, gradients)
+        squares = torch.ops.lora.frobenius_stats(list(weights))[:, 1]
+        for name, value in zip(names(weights), squares.tolist(), strict=True):
+            _check_magnitude(value, name)
+        gain = log_gain(r, *weights[0].shape)
+        betas = (squares * (gain / r)) ** 0.25
+        return [
+            self._dst_start(weight, r, beta, square)
+            for weight, beta, square in zip(weights, betas, squares, strict=True)
+        ]
 
     def absorb_(
         self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
     ) -> Start:
         """The same start and the subtraction; as one operator with the default options."""
-        if replace(self, seed=0) == LoRAM():
+        if self._is_default():
             return Start(*torch.ops.lora.loram_init(weight, r, scaling))
         return super().absorb_(weight, r, scaling, gradient)
+
+    def _is_default(self) -> bool:
+        """Whether it is the paper's algorithm 1, which has kernels of its own."""
+        return replace(self, seed=0) == LoRAM()
+
+    def _dst_start(self, weight: Tensor, r: int, beta: Tensor, squares: Tensor) -> Start:
+        rows, cols = weight.shape
+        options = {"dtype": factor_dtype(weight.dtype), "device": weight.device, "scale": beta}
+        lora_A = torch.ops.lora.dst_basis(cols, r, **options).T.contiguous()
+        lora_B = torch.ops.lora.dst_basis(rows, r, **options)
+        return Start(lora_A, lora_B, beta, weight_norm=squares.sqrt())
 
     def _random_bases(self, weight: Tensor, r: int) -> tuple[Tensor, Tensor] | None:
         """[n, r] and [m, r] float64, one after the other from one generator; None for the DST."""
@@ -121,14 +153,15 @@ class LoRAM(Initializer):
         return _orthonormal(left), _orthonormal(right)
 
     def _wanted(
-        self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None
+        self,
+        weight: Tensor,
+        r: int,
+        scaling: float,
+        gradient: Tensor | None,
+        total: Tensor,
+        squares: Tensor,
     ) -> tuple[Tensor, Tensor | float]:
-        """The size that B₀A₀ is to have, as a size and a factor to it."""
-        total, squares = torch.ops.lora.frobenius_stats([weight])[0]
-        if not bool(torch.isfinite(squares)):
-            raise ValueError("weight holds NaN or Inf: it has no magnitude to start from")
-        if not bool(squares > 0):
-            raise ValueError("weight is zero, so its magnitude gives no scale")
+        """The size that B₀A₀ is to have, as a size and a factor to it, from the sums over W."""
         if self.track is None:
             return self._size(total, squares, weight, "weight"), self._gain(weight, r, squares)
         tracked = get_initializer(self.track)
@@ -177,6 +210,14 @@ class LoRAM(Initializer):
                 f"{name} has variance zero, which gives no scale; take statistic='mean_square'"
             )
         return size
+
+
+def _check_magnitude(squares: float, name: str) -> None:
+    """Raises unless the sum of squares gives a scale."""
+    if not math.isfinite(squares):
+        raise ValueError(f"{name} holds NaN or Inf: it has no magnitude to start from")
+    if squares == 0:
+        raise ValueError(f"{name} is zero, so its magnitude gives no scale")
 
 
 def _product_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

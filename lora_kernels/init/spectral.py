@@ -7,6 +7,8 @@ its base and a reload are exact, whatever an SVD would give the next time.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from .. import svd
 from ..ops._checks import as_integer, check_finite, check_positive
+from ..ops._matrices import names
 from ..ops.randomized_svd import check_tolerance
 from .base import Initializer, Start
 from .registry import register_initializer
@@ -22,17 +25,29 @@ from .registry import register_initializer
 _ZERO = 1e-12
 
 
+class _Spectral(Initializer):
+    """Starts that are made of many weights at once as well: a GPU factorises them as a batch."""
+
+    reads_weight = True
+
+    def __call__(
+        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
+    ) -> Start:
+        """The start of one weight, with the errors that its class tells of."""
+        return self.starts([weight], r, scaling)[0]
+
+
 @dataclass(frozen=True)
-class _Leading(Initializer):
+class _Leading(_Spectral):
     """What starts from the largest singular triplets share: the options of
-    `lora_kernels.svd.truncated`.
+    `lora_kernels.svd.truncated`. ValueError if a weight holds NaN or Inf, or has a rank less than
+    r: what lies beyond it would be zero in A, and never train.
     """
 
     method: str = "randomized"
     seed: int = 0
     subspace: int | None = None
     tol: float | None = None
-    reads_weight = True
     grows_with_scaling = False
 
     def __post_init__(self) -> None:
@@ -41,12 +56,23 @@ class _Leading(Initializer):
         if self.tol is not None:
             check_tolerance(self.tol)
 
-    def _triplets(self, weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-        """U, S, Vᵀ; ValueError if W holds NaN or Inf, or has a rank less than r."""
+    @abstractmethod
+    def _start(self, U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Start:
+        """From the r largest triplets of a weight."""
+
+    def starts(
+        self,
+        weights: Sequence[Tensor],
+        r: int,
+        scaling: float = 1.0,
+        gradients: Sequence[Tensor] | None = None,
+    ) -> list[Start]:
+        """The starts of weights of one shape, dtype and device."""
         options = {"tol": self.tol, "subspace": self.subspace, "seed": self.seed}
-        U, S, Vh, _ = svd.truncated(weight, r, self.method, **options)
-        refuse_small_rank(S, weight, "weight", type(self).__name__)
-        return U, S, Vh
+        U, S, Vh, _ = svd.truncated(list(weights), r, self.method, **options)
+        for name, weight, values in zip(names(weights), weights, S, strict=True):
+            refuse_small_rank(values, weight, name, type(self).__name__)
+        return [self._start(*triplets, scaling) for triplets in zip(U, S, Vh, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -62,17 +88,12 @@ class PiSSA(_Leading):
 
     changes_base = True
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The start; ValueError if W holds NaN or Inf, or if its rank is less than r: what lies
-        beyond it would be zero in A and in B, where both gradients vanish.
-        """
-        return _split(*self._triplets(weight, r), scaling)
+    def _start(self, U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Start:
+        return _split(U, S, Vh, scaling)
 
 
 @dataclass(frozen=True)
-class MiLoRA(Initializer):
+class MiLoRA(_Spectral):
     """PiSSA's formula on the r smallest singular triplets, the largest of them first.
 
     Wang et al., arXiv 2406.09044, section 3. W changes, as little as it can at this rank
@@ -88,35 +109,45 @@ class MiLoRA(Initializer):
     method: str = "randomized"
     seed: int = 0
     changes_base = True
-    reads_weight = True
     grows_with_scaling = False
 
     def __post_init__(self) -> None:
         svd.check_options(self.method)
         as_integer(self.seed, "seed")
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The start; ValueError if W holds NaN or Inf, or if one of its r smallest singular values
-        is zero (less than 1e-12 of W's largest entry).
+    def starts(
+        self,
+        weights: Sequence[Tensor],
+        r: int,
+        scaling: float = 1.0,
+        gradients: Sequence[Tensor] | None = None,
+    ) -> list[Start]:
+        """The starts of weights of one shape, dtype and device; ValueError if one holds NaN or Inf,
+        or if one of its r smallest singular values is zero (less than 1e-12 of its largest entry).
         """
-        largest = float(torch.linalg.vector_norm(weight, math.inf))
-        if largest == 0:
-            raise ValueError("weight is zero: MiLoRA would start A and B at zero and never train")
-        U, S, Vh, _ = svd.minor(weight, r, self.method, seed=self.seed)
-        zeros = int(torch.le(S, _ZERO * largest).sum())
-        if zeros:
-            raise ValueError(
-                f"{zeros} of the {r} smallest singular values of weight, of numerical rank "
-                f"{'at most ' * (zeros == r)}{min(weight.shape) - zeros}, are zero: these "
-                "components of MiLoRA would start at zero and never train; take another start"
-            )
-        return _split(U.flip(1), S.flip(0), Vh.flip(0), scaling)
+        largest = [float(torch.linalg.vector_norm(weight, math.inf)) for weight in weights]
+        for name, value in zip(names(weights), largest, strict=True):
+            if value == 0:
+                raise ValueError(
+                    f"{name} is zero: MiLoRA would start A and B at zero and never train"
+                )
+        U, S, Vh, _ = svd.minor(list(weights), r, self.method, seed=self.seed)
+        for name, values, value in zip(names(weights), S, largest, strict=True):
+            zeros = int(torch.le(values, _ZERO * value).sum())
+            if zeros:
+                raise ValueError(
+                    f"{zeros} of the {r} smallest singular values of {name}, of numerical rank "
+                    f"{'at most ' * (zeros == r)}{min(weights[0].shape) - zeros}, are zero: these "
+                    "components of MiLoRA would start at zero and never train; take another start"
+                )
+        return [
+            _split(u.flip(1), s.flip(0), vh.flip(0), scaling)
+            for u, s, vh in zip(U, S, Vh, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
-class OLoRA(Initializer):
+class OLoRA(_Spectral):
     """B = Q[:, :r], A = R[:r] of W = QR, with the signs that make R's diagonal positive.
 
     Büyükakyüz, arXiv 2406.01775. Deterministic; not divided by s. W changes
@@ -128,14 +159,19 @@ class OLoRA(Initializer):
     """
 
     changes_base = True
-    reads_weight = True
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The start; ValueError if W holds NaN or Inf."""
-        Q, R = torch.ops.lora.thin_qr(weight, r)
-        return Start(R, Q)
+    def starts(
+        self,
+        weights: Sequence[Tensor],
+        r: int,
+        scaling: float = 1.0,
+        gradients: Sequence[Tensor] | None = None,
+    ) -> list[Start]:
+        """The starts of weights of one shape, dtype and device; ValueError if one holds NaN or
+        Inf.
+        """
+        Q, R = torch.ops.lora.thin_qr_foreach(list(weights), r)
+        return [Start(right, left) for left, right in zip(Q, R, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -157,13 +193,8 @@ class LoRAXS(_Leading):
         super().__post_init__()
         check_positive(self.sigma, "sigma")
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The start; ValueError if W holds NaN or Inf, or if its rank is less than r: what lies
-        beyond it would be zero in A, where R's columns never train.
-        """
-        U, S, Vh = self._triplets(weight, r)
+    def _start(self, U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Start:
+        r = len(S)
         lora_R = torch.empty(r, r, dtype=U.dtype, device=U.device)
         generator = torch.Generator(U.device).manual_seed(int(self.seed))
         return Start(S[:, None] * Vh, U, lora_R=lora_R.normal_(std=self.sigma, generator=generator))

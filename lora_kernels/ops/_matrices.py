@@ -15,7 +15,7 @@ def check_matrices(weights: list[Tensor], rank: int) -> None:
     """Raises unless these are matrices of one shape, dtype and device that have this rank."""
     if not weights:
         raise ValueError("there is no weight to factorise: the list or the batch is empty")
-    for name, weight in zip(_names(weights), weights, strict=True):
+    for name, weight in zip(names(weights), weights, strict=True):
         check_weight(weight, name)
         for what in ("shape", "dtype"):
             value, first = getattr(weight, what), getattr(weights[0], what)
@@ -28,7 +28,7 @@ def check_matrices(weights: list[Tensor], rank: int) -> None:
         if rows == 0 or cols == 0:
             raise ValueError(f"{name} is empty, shape [{rows}, {cols}]")
     check_same_device(weights)
-    check_rank(rank, *weights[0].shape, _names(weights)[0])
+    check_rank(rank, *weights[0].shape, names(weights)[0])
 
 
 def refuse_not_finite(weights: list[Tensor]) -> None:
@@ -38,7 +38,7 @@ def refuse_not_finite(weights: list[Tensor]) -> None:
     """
     dtype = factor_dtype(weights[0].dtype)
     sums = torch.ops.lora.frobenius_stats(weights)[:, 1].tolist()
-    for name, weight, value in zip(_names(weights), weights, sums, strict=True):
+    for name, weight, value in zip(names(weights), weights, sums, strict=True):
         if math.isfinite(value):
             if math.sqrt(value) > torch.finfo(dtype).max:
                 raise ValueError(
@@ -80,6 +80,6 @@ def empty_svd(weights: list[Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]
     return U, S, Vh
 
 
-def _names(weights: list[Tensor]) -> list[str]:
+def names(weights: list[Tensor]) -> list[str]:
     """What errors call them."""
     return ["weight"] if len(weights) == 1 else [f"weights[{k}]" for k in range(len(weights))]

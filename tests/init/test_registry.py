@@ -177,3 +177,24 @@ def test_options_are_frozen():
 def test_typo():
     with pytest.raises(ValueError, match="did you mean 'loram'"):
         get_initializer("loran-m")
+
+
+@pytest.mark.parametrize("name", initializer_names())
+def test_starts_together_are_starts_alone(name, device):
+    """Bit for bit on a CPU; a GPU may sum a batch in another order."""
+    initializer = get_initializer(name)
+    torch.manual_seed(0)
+    weights = [torch.randn(40, 24).to(device) for _ in range(3)]
+    gradients = [torch.randn(40, 24).to(device) for _ in range(3)]
+    given = gradients if initializer.needs_gradient else None
+    torch.manual_seed(1)
+    together = initializer.starts(weights, 4, 2.0, given)
+    torch.manual_seed(1)
+    for k, (weight, start) in enumerate(zip(weights, together, strict=True)):
+        alone = initializer(weight, 4, 2.0, given and given[k])
+        for factor in ("lora_A", "lora_B", "lora_R"):
+            one, many = getattr(alone, factor), getattr(start, factor)
+            assert (one is None) == (many is None)
+            if one is not None:
+                tolerance = 0 if device == "cpu" else 1e-5
+                torch.testing.assert_close(many, one, rtol=tolerance, atol=tolerance)

@@ -185,8 +185,8 @@ class TestDegenerateWeights:
     )
     def test_milora_of_zero_singular_values(self, zeros, match, monkeypatch, device):
         weight = torch.randn(40, 30).to(device)
-        exact = svd.minor(weight, 8)
-        exact.S[:zeros] = 0
+        exact = svd.minor([weight], 8)
+        exact.S[0, :zeros] = 0
         monkeypatch.setattr(svd, "minor", lambda *args, **kwargs: exact)
         with pytest.raises(ValueError, match=match):
             MiLoRA()(weight, 8)

@@ -1,0 +1,35 @@
+"""What one module takes over from another that it replaces: hooks and foreign attributes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+)
+_ACCELERATE = ("_hf_hook", "_old_forward", "forward")
+
+
+def transplant(old: nn.Module, new: nn.Module) -> None:
+    """Gives `new` the hooks of `old`, the same dicts, so that handles still remove them, and those
+    of its attributes that are not of its class: `_hf_*`, what users have set. accelerate's hook,
+    which wraps a module's forward, is put around the new one's.
+    """
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    for name, value in vars(old).items():
+        if name not in vars(new) and name not in _ACCELERATE:
+            object.__setattr__(new, name, value)
+    if "_hf_hook" in vars(old):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, old._hf_hook)

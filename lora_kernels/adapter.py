@@ -1,0 +1,190 @@
+"""`Adapter`: the trained factors of one adapter of one layer, and what gives the base back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ._errors import unknown_name
+from .init import Initializer
+from .init.base import Start
+from .ops._checks import as_integer, check_number
+from .scaling import DEFAULT_ALPHA, check_start, lora_scaling, resolve_rule
+from .state import LayerState, dst_start
+
+RESIDUALS = ("absorb", "implicit")
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The numbers of an adapter, checked: rank, alpha, the rule of s, dropout, the residual."""
+
+    r: int
+    lora_alpha: float
+    scaling_rule: str
+    lora_dropout: float
+    residual: str
+
+    @classmethod
+    def checked(
+        cls,
+        initializer: Initializer,
+        r: int,
+        lora_alpha: float | None,
+        use_rslora: bool,
+        scaling: str | None,
+        lora_dropout: float,
+        residual: str,
+    ) -> AdapterOptions:
+        """The options, for a start of that initialiser.
+
+        Raises:
+            ValueError: a value out of range, an unknown name, a rule that does not go with the
+                start.
+            TypeError: a value of the wrong type.
+
+        """
+        r = as_integer(r, "r")
+        if r < 1:
+            raise ValueError(f"r must be at least 1, got {r}")
+        rule = resolve_rule(scaling, use_rslora)
+        if residual not in RESIDUALS:
+            raise unknown_name("residual", residual, RESIDUALS)
+        check_number(lora_dropout, "lora_dropout")
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+        lora_alpha = DEFAULT_ALPHA[rule] if lora_alpha is None else lora_alpha
+        options = cls(r, lora_alpha, rule, lora_dropout, residual)
+        check_start(rule, options.scaling, initializer)
+        return options
+
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return lora_scaling(self.lora_alpha, self.r, self.scaling_rule)
+
+
+class Adapter(nn.Module):
+    """A [r, in], B [out, r] and, for some starts, R [r, r]; s; and the start that was taken out.
+
+    A part of a layer, or beside it if the layer has several.
+    """
+
+    def _set_options(self, options: AdapterOptions) -> None:
+        self.r, self.lora_alpha = options.r, options.lora_alpha
+        self.scaling, self.scaling_rule = options.scaling, options.scaling_rule
+        self.use_rslora = options.scaling_rule == "rslora"
+        self.lora_dropout = options.lora_dropout
+        self.residual = options.residual
+
+    def _set_start(self, start: Start, changes_base: bool) -> None:
+        """Takes the factors over. What gives the base back is β, or else the factors; a layer that
+        subtracts its start keeps them in any case.
+        """
+        has_R = start.lora_R is not None
+        self.lora_A = nn.Parameter(start.lora_A, requires_grad=not has_R)
+        self.lora_B = nn.Parameter(start.lora_B, requires_grad=not has_R)
+        self.register_parameter("lora_R", nn.Parameter(start.lora_R) if has_R else None)
+        absorbed = changes_base and self.residual == "absorb"
+        keep = changes_base and not (absorbed and start.beta is not None)
+        start_A = start.right() if has_R else start.lora_A.clone()
+        self.register_buffer("start_A", start_A if keep else None)
+        self.register_buffer("start_B", start.lora_B.clone() if keep else None)
+        self._beta = start.beta if changes_base else None
+        self._absorbed_scaling = self.scaling if absorbed else None
+        self._weight_norm = start.weight_norm if changes_base else None
+
+    def set_trainable(self, trainable: bool) -> None:
+        """`requires_grad` of what this adapter trains: R if there is one, else A and B."""
+        self.lora_A.requires_grad_(trainable and self.lora_R is None)
+        self.lora_B.requires_grad_(trainable and self.lora_R is None)
+        if self.lora_R is not None:
+            self.lora_R.requires_grad_(trainable)
+
+    def _implicit_start(self) -> tuple[Tensor | None, Tensor | None]:
+        """The factors that the forward subtracts."""
+        return (self.start_A, self.start_B) if self.residual == "implicit" else (None, None)
+
+    @torch.no_grad()
+    def start_factors(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ [r, in] and B₀ [out, r] that were absorbed or are subtracted: those that are kept, or
+        made again from β. None if nothing was taken out: the start was zero, or is left in.
+        """
+        if self.start_A is not None:
+            return self.start_A, self.start_B
+        if self._beta is None:
+            return None
+        return dst_start(self.lora_A, self.lora_B, self._beta)
+
+    @torch.no_grad()
+    def layer_state(self) -> LayerState:
+        """Copies of the adapter's tensors on the CPU, and its numbers."""
+
+        def copied(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to("cpu", copy=True).contiguous()
+
+        recipe = self._beta is not None
+        norm = self._weight_norm
+        return LayerState(
+            lora_A=copied(self.lora_A),
+            lora_B=copied(self.lora_B),
+            scaling=self.scaling,
+            lora_alpha=self.lora_alpha,
+            lora_R=copied(self.lora_R),
+            beta=float(self._beta) if recipe else None,
+            start_A=None if recipe else copied(self.start_A),
+            start_B=None if recipe else copied(self.start_B),
+            residual=self.residual,
+            weight_norm=None if norm is None else float(norm),
+        )
+
+    def get_extra_state(self) -> Tensor:
+        """What gives the base back beside the factors, float64 and not touched by `.to(dtype)`: [s]
+        if a start was absorbed, [s, β] if it is a DST start, [NaN, β] if a DST start is subtracted,
+        [] otherwise.
+        """
+        scaling = self._absorbed_scaling
+        if scaling is None and self._beta is None:
+            return torch.empty(0, dtype=torch.float64)
+        state = torch.tensor([math.nan if scaling is None else scaling], dtype=torch.float64)
+        if self._beta is None:
+            return state
+        return torch.cat([state, self._beta.detach().cpu().reshape(1)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """What `get_extra_state` gave.
+
+        Raises:
+            ValueError: if it was absorbed with another s than this layer's, or if one of the two
+                absorbed its start and the other subtracts it.
+
+        """
+        values = state.detach().cpu().to(torch.float64)
+        absorbed = values.numel() > 0 and not math.isnan(float(values[0]))
+        scaling = float(values[0]) if absorbed else None
+        # Where nothing was absorbed, start factors are there only to be subtracted.
+        saved = "implicit" if scaling is None and self.start_A is not None else "absorb"
+        if self.residual != saved and (scaling is not None or self.start_A is not None):
+            raise ValueError(
+                f"the saved layer has residual={saved!r}, this one {self.residual!r}: its weight "
+                "and its start do not go together; construct it with the same residual"
+            )
+        if scaling is not None and scaling != self.scaling:
+            raise ValueError(
+                f"the saved layer absorbed its start with scaling {scaling:g}, this one has "
+                f"{self.scaling:g}: construct it with the same r, lora_alpha and scaling rule"
+            )
+        self._absorbed_scaling = scaling
+        self._beta = values[1].clone() if values.numel() > 1 else None
+        self._weight_norm = None
+
+
+def stand_alone(options: AdapterOptions, start: Start, changes_base: bool) -> Adapter:
+    """An adapter that is no layer itself: one more of a layer that has one."""
+    adapter = Adapter()
+    adapter._set_options(options)
+    adapter._set_start(start, changes_base)
+    return adapter

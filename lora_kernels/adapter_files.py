@@ -32,7 +32,8 @@ NATIVE_FILE = "adapter_native.safetensors"
 NATIVE_TYPE = "LORA_KERNELS"
 FORMATS = ("peft", "native")
 _OWNED = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE})
-_METADATA = "lora_kernels"
+METADATA = "lora_kernels"
+START = "start"  # the format of a start beside the base that lacks it (lora_kernels.stream)
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,9 @@ def write_adapter(
     folder, errors, error, folded = Path(folder), None, None, ()
     metadata: dict[str, str] = {}
     if format == "native":
-        file, tensors = NATIVE_FILE, _native_tensors(state)
-        metadata[_METADATA] = _recipe.to_json(state, format)
-        config = {"peft_type": NATIVE_TYPE, **json.loads(metadata[_METADATA])}
+        file, tensors = NATIVE_FILE, native_tensors(state)
+        metadata[METADATA] = _recipe.to_json(state, format)
+        config = {"peft_type": NATIVE_TYPE, **json.loads(metadata[METADATA])}
     else:
         if compress_to is not None:
             state, errors, error = recompressed(state, compress_to)
@@ -168,7 +169,7 @@ def write_adapter(
         config, tensors = to_peft(state, module_names, fan_in_fan_out)
         if compress_to is None:
             folded = tuple(n for n, layer in state.layers.items() if layer.lora_R is not None)
-            metadata[_METADATA] = _recipe.to_json(state, format, peft_config=config)
+            metadata[METADATA] = _recipe.to_json(state, format, peft_config=config)
     content = json.dumps(config, indent=2, allow_nan=False).encode()
     replace_files(
         folder,
@@ -196,7 +197,7 @@ def read_adapter(folder: str | Path) -> AdapterState:
     folder = Path(folder)
     config = _read_config(folder)
     file = _tensor_file(folder, config)
-    tensors, metadata = _load(file)
+    tensors, metadata = load_tensors(file)
     try:
         for name, tensor in tensors.items():
             if tensor.dtype not in FLOATS and ".lora_" in name:
@@ -205,13 +206,19 @@ def read_adapter(folder: str | Path) -> AdapterState:
                 )
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise ValueError(f"{name!r} holds NaN or Inf; take an earlier one")
-        if _METADATA not in metadata:
+        if METADATA not in metadata:
             if file.name == NATIVE_FILE:
                 raise ValueError("its recipe is missing")
             if config is None:
                 raise ValueError(f"{ADAPTER_CONFIG} is missing beside it, which has the scaling")
             return from_peft(config, tensors)
-        recipe = _recipe.from_json(metadata[_METADATA])
+        recipe = _recipe.from_json(metadata[METADATA])
+        if recipe["format"] == START:
+            raise ValueError(
+                f"it is the start of {recipe['base_model']}, whose weights lack it, and wrong on "
+                "the original model: train it there with PEFT, and convert what comes of it with "
+                f"lora-kernels convert --start {folder}"
+            )
         if (recipe["format"] == "native") != (file.name == NATIVE_FILE):
             raise ValueError(f"it was saved in the format {recipe['format']!r} and renamed")
         return _from_recipe(recipe, config, tensors)
@@ -234,7 +241,8 @@ def _check_state(state: AdapterState) -> None:
             raise ValueError(f"{name!r} holds NaN or Inf; nothing was written")
 
 
-def _native_tensors(state: AdapterState) -> dict[str, Tensor]:
+def native_tensors(state: AdapterState) -> dict[str, Tensor]:
+    """The tensors of format="native" by their names."""
     tensors = {f"extra.{name}": tensor for name, tensor in state.extra.items()}
     for name, layer in state.layers.items():
         for key in _recipe.FACTORS:
@@ -394,7 +402,8 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
     safetensors.save_file(owned, path, metadata or None)
 
 
-def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file; ValueError if it is damaged."""
     safetensors = needed("safetensors", "reading adapters", "cli")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:

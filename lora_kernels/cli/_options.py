@@ -60,6 +60,15 @@ def dtype_of(options: argparse.Namespace):
     return None if options.dtype is None else getattr(torch, options.dtype)
 
 
+def add_overwrite(parser: argparse.ArgumentParser, folder: str) -> None:
+    """What may happen to what is there."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help=f"replace the model or adapter in {folder}, or start an unfinished run again",
+    )
+
+
 def add_quiet(parser: argparse.ArgumentParser, what: str) -> None:
     """Silence."""
     parser.add_argument("--quiet", action="store_true", help=f"no {what} and no progress bar")

@@ -13,6 +13,7 @@ from ..stream.initialise import ADAPTER, Summary, initialise
 from ._options import (
     add_command,
     add_dtype,
+    add_overwrite,
     add_path,
     add_quiet,
     add_targets,
@@ -79,9 +80,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--device", default="cpu", help="where starts are computed: cpu (default), cuda ..."
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what is in OUT_DIR, or start again"
-    )
+    add_overwrite(parser, "OUT_DIR")
     add_quiet(parser, "summary")
     parser.set_defaults(run=_init, resumes=True)
 

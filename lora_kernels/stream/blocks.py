@@ -81,9 +81,7 @@ def cut(
     size = 0
     for piece in _pieces(source, target, edited):
         wanted = piece.edited or not only_edited
-        length = max(
-            piece.source.end - piece.source.begin, piece.target.end - piece.target.begin
-        )
+        length = max(piece.source.end - piece.source.begin, piece.target.end - piece.target.begin)
         if pieces and (not wanted or size + length > BLOCK):
             blocks.append(Block(tuple(pieces)))
             pieces, size = [], 0

@@ -1,4 +1,4 @@
-"""The starts that are made on the way: their factors in files of bytes, their numbers as records."""
+"""The starts that are made on the way: factors as files of bytes, numbers as records."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ..checkpoint import INDEX, model_files, read_json
 from .blocks import cut
 from .layout import DTYPES, Layout, read_layout
 from .pipeline import Shard
-from .unfinished import WORK, UnfinishedFolder, place, write_bytes
+from .unfinished import UnfinishedFolder, place, write_bytes
 
 CONFIG = "config.json"
 # The same weights in other formats, which a changed base must not be taken for.
@@ -28,6 +28,14 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 
 # Models whose files can lack the first part of the names that their modules have, and that part.
 _PREFIXES = {"gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer"}
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,12 @@ class ModelFolder:
         bare = prefix and not any(name.startswith(f"{prefix}.") for name in names)
         headless = re.fullmatch(r"(GPT2|OpenAIGPT|Bloom)Model", str(kinds[0]))
         return f"{prefix}." if bare and not headless else ""
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name for what the model is for, where its class tells."""
+        kind = str((self.config.get("architectures") or [""])[0])
+        return next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
 
     @cached_property
     def tensors(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ from .. import _recipe
 from .._peft_format import to_peft
 from .._progress import ByteCounter, uncounted
 from .._version import __version__
-from ..adapter_files import METADATA, NATIVE_FILE, NATIVE_TYPE, native_tensors
+from ..adapter_files import METADATA, NATIVE_FILE, NATIVE_TYPE, START, native_tensors
 from ..checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, StoredWeight, is_embedding, stored_weights
 from ..config import LoRAConfig
 from ..init import Initializer
@@ -24,9 +24,9 @@ from ..init.base import checked
 from ..ops._checks import as_integer
 from ..state import AdapterState
 from .factors import FactorFile, StartRecord, meta_entries, read_records, write_tensors
-from .start import ADAPTER, START
 from .folder import CONFIG, ModelFolder, check_apart, check_space, pretty
 from .pipeline import Actions, Shard, run
+from .start import ADAPTER
 from .unfinished import UnfinishedFolder, identity, place, write_bytes
 
 _HEADS = ("lm_head", "embed_out")
@@ -156,10 +156,7 @@ class _Job:
         self.work: UnfinishedFolder | None = None
 
     def run(
-        self,
-        work: UnfinishedFolder,
-        dtype: torch.dtype | None,
-        progress: ByteCounter,
+        self, work: UnfinishedFolder, dtype: torch.dtype | None, progress: ByteCounter
     ) -> Summary:
         self.work = work
         absorb = self.residual == "absorb"
@@ -167,22 +164,18 @@ class _Job:
         for name, weight in self.weights.items():
             edited.setdefault(weight.tensor.file, set()).add(name)
         shards = self.folder.shards(edited, work if absorb else None, dtype)
-        left = [
-            shard
-            for shard in shards
-            if not work.has(shard.name, shard.target_layout.file_size if absorb else None)
-        ]
+        left = work.left(shards)
         size = sum(shard.size for shard in left)
         if absorb:
             check_space(self.out, sum(shard.target_layout.file_size for shard in left))
         run(left, Actions(self.edit, self.finished, progress(size)))
         starts = [s for shard in shards for s in read_records(work.finished[shard.name])]
         parts = [self._factor_path(shard) for shard in shards]
-        if absorb:
+        if not work.completed and absorb:
             self.folder.copy_others(work)
             self._write_start(starts, parts)
             self.folder.publish(work, shards)
-        else:
+        elif not work.completed:
             self._write_native(starts, parts)
         work.complete()
         resumed = sum(shard.size for shard in shards) - size
@@ -261,10 +254,8 @@ class _Job:
             for name, layer in state.layers.items()
         }
         conv1d = any(weight.transposed for weight in self.weights.values())
-        values, tensors = to_peft(
-            replace(state, layers=plain), self.folder.module_names, conv1d
-        )
-        values["inference_mode"] = False
+        values, tensors = to_peft(replace(state, layers=plain), self.folder.module_names, conv1d)
+        values |= {"inference_mode": False, "task_type": self.folder.task_type}
         recipe = _recipe.to_json(state, START, original=str(self.folder.path))
         metadata = {METADATA: recipe}
         self._put(ADAPTER, ADAPTER_FILE, values, tensors, parts, metadata)
@@ -291,4 +282,3 @@ class _Job:
         staged = self.work.path(ADAPTER_CONFIG)
         write_bytes(staged, pretty(values))
         place(staged, self.out / folder / ADAPTER_CONFIG)
-

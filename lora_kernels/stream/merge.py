@@ -100,7 +100,9 @@ def merge(
 
     with UnfinishedFolder(out, task, inputs, overwrite) as work:
         shards = folder.shards(by_file, work, dtype)
-        left = [shard for shard in shards if not work.has(shard.name, shard.target_layout.file_size)]
+        left = [
+            shard for shard in shards if not work.has(shard.name, shard.target_layout.file_size)
+        ]
         size = sum(shard.size for shard in left)
         check_space(out, sum(shard.target_layout.file_size for shard in left))
         try:
@@ -108,8 +110,9 @@ def merge(
         except (ValueError, TypeError):
             work.abandon()
             raise
-        folder.copy_others(work)
-        folder.publish(work, shards)
+        if not work.completed:
+            folder.copy_others(work)
+            folder.publish(work, shards)
         work.complete()
     return MergeSummary(len(state.layers), len(state.extra), size)
 

@@ -11,14 +11,12 @@ from pathlib import Path
 
 from .. import _recipe
 from .._peft_format import split_tensors
-from ..adapter_files import METADATA, load_tensors
-
+from ..adapter_files import METADATA, START, load_tensors
 from ..checkpoint import ADAPTER_FILE
 from ..state import AdapterState
 from .layout import read_layout
 
 ADAPTER = "adapter"  # its folder, in that of the residual base
-START = "start"  # the format of its recipe
 
 
 def is_start(folder: Path) -> bool:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipeline import Shard
 
 try:
     import fcntl
@@ -22,6 +25,10 @@ except ImportError:  # Windows
 
 WORK = ".lora-kernels-unfinished"
 _JOURNAL = "journal.jsonl"
+_FINISHED = "finished"  # a shard, or None for all there is to do
+# Without which a folder is no model, or no adapter.
+_COMPLETING = ("config.json", "model.safetensors.index.json", "adapter_config.json",
+               "adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # fmt: skip
 
 Record = dict[str, Any]
 
@@ -54,6 +61,7 @@ class UnfinishedFolder:
     ) -> None:
         self.out, self.work = out, out / WORK
         self.finished: dict[str, Record] = {}
+        self.completed = False  # but for what is hidden
         self._head = {"task": dict(task), "inputs": dict(inputs)}
         self._overwrite = overwrite
         self._journal: int | None = None
@@ -61,12 +69,9 @@ class UnfinishedFolder:
     def __enter__(self) -> UnfinishedFolder:
         if self.out.exists() and not self.out.is_dir():
             raise FileExistsError(f"{self.out} is a file: give a folder to write into")
-        unfinished = is_unfinished(self.out)
-        if not unfinished and not self._overwrite and self.out.exists():
-            if any(self.out.iterdir()):
-                raise FileExistsError(
-                    f"{self.out} is not empty: give another folder, or --overwrite"
-                )
+        new = not is_unfinished(self.out)
+        if new and not self._overwrite and self.out.exists() and any(self.out.iterdir()):
+            raise FileExistsError(f"{self.out} is not empty: give another folder, or --overwrite")
         self.work.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         self._journal = os.open(self.work / _JOURNAL, flags, 0o666)
@@ -86,25 +91,34 @@ class UnfinishedFolder:
         """Where a file is written before it is whole."""
         return self.work / name
 
-    def has(self, name: str, size: int | None = None) -> bool:
-        """Whether a file is finished: journalled, and there with that size if it has a place."""
-        if name not in self.finished:
+    def left(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Those that are not finished: journalled, and there if they have a place."""
+        return [shard for shard in shards if not self._has(shard)]
+
+    def _has(self, shard: Shard) -> bool:
+        if shard.name not in self.finished:
             return False
-        file = self.out / name
-        return size is None or (file.is_file() and file.stat().st_size == size)
+        if shard.target is None:
+            return True
+        file = self.out / shard.name
+        return file.is_file() and file.stat().st_size == shard.target_layout.file_size
 
     def finish(self, name: str, record: Record, in_place: bool = True) -> None:
         """Gives a file that is whole, and on the disk, its place (`in_place`), and journals it."""
         if in_place:
             place(self.path(name), self.out / name)
-        line = json.dumps({"finished": name} | record, allow_nan=False) + "\n"
-        os.write(self._journal, line.encode())
-        os.fsync(self._journal)
+        self._write({_FINISHED: name} | record)
         self.finished[name] = record
 
     def complete(self) -> None:
         """Removes what is hidden: the folder is what it was to be."""
-        shutil.rmtree(self.work)
+        if not self.completed:
+            self._write({_FINISHED: None})
+        for entry in self.work.iterdir():
+            if entry.name != _JOURNAL:
+                entry.unlink()
+        (self.work / _JOURNAL).unlink()
+        self.work.rmdir()
         sync(self.out)
 
     def abandon(self) -> None:
@@ -138,7 +152,8 @@ class UnfinishedFolder:
                 "repeat it as it was, or give --overwrite to start again"
             )
         os.ftruncate(self._journal, len(whole))
-        self.finished = {line.pop("finished"): line for line in lines[1:]}
+        self.finished = {line.pop(_FINISHED): line for line in lines[1:]}
+        self.completed = self.finished.pop(None, None) is not None
         return True
 
     def _start(self) -> None:
@@ -146,9 +161,21 @@ class UnfinishedFolder:
         for entry in self.work.iterdir():
             if entry.name != _JOURNAL:
                 entry.unlink()
-        os.write(self._journal, (json.dumps(self._head, allow_nan=False) + "\n").encode())
-        os.fsync(self._journal)
+        if self._overwrite:
+            self._remove_outputs()
+        self._write(self._head)
         sync(self.work)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        os.write(self._journal, (json.dumps(line, allow_nan=False) + "\n").encode())
+        os.fsync(self._journal)
+
+    def _remove_outputs(self) -> None:
+        """What made the folder a model or an adapter, the files without which it is none first."""
+        for name in _COMPLETING:
+            (self.out / name).unlink(missing_ok=True)
+        for file in self.out.glob("*.safetensors"):
+            file.unlink()
 
     def _difference(self, other: Mapping[str, Any]) -> str:
         task, inputs = other.get("task", {}), other.get("inputs", {})

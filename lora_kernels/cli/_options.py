@@ -67,6 +67,11 @@ def add_overwrite(parser: argparse.ArgumentParser, folder: str) -> None:
         action="store_true",
         help=f"replace the model or adapter in {folder}, or start an unfinished run again",
     )
+    parser.add_argument(
+        "--sync",
+        action="store_true",
+        help=f"wait for the disk before {folder} is complete, against a loss of power (slower)",
+    )
 
 
 def add_quiet(parser: argparse.ArgumentParser, what: str) -> None:

@@ -105,6 +105,7 @@ def _init(options: argparse.Namespace) -> None:
             device=options.device,
             seed=options.seed,
             overwrite=options.overwrite,
+            sync=options.sync,
             progress=progress,
         )
     if not options.quiet:

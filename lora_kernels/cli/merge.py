@@ -46,6 +46,7 @@ def _merge(options: argparse.Namespace) -> None:
             options.out,
             dtype=dtype_of(options),
             overwrite=options.overwrite,
+            sync=options.sync,
             progress=progress,
         )
     if not options.quiet:

@@ -40,7 +40,9 @@ def _verify(options: argparse.Namespace) -> int:
     from ..verify import verify
 
     console = None if options.quiet else table_console()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before its first import
+    # Before the first import of transformers reads them.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     checks = list(verify(options.adapter, options.base, logits=not options.files_only))
     if console:
         table = needed("rich.table", "the table", "cli").Table(show_header=False)

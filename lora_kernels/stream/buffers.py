@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 
 import torch
@@ -13,7 +14,9 @@ class Buffer:
     """Page-aligned bytes that files are read into and tensors lie in."""
 
     def __init__(self, size: int) -> None:
-        self._memory = mmap.mmap(-1, max(size, 1))
+        # Private, as shared memory gets no huge pages.
+        kind = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+        self._memory = mmap.mmap(-1, max(size, 1), **kind)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults
         self.capacity = size

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class StartRecord:
     beta: float | None
     kept: bool
     has_R: bool
+    offset: int = 0  # of its factors in their file
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -47,6 +48,12 @@ class StartRecord:
         if self.kept and self.residual == "implicit":
             shapes |= {"start_A": shapes["lora_A"], "start_B": shapes["lora_B"]}
         return shapes
+
+    @property
+    def size(self) -> int:
+        """Bytes of its factors."""
+        itemsize = DTYPES[self.dtype].itemsize
+        return sum(itemsize * a * b for a, b in self.shapes.values())
 
     def state(self) -> LayerState:
         """The layer with factors on the meta device: shapes and dtypes only."""
@@ -67,27 +74,26 @@ class StartRecord:
 
 
 class FactorFile:
-    """The factors of one shard's layers, one after the other; written on one thread."""
+    """The factors of one shard's layers, in the order in which they are made."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records: list[StartRecord] = []
+        self._records: list[StartRecord] = []
+        self._lock = threading.Lock()
         self._file: BinaryIO = path.open("wb")
 
     def append(self, record: StartRecord, start: Start) -> None:
         """A layer's, those of the start again where they are kept beside what trains."""
         factors = {"lora_A": start.lora_A, "lora_B": start.lora_B, "lora_R": start.lora_R}
         factors |= {"start_A": start.right(), "start_B": start.lora_B}
-        for name in record.shapes:
-            self._file.write(memory_of(factors[name]))
-        self.records.append(record)
+        with self._lock:
+            self._records.append(replace(record, offset=self._file.tell()))
+            for name in record.shapes:
+                self._file.write(memory_of(factors[name]))
 
     def close(self) -> Record:
-        """Waits for the disk; what the journal is to say."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """What the journal is to say."""
         self._file.close()
-        return {"starts": [asdict(record) for record in self.records]}
+        return {"starts": [asdict(record) for record in self._records]}
 
 
 def read_records(record: Record) -> list[StartRecord]:
@@ -106,34 +112,31 @@ def memory_of(tensor: Tensor) -> memoryview:
 
 def write_tensors(
     path: Path,
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-    parts: Iterable[Path],
+    tensors: Mapping[str, Tensor],
+    parts: Iterable[tuple[Path, int, int]],
     metadata: dict[str, str],
 ) -> None:
-    """A safetensors file of (name, dtype, shape) whose bytes are those of `parts`, in order."""
+    """A safetensors file of tensors, which may be on the meta device: their bytes are those of
+    `parts`, (file, offset, size), one after the other.
+    """
     entries, position = [], 0
-    for name, dtype, shape in tensors:
-        size = torch.Size(shape).numel() * DTYPES[dtype].itemsize
-        entries.append(Entry(name, dtype, shape, position, position + size))
-        position += size
+    for name, tensor in tensors.items():
+        shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+        entries.append(Entry(name, dtype, shape, position, position + tensor.nbytes))
+        position += tensor.nbytes
     layout = render(entries, metadata)
     with path.open("wb") as file:
         file.write(layout.head())
-        for chunk in _chunks(parts):
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+        for part in parts:
+            for chunk in _chunks(*part):
+                file.write(chunk)
     if path.stat().st_size != layout.file_size:
-        raise OSError(f"{path} did not become what it was to be: files in it were changed")
+        raise OSError(f"{path} did not become what it was to be: the files it is made of changed")
 
 
-def _chunks(parts: Iterable[Path]) -> Iterator[bytes]:
-    for part in parts:
-        with part.open("rb") as file:
-            while chunk := file.read(BLOCK):
-                yield chunk
-
-
-def meta_entries(tensors: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of tensors that may be on the meta device."""
-    return [(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
+def _chunks(path: Path, offset: int, size: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        while size > 0 and (chunk := file.read(min(size, BLOCK))):
+            size -= len(chunk)
+            yield chunk

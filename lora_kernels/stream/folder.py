@@ -18,7 +18,7 @@ from ..checkpoint import INDEX, model_files, read_json
 from .blocks import cut
 from .layout import DTYPES, Layout, read_layout
 from .pipeline import Shard
-from .unfinished import UnfinishedFolder, place, write_bytes
+from .unfinished import UnfinishedFolder
 
 CONFIG = "config.json"
 # The same weights in other formats, which a changed base must not be taken for.
@@ -135,25 +135,24 @@ class ModelFolder:
     def copy_others(self, work: UnfinishedFolder) -> None:
         """All but the shards, the index and `config.json`."""
         for name in self.others:
-            target = work.out / name
-            staged = work.path("other")
-            shutil.copyfile(self.path / name, staged)
-            place(staged, target)
+            shutil.copyfile(self.path / name, work.path("content"))
+            work.place("content", name)
 
     def publish(self, work: UnfinishedFolder, shards: Sequence[Shard]) -> None:
         """The index, and then `config.json`: from there on the folder is a model."""
-        dtypes = {e.dtype for s in shards for e in s.target_layout.entries}
-        changed = any(s.target_layout is not s.source_layout for s in shards)
+        layouts = [shard.target_layout for shard in shards]
+        changed = any(shard.target_layout is not shard.source_layout for shard in shards)
         if (self.path / INDEX).is_file():
             content = (self.path / INDEX).read_bytes()
             if changed:
-                content = _with_total_size(content, sum(s.target_layout.data_size for s in shards))
-            _put(work, INDEX, content)
+                content = _with_total_size(content, sum(layout.data_size for layout in layouts))
+            work.put(INDEX, content)
         content = (self.path / CONFIG).read_bytes()
-        floats = dtypes & DTYPES.keys()
+        floats = {e.dtype for layout in layouts for e in layout.entries} & DTYPES.keys()
         if changed and len(floats) == 1:
             content = self._with_dtype(str(DTYPES[floats.pop()]).removeprefix("torch."))
-        _put(work, CONFIG, content)
+        work.settle()
+        work.put(CONFIG, content)
 
     def _with_dtype(self, dtype: str) -> bytes:
         config = dict(self.config)
@@ -188,11 +187,6 @@ def check_space(out: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(f"{out} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
-
-
-def _put(work: UnfinishedFolder, name: str, content: bytes) -> None:
-    write_bytes(work.path(name), content)
-    place(work.path(name), work.out / name)
 
 
 def _with_total_size(content: bytes, size: int) -> bytes:

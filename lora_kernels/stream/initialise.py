@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +19,16 @@ from .._version import __version__
 from ..adapter_files import METADATA, NATIVE_FILE, NATIVE_TYPE, START, native_tensors
 from ..checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, StoredWeight, is_embedding, stored_weights
 from ..config import LoRAConfig
-from ..init import Initializer
+from ..init import Initializer, LoRAM
 from ..init.base import checked
 from ..ops._checks import as_integer
+from ..ops.loram_init import log_gain
 from ..state import AdapterState
-from .factors import FactorFile, StartRecord, meta_entries, read_records, write_tensors
+from .factors import FactorFile, StartRecord, read_records, write_tensors
 from .folder import CONFIG, ModelFolder, check_apart, check_space, pretty
 from .pipeline import Actions, Shard, run
 from .start import ADAPTER
-from .unfinished import UnfinishedFolder, identity, place, write_bytes
+from .unfinished import UnfinishedFolder, identity
 
 _HEADS = ("lm_head", "embed_out")
 
@@ -53,6 +54,7 @@ def initialise(
     device: str = "cpu",
     seed: int = 0,
     overwrite: bool = False,
+    sync: bool = False,
     progress: ByteCounter = uncounted,
 ) -> Summary:
     """Starts the linear layers of the model in the folder `model`, tensor by tensor.
@@ -68,7 +70,8 @@ def initialise(
 
     A run that was killed goes on where it was, if it is repeated; the result is the same to the
     last byte. Peak memory is the largest of the tensors that start, twice of it if it is cast,
-    and 128 MiB; beside what the start itself takes. `progress(total)` gives a function that is told
+    and 128 MiB; beside what the start itself takes. `sync` waits for the disk before the folder is
+    complete, as `cp` does not. `progress(total)` gives a function that is told
     of bytes that are done.
 
     Raises:
@@ -105,7 +108,7 @@ def initialise(
     }
     inputs = {file.name: identity(file) for file in folder.layouts}
     inputs |= {str(name): identity(model / name) for name in (CONFIG, *folder.others)}
-    with UnfinishedFolder(out, task, inputs, overwrite) as work:
+    with UnfinishedFolder(out, task, inputs, overwrite, sync) as work:
         try:
             return job.run(work, dtype, progress)
         except (ValueError, TypeError):
@@ -154,6 +157,7 @@ class _Job:
         self.weights = {weight.tensor.name: weight for weight in weights}
         self.factors: dict[str, FactorFile] = {}
         self.work: UnfinishedFolder | None = None
+        self._lock = threading.Lock()
 
     def run(
         self, work: UnfinishedFolder, dtype: torch.dtype | None, progress: ByteCounter
@@ -169,17 +173,15 @@ class _Job:
         if absorb:
             check_space(self.out, sum(shard.target_layout.file_size for shard in left))
         run(left, Actions(self.edit, self.finished, progress(size)))
-        starts = [s for shard in shards for s in read_records(work.finished[shard.name])]
-        parts = [self._factor_path(shard) for shard in shards]
         if not work.completed and absorb:
             self.folder.copy_others(work)
-            self._write_start(starts, parts)
+            self._write_start(shards)
             self.folder.publish(work, shards)
         elif not work.completed:
-            self._write_native(starts, parts)
+            self._write_native(shards)
         work.complete()
         resumed = sum(shard.size for shard in shards) - size
-        return Summary(len(starts), size, resumed, self.residual)
+        return Summary(len(self.weights), size, resumed, self.residual)
 
     def edit(self, shard: Shard, name: str, weight: Tensor) -> None:
         """Makes the start of one weight, and takes it out of it."""
@@ -189,9 +191,8 @@ class _Job:
         r, scaling = self.config.layer_rank(stored.name), self.config.layer_scaling(stored.name)
         initializer = self._seeded(stored.name)
         here = weight.to(self.device)
-        squares = float(torch.ops.lora.frobenius_stats([here])[0, 1])
-        if not math.isfinite(squares):
-            raise ValueError("weight holds NaN or Inf")
+        plain = initializer == LoRAM()  # whose β tells the norm, without another pass
+        norm = None if plain else math.sqrt(torch.ops.lora.frobenius_stats([here])[0, 1])
         if self.residual == "absorb":
             start = initializer.absorb_(here, r, scaling)
             if here is not weight:
@@ -204,6 +205,8 @@ class _Job:
                 "PEFT has not: take residual='implicit'"
             )
         beta = None if start.beta is None else float(start.beta)
+        if norm is None:  # β² = ‖W‖ √(Q/r)
+            norm = beta**2 * math.sqrt(r / log_gain(r, *here.shape))
         taken_out = initializer.changes_base
         record = StartRecord(
             name=stored.name,
@@ -212,21 +215,21 @@ class _Job:
             dtype="F64" if start.lora_A.dtype == torch.float64 else "F32",
             scaling=scaling,
             lora_alpha=self.config.layer_alpha(stored.name),
-            weight_norm=math.sqrt(squares),
+            weight_norm=norm,
             residual=self.residual,
             beta=beta if taken_out else None,
             kept=taken_out and beta is None,
             has_R=start.lora_R is not None,
         )
-        if shard.name not in self.factors:
-            self.factors[shard.name] = FactorFile(self._factor_path(shard))
+        with self._lock:
+            if shard.name not in self.factors:
+                self.factors[shard.name] = FactorFile(self._factor_path(shard))
         self.factors[shard.name].append(record, start)
 
     def finished(self, shard: Shard) -> None:
         """Journals the shard with its starts."""
         factors = self.factors.pop(shard.name, None)
-        factors = factors or FactorFile(self._factor_path(shard))
-        record = factors.close()
+        record = factors.close() if factors else {"starts": []}
         self.work.finish(shard.name, record, in_place=shard.target is not None)
 
     def _factor_path(self, shard: Shard) -> Path:
@@ -240,15 +243,26 @@ class _Job:
             return self.initializer
         return replace(self.initializer, seed=zlib.crc32(f"{self.seed} {name}".encode()))
 
-    def _state(self, starts: list[StartRecord], base: Path) -> AdapterState:
-        """The adapter, with factors on the meta device."""
-        layers = {self.folder.module_name(start.name): start.state() for start in starts}
+    def _starts(
+        self, shards: list[Shard], base: Path
+    ) -> tuple[AdapterState, list[tuple[Path, int, int]]]:
+        """The adapter, with factors on the meta device, and where their bytes are."""
+        found = {
+            record.name: (record, self._factor_path(shard))
+            for shard in shards
+            for record in read_records(self.work.finished[shard.name])
+        }
+        layers, parts = {}, []
+        for weight in self.weights.values():
+            record, path = found[weight.name]
+            layers[self.folder.module_name(weight.name)] = record.state()
+            parts.append((path, record.offset, record.size))
         config = replace(self.config, residual=self.residual)
-        return AdapterState(config, layers, base_model=str(base))
+        return AdapterState(config, layers, base_model=str(base)), parts
 
-    def _write_start(self, starts: list[StartRecord], parts: list[Path]) -> None:
+    def _write_start(self, shards: list[Shard]) -> None:
         """The adapter of the residual base, for PEFT: on this base nothing is to be taken out."""
-        state = self._state(starts, self.out)
+        state, parts = self._starts(shards, self.out)
         plain = {
             name: replace(layer, beta=None, start_A=None, start_B=None)
             for name, layer in state.layers.items()
@@ -257,28 +271,16 @@ class _Job:
         values, tensors = to_peft(replace(state, layers=plain), self.folder.module_names, conv1d)
         values |= {"inference_mode": False, "task_type": self.folder.task_type}
         recipe = _recipe.to_json(state, START, original=str(self.folder.path))
-        metadata = {METADATA: recipe}
-        self._put(ADAPTER, ADAPTER_FILE, values, tensors, parts, metadata)
+        write_tensors(self.work.path(ADAPTER_FILE), tensors, parts, {METADATA: recipe})
+        self.work.place(ADAPTER_FILE, Path(ADAPTER) / ADAPTER_FILE)
+        self.work.put(Path(ADAPTER) / ADAPTER_CONFIG, pretty(values))
 
-    def _write_native(self, starts: list[StartRecord], parts: list[Path]) -> None:
-        state = self._state(starts, self.folder.path)
+    def _write_native(self, shards: list[Shard]) -> None:
+        """The adapter of the original base."""
+        state, parts = self._starts(shards, self.folder.path)
         recipe = _recipe.to_json(state, "native")
-        values = {"peft_type": NATIVE_TYPE, **json.loads(recipe)}
         tensors = native_tensors(state)
-        self._put("", NATIVE_FILE, values, tensors, parts, {METADATA: recipe})
-
-    def _put(
-        self,
-        folder: str,
-        name: str,
-        values: dict[str, Any],
-        tensors: dict[str, Tensor],
-        parts: list[Path],
-        metadata: dict[str, str],
-    ) -> None:
-        staged = self.work.path(name)
-        write_tensors(staged, meta_entries(tensors), parts, metadata)
-        place(staged, self.out / folder / name)
-        staged = self.work.path(ADAPTER_CONFIG)
-        write_bytes(staged, pretty(values))
-        place(staged, self.out / folder / ADAPTER_CONFIG)
+        write_tensors(self.work.path(NATIVE_FILE), tensors, parts, {METADATA: recipe})
+        self.work.place(NATIVE_FILE, NATIVE_FILE)
+        self.work.settle()
+        self.work.put(ADAPTER_CONFIG, pretty({"peft_type": NATIVE_TYPE, **json.loads(recipe)}))

@@ -68,6 +68,7 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    sync: bool = False,
     progress: ByteCounter = uncounted,
 ) -> MergeSummary:
     """Makes `out` the model of the folder `base` with the adapter of the folder `adapter`, of any
@@ -98,11 +99,9 @@ def merge(
     def edit(shard: Shard, name: str, weight: Tensor) -> None:
         changes[name].apply_(weight)
 
-    with UnfinishedFolder(out, task, inputs, overwrite) as work:
+    with UnfinishedFolder(out, task, inputs, overwrite, sync) as work:
         shards = folder.shards(by_file, work, dtype)
-        left = [
-            shard for shard in shards if not work.has(shard.name, shard.target_layout.file_size)
-        ]
+        left = work.left(shards)
         size = sum(shard.size for shard in left)
         check_space(out, sum(shard.target_layout.file_size for shard in left))
         try:

@@ -1,16 +1,18 @@
-"""Reading, computing and writing at the same time: a thread for each.
+"""Blocks of files read, worked on and written by a few threads at the same time.
 
-System calls and torch's operators release the interpreter lock, so that the three overlap. The
-files are read and written with positioned calls into memory that is used again, not mapped: a map
-counts as resident, and its page faults cost more than the copy.
+Each thread takes a block through all three: what it reads is still in its caches when it is worked
+on. System calls and torch's operators release the interpreter lock. Files are read and written with
+positioned calls into memory that is used again, not mapped: a map counts as resident, and its page
+faults cost more than the copy.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,8 @@ from .blocks import BLOCK, Block, Piece
 from .buffers import Buffer, BufferPool
 from .layout import DTYPES, Layout
 
-AHEAD = 8 * BLOCK  # of memory beside the largest block, for what is being read and written
+AHEAD = 8 * BLOCK  # of memory beside the largest block
+_WORKERS = 4  # one copies 2 to 4 GB/s: more would wait for the disk
 _CHUNK = 1 << 30  # Linux transfers at most 2 GiB a call
 
 
@@ -46,15 +49,18 @@ class Shard:
         """Bytes to read."""
         return sum(block.source_size for block in self.blocks)
 
+    def places(self, block: Block) -> tuple[int, int, int]:
+        """Where in a buffer the block's old bytes and its new ones lie, and its size."""
+        return block.places(self.source_layout.start, self.target_layout.start)
+
 
 @dataclass
 class Actions:
-    """What is done on the way.
+    """What is done on the way; all of it is called from several threads.
 
-    `edit(shard, name, weight)` changes an edited tensor in place, on the main thread, in the order
-    of the file. `finished(shard)` is called once its target is written and has reached the disk, on
-    another thread and in the order of the shards. `advanced(bytes)`, from any thread, says how many
-    more of the source's bytes are dealt with.
+    `edit(shard, name, weight)` changes an edited tensor in place. `finished(shard)` is called once
+    the shard's target is whole, for one shard at a time. `advanced(bytes)` says how many more of
+    the source's bytes are dealt with.
     """
 
     edit: Callable[[Shard, str, Tensor], None]
@@ -63,7 +69,7 @@ class Actions:
 
 
 def run(shards: Sequence[Shard], actions: Actions) -> None:
-    """Rewrites the shards, one after the other.
+    """Rewrites the shards.
 
     In memory are the largest block and `AHEAD` bytes more, beside what `edit` needs.
 
@@ -73,153 +79,155 @@ def run(shards: Sequence[Shard], actions: Actions) -> None:
         OSError: a file cannot be read or written.
 
     """
-    largest = max((block.memory for shard in shards for block in shard.blocks), default=0)
-    pool = BufferPool(largest + AHEAD)
-    with (
-        ThreadPoolExecutor(1, "read") as reader,
-        ThreadPoolExecutor(1, "write") as writer,
-        ThreadPoolExecutor(1, "finish") as finisher,
-    ):
-        source, target = _Source(pool), _Target(pool, actions.advanced)
-        waiting: deque[Future[None]] = deque()
+    threads = torch.get_num_threads()
+    workers = max(2, min(_WORKERS, threads))
+    rewriting = _Rewriting(shards, actions, max(1, threads // workers))
+    with ThreadPoolExecutor(workers, "rewrite") as pool:
+        futures = [pool.submit(rewriting.work) for _ in range(workers)]
         try:
-            reads = deque(
-                reader.submit(source.read, shard, block)
-                for shard in shards
-                for block in shard.blocks
-            )
-            for shard in shards:
-                for block in shard.blocks:
-                    buffer = reads.popleft().result()
-                    for piece in block.pieces:
-                        _work(piece, block, buffer, shard, actions)
-                    waiting.append(writer.submit(target.write, shard, block, buffer))
-                    while waiting and waiting[0].done():
-                        waiting.popleft().result()
-                written = writer.submit(target.close, shard)
-                waiting.append(finisher.submit(_finish, written, shard, actions))
-            while waiting:
-                waiting.popleft().result()
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
         finally:
-            pool.close()
-            for pool_of_threads in (reader, writer, finisher):
-                pool_of_threads.shutdown(cancel_futures=True)
-            source.close()
-            target.abandon()
+            rewriting.stop()
+            wait(futures)
+            rewriting.close()
+            torch.set_num_threads(threads)  # a setting of each thread, and of those to come
 
 
-def _finish(written: Future[int | None], shard: Shard, actions: Actions) -> None:
-    """To the disk, while the next shard is under way."""
-    descriptor = written.result()
-    if descriptor is not None:
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    actions.finished(shard)
+class _Rewriting:
+    """What the threads share."""
 
+    def __init__(self, shards: Sequence[Shard], actions: Actions, threads: int) -> None:
+        largest = max((s.places(block)[2] for s in shards for block in s.blocks), default=0)
+        self._buffers = BufferPool(largest + AHEAD)
+        self._actions = actions
+        self._threads = threads
+        self._files = [_Files(shard) for shard in shards]
+        self._tasks = deque((f, block) for f in self._files for block in f.shard.blocks or (None,))
+        self._finishing = threading.Lock()
+        self._stopped = False
 
-class _Source:
-    """The file that is being read. Used by one thread."""
+    def work(self) -> None:
+        """Takes one block after the other until there is none."""
+        torch.set_num_threads(self._threads)
+        while not self._stopped:
+            try:
+                files, block = self._tasks.popleft()
+            except IndexError:
+                return
+            with files.opened:
+                files.open()
+            if block is not None:
+                self._rewrite(files, block)
+                self._actions.advanced(block.source_size)
+            if files.is_last():
+                files.close()
+                with self._finishing:
+                    self._actions.finished(files.shard)
 
-    def __init__(self, pool: BufferPool) -> None:
-        self._pool = pool
-        self._shard: Shard | None = None
-        self._descriptor = -1
-
-    def read(self, shard: Shard, block: Block) -> Buffer:
-        """A buffer that starts with the block's bytes."""
-        buffer = self._pool.take(block.memory)
-        if shard is not self._shard:
-            self.close()
-            self._shard = shard
-            self._descriptor = os.open(shard.source, os.O_RDONLY)
-            _advise(self._descriptor, 0, 0, "POSIX_FADV_SEQUENTIAL")
-        begin, end = block.source
-        position = shard.source_layout.start + begin
-        # The disk goes on with what comes next, while this is worked on and written.
-        _advise(self._descriptor, position + end - begin, 4 * BLOCK, "POSIX_FADV_WILLNEED")
-        done, size = 0, end - begin
-        while done < size:
-            view = buffer.view(done, min(size, done + _CHUNK))
-            count = os.preadv(self._descriptor, [view], position + done)
-            if count == 0:
-                raise OSError(f"{shard.source} became shorter while it was read")
-            done += count
-        return buffer
+    def stop(self) -> None:
+        """No further block is begun."""
+        self._stopped = True
+        self._buffers.close()
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Closes what an error left open."""
+        for files in self._files:
+            files.close()
 
-
-class _Target:
-    """The file that is being written. Used by one thread."""
-
-    def __init__(self, pool: BufferPool, advanced: Callable[[int], None]) -> None:
-        self._pool = pool
-        self._advanced = advanced
-        self._shard: Shard | None = None
-        self._descriptor: int | None = None
-
-    def write(self, shard: Shard, block: Block, buffer: Buffer) -> None:
-        """Writes the block, and gives its buffer back."""
+    def _rewrite(self, files: _Files, block: Block) -> None:
+        old, new, size = files.shard.places(block)
+        buffer = self._buffers.take(size)
         try:
-            if shard.target is not None:
-                self._open(shard)
-                position = shard.target_layout.start + block.target[0]
-                done, size = 0, block.target_size
-                while done < size:
-                    end = min(size, done + _CHUNK)
-                    view = buffer.view(block.offset + done, block.offset + end)
-                    done += os.pwritev(self._descriptor, [view], position + done)
+            files.read(block, buffer.view(old, old + block.source_size))
+            for piece in block.pieces:
+                begin = old + piece.source.begin - block.source[0]
+                end = new + piece.target.begin - block.target[0]
+                _work(piece, buffer, begin, end, partial(self._actions.edit, files.shard))
+            files.write(block, buffer.view(new, new + block.target_size))
         finally:
-            self._pool.give_back(buffer)
-        self._advanced(block.source_size)
+            self._buffers.give_back(buffer)
 
-    def close(self, shard: Shard) -> int | None:
-        """The open file's descriptor, which is no more looked after here."""
-        if shard.target is None:
-            return None
-        self._open(shard)  # there are files without a tensor
-        descriptor, self._descriptor, self._shard = self._descriptor, None, None
-        return descriptor
 
-    def abandon(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+class _Files:
+    """A shard's two files."""
 
-    def _open(self, shard: Shard) -> None:
-        if shard is self._shard:
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self.opened = threading.Lock()
+        self._writing = threading.Lock()
+        self._left = max(1, len(shard.blocks))
+        self._source: int | None = None
+        self._target: int | None = None
+
+    def open(self) -> None:
+        """Opens both, if they are not, and begins the new one."""
+        if self._source is not None:
             return
-        self._shard = shard
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        self._descriptor = os.open(shard.target, flags, 0o666)
-        head, done = shard.target_layout.head(), 0
-        while done < len(head):
-            done += os.pwrite(self._descriptor, head[done:], done)
+        self._source = os.open(self.shard.source, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        if self.shard.target is not None:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+            self._target = os.open(self.shard.target, flags, 0o666)
+            self._write(memoryview(self.shard.target_layout.head()), 0)
+
+    def is_last(self) -> bool:
+        """To be asked after each block: whether it was the last one to be done."""
+        with self.opened:
+            self._left -= 1
+            return self._left == 0
+
+    def read(self, block: Block, view: memoryview) -> None:
+        """The block's bytes."""
+        position = self.shard.source_layout.start + block.source[0]
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._source, [view[done : done + _CHUNK]], position + done)
+            if count == 0:
+                raise OSError(f"{self.shard.source} became shorter while it was read")
+            done += count
+
+    def write(self, block: Block, view: memoryview) -> None:
+        """The new bytes."""
+        if self.shard.target is not None:
+            with self._writing:  # the system lets one write at a time: a second would spin
+                self._write(view, self.shard.target_layout.start + block.target[0])
+
+    def close(self) -> None:
+        """Closes what is open."""
+        for descriptor in (self._source, self._target):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._source = self._target = None
+
+    def _write(self, view: memoryview, position: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(self._target, view[done : done + _CHUNK], position + done)
+            except OSError as error:  # which does not know the file's name
+                file = str(self.shard.target)
+                raise OSError(error.errno, error.strerror, file) from None
 
 
-def _work(piece: Piece, block: Block, buffer: Buffer, shard: Shard, actions: Actions) -> None:
-    """Edits and casts one piece, in the buffer."""
+def _work(
+    piece: Piece, buffer: Buffer, begin: int, place: int, edit: Callable[[str, Tensor], None]
+) -> None:
+    """Edits and casts one piece, which lies at `begin`, and is to lie at `place`."""
     old, new = piece.source, piece.target
-    begin = old.begin - block.source[0]
-    place = block.offset + new.begin - block.target[0]
     if not piece.edited and not piece.cast:
-        if block.cast:
+        if begin != place:
             size = old.end - old.begin
             buffer.view(place, place + size)[:] = buffer.view(begin, begin + size)
         return
     try:
         with _Placed(buffer, begin, old.dtype, old.shape) as before:
-            if not block.cast:
-                actions.edit(shard, old.name, before)
+            if begin == place:
+                edit(old.name, before)
                 return
             with _Placed(buffer, place, new.dtype, new.shape) as after:
-                edit = partial(actions.edit, shard, old.name) if piece.edited else None
-                _edit_and_cast(before, after, edit)
+                _edit_and_cast(before, after, partial(edit, old.name) if piece.edited else None)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{old.name}: {error}") from error
 
@@ -266,8 +274,3 @@ class _Placed:
     def __exit__(self, *error: object) -> None:
         if self._bytes is not None:
             self._bytes.copy_(self._tensor.reshape(-1).view(torch.uint8))
-
-
-def _advise(descriptor: int, position: int, length: int, advice: str) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, position, length, getattr(os, advice))

@@ -2,7 +2,10 @@
 
 What is unfinished lies in a hidden folder inside: files under their names until they are whole, and
 a journal. Its first line says what is being made, from which inputs; every further one that a
-shard is finished, after its files have reached the disk and got their places.
+shard is finished and has its place.
+
+Nothing waits for the disk meanwhile, as `cp` does not: what a killed process has written, the
+system still writes. If the system itself went down, which the journal sees, a run starts again.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class UnfinishedFolder:
     """The folder `out`, locked against others for as long as this is used as a context manager.
 
     `task` are the arguments and `inputs` the files, name by `identity`. `finished` has the records
-    of an earlier run of the same task.
+    of an earlier run of the same task. `sync`: before the last file is written, without which the
+    folder is no model or adapter, all others have reached the disk.
 
     Raises:
         FileExistsError: the folder has other contents, or those of another task.
@@ -57,13 +61,18 @@ class UnfinishedFolder:
     """
 
     def __init__(
-        self, out: Path, task: Mapping[str, Any], inputs: Mapping[str, str], overwrite: bool = False
+        self,
+        out: Path,
+        task: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        overwrite: bool = False,
+        sync: bool = False,
     ) -> None:
         self.out, self.work = out, out / WORK
         self.finished: dict[str, Record] = {}
         self.completed = False  # but for what is hidden
-        self._head = {"task": dict(task), "inputs": dict(inputs)}
-        self._overwrite = overwrite
+        self._head = {"task": dict(task), "inputs": dict(inputs), "boot": _boot()}
+        self._overwrite, self._sync = overwrite, sync
         self._journal: int | None = None
 
     def __enter__(self) -> UnfinishedFolder:
@@ -95,20 +104,30 @@ class UnfinishedFolder:
         """Those that are not finished: journalled, and there if they have a place."""
         return [shard for shard in shards if not self._has(shard)]
 
-    def _has(self, shard: Shard) -> bool:
-        if shard.name not in self.finished:
-            return False
-        if shard.target is None:
-            return True
-        file = self.out / shard.name
-        return file.is_file() and file.stat().st_size == shard.target_layout.file_size
-
     def finish(self, name: str, record: Record, in_place: bool = True) -> None:
-        """Gives a file that is whole, and on the disk, its place (`in_place`), and journals it."""
+        """Gives a file that is whole its place (`in_place`), and journals it."""
         if in_place:
-            place(self.path(name), self.out / name)
+            self.place(name, name)
         self._write({_FINISHED: name} | record)
         self.finished[name] = record
+
+    def put(self, name: str | Path, content: bytes) -> None:
+        """Writes a small file, and puts it in its place."""
+        self.path("content").write_bytes(content)
+        self.place("content", name)
+
+    def place(self, staged: str, name: str | Path) -> None:
+        """Puts a file that is whole in its place."""
+        target = self.out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.path(staged).replace(target)
+
+    def settle(self) -> None:
+        """Waits for the disk, if that is asked for."""
+        if self._sync:
+            for folder, _, names in os.walk(self.out):
+                for name in (*names, "."):
+                    _fsync(Path(folder) / name)
 
     def complete(self) -> None:
         """Removes what is hidden: the folder is what it was to be."""
@@ -119,7 +138,7 @@ class UnfinishedFolder:
                 entry.unlink()
         (self.work / _JOURNAL).unlink()
         self.work.rmdir()
-        sync(self.out)
+        self.settle()
 
     def abandon(self) -> None:
         """Removes all that was written, where going on could not help."""
@@ -128,6 +147,14 @@ class UnfinishedFolder:
         shutil.rmtree(self.work)
         with suppress(OSError):  # not empty
             self.out.rmdir()
+
+    def _has(self, shard: Shard) -> bool:
+        if shard.name not in self.finished:
+            return False
+        if shard.target is None:
+            return True
+        file = self.out / shard.name
+        return file.is_file() and file.stat().st_size == shard.target_layout.file_size
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -144,13 +171,14 @@ class UnfinishedFolder:
         lines = [json.loads(line) for line in whole.splitlines()]
         if not lines:
             return False
-        if lines[0] != self._head:
-            if self._overwrite:
-                return False
+        head = self._head | {"boot": lines[0].get("boot")}
+        if lines[0] != head and not self._overwrite:
             raise FileExistsError(
                 f"{self.out} has an unfinished run that differs in {self._difference(lines[0])}: "
                 "repeat it as it was, or give --overwrite to start again"
             )
+        if lines[0] != self._head:
+            return False
         os.ftruncate(self._journal, len(whole))
         self.finished = {line.pop(_FINISHED): line for line in lines[1:]}
         self.completed = self.finished.pop(None, None) is not None
@@ -164,11 +192,9 @@ class UnfinishedFolder:
         if self._overwrite:
             self._remove_outputs()
         self._write(self._head)
-        sync(self.work)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         os.write(self._journal, (json.dumps(line, allow_nan=False) + "\n").encode())
-        os.fsync(self._journal)
 
     def _remove_outputs(self) -> None:
         """What made the folder a model or an adapter, the files without which it is none first."""
@@ -195,26 +221,14 @@ class UnfinishedFolder:
             self._journal = None
 
 
-def place(source: Path, target: Path) -> None:
-    """Renames a file that is whole into its place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source.replace(target)
-    sync(target.parent)
+def _boot() -> str | None:
+    """What tells one run of the system from the next, where it says so."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.is_file() else None
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file and waits for the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Waits until a folder's list of names is on the disk."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

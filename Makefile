@@ -28,6 +28,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.init
 	$(BIN)/python -m benchmarks.svd
 	$(BIN)/python -m benchmarks.layer
+	$(BIN)/python -m benchmarks.model
 
 # All three parts, also after one has failed; each runs alone as well. Under 8 minutes.
 gpu: gpu-build

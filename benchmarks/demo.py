@@ -10,9 +10,8 @@ import argparse
 import copy
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -26,13 +25,15 @@ from benchmarks.curves import curve_rows, draw_curves
 from benchmarks.finetune import Curve, Recipe, train
 from benchmarks.harness import environment
 from benchmarks.memory import PeakGrowth
-from benchmarks.methods import ALPHA, METHODS, RANK, adapt
+from benchmarks.methods import ALPHA, METHODS, RANK
 from benchmarks.report import RESULTS, print_table, write_csv
-from benchmarks.roundtrip import through_adapter_file, through_state_dict
+from benchmarks.roundtrip import TRIPS
+from lora_kernels import add_lora, disable_adapters, merge_lora
 
 PROBE_TEXTS = 4  # the texts whose logits are compared
-# Relative to the largest logit; the same arithmetic on the same bits should give zero.
-TOLERANCE = 1e-5
+# Relative to the largest logit. The same arithmetic on the same bits gives zero; 210 layers summed
+# in another order, some 5e-6.
+TOLERANCE = 3e-5
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ def run(task: Task, name: str, progress: Progress) -> tuple[Outcome, nn.Module]:
     torch.manual_seed(task.recipe.seed)
     model = copy.deepcopy(task.base)
 
-    bar = progress.add_task(f"{name}: initialise", total=len(task.targets))
+    config = replace(METHODS[name], target_modules=task.targets)
+    bar = progress.add_task(f"{name}: initialise", total=1)
     with PeakGrowth(sharp=True) as init_memory:
-        start = time.perf_counter()
-        adapt(model, task.targets, METHODS[name], partial(progress.advance, bar))
-        seconds = time.perf_counter() - start
+        seconds = add_lora(model, config, progress=False).seconds
+    progress.advance(bar)
     difference = max_difference(task.logits(model), task.reference)
 
     bar = progress.add_task(f"{name}: fine-tune", total=task.recipe.steps)
@@ -100,24 +101,28 @@ def run(task: Task, name: str, progress: Progress) -> tuple[Outcome, nn.Module]:
 
 
 def check_round_trips(task: Task, trained: nn.Module, console: Console) -> bool:
-    """Both ways of saving and loading; true if the logits agree."""
-    expected = task.logits(trained)
-    limit = TOLERANCE * max(float(logits.abs().max()) for logits in expected)
-    agrees = True
-    for what, trip in {"adapter": through_adapter_file, "state_dict": through_state_dict}.items():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / what
-            fresh = copy.deepcopy(task.base)
-            trip(trained, fresh, path)
-            mib = path.stat().st_size / 2**20
-        difference = max_difference(task.logits(fresh), expected)
-        good = difference <= limit
-        agrees &= good
+    """Every way of saving and loading, switching off and merging; true if the logits agree."""
+    expected, agrees = task.logits(trained), True
+
+    def compare(what: str, model: nn.Module, wanted: list[Tensor]) -> None:
+        nonlocal agrees
+        limit = TOLERANCE * max(float(logits.abs().max()) for logits in wanted)
+        difference = max_difference(task.logits(model), wanted)
+        agrees &= difference <= limit
         console.print(
-            f"LoRAM, {what} saved ({mib:.1f} MiB) and loaded into a fresh model: "
-            f"max |Δlogit| {difference:.2g}, tolerance {limit:.2g}: "
-            + ("[green]agrees[/]" if good else "[red]DIFFERS[/]")
+            f"LoRAM, {what}: max |Δlogit| {difference:.2g}, tolerance {limit:.2g}: "
+            + ("[green]agrees[/]" if difference <= limit else "[red]DIFFERS[/]")
         )
+
+    for what, trip in TRIPS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "saved"
+            loaded = trip(trained, copy.deepcopy(task.base), path)
+            mib = sum(file.stat().st_size for file in path.iterdir()) / 2**20
+        compare(f"{what} ({mib:.1f} MiB)", loaded, expected)
+    with disable_adapters(trained):
+        compare("switched off, against the base", trained, task.reference)
+    compare("merged", merge_lora(trained), expected)
     return agrees
 
 

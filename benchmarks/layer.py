@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners import lora as peft_lora
 from rich.console import Console
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from benchmarks.harness import Timing, dtype_name, environment, interleave
 from benchmarks.report import RESULTS, bar_panels, print_timings, write_csv
 from benchmarks.shapes import Shape, shape, shape_name
 from lora_kernels import LoRALinear
+from lora_kernels.peft import accelerate
 
 SHAPES: tuple[Shape, ...] = ((4096, 4096),)
 RANKS = (16, 128)
@@ -53,6 +54,14 @@ def peft_layer(linear: nn.Linear, r: int) -> nn.Module:
     return layer
 
 
+def accelerated_layer(linear: nn.Linear, r: int) -> nn.Module:
+    """The same in a PEFT model whose forward is ours."""
+    config = LoraConfig(r=r, lora_alpha=r, init_lora_weights="gaussian", target_modules=["0"])
+    model = get_peft_model(nn.Sequential(linear), config)
+    accelerate(model)
+    return model.base_model.model[0]
+
+
 def layers(size: Shape, r: int, dtype: torch.dtype) -> dict[str, nn.Module]:
     """By name; each has a W of its own, as LoRAM changes it."""
 
@@ -67,6 +76,7 @@ def layers(size: Shape, r: int, dtype: torch.dtype) -> dict[str, nn.Module]:
         "LoRALinear absorb": ours("absorb"),
         "LoRALinear implicit": ours("implicit"),
         "PEFT lora.Linear": peft_layer(linear(), r),
+        "PEFT lora.Linear, accelerated": accelerated_layer(linear(), r),
         "plain composition": Composition(linear(), r),
     }
 

@@ -1,50 +1,46 @@
-"""Save a trained LoRAM model and load it into a fresh one: the two must say the same."""
+"""Save a trained model in every way there is, and load it into a fresh one: all say the same."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.methods import adapt, loram, zero_b
-from lora_kernels import LoRALinear
+from benchmarks.methods import METHODS
+from lora_kernels import add_lora, load_adapter, save_adapter
+from lora_kernels.model import adapted_layers
 
 
-def through_adapter_file(trained: nn.Module, fresh: nn.Module, path: Path) -> None:
-    """Only A and B are stored.
+def through_peft(trained: nn.Module, fresh: nn.Module, path: Path) -> nn.Module:
+    """An adapter of rank 2r on the original base, loaded by plain PEFT."""
+    from peft import PeftModel
 
-    LoRAM's start is deterministic: initialising the fresh model again gives the very residual
-    base that the trained A and B belong to.
-    """
-    save_file(
-        {f"{layer}.{name}": factor for layer, name, factor in _factors(trained)},
-        path,
-        metadata={"init_lora_weights": "loram"},
-    )
-    adapt(fresh, _lora_layers(trained), loram)
-    stored = load_file(path)
-    with torch.no_grad():
-        for layer, name, factor in _factors(fresh):
-            factor.copy_(stored[f"{layer}.{name}"])
+    save_adapter(trained, path)
+    return PeftModel.from_pretrained(fresh, path)
 
 
-def through_state_dict(trained: nn.Module, fresh: nn.Module, path: Path) -> None:
-    """Everything is stored, the residual base too: the fresh layers may have any start."""
-    torch.save(trained.state_dict(), path)
-    adapt(fresh, _lora_layers(trained), zero_b)
-    fresh.load_state_dict(torch.load(path, weights_only=True))
+def through_native(trained: nn.Module, fresh: nn.Module, path: Path) -> nn.Module:
+    """A and B, and one number for each layer's start."""
+    save_adapter(trained, path, format="native")
+    load_adapter(fresh, path, progress=False)
+    return fresh
 
 
-def _lora_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+def through_state_dict(trained: nn.Module, fresh: nn.Module, path: Path) -> nn.Module:
+    """Everything, the residual base too."""
+    path.mkdir()
+    torch.save(trained.state_dict(), path / "model.pt")
+    same = replace(METHODS["LoRAM"], target_modules=list(adapted_layers(trained)))
+    add_lora(fresh, same, progress=False)
+    fresh.load_state_dict(torch.load(path / "model.pt", weights_only=True))
+    return fresh
 
 
-def _factors(model: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
-    """(layer, "lora_A" or "lora_B", the factor itself) of every layer."""
-    return [
-        (layer, name, getattr(model.get_submodule(layer), name).detach())
-        for layer in _lora_layers(model)
-        for name in ("lora_A", "lora_B")
-    ]
+TRIPS: dict[str, Callable[[nn.Module, nn.Module, Path], nn.Module]] = {
+    "adapter, loaded by PEFT": through_peft,
+    "native adapter": through_native,
+    "state_dict": through_state_dict,
+}

@@ -57,24 +57,24 @@ def replace_files(
         name in present and (folder / name).read_bytes() == content
         for name, content in others.items()
     )
-    whole = not same and main in present and present.issubset(owned) and _may_exchange(folder)
+    changing = () if same else tuple(others)
+    whole = not same and present.issubset(owned) and _may_exchange(folder)
     with _staged(folder.parent if whole else folder, folder, owned) as stage:
         write_main(stage / main)
         _sync(stage / main)
-        for name, content in others.items():
-            (stage / name).write_bytes(content)
+        for name in changing:
+            (stage / name).write_bytes(others[name])
             _sync(stage / name)
         _sync(stage)
         if whole and _exchange(stage, folder):
             _sync(folder.parent)
             return
-        if not same:
-            for name in others:
-                (folder / name).unlink(missing_ok=True)
+        for name in changing:
+            (folder / name).unlink(missing_ok=True)
         (stage / main).replace(folder / main)
         for name in stale:
             (folder / name).unlink(missing_ok=True)
-        for name in others:
+        for name in changing:
             (stage / name).replace(folder / name)
         _sync(folder)
 

@@ -8,11 +8,6 @@ from collections.abc import Sequence
 
 def unknown_name(option: str, value: object, allowed: Sequence[str]) -> ValueError:
     """A ValueError that lists the allowed names and suggests the nearest."""
-    hint = nearest(str(value).lower(), allowed)
+    near = difflib.get_close_matches(str(value).lower(), allowed, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     return ValueError(f"unknown {option} {value!r}: expected one of {', '.join(allowed)}{hint}")
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """The end of an error text that suggests the one that is most alike; "" if none is."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""

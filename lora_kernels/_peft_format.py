@@ -85,14 +85,15 @@ def to_peft(
     saved = {}  # modules in full, in the order of their tensors
     for key, tensor in state.extra.items():
         owner, _, last = key.rpartition(".")
-        module = _saved_module(owner, config.modules_to_save or ())
+        module = _saved_module(owner, config.modules_to_save or (), last != "bias")
         if module is not None:
             saved[module] = None
         elif last == "bias" and owner in state.layers:
             key = f"{owner}.base_layer.bias"
         tensors[PREFIX + key] = tensor
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    # As a pair: vLLM takes s from these two for all layers, and reads no pattern.
+    pairs = [(ranks[name], alphas[name]) for name in state.layers]
+    r, lora_alpha = Counter(pairs).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
         "task_type": config.task_type,
@@ -244,13 +245,19 @@ def _pattern(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def _saved_module(owner: str, modules_to_save: Collection[str]) -> str | None:
-    """The name of the module in `modules_to_save` that the tensor's owner is, or lies in."""
+def _saved_module(
+    owner: str, modules_to_save: Collection[str], loosely: bool = False
+) -> str | None:
+    """The name of the module in `modules_to_save` that the tensor's owner is, or lies in.
+
+    `loosely`: PEFT has "norm" mean "input_layernorm" too. Whole names mean the same to both.
+    """
     parts = owner.split(".")
     for end in range(1, len(parts) + 1):
         name = ".".join(parts[:end])
-        if any(name == saved or name.endswith(f".{saved}") for saved in modules_to_save):
-            return name
+        for saved in modules_to_save:
+            if name == saved or name.endswith(saved if loosely else f".{saved}"):
+                return name
     return None
 
 

@@ -16,6 +16,7 @@ _HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
 )
+_FOREIGN = "_lora_foreign"  # the names of what an adapted layer was given
 _ACCELERATE = ("_hf_hook", "_old_forward", "forward")
 
 
@@ -23,12 +24,17 @@ def transplant(old: nn.Module, new: nn.Module) -> None:
     """Gives `new` the hooks of `old`, the same dicts, so that handles still remove them, and those
     of its attributes that are not of its class: `_hf_*`, what users have set. accelerate's hook,
     which wraps a module's forward, is put around the new one's.
+
+    Where an adapted layer hands back to a plain one, these are the attributes that it was given.
     """
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
-    for name, value in vars(old).items():
-        if name not in vars(new) and name not in _ACCELERATE:
-            object.__setattr__(new, name, value)
+    foreign = vars(old).get(_FOREIGN)
+    if foreign is None:
+        foreign = [n for n in vars(old) if n not in vars(new) and n not in _ACCELERATE]
+        object.__setattr__(new, _FOREIGN, foreign)
+    for name in foreign:
+        object.__setattr__(new, name, vars(old)[name])
     if "_hf_hook" in vars(old):
         from accelerate.hooks import add_hook_to_module
 

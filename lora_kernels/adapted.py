@@ -20,11 +20,10 @@ class AdaptedLayer(Adapter):
     layer computes as its base.
     """
 
-    adapters: nn.ModuleDict | None = None
-
     def _set_names(self, adapter_name: str) -> None:
         self.adapter_name = self.active_adapter = adapter_name
         self.adapter_enabled = True
+        self.adapters: nn.ModuleDict | None = None
 
     @property
     def adapter_names(self) -> list[str]:
@@ -68,14 +67,18 @@ class AdaptedLayer(Adapter):
 class AdaptedMatrix(AdaptedLayer):
     """A layer that has W itself, as a parameter `weight` that it may rewrite, and `bias`.
 
-    Subclasses give `_matrix`, W as [out, in], and `_plain`, the layer without adapters.
+    Subclasses say how W is stored, and give `_plain`, the layer without adapters over the given
+    parameters.
     """
 
-    def _matrix(self) -> Tensor:
+    transposed = False  # whether `weight` is [in, out]
+
+    def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
         raise NotImplementedError
 
-    def _plain(self, matrix: Tensor) -> nn.Module:
-        raise NotImplementedError
+    def _matrix(self) -> Tensor:
+        """W [out, in], a view."""
+        return self.weight.T if self.transposed else self.weight
 
     def _freeze(self) -> None:
         self.weight.requires_grad_(False)
@@ -106,10 +109,7 @@ class AdaptedMatrix(AdaptedLayer):
         if not self.absorbed:
             return self._matrix()
         matrix = self._matrix().detach().clone()
-        if self._beta is not None:
-            subtract_recipe_(matrix, self._beta, self.r, -self._absorbed_scaling)
-        else:
-            subtract_factors_(matrix, self.start_A, self.start_B, -self._absorbed_scaling)
+        self._put_back_(matrix)
         return matrix
 
     @torch.no_grad()
@@ -119,7 +119,30 @@ class AdaptedMatrix(AdaptedLayer):
         W is what it was, bit for bit if the residual is implicit or the start was zero, else to one
         rounding of its dtype.
         """
-        return self._plain(self._base_matrix().detach().clone())
+        return self._copied(self._base_matrix().detach().clone())
+
+    @torch.no_grad()
+    def restore_(self) -> nn.Module:
+        """The layer that was adapted, over this one's own parameters; what it absorbed is put back
+        in place. This layer is not to be used any more.
+        """
+        if self.absorbed:
+            self._put_back_(self._matrix().detach())
+            vars(self.weight).pop(ABSORBED, None)
+        return self._plain(self.weight, self.bias)
+
+    def _copied(self, matrix: Tensor) -> nn.Module:
+        """A new layer with W = `matrix` [out, in] and a copy of the bias."""
+        weight = matrix.T.contiguous() if self.transposed else matrix
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return self._plain(nn.Parameter(weight), bias)
+
+    def _put_back_(self, matrix: Tensor) -> None:
+        """Adds the start that was absorbed to `matrix` in place."""
+        if self._beta is not None:
+            subtract_recipe_(matrix, self._beta, self.r, -self._absorbed_scaling)
+        else:
+            subtract_factors_(matrix, self.start_A, self.start_B, -self._absorbed_scaling)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Module:
@@ -138,7 +161,7 @@ class AdaptedMatrix(AdaptedLayer):
             left = torch.cat([left, -start_B.to(work)], dim=1)  # [out, 2r]
             right = torch.cat([right, start_A.to(work)], dim=0)  # [2r, in]
         merged = matrix.addmm_(left, right, alpha=adapter.scaling)
-        return self._plain(merged.to(self.weight.dtype))
+        return self._copied(merged.to(self.weight.dtype))
 
 
 def refuse_unfit(matrix: Tensor, weight: nn.Parameter, r: int, initializer) -> None:

@@ -97,6 +97,18 @@ class Adapter(nn.Module):
         self._absorbed_scaling = self.scaling if absorbed else None
         self._weight_norm = start.weight_norm if changes_base else None
 
+    def load_factors(self, lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None) -> None:
+        """Puts trained factors in the place of the start's; they are taken over."""
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
+        self.lora_R = None if lora_R is None else nn.Parameter(lora_R)
+        self.set_trainable(True)
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """A, B and R."""
+        factors = (self.lora_A, self.lora_B, self.lora_R)
+        return [factor for factor in factors if factor is not None]
+
     def set_trainable(self, trainable: bool) -> None:
         """`requires_grad` of what this adapter trains: R if there is one, else A and B."""
         self.lora_A.requires_grad_(trainable and self.lora_R is None)

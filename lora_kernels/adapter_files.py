@@ -24,6 +24,8 @@ from ._errors import unknown_name
 from ._extras import needed
 from ._peft_format import DECISIVE, check_pair, from_peft, split_tensors, to_peft
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
+from .model import _inner, adapter_state, apply_state
+from .model_report import LoRAReport
 from .ops._checks import FLOATS
 from .recompression import recompressed
 from .state import AdapterState, LayerState
@@ -44,6 +46,7 @@ class SavedAdapter:
         folder: where.
         files: their sizes in bytes by name.
         layers: how many layers there are.
+        scalings: the different s of the layers.
         folded: the layers whose R is multiplied into A: format="peft" has no place for it, and
             training goes on with A and B. format="native" keeps it.
         errors: with `compress_to`, ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F of each layer; else None.
@@ -54,6 +57,7 @@ class SavedAdapter:
     folder: Path
     files: dict[str, int]
     layers: int
+    scalings: tuple[float, ...]
     folded: tuple[str, ...] = ()
     errors: dict[str, float] | None = None
     error: float | None = None
@@ -66,6 +70,11 @@ class SavedAdapter:
             lines.append(
                 f"recompressed with a relative error of {self.error:.2e}, at most "
                 f"{self.errors[worst]:.2e} ({worst})"
+            )
+        if len(self.scalings) > 1 and ADAPTER_FILE in self.files:
+            lines.append(
+                f"its layers have {len(self.scalings)} different scalings, by alpha_pattern: PEFT "
+                "reads that, vLLM does not and would scale them alike"
             )
         if self.folded:
             lines.append(
@@ -84,18 +93,16 @@ def save_adapter(
     compress_to: int | None = None,
 ) -> SavedAdapter:
     """Writes an adapter of the model, the active one by default, as `write_adapter` does."""
-    from .model import adapter_state
-    from .targets import is_conv1d
-
     state = adapter_state(model, adapter_name)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {name: module for name, module in _inner(model).named_modules() if name}
+    inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
     return write_adapter(
         folder,
         state,
         format=format,
         compress_to=compress_to,
-        module_names=_base_names(modules, state),
-        fan_in_fan_out=all(is_conv1d(modules[name]) for name in state.layers),
+        module_names=[name for name in modules if not name.startswith(inside)],
+        fan_in_fan_out=all(getattr(modules[n], "transposed", False) for n in state.layers),
     )
 
 
@@ -105,21 +112,29 @@ def load_adapter(
     *,
     adapter_name: str = "default",
     is_trainable: bool = True,
-):
+    progress: bool = True,
+) -> LoRAReport:
     """Puts the adapter of a folder onto the model; whether it was written here or by PEFT.
 
+    Args:
+        model: the base, which may have other adapters.
+        folder: of `save_adapter`, or PEFT's.
+        adapter_name: what it is called from now on; it is active.
+        is_trainable: whether it can be trained further.
+        progress: whether a bar is shown, if standard error is a terminal.
+
     Returns:
-        What `lora_kernels.model.apply_state` reports.
+        What was adapted, as `add_lora` reports it.
 
     Raises:
         ValueError: as `read_adapter`, or the adapter does not fit the model, which is as it was
             then.
 
     """
-    from .model import apply_state
-
     state = read_adapter(folder)
-    return apply_state(model, state, adapter_name=adapter_name, is_trainable=is_trainable)
+    return apply_state(
+        model, state, adapter_name=adapter_name, is_trainable=is_trainable, progress=progress
+    )
 
 
 def write_adapter(
@@ -179,7 +194,8 @@ def write_adapter(
         _OWNED,
     )
     sizes = {file: (folder / file).stat().st_size, ADAPTER_CONFIG: len(content)}
-    return SavedAdapter(folder, sizes, len(state.layers), folded, errors, error)
+    scalings = tuple(sorted({float(f"{layer.scaling:.12g}") for layer in state.layers.values()}))
+    return SavedAdapter(folder, sizes, len(state.layers), scalings, folded, errors, error)
 
 
 def read_adapter(folder: str | Path) -> AdapterState:
@@ -280,7 +296,7 @@ def _check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> No
     if not isinstance(saved, dict):
         raise ValueError("its recipe is damaged")
     for key in DECISIVE if config is not None else ():
-        if config.get(key) != saved.get(key):
+        if (config.get(key) or None) != (saved.get(key) or None):  # {} is None
             raise ValueError(
                 f"{ADAPTER_CONFIG} says {key} = {config.get(key)!r}, but this was saved with "
                 f"{saved.get(key)!r}: it was edited, or is of another adapter; to take what was "
@@ -356,7 +372,9 @@ def _check_layer(name: str, layer: LayerState, r: int) -> None:
 def _read_config(folder: Path) -> dict[str, Any] | None:
     """`adapter_config.json`, or None."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: give the folder of an adapter")
+        raise FileNotFoundError(
+            f"{folder} is no folder: give that of an adapter, downloaded if it is on a hub"
+        )
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         return None
@@ -377,17 +395,20 @@ def _tensor_file(folder: Path, config: dict[str, Any] | None) -> Path:
     files = [folder / name for name in names if (folder / name).is_file()]
     if files:
         return max(files, key=lambda file: file.stat().st_mtime_ns)
-    pickled = sorted(file.name for file in folder.glob("adapter_model.*") if file.suffix != ".json")
-    hint = (
-        f"; {pickled[0]} is not read: save it from PEFT with safe_serialization=True"
-        if pickled
-        else ""
-    )
+    hint = ""
+    for name in ("adapter_model.bin", "adapter_model.pt"):
+        if (folder / name).is_file():
+            hint = f"; {name} is not read: save it from PEFT with safe_serialization=True"
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if inside and config is None:
+        hint = f"; there are adapters in its folders {', '.join(inside[:8])}"
     raise FileNotFoundError(f"{folder} has no {' or '.join(names)}{hint}")
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    safetensors = needed("safetensors.torch", "saving adapters", "cli")
+    needed("safetensors", "saving adapters", "cli")
+    import safetensors.torch
+
     # Copies where two share memory, which the format cannot express.
     owned: dict[str, Tensor] = {}
     seen = set()
@@ -399,7 +420,10 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         seen.add(tensor.untyped_storage().data_ptr())
         owned[name] = tensor
     # One key: with two, the order of which is random, the same adapter gives different bytes.
-    safetensors.save_file(owned, path, metadata or None)
+    try:
+        safetensors.torch.save_file(owned, path, metadata or None)
+    except safetensors.SafetensorError as error:  # no room, for one
+        raise OSError(f"{path.name} could not be written: {error}") from None
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -414,9 +438,3 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(
             f"{file} is damaged, or no safetensors file ({error}): copy or save it again"
         ) from None
-
-
-def _base_names(modules: dict[str, nn.Module], state: AdapterState) -> list[str]:
-    """The names that the model's modules have without the adapter: nothing inside its layers."""
-    inside = tuple(f"{name}." for name in state.layers)
-    return [name for name in modules if name and not name.startswith(inside)]

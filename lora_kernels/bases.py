@@ -220,7 +220,13 @@ def _is_plain_linear(module: nn.Module) -> bool:
         and type(module).forward is nn.Linear.forward
         # nn.MultiheadAttention's out_proj, whose forward is never called.
         and not isinstance(module, NonDynamicallyQuantizableLinear)
+        and not _forward_is_replaced(module)
     )
+
+
+def _forward_is_replaced(module: nn.Module) -> bool:
+    """On the instance, by something else than accelerate's hook, which calls the class's."""
+    return "forward" in vars(module) and not hasattr(module, "_hf_hook")
 
 
 def _is_forward_only(module: nn.Module) -> bool:
@@ -230,8 +236,8 @@ def _is_forward_only(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in FLOATS:
         return False
-    # A wrapper around a layer, PEFT's for one, is not the layer.
-    return not any(kind_of(child) for child in module.children())
+    # A wrapper around a layer, PEFT's for one, is not the layer, and a block of layers is none.
+    return not any(kind_of(part) for part in module.modules() if part is not module)
 
 
 def _weight_4bit(module: nn.Module) -> Tensor:
@@ -333,7 +339,7 @@ _KINDS = {
     "bnb_4bit": _Kind(lambda m: _is_a(m, "bitsandbytes", "Linear4bit"), _weight_4bit),
     "bnb_8bit": _Kind(lambda m: _is_a(m, "bitsandbytes", "Linear8bitLt"), _weight_8bit),
     "conv1d": _Kind(
-        lambda m: is_conv1d(m) and _has_float_weight(m),
+        lambda m: is_conv1d(m) and _has_float_weight(m) and not _forward_is_replaced(m),
         lambda m: m.weight.detach().T,
     ),
     "linear": _Kind(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._transplant import transplant
 from .adapted import AdaptedMatrix
@@ -16,6 +16,8 @@ class LoRAConv1D(AdaptedMatrix):
 
     `weight` and `bias` are the Conv1D's own, frozen; `nx` is in_features and `nf` out_features.
     """
+
+    transposed = True
 
     @classmethod
     def from_start(
@@ -38,14 +40,10 @@ class LoRAConv1D(AdaptedMatrix):
         transplant(conv, layer)
         return layer
 
-    def _matrix(self) -> Tensor:
-        return self.weight.T
-
-    def _plain(self, matrix: Tensor) -> nn.Module:
+    def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
         with torch.device("meta"):
             conv = self._class(self.nf, self.nx)
-        conv.weight = nn.Parameter(matrix.T.contiguous())
-        conv.bias = nn.Parameter(self.bias.detach().clone())
+        conv.weight, conv.bias = weight, bias
         return conv.train(self.training)
 
     def extra_repr(self) -> str:

@@ -144,15 +144,9 @@ class LoRALinear(AdaptedMatrix, nn.Linear):
         self._set_start(start, initializer.changes_base)
         self._freeze()
 
-    def _matrix(self) -> Tensor:
-        return self.weight
-
-    def _plain(self, matrix: Tensor) -> nn.Linear:
-        has_bias = self.bias is not None
-        linear = nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
-        linear.weight = nn.Parameter(matrix)
-        if has_bias:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
+    def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        linear.weight, linear.bias = weight, bias
         return linear.train(self.training)
 
     def extra_repr(self) -> str:

@@ -46,7 +46,7 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, n
     if not isinstance(targets, str) and any(isinstance(t, nn.Module) for t in targets):
         return _names_of(modules, targets)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        head = _output_head(model)
+        head = output_head(model)
         found = [n for n, m in modules.items() if is_linear(m) and m is not head]
         if not found:
             raise ValueError(f"{type(model).__name__} has no linear layer")
@@ -56,11 +56,15 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, n
 
 
 def match_names(
-    names: Iterable[str], targets: str | Sequence[str], candidates: Iterable[str] | None = None
+    names: Iterable[str],
+    targets: str | Sequence[str],
+    candidates: Iterable[str] | None = None,
+    option: str = "targets",
 ) -> list[str]:
     """Those of `names` that a regular expression or a list of names and endings matches.
 
-    Every entry of a list has to match. `candidates` (default: `names`) are what the error suggests.
+    Every entry of a list has to match. `candidates` (default: `names`) are what the error suggests,
+    `option` what it calls `targets`.
     """
     names = list(names)
     candidates = names if candidates is None else list(candidates)
@@ -69,23 +73,24 @@ def match_names(
             pattern = re.compile(targets)
         except re.error as error:
             raise ValueError(
-                f"targets {targets!r} is no regular expression: {error}; for a plain name give "
+                f"{option} {targets!r} is no regular expression: {error}; for a plain name give "
                 "a list"
             ) from None
         found = [name for name in names if pattern.fullmatch(name)]
         if not found:
             raise ValueError(
                 f"no module's whole name matches the regular expression {targets!r}"
-                f"{_nearest(targets, candidates)}"
+                f"{nearest(targets, candidates)}"
             )
         return found
     for target in _filled(targets):
         if not isinstance(target, str):
             raise TypeError(
-                f"targets must be names or linear layers, got {type(target).__name__} in the list"
+                f"{option} must be names or linear layers, got {type(target).__name__} in the list"
             )
         if not any(_ends_with(name, target) for name in names):
-            raise ValueError(f"no module is called {target!r}{_nearest(target, candidates)}")
+            given = "" if option == "targets" else f", which {option} names"
+            raise ValueError(f"no module is called {target!r}{given}{nearest(target, candidates)}")
     return [name for name in names if any(_ends_with(name, target) for target in targets)]
 
 
@@ -99,8 +104,9 @@ def _filled(targets):
     return targets
 
 
-def _nearest(target: str, names: Sequence[str]) -> str:
+def nearest(target: str, names: Iterable[str]) -> str:
     """A suggestion, the last parts of the names first."""
+    names = list(names)
     endings = dict.fromkeys(name.rpartition(".")[2] for name in names)
     near = difflib.get_close_matches(target, [*endings, *names], n=1, cutoff=0.5)
     if near:
@@ -130,7 +136,7 @@ def _names_of(
     return found
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that a Hugging Face model calls its output embeddings."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None

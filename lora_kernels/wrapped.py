@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import bases
 from .adapted import AdaptedLayer
 from .adapter import AdapterOptions
 from .init.base import Start
@@ -31,6 +32,7 @@ class LoRAWrapper(AdaptedLayer):
             raise ValueError("a wrapped layer is not rewritten: residual must be 'implicit'")
         layer = cls()
         layer.base_layer = base_layer
+        layer._differentiable = bases.passes_gradient(base_layer)
         layer.training = base_layer.training
         layer._set_names(adapter_name)
         layer._set_options(options)
@@ -48,9 +50,9 @@ class LoRAWrapper(AdaptedLayer):
     def _freeze(self) -> None:
         self.base_layer.requires_grad_(False)
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features], in the dtype of the base layer's output."""
-        y = self.base_layer(x, *args, **kwargs)
+        y = bases.frozen_forward(self.base_layer, x, self._differentiable)
         return y + self._update(x).to(y.dtype) if self.adapter_enabled else y
 
     def _update(self, x: Tensor) -> Tensor:
@@ -71,13 +73,15 @@ class LoRAWrapper(AdaptedLayer):
         """The base layer itself."""
         return self.base_layer
 
+    def restore_(self) -> nn.Module:
+        """The base layer itself."""
+        return self.base_layer
+
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A new `nn.Linear` in floating point, the dequantised weight and the active adapter."""
-        from .bases import dequantized_weight
-
         adapter = self.active()
-        matrix = dequantized_weight(self.base_layer)
+        matrix = bases.dequantized_weight(self.base_layer)
         dtype = matrix.dtype
         right, left = adapter.layer_state().update_factors()
         right, left = right.to(matrix.device), left.to(matrix.device)

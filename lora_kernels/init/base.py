@@ -125,17 +125,29 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
 
 
 def check_residual_fits(weight: Tensor, start: Start, scaling: float) -> None:
-    """Raises if W − s·B₀A₀ could overflow: |entry of BA| ≤ |row of B| |column of A|."""
+    """Raises if W holds NaN or Inf, or if W − s·B₀A₀ could overflow."""
+    room = torch.finfo(weight.dtype).max - abs(scaling) * _largest_entry(start)
+    # ‖W‖_F is an upper bound that may be known already: no pass over W then.
+    if start.weight_norm is not None and float(start.weight_norm) <= room:
+        return
     largest = float(torch.linalg.vector_norm(weight, math.inf))
     if not math.isfinite(largest):
         raise ValueError("weight holds NaN or Inf; it was not changed")
-    row = torch.linalg.vector_norm(start.lora_B, dim=1, dtype=torch.float64).max()
-    column = torch.linalg.vector_norm(start.right(), dim=0, dtype=torch.float64).max()
-    if largest + abs(scaling) * float(row * column) > torch.finfo(weight.dtype).max:
+    if largest > room:
         raise ValueError(
             f"with scaling {scaling:g} the residual of weight could overflow {weight.dtype}; "
             "it was not changed"
         )
+
+
+def _largest_entry(start: Start) -> float:
+    """An upper bound of the entries of B₀A₀."""
+    if start.beta is not None:
+        (r, cols), rows = start.lora_A.shape, start.lora_B.shape[0]
+        return float(start.beta) ** 2 * 2 * r / math.sqrt((rows + 1) * (cols + 1))
+    row = torch.linalg.vector_norm(start.lora_B, dim=1, dtype=torch.float64).max()
+    column = torch.linalg.vector_norm(start.right(), dim=0, dtype=torch.float64).max()
+    return float(row * column)
 
 
 _ROW_BLOCK = 256

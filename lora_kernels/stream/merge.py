@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._errors import nearest
 from .._progress import ByteCounter, uncounted
 from .._version import __version__
 from ..adapter_files import read_adapter
 from ..checkpoint import is_embedding, is_transposed
 from ..init.base import subtract_factors_
 from ..state import AdapterState, LayerState
+from ..targets import nearest
 from .folder import CONFIG, ModelFolder, check_apart, check_space
 from .layout import DTYPES, Entry
 from .pipeline import Actions, Shard, run
@@ -138,7 +138,7 @@ def changes_of(folder: ModelFolder, state: AdapterState) -> dict[str, Change]:
         if name not in folder.tensors:
             raise ValueError(
                 f"the adapter has {name!r}, which {folder.path} has not"
-                f"{nearest(name, list(folder.tensors))}"
+                f"{nearest(name, folder.tensors)}"
             )
         file, entry = stored[folder.tensors[name]]
         layer = name.removesuffix(".weight")

@@ -1,0 +1,448 @@
+"""Whole models: `add_lora` and what undoes, switches and reads it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ._errors import unknown_name
+from ._fast_path import Setting, leave_fast_path
+from ._progress import tracked
+from ._transplant import transplant
+from .adapted import AdaptedLayer, AdaptedMatrix
+from .bases import kind_of
+from .config import LoRAConfig
+from .model_report import LoRAReport, make_report
+from .plan import LayerPlan, check_norms, make_starts, plan_layers, plan_states
+from .selection import match_modules, select_layers
+from .state import AdapterState
+from .targets import nearest, output_head
+from .trained import Slot, TrainedTensors, bias_slots, module_slots
+
+_RECORD = "_lora_adapters"
+
+
+class ModelAdapters:
+    """What a model knows of its adapters, beside its layers: their configurations, which one is
+    active, the tensors that are trained in full, and settings to put back at the end.
+    """
+
+    def __init__(self) -> None:
+        self.configs: dict[str, LoRAConfig] = {}
+        self.trained = TrainedTensors()
+        self.active = ""
+        self.enabled = True
+        self.settings: list[Setting] = []
+
+
+def add_lora(
+    model: nn.Module,
+    config: LoRAConfig | None = None,
+    *,
+    adapter_name: str = "default",
+    gradients: Mapping[str, Tensor] | None = None,
+    progress: bool = True,
+) -> LoRAReport:
+    """Adapts a model in place: its layers are replaced, its other parameters frozen.
+
+    The model computes as before, but for rounding, and for starts that are left in on purpose. A
+    second call with another `adapter_name` adds a further adapter over the same base; the new one
+    is active.
+
+    Args:
+        model: any `nn.Module`; not wrapped by DDP, FSDP or `torch.compile` yet.
+        config: `LoRAConfig()` if None.
+        adapter_name: what `set_adapter` and `save_adapter` call it.
+        gradients: {layer name: ∂loss/∂W [out, in]} for the starts that are made from them, as
+            `capture_gradients` gives it.
+        progress: whether a bar is shown, if standard error is a terminal.
+
+    Returns:
+        What was adapted, what was not and why; it prints well.
+
+    Raises:
+        ValueError: nothing to adapt, a name that is not there, a rank that is too large, a weight
+            that cannot be started from (the layer is named). The model is unchanged then.
+        TypeError: a target of the wrong kind.
+
+    """
+    began = time.perf_counter()
+    config = LoRAConfig() if config is None else config
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
+    _check_model(model)
+    record = _record(model) or ModelAdapters()
+    _check_name(adapter_name, record)
+    selection = select_layers(model, config, is_adaptable)
+    saved = _saved_slots(model, config.modules_to_save)
+    plans = plan_layers(model, selection, config)
+    with torch.no_grad():
+        make_starts(plans, config.initializer, gradients, progress)
+        layers = _install(model, plans, adapter_name)
+    slots = {**saved, **_bias_slots(model, config.bias, layers)}
+    record.trained.add(adapter_name, slots)
+    _activate_new(model, record, config, adapter_name)
+    return make_report(model, adapter_name, plans, selection, slots, time.perf_counter() - began)
+
+
+def merge_lora(
+    model: nn.Module, adapter_name: str | None = None, *, dequantize: bool = False
+) -> nn.Module:
+    """Merges an adapter, the active one by default, into the weights, in place: the layers are
+    what they were before `add_lora` again, with W + s·(BA − B₀A₀). Other adapters are dropped.
+
+    Args:
+        model: adapted by `add_lora` or `load_adapter`.
+        adapter_name: which of several.
+        dequantize: quantised layers have no room for the update; with True they become `nn.Linear`
+            in floating point, without it they are an error.
+
+    Raises:
+        ValueError: no adapter of that name, or quantised layers. The model is unchanged then.
+
+    """
+    record = _needed_record(model)
+    name = _known_name(record, adapter_name)
+    layers = adapted_layers(model)
+    wrapped = [n for n, layer in layers.items() if not isinstance(layer, AdaptedMatrix)]
+    if wrapped and not dequantize:
+        raise ValueError(
+            f"{len(wrapped)} layers are quantised ({wrapped[0]} ...), and merging would round the "
+            "update away: load the base in floating point and load_adapter there, or pass "
+            "dequantize=True to turn them into nn.Linear"
+        )
+    set_adapter(model, name)
+    for paths, layer in _by_layer(model):
+        plain = layer.to_linear() if name in layer.adapter_names else layer.restore_()
+        _replace(model, paths, layer, plain)
+    model.requires_grad_(False)
+    _untie_if_needed(model)
+    _forget(model, record)
+    return model
+
+
+def unload_lora(model: nn.Module) -> nn.Module:
+    """Takes all adapters off, in place: the model is its base again, frozen as it is.
+
+    Bit for bit, but for layers that absorbed a start: these to one rounding of their dtype.
+    """
+    record = _needed_record(model)
+    record.trained.activate(None)
+    for paths, layer in _by_layer(model):
+        _replace(model, paths, layer, layer.restore_())
+    _forget(model, record)
+    return model
+
+
+def set_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Makes that adapter the one that counts and trains; layers it does not have are the base."""
+    record = _needed_record(model)
+    record.active = _known_name(record, adapter_name)
+    record.enabled = True
+    _apply(model, record)
+    for layer in adapted_layers(model).values():
+        for name in layer.adapter_names:
+            layer.adapter(name).set_trainable(name == adapter_name)
+    for name in record.configs:
+        record.trained.set_trainable(name, name == adapter_name)
+
+
+class disable_adapters(AbstractContextManager):  # noqa: N801  (used as a function, as torch.no_grad)
+    """The model is its base from here on, or within `with disable_adapters(model):`.
+
+    Bit for bit, but for layers that absorbed a start: these to one rounding of their dtype, and
+    with a pass over W for each call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        record = _needed_record(model)
+        self._before = record.enabled
+        record.enabled = False
+        _apply(model, record)
+
+    def __exit__(self, *error: object) -> None:
+        record = _needed_record(self._model)
+        record.enabled = self._before
+        _apply(self._model, record)
+
+
+def enable_adapters(model: nn.Module) -> None:
+    """The active adapter counts again."""
+    record = _needed_record(model)
+    record.enabled = True
+    _apply(model, record)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The layers with adapters, by their names in the base model."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the model's adapters, in the order in which they came."""
+    record = _record(model)
+    return [] if record is None else list(record.configs)
+
+
+def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterState:
+    """A copy of an adapter, the active one by default, on the CPU."""
+    model = _inner(model)
+    record = _needed_record(model)
+    name = _known_name(record, adapter_name)
+    layers = {
+        path: layer.adapter(name).layer_state()
+        for path, layer in adapted_layers(model).items()
+        if name in layer.adapter_names
+    }
+    extra = {
+        path: tensor.detach().to("cpu", copy=True)
+        for path, tensor in record.trained.tensors(name).items()
+    }
+    config = getattr(model, "config", None)
+    base = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    return AdapterState(record.configs[name], layers, extra, base or None)
+
+
+def apply_state(
+    model: nn.Module,
+    state: AdapterState,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = True,
+    progress: bool = True,
+) -> LoRAReport:
+    """Puts an adapter onto a base, as `add_lora` had: absorbed starts are absorbed again, where the
+    base can be rewritten and has no other adapter, and subtracted by the layers elsewhere.
+
+    Raises:
+        ValueError: a layer or a tensor of the adapter is not in the model, or has another shape
+            there. The model is unchanged then.
+
+    """
+    began = time.perf_counter()
+    _check_model(model)
+    record = _record(model) or ModelAdapters()
+    _check_name(adapter_name, record)
+    plans, selection = plan_states(model, state, is_adaptable)
+    _extra_slots(model, state)
+    with torch.no_grad():
+        check_norms(plans)
+        _install(model, tracked(plans, "loading", progress), adapter_name)
+    # Once more: biases of layers that were just replaced lie in the new ones.
+    slots = _extra_slots(model, state)
+    record.trained.add(adapter_name, slots, state.extra)
+    _activate_new(model, record, state.config, adapter_name)
+    if not is_trainable:
+        for layer in adapted_layers(model).values():
+            if adapter_name in layer.adapter_names:
+                layer.adapter(adapter_name).set_trainable(False)
+        record.trained.set_trainable(adapter_name, False)
+    return make_report(model, adapter_name, plans, selection, slots, time.perf_counter() - began)
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether `add_lora` can adapt this module, or has done so."""
+    return isinstance(module, AdaptedLayer) or kind_of(module) is not None
+
+
+def _install(model: nn.Module, plans: Iterable[LayerPlan], adapter_name: str) -> list[str]:
+    """Does what was planned; nothing of it can fail but for want of memory."""
+    names = []
+    for plan in plans:
+        layer = plan.built(adapter_name)
+        plan.take_out_()
+        plan.start = plan.trained = None
+        layer._freeze()
+        if layer is not plan.module:
+            for name in (plan.name, *plan.aliases):
+                _set_module(model, name, layer)
+        names.append(plan.name)
+    return names
+
+
+def _activate_new(
+    model: nn.Module, record: ModelAdapters, config: LoRAConfig, adapter_name: str
+) -> None:
+    if not record.configs:
+        _freeze_base(model, record)
+        setattr(_inner(model), _RECORD, record)
+    record.settings += leave_fast_path(model)
+    record.configs[adapter_name] = config
+    set_adapter(model, adapter_name)
+
+
+def _freeze_base(model: nn.Module, record: ModelAdapters) -> None:
+    own = {id(p) for layer in adapted_layers(model).values() for p in layer.adapter_parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
+
+
+def _apply(model: nn.Module, record: ModelAdapters) -> None:
+    """Switches layers and trained tensors to what the record says."""
+    for layer in adapted_layers(model).values():
+        has_it = record.active in layer.adapter_names
+        if has_it:
+            layer.active_adapter = record.active
+        layer.adapter_enabled = record.enabled and has_it
+    record.trained.activate(record.active if record.enabled else None)
+
+
+def _saved_slots(model: nn.Module, modules_to_save: Sequence[str] | None) -> dict[str, Slot]:
+    """Where the tensors of `modules_to_save` lie."""
+    if not modules_to_save:
+        return {}
+    modules = {name: module for name, module in model.named_modules() if name}
+    slots: dict[str, Slot] = {}
+    for name, module in match_modules(modules, modules_to_save, "modules_to_save").items():
+        slots |= module_slots(name, module)
+    if not slots:
+        raise ValueError(f"modules_to_save names {', '.join(modules_to_save)}, without a tensor")
+    return slots
+
+
+def _bias_slots(model: nn.Module, bias: str, layers: Sequence[str]) -> dict[str, Slot]:
+    """Where the biases that train lie, by their names in the base model."""
+    if bias == "none":
+        return {}
+    modules = dict(model.named_modules())
+    if bias == "lora_only":
+        wrapped = {f"{name}.base_layer" for name in layers}
+        modules = {n: m for n, m in modules.items() if n in layers or n in wrapped}
+    slots = bias_slots(modules)
+    return {_base_name(name): slot for name, slot in slots.items()}
+
+
+def _base_name(name: str) -> str:
+    """What a tensor of a wrapped layer was called before."""
+    return name.replace(".base_layer.", ".")
+
+
+def _extra_slots(model: nn.Module, state: AdapterState) -> dict[str, Slot]:
+    """Where the tensors that an adapter brings in full lie.
+
+    Raises:
+        ValueError: the model has no such tensor, or one of another shape.
+
+    """
+    slots: dict[str, Slot] = {}
+    if not state.extra:
+        return slots
+    places = {_base_name(name): slot for name, slot in module_slots("", model).items()}
+    for name, value in state.extra.items():
+        if name not in places:
+            raise ValueError(
+                f"the adapter has a tensor {name!r} that this model has not{nearest(name, places)}"
+            )
+        holder, key = places[name]
+        if holder[key].shape != value.shape:
+            raise ValueError(
+                f"the adapter's {name} has shape {list(value.shape)}, this model's "
+                f"{list(holder[key].shape)}"
+            )
+        slots[name] = places[name]
+    return slots
+
+
+def _by_layer(model: nn.Module) -> list[tuple[list[str], AdaptedLayer]]:
+    """The adapted layers, each with all its names."""
+    names: dict[int, tuple[list[str], AdaptedLayer]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, AdaptedLayer):
+            names.setdefault(id(module), ([], module))[0].append(name)
+    return list(names.values())
+
+
+def _replace(model: nn.Module, names: Sequence[str], layer: AdaptedLayer, plain: nn.Module) -> None:
+    if isinstance(layer, AdaptedMatrix):
+        transplant(layer, plain)
+    for name in names:
+        _set_module(model, name, plain)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, module)
+
+
+def _forget(model: nn.Module, record: ModelAdapters) -> None:
+    for module, name, value in record.settings:
+        setattr(module, name, value)
+    delattr(_inner(model), _RECORD)
+
+
+def _untie_if_needed(model: nn.Module) -> None:
+    """Says in a Hugging Face model's config that its head has a weight of its own, if it has been
+    given one: saving would drop it otherwise.
+    """
+    config, head = getattr(model, "config", None), output_head(model)
+    embeddings = getattr(model, "get_input_embeddings", None)
+    if head is None or embeddings is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    if getattr(embeddings(), "weight", None) is not getattr(head, "weight", None):
+        config.tie_word_embeddings = False
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s and DDP's wrappers."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _record(model: nn.Module) -> ModelAdapters | None:
+    return vars(_inner(model)).get(_RECORD)
+
+
+def _needed_record(model: nn.Module) -> ModelAdapters:
+    record = _record(model)
+    if record is None:
+        raise ValueError(
+            f"this {type(model).__name__} has no adapters: add_lora or load_adapter first"
+        )
+    return record
+
+
+def _known_name(record: ModelAdapters, adapter_name: str | None) -> str:
+    if adapter_name is None:
+        return record.active
+    if adapter_name not in record.configs:
+        raise unknown_name("adapter", adapter_name, list(record.configs))
+    return adapter_name
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if hasattr(model, "peft_config"):
+        raise TypeError(
+            "this model has PEFT's adapters: lora_kernels.peft.initialize gives them our starts"
+        )
+    if _inner(model) is not model:
+        raise TypeError(f"adapt the model before it is wrapped in {type(model).__name__}")
+    if isinstance(model, AdaptedLayer) or kind_of(model) is not None:
+        raise TypeError(f"the model is a single {type(model).__name__}: use LoRALinear.from_linear")
+
+
+def _check_name(adapter_name: str, record: ModelAdapters) -> None:
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name must be a string, got {type(adapter_name).__name__}")
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(
+            f"adapter_name cannot be {adapter_name!r}: it becomes part of tensors' names"
+        )
+    if adapter_name in record.configs:
+        raise ValueError(
+            f"the model has an adapter {adapter_name!r} already: give another adapter_name, or "
+            "unload_lora first"
+        )

@@ -1,0 +1,125 @@
+"""What `add_lora` and `load_adapter` say they did."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .plan import LayerPlan
+from .selection import Selection
+
+
+@dataclass(frozen=True)
+class AdaptedRow:
+    """One adapted layer. `note` says why its start is not absorbed, if that is so."""
+
+    name: str
+    out_features: int
+    in_features: int
+    kind: str
+    r: int
+    lora_alpha: float
+    scaling: float
+    residual: str
+    note: str
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoRAReport:
+    """What was adapted, what was not and why, what trains, and how long it took. Prints well.
+
+    `adapted` has a row for each layer, `skipped` {name: reason} the other linear layers, `saved`
+    the names of tensors that are trained in full. `trainable` and `total` count parameters.
+    """
+
+    adapter_name: str
+    adapted: tuple[AdaptedRow, ...]
+    skipped: dict[str, str]
+    saved: tuple[str, ...]
+    trainable: int
+    total: int
+    seconds: float
+
+    @property
+    def trainable_share(self) -> float:
+        """Of all parameters, those that train."""
+        return self.trainable / max(self.total, 1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"adapter {self.adapter_name!r}: {len(self.adapted)} layers in {self.seconds:.2f} s; "
+            f"{self.trainable:,} of {self.total:,} parameters train "
+            f"({100 * self.trainable_share:.2f} %)"
+        ]
+        for rows in _grouped(self.adapted):
+            row = rows[0]
+            numbers = f"r={row.r}, s={row.scaling:g}, {row.residual}"
+            lines.append(
+                f"  {len(rows):4d} x {_pattern(row.name)} [{row.out_features}, "
+                f"{row.in_features}]: {numbers}{f' ({row.note})' if row.note else ''}"
+            )
+        for row in self.adapted:
+            if row.aliases:
+                lines.append(f"  {row.name} is {', '.join(row.aliases)} too")
+        for reason in dict.fromkeys(self.skipped.values()):
+            names = [n for n, why in self.skipped.items() if why == reason]
+            lines.append(f"  not adapted: {_listed(names)}: {reason}")
+        if self.saved:
+            lines.append(f"  trained in full: {_listed(self.saved)}")
+        return "\n".join(lines)
+
+
+def make_report(
+    model: nn.Module,
+    adapter_name: str,
+    plans: Sequence[LayerPlan],
+    selection: Selection,
+    saved: Iterable[str],
+    seconds: float,
+) -> LoRAReport:
+    """The report on a model as it is now."""
+    rows = tuple(
+        AdaptedRow(
+            plan.name,
+            *plan.shape,
+            plan.kind,
+            plan.options.r,
+            plan.options.lora_alpha,
+            plan.options.scaling,
+            plan.options.residual,
+            plan.note,
+            tuple(plan.aliases),
+        )
+        for plan in plans
+    )
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    return LoRAReport(
+        adapter_name, rows, dict(selection.skipped), tuple(saved), trainable, total, seconds
+    )
+
+
+def _grouped(rows: Sequence[AdaptedRow]) -> list[list[AdaptedRow]]:
+    """Rows that differ in the numbers of their names only."""
+    groups: dict[tuple, list[AdaptedRow]] = {}
+    for row in rows:
+        shape = (row.out_features, row.in_features)
+        numbers = (row.r, row.scaling, row.residual, _pattern(row.note))
+        groups.setdefault((_pattern(row.name), shape, numbers), []).append(row)
+    return list(groups.values())
+
+
+def _pattern(name: str) -> str:
+    """With * for every number that stands alone."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+def _listed(names: Sequence[str]) -> str:
+    patterns = list(dict.fromkeys(_pattern(name) for name in names))
+    shown = ", ".join(patterns[:6])
+    return f"{shown} and {len(patterns) - 6} more" if len(patterns) > 6 else shown

@@ -1,0 +1,17 @@
+"""Our starts and our fused layer inside PEFT's models: `initialize` and `accelerate`.
+
+Both change a `peft.PeftModel` in place and can be undone. PEFT stays the one who trains, saves,
+merges and switches adapters.
+"""
+
+from importlib.util import find_spec
+
+from .._extras import needed
+
+if find_spec("peft") is None:
+    needed("peft", "lora_kernels.peft", "ecosystem")
+
+from .fused import AccelerateReport as AccelerateReport
+from .fused import accelerate as accelerate
+from .initialisation import InitializeReport as InitializeReport
+from .initialisation import initialize as initialize

@@ -1,0 +1,290 @@
+"""Adapters of `initialize` in PEFT's folders, exactly and both ways.
+
+A folder holds A' = [A; A₀], B' = [B, −B₀] of rank 2r with the same s, so that plain PEFT computes
+W + s·(BA − B₀A₀) on the original base. How to take it apart again stands in the metadata of the
+safetensors file, under "lora_kernels.peft": plain PEFT does not look there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import peft
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .._atomic import replace_files
+from .layers import PREFIX, has_adapter, lora_layers
+from .replaced import is_replaced, replace_method, restore_method
+from .start import drop_start, set_start, start_of
+
+_METADATA = "lora_kernels.peft"
+_VERSION = 1
+# The fields of the configuration that rank 2r changes.
+_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
+
+
+def install(peft_model: peft.PeftModel) -> None:
+    """Puts `save_pretrained` and `load_adapter` of this file in place of the model's own."""
+    if not is_replaced(peft_model, "save_pretrained", save_pretrained):
+        replace_method(peft_model, "save_pretrained", save_pretrained)
+        replace_method(peft_model, "load_adapter", load_adapter)
+        replace_method(peft_model.base_model, "add_weighted_adapter", add_weighted_adapter)
+
+
+def uninstall(peft_model: peft.PeftModel) -> None:
+    """PEFT's own methods again, unless an adapter still has a start."""
+    if _with_start(peft_model):
+        return
+    restore_method(peft_model, "save_pretrained", save_pretrained)
+    restore_method(peft_model, "load_adapter", load_adapter)
+    restore_method(peft_model.base_model, "add_weighted_adapter", add_weighted_adapter)
+
+
+def save_pretrained(
+    peft_model: peft.PeftModel,
+    save_directory: str | os.PathLike,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    save_embedding_layers: str | bool = "auto",
+    is_main_process: bool = True,
+    path_initial_model_for_weight_conversion: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """PEFT's `save_pretrained`; adapters that subtract a start are written with rank 2r.
+
+    Raises:
+        ValueError: such an adapter is to be pickled, or converted, which it needs not; or
+            `state_dict` lacks it.
+
+    """
+    own = type(peft_model).save_pretrained
+    names = list(peft_model.peft_config) if selected_adapters is None else selected_adapters
+    doubled = [name for name in names if name in _with_start(peft_model)]
+    if doubled and not safe_serialization:
+        raise ValueError(
+            "safe_serialization=False pickles, which has no room for the start's recipe"
+        )
+    if doubled and path_initial_model_for_weight_conversion is not None:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion: save_pretrained writes adapters for the "
+            "original base by itself"
+        )
+    others = [name for name in names if name not in doubled]
+    common = {"save_embedding_layers": save_embedding_layers, "is_main_process": is_main_process}
+    own(
+        peft_model,
+        save_directory,
+        safe_serialization,
+        others,
+        path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
+        **common,
+        **kwargs,
+    )
+    state = kwargs.pop("state_dict", None) if doubled else None
+    for name in doubled:
+        folder = Path(save_directory) / ("" if name == "default" else name)
+        tensors = peft_model.state_dict() if state is None else state
+        tensors = _doubled_state(peft_model, name, tensors)
+        with TemporaryDirectory() as scratch, _doubled_config(peft_model, name) as recipe:
+            own(peft_model, scratch, True, [name], state_dict=tensors, **common, **kwargs)
+            if is_main_process:
+                _publish(Path(scratch) / folder.relative_to(save_directory), folder, recipe)
+
+
+def load_adapter(
+    peft_model: peft.PeftModel,
+    model_id: str | os.PathLike,
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """PEFT's `load_adapter`; a folder that `save_pretrained` wrote with rank 2r is taken apart into
+    A, B and what the layers subtract. After any other folder, nothing is subtracted.
+
+    Raises:
+        ValueError: the file is damaged, or its recipe is of another version.
+        RuntimeError: the adapter is merged.
+
+    """
+    own = type(peft_model).load_adapter
+    layers = lora_layers(peft_model)
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise RuntimeError(
+            f"{adapter_name!r} is merged into the base: call unmerge_adapter() first"
+        )
+    folder = Path(model_id) / (kwargs.get("subfolder") or "")
+    recipe = _read_recipe(folder / SAFETENSORS_WEIGHTS_NAME)
+    if recipe is None:
+        result, starts = own(peft_model, model_id, adapter_name, *args, **kwargs), {}
+    else:
+        kwargs.pop("subfolder", None)
+        with TemporaryDirectory() as scratch:
+            try:
+                starts = _take_apart(folder, Path(scratch), recipe)
+            except KeyError as error:
+                raise ValueError(
+                    f"{folder}: the recipe does not fit its tensors: {error}"
+                ) from None
+            result = own(peft_model, scratch, adapter_name, *args, **kwargs)
+    for name, layer in lora_layers(peft_model).items():
+        if name in starts and adapter_name in layer.lora_A:
+            set_start(layer, adapter_name, *starts[name])
+        else:
+            drop_start(layer, adapter_name)
+    # PEFT misses the starts among the tensors: they are set here.
+    result.missing_keys[:] = [key for key in result.missing_keys if ".lora_start_" not in key]
+    return result
+
+
+def add_weighted_adapter(
+    lora_model: Any,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    **kwargs: Any,
+) -> None:
+    """PEFT's, where it combines s·(BA − B₀A₀): by SVD and of more than one adapter. Its other ways
+    combine A and B themselves.
+
+    Raises:
+        ValueError: another way, and one of the adapters subtracts a start.
+
+    """
+    started = sorted(_with_start(lora_model) & set(adapters))
+    if started and (len(adapters) == 1 or not combination_type.endswith("svd")):
+        raise ValueError(
+            f"adapter {started[0]!r} subtracts a start, which combination_type="
+            f"{combination_type!r} of {len(adapters)} adapter(s) would lose: take 'svd' of two or "
+            "more, or save it and load it with plain PEFT"
+        )
+    type(lora_model).add_weighted_adapter(
+        lora_model, adapters, weights, adapter_name, combination_type, **kwargs
+    )
+
+
+def _with_start(model: Any) -> set[str]:
+    """The adapters that have a start in some layer."""
+    return {
+        adapter
+        for layer in lora_layers(model).values()
+        for adapter in layer.lora_A
+        if start_of(layer, adapter) is not None
+    }
+
+
+def _doubled_state(
+    peft_model: peft.PeftModel, adapter: str, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state_dict with A' and B' for A and B, and without the starts."""
+    state = dict(state)
+    for name, layer in lora_layers(peft_model).items():
+        for other in layer.lora_A:
+            if start_of(layer, other) is None:
+                continue
+            for part in ("lora_start_A", "lora_start_B"):
+                state.pop(f"{PREFIX}{name}.{part}.{other}", None)
+            if other != adapter:
+                continue
+            start_A, start_B = start_of(layer, adapter)
+            key_A, key_B = (
+                f"{PREFIX}{name}.{part}.{adapter}.weight" for part in ("lora_A", "lora_B")
+            )
+            if missing := {key_A, key_B} - state.keys():
+                raise ValueError(f"state_dict lacks {min(missing)!r}")
+            A, B = state[key_A], state[key_B]
+            state[key_A] = torch.cat([A, start_A.to(A)])
+            state[key_B] = torch.cat([B, -start_B.to(B)], dim=1)
+    return state
+
+
+@contextmanager
+def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict]:
+    """Meanwhile the adapter's configuration is that of rank 2r; yields the recipe to undo it."""
+    config = peft_model.peft_config[adapter]
+    doubled = copy.deepcopy(config)
+    factor = math.sqrt(2) if config.use_rslora else 2  # s stays
+    doubled.r, doubled.lora_alpha = 2 * config.r, factor * config.lora_alpha
+    doubled.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
+    doubled.alpha_pattern = {key: factor * a for key, a in config.alpha_pattern.items()}
+    doubled.init_lora_weights = True
+    starts = {}
+    for name, layer in lora_layers(peft_model).items():
+        if not has_adapter(layer, adapter):
+            continue
+        if start_of(layer, adapter) is not None:
+            starts[name] = layer.r[adapter]
+        else:  # before the patterns: the first that matches counts
+            exact = f"^{re.escape(name)}"
+            doubled.rank_pattern = {exact: layer.r[adapter], **doubled.rank_pattern}
+            doubled.alpha_pattern = {exact: layer.lora_alpha[adapter], **doubled.alpha_pattern}
+    fields = {name: getattr(config, name) for name in _FIELDS}
+    peft_model.peft_config[adapter] = doubled
+    try:
+        yield {"version": _VERSION, "config": fields, "starts": starts}
+    finally:
+        peft_model.peft_config[adapter] = config
+
+
+def _publish(written: Path, folder: Path, recipe: dict) -> None:
+    """Puts what PEFT wrote into the folder, with the recipe; a killed process leaves the old."""
+    tensors = load_file(written / SAFETENSORS_WEIGHTS_NAME)
+    metadata = {"format": "pt", _METADATA: json.dumps(recipe)}
+    replace_files(
+        folder,
+        SAFETENSORS_WEIGHTS_NAME,
+        lambda path: save_file(tensors, path, metadata),
+        {CONFIG_NAME: (written / CONFIG_NAME).read_bytes()},
+        (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
+    )
+
+
+def _read_recipe(path: Path) -> dict | None:
+    """None if the file is not ours, or not there."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_METADATA)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no complete safetensors file: {error}") from None
+    if text is None:
+        return None
+    try:
+        recipe = json.loads(text)
+        version, _ = recipe["version"], (recipe["config"], recipe["starts"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path}: its recipe, {_METADATA!r} in the metadata, is damaged") from None
+    if version != _VERSION:
+        raise ValueError(
+            f"{path} has a recipe of version {version!r}, this package reads version {_VERSION}: "
+            "update lora_kernels"
+        )
+    return recipe
+
+
+def _take_apart(folder: Path, scratch: Path, recipe: dict) -> dict[str, tuple[Tensor, Tensor]]:
+    """Writes the adapter of rank r, as PEFT does, into `scratch`; the starts are returned."""
+    tensors, starts = load_file(folder / SAFETENSORS_WEIGHTS_NAME), {}
+    for name, r in recipe["starts"].items():
+        key_A, key_B = (f"{PREFIX}{name}.{part}.weight" for part in ("lora_A", "lora_B"))
+        A, B = tensors[key_A], tensors[key_B]
+        starts[name] = A[r:].clone(), -B[:, r:]
+        tensors[key_A], tensors[key_B] = A[:r].contiguous(), B[:, :r].contiguous()
+    config = json.loads((folder / CONFIG_NAME).read_text()) | recipe["config"]
+    (scratch / CONFIG_NAME).write_text(json.dumps(config))
+    save_file(tensors, scratch / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    return starts

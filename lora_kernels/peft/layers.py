@@ -1,0 +1,87 @@
+"""The LoRA layers of a `PeftModel`, by their names in the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import peft
+from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
+from torch import nn
+
+from .._errors import unknown_name
+from .start import StartVariant
+
+# The model inside the PeftModel and its LoraModel.
+PREFIX = "base_model.model."
+# The layers of PEFT, beside those derived from Linear, that know variants.
+_QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
+
+
+def check_model(peft_model: object) -> None:
+    """Raises TypeError unless it is a `PeftModel` of LoRA adapters."""
+    if not isinstance(peft_model, peft.PeftModel):
+        inner = getattr(peft_model, "_orig_mod", None) or getattr(peft_model, "module", None)
+        hint = "; it is wrapped: pass the PeftModel inside" if isinstance(inner, nn.Module) else ""
+        raise TypeError(
+            f"peft_model must be a peft.PeftModel, got {type(peft_model).__name__}{hint}"
+        )
+    other = {c.peft_type.value for c in peft_model.peft_config.values()} - {"LORA"}
+    if other:
+        raise TypeError(
+            f"peft_model has adapters of type {', '.join(sorted(other))}: LoRA is known"
+        )
+
+
+def adapter_of(peft_model: peft.PeftModel, adapter_name: str | None) -> str:
+    """The name itself if there is such an adapter; the active one for None."""
+    if adapter_name is None:
+        active = peft_model.active_adapters
+        if len(active) != 1:
+            raise ValueError(
+                f"{len(active)} adapters are active ({', '.join(active)}): give adapter_name"
+            )
+        return active[0]
+    if adapter_name not in peft_model.peft_config:
+        raise unknown_name("adapter_name", adapter_name, list(peft_model.peft_config))
+    return adapter_name
+
+
+def lora_layers(peft_model: peft.PeftModel) -> dict[str, LoraLayer]:
+    """All LoRA layers, but for those inside an attention layer that is one itself."""
+    found: dict[str, LoraLayer] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in peft_model.named_modules():
+        if not isinstance(module, LoraLayer) or (inside and name.startswith(inside)):
+            continue
+        if isinstance(module, MultiheadAttention):
+            inside = (*inside, f"{name}.")
+        found[name.removeprefix(PREFIX)] = module
+    return found
+
+
+def has_adapter(layer: LoraLayer, adapter: str) -> bool:
+    """Whether the layer, of any kind, has this adapter."""
+    return adapter in layer.lora_A or adapter in layer.lora_embedding_A
+
+
+def why_not_linear(layer: LoraLayer, adapter: str) -> str | None:
+    """Why the adapter of this layer cannot have a start of ours; None if it can."""
+    kind = type(layer).__name__
+    if not isinstance(layer, Linear) and kind not in _QUANTISED:
+        return f"PEFT's {kind} is no linear layer that we know"
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, StartVariant):
+        return f"it is PEFT's {type(variant).__name__} and no plain LoRA"
+    return None
+
+
+def described(left: Mapping[str, str], names: int = 3) -> list[str]:
+    """A line for each reason why layers were left, with the first of their names."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        reasons.setdefault(reason, []).append(name)
+    return [
+        f"  left {len(found)}: {reason} ({', '.join(found[:names])}"
+        f"{' ...' if len(found) > names else ''})"
+        for reason, found in reasons.items()
+    ]

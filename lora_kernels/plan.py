@@ -1,0 +1,362 @@
+"""What is to be done to each layer, worked out and checked before the first one is changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from . import bases
+from ._progress import tracked
+from .adapted import ABSORBED, AdaptedLayer, AdaptedMatrix, refuse_unfit
+from .adapter import AdapterOptions, stand_alone
+from .config import LoRAConfig
+from .conv1d import LoRAConv1D
+from .init import Initializer
+from .init.base import Start, check_residual_fits, checked, subtract_start_
+from .linear import LoRALinear
+from .ops._checks import factor_dtype
+from .selection import Selection, find_candidates
+from .state import AdapterState, LayerState
+from .targets import nearest
+from .wrapped import LoRAWrapper
+
+# 4-bit rounding changes a norm by less than 1 %; what a start takes out, by more than 2 %.
+_NORM_TOLERANCE = 0.02
+_BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # started together
+
+
+@dataclass
+class LayerPlan:
+    """One layer: what it is, what it is to become, and its start once that is made.
+
+    `note` says why its start is not absorbed, `kind` is `bases.kind_of`'s; `trained` are A, B and R
+    of an adapter that comes from a file.
+    """
+
+    name: str
+    module: nn.Module
+    options: AdapterOptions
+    kind: str
+    aliases: list[str] = field(default_factory=list)
+    note: str = ""
+    changes_base: bool = False
+    start: Start | None = None
+    trained: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return _shape(self.module)
+
+    def matrix(self) -> Tensor:
+        """W [out, in] without other adapters' updates: a view, or dequantised."""
+        if isinstance(self.module, AdaptedMatrix):
+            return self.module._matrix().detach()
+        return bases.dequantized_weight(_base(self.module))
+
+    def built(self, adapter_name: str) -> AdaptedLayer:
+        """The layer with its adapter, its base still as it was."""
+        if isinstance(self.module, AdaptedLayer):
+            layer = self.module
+            more = stand_alone(self.options, self.start, self.changes_base)
+            layer.attach(adapter_name, more)
+        else:
+            layer_class = {"linear": LoRALinear, "conv1d": LoRAConv1D}.get(self.kind, LoRAWrapper)
+            layer = layer_class.from_start(
+                self.module, self.start, self.options, self.changes_base, adapter_name
+            )
+        if self.trained is not None:
+            layer.adapter(adapter_name).load_factors(*self.trained)
+        return layer
+
+    def take_out_(self) -> None:
+        """Takes the start out of the base, if it is to be absorbed."""
+        if self.changes_base and self.options.residual == "absorb":
+            subtract_start_(self.matrix(), self.start, self.options.scaling)
+
+
+def plan_layers(model: nn.Module, selection: Selection, config: LoRAConfig) -> list[LayerPlan]:
+    """A plan for each selected layer, without its start.
+
+    Raises:
+        ValueError: a rank is too large, or the residual cannot be had; the layer is named.
+
+    """
+    owners = _owners(model)
+    initializer = config.initializer
+    plans = []
+    for name, module in selection.layers.items():
+        kind = _checked_kind(name, module)
+        rows, cols = _shape(module)
+        r = config.layer_rank(name)
+        if r > min(rows, cols):
+            raise ValueError(
+                f"r = {r} is larger than min(out, in) = {min(rows, cols)} of {name} [{rows}, "
+                f"{cols}]: give it a smaller one in rank_pattern, or leave it out with "
+                "exclude_modules"
+            )
+        residual, note = _residual(name, module, kind, config.residual, owners)
+        options = AdapterOptions.checked(
+            initializer,
+            r,
+            config.layer_alpha(name),
+            config.use_rslora,
+            config.scaling,
+            config.lora_dropout,
+            residual,
+        )
+        plan = LayerPlan(name, module, options, kind, selection.aliases[name], note)
+        plan.changes_base = initializer.changes_base
+        plans.append(plan)
+    return plans
+
+
+def plan_states(
+    model: nn.Module, state: AdapterState, adaptable: Callable[[nn.Module], bool]
+) -> tuple[list[LayerPlan], Selection]:
+    """A plan for each layer of a saved adapter, with its start.
+
+    Raises:
+        ValueError: the model has no such layer, or one of another shape.
+
+    """
+    candidates, aliases = find_candidates(model, adaptable)
+    for name in state.layers:
+        if name not in candidates:
+            raise ValueError(
+                f"the adapter has a layer {name!r}, which is no linear layer of this "
+                f"{type(model).__name__}{nearest(name, candidates)}"
+            )
+    skipped = {n: "not in the adapter" for n in candidates if n not in state.layers}
+    selection = Selection({n: candidates[n] for n in state.layers}, aliases, skipped)
+    owners = _owners(model)
+    plans = []
+    for name, layer in state.layers.items():
+        module = candidates[name]
+        kind = _checked_kind(name, module)
+        rows, cols = _shape(module)
+        if layer.lora_B.shape[0] != rows or layer.lora_A.shape[1] != cols:
+            raise ValueError(
+                f"the adapter's {name} is for a weight [{layer.lora_B.shape[0]}, "
+                f"{layer.lora_A.shape[1]}], this model has [{rows}, {cols}]"
+            )
+        wanted = "auto" if layer.residual == "absorb" else layer.residual
+        residual, note = _residual(name, module, kind, wanted, owners)
+        options = AdapterOptions(
+            layer.r,
+            layer.lora_alpha,
+            state.config.scaling_rule,
+            state.config.lora_dropout,
+            residual,
+        )
+        plan = LayerPlan(name, module, options, kind, selection.aliases[name], note)
+        plan.changes_base = layer.changes_base
+        plan.start, plan.trained = _start_of(layer, _base(module), kind)
+        plans.append(plan)
+    return plans, selection
+
+
+def make_starts(
+    plans: list[LayerPlan],
+    initializer: Initializer,
+    gradients: Mapping[str, Tensor] | None,
+    progress: bool,
+) -> None:
+    """Makes the start of every plan, those of one shape together; weights are only read.
+
+    Raises:
+        ValueError: a gradient is missing or of no use, or a weight cannot be started from; the
+            layer is named.
+
+    """
+    gradients = _matched_gradients(plans, initializer, gradients)
+    batches = list(_batches(plans))
+    for batch in tracked(batches, type(initializer).__name__, progress):
+        first = batch[0].options
+        given = [gradients[plan.name] for plan in batch] if gradients is not None else None
+        matrices = [plan.matrix() for plan in batch]
+        for plan, matrix in zip(batch, matrices, strict=True):
+            if isinstance(plan.module, (nn.Linear, AdaptedMatrix)) or plan.kind == "conv1d":
+                with _naming(plan.name):
+                    refuse_unfit(matrix, _base(plan.module).weight, first.r, initializer)
+        try:
+            starts = initializer.starts(matrices, first.r, first.scaling, given)
+        except (ValueError, TypeError):
+            for k, plan in enumerate(batch):  # which one was it?
+                with _naming(plan.name):
+                    initializer(matrices[k], first.r, first.scaling, given and given[k])
+            raise
+        for plan, matrix, start in zip(batch, matrices, starts, strict=True):
+            with _naming(plan.name):
+                start = checked(start, matrix, first.r)
+                if plan.changes_base:
+                    start = _measured(start, matrix)
+                    if plan.options.residual == "absorb":
+                        check_residual_fits(matrix, start, first.scaling)
+            plan.start = start
+
+
+def _measured(start: Start, matrix: Tensor) -> Start:
+    if start.weight_norm is not None:
+        return start
+    squares = torch.ops.lora.frobenius_stats([matrix])[0, 1]
+    return replace(start, weight_norm=squares.sqrt())
+
+
+def check_norms(plans: list[LayerPlan]) -> None:
+    """Warns of a base that is not the one on which an adapter was made, by the weights' norms."""
+    for plan in plans:
+        expected = None if plan.start is None else plan.start.weight_norm
+        if expected is None or float(expected) == 0:
+            continue
+        found = float(torch.ops.lora.frobenius_stats([plan.matrix()])[0, 1].sqrt())
+        if abs(found / float(expected) - 1) > _NORM_TOLERANCE:
+            warnings.warn(
+                f"the norm of {plan.name} is {found:.4g}, but {float(expected):.4g} where this "
+                "adapter was made: another base, or one that lacks a start already? The adapter's "
+                "update is added to it as it is",
+                stacklevel=4,
+            )
+            return
+
+
+def _matched_gradients(
+    plans: list[LayerPlan], initializer: Initializer, gradients: Mapping[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    """The gradients by the plans' names."""
+    name = type(initializer).__name__
+    if not initializer.needs_gradient:
+        if gradients is not None:
+            raise ValueError(f"{name} has no use for gradients")
+        return None
+    if gradients is None:
+        raise ValueError(
+            f"{name} starts from the gradients of the weights: pass gradients="
+            "capture_gradients(model, batches)"
+        )
+    found = {}
+    for plan in plans:
+        names = [n for n in (plan.name, *plan.aliases) if n in gradients]
+        if not names:
+            raise ValueError(f"gradients has none for {plan.name}{nearest(plan.name, gradients)}")
+        found[plan.name] = gradients[names[0]]
+    return found
+
+
+def _batches(plans: list[LayerPlan]) -> Iterator[list[LayerPlan]]:
+    """Plans of one shape, dtype, device, rank and s; quantised layers one at a time, so that one
+    dequantised weight is there at once.
+    """
+    groups: dict[tuple, list[LayerPlan]] = {}
+    for plan in plans:
+        if not _has_matrix(plan):
+            yield [plan]
+            continue
+        weight = _base(plan.module).weight
+        key = (plan.shape, plan.kind, weight.dtype, weight.device, plan.options)
+        groups.setdefault(key, []).append(plan)
+    for group in groups.values():
+        weight = _base(group[0].module).weight
+        size = max(1, min(_BATCH_LAYERS, _BATCH_BYTES // (weight.numel() * weight.element_size())))
+        for begin in range(0, len(group), size):
+            yield group[begin : begin + size]
+
+
+def _has_matrix(plan: LayerPlan) -> bool:
+    return isinstance(plan.module, AdaptedMatrix) or plan.kind in ("linear", "conv1d")
+
+
+def _checked_kind(name: str, module: nn.Module) -> str:
+    base = _base(module)
+    if isinstance(module, AdaptedMatrix):
+        return "conv1d" if isinstance(module, LoRAConv1D) else "linear"
+    bases.refuse_sharded(name, base)
+    return bases.kind_of(base)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features)."""
+    if isinstance(module, AdaptedMatrix):
+        return tuple(module._matrix().shape)
+    return bases.linear_shape(_base(module))
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """Of a wrapped layer, the layer."""
+    return module.base_layer if isinstance(module, LoRAWrapper) else module
+
+
+def _residual(
+    name: str, module: nn.Module, kind: str, wanted: str, owners: Mapping[int, list[str]]
+) -> tuple[str, str]:
+    """The residual of a layer, and why it is not absorbed."""
+    if kind not in ("linear", "conv1d"):
+        reason = f"its base ({kind}) cannot be rewritten"
+    elif isinstance(module, AdaptedLayer):
+        if module.absorbed:
+            raise ValueError(
+                f"the base of {name} lacks the start of adapter {module.adapter_name!r}, which "
+                "absorbed it: add that one with residual='implicit', so that several adapters "
+                "can share the base"
+            )
+        reason = "its base has other adapters"
+    elif len(owners[id(module.weight)]) > 1:
+        others = [n for n in owners[id(module.weight)] if n != f"{name}.weight"]
+        reason = f"its weight is {others[0]} too"
+    elif getattr(module.weight, ABSORBED, False):
+        raise ValueError(f"the weight of {name} lacks the start of another adapter")
+    else:
+        return ("implicit" if wanted == "implicit" else "absorb"), ""
+    if wanted == "absorb":
+        raise ValueError(
+            f"{name} cannot absorb its start, {reason}: take residual='implicit' or 'auto'"
+        )
+    return "implicit", reason
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names under which each parameter is found in different modules."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+    return owners
+
+
+def _start_of(
+    layer: LayerState, base: nn.Module, kind: str
+) -> tuple[Start, tuple[Tensor, Tensor, Tensor | None]]:
+    """What is to be taken out of the base, and the trained factors: on the layer's device, in the
+    dtype that goes with it.
+    """
+    weight = base.weight if kind in ("linear", "conv1d") else None
+    dtype = factor_dtype(bases.compute_dtype(base) if weight is None else weight.dtype)
+    device = bases.device_of(base) if weight is None else weight.device
+
+    def placed(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device, dtype, copy=True).contiguous()
+
+    trained = tuple(placed(t) for t in (layer.lora_A, layer.lora_B, layer.lora_R))
+    if not layer.changes_base:
+        return Start(*trained[:2], lora_R=trained[2]), trained
+    numbers = [
+        None if value is None else torch.tensor(value, dtype=torch.float64, device=device)
+        for value in (layer.beta, layer.weight_norm)
+    ]
+    A0, B0 = (placed(factor) for factor in layer.start_factors())
+    return Start(A0, B0, numbers[0], weight_norm=numbers[1]), trained
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Puts the layer's name before an error."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{layer}: {error}") from error

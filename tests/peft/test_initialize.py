@@ -1,0 +1,477 @@
+"""`lora_kernels.peft.initialize` in PEFT's own layers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import capture_gradients
+from lora_kernels.init import LoRAM, PiSSA
+from lora_kernels.init.registry import get_initializer, initializer_names
+
+from ..packages import needs_peft
+from .models import (
+    MODELS,
+    adapted,
+    close,
+    gpt2,
+    linear_layers,
+    llama,
+    logits,
+    move,
+    same_bits,
+    tokens,
+    weights_of,
+)
+
+pytestmark = needs_peft
+
+WITH_R = ("lora_sb", "lora_xs")
+METHODS = [n for n in initializer_names() if n not in (*WITH_R, "loftq")]
+
+
+def initialize(*args, **kwargs):
+    from lora_kernels.peft import initialize
+
+    return initialize(*args, progress=False, **kwargs)
+
+
+def gradients_of(model: nn.Module, method: str) -> dict | None:
+    if not get_initializer(method).needs_gradient:
+        return None
+    return capture_gradients(model, [tokens(seed=5)], progress=False)
+
+
+def float64(tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def update_of(layer, adapter: str = "default") -> np.ndarray:
+    """s·(BA − B₀A₀) [out, in], in float64."""
+    A, B = (float64(getattr(layer, f"lora_{part}")[adapter].weight) for part in "AB")
+    update = B @ A
+    if hasattr(layer, "lora_start_A") and adapter in layer.lora_start_A:
+        A0, B0 = (float64(getattr(layer, f"lora_start_{part}")[adapter]) for part in "AB")
+        update = update - B0 @ A0
+    return layer.scaling[adapter] * update
+
+
+def base_weight(layer) -> np.ndarray:
+    """W [out, in], in float64."""
+    weight = float64(layer.get_base_layer().weight)
+    return weight.T if layer.fan_in_fan_out else weight
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_method_starts_as_it_says(kind, method):
+    """A and B are the initialiser's for W and s; what it takes out cancels to the last bit."""
+    base = MODELS[kind]()
+    gradients = gradients_of(base, method)
+    model = adapted(base)
+    torch.manual_seed(0)
+    report = initialize(model, method, gradients=gradients)
+    initializer = get_initializer(method)
+    assert report.layers == list(linear_layers(model)) and not report.left
+    assert report.subtracted == initializer.changes_base
+    if initializer.changes_base or method in ("lora", "gaussian", "init_b"):
+        assert torch.equal(logits(model), logits(base))
+    else:
+        assert not close(logits(model), logits(base))
+    if getattr(initializer, "seed", 0) is None:
+        return  # random
+    for name, layer in linear_layers(model).items():
+        weight = torch.tensor(base_weight(layer), dtype=torch.float32)
+        start = initializer(weight, 4, 2.0, None if gradients is None else gradients[name])
+        assert close(layer.lora_A["default"].weight, start.lora_A, 1e4)
+        assert close(layer.lora_B["default"].weight, start.lora_B, 1e4)
+
+
+def test_loram_start_is_the_papers():
+    """β² = ‖W‖_F √(Q/r), Q = ln r / ln min(n, m), by SciPy's sine transform."""
+    from scipy.fft import dst
+
+    model = adapted(llama())
+    initialize(model)
+    layer = linear_layers(model)["model.layers.1.mlp.up_proj"]
+    W = base_weight(layer)
+    beta = np.sqrt(np.linalg.norm(W) * np.sqrt(np.log(4) / np.log(min(W.shape)) / 4))
+    for factor, size in (
+        (layer.lora_A["default"].weight.T, W.shape[1]),
+        (layer.lora_B["default"].weight, W.shape[0]),
+    ):
+        want = beta * dst(np.eye(size), type=1, norm="ortho")[:, :4]
+        # β comes from a float32 sum, the factor is rounded once.
+        np.testing.assert_allclose(float64(factor), want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_forward_against_float64(kind):
+    model = adapted(MODELS[kind]())
+    initialize(model, "loram")
+    move(model)
+    for layer in linear_layers(model).values():
+        x = torch.randn(5, layer.in_features)
+        want = float64(x) @ (base_weight(layer) + update_of(layer)).T
+        bias = layer.get_base_layer().bias
+        want = want if bias is None else want + float64(bias)
+        assert close(layer(x), torch.tensor(want))
+
+
+def test_dropout_meets_the_adapter_only():
+    """What is taken out belongs to the base, and no element of it is dropped."""
+    model = adapted(llama(), lora_dropout=0.5)
+    initialize(model, "loram")
+    move(model)
+    layer = linear_layers(model)["model.layers.0.mlp.gate_proj"].train()
+    x = torch.randn(7, layer.in_features)
+    torch.manual_seed(3)
+    got = layer(x)
+    torch.manual_seed(3)
+    dropped = float64(nn.functional.dropout(x, 0.5))
+    A, B = (float64(getattr(layer, f"lora_{part}")["default"].weight) for part in "AB")
+    A0, B0 = (float64(getattr(layer, f"lora_start_{part}")["default"]) for part in "AB")
+    want = float64(x) @ base_weight(layer).T + 2 * (dropped @ A.T @ B.T - float64(x) @ A0.T @ B0.T)
+    assert close(got, torch.tensor(want))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_disabled_is_the_base(kind):
+    """FACTS 3: with PEFT's own PiSSA it is 40 % off."""
+    base = MODELS[kind]()
+    want = logits(base)
+    model = adapted(base)
+    initialize(model, "pissa")
+    move(model)
+    assert not close(logits(model), want)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), want)
+    assert not close(logits(model), want)
+    unloaded = model.unload()
+    assert torch.equal(logits(unloaded), want)
+    assert same_bits(weights_of(unloaded), weights_of(base))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_merge(kind, safe):
+    model = adapted(MODELS[kind]())
+    initialize(model, "loram")
+    move(model)
+    layers = linear_layers(model)
+    before = {name: base_weight(layer) for name, layer in layers.items()}
+    unmerged = logits(model)
+    model.merge_adapter(safe_merge=safe)
+    for name, layer in layers.items():
+        want = before[name] + update_of(layer)
+        # One rounding of the weight, and those of the update's products.
+        np.testing.assert_allclose(base_weight(layer), want, atol=1e-6 * np.abs(want).max())
+    assert close(logits(model), unmerged)
+    with model.disable_adapter():  # unmerges
+        assert close(logits(model), logits(MODELS[kind]()))
+    assert close(logits(model), unmerged)
+    assert close(logits(model.merge_and_unload(safe_merge=safe)), unmerged)
+
+
+def test_merged_bfloat16_is_rounded_once():
+    model = adapted(llama(torch.bfloat16))
+    initialize(model, "loram")
+    move(model)
+    layer = linear_layers(model)["model.layers.0.mlp.down_proj"]
+    want = torch.tensor(base_weight(layer) + update_of(layer))
+    layer.merge()
+    error = (layer.get_base_layer().weight.double() - want).abs()
+    # Half a unit of bfloat16, and a trace for the float32 update before it.
+    assert bool((error <= 2**-8 * want.abs() * 1.001 + 1e-7).all())
+
+
+def test_two_adapters_share_one_base():
+    """FACTS 4: each is its own start and update on the same W; together they add up."""
+    from peft import LoraConfig
+
+    base = llama()
+    model = adapted(base)
+    config = LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj", "up_proj"])
+    model.add_adapter("second", config)
+    initialize(model, "loram")
+    initialize(model, "pissa", adapter_name="second")
+    assert torch.equal(logits(model), logits(base))
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(base))
+    move(model, seed=1)
+    second = logits(model)
+    model.set_adapter("default")
+    move(model, seed=2)
+    first = logits(model)
+    mixed = logits(model, adapter_names=["default", "second", "__base__"])
+    assert close(mixed[0], first[0]) and close(mixed[1], second[1])
+    assert close(mixed[2], logits(base)[2])
+
+    model.base_model.set_adapter(["default", "second"])
+    layer = linear_layers(model)["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(5, layer.in_features)
+    total = base_weight(layer) + update_of(layer) + update_of(layer, "second")
+    assert close(layer(x), torch.tensor(float64(x) @ total.T))
+
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), second)
+    assert all("default" not in key for key in model.state_dict())
+    model.delete_adapter("second")  # the PeftModel itself does not go on without any
+    assert torch.equal(logits(model.base_model.model), logits(base))
+
+
+def test_copies_and_pickles():
+    model = adapted(llama())
+    initialize(model, "loram")
+    move(model)
+    want = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), want)
+        layer = linear_layers(other)["model.layers.0.mlp.up_proj"]
+        assert layer.get_delta_weight.owner is layer
+        assert other.save_pretrained.owner is other
+        assert close(logits(other.merge_and_unload()), want)
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype, wide):
+    """Start and adapter are of one dtype, whatever it is, and cancel."""
+    base = llama(dtype)
+    model = adapted(base, autocast_adapter_dtype=wide)
+    initialize(model, "loram")
+    assert torch.equal(logits(model), logits(base))
+    layer = linear_layers(model)["model.layers.0.mlp.up_proj"]
+    A = layer.lora_A["default"].weight
+    assert A.dtype == (torch.float32 if wide and dtype != torch.float64 else dtype)
+    assert torch.equal(layer.lora_start_A["default"], A)
+
+
+def test_moves_with_the_model():
+    base = llama()
+    model = adapted(base)
+    initialize(model, "loram")
+    model.to(torch.bfloat16)
+    assert torch.equal(logits(model), logits(base.to(torch.bfloat16)))
+    layer = linear_layers(model)["model.layers.0.mlp.up_proj"]
+    assert layer.lora_start_A["default"].dtype == torch.bfloat16
+    model.to("meta")
+    assert layer.lora_start_B["default"].is_meta
+
+
+def test_state_dict_is_complete():
+    """A checkpoint of the whole model, as accelerate makes it, restores the start too."""
+    model = adapted(llama())
+    initialize(model, "loram")
+    move(model)
+    other = adapted(llama())
+    initialize(other, "pissa")
+    assert list(other.load_state_dict(model.state_dict(), strict=True)) == [[], []]
+    assert torch.equal(logits(other), logits(model))
+
+
+def loss_and_gradients(model) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    loss = model(tokens(), labels=tokens()).loss
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    return loss.detach(), gradients
+
+
+def test_gradient_checkpointing_and_autocast():
+    model = adapted(llama())
+    initialize(model, "loram")
+    move(model)
+    model.train()
+    want = loss_and_gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    got = loss_and_gradients(model)
+    assert torch.equal(got[0], want[0])
+    assert all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True))
+    model.gradient_checkpointing_disable()
+
+    base = llama()
+    model = adapted(base)
+    initialize(model, "loram")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(model), logits(base))
+
+
+def test_compiles_in_one_graph():
+    model = adapted(llama())
+    initialize(model, "loram")
+    move(model)
+    layer = linear_layers(model)["model.layers.0.mlp.up_proj"]
+    x = torch.randn(5, layer.in_features)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert close(compiled(x), layer(x))
+
+
+def test_scale_scales_the_start_too():
+    """PEFT's adapter_scale: at 0 the layer is the base, whatever it subtracts."""
+    base = llama()
+    model = adapted(base)
+    initialize(model, "loram")
+    move(model)
+    for layer in linear_layers(model).values():
+        layer.set_scale("default", 0)
+    assert torch.equal(logits(model), logits(base))
+
+
+def test_undo_gives_the_bits_back():
+    model = adapted(llama())
+    before = weights_of(model)
+    forms = {name: dict(vars(m)) for name, m in model.named_modules()}
+    report = initialize(model, "loram")
+    again = initialize(model, "lora")  # no start: nothing is subtracted
+    assert not any("lora_start" in key for key in model.state_dict())
+    move(model)
+    with pytest.raises(RuntimeError, match="initialised again since"):
+        report.undo()
+    again.undo()
+    assert any("lora_start" in key for key in model.state_dict())
+    assert torch.equal(logits(model), logits(llama()))
+    again.undo()
+    report.undo()
+    report.undo()
+    assert same_bits(weights_of(model), before)
+    for name, module in model.named_modules():
+        assert vars(module).keys() == forms[name].keys()  # PEFT's own methods too
+
+
+def test_undo_after_the_adapter_went():
+    from peft import LoraConfig
+
+    model = adapted(llama())
+    report = initialize(model)
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=2, target_modules="all-linear"))
+    model.set_adapter("default")
+    assert torch.equal(logits(model), logits(llama()))
+    with pytest.raises(RuntimeError, match="not the one that was initialised"):
+        report.undo()
+
+
+def test_report():
+    model = adapted(gpt2(), target_modules=["c_attn", "wte"])
+    report = initialize(model, PiSSA())
+    assert report.layers == [f"transformer.h.{i}.attn.c_attn" for i in range(2)]
+    assert list(report.left) == ["transformer.wte"]
+    text = str(report)
+    assert "PiSSA start of adapter 'default': 2 layers, s·B₀A₀ subtracted" in text
+    assert "left 1: PEFT's Embedding is no linear layer" in text
+
+
+def test_names_of_gradients():
+    """As `capture_gradients` gives them, from the base model and from the PEFT model."""
+    base = llama()
+    gradients = capture_gradients(base, [tokens()], ["q_proj"], progress=False)
+    inside = {f"base_model.model.{n}.base_layer": g for n, g in gradients.items()}
+    for given in (gradients, inside, gradients | {"model.of.another": torch.ones(2, 2)}):
+        model = adapted(base, target_modules=["q_proj"])
+        initialize(model, "lora_ga", gradients=given)
+        assert torch.equal(logits(model), logits(base))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"init_lora_weights": "loramm"}, ValueError, "did you mean 'loram'"),
+        ({"init_lora_weights": LoRAM}, TypeError, r"make an object of it, LoRAM\(\)"),
+        ({"init_lora_weights": "lora_xs"}, ValueError, "an R between a frozen A and B"),
+        ({"init_lora_weights": "lora_ga"}, ValueError, "layers.0.self_attn.q_proj: .*gradient"),
+        ({"init_lora_weights": "loram", "gradients": {}}, ValueError, "no use for gradients"),
+        ({"init_lora_weights": "lora_ga", "gradients": {}}, ValueError, "gradients has none for"),
+        ({"adapter_name": "defualt"}, ValueError, "did you mean 'default'"),
+        ({"residual": "absorb"}, ValueError, r"disable_adapter\(\), unload\(\)"),
+        ({"residual": "implict"}, ValueError, "did you mean 'implicit'"),
+    ],
+)
+def test_bad_arguments(arguments, error, match):
+    model = adapted(llama())
+    before = weights_of(model)
+    with pytest.raises(error, match=match):
+        initialize(model, **arguments)
+    assert same_bits(weights_of(model), before)
+    assert "save_pretrained" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    "value, method, match",
+    [(0.0, "loram", "zero"), (float("nan"), "loram", "NaN"), (0.0, "pissa", "zero")],
+)
+def test_a_bad_weight_is_named_and_nothing_changes(value, method, match):
+    """Among others of its shape, which are initialised together with it."""
+    base = llama()
+    with torch.no_grad():
+        base.model.layers[1].mlp.up_proj.weight.fill_(value)
+    model = adapted(base)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=rf"^model\.layers\.1\.mlp\.up_proj: .*{match}"):
+        initialize(model, method)
+    after = weights_of(model)
+    assert all(torch.equal(after[k].nan_to_num(), before[k].nan_to_num()) for k in before)
+    assert not hasattr(model, "_lora_kernels_depth")
+
+
+def test_a_rank_that_does_not_fit():
+    """FACTS 6: PEFT takes any."""
+    model = adapted(llama(), r=40, target_modules=["q_proj", "k_proj"])
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj: rank 40 is larger than"):
+        initialize(model)
+
+
+def test_not_a_peft_model():
+    with pytest.raises(TypeError, match=r"must be a peft\.PeftModel, got LlamaForCausalLM"):
+        initialize(llama())
+    with pytest.raises(TypeError, match="it is wrapped: pass the PeftModel inside"):
+        initialize(torch.compile(adapted(llama())))
+    from peft import LoHaConfig, get_peft_model
+
+    with pytest.raises(TypeError, match="adapters of type LOHA"):
+        initialize(get_peft_model(llama(), LoHaConfig(target_modules=["q_proj"])))
+
+
+def test_peft_is_imported_at_first_use():
+    """And where it is missing, the message says what to install."""
+    code = (
+        "import sys, lora_kernels; assert 'peft' not in sys.modules; sys.modules['peft'] = None;"
+        "lora_kernels.peft"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "lora_kernels.peft needs the package peft: pip install" in last
+
+
+def test_what_cannot_be_initialised():
+    model = adapted(llama(), use_dora=True)
+    with pytest.raises(
+        ValueError, match="no linear layer to initialise: left 14: it is PEFT's Dora"
+    ):
+        initialize(model)
+    model = adapted(llama(), init_lora_weights="olora")
+    with pytest.raises(ValueError, match="PEFT has rewritten the base's weights"):
+        initialize(model)
+    model = adapted(llama())
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"call unmerge_adapter\(\) first"):
+        initialize(model)
+    model.unmerge_adapter()
+    report = initialize(model)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"call unmerge_adapter\(\) first"):
+        report.undo()
+    model.base_model.set_adapter([])
+    with pytest.raises(ValueError, match="0 adapters are active"):
+        initialize(model)

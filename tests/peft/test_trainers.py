@@ -1,0 +1,155 @@
+"""Hugging Face's Trainer and TRL's SFTTrainer over a model that was initialised and accelerated."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ..packages import needs_trainer, needs_trl
+from .models import VOCABULARY, adapted, close, llama, logits, same_bits, tokens, weights_of
+from .test_accelerate import accelerate
+from .test_initialize import initialize
+
+STEPS = 6
+TEXTS = ["the rank of a matrix", "a basis of sines", "one norm and no svd", "train and resume"]
+
+
+class _Losses:
+    """What a Trainer logs."""
+
+    def __init__(self, trainer) -> None:
+        self.steps = {
+            line["step"]: line["loss"] for line in trainer.state.log_history if "loss" in line
+        }
+
+
+def model_to_train(dropout: float = 0.1) -> nn.Module:
+    model = adapted(llama(), lora_dropout=dropout)
+    initialize(model, "loram")
+    accelerate(model)
+    return model
+
+
+def trainer(model: nn.Module, folder, **options):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=16, seed=4)]
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=2,
+        max_steps=STEPS,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=3,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4])
+
+
+@needs_trainer
+def test_resume_is_uninterrupted_training(tmp_path):
+    """The same losses and the same adapter to the last bit, dropout included."""
+    whole = trainer(model_to_train(), tmp_path / "whole")
+    whole.train()
+    want = _Losses(whole).steps
+    assert want[STEPS] < want[1] and len(want) == STEPS
+
+    resumed = trainer(model_to_train(), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    got = _Losses(resumed).steps
+    assert got == want
+    assert same_bits(weights_of(resumed.model), weights_of(whole.model))
+
+
+@needs_trainer
+def test_checkpoints_are_adapters_for_plain_peft(tmp_path):
+    from peft import PeftModel
+
+    run = trainer(model_to_train(), tmp_path)
+    run.train()
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / f"checkpoint-{STEPS}").eval()
+    assert close(logits(loaded), logits(run.model.eval()))
+
+
+@needs_trainer
+def test_best_model_at_the_end(tmp_path):
+    """The best is said to be the one with the largest loss, the first; it comes back whole."""
+    run = trainer(
+        model_to_train(0.0),
+        tmp_path,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=3,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        gradient_checkpointing=True,
+    )
+    run.train()
+    best = run.state.best_model_checkpoint
+    assert best.endswith("checkpoint-3")
+    other = model_to_train(0.0)
+    other.load_adapter(best, "default")
+    assert torch.equal(logits(other), logits(run.model.eval()))
+
+
+@pytest.fixture
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for text in TEXTS for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    assert len(vocabulary) <= VOCABULARY
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@needs_trl
+def test_sft_trainer(tmp_path, tokenizer):
+    """One line more in a user's script; the losses are those without our forward."""
+    from datasets import Dataset
+    from peft import PeftModel
+    from trl import SFTConfig, SFTTrainer
+
+    losses = []
+    for fused in (True, False):
+        model = adapted(llama())
+        initialize(model, "loram")
+        if fused:
+            accelerate(model)
+        run = SFTTrainer(
+            model,
+            SFTConfig(
+                str(tmp_path / str(fused)),
+                per_device_train_batch_size=2,
+                max_steps=3,
+                learning_rate=1e-2,
+                logging_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+                bf16=False,
+                max_length=16,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=Dataset.from_dict({"text": TEXTS}),
+            processing_class=tokenizer,
+        )
+        run.train()
+        losses.append(_Losses(run).steps)
+        run.save_model(tmp_path / "saved")
+        trained = copy.deepcopy(run.model).eval()
+        loaded = PeftModel.from_pretrained(llama(), tmp_path / "saved").eval()
+        assert close(logits(loaded), logits(trained))
+    assert losses[0][3] < losses[0][1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -50,7 +50,6 @@ def test_hundred_kills(tmp_path):
     """kill -9 at random moments, and what is there is whole; repeated, the bytes are the same."""
     shards = odd_shards(dtypes=("F32", "BF16", "F16") * 4)
     write_model(tmp_path / "model", shards)
-    (tmp_path / "scratch").mkdir()
     command = [sys.executable, "-m", "tests.stream.killed", str(tmp_path), "100"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

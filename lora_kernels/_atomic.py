@@ -22,6 +22,7 @@ except ImportError:  # Windows
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_UNFINISHED = ".unfinished"  # lies in a stage until its files are whole
 
 
 def replace_files(
@@ -61,10 +62,13 @@ def replace_files(
     whole = not same and present.issubset(owned) and _may_exchange(folder)
     with _staged(folder.parent if whole else folder, folder, owned) as stage:
         write_main(stage / main)
+        # safetensors makes files that are their owner's alone.
+        shutil.copymode(stage / _UNFINISHED, stage / main)
         _sync(stage / main)
         for name in changing:
             (stage / name).write_bytes(others[name])
             _sync(stage / name)
+        (stage / _UNFINISHED).unlink()
         _sync(stage)
         if whole and _exchange(stage, folder):
             _sync(folder.parent)
@@ -89,6 +93,7 @@ def _staged(parent: Path, folder: Path, owned: Collection[str]) -> Iterator[Path
         try:
             # It may take the folder's place: mkdtemp's is the owner's alone.
             shutil.copymode(folder, stage)
+            (stage / _UNFINISHED).touch()
             yield stage
         finally:
             _discard(stage, folder, owned)
@@ -128,12 +133,14 @@ def _remove_leftovers(folder: Path, owned: Collection[str]) -> None:
 
 
 def _discard(stage: Path, folder: Path, owned: Collection[str]) -> None:
-    """Removes a stage. It can be the former folder: what somebody else has just put there is kept,
-    in the present one.
+    """Removes a stage. If its files were whole, it can be the former folder: what somebody else has
+    just put there is kept, in the present one.
     """
     with suppress(FileNotFoundError):  # another process has cleaned up
-        for entry in list(stage.iterdir()):
-            if entry.name in owned:
+        # Whatever safetensors, which writes beside too, has called its own file.
+        unfinished = (stage / _UNFINISHED).exists()
+        for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == _UNFINISHED):
+            if unfinished or entry.name in owned:
                 entry.unlink(missing_ok=True)
             elif not (folder / entry.name).exists():
                 entry.rename(folder / entry.name)

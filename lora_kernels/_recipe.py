@@ -52,10 +52,12 @@ def from_json(text: str) -> dict[str, Any]:
             )
         if not all(isinstance(recipe[key], dict) for key in ("config", "layers")):
             raise TypeError
-        if not all(type(layer["r"]) is int for layer in recipe["layers"].values()):
+        if not recipe["layers"] or not all(
+            type(layer["r"]) is int for layer in recipe["layers"].values()
+        ):
             raise TypeError
         recipe["format"], recipe["base_model"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError):
         raise ValueError("its recipe is damaged") from None
     return recipe
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._errors import unknown_name
 from .init import Initializer
-from .init.base import Start
+from .init.base import Start, refuse_implicit
 from .ops._checks import as_integer, check_number
 from .scaling import DEFAULT_ALPHA, check_start, lora_scaling, resolve_rule
 from .state import LayerState, dst_start
@@ -53,6 +53,7 @@ class AdapterOptions:
         rule = resolve_rule(scaling, use_rslora)
         if residual not in RESIDUALS:
             raise unknown_name("residual", residual, RESIDUALS)
+        refuse_implicit(initializer, residual)
         check_number(lora_dropout, "lora_dropout")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
@@ -96,6 +97,7 @@ class Adapter(nn.Module):
         self._beta = start.beta if changes_base else None
         self._absorbed_scaling = self.scaling if absorbed else None
         self._weight_norm = start.weight_norm if changes_base else None
+        self._rewritten = start.rewritten
 
     def load_factors(self, lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None) -> None:
         """Puts trained factors in the place of the start's; they are taken over."""
@@ -133,13 +135,17 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def layer_state(self) -> LayerState:
-        """Copies of the adapter's tensors on the CPU, and its numbers."""
+        """Copies of the adapter's tensors on the CPU, and its numbers.
+
+        Of a base that was rewritten, LoftQ's, it is the adapter of what that base is now: nothing
+        is taken out of it.
+        """
 
         def copied(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.detach().to("cpu", copy=True).contiguous()
 
-        recipe = self._beta is not None
-        norm = self._weight_norm
+        recipe, kept = self._beta is not None, not self._rewritten
+        norm = self._weight_norm if kept else None
         return LayerState(
             lora_A=copied(self.lora_A),
             lora_B=copied(self.lora_B),
@@ -147,8 +153,8 @@ class Adapter(nn.Module):
             lora_alpha=self.lora_alpha,
             lora_R=copied(self.lora_R),
             beta=float(self._beta) if recipe else None,
-            start_A=None if recipe else copied(self.start_A),
-            start_B=None if recipe else copied(self.start_B),
+            start_A=copied(self.start_A) if kept and not recipe else None,
+            start_B=copied(self.start_B) if kept and not recipe else None,
             residual=self.residual,
             weight_norm=None if norm is None else float(norm),
         )

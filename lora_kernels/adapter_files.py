@@ -11,24 +11,25 @@ that are no recipe, at their rank.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from . import _recipe
 from ._atomic import replace_files
 from ._errors import unknown_name
-from ._extras import needed
-from ._peft_format import DECISIVE, check_pair, from_peft, split_tensors, to_peft
+from ._peft_format import from_peft, to_peft
+from ._stored_state import check_state, check_tensors, from_recipe, native_tensors
+from ._tensor_file import load_tensors, save_tensors
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
-from .model import _inner, adapter_state, apply_state
+from .model import adapter_state, apply_state, unwrapped
 from .model_report import LoRAReport
-from .ops._checks import FLOATS
 from .recompression import recompressed
-from .state import AdapterState, LayerState
+from .state import AdapterState
 
 NATIVE_FILE = "adapter_native.safetensors"
 NATIVE_TYPE = "LORA_KERNELS"
@@ -94,7 +95,18 @@ def save_adapter(
 ) -> SavedAdapter:
     """Writes an adapter of the model, the active one by default, as `write_adapter` does."""
     state = adapter_state(model, adapter_name)
-    modules = {name: module for name, module in _inner(model).named_modules() if name}
+    if format == "peft":
+        _warn_of_second_names(unwrapped(model), state)
+    if state.config.initializer.rewrites_base and any(
+        layer.residual == "absorb" for layer in state.layers.values()
+    ):
+        warnings.warn(
+            f"{type(state.config.initializer).__name__} has given the model another base, and this "
+            "adapter belongs to it, not to the original: keep that base too "
+            "(model.save_pretrained)",
+            stacklevel=2,
+        )
+    modules = {name: module for name, module in unwrapped(model).named_modules() if name}
     inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
     return write_adapter(
         folder,
@@ -170,7 +182,7 @@ def write_adapter(
         raise unknown_name("format", format, FORMATS)
     if compress_to is not None and format != "peft":
         raise ValueError("compress_to makes a plain adapter: it goes with format='peft' only")
-    _check_state(state)
+    check_state(state)
     folder, errors, error, folded = Path(folder), None, None, ()
     metadata: dict[str, str] = {}
     if format == "native":
@@ -189,7 +201,7 @@ def write_adapter(
     replace_files(
         folder,
         file,
-        lambda path: _save(tensors, path, metadata),
+        lambda path: save_tensors(tensors, path, metadata),
         {ADAPTER_CONFIG: content},
         _OWNED,
     )
@@ -211,17 +223,14 @@ def read_adapter(folder: str | Path) -> AdapterState:
 
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    file = _tensor_file(folder, config)
-    tensors, metadata = load_tensors(file)
+    for _ in range(3):
+        config = _read_config(folder)
+        file = _tensor_file(folder, config)
+        tensors, metadata = load_tensors(file)
+        if _read_config(folder) == config:
+            break  # else somebody has just written another one
     try:
-        for name, tensor in tensors.items():
-            if tensor.dtype not in FLOATS and ".lora_" in name:
-                raise ValueError(
-                    f"{name!r} is {tensor.dtype}, no floating-point type of an adapter"
-                )
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise ValueError(f"{name!r} holds NaN or Inf; take an earlier one")
+        check_tensors(tensors)
         if METADATA not in metadata:
             if file.name == NATIVE_FILE:
                 raise ValueError("its recipe is missing")
@@ -237,136 +246,27 @@ def read_adapter(folder: str | Path) -> AdapterState:
             )
         if (recipe["format"] == "native") != (file.name == NATIVE_FILE):
             raise ValueError(f"it was saved in the format {recipe['format']!r} and renamed")
-        return _from_recipe(recipe, config, tensors)
+        return from_recipe(recipe, config, tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _check_state(state: AdapterState) -> None:
-    """Raises unless it can be written and read again."""
-    if not state.layers:
-        raise ValueError("the adapter has no layers")
-    for name, layer in state.layers.items():
-        _check_layer(name, layer, layer.r)
-        for key in _recipe.FACTORS:
-            factor = getattr(layer, key)
-            if factor is not None and not bool(factor.isfinite().all()):
-                raise ValueError(f"{key} of {name!r} holds NaN or Inf; nothing was written")
-    for name, tensor in state.extra.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name!r} holds NaN or Inf; nothing was written")
+def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
+    """PEFT puts its layer where a module is first found, and the base stays in other places."""
+    modules = dict(model.named_modules(remove_duplicate=False))
 
+    def place(name: str) -> tuple[nn.Module, str]:
+        parent, _, key = name.rpartition(".")
+        return modules[parent], key
 
-def native_tensors(state: AdapterState) -> dict[str, Tensor]:
-    """The tensors of format="native" by their names."""
-    tensors = {f"extra.{name}": tensor for name, tensor in state.extra.items()}
-    for name, layer in state.layers.items():
-        for key in _recipe.FACTORS:
-            factor = getattr(layer, key)
-            if factor is not None:
-                tensors[f"layers.{name}.{key}"] = factor
-    return tensors
-
-
-def _from_recipe(
-    recipe: dict[str, Any], config: dict[str, Any] | None, tensors: dict[str, Tensor]
-) -> AdapterState:
-    """What this package wrote, in either format."""
-    if recipe["format"] == "peft":
-        _check_unedited(recipe, config)
-        factors, extra = _split_halves(recipe, tensors)
-    else:
-        factors, extra = _split_native(recipe, tensors)
-    layers = {}
-    for name, layer in recipe["layers"].items():
-        try:
-            layers[name] = _recipe.layer_from_dict(layer, factors[name])
-        except (ValueError, AttributeError, KeyError) as error:
-            raise ValueError(f"the recipe of {name!r} is damaged: {error}") from None
-        _check_layer(name, layers[name], layer["r"])
-    adapted = _recipe.config_from_dict(recipe["config"])
-    return AdapterState(adapted, layers, extra, recipe["base_model"])
-
-
-def _check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> None:
-    """Raises if the configuration beside the tensors is not theirs. None is fine: a process was
-    killed before it put it there.
-    """
-    saved = recipe.get("peft_config")
-    if not isinstance(saved, dict):
-        raise ValueError("its recipe is damaged")
-    for key in DECISIVE if config is not None else ():
-        if (config.get(key) or None) != (saved.get(key) or None):  # {} is None
-            raise ValueError(
-                f"{ADAPTER_CONFIG} says {key} = {config.get(key)!r}, but this was saved with "
-                f"{saved.get(key)!r}: it was edited, or is of another adapter; to take what was "
-                f"saved, remove {ADAPTER_CONFIG}"
-            )
-
-
-def _split_halves(
-    recipe: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """A, B and kept starts out of [A; A₀] and [B, −B₀]."""
-    pairs, extra = split_tensors(tensors)
-    _check_names(recipe["layers"], pairs)
-    factors = {}
-    for name, layer in recipe["layers"].items():
-        right, left = pairs[name]
-        check_pair(name, right, left)
-        r, start = layer.get("r"), layer.get("start")
-        if right.shape[0] != (2 * r if start else r):
-            raise ValueError(
-                f"lora_A of {name!r} has {right.shape[0]} rows, its recipe has r = {r}"
-            )
-        factors[name] = {"lora_A": right[:r].clone(), "lora_B": left[:, :r].clone()}
-        if start == "kept":
-            factors[name] |= {"start_A": right[r:].clone(), "start_B": -left[:, r:]}
-    return factors, extra
-
-
-def _split_native(
-    recipe: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    factors: dict[str, dict[str, Tensor]] = {}
-    extra = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(".")
-        if kind == "extra":
-            extra[name] = tensor
-            continue
-        layer, _, part = name.rpartition(".")
-        if kind != "layers" or part not in _recipe.FACTORS:
-            raise ValueError(f"{key!r} is no tensor of an adapter")
-        factors.setdefault(layer, {})[part] = tensor
-    _check_names(recipe["layers"], factors)
-    for name, layer in recipe["layers"].items():
-        expected = {"lora_A", "lora_B"} | ({"lora_R"} if layer.get("R") else set())
-        expected |= {"start_A", "start_B"} if layer.get("start") == "kept" else set()
-        if factors[name].keys() != expected:
-            wrong = ", ".join(sorted(factors[name].keys() ^ expected))
-            raise ValueError(f"{wrong} of {name!r} is missing, or not in the recipe")
-    return factors, extra
-
-
-def _check_names(recipe: Collection[str], stored: Collection[str]) -> None:
-    for name in [*recipe, *stored]:
-        if name not in stored or name not in recipe:
-            what = "tensors" if name not in stored else "recipe"
-            raise ValueError(f"the {what} of {name!r} are missing")
-
-
-def _check_layer(name: str, layer: LayerState, r: int) -> None:
-    check_pair(name, layer.lora_A, layer.lora_B)
-    shapes = {"lora_A": layer.lora_A.shape, "lora_B": layer.lora_B.shape}
-    expected = {"lora_A": (r, shapes["lora_A"][1]), "lora_B": (shapes["lora_B"][0], r)}
-    for key, like in (("start_A", "lora_A"), ("start_B", "lora_B"), ("lora_R", None)):
-        factor = getattr(layer, key)
-        if factor is not None:
-            shapes[key], expected[key] = factor.shape, expected[like] if like else (r, r)
-    for key, shape in shapes.items():
-        if tuple(shape) != expected[key]:
-            raise ValueError(f"{key} of {name!r} is {list(shape)}, expected {list(expected[key])}")
+    first = {modules[name]: place(name) for name in state.layers}
+    missed = [n for n, module in modules.items() if place(n) != first.get(module, place(n))]
+    if missed:
+        warnings.warn(
+            f"PEFT will not adapt {', '.join(missed[:4])}, which is another name of an adapted "
+            "layer: there its output differs. load_adapter adapts both",
+            stacklevel=3,
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
@@ -380,7 +280,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(file.read_bytes())
-    except ValueError as error:  # UnicodeDecodeError is one too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{file} is no JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} is no JSON object")
@@ -403,38 +303,3 @@ def _tensor_file(folder: Path, config: dict[str, Any] | None) -> Path:
     if inside and config is None:
         hint = f"; there are adapters in its folders {', '.join(inside[:8])}"
     raise FileNotFoundError(f"{folder} has no {' or '.join(names)}{hint}")
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    needed("safetensors", "saving adapters", "cli")
-    import safetensors.torch
-
-    # Copies where two share memory, which the format cannot express.
-    owned: dict[str, Tensor] = {}
-    seen = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        owned[name] = tensor
-    # One key: with two, the order of which is random, the same adapter gives different bytes.
-    try:
-        safetensors.torch.save_file(owned, path, metadata or None)
-    except safetensors.SafetensorError as error:  # no room, for one
-        raise OSError(f"{path.name} could not be written: {error}") from None
-
-
-def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; ValueError if it is damaged."""
-    safetensors = needed("safetensors", "reading adapters", "cli")
-    try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            # Copies: the file is mapped, and may be changed under the mapping.
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged, or no safetensors file ({error}): copy or save it again"
-        ) from None

@@ -7,7 +7,7 @@ No quantiser's package is imported unless a layer is its own.
 from __future__ import annotations
 
 import copy
-import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from .ops._checks import FLOATS
 from .targets import is_conv1d
 
 _ROW_BLOCK = 256  # rows of the identity that a layer is fed at once
+_NONLINEAR = 0.1  # relative; inputs rounded to 8 bits make 0.01
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -30,8 +31,8 @@ def kind_of(module: nn.Module) -> str | None:
     - "conv1d": GPT-2's, whose weight is [in, out].
     - "bnb_4bit", "bnb_8bit": bitsandbytes' `Linear4bit` and `Linear8bitLt`.
     - "torchao": an `nn.Linear` whose weight is one of torchao's tensors.
-    - "forward": any other with integers `in_features` and `out_features` and a forward, but no
-      float weight: GPTQ's, AWQ's, HQQ's.
+    - "forward": any other with integers `in_features` and `out_features`, no float weight, and a
+      tensor of codes: GPTQ's, AWQ's, HQQ's.
 
     A layer whose weight is sharded has the kind that it had before: `refuse_sharded` tells.
     """
@@ -115,12 +116,33 @@ def frozen_forward(module: nn.Module, x: Tensor, differentiable: bool = True) ->
     `differentiable` is what `passes_gradient` says. If it is False the gradient is that of
     x Wᵀ with the dequantised W (straight through a quantisation of x, as in bitsandbytes' 8 bits).
 
-    bitsandbytes' 4-bit layers lose their gradient on the way: on a CPU with AVX512-BF16 their first
-    forward in eval mode packs the weight for inference for good. That is taken care of as well.
+    It is so too for bitsandbytes' 4-bit layers that are packed for inference, whatever is said.
     """
     if torch.is_grad_enabled() and x.requires_grad and not (differentiable and not _packed(module)):
         return _StraightThrough.apply(x, getattr(module, "bias", None), module)
     return module(x)
+
+
+def keep_unpacked(module: nn.Module) -> None:
+    """Keeps a 4-bit layer of bitsandbytes as it is, where it would change under training.
+
+    On a CPU with AVX512-BF16 its first forward in eval mode packs the weight for inference for
+    good: it computes in bfloat16 from then on, has no gradient, and bitsandbytes 0.50's
+    `state_dict()`, which unpacks it, misplaces the scales (the weight is off by 2 %). A layer that
+    is packed already is warned of.
+    """
+    if kind_of(module) != "bnb_4bit":
+        return
+    if _packed(module):
+        warnings.warn(
+            "a forward in eval mode has packed this 4-bit model for inference: it trains, but "
+            "model.state_dict(), which Trainer's checkpoints call, damages the base "
+            "(bitsandbytes 0.50 on CPUs with AVX512-BF16). Load it again and adapt it before its "
+            "first forward",
+            stacklevel=2,
+        )
+    elif hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -236,6 +258,9 @@ def _is_forward_only(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in FLOATS:
         return False
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if not any(tensor.dim() >= 2 and tensor.dtype not in FLOATS for tensor in own):
+        return False
     # A wrapper around a layer, PEFT's for one, is not the layer, and a block of layers is none.
     return not any(kind_of(part) for part in module.modules() if part is not module)
 
@@ -312,9 +337,26 @@ def _weight_through_forward(module: nn.Module) -> Tensor:
         block = torch.zeros(size, cols, **options)
         block[:, begin : begin + size].fill_diagonal_(1.0)
         weight[:, begin : begin + size] = (forward(block) - constant).T
-    if not math.isfinite(float(torch.linalg.vector_norm(weight, math.inf))):
-        raise ValueError(f"{type(module).__name__} gives NaN or Inf for rows of the identity")
+    _check_linear(module, forward, weight, constant, options)
     return weight
+
+
+def _check_linear(
+    module: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    constant: Tensor,
+    options: dict,
+) -> None:
+    """Raises unless the layer is x ↦ x Wᵀ + c for another x too, but for 8 bits of that."""
+    generator = torch.Generator(options["device"]).manual_seed(0)
+    x = torch.empty(4, weight.shape[1], **options).normal_(generator=generator)
+    want = x.float() @ weight.T + constant
+    if not (forward(x) - want).norm() <= _NONLINEAR * want.norm():
+        raise ValueError(
+            f"{type(module).__name__} computes no linear function of its input, or NaN: leave it "
+            "out with exclude_modules"
+        )
 
 
 class _Forward(nn.Module):

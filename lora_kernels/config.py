@@ -90,6 +90,8 @@ class LoRAConfig:
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
+        if isinstance(self.layers_to_transform, Sequence):
+            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         for index in self.layer_indices() or ():
             if as_integer(index, "layers_to_transform") < 0:
                 raise ValueError(f"layers_to_transform must not be negative, got {index}")

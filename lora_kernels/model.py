@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from .adapted import AdaptedLayer, AdaptedMatrix
 from .bases import kind_of
 from .config import LoRAConfig
 from .model_report import LoRAReport, make_report
+from .originals import OriginalWeights
 from .plan import LayerPlan, check_norms, make_starts, plan_layers, plan_states
 from .selection import match_modules, select_layers
 from .state import AdapterState
@@ -46,6 +48,7 @@ def add_lora(
     *,
     adapter_name: str = "default",
     gradients: Mapping[str, Tensor] | None = None,
+    original_weights: Mapping[str, Tensor] | str | Path | None = None,
     progress: bool = True,
 ) -> LoRAReport:
     """Adapts a model in place: its layers are replaced, its other parameters frozen.
@@ -60,6 +63,8 @@ def add_lora(
         adapter_name: what `set_adapter` and `save_adapter` call it.
         gradients: {layer name: ∂loss/∂W [out, in]} for the starts that are made from them, as
             `capture_gradients` gives it.
+        original_weights: of a quantised model, what it was quantised from, for LoftQ: a dict
+            {name: W}, or the folder of its checkpoint, of which one tensor at a time is read.
         progress: whether a bar is shown, if standard error is a terminal.
 
     Returns:
@@ -80,7 +85,8 @@ def add_lora(
     _check_name(adapter_name, record)
     selection = select_layers(model, config, is_adaptable)
     saved = _saved_slots(model, config.modules_to_save)
-    plans = plan_layers(model, selection, config)
+    originals = None if original_weights is None else OriginalWeights(original_weights)
+    plans = plan_layers(model, selection, config, originals)
     with torch.no_grad():
         make_starts(plans, config.initializer, gradients, progress)
         layers = _install(model, plans, adapter_name)
@@ -192,7 +198,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterState:
     """A copy of an adapter, the active one by default, on the CPU."""
-    model = _inner(model)
+    model = unwrapped(model)
     record = _needed_record(model)
     name = _known_name(record, adapter_name)
     layers = {
@@ -271,7 +277,7 @@ def _activate_new(
 ) -> None:
     if not record.configs:
         _freeze_base(model, record)
-        setattr(_inner(model), _RECORD, record)
+        setattr(unwrapped(model), _RECORD, record)
     record.settings += leave_fast_path(model)
     record.configs[adapter_name] = config
     set_adapter(model, adapter_name)
@@ -374,7 +380,7 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def _forget(model: nn.Module, record: ModelAdapters) -> None:
     for module, name, value in record.settings:
         setattr(module, name, value)
-    delattr(_inner(model), _RECORD)
+    delattr(unwrapped(model), _RECORD)
 
 
 def _untie_if_needed(model: nn.Module) -> None:
@@ -389,7 +395,7 @@ def _untie_if_needed(model: nn.Module) -> None:
         config.tie_word_embeddings = False
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`'s and DDP's wrappers."""
     while True:
         if isinstance(model, DistributedDataParallel):
@@ -401,7 +407,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _record(model: nn.Module) -> ModelAdapters | None:
-    return vars(_inner(model)).get(_RECORD)
+    return vars(unwrapped(model)).get(_RECORD)
 
 
 def _needed_record(model: nn.Module) -> ModelAdapters:
@@ -428,7 +434,7 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(
             "this model has PEFT's adapters: lora_kernels.peft.initialize gives them our starts"
         )
-    if _inner(model) is not model:
+    if unwrapped(model) is not model:
         raise TypeError(f"adapt the model before it is wrapped in {type(model).__name__}")
     if isinstance(model, AdaptedLayer) or kind_of(model) is not None:
         raise TypeError(f"the model is a single {type(model).__name__}: use LoRALinear.from_linear")

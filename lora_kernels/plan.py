@@ -16,10 +16,11 @@ from .adapted import ABSORBED, AdaptedLayer, AdaptedMatrix, refuse_unfit
 from .adapter import AdapterOptions, stand_alone
 from .config import LoRAConfig
 from .conv1d import LoRAConv1D
-from .init import Initializer
+from .init import Initializer, LoftQ
 from .init.base import Start, check_residual_fits, checked, subtract_start_
 from .linear import LoRALinear
 from .ops._checks import factor_dtype
+from .originals import OriginalWeights
 from .selection import Selection, find_candidates
 from .state import AdapterState, LayerState
 from .targets import nearest
@@ -28,14 +29,15 @@ from .wrapped import LoRAWrapper
 # 4-bit rounding changes a norm by less than 1 %; what a start takes out, by more than 2 %.
 _NORM_TOLERANCE = 0.02
 _BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # started together
+_FLOAT = ("linear", "conv1d")  # kinds whose weight can be rewritten
 
 
 @dataclass
 class LayerPlan:
     """One layer: what it is, what it is to become, and its start once that is made.
 
-    `note` says why its start is not absorbed, `kind` is `bases.kind_of`'s; `trained` are A, B and R
-    of an adapter that comes from a file.
+    `note` says why its start is not absorbed, `kind` is `bases.kind_of`'s; `initializer` makes the
+    start, unless it comes from a file: then `trained` are A, B and R.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerPlan:
     aliases: list[str] = field(default_factory=list)
     note: str = ""
     changes_base: bool = False
+    initializer: Initializer | None = None
     start: Start | None = None
     trained: tuple[Tensor, Tensor, Tensor | None] | None = None
 
@@ -77,18 +80,24 @@ class LayerPlan:
     def take_out_(self) -> None:
         """Takes the start out of the base, if it is to be absorbed."""
         if self.changes_base and self.options.residual == "absorb":
-            subtract_start_(self.matrix(), self.start, self.options.scaling)
+            take_out = subtract_start_ if self.initializer is None else self.initializer.take_out_
+            take_out(self.matrix(), self.start, self.options.scaling)
 
 
-def plan_layers(model: nn.Module, selection: Selection, config: LoRAConfig) -> list[LayerPlan]:
+def plan_layers(
+    model: nn.Module,
+    selection: Selection,
+    config: LoRAConfig,
+    originals: OriginalWeights | None = None,
+) -> list[LayerPlan]:
     """A plan for each selected layer, without its start.
 
     Raises:
-        ValueError: a rank is too large, or the residual cannot be had; the layer is named.
+        ValueError: a rank is too large, or the residual cannot be had, or a layer has no original
+            weight; the layer is named.
 
     """
     owners = _owners(model)
-    initializer = config.initializer
     plans = []
     for name, module in selection.layers.items():
         kind = _checked_kind(name, module)
@@ -101,18 +110,22 @@ def plan_layers(model: nn.Module, selection: Selection, config: LoRAConfig) -> l
                 "exclude_modules"
             )
         residual, note = _residual(name, module, kind, config.residual, owners)
-        options = AdapterOptions.checked(
-            initializer,
-            r,
-            config.layer_alpha(name),
-            config.use_rslora,
-            config.scaling,
-            config.lora_dropout,
-            residual,
-        )
+        initializer = _initializer(name, module, kind, config.initializer, originals)
+        with _naming(name):
+            options = AdapterOptions.checked(
+                initializer,
+                r,
+                config.layer_alpha(name),
+                config.use_rslora,
+                config.scaling,
+                config.lora_dropout,
+                residual,
+            )
         plan = LayerPlan(name, module, options, kind, selection.aliases[name], note)
-        plan.changes_base = initializer.changes_base
+        plan.changes_base, plan.initializer = initializer.changes_base, initializer
         plans.append(plan)
+    if originals is not None and not any(plan.kind not in _FLOAT for plan in plans):
+        raise ValueError("original_weights are for quantised layers, of which there are none here")
     return plans
 
 
@@ -161,6 +174,28 @@ def plan_states(
     return plans, selection
 
 
+def _initializer(
+    name: str,
+    module: nn.Module,
+    kind: str,
+    initializer: Initializer,
+    originals: OriginalWeights | None,
+) -> Initializer:
+    """The layer's own: LoftQ's of a quantised base makes up for what the original lost."""
+    if originals is not None and not isinstance(initializer, LoftQ):
+        raise ValueError(f"{type(initializer).__name__} has no use for original_weights")
+    if kind in _FLOAT or not isinstance(initializer, LoftQ):
+        return initializer
+    if originals is None:
+        raise ValueError(
+            f"{name} is quantised already ({kind}): without the weight that it was made from there "
+            "is no error for LoftQ to make up for. Pass original_weights=, the folder or the "
+            "state_dict of the model that was quantised, or adapt that model"
+        )
+    originals.find(name)
+    return initializer.toward(lambda: originals.weight(name, _base(module)))
+
+
 def make_starts(
     plans: list[LayerPlan],
     initializer: Initializer,
@@ -185,11 +220,11 @@ def make_starts(
                 with _naming(plan.name):
                     refuse_unfit(matrix, _base(plan.module).weight, first.r, initializer)
         try:
-            starts = initializer.starts(matrices, first.r, first.scaling, given)
+            starts = batch[0].initializer.starts(matrices, first.r, first.scaling, given)
         except (ValueError, TypeError):
             for k, plan in enumerate(batch):  # which one was it?
                 with _naming(plan.name):
-                    initializer(matrices[k], first.r, first.scaling, given and given[k])
+                    plan.initializer(matrices[k], first.r, first.scaling, given and given[k])
             raise
         for plan, matrix, start in zip(batch, matrices, starts, strict=True):
             with _naming(plan.name):

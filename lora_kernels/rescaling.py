@@ -142,10 +142,21 @@ class ScaledStart(Initializer):
     def grows_with_scaling(self) -> bool:
         return self.start.grows_with_scaling
 
+    @property
+    def rewrites_base(self) -> bool:
+        return self.start.rewrites_base
+
     def __call__(
         self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
     ) -> Start:
         """The scaled start, kept as factors: it has no β."""
-        start = self.start(weight, r, scaling * self.alpha_A * self.alpha_B, gradient)
+        own = scaling * self.alpha_A * self.alpha_B
+        start = self.start(weight, r, own, gradient)
         A, B = start.lora_A * self.alpha_A, start.lora_B * self.alpha_B
         return replace(start, lora_A=A, lora_B=B, beta=None)
+
+    def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
+        """What the start does; a base that is not rewritten lacks s·B₀A₀ as always."""
+        if not self.rewrites_base:
+            return super().take_out_(weight, start, scaling)
+        return self.start.take_out_(weight, start, scaling * self.alpha_A * self.alpha_B)

@@ -33,6 +33,7 @@ class LoRAWrapper(AdaptedLayer):
         layer = cls()
         layer.base_layer = base_layer
         layer._differentiable = bases.passes_gradient(base_layer)
+        bases.keep_unpacked(base_layer)
         layer.training = base_layer.training
         layer._set_names(adapter_name)
         layer._set_options(options)

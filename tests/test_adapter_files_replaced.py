@@ -10,13 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from torch import nn
 
-from lora_kernels import (
-    _atomic,
-)
+from lora_kernels import _atomic, adapter_files
 from lora_kernels.adapter_files import NATIVE_FILE, read_adapter, write_adapter
 from lora_kernels.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
 
@@ -88,7 +87,7 @@ class TestReplacing:
         assert_same(read_adapter(tmp_path), pair[0])
 
     @pytest.mark.parametrize("form", ["peft", "native"])
-    @pytest.mark.parametrize("step", range(1, 7))
+    @pytest.mark.parametrize("step", range(1, 9))
     def test_stopped_at_every_step(self, step, form, pair, tmp_path, monkeypatch):
         """Where the folder cannot be exchanged: PEFT finds no configuration rather than one that
         is not of the tensors, and this package reads one of the two.
@@ -131,6 +130,28 @@ class TestReplacing:
         assert len(list(folder.iterdir())) == 3 and len(list(tmp_path.iterdir())) == 1
         assert_same(read_adapter(folder), new)
 
+    def test_what_a_killed_process_left(self, pair, tmp_path):
+        """Its own half-written files go; what is in the former folder and nobody's is kept."""
+        folder = tmp_path / "out"
+        write_adapter(folder, pair[0])
+        for parent, mark in ((folder, True), (tmp_path, True), (tmp_path, False)):
+            stage = parent / f".out.saving-{mark}"
+            stage.mkdir()
+            for name in (ADAPTER_FILE, "half" if mark else "notes", *([".unfinished"] * mark)):
+                (stage / name).write_text("x")
+        write_adapter(folder, pair[1])
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        left = {p.name for p in folder.iterdir()}
+        assert left == {ADAPTER_CONFIG, ADAPTER_FILE, "notes"}
+
+    def test_modes(self, pair, tmp_path):
+        """Who may read the configuration may read the tensors; a folder keeps its mode."""
+        (tmp_path / "out").mkdir(mode=0o750)
+        for state in pair:
+            write_adapter(tmp_path / "out", state)
+            modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+            assert len(modes) == 1 and (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
     def test_a_stage_at_work_is_left_alone(self, pair, tmp_path):
         folder = tmp_path / "out"
         write_adapter(folder, pair[0])
@@ -150,6 +171,25 @@ class TestReplacing:
             write_adapter(tmp_path, pair[1])
         assert_same(read_adapter(tmp_path), pair[0])
         assert len(list(tmp_path.iterdir())) == 2
+
+    @pytest.mark.parametrize("forms", [("peft", "peft"), ("peft", "native"), ("native", "peft")])
+    def test_read_while_it_is_replaced(self, forms, pair, tmp_path, monkeypatch):
+        """A reader that has the configuration of the old one looks again."""
+        write_adapter(tmp_path, pair[0], format=forms[0])
+        load, replaced = adapter_files.load_tensors, []
+
+        def late(file):
+            if not replaced:
+                replaced.append(True)
+                if forms[0] != forms[1]:  # which this reader has opened already
+                    result = load(file)
+                    write_adapter(tmp_path, pair[1], format=forms[1])
+                    return result
+                write_adapter(tmp_path, pair[1], format=forms[1])
+            return load(file)
+
+        monkeypatch.setattr(adapter_files, "load_tensors", late)
+        assert_same(read_adapter(tmp_path), pair[1])
 
     def test_symbolic_links_and_relative_paths(self, pair, tmp_path, monkeypatch):
         (tmp_path / "real").mkdir()
@@ -188,9 +228,20 @@ for line in sys.stdin:
 """
 
 
+@pytest.fixture()
+def memory_folder(tmp_path):
+    """In memory, where it can be: a kill is the same there, and a busy disk does not count."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("kills,alone", [(50, True), (15, False)], ids=["alone", "shared"])
-def test_kill_9(kills, alone, tmp_path):
+def test_kill_9(kills, alone, memory_folder):
     """Savers that write two adapters over each other by turns, killed at a random moment: what is
     there is one of the two, to this package and to plain PEFT. In a folder with other files, which
     is not exchanged, PEFT may find no configuration.
@@ -204,15 +255,22 @@ def test_kill_9(kills, alone, tmp_path):
     base = nn.ModuleDict({"block": inner})
     want = []
     for index, state in enumerate(states):
-        write_adapter(tmp_path / str(index), state)
+        write_adapter(memory_folder / str(index), state)
         layer = state.layers["block.1.q"]
         right, left = layer.update_factors()
         want.append(layer.scaling * left @ right)
-    folder = tmp_path / "out"
+    folder = memory_folder / "out"
     folder.mkdir()
     if not alone:
         (folder / "notes").write_text("mine")
-    command = [sys.executable, "-c", SAVERS, str(folder), str(tmp_path / "0"), str(tmp_path / "1")]
+    command = [
+        sys.executable,
+        "-c",
+        SAVERS,
+        str(folder),
+        str(memory_folder / "0"),
+        str(memory_folder / "1"),
+    ]
     generator = random.Random(0)
     seen = [0, 0]
     with subprocess.Popen(
@@ -239,6 +297,6 @@ def test_kill_9(kills, alone, tmp_path):
         savers.stdin.close()
     assert min(seen) >= kills // 10
     write_adapter(folder, states[0])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "out"]
+    assert sorted(p.name for p in memory_folder.iterdir()) == ["0", "1", "out"]
     ours = [ADAPTER_CONFIG, ADAPTER_FILE]
     assert sorted(p.name for p in folder.iterdir()) == ours + ([] if alone else ["notes"])

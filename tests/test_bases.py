@@ -103,6 +103,20 @@ class TestKinds:
 
         assert kind_of(Wrapper(module)) is None and kind_of(Wrapper(nn.Linear(3, 5))) is None
 
+    def test_no_codes(self):
+        """What has sizes is not yet a linear layer."""
+
+        class Fourier(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.in_features, self.out_features = 3, 5
+                self.register_buffer("frequencies", torch.randn(5, 3))
+
+            def forward(self, x):
+                return (x @ self.frequencies.T).sin()
+
+        assert kind_of(Fourier()) is None
+
     def test_others_are_errors(self):
         for ask in (linear_shape, dequantized_weight, compute_dtype, device_of, passes_gradient):
             with pytest.raises(TypeError, match="LayerNorm is no linear layer"):
@@ -260,6 +274,15 @@ class TestDequantizedWeight:
         module = Shifted(torch.randn(8, 16), None, torch.float32)
         got = to_numpy(dequantized_weight(module))
         assert np.abs(got - module.oracle()).max() <= 4 * ROUNDING[torch.float32] * 8
+
+    @pytest.mark.parametrize("change", [torch.sin, torch.abs, lambda y: y * torch.nan])
+    def test_not_linear(self, change):
+        class Changed(OnlyForward):
+            def forward(self, x):
+                return change(super().forward(x))
+
+        with pytest.raises(ValueError, match="Changed computes no linear function of its input"):
+            dequantized_weight(Changed(torch.randn(8, 16), None, torch.float32))
 
     def test_hooks_do_not_see_the_identity(self):
         module = OnlyForward(torch.randn(8, 16), None, torch.float32)

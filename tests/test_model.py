@@ -47,7 +47,8 @@ def quiet(model, config=None, **kwargs):
 def gradients_for(model, config):
     if not config.initializer.needs_gradient:
         return None
-    batches = [{"input_ids": token_ids(), "labels": token_ids()}]
+    ids = token_ids().to(next(model.parameters()).device)
+    batches = [{"input_ids": ids, "labels": ids}]
     return capture_gradients(model, batches, progress=False)
 
 
@@ -72,9 +73,9 @@ def assert_unchanged(model, before) -> None:
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("residual", ["auto", "implicit"])
 @pytest.mark.parametrize("name", NAMES)
-def test_life_of_a_model(make, residual, name, tmp_path):
+def test_life_of_a_model(make, residual, name, tmp_path, device):
     """Start, train, off, on, save, load, merge, unload: all against the base and each other."""
-    model = make(dtype=torch.float64)
+    model = make(dtype=torch.float64).to(device)
     base = logits(model)
     config = LoRAConfig(r=4, lora_alpha=6, init_lora_weights=name, residual=residual)
     quiet(model, config, gradients=gradients_for(model, config))
@@ -91,7 +92,7 @@ def test_life_of_a_model(make, residual, name, tmp_path):
         assert torch.equal(off, base)
     assert torch.equal(logits(model), trained)
 
-    fresh = make(dtype=torch.float64)
+    fresh = make(dtype=torch.float64).to(device)
     save_adapter(model, tmp_path / "native", format="native")
     load_adapter(fresh, tmp_path / "native", progress=False)
     assert torch.equal(logits(fresh), trained)

@@ -128,7 +128,8 @@ def test_scaled_start():
 @pytest.mark.parametrize("name", initializer_names())
 def test_scaled_start_is_treated_as_its_start(name):
     scaled = Setup("sgd", 1, 1, 1, alpha_A=2.0).initializer(name)
-    for what in ("changes_base", "reads_weight", "needs_gradient", "grows_with_scaling"):
+    whats = ("changes_base", "reads_weight", "needs_gradient", "grows_with_scaling")
+    for what in (*whats, "rewrites_base"):
         assert getattr(scaled, what) == getattr(scaled.start, what), what
 
 
@@ -147,6 +148,23 @@ def test_scaled_start_of_a_gradient():
             gradient=G,
         )
         products.append(layer.scaling * layer.lora_B @ layer.lora_A)
+    assert torch.equal(*products)  # powers of two
+
+
+def test_scaled_start_of_a_base_that_is_rewritten():
+    """LoftQ's base and s·BA are the same at any α."""
+    linears = [nn.Linear(64, 48, bias=False) for _ in range(2)]
+    linears[1].load_state_dict(linears[0].state_dict())
+    layers = [
+        LoRALinear.from_linear(
+            linear, r=4, lora_alpha=setup.lora_alpha, init_lora_weights=setup.initializer("loftq")
+        )
+        for linear, setup in zip(
+            linears, (Setup("sgd", 4, 1, 1), rescaled(Setup("sgd", 4, 1, 1), 2.0, 8.0)), strict=True
+        )
+    ]
+    assert torch.equal(layers[0].weight, layers[1].weight)
+    products = [layer.scaling * layer.lora_B @ layer.lora_A for layer in layers]
     assert torch.equal(*products)  # powers of two
 
 

@@ -62,7 +62,8 @@ def token_ids(rows: int = 2, length: int = 12, seed: int = 1) -> Tensor:
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
     """In the mode that the model is in."""
-    return model(input_ids=token_ids() if ids is None else ids, use_cache=False).logits
+    ids = (token_ids() if ids is None else ids).to(next(model.parameters()).device)
+    return model(input_ids=ids, use_cache=False).logits
 
 
 def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, seed: int = 2) -> list[float]:
@@ -71,7 +72,7 @@ def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, seed: int = 2) -> 
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     losses = []
     for step in range(steps):
-        ids = token_ids(seed=seed + step)
+        ids = token_ids(seed=seed + step).to(parameters[0].device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()

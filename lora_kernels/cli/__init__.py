@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from torch import OutOfMemoryError
+
 from .._extras import MissingExtraError
 from .._version import __version__
 from . import convert, init, inspect, merge, verify
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return options.run(options) or 0
-    except (ValueError, TypeError, OSError, MissingExtraError) as error:
+    except (ValueError, TypeError, OSError, MissingExtraError, OutOfMemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"lora-kernels {options.command}: {message}", file=sys.stderr)
         return 1

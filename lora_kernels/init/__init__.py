@@ -2,6 +2,7 @@
 
 from .base import Initializer, Start
 from .data_driven import LoRAGA, LoRAOne, LoRASB
+from .loftq import LoftQ
 from .loram import LoRAM
 from .random import Gaussian, InitAB, InitABPlus, InitB, LoRA
 from .registry import get_initializer, initializer_names, register_initializer
@@ -19,6 +20,7 @@ __all__ = [
     "LoRAOne",
     "LoRASB",
     "LoRAXS",
+    "LoftQ",
     "MiLoRA",
     "OLoRA",
     "PiSSA",

@@ -20,7 +20,8 @@ class Start:
     `lora_A` [r, in] and `lora_B` [out, r]; `beta`, the DST scale if the factors are β times DST
     bases (0-dim float64), from which they can be made again; `lora_R` [r, r] if that is what trains
     between a frozen A and B, which the layer then multiplies as B R A; `weight_norm`, ‖W‖_F (0-dim
-    float64) if the initialiser has measured it on the way.
+    float64) if the initialiser has measured it on the way. LoftQ's base is another than
+    W − s · B₀A₀: `rewritten`, and made from the start of the step before, `earlier`.
     """
 
     lora_A: Tensor
@@ -28,6 +29,8 @@ class Start:
     beta: Tensor | None = None
     lora_R: Tensor | None = None
     weight_norm: Tensor | None = None
+    rewritten: bool = False
+    earlier: Start | None = None
 
     def right(self) -> Tensor:
         """A, or R A if there is an R, in float32 or wider: s · B₀A₀ is s · `lora_B` times this."""
@@ -46,9 +49,12 @@ class Initializer(ABC):
     - `reads_weight`: whether the start depends on W's values.
     - `needs_gradient`: whether it is made from the loss gradient of W.
     - `grows_with_scaling`: whether s · B₀A₀ is of some size, and the larger the larger s is.
+    - `rewrites_base`: whether the base becomes something else than W − s · B₀A₀, so that it has to
+      be rewritten for the start to make sense.
     """
 
     changes_base: bool
+    rewrites_base: bool = False
     reads_weight: bool = False
     needs_gradient: bool = False
 
@@ -94,8 +100,21 @@ class Initializer(ABC):
         start = checked(self(weight, r, scaling, gradient), weight, r)
         if self.changes_base:
             check_residual_fits(weight, start, scaling)
-            subtract_start_(weight, start, scaling)
+            self.take_out_(weight, start, scaling)
         return start
+
+    def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
+        """Makes the base that goes with a start of `weight`, in place: weight − scaling · B₀A₀."""
+        subtract_start_(weight, start, scaling)
+
+
+def refuse_implicit(initializer: Initializer, residual: str) -> None:
+    """Raises if the start needs a base that it rewrites, and that is to stay as it is."""
+    if initializer.rewrites_base and residual != "absorb":
+        raise ValueError(
+            f"the start of {type(initializer).__name__} goes with a base that it rewrites, to "
+            "quantised values: it needs a float weight of its own and residual='absorb'"
+        )
 
 
 def checked(start: Start, weight: Tensor, r: int) -> Start:

@@ -89,7 +89,7 @@ class PiSSA(_Leading):
     changes_base = True
 
     def _start(self, U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Start:
-        return _split(U, S, Vh, scaling)
+        return split(U, S, Vh, scaling)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class MiLoRA(_Spectral):
                     "components of MiLoRA would start at zero and never train; take another start"
                 )
         return [
-            _split(u.flip(1), s.flip(0), vh.flip(0), scaling)
+            split(u.flip(1), s.flip(0), vh.flip(0), scaling)
             for u, s, vh in zip(U, S, Vh, strict=True)
         ]
 
@@ -215,7 +215,7 @@ def refuse_small_rank(S: Tensor, matrix: Tensor, name: str, method: str) -> None
         )
 
 
-def _split(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Start:
+def split(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Start:
     """A and B with s·BA = U S Vᵀ, half of S / s in each."""
     check_finite(scaling, "scaling")
     if scaling <= 0:

@@ -15,7 +15,7 @@ from .. import bases
 from .._errors import unknown_name
 from .._progress import tracked
 from ..init import Initializer, Start, get_initializer
-from ..init.base import checked
+from ..init.base import checked, refuse_implicit
 from ..ops._checks import check_rank
 from .files import install, uninstall
 from .layers import (
@@ -168,6 +168,7 @@ def initialize(
     check_model(peft_model)
     initializer = get_initializer(init_lora_weights)
     _check_residual(residual)
+    refuse_implicit(initializer, residual)
     adapter = adapter_of(peft_model, adapter_name)
     _refuse_changed_base(peft_model)
     _refuse_merged(peft_model)

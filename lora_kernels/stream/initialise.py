@@ -15,12 +15,13 @@ from torch import Tensor
 from .. import _recipe
 from .._peft_format import to_peft
 from .._progress import ByteCounter, uncounted
+from .._stored_state import native_tensors
 from .._version import __version__
-from ..adapter_files import METADATA, NATIVE_FILE, NATIVE_TYPE, START, native_tensors
+from ..adapter_files import METADATA, NATIVE_FILE, NATIVE_TYPE, START
 from ..checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, StoredWeight, is_embedding, stored_weights
 from ..config import LoRAConfig
 from ..init import Initializer, LoRAM
-from ..init.base import checked
+from ..init.base import checked, refuse_implicit
 from ..ops._checks import as_integer
 from ..ops.loram_init import log_gain
 from ..state import AdapterState
@@ -69,10 +70,10 @@ def initialise(
     are drawn have a seed of their own for each layer, of `seed` and its name.
 
     A run that was killed goes on where it was, if it is repeated; the result is the same to the
-    last byte. Peak memory is the largest of the tensors that start, twice of it if it is cast,
-    and 128 MiB; beside what the start itself takes. `sync` waits for the disk before the folder is
-    complete, as `cp` does not. `progress(total)` gives a function that is told
-    of bytes that are done.
+    last byte. Peak memory is the largest of the tensors that start, with its cast copy if there is
+    one, and 128 MiB; beside what the start itself takes. `sync` waits for the disk before the
+    folder is complete, as `cp` does not. `progress(total)` gives a function that is told of bytes
+    that are done.
 
     Raises:
         ValueError: a weight without a start, a value out of range, files that are no model; nothing
@@ -90,12 +91,14 @@ def initialise(
     residual = config.residual
     if residual == "auto":
         residual = "absorb" if initializer.changes_base else "implicit"
+    refuse_implicit(initializer, residual)
     if residual == "implicit" and dtype is not None:
         raise ValueError("dtype is for a base that is written; residual='implicit' writes none")
+    where = _device(device)
     check_apart(model, out)
     folder = ModelFolder(model)
     weights = _weights(folder, config, residual)
-    job = _Job(out, folder, config, initializer, residual, weights, torch.device(device), seed)
+    job = _Job(out, folder, config, initializer, residual, weights, where, seed)
     task = {
         "command": "init",
         "version": __version__,
@@ -114,6 +117,15 @@ def initialise(
         except (ValueError, TypeError):
             work.abandon()
             raise
+
+
+def _device(name: str) -> torch.device:
+    """That device, which is there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used here: {first}") from None
 
 
 def _weights(folder: ModelFolder, config: LoRAConfig, residual: str) -> list[StoredWeight]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .. import _recipe
 from .._peft_format import split_tensors
-from ..adapter_files import METADATA, START, load_tensors
+from .._tensor_file import load_tensors
+from ..adapter_files import METADATA, START
 from ..checkpoint import ADAPTER_FILE
 from ..state import AdapterState
 from .layout import read_layout
@@ -58,6 +59,11 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
         ValueError: the two do not go together.
 
     """
+    if start.config.initializer.rewrites_base:
+        raise ValueError(
+            f"{start.config.init_lora_weights!r} has made another base than the original less its "
+            "start: what is trained on it belongs to it, as it is"
+        )
     layers = dict(trained.layers)
     for name, first in start.layers.items():
         layer = layers.get(name)
@@ -96,7 +102,7 @@ def refuse_residual(adapter: Path, state: AdapterState, base: Path | None = None
     if is_start(trained_on / ADAPTER) and (base is None or not trained_on.samefile(base)):
         raise ValueError(
             f"{adapter} was trained on {trained_on}, whose weights lack a start, and is wrong on "
-            f"the original model: convert it with --start {trained_on / ADAPTER}"
+            f"another model: convert it with --start {trained_on / ADAPTER}"
         )
 
 

@@ -26,10 +26,11 @@ def test_names():
     random = {"lora", "init_b", "gaussian", "init_ab", "init_ab_plus"}
     spectral = {"pissa", "milora", "olora", "lora_xs"}
     data_driven = {"lora_ga", "lora_one", "lora_sb"}
-    assert {"loram"} | random | spectral | data_driven <= set(initializer_names())
+    assert {"loram", "loftq"} | random | spectral | data_driven <= set(initializer_names())
     for name in initializer_names():
         initializer = get_initializer(name)
         assert initializer.needs_gradient == (name in data_driven)
+        assert initializer.rewrites_base == (name == "loftq")
         source = f"{type(initializer).__doc__} {type(initializer).__mro__[1].__doc__}"
         assert "arXiv" in source or "PEFT" in source  # formula and source are told
     assert get_initializer("LoRAM") == LoRAM()

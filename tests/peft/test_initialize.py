@@ -389,6 +389,7 @@ def test_names_of_gradients():
         ({"init_lora_weights": "loramm"}, ValueError, "did you mean 'loram'"),
         ({"init_lora_weights": LoRAM}, TypeError, r"make an object of it, LoRAM\(\)"),
         ({"init_lora_weights": "lora_xs"}, ValueError, "an R between a frozen A and B"),
+        ({"init_lora_weights": "loftq"}, ValueError, "LoftQ goes with a base that it rewrites"),
         ({"init_lora_weights": "lora_ga"}, ValueError, "layers.0.self_attn.q_proj: .*gradient"),
         ({"init_lora_weights": "loram", "gradients": {}}, ValueError, "no use for gradients"),
         ({"init_lora_weights": "lora_ga", "gradients": {}}, ValueError, "gradients has none for"),

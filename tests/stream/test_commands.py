@@ -58,7 +58,8 @@ def test_options_arrive(odd_model, tmp_path):
         (["--lora-alpha", "-1"], "lora_alpha must be positive"),
         (["--residual", "implicit", "--dtype", "float16"], "dtype is for a base that is written"),
         (["--device", "nonsense"], "nonsense"),
-        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "cuda:99"], "'cuda:99' cannot be used here"),
+        (["--method", "loftq", "--residual", "implicit"], "a base that it rewrites"),
     ],
 )
 def test_init_errors(arguments, match, odd_model, tmp_path, capsys):
@@ -98,7 +99,7 @@ def test_help(command, capsys):
 
 
 def test_bar(odd_model, tmp_path, monkeypatch, capsys):
-    """By bytes, where standard error is a terminal; none elsewhere, and none if it is not wanted."""
+    """By bytes, where standard error is a terminal; none if it is not wanted."""
     rich = pytest.importorskip("rich.console")
     console = rich.Console
 
@@ -106,11 +107,8 @@ def test_bar(odd_model, tmp_path, monkeypatch, capsys):
         return console(*args, **options, force_terminal=True)
 
     monkeypatch.setattr(rich, "Console", terminal)
-    counted: list[int] = []
     with _progress.byte_bar("init") as begin:
-        advance = begin(100)
-        advance(60)
-        counted.append(60)
+        begin(100)(60)
     assert "init" in capsys.readouterr().err
     with _progress.byte_bar("init", enabled=False) as begin:
         begin(100)(60)

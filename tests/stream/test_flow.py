@@ -107,6 +107,19 @@ def test_trained_on_the_residual_is_no_adapter_of_the_original(llama, tmp_path, 
     assert not (tmp_path / "converted").exists() and not (tmp_path / "merged").exists()
 
 
+def test_loftq_stays_on_its_base(llama, tmp_path, capsys):
+    out = tmp_path / "out"
+    run("init", llama, out, "-r", 4, "--method", "loftq", "--quiet")
+    model = peft.PeftModel.from_pretrained(load(out), out / "adapter", is_trainable=True)
+    train(model)
+    model.save_pretrained(tmp_path / "trained")
+    start = ["--start", out / "adapter"]
+    arguments = ["convert", tmp_path / "trained", tmp_path / "adapter", *start]
+    assert main([str(a) for a in arguments]) == 1
+    assert "has made another base" in capsys.readouterr().err
+    run("verify", tmp_path / "trained", out, "--quiet")
+
+
 def test_implicit(gpt2, tmp_path, capsys):
     """Native folders: load, train, convert; the start computes nothing."""
     native, adapter = tmp_path / "native", tmp_path / "adapter"

@@ -136,6 +136,10 @@ class TestAbsorb:
             if not get_initializer(method).changes_base:
                 assert stored == after[f"{name}.weight"]
                 continue
+            if method == "loftq":  # the base is its quantised values, the start what they lack
+                W_start = W_res + 3.0 * B @ A
+                assert 0 < np.linalg.norm(W - W_start) < np.linalg.norm(W - W_res)
+                continue
             check_residual(W, W_res, A, B, 3.0, TORCH[stored[0]])
             assert np.linalg.norm(W - W_res) > 1e-3 * np.linalg.norm(W)
 
@@ -225,7 +229,7 @@ class TestAbsorb:
 
 
 class TestImplicit:
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", [m for m in METHODS if m != "loftq"])
     def test_native_adapter(self, method, odd_model, tmp_path):
         """The factors of the initialiser itself, the base is only named, and no copy of it made."""
         out = tmp_path / "out"

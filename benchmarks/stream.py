@@ -2,8 +2,8 @@
 
 The floor is what every tool has to do: read each byte once and write each byte once, as `cp` of the
 same files does. On top come two passes over the weights in memory, the norm and the subtraction.
-The variants take turns; every round writes new files, on one disk, and deletes them untimed. What
-`cp` leaves to be written to the disk later, `init` waits for: `cp + fsync` is the same for both.
+The variants take turns; every round writes new files, on one disk, and deletes them untimed. `cp`
+and `init` leave the system to write to the disk later; `cp + fsync` and `init --sync` wait for it.
 """
 
 from __future__ import annotations
@@ -90,6 +90,9 @@ def variants(source: Path, scratch: Path, r: int) -> dict[str, Variant]:
         "cp + fsync": variant(partial(copy, source, sync=True)),
         "read + write": variant(partial(copy_by_hand, source)),
         "init loram": variant(lambda path: initialise(source, path, LoRAConfig(r=r))),
+        "init loram --sync": variant(
+            lambda path: initialise(source, path, LoRAConfig(r=r), sync=True)
+        ),
     }
 
 

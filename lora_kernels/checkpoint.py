@@ -117,7 +117,7 @@ def stored_weights(
         if t.name.endswith(".weight") and len(t.shape) == 2 and t.dtype in _FLOATS
     }
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        names = [n for n in matrices if not is_embedding(n) and not _HEAD.fullmatch(_ending(n))]
+        names = [name for name in matrices if not is_embedding(name) and not is_head(name)]
     else:
         names = match_names(matrices, targets)
     if names and exclude:
@@ -196,6 +196,11 @@ def _scaling(config: dict[str, Any], name: str, r: int) -> float:
             alpha = value
             break
     return lora_scaling(alpha, r, "rslora" if config.get("use_rslora") else "lora")
+
+
+def is_head(layer: str) -> bool:
+    """Whether the layer is an output head, by its name."""
+    return _HEAD.fullmatch(_ending(layer)) is not None
 
 
 def _ending(name: str) -> str:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .._extras import needed
 from ._options import add_command, add_path, table_console
@@ -43,7 +47,8 @@ def _verify(options: argparse.Namespace) -> int:
     # Before the first import of transformers reads them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    checks = list(verify(options.adapter, options.base, logits=not options.files_only))
+    with _others_silent():
+        checks = list(verify(options.adapter, options.base, logits=not options.files_only))
     if console:
         table = needed("rich.table", "the table", "cli").Table(show_header=False)
         words = {True: "ok", False: "WRONG", None: "skipped"}
@@ -51,3 +56,15 @@ def _verify(options: argparse.Namespace) -> int:
             table.add_row(words[check.passed], check.name, check.detail)
         console.print(table, markup=False)
     return int(any(check.passed is False for check in checks))
+
+
+@contextmanager
+def _others_silent() -> Iterator[None]:
+    """Without what other packages log and warn of when imported, which is not about the adapter."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"transformers|torch|torchao|peft")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import INDEX, model_files, read_json
+from ..checkpoint import INDEX, is_head, model_files, read_json
 from .blocks import cut
 from .layout import DTYPES, Layout, read_layout
 from .pipeline import Shard
+from .start import is_start
 from .unfinished import UnfinishedFolder
 
 CONFIG = "config.json"
@@ -31,7 +32,6 @@ _PREFIXES = {"gpt2": "transformer", "openai-gpt": "transformer", "bloom": "trans
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -87,7 +87,19 @@ class ModelFolder:
     def task_type(self) -> str | None:
         """PEFT's name for what the model is for, where its class tells."""
         kind = str((self.config.get("architectures") or [""])[0])
+        if self.config.get("is_encoder_decoder"):
+            return "SEQ_2_SEQ_LM" if kind.endswith("ForConditionalGeneration") else None
         return next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the output head is the input embedding: as the configuration says, or else if no
+        head is stored.
+        """
+        for config in (self.config, self.config.get("text_config") or {}):
+            if "tie_word_embeddings" in config:
+                return bool(config["tie_word_embeddings"])
+        return not any(is_head(name.rpartition(".")[0]) for name in self.tensors)
 
     @cached_property
     def tensors(self) -> dict[str, str]:
@@ -167,7 +179,8 @@ class ModelFolder:
             if entry.name.startswith(".") or entry.name.endswith(_WEIGHTS):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                yield from self._walk(path)
+                if not is_start(path):  # which goes with these very weights
+                    yield from self._walk(path)
             elif entry.is_file() and path != self.path / CONFIG:
                 yield path.relative_to(self.path)
 

@@ -18,7 +18,14 @@ from .._progress import ByteCounter, uncounted
 from .._stored_state import native_tensors
 from .._version import __version__
 from ..adapter_files import METADATA, NATIVE_FILE, NATIVE_TYPE, START
-from ..checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, StoredWeight, is_embedding, stored_weights
+from ..checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    StoredWeight,
+    is_embedding,
+    is_head,
+    stored_weights,
+)
 from ..config import LoRAConfig
 from ..init import Initializer, LoRAM
 from ..init.base import checked, refuse_implicit
@@ -28,10 +35,8 @@ from ..state import AdapterState
 from .factors import FactorFile, StartRecord, read_records, write_tensors
 from .folder import CONFIG, ModelFolder, check_apart, check_space, pretty
 from .pipeline import Actions, Shard, run
-from .start import ADAPTER
+from .start import ADAPTER, is_start
 from .unfinished import UnfinishedFolder, identity
-
-_HEADS = ("lm_head", "embed_out")
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,15 @@ def initialise(
             f"{config.init_lora_weights!r} starts from the loss gradients of the weights, which "
             "files do not tell: load the model and use lora_kernels.capture_gradients and add_lora"
         )
+    for option, none in (
+        ("modules_to_save", None),
+        ("bias", "none"),
+        ("layers_to_transform", None),
+    ):
+        if getattr(config, option) != none:
+            raise ValueError(
+                f"{option} is for models that are loaded: give target_modules and exclude_modules"
+            )
     residual = config.residual
     if residual == "auto":
         residual = "absorb" if initializer.changes_base else "implicit"
@@ -97,6 +111,8 @@ def initialise(
     where = _device(device)
     check_apart(model, out)
     folder = ModelFolder(model)
+    if is_start(model / ADAPTER):
+        raise ValueError(f"{model} lacks a start already: take the model it was made from")
     weights = _weights(folder, config, residual)
     job = _Job(out, folder, config, initializer, residual, weights, where, seed)
     task = {
@@ -131,11 +147,10 @@ def _device(name: str) -> torch.device:
 def _weights(folder: ModelFolder, config: LoRAConfig, residual: str) -> list[StoredWeight]:
     """What starts, with a rank that fits."""
     weights = stored_weights(folder.path, config.target_modules, config.exclude_modules)
-    tied = folder.config.get("tie_word_embeddings", False)
     for weight in weights:
         if is_embedding(weight.name):
             raise ValueError(f"{weight.name} is an embedding by its name, not a linear layer")
-        if tied and residual == "absorb" and weight.name.rpartition(".")[2] in _HEADS:
+        if residual == "absorb" and is_head(weight.name) and folder.tied:
             raise ValueError(
                 f"{weight.name} is tied to the embedding, which a start must not be taken out of: "
                 "take residual='implicit'"

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._progress import ByteCounter, uncounted
 from .._version import __version__
 from ..adapter_files import read_adapter
-from ..checkpoint import is_embedding, is_transposed
+from ..checkpoint import is_embedding, is_head, is_transposed
 from ..init.base import subtract_factors_
 from ..state import AdapterState, LayerState
 from ..targets import nearest
@@ -165,11 +165,11 @@ def changes_of(folder: ModelFolder, state: AdapterState) -> dict[str, Change]:
 
 def _check_tied(folder: ModelFolder, wanted: Mapping[str, LayerState | Tensor]) -> None:
     """Raises if an input embedding or an output head changes that the model ties to each other."""
-    if not folder.config.get("tie_word_embeddings", False):
+    if not folder.tied:
         return
     for name in wanted:
         layer = name.rpartition(".")[0]
-        if is_embedding(layer) or layer.rpartition(".")[2] in ("lm_head", "embed_out"):
+        if is_embedding(layer) or is_head(layer):
             raise ValueError(
                 f"the adapter changes {layer!r}, which {folder.path} ties to its output head or "
                 "embedding: a merged model cannot tell them apart; use the adapter unmerged"

@@ -71,7 +71,8 @@ class UnfinishedFolder:
         self.out, self.work = out, out / WORK
         self.finished: dict[str, Record] = {}
         self.completed = False  # but for what is hidden
-        self._head = {"task": dict(task), "inputs": dict(inputs), "boot": _boot()}
+        head = {"task": dict(task), "inputs": dict(inputs), "boot": _boot()}
+        self._head = json.loads(json.dumps(head))  # as it comes out of the journal
         self._overwrite, self._sync = overwrite, sync
         self._journal: int | None = None
 

@@ -319,6 +319,9 @@ class TestErrors:
             ({"target_modules": ["embed_tokens"]}, "is an embedding by its name"),
             ({"target_modules": ["q_prok"]}, "did you mean 'q_proj'"),
             ({"exclude_modules": ["q_prok"]}, "did you mean 'q_proj'"),
+            ({"modules_to_save": ["norm"]}, "modules_to_save is for models that are loaded"),
+            ({"bias": "all"}, "bias is for models that are loaded"),
+            ({"layers_to_transform": 1}, "layers_to_transform is for models that are loaded"),
         ],
     )
     def test_options(self, options, match, odd_model, tmp_path):
@@ -337,6 +340,12 @@ class TestErrors:
         (odd_model / "config.json").write_text('{"tie_word_embeddings": true}')
         with pytest.raises(ValueError, match="lm_head is tied to the embedding"):
             initialise(odd_model, tmp_path / "out", config(target_modules=["lm_head"]))
+
+    def test_twice(self, odd_model, tmp_path):
+        """What lacks a start is no base for another."""
+        initialise(odd_model, tmp_path / "once", config())
+        with pytest.raises(ValueError, match="once lacks a start already"):
+            initialise(tmp_path / "once", tmp_path / "twice", config())
 
     @pytest.mark.parametrize("out", [".", "inside", ".."])
     def test_folders_in_each_other(self, out, odd_model):

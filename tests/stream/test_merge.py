@@ -96,15 +96,17 @@ def test_trained_in_full(odd_model, tmp_path):
         r=R, target_modules=tuple(NAMES[:1]), modules_to_save=("norm", "embed_tokens")
     )
     write_adapter(tmp_path / "adapter", state)
+    (odd_model / "config.json").write_text('{"tie_word_embeddings": false}')
     assert merge(odd_model, tmp_path / "adapter", tmp_path / "out").replaced == 2
     tensors = read_file(tmp_path / "out" / "part-1-of-3.safetensors")[0]
     got = as_float64(tensors["model.layers.0.norm.weight"])
     assert np.array_equal(got, to_numpy(norm))
     got = as_float64(tensors["model.embed_tokens.weight"])
     assert np.array_equal(got, to_numpy(embedding.bfloat16()))
-    (odd_model / "config.json").write_text('{"tie_word_embeddings": true}')
-    with pytest.raises(ValueError, match=r"'model\.embed_tokens', which .* ties to its output"):
-        merge(odd_model, tmp_path / "adapter", tmp_path / "tied")
+    for tied in ('{"tie_word_embeddings": true}', "{}"):  # no head is stored
+        (odd_model / "config.json").write_text(tied)
+        with pytest.raises(ValueError, match=r"'model\.embed_tokens', which .* ties to its output"):
+            merge(odd_model, tmp_path / "adapter", tmp_path / "tied")
 
 
 class TestErrors:

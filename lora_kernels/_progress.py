@@ -1,12 +1,15 @@
-"""A progress bar for loops that take long, where rich is installed and somebody is looking."""
+"""Progress bars for what takes long, where rich is installed and somebody is looking."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TypeVar
 
 T = TypeVar("T")
+# Takes how many bytes there are, and gives a function that takes how many more are done.
+ByteCounter = Callable[[int], Callable[[int], None]]
 
 
 def tracked(items: Iterable[T], description: str, enabled: bool = True) -> Iterator[T]:
@@ -22,3 +25,47 @@ def tracked(items: Iterable[T], description: str, enabled: bool = True) -> Itera
     yield from track(
         items, description, total, console=console, disable=not console.is_terminal, transient=True
     )
+
+
+def uncounted(total: int) -> Callable[[int], None]:
+    """The `ByteCounter` that shows nothing."""
+    return lambda count: None
+
+
+@contextmanager
+def byte_bar(description: str, enabled: bool = True) -> Iterator[ByteCounter]:
+    """A bar with bytes, bytes a second and the time left, on standard error if it is a terminal.
+
+    Its functions may be called from any thread.
+    """
+    if not enabled or find_spec("rich") is None:
+        yield uncounted
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(description, total=None)
+
+        def begin(total: int) -> Callable[[int], None]:
+            bar.update(task, total=total)
+            return lambda count: bar.advance(task, count)
+
+        yield begin

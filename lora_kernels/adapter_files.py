@@ -35,7 +35,8 @@ NATIVE_FILE = "adapter_native.safetensors"
 NATIVE_TYPE = "LORA_KERNELS"
 FORMATS = ("peft", "native")
 _OWNED = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE})
-_METADATA = "lora_kernels"
+METADATA = "lora_kernels"
+START = "start"  # the format of a start beside the base that lacks it (lora_kernels.stream)
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ def write_adapter(
     metadata: dict[str, str] = {}
     if format == "native":
         file, tensors = NATIVE_FILE, native_tensors(state)
-        metadata[_METADATA] = _recipe.to_json(state, format)
-        config = {"peft_type": NATIVE_TYPE, **json.loads(metadata[_METADATA])}
+        metadata[METADATA] = _recipe.to_json(state, format)
+        config = {"peft_type": NATIVE_TYPE, **json.loads(metadata[METADATA])}
     else:
         if compress_to is not None:
             state, errors, error = recompressed(state, compress_to)
@@ -195,7 +196,7 @@ def write_adapter(
         config, tensors = to_peft(state, module_names, fan_in_fan_out)
         if compress_to is None:
             folded = tuple(n for n, layer in state.layers.items() if layer.lora_R is not None)
-            metadata[_METADATA] = _recipe.to_json(state, format, peft_config=config)
+            metadata[METADATA] = _recipe.to_json(state, format, peft_config=config)
     content = json.dumps(config, indent=2, allow_nan=False).encode()
     replace_files(
         folder,
@@ -230,13 +231,19 @@ def read_adapter(folder: str | Path) -> AdapterState:
             break  # else somebody has just written another one
     try:
         check_tensors(tensors)
-        if _METADATA not in metadata:
+        if METADATA not in metadata:
             if file.name == NATIVE_FILE:
                 raise ValueError("its recipe is missing")
             if config is None:
                 raise ValueError(f"{ADAPTER_CONFIG} is missing beside it, which has the scaling")
             return from_peft(config, tensors)
-        recipe = _recipe.from_json(metadata[_METADATA])
+        recipe = _recipe.from_json(metadata[METADATA])
+        if recipe["format"] == START:
+            raise ValueError(
+                f"it is the start of {recipe['base_model']}, whose weights lack it, and wrong on "
+                "the original model: train it there with PEFT, and convert what comes of it with "
+                f"lora-kernels convert --start {folder}"
+            )
         if (recipe["format"] == "native") != (file.name == NATIVE_FILE):
             raise ValueError(f"it was saved in the format {recipe['format']!r} and renamed")
         return from_recipe(recipe, config, tensors)

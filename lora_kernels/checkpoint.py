@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,19 @@ from torch import Tensor
 
 from ._extras import needed
 from .scaling import lora_scaling
+from .stream.unfinished import is_unfinished
 from .targets import ALL_LINEAR, match_names
 
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 _FLOATS = ("F64", "F32", "BF16", "F16")
-# Models whose linear layers are Conv1D: stored [in, out].
+# Models with layers of the kind Conv1D, stored [in, out], and how these layers are called.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-# Last parts of names of 2-D weights that are no projections: embeddings and output heads.
-_NO_PROJECTION = re.compile(r"wte|wpe|lm_head|embed_out|shared|.*embed.*")
+_CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")
+# Last parts of names of 2-D weights that are no projections: output heads and embeddings.
+_HEAD = re.compile(r"lm_head|embed_out")
+_EMBEDDING = re.compile(r"wte|wpe|shared|relative_attention_bias|(?!embed_out).*embed.*")
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -79,7 +82,7 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
 
     """
     tensors = []
-    for file in _files(path):
+    for file in model_files(path):
         with _open(file) as opened:
             for name in opened.keys():  # noqa: SIM118  (the handle itself cannot be iterated)
                 part = opened.get_slice(name)
@@ -87,12 +90,16 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     return tensors
 
 
-def stored_weights(path: Path, targets: str | Sequence[str] = ALL_LINEAR) -> list[StoredWeight]:
+def stored_weights(
+    path: Path,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    exclude: str | Sequence[str] | None = None,
+) -> list[StoredWeight]:
     """The projections of a checkpoint, in the order of their names, numbers as numbers.
 
     They are the 2-D floating-point tensors called "<layer>.weight". "all-linear" leaves out those
     that are embeddings or output heads by their name; a list of names or endings, or a regular
-    expression, chooses among all.
+    expression, chooses among all. `exclude`, of the same kind, is left out of either.
 
     Raises:
         ValueError: nothing is chosen, or the file holds an adapter; and as `stored_tensors`.
@@ -110,19 +117,34 @@ def stored_weights(path: Path, targets: str | Sequence[str] = ALL_LINEAR) -> lis
         if t.name.endswith(".weight") and len(t.shape) == 2 and t.dtype in _FLOATS
     }
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        names = [n for n in matrices if not _NO_PROJECTION.fullmatch(n.rpartition(".")[2])]
+        names = [name for name in matrices if not is_embedding(name) and not is_head(name)]
     else:
         names = match_names(matrices, targets)
+    if names and exclude:
+        excluded = set(match_names(names, exclude))
+        names = [name for name in names if name not in excluded]
+        if not names:
+            raise ValueError(f"exclude leaves none of the layers of {path}")
     if not names:
         dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors}))
         raise ValueError(
             f"{path} has no 2-D weight of a linear layer in {', '.join(_FLOATS)}; its tensors are "
             f"{dtypes or 'none at all'} (dequantise them first if they are quantised)"
         )
-    config = path / "config.json" if path.is_dir() else path.parent / "config.json"
-    transposed = config.is_file() and _read_json(config).get("model_type") in _CONV1D_MODELS
+    file = path / "config.json" if path.is_dir() else path.parent / "config.json"
+    config = read_json(file) if file.is_file() else {}
     names.sort(key=_numbers_as_numbers)
-    return [StoredWeight(name, matrices[name], transposed) for name in names]
+    return [StoredWeight(name, matrices[name], is_transposed(config, name)) for name in names]
+
+
+def is_transposed(config: Mapping[str, Any], layer: str) -> bool:
+    """Whether a layer of the model with that config.json is a Conv1D, stored [in, out]."""
+    return config.get("model_type") in _CONV1D_MODELS and _ending(layer) in _CONV1D_LAYERS
+
+
+def is_embedding(layer: str) -> bool:
+    """Whether the layer is an embedding, which its name alone tells."""
+    return _EMBEDDING.fullmatch(_ending(layer)) is not None
 
 
 def stored_pairs(folder: Path, targets: str | Sequence[str] = ALL_LINEAR) -> list[StoredPair]:
@@ -136,7 +158,7 @@ def stored_pairs(folder: Path, targets: str | Sequence[str] = ALL_LINEAR) -> lis
     file = folder / ADAPTER_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {ADAPTER_FILE}; pickled adapters are not read")
-    config = _read_json(folder / ADAPTER_CONFIG)
+    config = read_json(folder / ADAPTER_CONFIG)
     halves: dict[str, dict[str, StoredTensor]] = {}
     for tensor in stored_tensors(file):
         match = re.fullmatch(r"(.*)\.lora_([AB])\.weight", tensor.name)
@@ -176,21 +198,39 @@ def _scaling(config: dict[str, Any], name: str, r: int) -> float:
     return lora_scaling(alpha, r, "rslora" if config.get("use_rslora") else "lora")
 
 
+def is_head(layer: str) -> bool:
+    """Whether the layer is an output head, by its name."""
+    return _HEAD.fullmatch(_ending(layer)) is not None
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _numbers_as_numbers(name: str) -> list[tuple[bool, int, str]]:
     """Sorts layer 2 before layer 10, which the files themselves do not."""
     parts = name.split(".")
     return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts]
 
 
-def _files(path: Path) -> Iterable[Path]:
+def model_files(path: Path) -> Iterable[Path]:
+    """The safetensors files of a model's folder, in the order of its index; or the file itself.
+
+    Raises:
+        ValueError: there is none, or several without an index; the folder is unfinished.
+        FileNotFoundError: no such path, or the index names a file that is not there.
+
+    """
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"{path} is no .safetensors file; other formats are not read")
         return [path]
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    if is_unfinished(path):
+        raise ValueError(f"{path} is unfinished: repeat the command that was writing it")
     if (path / INDEX).is_file():
-        shards = _read_json(path / INDEX).get("weight_map")
+        shards = read_json(path / INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
             raise ValueError(f"{path / INDEX} has no weight_map of names to files")
         files = [path / name for name in dict.fromkeys(shards.values())]
@@ -216,7 +256,8 @@ def _open(file: Path):
         raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; ValueError if it is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,20 +1,17 @@
-"""The command `lora-kernels`: one function and one parser for each subcommand."""
+"""`lora-kernels inspect`: the magnitudes of a model's or an adapter's layers."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from . import checkpoint, report
-from ._extras import MissingExtraError, needed
-from ._progress import tracked
-from ._version import __version__
-from .magnitude import AdapterMagnitude, LayerMagnitude, measure, measure_adapter
-from .targets import ALL_LINEAR
+from .. import checkpoint, report
+from .._extras import needed
+from .._progress import tracked
+from ..magnitude import AdapterMagnitude, LayerMagnitude, measure, measure_adapter
+from ._options import add_command, add_path, add_quiet, add_targets, table_console, targets_of
 
-_INSPECT = """\
+_DESCRIPTION = """\
 The magnitudes of every layer: one line each, as a table, a CSV or a picture.
 
 Of a model's weights W: the mean square nu[W]; the exact spectral gain rho[r] and Q[r] beside
@@ -23,7 +20,7 @@ the update for lora, pissa and loram (arXiv 2507.06558). Of an adapter: nu of A,
 
 Weights are read one at a time: memory stays at the largest.
 """
-_INSPECT_EXAMPLES = """\
+_EXAMPLES = """\
 examples:
   lora-kernels inspect models/SmolLM2-135M -r 16 --csv magnitudes.csv --picture magnitudes.png
   lora-kernels inspect model-00001-of-00004.safetensors --randomized --targets q_proj v_proj
@@ -31,52 +28,24 @@ examples:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, 1 after an error (one line on standard error), 2 after wrong usage."""
-    options = _parser().parse_args(argv)
-    try:
-        options.run(options)
-    except (ValueError, TypeError, OSError, MissingExtraError) as error:
-        print(f"lora-kernels {options.command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lora-kernels", description="Tools for low-rank adaptation.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    _add_inspect(commands)
-    return parser
-
-
-def _add_inspect(commands) -> None:
-    parser = commands.add_parser(
+def add_parser(commands) -> None:
+    """The subcommand's."""
+    parser = add_command(
+        commands,
         "inspect",
-        help="magnitudes of a model's or an adapter's layers",
-        description=_INSPECT,
-        epilog=_INSPECT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "magnitudes of a model's or an adapter's layers",
+        _DESCRIPTION,
+        _EXAMPLES,
     )
-    parser.add_argument(
-        "path",
-        type=Path,
-        metavar="PATH",
-        help="folder of a Hugging Face model, a .safetensors file, or folder of a PEFT adapter",
+    add_path(
+        parser,
+        "PATH",
+        "folder of a Hugging Face model, a .safetensors file, or folder of a PEFT adapter",
     )
     parser.add_argument(
         "-r", type=int, metavar="R", help="rank of the starts (default 16; an adapter has its own)"
     )
-    parser.add_argument(
-        "--targets",
-        nargs="+",
-        default=[ALL_LINEAR],
-        metavar="NAME",
-        help="layers, by their names or last parts (default all-linear: all but embeddings and "
-        "output heads)",
-    )
+    add_targets(parser)
     method = parser.add_mutually_exclusive_group()
     method.add_argument(
         "--exact",
@@ -96,13 +65,13 @@ def _add_inspect(commands) -> None:
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="draw bars and Q over r (.png, .pdf, .svg)"
     )
-    parser.add_argument("--quiet", action="store_true", help="no table and no progress bar")
+    add_quiet(parser, "table")
     parser.set_defaults(run=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> None:
     # Before the work, so that it is not lost.
-    console = None if options.quiet else _console()
+    console = None if options.quiet else table_console()
     if options.picture:
         needed("matplotlib", "--picture", "picture")
     adapter = checkpoint.is_adapter(options.path)
@@ -117,7 +86,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _weight_rows(options: argparse.Namespace) -> list[LayerMagnitude]:
     r, method = 16 if options.r is None else options.r, options.method or "exact"
-    weights = checkpoint.stored_weights(options.path, _targets(options))
+    weights = checkpoint.stored_weights(options.path, targets_of(options))
     return [
         measure(weight.load(), r, method=method, name=weight.name)
         for weight in tracked(weights, "layers", not options.quiet)
@@ -130,20 +99,5 @@ def _adapter_rows(options: argparse.Namespace) -> list[AdapterMagnitude]:
         raise ValueError(f"{given} is for models; {options.path} is an adapter with its own rank")
     return [
         measure_adapter(pair.name, pair.lora_A.load(), pair.lora_B.load(), pair.scaling)
-        for pair in checkpoint.stored_pairs(options.path, _targets(options))
+        for pair in checkpoint.stored_pairs(options.path, targets_of(options))
     ]
-
-
-def _targets(options: argparse.Namespace) -> str | list[str]:
-    return ALL_LINEAR if options.targets == [ALL_LINEAR] else options.targets
-
-
-def _console():
-    """As wide as its lines where nobody's terminal limits it: in a pipe or a file."""
-    rich = needed("rich.console", "the table", "cli")
-    console = rich.Console()
-    return console if console.is_terminal else rich.Console(width=200)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The command `lora-kernels`: one module for each subcommand, with its parser and its function."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from torch import OutOfMemoryError
+
+from .._extras import MissingExtraError
+from .._version import __version__
+from . import convert, init, inspect, merge, verify
+
+_EXAMPLES = """\
+a way from a checkpoint to a trained adapter:
+  lora-kernels init models/base start --method loram -r 16
+  (train start/adapter on the model in start, with PEFT or TRL, into trained)
+  lora-kernels convert trained adapter --start start/adapter
+  lora-kernels verify adapter models/base
+  lora-kernels merge models/base adapter merged
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0; 1 after an error (one line on standard error), or if `verify` finds one; 2
+    after wrong usage; 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        return options.run(options) or 0
+    except (ValueError, TypeError, OSError, MissingExtraError, OutOfMemoryError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"lora-kernels {options.command}: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if options.resumes:
+            message = "interrupted; the same command goes on where it was"
+            print(f"lora-kernels {options.command}: {message}", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "lora-kernels",
+        description="Tools for low-rank adaptation.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.set_defaults(resumes=False)
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for module in (init, merge, convert, verify, inspect):
+        module.add_parser(commands)
+    return parser

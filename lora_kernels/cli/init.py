@@ -1,0 +1,126 @@
+"""`lora-kernels init`: the starts of a checkpoint that need not fit into memory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from .._progress import byte_bar
+from ..config import LoRAConfig
+from ..init import get_initializer, initializer_names
+from ..stream.initialise import ADAPTER, Summary, initialise
+from ._options import (
+    add_command,
+    add_dtype,
+    add_overwrite,
+    add_path,
+    add_quiet,
+    add_targets,
+    dtype_of,
+    targets_of,
+)
+
+_DESCRIPTION = """\
+Starts the linear layers of a model, tensor by tensor, without loading it.
+
+--residual absorb (the default where the start is not zero): OUT_DIR becomes a complete model
+whose weights lack the start, and OUT_DIR/adapter the start as a PEFT adapter of that model. The
+two together are the original model. Train with plain PEFT, then `lora-kernels convert` makes an
+adapter of the original model from what was trained.
+
+--residual implicit (the default where it is zero): the base stays as it is. OUT_DIR becomes a
+native adapter of MODEL_DIR, for lora_kernels.load_adapter.
+
+Shards, their order, headers and names, the index and all other files are kept; weights in other
+formats are left out. Memory stays at the largest weight and 128 MiB. A run that was killed goes
+on where it was when the same command is given again.
+"""
+_EXAMPLES = """\
+examples:
+  lora-kernels init models/Llama-3-8B start --method loram -r 16 --lora-alpha 16
+  lora-kernels init models/Llama-3-8B start --method pissa -r 64 --targets q_proj v_proj
+  lora-kernels init models/Llama-3-8B adapter --method loram --residual implicit
+  lora-kernels init models/gpt2-fp32 start --dtype bfloat16 --device cuda
+
+training on OUT_DIR:
+  model = AutoModelForCausalLM.from_pretrained("start")
+  model = PeftModel.from_pretrained(model, "start/adapter", is_trainable=True)
+"""
+
+
+def add_parser(commands) -> None:
+    """The subcommand's."""
+    parser = add_command(
+        commands, "init", "start the layers of a model on disk", _DESCRIPTION, _EXAMPLES
+    )
+    add_path(parser, "MODEL_DIR", "folder of a Hugging Face model with safetensors files")
+    add_path(parser, "OUT_DIR", "a new folder")
+    names = [name for name in initializer_names() if not get_initializer(name).needs_gradient]
+    parser.add_argument(
+        "--method",
+        default="loram",
+        metavar="NAME",
+        help=f"the start: {', '.join(names)} (default loram)",
+    )
+    parser.add_argument("-r", type=int, default=16, metavar="R", help="rank (default 16)")
+    add_targets(parser)
+    parser.add_argument(
+        "--exclude", nargs="+", metavar="NAME", help="layers to leave out, as for --targets"
+    )
+    parser.add_argument(
+        "--residual", choices=("absorb", "implicit"), default="auto", help="see above"
+    )
+    add_dtype(parser)
+    parser.add_argument(
+        "--lora-alpha", type=float, metavar="ALPHA", help="s is ALPHA / r (default 8)"
+    )
+    parser.add_argument("--rslora", action="store_true", help="s is ALPHA / sqrt(r)")
+    parser.add_argument("--seed", type=int, default=0, help="of starts that are drawn (default 0)")
+    parser.add_argument(
+        "--device", default="cpu", help="where starts are computed: cpu (default), cuda ..."
+    )
+    add_overwrite(parser, "OUT_DIR")
+    add_quiet(parser, "summary")
+    parser.set_defaults(run=_init, resumes=True)
+
+
+def _init(options: argparse.Namespace) -> None:
+    config = LoRAConfig(
+        r=options.r,
+        target_modules=targets_of(options),
+        exclude_modules=options.exclude,
+        lora_alpha=options.lora_alpha,
+        use_rslora=options.rslora,
+        init_lora_weights=options.method,
+        residual=options.residual,
+    )
+    begin = time.perf_counter()
+    with byte_bar("init", not options.quiet) as progress:
+        done = initialise(
+            options.model_dir,
+            options.out_dir,
+            config,
+            dtype=dtype_of(options),
+            device=options.device,
+            seed=options.seed,
+            overwrite=options.overwrite,
+            sync=options.sync,
+            progress=progress,
+        )
+    if not options.quiet:
+        print(_summary(done, options, time.perf_counter() - begin), file=sys.stdout)
+
+
+def _summary(done: Summary, options: argparse.Namespace, seconds: float) -> str:
+    size = f"{done.size / 1e9:.2f} GB in {seconds:.1f} s"
+    if done.resumed:
+        size += f", {done.resumed / 1e9:.2f} GB were done before"
+    head = f"{done.layers} layers start with {options.method}, r = {options.r} ({size})"
+    out = options.out_dir
+    if done.residual == "implicit":
+        return f"{head}\n{out}: a native adapter of {options.model_dir}, for load_adapter"
+    return (
+        f"{head}\n{out}: the model without the start; {out / ADAPTER}: the start, for PEFT\n"
+        f"after training: lora-kernels convert TRAINED ADAPTER --start {out / ADAPTER}"
+    )

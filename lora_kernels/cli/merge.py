@@ -1,0 +1,58 @@
+"""`lora-kernels merge`: a model with an adapter merged into it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from .._progress import byte_bar
+from ..stream.merge import merge
+from ._options import add_command, add_dtype, add_overwrite, add_path, add_quiet, dtype_of
+
+_DESCRIPTION = """\
+Merges an adapter into a model, tensor by tensor, without loading the model.
+
+ADAPTER is a folder that PEFT or lora_kernels wrote, in any format. W + s(BA - B0 A0) is summed in
+float32 and rounded once; modules that were trained in full, and biases, replace those of the base.
+All else is copied. A run that was killed goes on where it was when the same command is given again.
+"""
+_EXAMPLES = """\
+examples:
+  lora-kernels merge models/Llama-3-8B adapter merged
+  lora-kernels merge models/Llama-3-8B adapter merged --dtype bfloat16
+"""
+
+
+def add_parser(commands) -> None:
+    """The subcommand's."""
+    parser = add_command(
+        commands, "merge", "merge an adapter into a model on disk", _DESCRIPTION, _EXAMPLES
+    )
+    add_path(parser, "BASE", "folder of the model, with safetensors files")
+    add_path(parser, "ADAPTER", "folder of an adapter")
+    add_path(parser, "OUT", "a new folder")
+    add_dtype(parser)
+    add_overwrite(parser, "OUT")
+    add_quiet(parser, "summary")
+    parser.set_defaults(run=_merge, resumes=True)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    begin = time.perf_counter()
+    with byte_bar("merge", not options.quiet) as progress:
+        done = merge(
+            options.base,
+            options.adapter,
+            options.out,
+            dtype=dtype_of(options),
+            overwrite=options.overwrite,
+            sync=options.sync,
+            progress=progress,
+        )
+    if not options.quiet:
+        seconds = time.perf_counter() - begin
+        replaced = f", {done.replaced} tensors replaced" if done.replaced else ""
+        print(
+            f"{options.out}: {done.layers} layers merged{replaced} "
+            f"({done.size / 1e9:.2f} GB in {seconds:.1f} s)"
+        )

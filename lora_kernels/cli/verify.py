@@ -1,0 +1,70 @@
+"""`lora-kernels verify`: whether an adapter loads onto a model, and computes what it should."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .._extras import needed
+from ._options import add_command, add_path, table_console
+
+_DESCRIPTION = """\
+Checks an adapter against its base: are the files whole; is every layer in the base, with its
+shape; and, if transformers is installed, do the logits agree of the merged weights, of
+lora_kernels and of PEFT, in float32 on the CPU on a few fixed tokens.
+
+Exit status 0 if all is well, 1 if not.
+"""
+_EXAMPLES = """\
+examples:
+  lora-kernels verify adapter models/SmolLM2-135M
+  lora-kernels verify adapter models/Llama-3-70B --files-only
+"""
+
+
+def add_parser(commands) -> None:
+    """The subcommand's."""
+    parser = add_command(
+        commands, "verify", "check an adapter against its base", _DESCRIPTION, _EXAMPLES
+    )
+    add_path(parser, "ADAPTER", "folder of an adapter that PEFT or lora_kernels wrote")
+    add_path(parser, "BASE", "folder of the model")
+    parser.add_argument(
+        "--files-only", action="store_true", help="do not load the model: no logits"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no table: the exit status only")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ..verify import verify
+
+    console = None if options.quiet else table_console()
+    # Before the first import of transformers reads them.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with _others_silent():
+        checks = list(verify(options.adapter, options.base, logits=not options.files_only))
+    if console:
+        table = needed("rich.table", "the table", "cli").Table(show_header=False)
+        words = {True: "ok", False: "WRONG", None: "skipped"}
+        for check in checks:
+            table.add_row(words[check.passed], check.name, check.detail)
+        console.print(table, markup=False)
+    return int(any(check.passed is False for check in checks))
+
+
+@contextmanager
+def _others_silent() -> Iterator[None]:
+    """Without what other packages log and warn of when imported, which is not about the adapter."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"transformers|torch|torchao|peft")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

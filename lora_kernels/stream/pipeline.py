@@ -26,7 +26,10 @@ from .layout import DTYPES, Layout
 
 AHEAD = 8 * BLOCK  # of memory beside the largest block
 _WORKERS = 4  # one copies 2 to 4 GB/s: more would wait for the disk
-_CHUNK = 1 << 30  # Linux transfers at most 2 GiB a call
+_READ = 1 << 30  # bytes a call: Linux transfers at most 2 GiB
+# For larger calls Linux takes larger pages, which are seldom at hand: 1.6 s for 1.9 GB on ext4 with
+# 16 MiB a call, 0.45 s with one.
+_WRITE = 1 << 20
 
 
 @dataclass(eq=False)
@@ -183,7 +186,7 @@ class _Files:
         position = self.shard.source_layout.start + block.source[0]
         done = 0
         while done < len(view):
-            count = os.preadv(self._source, [view[done : done + _CHUNK]], position + done)
+            count = os.preadv(self._source, [view[done : done + _READ]], position + done)
             if count == 0:
                 raise OSError(f"{self.shard.source} became shorter while it was read")
             done += count
@@ -205,7 +208,7 @@ class _Files:
         done = 0
         while done < len(view):
             try:
-                done += os.pwrite(self._target, view[done : done + _CHUNK], position + done)
+                done += os.pwrite(self._target, view[done : done + _WRITE], position + done)
             except OSError as error:  # which does not know the file's name
                 file = str(self.shard.target)
                 raise OSError(error.errno, error.strerror, file) from None

@@ -50,6 +50,11 @@ class AdaptedLayer(Adapter):
             self.adapters = nn.ModuleDict()
         self.adapters[name] = adapter.train(self.training)
 
+    def detach(self, name: str) -> None:
+        """Takes off an adapter that was attached and is not active."""
+        del self.adapters[name]
+        self.adapters = self.adapters or None
+
     @property
     def absorbed(self) -> bool:
         """Whether the base lacks the start of an adapter."""
@@ -79,6 +84,19 @@ class AdaptedMatrix(AdaptedLayer):
     def _matrix(self) -> Tensor:
         """W [out, in], a view."""
         return self.weight.T if self.transposed else self.weight
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
+        arguments = (state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        is_base = f"{prefix}weight" in state_dict and f"{prefix}_extra_state" not in state_dict
+        if self.absorbed and is_base:
+            errors.append(
+                f"{prefix}weight is a base's, but this layer's lacks the start that its adapter "
+                "absorbed: load the base first and adapt it then"
+            )
+            return
+        super()._load_from_state_dict(*arguments)
 
     def _freeze(self) -> None:
         self.weight.requires_grad_(False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from ._extras import needed
 from .ops._checks import FLOATS
@@ -214,10 +215,12 @@ def _is_a(module: object, package: str, *names: str) -> bool:
 
 
 def _has_float_weight(module: nn.Module) -> bool:
-    """A Parameter, be it sharded; a computed weight (parametrised, hooked) is none."""
+    """A Parameter, be it sharded; a computed weight or bias (parametrised, hooked) is none."""
     weight = module._parameters.get("weight")
     if weight is None:
         return _is_flattened(module)
+    if isinstance(vars(module).get("bias"), Tensor):
+        return False
     return weight.dtype in FLOATS and (type(weight) is nn.Parameter or _is_dtensor(weight))
 
 
@@ -243,6 +246,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
         # nn.MultiheadAttention's out_proj, whose forward is never called.
         and not isinstance(module, NonDynamicallyQuantizableLinear)
         and not _forward_is_replaced(module)
+        and not is_parametrized(module)  # be it the bias only
     )
 
 

@@ -88,6 +88,8 @@ class LoRAConfig:
             raise TypeError(
                 f"modules_to_save must be a list of names, got {self.modules_to_save!r}"
             )
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
         if isinstance(self.layers_to_transform, Sequence):
@@ -148,22 +150,27 @@ class LoRAConfig:
         object.__setattr__(self, option, tuple(names))
 
     def _check_patterns(self) -> None:
+        patterns = self.layers_pattern or ()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            _check_expression("layers_pattern", pattern)
         for option in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, option)
             if not isinstance(patterns, Mapping):
                 raise TypeError(f"{option} must be a dict, got {type(patterns).__name__}")
             for key, value in patterns.items():
-                try:
-                    re.compile(key)
-                except (re.error, TypeError) as error:
-                    raise ValueError(
-                        f"{option} has {key!r}, no regular expression: {error}"
-                    ) from None
+                _check_expression(option, key)
                 if option == "rank_pattern" and as_integer(value, f"{option}[{key!r}]") < 1:
                     raise ValueError(f"{option}[{key!r}] must be at least 1, got {value}")
                 if option == "alpha_pattern":
                     check_positive(value, f"{option}[{key!r}]")
             object.__setattr__(self, option, dict(patterns))
+
+
+def _check_expression(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{option} has {pattern!r}, no regular expression: {error}") from None
 
 
 def pattern_matches(pattern: str, name: str) -> bool:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ._errors import unknown_name
 from ._fast_path import Setting, leave_fast_path
+from ._install import install, set_module
 from ._progress import tracked
+from ._slots import extra_slots, saved_slots, trained_biases
 from ._transplant import transplant
 from .adapted import AdaptedLayer, AdaptedMatrix
 from .bases import kind_of
@@ -21,10 +24,10 @@ from .config import LoRAConfig
 from .model_report import LoRAReport, make_report
 from .originals import OriginalWeights
 from .plan import LayerPlan, check_norms, make_starts, plan_layers, plan_states
-from .selection import match_modules, select_layers
+from .selection import select_layers
 from .state import AdapterState
-from .targets import nearest, output_head
-from .trained import Slot, TrainedTensors, bias_slots, module_slots
+from .targets import output_head
+from .trained import TrainedTensors
 
 _RECORD = "_lora_adapters"
 
@@ -84,14 +87,15 @@ def add_lora(
     record = _record(model) or ModelAdapters()
     _check_name(adapter_name, record)
     selection = select_layers(model, config, is_adaptable)
-    saved = _saved_slots(model, config.modules_to_save)
+    saved = saved_slots(model, config.modules_to_save)
     originals = None if original_weights is None else OriginalWeights(original_weights)
     plans = plan_layers(model, selection, config, originals)
-    with torch.no_grad():
+    _check_weights(plans, record)
+    slots = {**saved, **trained_biases(model, config.bias, plans)}
+    with _all_or_nothing(model, record, adapter_name), torch.no_grad():
         make_starts(plans, config.initializer, gradients, progress)
-        layers = _install(model, plans, adapter_name)
-    slots = {**saved, **_bias_slots(model, config.bias, layers)}
-    record.trained.add(adapter_name, slots)
+        record.trained.add(adapter_name, slots)
+        install(model, record.trained, plans, plans, adapter_name)
     _activate_new(model, record, config, adapter_name)
     return make_report(model, adapter_name, plans, selection, slots, time.perf_counter() - began)
 
@@ -115,7 +119,11 @@ def merge_lora(
     record = _needed_record(model)
     name = _known_name(record, adapter_name)
     layers = adapted_layers(model)
-    wrapped = [n for n, layer in layers.items() if not isinstance(layer, AdaptedMatrix)]
+    wrapped = [
+        n
+        for n, layer in layers.items()
+        if name in layer.adapter_names and not isinstance(layer, AdaptedMatrix)
+    ]
     if wrapped and not dequantize:
         raise ValueError(
             f"{len(wrapped)} layers are quantised ({wrapped[0]} ...), and merging would round the "
@@ -123,7 +131,10 @@ def merge_lora(
             "dequantize=True to turn them into nn.Linear"
         )
     set_adapter(model, name)
-    for paths, layer in _by_layer(model):
+    del layers
+    adapted = _by_layer(model)
+    while adapted:  # each W is freed once there is a merged one
+        paths, layer = adapted.pop()
         plain = layer.to_linear() if name in layer.adapter_names else layer.restore_()
         _replace(model, paths, layer, plain)
     model.requires_grad_(False)
@@ -173,7 +184,9 @@ class disable_adapters(AbstractContextManager):  # noqa: N801  (used as a functi
         _apply(model, record)
 
     def __exit__(self, *error: object) -> None:
-        record = _needed_record(self._model)
+        record = _record(self._model)
+        if record is None:  # merged or unloaded within the block
+            return
         record.enabled = self._before
         _apply(self._model, record)
 
@@ -187,7 +200,7 @@ def enable_adapters(model: nn.Module) -> None:
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The layers with adapters, by their names in the base model."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+    return {n: m for n, m in unwrapped(model).named_modules() if isinstance(m, AdaptedLayer)}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -236,13 +249,12 @@ def apply_state(
     record = _record(model) or ModelAdapters()
     _check_name(adapter_name, record)
     plans, selection = plan_states(model, state, is_adaptable)
-    _extra_slots(model, state)
-    with torch.no_grad():
+    _check_weights(plans, record)
+    slots = extra_slots(model, state)
+    with _all_or_nothing(model, record, adapter_name), torch.no_grad():
         check_norms(plans)
-        _install(model, tracked(plans, "loading", progress), adapter_name)
-    # Once more: biases of layers that were just replaced lie in the new ones.
-    slots = _extra_slots(model, state)
-    record.trained.add(adapter_name, slots, state.extra)
+        record.trained.add(adapter_name, slots, state.extra)
+        install(model, record.trained, plans, tracked(plans, "loading", progress), adapter_name)
     _activate_new(model, record, state.config, adapter_name)
     if not is_trainable:
         for layer in adapted_layers(model).values():
@@ -257,19 +269,18 @@ def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, AdaptedLayer) or kind_of(module) is not None
 
 
-def _install(model: nn.Module, plans: Iterable[LayerPlan], adapter_name: str) -> list[str]:
-    """Does what was planned; nothing of it can fail but for want of memory."""
-    names = []
-    for plan in plans:
-        layer = plan.built(adapter_name)
-        plan.take_out_()
-        plan.start = plan.trained = None
-        layer._freeze()
-        if layer is not plan.module:
-            for name in (plan.name, *plan.aliases):
-                _set_module(model, name, layer)
-        names.append(plan.name)
-    return names
+@contextmanager
+def _all_or_nothing(model: nn.Module, record: ModelAdapters, adapter_name: str) -> Iterator[None]:
+    """The originals of what other adapters train in full are in their places. After an error the
+    record is what it was.
+    """
+    record.trained.activate(None)
+    try:
+        yield
+    except BaseException:
+        record.trained.remove(adapter_name)
+        _apply(model, record)
+        raise
 
 
 def _activate_new(
@@ -300,60 +311,16 @@ def _apply(model: nn.Module, record: ModelAdapters) -> None:
     record.trained.activate(record.active if record.enabled else None)
 
 
-def _saved_slots(model: nn.Module, modules_to_save: Sequence[str] | None) -> dict[str, Slot]:
-    """Where the tensors of `modules_to_save` lie."""
-    if not modules_to_save:
-        return {}
-    modules = {name: module for name, module in model.named_modules() if name}
-    slots: dict[str, Slot] = {}
-    for name, module in match_modules(modules, modules_to_save, "modules_to_save").items():
-        slots |= module_slots(name, module)
-    if not slots:
-        raise ValueError(f"modules_to_save names {', '.join(modules_to_save)}, without a tensor")
-    return slots
-
-
-def _bias_slots(model: nn.Module, bias: str, layers: Sequence[str]) -> dict[str, Slot]:
-    """Where the biases that train lie, by their names in the base model."""
-    if bias == "none":
-        return {}
-    modules = dict(model.named_modules())
-    if bias == "lora_only":
-        wrapped = {f"{name}.base_layer" for name in layers}
-        modules = {n: m for n, m in modules.items() if n in layers or n in wrapped}
-    slots = bias_slots(modules)
-    return {_base_name(name): slot for name, slot in slots.items()}
-
-
-def _base_name(name: str) -> str:
-    """What a tensor of a wrapped layer was called before."""
-    return name.replace(".base_layer.", ".")
-
-
-def _extra_slots(model: nn.Module, state: AdapterState) -> dict[str, Slot]:
-    """Where the tensors that an adapter brings in full lie.
-
-    Raises:
-        ValueError: the model has no such tensor, or one of another shape.
-
-    """
-    slots: dict[str, Slot] = {}
-    if not state.extra:
-        return slots
-    places = {_base_name(name): slot for name, slot in module_slots("", model).items()}
-    for name, value in state.extra.items():
-        if name not in places:
+def _check_weights(plans: Sequence[LayerPlan], record: ModelAdapters) -> None:
+    """Raises ValueError for a layer whose weight another adapter trains in full."""
+    for plan in plans:
+        owner = record.trained.owner(plan.module, "weight")
+        if owner is not None:
             raise ValueError(
-                f"the adapter has a tensor {name!r} that this model has not{nearest(name, places)}"
+                f"{plan.name} is trained in full by adapter {owner!r} (modules_to_save): leave it "
+                "out with exclude_modules; a layer is adapted by some adapters or trained in full "
+                "by others"
             )
-        holder, key = places[name]
-        if holder[key].shape != value.shape:
-            raise ValueError(
-                f"the adapter's {name} has shape {list(value.shape)}, this model's "
-                f"{list(holder[key].shape)}"
-            )
-        slots[name] = places[name]
-    return slots
 
 
 def _by_layer(model: nn.Module) -> list[tuple[list[str], AdaptedLayer]]:
@@ -369,12 +336,7 @@ def _replace(model: nn.Module, names: Sequence[str], layer: AdaptedLayer, plain:
     if isinstance(layer, AdaptedMatrix):
         transplant(layer, plain)
     for name in names:
-        _set_module(model, name, plain)
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, key = name.rpartition(".")
-    setattr(model.get_submodule(parent), key, module)
+        set_module(model, name, plain)
 
 
 def _forget(model: nn.Module, record: ModelAdapters) -> None:
@@ -387,6 +349,7 @@ def _untie_if_needed(model: nn.Module) -> None:
     """Says in a Hugging Face model's config that its head has a weight of its own, if it has been
     given one: saving would drop it otherwise.
     """
+    model = unwrapped(model)
     config, head = getattr(model, "config", None), output_head(model)
     embeddings = getattr(model, "get_input_embeddings", None)
     if head is None or embeddings is None or not getattr(config, "tie_word_embeddings", False):
@@ -438,6 +401,13 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"adapt the model before it is wrapped in {type(model).__name__}")
     if isinstance(model, AdaptedLayer) or kind_of(model) is not None:
         raise TypeError(f"the model is a single {type(model).__name__}: use LoRALinear.from_linear")
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError("the model has lazy layers without a shape: call it once first")
+    if _record(model) is None and (strange := next(iter(adapted_layers(model)), None)):
+        raise ValueError(
+            f"{strange} is adapted already, on its own or as part of another model than this "
+            f"{type(model).__name__}: add further adapters there, or take that one off"
+        )
 
 
 def _check_name(adapter_name: str, record: ModelAdapters) -> None:

@@ -19,7 +19,7 @@ from .conv1d import LoRAConv1D
 from .init import Initializer, LoftQ
 from .init.base import Start, check_residual_fits, checked, subtract_start_
 from .linear import LoRALinear
-from .ops._checks import factor_dtype
+from .ops._checks import factor_dtype, overlaps
 from .originals import OriginalWeights
 from .selection import Selection, find_candidates
 from .state import AdapterState, LayerState
@@ -29,7 +29,7 @@ from .wrapped import LoRAWrapper
 # 4-bit rounding changes a norm by less than 1 %; what a start takes out, by more than 2 %.
 _NORM_TOLERANCE = 0.02
 _BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # started together
-_FLOAT = ("linear", "conv1d")  # kinds whose weight can be rewritten
+FLOAT_KINDS = ("linear", "conv1d")  # kinds whose weight can be rewritten
 
 
 @dataclass
@@ -50,6 +50,7 @@ class LayerPlan:
     initializer: Initializer | None = None
     start: Start | None = None
     trained: tuple[Tensor, Tensor, Tensor | None] | None = None
+    taken_out: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,23 +66,32 @@ class LayerPlan:
     def built(self, adapter_name: str) -> AdaptedLayer:
         """The layer with its adapter, its base still as it was."""
         if isinstance(self.module, AdaptedLayer):
-            layer = self.module
-            more = stand_alone(self.options, self.start, self.changes_base)
-            layer.attach(adapter_name, more)
+            adapter = stand_alone(self.options, self.start, self.changes_base)
         else:
             layer_class = {"linear": LoRALinear, "conv1d": LoRAConv1D}.get(self.kind, LoRAWrapper)
-            layer = layer_class.from_start(
+            adapter = layer_class.from_start(
                 self.module, self.start, self.options, self.changes_base, adapter_name
             )
         if self.trained is not None:
-            layer.adapter(adapter_name).load_factors(*self.trained)
-        return layer
+            adapter.load_factors(*self.trained)
+        if isinstance(adapter, AdaptedLayer):
+            return adapter
+        self.module.attach(adapter_name, adapter)
+        return self.module
 
     def take_out_(self) -> None:
         """Takes the start out of the base, if it is to be absorbed."""
         if self.changes_base and self.options.residual == "absorb":
             take_out = subtract_start_ if self.initializer is None else self.initializer.take_out_
             take_out(self.matrix(), self.start, self.options.scaling)
+            self.taken_out = True
+
+    def undo_(self, layer: AdaptedLayer, adapter_name: str) -> None:
+        """Takes the adapter off the layer that was `built`, and puts back what was taken out."""
+        if layer is self.module:
+            layer.detach(adapter_name)
+        elif self.taken_out:
+            layer.restore_()
 
 
 def plan_layers(
@@ -124,7 +134,7 @@ def plan_layers(
         plan = LayerPlan(name, module, options, kind, selection.aliases[name], note)
         plan.changes_base, plan.initializer = initializer.changes_base, initializer
         plans.append(plan)
-    if originals is not None and not any(plan.kind not in _FLOAT for plan in plans):
+    if originals is not None and not any(plan.kind not in FLOAT_KINDS for plan in plans):
         raise ValueError("original_weights are for quantised layers, of which there are none here")
     return plans
 
@@ -184,7 +194,7 @@ def _initializer(
     """The layer's own: LoftQ's of a quantised base makes up for what the original lost."""
     if originals is not None and not isinstance(initializer, LoftQ):
         raise ValueError(f"{type(initializer).__name__} has no use for original_weights")
-    if kind in _FLOAT or not isinstance(initializer, LoftQ):
+    if kind in FLOAT_KINDS or not isinstance(initializer, LoftQ):
         return initializer
     if originals is None:
         raise ValueError(
@@ -327,7 +337,7 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def _residual(
-    name: str, module: nn.Module, kind: str, wanted: str, owners: Mapping[int, list[str]]
+    name: str, module: nn.Module, kind: str, wanted: str, owners: Mapping[object, list[str]]
 ) -> tuple[str, str]:
     """The residual of a layer, and why it is not absorbed."""
     if kind not in ("linear", "conv1d"):
@@ -340,11 +350,13 @@ def _residual(
                 "can share the base"
             )
         reason = "its base has other adapters"
-    elif len(owners[id(module.weight)]) > 1:
-        others = [n for n in owners[id(module.weight)] if n != f"{name}.weight"]
+    elif len(owners[_memory(module.weight)]) > 1:
+        others = [n for n in owners[_memory(module.weight)] if n != f"{name}.weight"]
         reason = f"its weight is {others[0]} too"
     elif getattr(module.weight, ABSORBED, False):
         raise ValueError(f"the weight of {name} lacks the start of another adapter")
+    elif overlaps(module.weight):
+        reason = "its weight is an expanded or overlapping view"
     else:
         return ("implicit" if wanted == "implicit" else "absorb"), ""
     if wanted == "absorb":
@@ -354,14 +366,21 @@ def _residual(
     return "implicit", reason
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """The names under which each parameter is found in different modules."""
-    owners: dict[int, list[str]] = {}
+def _owners(model: nn.Module) -> dict[object, list[str]]:
+    """The names under which each parameter is found in different modules, by `_memory`."""
+    owners: dict[object, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+                owners.setdefault(_memory(parameter), []).append(f"{name}.{key}" if name else key)
     return owners
+
+
+def _memory(parameter: nn.Parameter) -> object:
+    """The same for parameters that are one, or two over the same memory (`a.data = b.data`)."""
+    if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
+        return id(parameter)
+    return parameter.device, parameter.data_ptr()
 
 
 def _start_of(

@@ -53,6 +53,8 @@ def select_layers(
             selection.aliases[name] = aliases[name]
     strange = [n for n, m in modules.items() if isinstance(m, nn.Linear) and not _is_part(n, names)]
     selection.skipped |= dict.fromkeys(strange, "its forward or its weight is not nn.Linear's")
+    experts = [name for name, module in modules.items() if _is_experts(name, module)]
+    selection.skipped |= dict.fromkeys(experts, "its experts are 3-D parameters, not linear layers")
     if not selection.layers:
         reasons = ", ".join(dict.fromkeys(selection.skipped.values())) or "it has no linear layer"
         raise ValueError(f"no layer of {type(model).__name__} is left to adapt: {reasons}")
@@ -87,6 +89,12 @@ def match_modules(
     """The outermost modules of these names or endings; ValueError if one of them is none."""
     found = match_names(modules, names, option=option)
     return {n: modules[n] for n in found if not any(n.startswith(f"{o}.") for o in found)}
+
+
+def _is_experts(name: str, module: nn.Module) -> bool:
+    """Whether a module has the matrices of its experts in one parameter, as in transformers 5."""
+    stacked = any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    return stacked and "expert" in f"{name} {type(module).__name__}".lower()
 
 
 def _is_part(name: str, candidates: Collection[str]) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
-Slot = tuple[dict[str, Tensor], str]
+Slot = tuple[nn.Module, str]  # whose tensor it is, and what it is called there
 
 
 class TrainedTensors:
@@ -20,46 +21,79 @@ class TrainedTensors:
         self._slots: dict[str, Slot] = {}
         self._base: dict[str, Tensor] = {}
         self._copies: dict[str, dict[str, Tensor]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}  # of what the modules were given
+        self._active: str | None = None
 
     def add(
         self, adapter: str, slots: Mapping[str, Slot], values: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Copies for an adapter: of the originals, or of `values`."""
+        """Copies for an adapter: of the originals, which are in their places, or of `values`."""
         copies = {}
-        for name, (holder, key) in slots.items():
-            self._slots.setdefault(name, (holder, key))
-            base = self._base.setdefault(name, holder[key])
+        for name, (module, key) in slots.items():
+            base = getattr(module, key)
             value = base if values is None else values[name]
             copy = value.detach().to(base.device, base.dtype, copy=True)
-            copies[name] = nn.Parameter(copy) if isinstance(base, nn.Parameter) else copy
+            is_parameter = isinstance(base, nn.Parameter)
+            copies[name] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+        self._collect()
+        for name, (module, key) in slots.items():
+            self._slots.setdefault(name, (module, key))
+            self._base.setdefault(name, getattr(module, key))
+            self._dtypes.setdefault(name, self._base[name].dtype)
         self._copies[adapter] = copies
 
     def activate(self, adapter: str | None) -> None:
         """Puts that adapter's tensors into the modules; None: the originals."""
-        own = {} if adapter is None else self._copies.get(adapter, {})
-        for name, (holder, key) in self._slots.items():
-            current, wanted = holder[key], own.get(name, self._base[name])
+        self._collect()
+        own = self._copies.get(adapter, {})
+        for name, (module, key) in self._slots.items():
+            current, wanted = getattr(module, key), own.get(name, self._base[name])
             if wanted is not current:
                 # What is aside does not follow the model from device to device.
                 wanted.data = wanted.data.to(current.device)
-                holder[key] = wanted
+                setattr(module, key, wanted)
+                self._dtypes[name] = wanted.dtype
+        self._active = adapter
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """`requires_grad` of that adapter's parameters."""
+        self._collect()
         for tensor in self._copies.get(adapter, {}).values():
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
                 tensor.requires_grad_(trainable)
 
     def tensors(self, adapter: str) -> dict[str, Tensor]:
         """That adapter's tensors by name."""
+        self._collect()
         return dict(self._copies.get(adapter, {}))
 
     def remove(self, adapter: str) -> None:
         """Forgets an adapter that is not active."""
         self._copies.pop(adapter, None)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._slots)
+    def moved(self, old: nn.Module, new: nn.Module) -> None:
+        """Says that `new` has the tensors of `old` from now on."""
+        self._slots = {n: (new if m is old else m, key) for n, (m, key) in self._slots.items()}
+
+    def owner(self, module: nn.Module, key: str) -> str | None:
+        """The first adapter that trains this tensor in full."""
+        names = {name for name, (m, k) in self._slots.items() if m is module and k == key}
+        return next((a for a, copies in self._copies.items() if names & copies.keys()), None)
+
+    def _collect(self) -> None:
+        """Takes note of what the modules hold: `.to(dtype)` puts other buffers there, and
+        `load_state_dict(assign=True)` other parameters. What is aside follows the model to another
+        dtype, but float32, which trainers give to what they train alone.
+        """
+        own = self._copies.get(self._active, {})
+        for name, (module, key) in self._slots.items():
+            current = getattr(module, key)
+            (own if name in own else self._base)[name] = current
+            if current.dtype not in (self._dtypes[name], torch.float32):
+                for tensors in (self._base, *self._copies.values()):
+                    if name in tensors:
+                        tensors[name].data = tensors[name].data.to(current.dtype)
+            self._dtypes[name] = current.dtype
 
 
 def module_slots(name: str, module: nn.Module) -> dict[str, Slot]:
@@ -71,7 +105,7 @@ def module_slots(name: str, module: nn.Module) -> dict[str, Slot]:
             for key, tensor in holder.items():
                 path = f"{prefix}.{key}" if prefix else key
                 if tensor is not None and path in saved:
-                    slots[f"{name}.{path}" if name else path] = (holder, key)
+                    slots[f"{name}.{path}" if name else path] = (part, key)
     return slots
 
 
@@ -81,5 +115,5 @@ def bias_slots(modules: Mapping[str, nn.Module]) -> dict[str, Slot]:
     for name, module in modules.items():
         for key, tensor in module._parameters.items():
             if tensor is not None and "bias" in key and "lora_" not in key:
-                slots[f"{name}.{key}" if name else key] = (module._parameters, key)
+                slots[f"{name}.{key}" if name else key] = (module, key)
     return slots

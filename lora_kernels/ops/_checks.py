@@ -31,15 +31,17 @@ def check_weight(weight: torch.Tensor, name: str = "weight") -> None:
         raise ValueError(f"{name} must be dense, got {weight.layout}")
 
 
-def check_writable(weight: torch.Tensor, name: str = "weight") -> None:
-    """Raises if two entries of `weight` share memory, so that writing one changes the other."""
-    if weight.is_contiguous():
-        return
+def overlaps(weight: torch.Tensor) -> bool:
+    """Whether two entries of the matrix share memory, so that writing one changes the other."""
+    if weight.is_contiguous() or not weight.numel():
+        return False
     fast, slow = sorted(zip(weight.stride(), weight.shape, strict=True))
-    overlaps = (fast[0] == 0 and fast[1] > 1) or (
-        slow[1] > 1 and slow[0] <= (fast[1] - 1) * fast[0]
-    )
-    if weight.numel() and overlaps:
+    return (fast[0] == 0 and fast[1] > 1) or (slow[1] > 1 and slow[0] <= (fast[1] - 1) * fast[0])
+
+
+def check_writable(weight: torch.Tensor, name: str = "weight") -> None:
+    """Raises if the weight `overlaps`."""
+    if overlaps(weight):
         raise ValueError(
             f"{name} is an expanded or overlapping view (strides {list(weight.stride())} of shape "
             f"{list(weight.shape)}) and cannot be written in place; clone it first"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ._errors import unknown_name
 from ._fast_path import Setting, leave_fast_path
 from ._progress import tracked
 from ._transplant import transplant
-from .adapted import AdaptedLayer, AdaptedMatrix
+from .adapted import ABSORBED, AdaptedLayer, AdaptedMatrix
 from .bases import kind_of
 from .config import LoRAConfig
 from .model_report import LoRAReport, make_report
@@ -78,14 +78,15 @@ def add_lora(
     _check_model(model)
     record = _record(model) or ModelAdapters()
     _check_name(adapter_name, record)
-    selection = select_layers(model, config, is_adaptable)
-    saved = _saved_slots(model, config.modules_to_save)
-    plans = plan_layers(model, selection, config)
-    with torch.no_grad():
+    with _originals(record), torch.no_grad():
+        selection = select_layers(model, config, is_adaptable)
+        _refuse_absorbed(_saved_slots(model, config.modules_to_save))
+        plans = plan_layers(model, selection, config)
         make_starts(plans, config.initializer, gradients, progress)
-        layers = _install(model, plans, adapter_name)
-    slots = {**saved, **_bias_slots(model, config.bias, layers)}
-    record.trained.add(adapter_name, slots)
+        layers = _install(model, record, plans, adapter_name)
+        saved = _saved_slots(model, config.modules_to_save)
+        slots = {**saved, **_bias_slots(model, config.bias, layers)}
+        record.trained.add(adapter_name, slots)
     _activate_new(model, record, config, adapter_name)
     return make_report(model, adapter_name, plans, selection, slots, time.perf_counter() - began)
 
@@ -229,14 +230,14 @@ def apply_state(
     _check_model(model)
     record = _record(model) or ModelAdapters()
     _check_name(adapter_name, record)
-    plans, selection = plan_states(model, state, is_adaptable)
-    _extra_slots(model, state)
-    with torch.no_grad():
+    with _originals(record), torch.no_grad():
+        plans, selection = plan_states(model, state, is_adaptable)
+        _refuse_absorbed(_extra_slots(model, state))
         check_norms(plans)
-        _install(model, tracked(plans, "loading", progress), adapter_name)
-    # Once more: biases of layers that were just replaced lie in the new ones.
-    slots = _extra_slots(model, state)
-    record.trained.add(adapter_name, slots, state.extra)
+        _install(model, record, tracked(plans, "loading", progress), adapter_name)
+        # Once more: biases of layers that were just replaced lie in the new ones.
+        slots = _extra_slots(model, state)
+        record.trained.add(adapter_name, slots, state.extra)
     _activate_new(model, record, state.config, adapter_name)
     if not is_trainable:
         for layer in adapted_layers(model).values():
@@ -251,7 +252,19 @@ def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, AdaptedLayer) or kind_of(module) is not None
 
 
-def _install(model: nn.Module, plans: Iterable[LayerPlan], adapter_name: str) -> list[str]:
+@contextmanager
+def _originals(record: ModelAdapters) -> Iterator[None]:
+    """The base's own tensors are where adapters that are trained in full had theirs."""
+    record.trained.activate(None)
+    try:
+        yield
+    finally:
+        record.trained.activate(record.active if record.enabled else None)
+
+
+def _install(
+    model: nn.Module, record: ModelAdapters, plans: Iterable[LayerPlan], adapter_name: str
+) -> list[str]:
     """Does what was planned; nothing of it can fail but for want of memory."""
     names = []
     for plan in plans:
@@ -260,6 +273,7 @@ def _install(model: nn.Module, plans: Iterable[LayerPlan], adapter_name: str) ->
         plan.start = plan.trained = None
         layer._freeze()
         if layer is not plan.module:
+            record.trained.follow(plan.module, layer)
             for name in (plan.name, *plan.aliases):
                 _set_module(model, name, layer)
         names.append(plan.name)
@@ -301,10 +315,21 @@ def _saved_slots(model: nn.Module, modules_to_save: Sequence[str] | None) -> dic
     modules = {name: module for name, module in model.named_modules() if name}
     slots: dict[str, Slot] = {}
     for name, module in match_modules(modules, modules_to_save, "modules_to_save").items():
-        slots |= module_slots(name, module)
+        slots |= {_base_name(n): slot for n, slot in module_slots(name, module).items()}
     if not slots:
         raise ValueError(f"modules_to_save names {', '.join(modules_to_save)}, without a tensor")
     return slots
+
+
+def _refuse_absorbed(slots: Mapping[str, Slot]) -> None:
+    """Raises if one of the tensors that are to be copied is not the base's any more."""
+    for name, (holder, key) in slots.items():
+        if getattr(holder[key], ABSORBED, False):
+            raise ValueError(
+                f"{name} lacks the start of another adapter, which absorbed it, and cannot be "
+                "trained in full: add that one with residual='implicit', so that several adapters "
+                "can share the base"
+            )
 
 
 def _bias_slots(model: nn.Module, bias: str, layers: Sequence[str]) -> dict[str, Slot]:

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from .adapter import Adapter
+from .state import FACTORS
+
 Slot = tuple[dict[str, Tensor], str]
 
 
@@ -44,6 +47,12 @@ class TrainedTensors:
                 wanted.data = wanted.data.to(current.device)
                 holder[key] = wanted
 
+    def follow(self, old: nn.Module, new: nn.Module) -> None:
+        """`new` has taken the place of `old`, and its parameters over."""
+        for name, (holder, key) in self._slots.items():
+            if holder is old._parameters:
+                self._slots[name] = (new._parameters, key)
+
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """`requires_grad` of that adapter's parameters."""
         for tensor in self._copies.get(adapter, {}).values():
@@ -63,13 +72,17 @@ class TrainedTensors:
 
 
 def module_slots(name: str, module: nn.Module) -> dict[str, Slot]:
-    """Where the parameters and buffers of a module lie, by the names in its model's state_dict."""
+    """Where the parameters and buffers of a module lie, by the names in its model's state_dict; but
+    for those of adapters.
+    """
     saved = set(module.state_dict())
     slots: dict[str, Slot] = {}
     for prefix, part in module.named_modules():
         for holder in (part._parameters, part._buffers):
             for key, tensor in holder.items():
                 path = f"{prefix}.{key}" if prefix else key
+                if isinstance(part, Adapter) and key in FACTORS:
+                    continue
                 if tensor is not None and path in saved:
                     slots[f"{name}.{path}" if name else path] = (holder, key)
     return slots

@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -355,6 +356,68 @@ class TestTrainedInFull:
             assert (logits(model) - base).abs().max() <= TIGHT
         merged = merge_lora(copy.deepcopy(model))
         assert (logits(merged) - trained).abs().max() <= TIGHT
+
+    def test_a_layer_that_another_adapter_has(self, tmp_path):
+        """What "b" trains in full are copies of the base's tensors, and no factors of "a"."""
+        base = logits(llama(dtype=torch.float64))
+        model = llama(dtype=torch.float64)
+        quiet(model, LoRAConfig(r=2, residual="implicit"), adapter_name="a")
+        train(model)
+        a = logits(model)
+        full = LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["up_proj"])
+        report = quiet(model, full, adapter_name="b")
+        assert report.saved == tuple(f"model.layers.{k}.mlp.up_proj.weight" for k in (0, 1))
+        assert (logits(model) - base).abs().max() <= TIGHT
+        train(model)
+        b = logits(model)
+        save_adapter(model, tmp_path, format="native")
+        set_adapter(model, "a")
+        assert torch.equal(logits(model), a)
+        with disable_adapters(model):
+            assert torch.equal(logits(model), base)
+        fresh = llama(dtype=torch.float64)
+        load_adapter(fresh, tmp_path, progress=False)
+        assert torch.equal(logits(fresh), b)
+
+    def test_a_layer_that_another_adapter_trains_in_full(self):
+        """A start is made from the base's tensors, not from those of the active adapter, which the
+        layer that takes the place keeps switching.
+        """
+        base = logits(gpt2(dtype=torch.float64))
+        model = gpt2(dtype=torch.float64)
+        saved = ["h.1.mlp.c_fc"]
+        full = LoRAConfig(r=2, target_modules=["c_attn"], bias="all", modules_to_save=saved)
+        quiet(model, replace(full, residual="implicit"), adapter_name="full")
+        train(model)
+        trained = logits(model)
+        config = LoRAConfig(r=2, residual="implicit")
+        quiet(model, config, adapter_name="second")
+        alone = gpt2(dtype=torch.float64)
+        quiet(alone, config)
+        layers = adapted_layers(model)
+        for path, layer in adapted_layers(alone).items():
+            assert torch.equal(layers[path].adapter("second").lora_A, layer.lora_A)
+        assert (logits(model) - base).abs().max() <= TIGHT
+        set_adapter(model, "full")
+        assert torch.equal(logits(model), trained)
+        assert torch.equal(logits(unload_lora(model)), base)
+
+    def test_a_layer_that_lacks_a_start(self, tmp_path):
+        model = llama()
+        full = LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["up_proj"])
+        other = llama()
+        quiet(other, full)
+        state = adapter_state(other)
+        quiet(model, LoRAConfig(r=2, target_modules=["up_proj"]), adapter_name="a")
+        before = everything(model)
+        for call in (
+            lambda: quiet(model, full, adapter_name="b"),
+            lambda: apply_state(model, state, adapter_name="b", progress=False),
+        ):
+            message = r"up_proj\.weight lacks the start of another adapter.*'implicit'"
+            with pytest.raises(ValueError, match=message):
+                call()
+            assert_unchanged(model, before)
 
     def test_misspelt(self):
         with pytest.raises(ValueError, match=r"'lm_haed', which modules_to_save.*'lm_head'"):

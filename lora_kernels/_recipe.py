@@ -14,10 +14,9 @@ import torch
 
 from .config import LoRAConfig
 from .init import Initializer, get_initializer, initializer_names
-from .state import AdapterState, LayerState
+from .state import FACTORS, AdapterState, LayerState
 
 VERSION = 1
-FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B")
 _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _NUMBERS = ("scaling", "lora_alpha", "beta", "weight_norm")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from ._errors import unknown_name
+from ._errors import nearest_name, unknown_name
 from .init import Initializer, get_initializer
 from .ops._checks import as_integer, check_number, check_positive
 from .scaling import DEFAULT_ALPHA, check_start, lora_scaling, resolve_rule
@@ -14,6 +14,37 @@ from .targets import ALL_LINEAR
 
 BIASES = ("none", "all", "lora_only")
 RESIDUALS = ("auto", "absorb", "implicit")
+# PEFT 0.21's others: variants of LoRA, which compute something else, and what its files say.
+_PEFT_ONLY = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_bias",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "monteclora_config",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +78,8 @@ class LoRAConfig:
 
     Raises:
         ValueError: a value out of range or an unknown name.
-        TypeError: a value of the wrong type.
+        TypeError: a value of the wrong type, or an option that there is not, PEFT's others
+            included: none is passed over.
 
     """
 
@@ -67,6 +99,19 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     task_type: str | None = None
+
+    def __new__(cls, *args: object, **options: object) -> LoRAConfig:
+        """Refuses unknown options with the nearest name, or the reason, which Python has not."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name in _PEFT_ONLY:
+                raise TypeError(
+                    f"LoRAConfig has no {name!r}: what PEFT does with it is not implemented here, "
+                    "or needs no option"
+                )
+            if name not in known:
+                raise TypeError(f"LoRAConfig has no option {name!r}{nearest_name(name, known)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if as_integer(self.r, "r") < 1:

@@ -160,7 +160,8 @@ def _left_out(
                 reasons[name] = "in exclude_modules"
     for saved in config.modules_to_save or ():
         for name in candidates:
-            if re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", name):
+            pattern = rf"(^|.*\.){re.escape(saved)}($|\..*)"
+            if any(re.match(pattern, n) for n in (name, *aliases.get(name, ()))):
                 reasons[name] = "in modules_to_save: trained in full"
     return reasons
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .config import LoRAConfig
 
+FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B")  # an adapter's tensors
+
 
 @dataclass
 class LayerState:

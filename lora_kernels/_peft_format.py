@@ -19,7 +19,7 @@ from ._errors import unknown_name
 from .config import BIASES, LoRAConfig
 from .scaling import lora_scaling
 from .state import AdapterState, LayerState
-from .targets import match_names
+from .targets import match_names, without_wrappers
 
 PREFIX = "base_model.model."
 # Fields that decide nothing about a trained adapter: where it came from, and how it started.
@@ -155,7 +155,7 @@ def split_tensors(
     halves: dict[str, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = without_wrappers(key).removeprefix(PREFIX)
         pair = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
         if pair:
             halves.setdefault(pair[1], {})[pair[2]] = tensor

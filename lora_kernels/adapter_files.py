@@ -30,6 +30,7 @@ from .model import adapter_state, apply_state, unwrapped
 from .model_report import LoRAReport
 from .recompression import recompressed
 from .state import AdapterState
+from .targets import without_wrappers
 
 NATIVE_FILE = "adapter_native.safetensors"
 NATIVE_TYPE = "LORA_KERNELS"
@@ -96,7 +97,7 @@ def save_adapter(
     state = adapter_state(model, adapter_name)
     if format == "peft":
         _warn_of_second_names(unwrapped(model), state)
-    modules = {name: module for name, module in unwrapped(model).named_modules() if name}
+    modules = {without_wrappers(n): m for n, m in unwrapped(model).named_modules() if n}
     inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
     return write_adapter(
         folder,
@@ -237,7 +238,7 @@ def read_adapter(folder: str | Path) -> AdapterState:
 
 def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
     """PEFT puts its layer where a module is first found, and the base stays in other places."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {without_wrappers(n): m for n, m in model.named_modules(remove_duplicate=False)}
 
     def place(name: str) -> tuple[nn.Module, str]:
         parent, _, key = name.rpartition(".")

@@ -23,7 +23,7 @@ from .originals import OriginalWeights
 from .plan import LayerPlan, check_norms, make_starts, plan_layers, plan_states
 from .selection import match_modules, select_layers
 from .state import AdapterState
-from .targets import nearest, output_head
+from .targets import nearest, output_head, without_wrappers
 from .trained import Slot, TrainedTensors, bias_slots, module_slots
 
 _RECORD = "_lora_adapters"
@@ -202,12 +202,12 @@ def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterS
     record = _needed_record(model)
     name = _known_name(record, adapter_name)
     layers = {
-        path: layer.adapter(name).layer_state()
+        without_wrappers(path): layer.adapter(name).layer_state()
         for path, layer in adapted_layers(model).items()
         if name in layer.adapter_names
     }
     extra = {
-        path: tensor.detach().to("cpu", copy=True)
+        without_wrappers(path): tensor.detach().to("cpu", copy=True)
         for path, tensor in record.trained.tensors(name).items()
     }
     config = getattr(model, "config", None)
@@ -340,7 +340,9 @@ def _extra_slots(model: nn.Module, state: AdapterState) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     if not state.extra:
         return slots
-    places = {_base_name(name): slot for name, slot in module_slots("", model).items()}
+    places = {
+        without_wrappers(_base_name(name)): slot for name, slot in module_slots("", model).items()
+    }
     for name, value in state.extra.items():
         if name not in places:
             raise ValueError(

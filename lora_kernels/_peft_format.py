@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ._errors import unknown_name
-from .config import BIASES, LoRAConfig
+from .config import BIASES, TASK_TYPES, LoRAConfig
 from .scaling import lora_scaling
 from .state import AdapterState, LayerState
 from .targets import match_names, without_wrappers
@@ -54,6 +54,12 @@ _SAME_NAME = (
     "alpha_pattern",
     "task_type",
 )
+# The heads that PEFT trains with these tasks, and cannot load an adapter without.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _TRANSLATED = (*_SAME_NAME, "init_lora_weights")
 # Fields on which s and the names of the tensors depend.
 DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
@@ -96,7 +102,7 @@ def to_peft(
     r, lora_alpha = Counter(pairs).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
-        "task_type": config.task_type,
+        "task_type": _task_type(config.task_type, saved),
         "base_model_name_or_path": state.base_model,
         "inference_mode": True,
         "r": r,
@@ -158,7 +164,9 @@ def split_tensors(
         name = without_wrappers(key).removeprefix(PREFIX)
         pair = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
         if pair:
-            halves.setdefault(pair[1], {})[pair[2]] = tensor
+            if pair[2] in halves.setdefault(pair[1], {}):
+                raise ValueError(f"lora_{pair[2]} of {pair[1]!r} is there twice")
+            halves[pair[1]][pair[2]] = tensor
         elif re.search(r"(^|\.)lora_\w+(\.|$)", name):
             raise ValueError(
                 f"{key!r} is no A or B of a linear layer: embeddings, DoRA and other variants are "
@@ -213,8 +221,8 @@ def _check_options(values: Mapping[str, Any]) -> None:
 
 def _config(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAConfig:
     given = {key: values[key] for key in _SAME_NAME if values.get(key) not in (None, [], {}, "")}
-    if isinstance(given.get("task_type"), str) is False:
-        given.pop("task_type", None)
+    if given.get("task_type") not in TASK_TYPES:
+        given.pop("task_type", None)  # it decides nothing
     if "layers_to_transform" not in given:
         given.pop("layers_pattern", None)
     if given.get("bias", "none") not in BIASES:
@@ -227,10 +235,18 @@ def _config(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAConfig:
     given["init_lora_weights"] = (
         "gaussian" if values.get("init_lora_weights") == "gaussian" else "lora"
     )
+    if not isinstance(given.get("use_rslora", False), bool):
+        raise ValueError(f"use_rslora must be true or false, got {given['use_rslora']!r}")
     try:
         return LoRAConfig(**given)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(str(error)) from None
+
+
+def _task_type(task_type: str | None, saved: Collection[str]) -> str | None:
+    """None if PEFT would look for a head, in vain: the adapter is that of any model then."""
+    heads = _HEADS.get(task_type, ())
+    return task_type if not heads or any(name.endswith(heads) for name in saved) else None
 
 
 def _alpha(scaling: float, r: int, rslora: bool) -> float:

@@ -497,10 +497,17 @@ class TestBadFiles:
             tensors = {k: v for k, v in (pair | change).items() if v is not None}
             write_plain(tmp_path, tensors)
             self.refused(tmp_path, f"{ADAPTER_FILE}: .*{match}")
+        write_plain(tmp_path, pair)
+        tensors = safetensors.load_file(tmp_path / ADAPTER_FILE)
+        tensors["a.q.lora_A.weight"] = torch.randn(2, 6)
+        safetensors.save_file(tensors, tmp_path / ADAPTER_FILE)
+        self.refused(tmp_path, "lora_A of 'a.q' is there twice")
         for config, match in (
             ({"peft_type": "IA3"}, "peft_type is 'IA3': only 'LORA'"),
             ({"r": "2"}, "r must be an integer"),
             ({"lora_alpha": -1}, "lora_alpha must be positive"),
+            ({"lora_alpha": 10**400}, "too large"),
+            ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
             ({"bias": "some"}, "unknown bias 'some'"),
             ({"rank_pattern": {"(": 3}}, "no regular expression"),
         ):

@@ -185,9 +185,7 @@ class TestPlainPeft:
         """Whether it was trained or not, PEFT loads the adapter."""
         model = tiny_model("bert")
         adapted = copy.deepcopy(model)
-        config = LoRAConfig(
-            r=2, target_modules=["query"], modules_to_save=saved, task_type=task
-        )
+        config = LoRAConfig(r=2, target_modules=["query"], modules_to_save=saved, task_type=task)
         add_lora(adapted, config)
         with torch.no_grad():
             for parameter in adapted.parameters():

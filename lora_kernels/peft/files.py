@@ -26,31 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .._atomic import replace_files
-from .layers import PREFIX, has_adapter, lora_layers
-from .replaced import is_replaced, replace_method, restore_method
+from .layers import PREFIX, adapters_with_start, has_adapter, lora_layers
 from .start import drop_start, set_start, start_of
 
 _METADATA = "lora_kernels.peft"
 _VERSION = 1
 # The fields of the configuration that rank 2r changes.
 _FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
-
-
-def install(peft_model: peft.PeftModel) -> None:
-    """Puts `save_pretrained` and `load_adapter` of this file in place of the model's own."""
-    if not is_replaced(peft_model, "save_pretrained", save_pretrained):
-        replace_method(peft_model, "save_pretrained", save_pretrained)
-        replace_method(peft_model, "load_adapter", load_adapter)
-        replace_method(peft_model.base_model, "add_weighted_adapter", add_weighted_adapter)
-
-
-def uninstall(peft_model: peft.PeftModel) -> None:
-    """PEFT's own methods again, unless an adapter still has a start."""
-    if _with_start(peft_model):
-        return
-    restore_method(peft_model, "save_pretrained", save_pretrained)
-    restore_method(peft_model, "load_adapter", load_adapter)
-    restore_method(peft_model.base_model, "add_weighted_adapter", add_weighted_adapter)
 
 
 def save_pretrained(
@@ -72,7 +54,7 @@ def save_pretrained(
     """
     own = type(peft_model).save_pretrained
     names = list(peft_model.peft_config) if selected_adapters is None else selected_adapters
-    doubled = [name for name in names if name in _with_start(peft_model)]
+    doubled = [name for name in names if name in adapters_with_start(peft_model)]
     if doubled and not safe_serialization:
         raise ValueError(
             "safe_serialization=False pickles, which has no room for the start's recipe"
@@ -147,43 +129,6 @@ def load_adapter(
     # PEFT misses the starts among the tensors: they are set here.
     result.missing_keys[:] = [key for key in result.missing_keys if ".lora_start_" not in key]
     return result
-
-
-def add_weighted_adapter(
-    lora_model: Any,
-    adapters: list[str],
-    weights: list[float],
-    adapter_name: str,
-    combination_type: str = "svd",
-    **kwargs: Any,
-) -> None:
-    """PEFT's, where it combines s·(BA − B₀A₀): by SVD and of more than one adapter. Its other ways
-    combine A and B themselves.
-
-    Raises:
-        ValueError: another way, and one of the adapters subtracts a start.
-
-    """
-    started = sorted(_with_start(lora_model) & set(adapters))
-    if started and (len(adapters) == 1 or not combination_type.endswith("svd")):
-        raise ValueError(
-            f"adapter {started[0]!r} subtracts a start, which combination_type="
-            f"{combination_type!r} of {len(adapters)} adapter(s) would lose: take 'svd' of two or "
-            "more, or save it and load it with plain PEFT"
-        )
-    type(lora_model).add_weighted_adapter(
-        lora_model, adapters, weights, adapter_name, combination_type, **kwargs
-    )
-
-
-def _with_start(model: Any) -> set[str]:
-    """The adapters that have a start in some layer."""
-    return {
-        adapter
-        for layer in lora_layers(model).values()
-        for adapter in layer.lora_A
-        if start_of(layer, adapter) is not None
-    }
 
 
 def _doubled_state(

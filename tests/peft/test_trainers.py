@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer and TRL's SFTTrainer and DPOTrainer over a model that was initialised and accelerated."""
+"""Hugging Face's Trainer, TRL's SFTTrainer and DPOTrainer over a model that was initialised."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from torch import nn
 from . import _recipe
 from ._atomic import replace_files
 from ._errors import unknown_name
-from ._peft_format import from_peft, to_peft
+from ._peft_format import from_peft, rank_fields, to_peft
 from ._stored_state import check_state, check_tensors, from_recipe, native_tensors
 from ._tensor_file import load_tensors, save_tensors
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
@@ -36,7 +36,6 @@ NATIVE_FILE = "adapter_native.safetensors"
 NATIVE_TYPE = "LORA_KERNELS"
 FORMATS = ("peft", "native")
 _OWNED = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE})
-_METADATA = "lora_kernels"
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,9 @@ def write_adapter(
     metadata: dict[str, str] = {}
     if format == "native":
         file, tensors = NATIVE_FILE, native_tensors(state)
-        metadata[_METADATA] = _recipe.to_json(state, format)
-        config = {"peft_type": NATIVE_TYPE, **json.loads(metadata[_METADATA])}
+        recipe = _recipe.to_json(state.layers, format, state.config, state.base_model)
+        metadata[_recipe.METADATA] = recipe
+        config = {"peft_type": NATIVE_TYPE, **json.loads(recipe)}
     else:
         if compress_to is not None:
             state, errors, error = recompressed(state, compress_to)
@@ -187,7 +187,14 @@ def write_adapter(
         config, tensors = to_peft(state, module_names, fan_in_fan_out)
         if compress_to is None:
             folded = tuple(n for n, layer in state.layers.items() if layer.lora_R is not None)
-            metadata[_METADATA] = _recipe.to_json(state, format, peft_config=config)
+            metadata[_recipe.METADATA] = _recipe.to_json(
+                state.layers,
+                format,
+                state.config,
+                state.base_model,
+                peft_config=config,
+                rank_fields=rank_fields(state, {n: layer.r for n, layer in state.layers.items()}),
+            )
     content = json.dumps(config, indent=2, allow_nan=False).encode()
     replace_files(
         folder,
@@ -222,13 +229,13 @@ def read_adapter(folder: str | Path) -> AdapterState:
             break  # else somebody has just written another one
     try:
         check_tensors(tensors)
-        if _METADATA not in metadata:
+        if _recipe.METADATA not in metadata:
             if file.name == NATIVE_FILE:
                 raise ValueError("its recipe is missing")
             if config is None:
                 raise ValueError(f"{ADAPTER_CONFIG} is missing beside it, which has the scaling")
             return from_peft(config, tensors)
-        recipe = _recipe.from_json(metadata[_METADATA])
+        recipe = _recipe.from_json(metadata[_recipe.METADATA])
         if (recipe["format"] == "native") != (file.name == NATIVE_FILE):
             raise ValueError(f"it was saved in the format {recipe['format']!r} and renamed")
         return from_recipe(recipe, config, tensors)

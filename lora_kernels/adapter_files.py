@@ -25,14 +25,13 @@ from ._errors import unknown_name
 from ._peft_format import from_peft, rank_fields, to_peft
 from ._stored_state import check_state, check_tensors, from_recipe, native_tensors
 from ._tensor_file import load_tensors, save_tensors
-from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
+from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE
 from .model import adapter_state, apply_state, unwrapped
 from .model_report import LoRAReport
 from .recompression import recompressed
 from .state import AdapterState
 from .targets import without_wrappers
 
-NATIVE_FILE = "adapter_native.safetensors"
 NATIVE_TYPE = "LORA_KERNELS"
 FORMATS = ("peft", "native")
 _OWNED = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE})

@@ -28,6 +28,7 @@ from .. import _recipe
 from .._atomic import replace_files
 from .._stored_state import check_unedited, split_halves
 from .._tensor_file import load_metadata, load_tensors, save_tensors
+from ..checkpoint import NATIVE_FILE
 from ..scaling import lora_scaling
 from ..state import LayerState
 from .layers import PREFIX, adapters_with_start, has_adapter, lora_layers
@@ -101,8 +102,8 @@ def load_adapter(
     nothing is subtracted.
 
     Raises:
-        ValueError: the file is damaged, its recipe is of another version, or its configuration was
-            edited.
+        ValueError: the file is damaged or of `save_adapter`'s format="native", its recipe is of
+            another version, or its configuration was edited.
         RuntimeError: the adapter is merged.
 
     """
@@ -226,6 +227,11 @@ def _publish(
 def _read_recipe(folder: Path) -> dict[str, Any] | None:
     """None if the folder is not ours, or not there."""
     file = folder / SAFETENSORS_WEIGHTS_NAME
+    if (folder / NATIVE_FILE).is_file() and not file.is_file():
+        raise ValueError(
+            f"{folder} is of save_adapter's format='native', which lora_kernels.load_adapter "
+            "reads; for PEFT save it with format='peft'"
+        )
     text = load_metadata(file).get(_recipe.METADATA) if file.is_file() else None
     if text is None:
         return None

@@ -134,7 +134,8 @@ def initialize(
     `save_pretrained` then writes an adapter of rank 2r, [A; A₀] and [B, −B₀], which plain PEFT
     loads on the original base with the same outputs. `load_adapter` on a model that was
     initialised, in this or a later process and by any method, takes such a folder back at rank r
-    and exactly: so `Trainer` resumes.
+    and exactly: so `Trainer` resumes. It takes one of `lora_kernels.save_adapter` too, and
+    `lora_kernels.load_adapter` takes this one.
 
     `add_adapter` with the configuration object of an adapter that has a start gives the new one
     that start: TRL makes its reference model so. `get_peft_model_state_dict` gives A and B at rank

@@ -385,6 +385,10 @@ def test_load_adapter_of_this_package_takes_it_further(tmp_path, method, rslora)
         save_adapter(other, tmp_path / form, format=form)
     again = adapted(llama(), **OPTIONS, use_rslora=rslora)
     initialize(again, "lora")
+    with pytest.raises(
+        ValueError, match=r"format='native', which lora_kernels\.load_adapter reads"
+    ):
+        again.load_adapter(tmp_path / "native", "default")
     result = again.load_adapter(tmp_path / "peft", "default")
     assert not result.missing_keys and not result.unexpected_keys
     assert same_factors(again, model)

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from ._errors import unknown_name
-from .config import BIASES, LoRAConfig
+from .config import BIASES, TASK_TYPES, LoRAConfig
 from .scaling import lora_scaling
 from .state import AdapterState, LayerState
-from .targets import match_names
+from .targets import match_names, without_wrappers
 
 PREFIX = "base_model.model."
 # Fields that decide nothing about a trained adapter: where it came from, and how it started.
@@ -54,6 +54,12 @@ _SAME_NAME = (
     "alpha_pattern",
     "task_type",
 )
+# The heads that PEFT trains with these tasks, and cannot load an adapter without.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _TRANSLATED = (*_SAME_NAME, "init_lora_weights")
 # Fields on which s and the names of the tensors depend.
 DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
@@ -74,14 +80,12 @@ def to_peft(
 
     """
     config = state.config
-    rslora = config.scaling_rule != "lora"
-    tensors, ranks, alphas = {}, {}, {}
+    tensors, ranks = {}, {}
     for name, layer in state.layers.items():
         right, left = layer.update_factors()
         tensors[f"{PREFIX}{name}.lora_A.weight"] = right
         tensors[f"{PREFIX}{name}.lora_B.weight"] = left
         ranks[name] = right.shape[0]
-        alphas[name] = _alpha(layer.scaling, ranks[name], rslora)
     saved = {}  # modules in full, in the order of their tensors
     for key, tensor in state.extra.items():
         owner, _, last = key.rpartition(".")
@@ -91,19 +95,13 @@ def to_peft(
         elif last == "bias" and owner in state.layers:
             key = f"{owner}.base_layer.bias"
         tensors[PREFIX + key] = tensor
-    # As a pair: vLLM takes s from these two for all layers, and reads no pattern.
-    pairs = [(ranks[name], alphas[name]) for name in state.layers]
-    r, lora_alpha = Counter(pairs).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
-        "task_type": config.task_type,
+        "task_type": _task_type(config.task_type, saved),
         "base_model_name_or_path": state.base_model,
         "inference_mode": True,
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "use_rslora": rslora,
-        "rank_pattern": {_pattern(n): k for n, k in ranks.items() if k != r},
-        "alpha_pattern": {_pattern(n): a for n, a in alphas.items() if a != lora_alpha},
+        "use_rslora": config.scaling_rule != "lora",
+        **rank_fields(state, ranks),
         "target_modules": _targets(list(state.layers), module_names, tuple(saved)),
         "exclude_modules": None,
         "layers_to_transform": None,
@@ -112,8 +110,23 @@ def to_peft(
         "bias": config.bias,
         "lora_dropout": config.lora_dropout,
         "fan_in_fan_out": fan_in_fan_out,
-        "init_lora_weights": True,
     }, tensors
+
+
+def rank_fields(state: AdapterState, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The fields that give the layers these ranks, each with its s."""
+    rslora = state.config.scaling_rule != "lora"
+    alphas = {name: _alpha(state.layers[name].scaling, r, rslora) for name, r in ranks.items()}
+    # As a pair: vLLM takes s from these two for all layers, and reads no pattern.
+    pairs = [(ranks[name], alphas[name]) for name in ranks]
+    r, lora_alpha = Counter(pairs).most_common(1)[0][0]
+    return {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": {_pattern(n): k for n, k in ranks.items() if k != r},
+        "alpha_pattern": {_pattern(n): a for n, a in alphas.items() if a != lora_alpha},
+        "init_lora_weights": True,
+    }
 
 
 def from_peft(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterState:
@@ -124,11 +137,11 @@ def from_peft(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapt
             changed, or configuration and tensors do not go together.
 
     """
-    _check_options(values)
+    check_options(values)
     halves, extra = split_tensors(tensors)
     if not halves:
         raise ValueError("it has no lora_A and lora_B of a linear layer")
-    config = _config(values, tuple(halves))
+    config = config_from_peft(values, tuple(halves))
     layers = {}
     for name, (lora_A, lora_B) in halves.items():
         check_pair(name, lora_A, lora_B)
@@ -155,10 +168,12 @@ def split_tensors(
     halves: dict[str, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = without_wrappers(key).removeprefix(PREFIX)
         pair = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
         if pair:
-            halves.setdefault(pair[1], {})[pair[2]] = tensor
+            if pair[2] in halves.setdefault(pair[1], {}):
+                raise ValueError(f"lora_{pair[2]} of {pair[1]!r} is there twice")
+            halves[pair[1]][pair[2]] = tensor
         elif re.search(r"(^|\.)lora_\w+(\.|$)", name):
             raise ValueError(
                 f"{key!r} is no A or B of a linear layer: embeddings, DoRA and other variants are "
@@ -183,7 +198,8 @@ def check_pair(name: str, lora_A: Tensor, lora_B: Tensor) -> None:
         raise ValueError(f"{shapes} do not go together; expected [r, in] and [out, r]")
 
 
-def _check_options(values: Mapping[str, Any]) -> None:
+def check_options(values: Mapping[str, Any]) -> None:
+    """Raises ValueError if a configuration of PEFT has an option that is not implemented here."""
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"peft_type is {kind!r}: only 'LORA' adapters can be read")
@@ -211,10 +227,11 @@ def _check_options(values: Mapping[str, Any]) -> None:
         )
 
 
-def _config(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAConfig:
+def config_from_peft(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAConfig:
+    """Our configuration of an adapter of PEFT that has layers of these names."""
     given = {key: values[key] for key in _SAME_NAME if values.get(key) not in (None, [], {}, "")}
-    if isinstance(given.get("task_type"), str) is False:
-        given.pop("task_type", None)
+    if given.get("task_type") not in TASK_TYPES:
+        given.pop("task_type", None)  # it decides nothing
     if "layers_to_transform" not in given:
         given.pop("layers_pattern", None)
     if given.get("bias", "none") not in BIASES:
@@ -227,10 +244,18 @@ def _config(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAConfig:
     given["init_lora_weights"] = (
         "gaussian" if values.get("init_lora_weights") == "gaussian" else "lora"
     )
+    if not isinstance(given.get("use_rslora", False), bool):
+        raise ValueError(f"use_rslora must be true or false, got {given['use_rslora']!r}")
     try:
         return LoRAConfig(**given)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(str(error)) from None
+
+
+def _task_type(task_type: str | None, saved: Collection[str]) -> str | None:
+    """None if PEFT would look for a head, in vain: the adapter is that of any model then."""
+    heads = _HEADS.get(task_type, ())
+    return task_type if not heads or any(name.endswith(heads) for name in saved) else None
 
 
 def _alpha(scaling: float, r: int, rslora: bool) -> float:

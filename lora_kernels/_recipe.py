@@ -1,12 +1,14 @@
 """An adapter's configuration and the few numbers of each layer as JSON.
 
-It lies in the header of the file that holds the tensors, so that both are replaced at once.
+It lies in the header of the file that holds the tensors, so that both are replaced at once. Files
+for PEFT have the same from `save_adapter` and from `lora_kernels.peft`, and both read it.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -14,21 +16,32 @@ import torch
 
 from .config import LoRAConfig
 from .init import Initializer, get_initializer, initializer_names
-from .state import FACTORS, AdapterState, LayerState
+from .state import FACTORS, LayerState
 
+METADATA = "lora_kernels"  # its key in the header
 VERSION = 1
 _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _NUMBERS = ("scaling", "lora_alpha", "beta", "weight_norm")
 
 
-def to_json(state: AdapterState, file_format: str, **more: Any) -> str:
-    """The recipe of an adapter that is stored as `file_format`, "native" or "peft"."""
+def to_json(
+    layers: Mapping[str, LayerState],
+    file_format: str,
+    config: LoRAConfig | None,
+    base_model: str | None,
+    **more: Any,
+) -> str:
+    """The recipe of an adapter that is stored as `file_format`, "native" or "peft".
+
+    "peft" has `more`: `peft_config`, what the tensors' PEFT configuration says, and `rank_fields`,
+    what it says instead at the rank that trains. An adapter of PEFT's model has no `config`.
+    """
     recipe = {
         "version": VERSION,
         "format": file_format,
-        "base_model": state.base_model,
-        "config": config_to_dict(state.config),
-        "layers": {name: _layer_to_dict(layer) for name, layer in state.layers.items()},
+        "base_model": base_model,
+        "config": None if config is None else config_to_dict(config),
+        "layers": {name: _layer_to_dict(layer) for name, layer in layers.items()},
         **more,
     }
     return json.dumps(recipe, allow_nan=False)
@@ -49,13 +62,18 @@ def from_json(text: str) -> dict[str, Any]:
                 f"it is of version {version!r}, this package reads version {VERSION}: update "
                 "lora_kernels"
             )
-        if not all(isinstance(recipe[key], dict) for key in ("config", "layers")):
+        parts = ["config", "layers"]
+        if recipe["format"] == "peft":
+            parts += ["peft_config", "rank_fields"]
+            if recipe["config"] is None:
+                parts.remove("config")
+        if not all(isinstance(recipe[key], dict) for key in parts):
             raise TypeError
         if not recipe["layers"] or not all(
             type(layer["r"]) is int for layer in recipe["layers"].values()
         ):
             raise TypeError
-        recipe["format"], recipe["base_model"]
+        recipe["base_model"]
     except (json.JSONDecodeError, RecursionError, KeyError, TypeError):
         raise ValueError("its recipe is damaged") from None
     return recipe

@@ -11,7 +11,7 @@ from .bases import kind_of
 from .plan import FLOAT_KINDS, LayerPlan
 from .selection import match_modules
 from .state import AdapterState
-from .targets import nearest
+from .targets import nearest, without_wrappers
 from .trained import Slot, bias_slots, module_slots
 
 
@@ -70,7 +70,9 @@ def extra_slots(model: nn.Module, state: AdapterState) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     if not state.extra:
         return slots
-    places = {_base_name(name): slot for name, slot in module_slots("", model).items()}
+    places = {
+        without_wrappers(_base_name(name)): slot for name, slot in module_slots("", model).items()
+    }
     for name, value in state.extra.items():
         if name not in places:
             raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from . import _recipe
-from ._peft_format import DECISIVE, check_pair, split_tensors
+from ._peft_format import DECISIVE, check_options, check_pair, config_from_peft, split_tensors
 from .checkpoint import ADAPTER_CONFIG
 from .ops._checks import FLOATS
 from .state import AdapterState, LayerState
@@ -69,8 +69,8 @@ def from_recipe(
 
     """
     if recipe["format"] == "peft":
-        _check_unedited(recipe, config)
-        factors, extra = _split_halves(recipe, tensors)
+        check_unedited(recipe, config)
+        factors, extra = _split_peft(recipe, tensors)
     else:
         factors, extra = _split_native(recipe, tensors)
     layers = {}
@@ -80,17 +80,20 @@ def from_recipe(
         except (ValueError, AttributeError, KeyError) as error:
             raise ValueError(f"the recipe of {name!r} is damaged: {error}") from None
         _check_layer(name, layers[name], layer["r"])
-    adapted = _recipe.config_from_dict(recipe["config"])
+    if recipe["config"] is None:
+        values = recipe["peft_config"] | recipe["rank_fields"]
+        check_options(values)
+        adapted = config_from_peft(values, tuple(layers))
+    else:
+        adapted = _recipe.config_from_dict(recipe["config"])
     return AdapterState(adapted, layers, extra, recipe["base_model"])
 
 
-def _check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> None:
+def check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> None:
     """Raises if the configuration beside the tensors is not theirs. None is fine: a process was
     killed before it put it there.
     """
-    saved = recipe.get("peft_config")
-    if not isinstance(saved, dict):
-        raise ValueError("its recipe is damaged")
+    saved = recipe["peft_config"]
     for key in DECISIVE if config is not None else ():
         if (config.get(key) or None) != (saved.get(key) or None):  # {} is None
             raise ValueError(
@@ -100,24 +103,36 @@ def _check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> No
             )
 
 
-def _split_halves(
+def split_halves(
+    name: str, layer: dict[str, Any], right: Tensor, left: Tensor
+) -> dict[str, Tensor]:
+    """A and B, and A₀ and B₀ if there is a start, out of [A; A₀] and [B, −B₀].
+
+    Raises:
+        ValueError: they are not of the rank that the layer's recipe says.
+
+    """
+    check_pair(name, right, left)
+    r, start = layer["r"], layer.get("start")
+    if right.shape[0] != (2 * r if start else r):
+        raise ValueError(f"lora_A of {name!r} has {right.shape[0]} rows, its recipe has r = {r}")
+    factors = {"lora_A": right[:r].clone(), "lora_B": left[:, :r].clone()}
+    if start:
+        factors |= {"start_A": right[r:].clone(), "start_B": -left[:, r:]}
+    return factors
+
+
+def _split_peft(
     recipe: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """A, B and kept starts out of [A; A₀] and [B, −B₀]."""
+    """The factors of each layer, without starts that are made again, and all else."""
     pairs, extra = split_tensors(tensors)
     _check_names(recipe["layers"], pairs)
     factors = {}
     for name, layer in recipe["layers"].items():
-        right, left = pairs[name]
-        check_pair(name, right, left)
-        r, start = layer.get("r"), layer.get("start")
-        if right.shape[0] != (2 * r if start else r):
-            raise ValueError(
-                f"lora_A of {name!r} has {right.shape[0]} rows, its recipe has r = {r}"
-            )
-        factors[name] = {"lora_A": right[:r].clone(), "lora_B": left[:, :r].clone()}
-        if start == "kept":
-            factors[name] |= {"start_A": right[r:].clone(), "start_B": -left[:, r:]}
+        factors[name] = split_halves(name, layer, *pairs[name])
+        if layer.get("start") == "dst":
+            del factors[name]["start_A"], factors[name]["start_B"]
     return factors, extra
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -44,12 +46,29 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: it is damaged or no safetensors file.
 
     """
+    with _opened(file) as opened:
+        # Copies: the file is mapped, and may be changed under the mapping.
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        return tensors, opened.metadata() or {}
+
+
+def load_metadata(file: Path) -> dict[str, str]:
+    """What it says beside the tensors.
+
+    Raises:
+        ValueError: it is damaged or no safetensors file.
+
+    """
+    with _opened(file) as opened:
+        return opened.metadata() or {}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     safetensors = needed("safetensors", "reading adapters", "cli")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            # Copies: the file is mapped, and may be changed under the mapping.
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
+            yield opened
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{file} is damaged, or no safetensors file ({error}): copy or save it again"

@@ -22,20 +22,19 @@ from torch import nn
 from . import _recipe
 from ._atomic import replace_files
 from ._errors import unknown_name
-from ._peft_format import from_peft, to_peft
+from ._peft_format import from_peft, rank_fields, to_peft
 from ._stored_state import check_state, check_tensors, from_recipe, native_tensors
 from ._tensor_file import load_tensors, save_tensors
-from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
+from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE
 from .model import adapter_state, apply_state, unwrapped
 from .model_report import LoRAReport
 from .recompression import recompressed
 from .state import AdapterState
+from .targets import without_wrappers
 
-NATIVE_FILE = "adapter_native.safetensors"
 NATIVE_TYPE = "LORA_KERNELS"
 FORMATS = ("peft", "native")
 _OWNED = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE})
-METADATA = "lora_kernels"
 START = "start"  # the format of a start beside the base that lacks it (lora_kernels.stream)
 
 
@@ -106,7 +105,7 @@ def save_adapter(
             "(model.save_pretrained)",
             stacklevel=2,
         )
-    modules = {name: module for name, module in unwrapped(model).named_modules() if name}
+    modules = {without_wrappers(n): m for n, m in unwrapped(model).named_modules() if n}
     inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
     return write_adapter(
         folder,
@@ -187,8 +186,9 @@ def write_adapter(
     metadata: dict[str, str] = {}
     if format == "native":
         file, tensors = NATIVE_FILE, native_tensors(state)
-        metadata[METADATA] = _recipe.to_json(state, format)
-        config = {"peft_type": NATIVE_TYPE, **json.loads(metadata[METADATA])}
+        recipe = _recipe.to_json(state.layers, format, state.config, state.base_model)
+        metadata[_recipe.METADATA] = recipe
+        config = {"peft_type": NATIVE_TYPE, **json.loads(recipe)}
     else:
         if compress_to is not None:
             state, errors, error = recompressed(state, compress_to)
@@ -196,7 +196,14 @@ def write_adapter(
         config, tensors = to_peft(state, module_names, fan_in_fan_out)
         if compress_to is None:
             folded = tuple(n for n, layer in state.layers.items() if layer.lora_R is not None)
-            metadata[METADATA] = _recipe.to_json(state, format, peft_config=config)
+            metadata[_recipe.METADATA] = _recipe.to_json(
+                state.layers,
+                format,
+                state.config,
+                state.base_model,
+                peft_config=config,
+                rank_fields=rank_fields(state, {n: layer.r for n, layer in state.layers.items()}),
+            )
     content = json.dumps(config, indent=2, allow_nan=False).encode()
     replace_files(
         folder,
@@ -231,13 +238,13 @@ def read_adapter(folder: str | Path) -> AdapterState:
             break  # else somebody has just written another one
     try:
         check_tensors(tensors)
-        if METADATA not in metadata:
+        if _recipe.METADATA not in metadata:
             if file.name == NATIVE_FILE:
                 raise ValueError("its recipe is missing")
             if config is None:
                 raise ValueError(f"{ADAPTER_CONFIG} is missing beside it, which has the scaling")
             return from_peft(config, tensors)
-        recipe = _recipe.from_json(metadata[METADATA])
+        recipe = _recipe.from_json(metadata[_recipe.METADATA])
         if recipe["format"] == START:
             raise ValueError(
                 f"it is the start of {recipe['base_model']}, whose weights lack it, and wrong on "
@@ -253,7 +260,7 @@ def read_adapter(folder: str | Path) -> AdapterState:
 
 def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
     """PEFT puts its layer where a module is first found, and the base stays in other places."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {without_wrappers(n): m for n, m in model.named_modules(remove_duplicate=False)}
 
     def place(name: str) -> tuple[nn.Module, str]:
         parent, _, key = name.rpartition(".")

@@ -19,6 +19,7 @@ from .targets import ALL_LINEAR, match_names
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+NATIVE_FILE = "adapter_native.safetensors"
 _FLOATS = ("F64", "F32", "BF16", "F16")
 # Models with layers of the kind Conv1D, stored [in, out], and how these layers are called.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")

@@ -14,6 +14,14 @@ from .targets import ALL_LINEAR
 
 BIASES = ("none", "all", "lora_only")
 RESIDUALS = ("auto", "absorb", "implicit")
+TASK_TYPES = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
 # PEFT 0.21's others: variants of LoRA, which compute something else, and what its files say.
 _PEFT_ONLY = (
     "alora_invocation_tokens",
@@ -74,7 +82,9 @@ class LoRAConfig:
             told from other numbers in the names.
         rank_pattern: {name, ending or regular expression: r} of the layers with another rank.
         alpha_pattern: {...: lora_alpha} of the layers with another alpha.
-        task_type: PEFT's ("CAUSAL_LM" ...), which is only written to the adapter's files.
+        task_type: PEFT's ("CAUSAL_LM" ...), which is only written to the adapter's files. PEFT adds
+            the head of "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" to `modules_to_save`: here it has
+            to be named there, and does not train otherwise.
 
     Raises:
         ValueError: a value out of range or an unknown name.
@@ -125,6 +135,8 @@ class LoRAConfig:
             raise unknown_name("bias", self.bias, BIASES)
         if self.residual not in RESIDUALS:
             raise unknown_name("residual", self.residual, RESIDUALS)
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise unknown_name("task_type", self.task_type, TASK_TYPES)
         for option in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             self._check_names(option)
         if not self.target_modules:

@@ -26,7 +26,7 @@ from .originals import OriginalWeights
 from .plan import LayerPlan, check_norms, make_starts, plan_layers, plan_states
 from .selection import select_layers
 from .state import AdapterState
-from .targets import output_head
+from .targets import output_head, without_wrappers
 from .trained import TrainedTensors
 
 _RECORD = "_lora_adapters"
@@ -215,12 +215,12 @@ def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterS
     record = _needed_record(model)
     name = _known_name(record, adapter_name)
     layers = {
-        path: layer.adapter(name).layer_state()
+        without_wrappers(path): layer.adapter(name).layer_state()
         for path, layer in adapted_layers(model).items()
         if name in layer.adapter_names
     }
     extra = {
-        path: tensor.detach().to("cpu", copy=True)
+        without_wrappers(path): tensor.detach().to("cpu", copy=True)
         for path, tensor in record.trained.tensors(name).items()
     }
     config = getattr(model, "config", None)

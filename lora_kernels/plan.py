@@ -23,7 +23,7 @@ from .ops._checks import factor_dtype, overlaps
 from .originals import OriginalWeights
 from .selection import Selection, find_candidates
 from .state import AdapterState, LayerState
-from .targets import nearest
+from .targets import nearest, without_wrappers
 from .wrapped import LoRAWrapper
 
 # 4-bit rounding changes a norm by less than 1 %; what a start takes out, by more than 2 %.
@@ -149,17 +149,19 @@ def plan_states(
 
     """
     candidates, aliases = find_candidates(model, adaptable)
+    places = {without_wrappers(name): name for name in candidates}
     for name in state.layers:
-        if name not in candidates:
+        if name not in places:
             raise ValueError(
                 f"the adapter has a layer {name!r}, which is no linear layer of this "
-                f"{type(model).__name__}{nearest(name, candidates)}"
+                f"{type(model).__name__}{nearest(name, places)}"
             )
-    skipped = {n: "not in the adapter" for n in candidates if n not in state.layers}
-    selection = Selection({n: candidates[n] for n in state.layers}, aliases, skipped)
+    layers = {places[name]: layer for name, layer in state.layers.items()}
+    skipped = {n: "not in the adapter" for n in candidates if n not in layers}
+    selection = Selection({n: candidates[n] for n in layers}, aliases, skipped)
     owners = _owners(model)
     plans = []
-    for name, layer in state.layers.items():
+    for name, layer in layers.items():
         module = candidates[name]
         kind = _checked_kind(name, module)
         rows, cols = _shape(module)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 ALL_LINEAR = "all-linear"
+# What torch.compile, activation checkpointing and FSDP put between a block and its layers.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 Targets = str | Sequence[str] | Mapping[str, nn.Module] | Sequence[nn.Module]
 
 
@@ -92,6 +94,11 @@ def match_names(
             given = "" if option == "targets" else f", which {option} names"
             raise ValueError(f"no module is called {target!r}{given}{nearest(target, candidates)}")
     return [name for name in names if any(_ends_with(name, target) for target in targets)]
+
+
+def without_wrappers(name: str) -> str:
+    """What a module or a tensor is called where none of its blocks is compiled or wrapped."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _ends_with(name: str, target: str) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .targets import without_wrappers
+
 Slot = tuple[nn.Module, str]  # whose tensor it is, and what it is called there
 
 
@@ -98,13 +100,14 @@ class TrainedTensors:
 
 def module_slots(name: str, module: nn.Module) -> dict[str, Slot]:
     """Where the parameters and buffers of a module lie, by the names in its model's state_dict."""
-    saved = set(module.state_dict())
+    # Some wrappers keep their names out of it.
+    saved = {without_wrappers(key) for key in module.state_dict()}
     slots: dict[str, Slot] = {}
     for prefix, part in module.named_modules():
         for holder in (part._parameters, part._buffers):
             for key, tensor in holder.items():
                 path = f"{prefix}.{key}" if prefix else key
-                if tensor is not None and path in saved:
+                if tensor is not None and without_wrappers(path) in saved:
                     slots[f"{name}.{path}" if name else path] = (part, key)
     return slots
 

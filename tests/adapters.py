@@ -156,8 +156,8 @@ def train(model, steps, optimizer=None):
 
 @functools.cache
 def tiny_model(kind: str):
-    """A Llama or a GPT-2 of two blocks with weights of a usual size, so that logits depend on all
-    of them. Not to be changed.
+    """A Llama, a GPT-2 or a BERT that classifies, of two blocks with weights of a usual size, so
+    that logits depend on all of them. Not to be changed.
     """
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
@@ -171,6 +171,17 @@ def tiny_model(kind: str):
                 num_key_value_heads=2,
                 vocab_size=64,
                 max_position_embeddings=32,
+                initializer_range=0.1,
+            )
+        )
+    elif kind == "bert":
+        model = transformers.BertForSequenceClassification(
+            transformers.BertConfig(
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                vocab_size=64,
                 initializer_range=0.1,
             )
         )

@@ -283,6 +283,41 @@ class TestModels:
         for file in (tmp_path / "a").iterdir():
             assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
+    @pytest.mark.parametrize("before", [False, True])
+    def test_blocks_that_are_wrapped(self, before, tmp_path):
+        """Compiled or checkpointed one by one: files have the names of the plain model."""
+        wrapper = pytest.importorskip(
+            "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
+        ).checkpoint_wrapper
+
+        def wrapped(model):
+            blocks = model.model.layers
+            blocks[0] = torch.compile(blocks[0], backend="eager")
+            blocks[1] = wrapper(blocks[1])
+            return model
+
+        base = tiny_model("llama")
+        model = wrapped(copy.deepcopy(base)) if before else copy.deepcopy(base)
+        add_lora(model, LoRAConfig(r=2, modules_to_save=["input_layernorm"]))
+        train(model, 2)
+        want = model(IDS).logits
+        save_adapter(model if before else wrapped(model), tmp_path)
+        assert_agree(peft_logits(base, tmp_path)[1], want.double())
+        plain = copy.deepcopy(base)
+        load_adapter(plain, tmp_path)
+        assert torch.equal(plain.eval()(IDS).logits, want)
+        again = wrapped(copy.deepcopy(base))
+        load_adapter(again, tmp_path)
+        assert torch.equal(again.eval()(IDS).logits, want)
+        # As PEFT writes it for such a model.
+        file = tmp_path / ADAPTER_FILE
+        tensors = safetensors.load_file(file)
+        write = {k.replace(".layers.0.", ".layers.0._orig_mod."): v for k, v in tensors.items()}
+        safetensors.save_file({f"_orig_mod.{k}": v for k, v in write.items()}, file)
+        plain = copy.deepcopy(base)
+        load_adapter(plain, tmp_path)
+        assert_agree(plain.eval()(IDS).logits, want.double())
+
     def test_a_layer_with_two_names(self, tmp_path):
         """PEFT adapts it under one of them."""
         model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
@@ -462,10 +497,17 @@ class TestBadFiles:
             tensors = {k: v for k, v in (pair | change).items() if v is not None}
             write_plain(tmp_path, tensors)
             self.refused(tmp_path, f"{ADAPTER_FILE}: .*{match}")
+        write_plain(tmp_path, pair)
+        tensors = safetensors.load_file(tmp_path / ADAPTER_FILE)
+        tensors["a.q.lora_A.weight"] = torch.randn(2, 6)
+        safetensors.save_file(tensors, tmp_path / ADAPTER_FILE)
+        self.refused(tmp_path, "lora_A of 'a.q' is there twice")
         for config, match in (
             ({"peft_type": "IA3"}, "peft_type is 'IA3': only 'LORA'"),
             ({"r": "2"}, "r must be an integer"),
             ({"lora_alpha": -1}, "lora_alpha must be positive"),
+            ({"lora_alpha": 10**400}, "too large"),
+            ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
             ({"bias": "some"}, "unknown bias 'some'"),
             ({"rank_pattern": {"(": 3}}, "no regular expression"),
         ):

@@ -179,6 +179,24 @@ class TestPlainPeft:
         assert_agree(peft_logits(model, tmp_path)[1], want)
         assert_same(read_adapter(tmp_path), state)
 
+    @pytest.mark.parametrize("saved", [["classifier"], ["pooler"], None])
+    @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", None])
+    def test_tasks_whose_head_peft_looks_for(self, task, saved, tmp_path):
+        """Whether it was trained or not, PEFT loads the adapter."""
+        model = tiny_model("bert")
+        adapted = copy.deepcopy(model)
+        config = LoRAConfig(r=2, target_modules=["query"], modules_to_save=saved, task_type=task)
+        add_lora(adapted, config)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            save_adapter(adapted, tmp_path)
+            assert_agree(peft_logits(model, tmp_path)[1], adapted(IDS).logits.double())
+        assert read_adapter(tmp_path).config == config
+        if task == "SEQ_CLS":
+            assert peft_config(tmp_path)["task_type"] == (task if saved == ["classifier"] else None)
+
 
 class TestFromPeft:
     def make(self, model, folder, **options):

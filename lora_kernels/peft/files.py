@@ -1,8 +1,9 @@
 """Adapters of `initialize` in PEFT's folders, exactly and both ways.
 
 A folder holds A' = [A; A₀], B' = [B, −B₀] of rank 2r with the same s, so that plain PEFT computes
-W + s·(BA − B₀A₀) on the original base. How to take it apart again stands in the metadata of the
-safetensors file, under "lora_kernels.peft": plain PEFT does not look there.
+W + s·(BA − B₀A₀) on the original base. How to take it apart again stands in the header of the
+safetensors file, where plain PEFT does not look: the recipe is that of `lora_kernels.save_adapter`,
+and either reads what the other wrote.
 """
 
 from __future__ import annotations
@@ -21,36 +22,20 @@ from typing import Any
 import peft
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import _recipe
 from .._atomic import replace_files
-from .layers import PREFIX, has_adapter, lora_layers
-from .replaced import is_replaced, replace_method, restore_method
+from .._stored_state import check_unedited, split_halves
+from .._tensor_file import load_metadata, load_tensors, save_tensors
+from ..checkpoint import NATIVE_FILE
+from ..scaling import lora_scaling
+from ..state import LayerState
+from .layers import PREFIX, adapters_with_start, has_adapter, lora_layers
 from .start import drop_start, set_start, start_of
 
-_METADATA = "lora_kernels.peft"
-_VERSION = 1
 # The fields of the configuration that rank 2r changes.
 _FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
-
-
-def install(peft_model: peft.PeftModel) -> None:
-    """Puts `save_pretrained` and `load_adapter` of this file in place of the model's own."""
-    if not is_replaced(peft_model, "save_pretrained", save_pretrained):
-        replace_method(peft_model, "save_pretrained", save_pretrained)
-        replace_method(peft_model, "load_adapter", load_adapter)
-        replace_method(peft_model.base_model, "add_weighted_adapter", add_weighted_adapter)
-
-
-def uninstall(peft_model: peft.PeftModel) -> None:
-    """PEFT's own methods again, unless an adapter still has a start."""
-    if _with_start(peft_model):
-        return
-    restore_method(peft_model, "save_pretrained", save_pretrained)
-    restore_method(peft_model, "load_adapter", load_adapter)
-    restore_method(peft_model.base_model, "add_weighted_adapter", add_weighted_adapter)
 
 
 def save_pretrained(
@@ -72,7 +57,7 @@ def save_pretrained(
     """
     own = type(peft_model).save_pretrained
     names = list(peft_model.peft_config) if selected_adapters is None else selected_adapters
-    doubled = [name for name in names if name in _with_start(peft_model)]
+    doubled = [name for name in names if name in adapters_with_start(peft_model)]
     if doubled and not safe_serialization:
         raise ValueError(
             "safe_serialization=False pickles, which has no room for the start's recipe"
@@ -98,10 +83,11 @@ def save_pretrained(
         folder = Path(save_directory) / ("" if name == "default" else name)
         tensors = peft_model.state_dict() if state is None else state
         tensors = _doubled_state(peft_model, name, tensors)
-        with TemporaryDirectory() as scratch, _doubled_config(peft_model, name) as recipe:
+        with TemporaryDirectory() as scratch, _doubled_config(peft_model, name) as fields:
             own(peft_model, scratch, True, [name], state_dict=tensors, **common, **kwargs)
             if is_main_process:
-                _publish(Path(scratch) / folder.relative_to(save_directory), folder, recipe)
+                written = Path(scratch) / folder.relative_to(save_directory)
+                _publish(written, folder, _layer_states(peft_model, name), fields)
 
 
 def load_adapter(
@@ -111,11 +97,13 @@ def load_adapter(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """PEFT's `load_adapter`; a folder that `save_pretrained` wrote with rank 2r is taken apart into
-    A, B and what the layers subtract. After any other folder, nothing is subtracted.
+    """PEFT's `load_adapter`; a folder that `save_pretrained` or `lora_kernels.save_adapter` wrote
+    with rank 2r is taken apart into A, B and what the layers subtract. After any other folder,
+    nothing is subtracted.
 
     Raises:
-        ValueError: the file is damaged, or its recipe is of another version.
+        ValueError: the file is damaged or of `save_adapter`'s format="native", its recipe is of
+            another version, or its configuration was edited.
         RuntimeError: the adapter is merged.
 
     """
@@ -126,7 +114,7 @@ def load_adapter(
             f"{adapter_name!r} is merged into the base: call unmerge_adapter() first"
         )
     folder = Path(model_id) / (kwargs.get("subfolder") or "")
-    recipe = _read_recipe(folder / SAFETENSORS_WEIGHTS_NAME)
+    recipe = _read_recipe(folder)
     if recipe is None:
         result, starts = own(peft_model, model_id, adapter_name, *args, **kwargs), {}
     else:
@@ -147,43 +135,6 @@ def load_adapter(
     # PEFT misses the starts among the tensors: they are set here.
     result.missing_keys[:] = [key for key in result.missing_keys if ".lora_start_" not in key]
     return result
-
-
-def add_weighted_adapter(
-    lora_model: Any,
-    adapters: list[str],
-    weights: list[float],
-    adapter_name: str,
-    combination_type: str = "svd",
-    **kwargs: Any,
-) -> None:
-    """PEFT's, where it combines s·(BA − B₀A₀): by SVD and of more than one adapter. Its other ways
-    combine A and B themselves.
-
-    Raises:
-        ValueError: another way, and one of the adapters subtracts a start.
-
-    """
-    started = sorted(_with_start(lora_model) & set(adapters))
-    if started and (len(adapters) == 1 or not combination_type.endswith("svd")):
-        raise ValueError(
-            f"adapter {started[0]!r} subtracts a start, which combination_type="
-            f"{combination_type!r} of {len(adapters)} adapter(s) would lose: take 'svd' of two or "
-            "more, or save it and load it with plain PEFT"
-        )
-    type(lora_model).add_weighted_adapter(
-        lora_model, adapters, weights, adapter_name, combination_type, **kwargs
-    )
-
-
-def _with_start(model: Any) -> set[str]:
-    """The adapters that have a start in some layer."""
-    return {
-        adapter
-        for layer in lora_layers(model).values()
-        for adapter in layer.lora_A
-        if start_of(layer, adapter) is not None
-    }
 
 
 def _doubled_state(
@@ -213,7 +164,7 @@ def _doubled_state(
 
 @contextmanager
 def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict]:
-    """Meanwhile the adapter's configuration is that of rank 2r; yields the recipe to undo it."""
+    """Meanwhile the adapter's configuration is that of rank 2r; yields its fields at rank r."""
     config = peft_model.peft_config[adapter]
     doubled = copy.deepcopy(config)
     factor = math.sqrt(2) if config.use_rslora else 2  # s stays
@@ -221,70 +172,91 @@ def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict]:
     doubled.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
     doubled.alpha_pattern = {key: factor * a for key, a in config.alpha_pattern.items()}
     doubled.init_lora_weights = True
-    starts = {}
     for name, layer in lora_layers(peft_model).items():
-        if not has_adapter(layer, adapter):
-            continue
-        if start_of(layer, adapter) is not None:
-            starts[name] = layer.r[adapter]
-        else:  # before the patterns: the first that matches counts
+        if has_adapter(layer, adapter) and start_of(layer, adapter) is None:
+            # Before the patterns: the first that matches counts.
             exact = f"^{re.escape(name)}"
             doubled.rank_pattern = {exact: layer.r[adapter], **doubled.rank_pattern}
             doubled.alpha_pattern = {exact: layer.lora_alpha[adapter], **doubled.alpha_pattern}
     fields = {name: getattr(config, name) for name in _FIELDS}
     peft_model.peft_config[adapter] = doubled
     try:
-        yield {"version": _VERSION, "config": fields, "starts": starts}
+        yield fields
     finally:
         peft_model.peft_config[adapter] = config
 
 
-def _publish(written: Path, folder: Path, recipe: dict) -> None:
+def _layer_states(peft_model: peft.PeftModel, adapter: str) -> dict[str, LayerState]:
+    """The adapter in each layer that has it, but for embeddings."""
+    rule = "rslora" if peft_model.peft_config[adapter].use_rslora else "lora"
+    states = {}
+    for name, layer in lora_layers(peft_model).items():
+        if adapter in layer.lora_A:
+            start_A, start_B = start_of(layer, adapter) or (None, None)
+            r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
+            states[name] = LayerState(
+                layer.lora_A[adapter].weight,
+                layer.lora_B[adapter].weight,
+                lora_scaling(alpha, r, rule),
+                alpha,
+                start_A=start_A,
+                start_B=start_B,
+                residual="implicit",
+            )
+    return states
+
+
+def _publish(
+    written: Path, folder: Path, layers: Mapping[str, LayerState], fields: Mapping[str, Any]
+) -> None:
     """Puts what PEFT wrote into the folder, with the recipe; a killed process leaves the old."""
-    tensors = load_file(written / SAFETENSORS_WEIGHTS_NAME)
-    metadata = {"format": "pt", _METADATA: json.dumps(recipe)}
+    tensors, _ = load_tensors(written / SAFETENSORS_WEIGHTS_NAME)
+    content = (written / CONFIG_NAME).read_bytes()
+    config = json.loads(content)
+    base = config.get("base_model_name_or_path")
+    recipe = _recipe.to_json(layers, "peft", None, base, peft_config=config, rank_fields=fields)
     replace_files(
         folder,
         SAFETENSORS_WEIGHTS_NAME,
-        lambda path: save_file(tensors, path, metadata),
-        {CONFIG_NAME: (written / CONFIG_NAME).read_bytes()},
+        lambda path: save_tensors(tensors, path, {_recipe.METADATA: recipe}),
+        {CONFIG_NAME: content},
         (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
     )
 
 
-def _read_recipe(path: Path) -> dict | None:
-    """None if the file is not ours, or not there."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_METADATA)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file: {error}") from None
+def _read_recipe(folder: Path) -> dict[str, Any] | None:
+    """None if the folder is not ours, or not there."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if (folder / NATIVE_FILE).is_file() and not file.is_file():
+        raise ValueError(
+            f"{folder} is of save_adapter's format='native', which lora_kernels.load_adapter "
+            "reads; for PEFT save it with format='peft'"
+        )
+    text = load_metadata(file).get(_recipe.METADATA) if file.is_file() else None
     if text is None:
         return None
     try:
-        recipe = json.loads(text)
-        version, _ = recipe["version"], (recipe["config"], recipe["starts"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path}: its recipe, {_METADATA!r} in the metadata, is damaged") from None
-    if version != _VERSION:
-        raise ValueError(
-            f"{path} has a recipe of version {version!r}, this package reads version {_VERSION}: "
-            "update lora_kernels"
-        )
+        recipe = _recipe.from_json(text)
+        check_unedited(recipe, json.loads((folder / CONFIG_NAME).read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     return recipe
 
 
-def _take_apart(folder: Path, scratch: Path, recipe: dict) -> dict[str, tuple[Tensor, Tensor]]:
+def _take_apart(
+    folder: Path, scratch: Path, recipe: dict[str, Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Writes the adapter of rank r, as PEFT does, into `scratch`; the starts are returned."""
-    tensors, starts = load_file(folder / SAFETENSORS_WEIGHTS_NAME), {}
-    for name, r in recipe["starts"].items():
+    tensors, _ = load_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
+    starts = {}
+    for name, layer in recipe["layers"].items():
+        if not layer.get("start"):
+            continue
         key_A, key_B = (f"{PREFIX}{name}.{part}.weight" for part in ("lora_A", "lora_B"))
-        A, B = tensors[key_A], tensors[key_B]
-        starts[name] = A[r:].clone(), -B[:, r:]
-        tensors[key_A], tensors[key_B] = A[:r].contiguous(), B[:, :r].contiguous()
-    config = json.loads((folder / CONFIG_NAME).read_text()) | recipe["config"]
+        factors = split_halves(name, layer, tensors[key_A], tensors[key_B])
+        starts[name] = factors["start_A"], factors["start_B"]
+        tensors[key_A], tensors[key_B] = factors["lora_A"], factors["lora_B"]
+    config = json.loads((folder / CONFIG_NAME).read_bytes()) | recipe["rank_fields"]
     (scratch / CONFIG_NAME).write_text(json.dumps(config))
-    save_file(tensors, scratch / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    save_tensors(tensors, scratch / SAFETENSORS_WEIGHTS_NAME, {})
     return starts

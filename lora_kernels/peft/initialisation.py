@@ -17,7 +17,6 @@ from .._progress import tracked
 from ..init import Initializer, Start, get_initializer
 from ..init.base import checked, refuse_implicit
 from ..ops._checks import check_rank
-from .files import install, uninstall
 from .layers import (
     PREFIX,
     adapter_of,
@@ -27,6 +26,7 @@ from .layers import (
     lora_layers,
     why_not_linear,
 )
+from .methods import install, uninstall
 from .start import drop_start, set_start, start_of
 
 # PEFT's own starts that are taken out of the base's weights when the adapter is made.
@@ -134,7 +134,12 @@ def initialize(
     `save_pretrained` then writes an adapter of rank 2r, [A; A₀] and [B, −B₀], which plain PEFT
     loads on the original base with the same outputs. `load_adapter` on a model that was
     initialised, in this or a later process and by any method, takes such a folder back at rank r
-    and exactly: so `Trainer` resumes.
+    and exactly: so `Trainer` resumes. It takes one of `lora_kernels.save_adapter` too, and
+    `lora_kernels.load_adapter` takes this one.
+
+    `add_adapter` with the configuration object of an adapter that has a start gives the new one
+    that start: TRL makes its reference model so. `get_peft_model_state_dict` gives A and B at rank
+    r with A₀ and B₀ beside them, which plain PEFT passes over: use `save_pretrained`.
 
     A₀ and B₀ are buffers. `DistributedDataParallel` sends buffers around before every forward
     unless it is told broadcast_buffers=False (`ddp_broadcast_buffers` of `TrainingArguments`): here

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from torch import nn
 
 from .._errors import unknown_name
-from .start import StartVariant
+from .start import StartVariant, start_of
 
 # The model inside the PeftModel and its LoraModel.
 PREFIX = "base_model.model."
@@ -46,7 +46,7 @@ def adapter_of(peft_model: peft.PeftModel, adapter_name: str | None) -> str:
     return adapter_name
 
 
-def lora_layers(peft_model: peft.PeftModel) -> dict[str, LoraLayer]:
+def lora_layers(peft_model: nn.Module) -> dict[str, LoraLayer]:
     """All LoRA layers, but for those inside an attention layer that is one itself."""
     found: dict[str, LoraLayer] = {}
     inside: tuple[str, ...] = ()
@@ -62,6 +62,16 @@ def lora_layers(peft_model: peft.PeftModel) -> dict[str, LoraLayer]:
 def has_adapter(layer: LoraLayer, adapter: str) -> bool:
     """Whether the layer, of any kind, has this adapter."""
     return adapter in layer.lora_A or adapter in layer.lora_embedding_A
+
+
+def adapters_with_start(model: nn.Module) -> set[str]:
+    """The adapters that have a start in some layer."""
+    return {
+        adapter
+        for layer in lora_layers(model).values()
+        for adapter in layer.lora_A
+        if start_of(layer, adapter) is not None
+    }
 
 
 def why_not_linear(layer: LoraLayer, adapter: str) -> str | None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from .. import _recipe
 from .._peft_format import to_peft
 from .._progress import ByteCounter, uncounted
+from .._recipe import METADATA
 from .._stored_state import native_tensors
 from .._version import __version__
-from ..adapter_files import METADATA, NATIVE_FILE, NATIVE_TYPE, START
+from ..adapter_files import NATIVE_FILE, NATIVE_TYPE, START
 from ..checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -297,7 +298,9 @@ class _Job:
         conv1d = any(weight.transposed for weight in self.weights.values())
         values, tensors = to_peft(replace(state, layers=plain), self.folder.module_names, conv1d)
         values |= {"inference_mode": False, "task_type": self.folder.task_type}
-        recipe = _recipe.to_json(state, START, original=str(self.folder.path))
+        recipe = _recipe.to_json(
+            state.layers, START, state.config, state.base_model, original=str(self.folder.path)
+        )
         write_tensors(self.work.path(ADAPTER_FILE), tensors, parts, {METADATA: recipe})
         self.work.place(ADAPTER_FILE, Path(ADAPTER) / ADAPTER_FILE)
         self.work.put(Path(ADAPTER) / ADAPTER_CONFIG, pretty(values))
@@ -305,7 +308,7 @@ class _Job:
     def _write_native(self, shards: list[Shard]) -> None:
         """The adapter of the original base."""
         state, parts = self._starts(shards, self.folder.path)
-        recipe = _recipe.to_json(state, "native")
+        recipe = _recipe.to_json(state.layers, "native", state.config, state.base_model)
         tensors = native_tensors(state)
         write_tensors(self.work.path(NATIVE_FILE), tensors, parts, {METADATA: recipe})
         self.work.place(NATIVE_FILE, NATIVE_FILE)

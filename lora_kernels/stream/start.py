@@ -11,8 +11,9 @@ from pathlib import Path
 
 from .. import _recipe
 from .._peft_format import split_tensors
+from .._recipe import METADATA
 from .._tensor_file import load_tensors
-from ..adapter_files import METADATA, START
+from ..adapter_files import START
 from ..checkpoint import ADAPTER_FILE
 from ..state import AdapterState
 from .layout import read_layout

@@ -219,7 +219,7 @@ def test_a_killed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "save_file", killed)
+    monkeypatch.setattr(files, "save_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(tmp_path)
     monkeypatch.undo()
@@ -241,22 +241,22 @@ def damaged(tmp_path, change):
     path = tmp_path / "adapter_model.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    metadata["lora_kernels.peft"] = change(metadata["lora_kernels.peft"])
+    metadata["lora_kernels"] = change(metadata["lora_kernels"])
     save_file(load_file(path), path, metadata)
     return model
 
 
 def test_bad_files(tmp_path):
     newer = damaged(tmp_path / "newer", lambda text: text.replace('"version": 1', '"version": 2'))
-    with pytest.raises(ValueError, match="recipe of version 2, this package reads version 1"):
+    with pytest.raises(ValueError, match="of version 2, this package reads version 1"):
         newer.load_adapter(tmp_path / "newer", "default")
     broken = damaged(tmp_path / "broken", lambda text: text[:-5])
-    with pytest.raises(ValueError, match=r"its recipe, .* is damaged"):
+    with pytest.raises(ValueError, match="its recipe is damaged"):
         broken.load_adapter(tmp_path / "broken", "default")
 
     def swapped(text):
         recipe = json.loads(text)
-        recipe["starts"]["model.layers.9.mlp.up_proj"] = 4
+        recipe["layers"]["model.layers.9.mlp.up_proj"] = {"r": 4, "start": "kept"}
         return json.dumps(recipe)
 
     foreign = damaged(tmp_path / "foreign", swapped)
@@ -264,7 +264,7 @@ def test_bad_files(tmp_path):
         foreign.load_adapter(tmp_path / "foreign", "default")
     path = tmp_path / "broken" / "adapter_model.safetensors"
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(ValueError, match="is no complete safetensors file"):
+    with pytest.raises(ValueError, match="is damaged, or no safetensors file"):
         broken.load_adapter(tmp_path / "broken", "default")
 
 
@@ -328,14 +328,106 @@ def test_hot_swapping_leaves_nothing_to_subtract(tmp_path):
     assert close(logits(model), logits(trained))
 
 
-def test_load_adapter_of_this_package_reads_it(tmp_path):
-    """As what plain PEFT takes it for: an adapter of rank 2r."""
-    from lora_kernels import load_adapter
+def factors_of(model) -> dict:
+    """A, B, A₀ and B₀ of each layer, of a model of PEFT or of this package."""
+    from lora_kernels.model import adapted_layers
 
-    model = adapted(llama())
-    initialize(model)
+    found = {n: layer.layer_state() for n, layer in adapted_layers(model).items()}
+    if found:
+        return {
+            n: (state.lora_A, state.lora_B, *state.start_factors()) for n, state in found.items()
+        }
+    return {
+        n: (
+            layer.lora_A["default"].weight,
+            layer.lora_B["default"].weight,
+            layer.lora_start_A["default"],
+            layer.lora_start_B["default"],
+        )
+        for n, layer in linear_layers(model).items()
+    }
+
+
+def same_factors(one, other) -> bool:
+    one, other = factors_of(one), factors_of(other)
+    return one.keys() == other.keys() and all(
+        torch.equal(a, b) for n in one for a, b in zip(one[n], other[n], strict=True)
+    )
+
+
+OPTIONS = {
+    "target_modules": ["k_proj", "up_proj", "down_proj"],
+    "rank_pattern": {"k_proj": 3},
+    "alpha_pattern": {r"1\.mlp\.up_proj": 5},
+    "modules_to_save": ["lm_head"],
+}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("method", ["loram", "pissa"])
+def test_load_adapter_of_this_package_takes_it_further(tmp_path, method, rslora):
+    """At rank r, with its start: A, B, A₀ and B₀ are the bits that they were."""
+    from lora_kernels import load_adapter, save_adapter
+
+    model = adapted(llama(), **OPTIONS, use_rslora=rslora)
+    initialize(model, method)
     move(model)
     model.save_pretrained(tmp_path)
     other = llama()
     load_adapter(other, tmp_path)
+    assert same_factors(other, model)
     assert close(logits(other.eval()), logits(model))
+    trained = [sorted(p.shape for p in m.parameters() if p.requires_grad) for m in (other, model)]
+    assert trained[0] == trained[1]
+
+    # And back.
+    for form in ("peft", "native"):
+        save_adapter(other, tmp_path / form, format=form)
+    again = adapted(llama(), **OPTIONS, use_rslora=rslora)
+    initialize(again, "lora")
+    with pytest.raises(
+        ValueError, match=r"format='native', which lora_kernels\.load_adapter reads"
+    ):
+        again.load_adapter(tmp_path / "native", "default")
+    result = again.load_adapter(tmp_path / "peft", "default")
+    assert not result.missing_keys and not result.unexpected_keys
+    assert same_factors(again, model)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_folders_of_this_package(tmp_path):
+    """A start that is a recipe, and one that the base absorbed: rank r and the same function."""
+    from lora_kernels import LoRAConfig, add_lora, save_adapter
+
+    for scaling in ("lora", "rslora", "alpha_sqrt"):
+        config = LoRAConfig(
+            r=4,
+            scaling=scaling,
+            init_lora_weights="pissa" if scaling == "alpha_sqrt" else "loram",
+            rank_pattern={"q_proj": 2},
+            alpha_pattern={"1.mlp.up_proj": 3},
+        )
+        model = llama()
+        add_lora(model, config, progress=False)
+        move(model)
+        save_adapter(model, tmp_path)
+        other = adapted(llama())
+        initialize(other, "lora")
+        other.load_adapter(tmp_path, "ours")
+        other.set_adapter("ours")
+        assert {layer.r["ours"] for layer in linear_layers(other).values()} == {2, 4}
+        assert close(logits(other), logits(model.eval()))
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+        with pytest.raises(ValueError, match=r"says lora_alpha = 1, but .* was edited"):
+            other.load_adapter(tmp_path, "ours")
+
+
+def test_what_this_package_does_not_know_stays_an_error(tmp_path):
+    from lora_kernels import load_adapter
+
+    model = adapted(llama(), target_modules=["embed_tokens", "q_proj"])
+    initialize(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(ValueError, match="embeddings, DoRA and other variants are not implemented"):
+        load_adapter(llama(), tmp_path)

@@ -229,6 +229,28 @@ def test_two_adapters_share_one_base():
     assert torch.equal(logits(model.base_model.model), logits(base))
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_adapter_with_the_same_configuration(kind):
+    """How TRL makes a reference model: a new adapter, into which A and B are copied by name."""
+    model = adapted(MODELS[kind]())
+    report = initialize(model, "pissa")
+    base = logits(MODELS[kind]())
+    move(model)
+    want = logits(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), base)  # as a new adapter of PEFT
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    assert torch.equal(logits(model), want)
+    report.undo()
+    assert torch.equal(logits(model), want) and "add_adapter" in vars(model)
+    model.delete_adapter("ref")
+    model.add_adapter("plain", copy.copy(model.peft_config["default"]))
+    assert not any("lora_start" in key for key in model.state_dict())
+
+
 def test_copies_and_pickles():
     model = adapted(llama())
     initialize(model, "loram")

@@ -1,8 +1,9 @@
-"""Hugging Face's Trainer and TRL's SFTTrainer over a model that was initialised and accelerated."""
+"""Hugging Face's Trainer, TRL's SFTTrainer and DPOTrainer over a model that was initialised."""
 
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from .test_accelerate import accelerate
 from .test_initialize import initialize
 
 STEPS = 6
+PAIRS = [("the", "rank"), ("one", "svd"), ("train", "sines"), ("and", "matrix")]
 TEXTS = ["the rank of a matrix", "a basis of sines", "one norm and no svd", "train and resume"]
 
 
@@ -153,3 +155,38 @@ def test_sft_trainer(tmp_path, tokenizer):
         assert close(logits(loaded), logits(trained))
     assert losses[0][3] < losses[0][1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@needs_trl
+def test_dpo_trainer_refers_to_the_same_start(tmp_path, tokenizer):
+    """TRL's reference is a copy of the adapter: before the first step there is no margin."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    model = adapted(llama())
+    initialize(model, "pissa")
+    accelerate(model)
+    rows = [{"prompt": f"{a} a", "chosen": f" {b}", "rejected": " norm"} for a, b in PAIRS]
+    run = DPOTrainer(
+        model,
+        args=DPOConfig(
+            str(tmp_path),
+            per_device_train_batch_size=2,
+            max_steps=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    run.train()
+    losses = _Losses(run).steps
+    # -log(sigmoid(0)); the sums of log-probabilities are equal to the bit.
+    assert losses[1] == pytest.approx(math.log(2), rel=1e-6)
+    assert losses[2] < losses[1]

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ._errors import unknown_name
-from .config import BIASES, TASK_TYPES, LoRAConfig
+from .config import BIASES, TASK_HEADS, TASK_TYPES, LoRAConfig
 from .scaling import lora_scaling
 from .state import AdapterState, LayerState
 from .targets import match_names, without_wrappers
@@ -54,12 +54,6 @@ _SAME_NAME = (
     "alpha_pattern",
     "task_type",
 )
-# The heads that PEFT trains with these tasks, and cannot load an adapter without.
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 _TRANSLATED = (*_SAME_NAME, "init_lora_weights")
 # Fields on which s and the names of the tensors depend.
 DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
@@ -254,7 +248,7 @@ def config_from_peft(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAC
 
 def _task_type(task_type: str | None, saved: Collection[str]) -> str | None:
     """None if PEFT would look for a head, in vain: the adapter is that of any model then."""
-    heads = _HEADS.get(task_type, ())
+    heads = TASK_HEADS.get(task_type, ())
     return task_type if not heads or any(name.endswith(heads) for name in saved) else None
 
 

@@ -242,12 +242,18 @@ def _is_flattened(module: nn.Module) -> bool:
 def _is_plain_linear(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
+        and (type(module).forward is nn.Linear.forward or _is_falcon(module))
         # nn.MultiheadAttention's out_proj, whose forward is never called.
         and not isinstance(module, NonDynamicallyQuantizableLinear)
         and not _forward_is_replaced(module)
         and not is_parametrized(module)  # be it the bias only
     )
+
+
+def _is_falcon(module: nn.Module) -> bool:
+    """transformers' FalconLinear, whose forward is x Wᵀ + b in two steps."""
+    kind = type(module)
+    return kind.__name__ == "FalconLinear" and kind.__module__.startswith("transformers.")
 
 
 def _forward_is_replaced(module: nn.Module) -> bool:

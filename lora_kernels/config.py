@@ -22,6 +22,12 @@ TASK_TYPES = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
+# The heads that PEFT trains in full with these tasks, and cannot load an adapter without.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # PEFT 0.21's others: variants of LoRA, which compute something else, and what its files say.
 _PEFT_ONLY = (
     "alora_invocation_tokens",
@@ -82,9 +88,9 @@ class LoRAConfig:
             told from other numbers in the names.
         rank_pattern: {name, ending or regular expression: r} of the layers with another rank.
         alpha_pattern: {...: lora_alpha} of the layers with another alpha.
-        task_type: PEFT's ("CAUSAL_LM" ...), which is only written to the adapter's files. PEFT adds
-            the head of "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" to `modules_to_save`: here it has
-            to be named there, and does not train otherwise.
+        task_type: PEFT's ("CAUSAL_LM" ...), which is written to the adapter's files. As in PEFT the
+            head of "SEQ_CLS" and "TOKEN_CLS" ("classifier", "score") and of "QUESTION_ANS"
+            ("qa_outputs") counts among `modules_to_save`, unless it is among the targets.
 
     Raises:
         ValueError: a value out of range or an unknown name.

@@ -24,7 +24,7 @@ from .config import LoRAConfig
 from .model_report import LoRAReport, make_report
 from .originals import OriginalWeights
 from .plan import LayerPlan, check_norms, make_starts, plan_layers, plan_states
-from .selection import select_layers
+from .selection import select_layers, with_task_head
 from .state import AdapterState
 from .targets import output_head, without_wrappers
 from .trained import TrainedTensors
@@ -86,6 +86,7 @@ def add_lora(
     _check_model(model)
     record = _record(model) or ModelAdapters()
     _check_name(adapter_name, record)
+    config = with_task_head(model, config)
     selection = select_layers(model, config, is_adaptable)
     saved = saved_slots(model, config.modules_to_save)
     originals = None if original_weights is None else OriginalWeights(original_weights)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from .config import LoRAConfig, pattern_matches
+from .config import TASK_HEADS, LoRAConfig, pattern_matches
 from .targets import ALL_LINEAR, match_names, nearest, output_head
 
 
@@ -60,6 +60,19 @@ def select_layers(
         raise ValueError(f"no layer of {type(model).__name__} is left to adapt: {reasons}")
     _check_patterns(config, selection.layers)
     return selection
+
+
+def with_task_head(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """The configuration with the head that its task trains in full among `modules_to_save`."""
+    saved = tuple(config.modules_to_save or ())
+    named = () if isinstance(config.target_modules, str) else config.target_modules
+    endings = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    heads = tuple(
+        head
+        for head in TASK_HEADS.get(config.task_type, ())
+        if head in endings and head not in saved and head not in named
+    )
+    return replace(config, modules_to_save=saved + heads) if heads else config
 
 
 def find_candidates(
@@ -123,7 +136,18 @@ def _targeted(
             raise TypeError(
                 f"target_modules names {name!r}, a {type(modules[name]).__name__}, which {what}"
             )
+        if reason := _why_passed_by(modules, name):
+            raise ValueError(f"target_modules names {name!r}, but {reason}")
     return [first[name] for name in found]
+
+
+def _why_passed_by(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Why an adapter there would not count, if so: its block multiplies with the weight itself."""
+    parent, _, key = name.rpartition(".")
+    block = type(modules[parent]).__name__
+    if key in ("x_proj", "dt_proj", "out_proj") and re.search("Mamba|Bamba|FalconH1Mixer", block):
+        return f"its {block} reads the weight past the layer"
+    return None
 
 
 def _left_out(
@@ -136,10 +160,12 @@ def _left_out(
     """Names of candidates that are targeted perhaps, but not adapted, with the reason."""
     reasons: dict[str, str] = {}
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        head = output_head(model)
+        head, modules = output_head(model), dict(model.named_modules(remove_duplicate=False))
         for name in candidates:
-            if head is not None and model.get_submodule(name) is head:
+            if head is not None and modules[name] is head:
                 reasons[name] = "the output head, which 'all-linear' leaves out"
+            elif reason := _why_passed_by(modules, name):
+                reasons[name] = reason
     indices = config.layer_indices()
     if indices is not None:
         blocks = {name: _block_index(name, config.layers_pattern) for name in candidates}

@@ -30,7 +30,7 @@ from lora_kernels.init import LoRAM, get_initializer, initializer_names
 from lora_kernels.model import adapted_layers, adapter_state, apply_state
 
 from .packages import needs_transformers
-from .tiny_models import gpt2, llama, logits, token_ids, train
+from .tiny_models import VOCABULARY, gpt2, llama, logits, token_ids, train
 
 pytestmark = needs_transformers
 
@@ -635,6 +635,63 @@ class TestWithTransformers:
             losses.append(train(model))
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
         assert losses[0] == pytest.approx(losses[2], rel=1e-6)
+
+
+class TestPeculiarModels:
+    """Of transformers, where a layer is not what its class says."""
+
+    def test_falcon(self):
+        """FalconLinear has a forward of its own, which is that of nn.Linear."""
+        from transformers import FalconConfig, FalconForCausalLM
+
+        size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = FalconForCausalLM(FalconConfig(vocab_size=VOCABULARY, **size)).double().eval()
+        base = logits(model)
+        assert len(quiet(model, LoRAConfig(r=4)).adapted) == 8
+        assert (logits(model) - base).abs().max() <= TIGHT
+        train(model)
+        trained = logits(model)
+        assert (logits(merge_lora(model)) - trained).abs().max() <= TIGHT
+        assert type(model.transformer.h[0].mlp.dense_h_to_4h).__name__ == "FalconLinear"
+
+    def test_mamba(self):
+        """Its mixer reads the weights of some layers past them."""
+        from transformers import MambaConfig, MambaForCausalLM
+
+        size = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+        model = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, **size)).double().eval()
+        base = logits(model)
+        with pytest.raises(ValueError, match=r"dt_proj', but its MambaMixer reads the weight past"):
+            quiet(model, LoRAConfig(r=2, target_modules=["dt_proj"]))
+        report = quiet(model, LoRAConfig(r=2))
+        assert {row.name.rpartition(".")[2] for row in report.adapted} == {"in_proj"}
+        assert "past the layer" in report.skipped["backbone.layers.0.mixer.out_proj"]
+        assert (logits(model) - base).abs().max() <= TIGHT
+
+    @pytest.mark.parametrize("explicit", [False, True])
+    def test_the_head_of_a_task(self, explicit, tmp_path):
+        """It trains in full, as with PEFT, which takes the adapter."""
+        peft = pytest.importorskip("peft")
+        from transformers import BertConfig, BertForSequenceClassification
+
+        size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = BertConfig(vocab_size=VOCABULARY, intermediate_size=48, num_labels=3, **size)
+        model = BertForSequenceClassification(config).eval()
+        fresh = copy.deepcopy(model)
+        saved = ["classifier"] if explicit else None
+        report = quiet(model, LoRAConfig(r=4, task_type="SEQ_CLS", modules_to_save=saved))
+        assert report.saved == ("classifier.weight", "classifier.bias")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        save_adapter(model, tmp_path)
+        theirs = peft.PeftModel.from_pretrained(fresh, tmp_path)
+        assert type(theirs).__name__ == "PeftModelForSequenceClassification"
+        ids = token_ids()
+        with torch.no_grad():
+            ours, theirs = model(ids).logits, theirs(input_ids=ids).logits
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
 def test_report():

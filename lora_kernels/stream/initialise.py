@@ -139,10 +139,13 @@ def initialise(
 def _device(name: str) -> torch.device:
     """That device, which is there."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(f"device {name!r} cannot be used here: {first}") from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' has no numbers: take cpu, cuda ...")
+    return device
 
 
 def _weights(folder: ModelFolder, config: LoRAConfig, residual: str) -> list[StoredWeight]:
@@ -295,9 +298,12 @@ class _Job:
             name: replace(layer, beta=None, start_A=None, start_B=None)
             for name, layer in state.layers.items()
         }
+        config = replace(state.config, task_type=self.folder.task_type)
         conv1d = any(weight.transposed for weight in self.weights.values())
-        values, tensors = to_peft(replace(state, layers=plain), self.folder.module_names, conv1d)
-        values |= {"inference_mode": False, "task_type": self.folder.task_type}
+        values, tensors = to_peft(
+            replace(state, config=config, layers=plain), self.folder.module_names, conv1d
+        )
+        values["inference_mode"] = False
         recipe = _recipe.to_json(
             state.layers, START, state.config, state.base_model, original=str(self.folder.path)
         )

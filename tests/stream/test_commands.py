@@ -97,7 +97,7 @@ def test_foreign_json(file, content, match, odd_model, tmp_path, capsys):
 
 def test_tensor_in_two_shards(odd_model, tmp_path, capsys):
     """Only one of them would lack the start."""
-    tensors, header = read_file(odd_model / "part-1-of-3.safetensors")
+    tensors, _ = read_file(odd_model / "part-1-of-3.safetensors")
     again, _ = read_file(odd_model / "part-2-of-3.safetensors")
     name = "model.layers.1.q_proj.weight"
     write_file(odd_model / "part-1-of-3.safetensors", tensors | {name: again[name]})

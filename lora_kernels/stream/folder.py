@@ -99,6 +99,14 @@ class ModelFolder:
         headless = re.fullmatch(r"(GPT2|OpenAIGPT|Bloom)Model", str(kinds[0]))
         return f"{prefix}." if bare and not headless else ""
 
+    def in_mixture(self, layer: str) -> bool:
+        """Whether it is an expert of a mixture, or its router: in the model these are no linear
+        layers, as transformers 5 puts all experts into 3-D parameters when it loads them.
+        """
+        owner, _, last = layer.rpartition(".")
+        router = last in ("gate", "router") and f"{owner}.experts" in self.module_names
+        return router or ".experts." in layer
+
     @property
     def task_type(self) -> str | None:
         """PEFT's name for what the model is for, where its class tells."""

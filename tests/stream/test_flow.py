@@ -106,6 +106,30 @@ def test_classifier(tmp_path):
     assert_same(logits(adapted), logits(model))
 
 
+def test_mixture(tmp_path, capsys):
+    """Its files have a matrix for each expert; the model that transformers loads has not."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    base, out, trained = tmp_path / "base", tmp_path / "out", tmp_path / "trained"
+    transformers.MixtralForCausalLM(config).save_pretrained(base)
+    run("init", base, out, "-r", 8)  # more than there are experts
+    printed = capsys.readouterr().out
+    assert "4 layers start" in printed and "13 experts and routers are left out" in printed
+    model = peft.PeftModel.from_pretrained(load(out), out / "adapter", is_trainable=True)
+    assert_same(logits(model), logits(load(base)))
+    train(model)
+    model.save_pretrained(trained)
+    run("convert", trained, tmp_path / "adapter", "--start", out / "adapter")
+    run("verify", tmp_path / "adapter", base)
+    on_original = peft.PeftModel.from_pretrained(load(base), tmp_path / "adapter")
+    assert_same(logits(on_original), logits(model))
+    assert main(["init", str(base), str(tmp_path / "none"), "--targets", "w1", "gate"]) == 1
+    assert "only experts and routers" in capsys.readouterr().err
+
+
 def test_start_is_not_overwritten(llama, tmp_path, capsys):
     """Whatever is trained on its base later needs it."""
     out, trained = tmp_path / "out", tmp_path / "trained"

@@ -74,9 +74,10 @@ def initialise(
     becomes the start as a native adapter of the original base.
 
     Experts and routers of mixtures do not start, whatever is chosen: in transformers' models they
-    are no linear layers. All other tensors keep their bytes, all files their names, headers and order. `dtype` casts
-    floats of 16 bits and more; a weight is rounded once, after the start was taken out. Starts that
-    are drawn have a seed of their own for each layer, of `seed` and its name.
+    are no linear layers. All other tensors keep their bytes, all files their names, headers and
+    order. `dtype` casts floats of 16 bits and more; a weight is rounded once, after the start was
+    taken out. Starts that are drawn have a seed of their own for each layer, of `seed` and its
+    name.
 
     A run that was killed goes on where it was, if it is repeated; the result is the same to the
     last byte. Peak memory is the largest of the tensors that start, with its cast copy if there is

@@ -55,7 +55,7 @@ class UnfinishedFolder:
     folder is no model or adapter, all others have reached the disk.
 
     Raises:
-        FileExistsError: the folder has other contents, or those of another task.
+        FileExistsError: the folder has other contents, or what another task has finished.
         BlockingIOError: another process is at work in it.
 
     """
@@ -176,7 +176,7 @@ class UnfinishedFolder:
         if not lines:
             return False
         head = self._head | {"boot": lines[0].get("boot")}
-        if lines[0] != head and not self._overwrite:
+        if lines[0] != head and lines[1:] and not self._overwrite:
             raise FileExistsError(
                 f"{self.out} has an unfinished run that differs in {self._difference(lines[0])}: "
                 "repeat it as it was, or give --overwrite to start again"

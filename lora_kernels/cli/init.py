@@ -34,8 +34,8 @@ native adapter of MODEL_DIR, for lora_kernels.load_adapter.
 
 Experts and routers of mixtures are left out: in transformers' models they are no linear layers.
 Shards, their order, headers and names, the index and all other files are kept; weights in other
-formats are left out. Memory stays at the largest weight and 128 MiB. A run that was killed goes
-on where it was when the same command is given again.
+formats are left out. Memory stays at the largest weight, with its copies if it is cast, and 128
+MiB. A run that was killed goes on where it was when the same command is given again.
 """
 _EXAMPLES = """\
 examples:

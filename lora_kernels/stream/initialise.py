@@ -81,9 +81,9 @@ def initialise(
 
     A run that was killed goes on where it was, if it is repeated; the result is the same to the
     last byte. Peak memory is the largest of the tensors that start, with its cast copy if there is
-    one, and 128 MiB; beside what the start itself takes. `sync` waits for the disk before the
-    folder is complete, as `cp` does not. `progress(total)` gives a function that is told of bytes
-    that are done.
+    one (between the two 16-bit dtypes also one in float32), and 128 MiB; beside what the start
+    itself takes. `sync` waits for the disk before the folder is complete, as `cp` does not.
+    `progress(total)` gives a function that is told of bytes that are done.
 
     Raises:
         ValueError: a weight without a start, a value out of range, files that are no model; nothing

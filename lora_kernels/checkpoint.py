@@ -261,7 +261,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds; ValueError if it is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} is no JSON object")

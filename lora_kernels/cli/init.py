@@ -32,9 +32,10 @@ adapter of the original model from what was trained.
 --residual implicit (the default where it is zero): the base stays as it is. OUT_DIR becomes a
 native adapter of MODEL_DIR, for lora_kernels.load_adapter.
 
+Experts and routers of mixtures are left out: in transformers' models they are no linear layers.
 Shards, their order, headers and names, the index and all other files are kept; weights in other
-formats are left out. Memory stays at the largest weight and 128 MiB. A run that was killed goes
-on where it was when the same command is given again.
+formats are left out. Memory stays at the largest weight, with its copies if it is cast, and 128
+MiB. A run that was killed goes on where it was when the same command is given again.
 """
 _EXAMPLES = """\
 examples:
@@ -118,6 +119,8 @@ def _summary(done: Summary, options: argparse.Namespace, seconds: float) -> str:
         size += f", {done.resumed / 1e9:.2f} GB were done before"
     head = f"{done.layers} layers start with {options.method}, r = {options.r} ({size})"
     out = options.out_dir
+    if done.left_out:
+        head += f"\n{done.left_out} experts and routers are left out: no linear layers in a model"
     if done.residual == "implicit":
         return f"{head}\n{out}: a native adapter of {options.model_dir}, for load_adapter"
     return (

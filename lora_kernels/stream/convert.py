@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..adapter_files import SavedAdapter, read_adapter, write_adapter
 from ..checkpoint import is_transposed
-from .folder import CONFIG, ModelFolder
+from .folder import CONFIG, ModelFolder, check_outside
 from .start import read_start, refuse_residual, trained_from
 
 
@@ -25,12 +25,14 @@ def convert(
     was trained on that base, and what is written is one of the original base.
 
     Raises:
-        ValueError: the adapter and the start do not go together, or the adapter was trained on a
-            residual base and there is no `start`; and as `read_adapter` and `write_adapter`.
+        ValueError: the adapter and the start do not go together, the start would be overwritten, or
+            the adapter was trained on a residual base and there is no `start`; and as
+            `read_adapter` and `write_adapter`.
 
     """
     state = read_adapter(adapter)
     if start is not None:
+        check_outside(start, out)  # every adapter of that residual base needs it
         state = trained_from(read_start(start), state)
     else:
         refuse_residual(adapter, state)

@@ -56,6 +56,13 @@ class ModelFolder:
             raise FileNotFoundError(f"{self.path} does not exist")
         if not (self.path / CONFIG).is_file():
             raise FileNotFoundError(f"{self.path} has no {CONFIG}: give the folder of a model")
+        kinds = {"architectures": list, "model_type": str, "text_config": dict}
+        for name, kind in kinds.items():
+            if not isinstance(self.config.get(name) or kind(), kind):
+                raise ValueError(
+                    f"{self.path / CONFIG} has {name} = {self.config[name]!r}, which is not that "
+                    "of a model"
+                )
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -69,7 +76,16 @@ class ModelFolder:
         for file in files:
             if file.parent != self.path:
                 raise ValueError(f"{INDEX} names {file}, which does not lie in {self.path} itself")
-        return {file: read_layout(file) for file in files}
+        layouts = {file: read_layout(file) for file in files}
+        owners: dict[str, Path] = {}
+        for file, layout in layouts.items():
+            for entry in layout.entries:
+                if owners.setdefault(entry.name, file) != file:
+                    raise ValueError(
+                        f"{entry.name!r} is in both {owners[entry.name].name} and {file.name} of "
+                        f"{self.path}: which of the two is the model's cannot be told"
+                    )
+        return layouts
 
     @cached_property
     def prefix(self) -> str:
@@ -82,6 +98,14 @@ class ModelFolder:
         bare = prefix and not any(name.startswith(f"{prefix}.") for name in names)
         headless = re.fullmatch(r"(GPT2|OpenAIGPT|Bloom)Model", str(kinds[0]))
         return f"{prefix}." if bare and not headless else ""
+
+    def in_mixture(self, layer: str) -> bool:
+        """Whether it is an expert of a mixture, or its router: in the model these are no linear
+        layers, as transformers 5 puts all experts into 3-D parameters when it loads them.
+        """
+        owner, _, last = layer.rpartition(".")
+        router = last in ("gate", "router") and f"{owner}.experts" in self.module_names
+        return router or ".experts." in layer
 
     @property
     def task_type(self) -> str | None:
@@ -190,6 +214,13 @@ def check_apart(model: Path, out: Path) -> None:
     one, other = model.resolve(), out.resolve()
     if one == other or one in other.parents or other in one.parents:
         raise ValueError(f"{out} and {model} lie in each other: write into another folder")
+
+
+def check_outside(adapter: Path, out: Path) -> None:
+    """Raises if the adapter lies in the folder to be written, or is it."""
+    one, other = adapter.resolve(), out.resolve()
+    if one == other or other in one.parents:
+        raise ValueError(f"{adapter} lies in {out}, which is to be written: take another folder")
 
 
 def check_space(out: Path, size: int) -> None:

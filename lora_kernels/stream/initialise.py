@@ -43,13 +43,15 @@ from .unfinished import UnfinishedFolder, identity
 @dataclass(frozen=True)
 class Summary:
     """What was done: how many layers started, and how many of the shards' bytes were read and
-    written in this run and `resumed` from an earlier one.
+    written in this run and `resumed` from an earlier one. `left_out` are experts and routers of
+    mixtures, which are no linear layers in a model.
     """
 
     layers: int
     size: int
     resumed: int
     residual: str
+    left_out: int = 0
 
 
 def initialise(
@@ -71,15 +73,17 @@ def initialise(
     base: training starts from the original model. "implicit", which "auto" is for the others: `out`
     becomes the start as a native adapter of the original base.
 
-    All other tensors keep their bytes, all files their names, headers and order. `dtype` casts
-    floats of 16 bits and more; a weight is rounded once, after the start was taken out. Starts that
-    are drawn have a seed of their own for each layer, of `seed` and its name.
+    Experts and routers of mixtures do not start, whatever is chosen: in transformers' models they
+    are no linear layers. All other tensors keep their bytes, all files their names, headers and
+    order. `dtype` casts floats of 16 bits and more; a weight is rounded once, after the start was
+    taken out. Starts that are drawn have a seed of their own for each layer, of `seed` and its
+    name.
 
     A run that was killed goes on where it was, if it is repeated; the result is the same to the
     last byte. Peak memory is the largest of the tensors that start, with its cast copy if there is
-    one, and 128 MiB; beside what the start itself takes. `sync` waits for the disk before the
-    folder is complete, as `cp` does not. `progress(total)` gives a function that is told of bytes
-    that are done.
+    one (between the two 16-bit dtypes also one in float32), and 128 MiB; beside what the start
+    itself takes. `sync` waits for the disk before the folder is complete, as `cp` does not.
+    `progress(total)` gives a function that is told of bytes that are done.
 
     Raises:
         ValueError: a weight without a start, a value out of range, files that are no model; nothing
@@ -114,7 +118,9 @@ def initialise(
     folder = ModelFolder(model)
     if is_start(model / ADAPTER):
         raise ValueError(f"{model} lacks a start already: take the model it was made from")
-    weights = _weights(folder, config, residual)
+    chosen = stored_weights(folder.path, config.target_modules, config.exclude_modules)
+    weights = [weight for weight in chosen if not folder.in_mixture(weight.name)]
+    _check_weights(folder, config, residual, weights)
     job = _Job(out, folder, config, initializer, residual, weights, where, seed)
     task = {
         "command": "init",
@@ -130,24 +136,34 @@ def initialise(
     inputs |= {str(name): identity(model / name) for name in (CONFIG, *folder.others)}
     with UnfinishedFolder(out, task, inputs, overwrite, sync) as work:
         try:
-            return job.run(work, dtype, progress)
+            done = job.run(work, dtype, progress)
         except (ValueError, TypeError):
             work.abandon()
             raise
+    return replace(done, left_out=len(chosen) - len(weights))
 
 
 def _device(name: str) -> torch.device:
     """That device, which is there."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(f"device {name!r} cannot be used here: {first}") from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' has no numbers: take cpu, cuda ...")
+    return device
 
 
-def _weights(folder: ModelFolder, config: LoRAConfig, residual: str) -> list[StoredWeight]:
-    """What starts, with a rank that fits."""
-    weights = stored_weights(folder.path, config.target_modules, config.exclude_modules)
+def _check_weights(
+    folder: ModelFolder, config: LoRAConfig, residual: str, weights: list[StoredWeight]
+) -> None:
+    """Raises if there is nothing that can start, or something that cannot."""
+    if not weights:
+        raise ValueError(
+            "only experts and routers of a mixture are chosen, which are no linear layers in a "
+            "model: take those of the attention"
+        )
     for weight in weights:
         if is_embedding(weight.name):
             raise ValueError(f"{weight.name} is an embedding by its name, not a linear layer")
@@ -162,7 +178,6 @@ def _weights(folder: ModelFolder, config: LoRAConfig, residual: str) -> list[Sto
                 f"rank {r} is larger than min(n, m) = {full} of {weight.name}: take a smaller one, "
                 "or exclude this layer"
             )
-    return weights
 
 
 class _Job:
@@ -295,9 +310,12 @@ class _Job:
             name: replace(layer, beta=None, start_A=None, start_B=None)
             for name, layer in state.layers.items()
         }
+        config = replace(state.config, task_type=self.folder.task_type)
         conv1d = any(weight.transposed for weight in self.weights.values())
-        values, tensors = to_peft(replace(state, layers=plain), self.folder.module_names, conv1d)
-        values |= {"inference_mode": False, "task_type": self.folder.task_type}
+        values, tensors = to_peft(
+            replace(state, config=config, layers=plain), self.folder.module_names, conv1d
+        )
+        values["inference_mode"] = False
         recipe = _recipe.to_json(
             state.layers, START, state.config, state.base_model, original=str(self.folder.path)
         )

@@ -129,7 +129,7 @@ def read_layout(file: Path) -> Layout:
         header = opened.read(length)
     try:
         layout = _parsed(header)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise ValueError(
             f"{file} is damaged or no safetensors file: its header is wrong ({reason})"

@@ -16,7 +16,7 @@ from ..checkpoint import is_embedding, is_head, is_transposed
 from ..init.base import subtract_factors_
 from ..state import AdapterState, LayerState
 from ..targets import nearest
-from .folder import CONFIG, ModelFolder, check_apart, check_space
+from .folder import CONFIG, ModelFolder, check_apart, check_outside, check_space
 from .layout import DTYPES, Entry
 from .pipeline import Actions, Shard, run
 from .start import refuse_residual
@@ -79,11 +79,12 @@ def merge(
     (beside the adapter's), going on after a kill.
 
     Raises:
-        ValueError: the adapter does not fit the base, or was trained on another one.
+        ValueError: the adapter does not fit the base, was trained on another one, or lies in `out`.
         FileNotFoundError, OSError: as there.
 
     """
     check_apart(base, out)
+    check_outside(adapter, out)
     folder = ModelFolder(base)
     state = read_adapter(adapter)
     refuse_residual(adapter, state, base)

@@ -55,7 +55,7 @@ class UnfinishedFolder:
     folder is no model or adapter, all others have reached the disk.
 
     Raises:
-        FileExistsError: the folder has other contents, or those of another task.
+        FileExistsError: the folder has other contents, or what another task has finished.
         BlockingIOError: another process is at work in it.
 
     """
@@ -169,11 +169,14 @@ class UnfinishedFolder:
         """Whether the journal is one of this task; `finished` is what it says."""
         text = (self.work / _JOURNAL).read_bytes()
         whole = text[: text.rfind(b"\n") + 1]  # a killed process may have left half a line
-        lines = [json.loads(line) for line in whole.splitlines()]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError:  # the system went down before the disk had it
+            return False
         if not lines:
             return False
         head = self._head | {"boot": lines[0].get("boot")}
-        if lines[0] != head and not self._overwrite:
+        if lines[0] != head and lines[1:] and not self._overwrite:
             raise FileExistsError(
                 f"{self.out} has an unfinished run that differs in {self._difference(lines[0])}: "
                 "repeat it as it was, or give --overwrite to start again"
@@ -195,7 +198,9 @@ class UnfinishedFolder:
         self._write(self._head)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        os.write(self._journal, (json.dumps(line, allow_nan=False) + "\n").encode())
+        content = (json.dumps(line, allow_nan=False) + "\n").encode()
+        while content:  # a disk that is nearly full takes a part
+            content = content[os.write(self._journal, content) :]
 
     def _remove_outputs(self) -> None:
         """What made the folder a model or an adapter, the files without which it is none first."""

@@ -9,7 +9,7 @@ import pytest
 from lora_kernels import _progress
 from lora_kernels.cli import main
 
-from .files import read_file
+from .files import read_file, write_file
 
 
 def error_of(capsys, *arguments: object, code: int = 1) -> str:
@@ -59,6 +59,7 @@ def test_options_arrive(odd_model, tmp_path):
         (["--residual", "implicit", "--dtype", "float16"], "dtype is for a base that is written"),
         (["--device", "nonsense"], "nonsense"),
         (["--device", "cuda:99"], "'cuda:99' cannot be used here"),
+        (["--device", "meta"], "'meta' has no numbers"),
         (["--method", "loftq", "--residual", "implicit"], "a base that it rewrites"),
     ],
 )
@@ -77,6 +78,31 @@ def test_paths(odd_model, tmp_path, capsys):
     assert "nowhere" in error_of(capsys, "merge", odd_model, tmp_path / "nowhere", out)
     assert "nowhere" in error_of(capsys, "convert", tmp_path / "nowhere", out)
     assert "nowhere" in error_of(capsys, "verify", tmp_path, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "file,content,match",
+    [
+        ("config.json", '{"model_type": ["llama"]}', "has model_type = ['llama']"),
+        ("config.json", '{"architectures": {"a": 1}}', "has architectures = {'a': 1}"),
+        ("config.json", '{"text_config": 1}', "has text_config = 1"),
+        ("model.safetensors.index.json", "[" * 100_000, "is no JSON"),
+    ],
+)
+def test_foreign_json(file, content, match, odd_model, tmp_path, capsys):
+    (odd_model / file).write_text(content)
+    assert match in error_of(capsys, "init", odd_model, tmp_path / "out", "-r", 4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensor_in_two_shards(odd_model, tmp_path, capsys):
+    """Only one of them would lack the start."""
+    tensors, _ = read_file(odd_model / "part-1-of-3.safetensors")
+    again, _ = read_file(odd_model / "part-2-of-3.safetensors")
+    name = "model.layers.1.q_proj.weight"
+    write_file(odd_model / "part-1-of-3.safetensors", tensors | {name: again[name]})
+    error = error_of(capsys, "init", odd_model, tmp_path / "out", "-r", 4)
+    assert f"{name!r} is in both part-1-of-3.safetensors and part-2-of-3.safetensors" in error
 
 
 def test_truncated_shard(odd_model, tmp_path, capsys):

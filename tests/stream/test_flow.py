@@ -91,6 +91,57 @@ def test_absorb_train_convert(name, method, options, request, tmp_path, capsys):
     assert "WRONG" not in capsys.readouterr().out
 
 
+def test_classifier(tmp_path):
+    """PEFT loads the start of a model whose task has a head that no adapter file holds."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    run("init", tmp_path / "base", tmp_path / "out", "-r", 2, "--quiet")
+    residual = type(model).from_pretrained(tmp_path / "out")
+    adapted = peft.PeftModel.from_pretrained(residual, tmp_path / "out" / "adapter")
+    assert_same(logits(adapted), logits(model))
+
+
+def test_mixture(tmp_path, capsys):
+    """Its files have a matrix for each expert; the model that transformers loads has not."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    base, out, trained = tmp_path / "base", tmp_path / "out", tmp_path / "trained"
+    transformers.MixtralForCausalLM(config).save_pretrained(base)
+    run("init", base, out, "-r", 8)  # more than there are experts
+    printed = capsys.readouterr().out
+    assert "4 layers start" in printed and "13 experts and routers are left out" in printed
+    model = peft.PeftModel.from_pretrained(load(out), out / "adapter", is_trainable=True)
+    assert_same(logits(model), logits(load(base)))
+    train(model)
+    model.save_pretrained(trained)
+    run("convert", trained, tmp_path / "adapter", "--start", out / "adapter")
+    run("verify", tmp_path / "adapter", base)
+    on_original = peft.PeftModel.from_pretrained(load(base), tmp_path / "adapter")
+    assert_same(logits(on_original), logits(model))
+    assert main(["init", str(base), str(tmp_path / "none"), "--targets", "w1", "gate"]) == 1
+    assert "only experts and routers" in capsys.readouterr().err
+
+
+def test_start_is_not_overwritten(llama, tmp_path, capsys):
+    """Whatever is trained on its base later needs it."""
+    out, trained = tmp_path / "out", tmp_path / "trained"
+    run("init", llama, out, "-r", 4, "--quiet")
+    model = peft.PeftModel.from_pretrained(load(out), out / "adapter", is_trainable=True)
+    model.save_pretrained(trained)
+    for folder in (out, out / "adapter"):
+        arguments = ["convert", trained, folder, "--start", out / "adapter"]
+        assert main([str(a) for a in arguments]) == 1
+        assert "take another folder" in capsys.readouterr().err
+
+
 def test_trained_on_the_residual_is_no_adapter_of_the_original(llama, tmp_path, capsys):
     """What PEFT writes then looks like any other adapter."""
     out, trained = tmp_path / "out", tmp_path / "trained"

@@ -61,6 +61,7 @@ class TestLayout:
             (struct.pack("<Q", 3) + b"{}", "has no header"),
             (struct.pack("<Q", 2) + b"\xff\xff", "its header is wrong"),
             (struct.pack("<Q", 2) + b"[]", "its header is wrong"),
+            (struct.pack("<Q", 100_000) + b"[" * 100_000, "its header is wrong"),
             (header(a={"dtype": "U8"}), "its header is wrong"),
             (header(a=entry(0, 4)) + b"123", "has 3 bytes|bytes, its header wants"),
             (header(a=entry(0, 4)) + b"12345", "its header wants"),

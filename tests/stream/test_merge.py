@@ -16,7 +16,7 @@ from lora_kernels.stream.unfinished import is_unfinished
 
 from ..oracle import ROUNDING, to_numpy
 from .conftest import SHAPES
-from .files import TORCH, as_float64, read_file
+from .files import TORCH, as_float64, fingerprint, read_file
 
 R = 4
 NAMES = [f"model.layers.{block}.{layer}" for block in range(3) for layer in SHAPES]
@@ -142,6 +142,17 @@ class TestErrors:
             r"model\.layers\.2\.q_proj\.weight: the merged weight is not finite in torch\.float16"
         )
         self.refused(state, odd_model, tmp_path, match)
+
+
+@pytest.mark.parametrize("inside", ["", "adapter"])
+def test_adapter_in_the_output(inside, odd_model, tmp_path):
+    """Which --overwrite would have removed."""
+    adapter = tmp_path / "out" / inside
+    write_adapter(adapter, make_state())
+    before = fingerprint(adapter)
+    with pytest.raises(ValueError, match="which is to be written: take another folder"):
+        merge(odd_model, adapter, tmp_path / "out", overwrite=True)
+    assert fingerprint(adapter) == before
 
 
 def test_goes_on(odd_model, tmp_path, monkeypatch):

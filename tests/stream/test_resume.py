@@ -116,6 +116,24 @@ def test_system_went_down(unfinished, odd_model):
     assert initialise(odd_model, unfinished, CONFIG).resumed == 0
 
 
+def test_journal_is_damaged(unfinished, odd_model, tmp_path):
+    """As it is if the system went down: blocks that were never written are zeros."""
+    journal = unfinished / WORK / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes() + bytes(100) + b"\n")
+    assert initialise(odd_model, unfinished, CONFIG).resumed == 0
+    assert not is_unfinished(unfinished)
+
+
+def test_journal_is_written_in_parts(odd_model, tmp_path, monkeypatch):
+    """As on a disk that is nearly full, where a call writes what still fits."""
+    out, write = tmp_path / "out", os.write
+    monkeypatch.setattr(os, "write", lambda handle, content: write(handle, content[:7]))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(2, patch)
+        initialise(odd_model, out, CONFIG)
+    assert initialise(odd_model, out, CONFIG).resumed > 0
+
+
 def test_completed_but_for_the_journal(odd_model, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -182,7 +182,7 @@ class TestPlainPeft:
     @pytest.mark.parametrize("saved", [["classifier"], ["pooler"], None])
     @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", None])
     def test_tasks_whose_head_peft_looks_for(self, task, saved, tmp_path):
-        """Whether it was trained or not, PEFT loads the adapter."""
+        """It trains where the model has it; where not, the file says no task, and PEFT loads it."""
         model = tiny_model("bert")
         adapted = copy.deepcopy(model)
         config = LoRAConfig(r=2, target_modules=["query"], modules_to_save=saved, task_type=task)
@@ -193,9 +193,11 @@ class TestPlainPeft:
                     parameter.add_(0.1 * torch.randn_like(parameter))
             save_adapter(adapted, tmp_path)
             assert_agree(peft_logits(model, tmp_path)[1], adapted(IDS).logits.double())
+        has_head = task in ("SEQ_CLS", "TOKEN_CLS")
+        if has_head and saved != ["classifier"]:
+            config = replace(config, modules_to_save=[*(saved or ()), "classifier"])
         assert read_adapter(tmp_path).config == config
-        if task == "SEQ_CLS":
-            assert peft_config(tmp_path)["task_type"] == (task if saved == ["classifier"] else None)
+        assert peft_config(tmp_path)["task_type"] == (task if has_head else None)
 
 
 class TestFromPeft:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ._errors import unknown_name
-from .adapter import Adapter
-from .init.base import subtract_factors_, subtract_recipe_
+from .adapter import Adapter, AdapterOptions
+from .init.base import Start, subtract_factors_, subtract_recipe_
 from .ops._checks import check_rank
 
 ABSORBED = "_lora_absorbed"  # set on a Parameter that lacks a start
@@ -20,10 +20,14 @@ class AdaptedLayer(Adapter):
     layer computes as its base.
     """
 
-    def _set_names(self, adapter_name: str) -> None:
+    def _begin_as(
+        self, adapter_name: str, options: AdapterOptions, start: Start, changes_base: bool
+    ) -> None:
+        """The layer's own adapter, which is active."""
         self.adapter_name = self.active_adapter = adapter_name
         self.adapter_enabled = True
         self.adapters: nn.ModuleDict | None = None
+        self._begin(options, start, changes_base)
 
     @property
     def adapter_names(self) -> list[str]:

@@ -74,17 +74,17 @@ class Adapter(nn.Module):
     A part of a layer, or beside it if the layer has several.
     """
 
-    def _set_options(self, options: AdapterOptions) -> None:
+    def _begin(self, options: AdapterOptions, start: Start, changes_base: bool) -> None:
+        """Takes the options and the factors over.
+
+        What gives the base back is β, or else the factors; a layer that subtracts its start keeps
+        them in any case.
+        """
         self.r, self.lora_alpha = options.r, options.lora_alpha
         self.scaling, self.scaling_rule = options.scaling, options.scaling_rule
         self.use_rslora = options.scaling_rule == "rslora"
         self.lora_dropout = options.lora_dropout
         self.residual = options.residual
-
-    def _set_start(self, start: Start, changes_base: bool) -> None:
-        """Takes the factors over. What gives the base back is β, or else the factors; a layer that
-        subtracts its start keeps them in any case.
-        """
         has_R = start.lora_R is not None
         self.lora_A = nn.Parameter(start.lora_A, requires_grad=not has_R)
         self.lora_B = nn.Parameter(start.lora_B, requires_grad=not has_R)
@@ -203,6 +203,5 @@ class Adapter(nn.Module):
 def stand_alone(options: AdapterOptions, start: Start, changes_base: bool) -> Adapter:
     """An adapter that is no layer itself: one more of a layer that has one."""
     adapter = Adapter()
-    adapter._set_options(options)
-    adapter._set_start(start, changes_base)
+    adapter._begin(options, start, changes_base)
     return adapter

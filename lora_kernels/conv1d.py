@@ -34,9 +34,7 @@ class LoRAConv1D(AdaptedMatrix):
         layer.weight, layer.bias = conv.weight, conv.bias
         layer.training = conv.training
         layer._class = type(conv)
-        layer._set_names(adapter_name)
-        layer._set_options(options)
-        layer._set_start(start, changes_base)
+        layer._begin_as(adapter_name, options, start, changes_base)
         transplant(conv, layer)
         return layer
 

@@ -118,9 +118,7 @@ class LoRALinear(AdaptedMatrix, nn.Linear):
         `residual="absorb"`, its weight is to have the start taken out by the caller.
         """
         layer = cls._over(linear)
-        layer._set_names(adapter_name)
-        layer._set_options(options)
-        layer._set_start(start, changes_base)
+        layer._begin_as(adapter_name, options, start, changes_base)
         transplant(linear, layer)
         return layer
 
@@ -139,9 +137,7 @@ class LoRALinear(AdaptedMatrix, nn.Linear):
                 start = initializer.absorb_(self.weight, r, scaling, gradient)
             else:
                 start = checked(initializer(self.weight, r, scaling, gradient), self.weight, r)
-        self._set_names("default")
-        self._set_options(options)
-        self._set_start(start, initializer.changes_base)
+        self._begin_as("default", options, start, initializer.changes_base)
         self._freeze()
 
     def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

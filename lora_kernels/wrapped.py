@@ -35,9 +35,7 @@ class LoRAWrapper(AdaptedLayer):
         layer._differentiable = bases.passes_gradient(base_layer)
         bases.keep_unpacked(base_layer)
         layer.training = base_layer.training
-        layer._set_names(adapter_name)
-        layer._set_options(options)
-        layer._set_start(start, changes_base)
+        layer._begin_as(adapter_name, options, start, changes_base)
         return layer
 
     def __getattr__(self, name: str):

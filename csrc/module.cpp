@@ -1,13 +1,14 @@
 // lora_kernels._C: importing it registers the kernels under torch.ops.lora; what it holds itself
-// only tells how it was built.
+// tells how it was built, and which instruction set it runs with.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/version.h>
 
 #include "cpu/kernels.h"
 
 PYBIND11_MODULE(_C, m) {
-  m.def(
-      "cpu_capability", [] { return lora::kernels().name; },
-      "The instruction set the CPU kernels run with: baseline, avx2 or avx512.");
+  m.def("cpu_capability", lora::cpu_capability);
+  m.def("cpu_capabilities", lora::cpu_capabilities);
+  m.def("set_cpu_capability", lora::set_cpu_capability);
   m.attr("torch_version") = TORCH_VERSION;
 }

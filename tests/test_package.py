@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capability
+
 ROOT = Path(__file__).parents[1]
 
 # What each process computes: every operator, and the layer's gradients.
@@ -25,7 +27,7 @@ with warnings.catch_warnings(record=True) as caught:
     import lora_kernels
     from lora_kernels import LoRALinear
 messages = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
-name = "none" if block else lora_kernels._C.cpu_capability()
+name = lora_kernels.ops.cpu_capability()
 def numbers(*shape):  # torch.randn itself depends on the instruction set
     count = torch.Size(shape).numel()
     return ((torch.arange(count) * 7919 % 100003) / 50001.5 - 1.0).reshape(shape)
@@ -50,7 +52,7 @@ torch.save({{"name": name, "messages": messages, "out": out}}, sys.argv[1])
 def run(path: Path, capability: str | None = None, block: bool = False) -> dict:
     env = dict(os.environ)
     if capability:
-        env["ATEN_CPU_CAPABILITY"] = capability
+        env["LORA_KERNELS_CPU_CAPABILITY"] = capability
     program = PROGRAM.format(block=block)
     subprocess.run([sys.executable, "-c", program, str(path)], check=True, env=env, cwd=ROOT)
     return torch.load(path, weights_only=True)
@@ -71,20 +73,33 @@ def agree(got: dict, want: dict) -> None:
 def test_without_the_extension(tmp_path, fastest):
     """The references alone: the same results, and one warning that says how to get the kernels."""
     plain = run(tmp_path / "plain.pt", block=True)
+    assert plain["name"] == "reference"
     assert len(plain["messages"]) == 1
     assert "pip install --no-build-isolation ." in plain["messages"][0]
     assert fastest["messages"] == []
     agree(plain, fastest)
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", cpu_capabilities())
 def test_every_instruction_set(tmp_path, capability, fastest):
     lower = run(tmp_path / "lower.pt", capability)
-    if capability == "default":
-        assert lower["name"] == "baseline"
+    assert lower["name"] == capability
     agree(lower, fastest)
     # Sums of float32 and narrower weights are the same bits on all of them.
     assert all(torch.equal(lower["out"][k], fastest["out"][k]) for k in (0, 5, 10))
+
+
+def test_an_instruction_set_that_is_not_there():
+    """Refused by name, from the environment too; the one in use stays."""
+    before = cpu_capability()
+    with pytest.raises(ValueError, match=r"expected one of baseline, avx2.*did you mean 'avx512'"):
+        set_cpu_capability("avx-512")
+    assert cpu_capability() == before
+    env = dict(os.environ, LORA_KERNELS_CPU_CAPABILITY="sse9")
+    command = [sys.executable, "-c", "import lora_kernels"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "unknown LORA_KERNELS_CPU_CAPABILITY 'sse9': expected one of baseline" in done.stderr
 
 
 def test_triton_kernels_is_no_top_level_package():

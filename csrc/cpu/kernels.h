@@ -4,6 +4,8 @@
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace lora {
 
@@ -52,7 +54,6 @@ struct Prefetch {
 };
 
 struct Kernels {
-  const char* name;
   // rows[g][j] -= (high[g] low_col[j] - low[g] high_col[j]) / (cosine[g] - cosine_col[j]), in fp32
   // and rounded once to the dtype (not float64). Meaningless at a column where, for any row of the
   // group, the divisor is zero.
@@ -83,12 +84,18 @@ struct PairKernels {
   void (*round_pairs)(const float* a, const float* b, uint32_t* out, int64_t count);
 };
 
-// The best set this processor has; ATEN_CPU_CAPABILITY (default, avx2, avx512) lowers it, as it
-// does for torch's own kernels.
+// Of the instruction set in use: the best that this processor has, or a lower one that was set.
 const Kernels& kernels();
 
-// Null where the processor lacks them, or a lower set is asked for.
+// Null where the set in use has no products of bfloat16.
 const PairKernels* pair_kernels();
+
+// The set in use, and all that this processor has, in ascending order: baseline, avx2, avx512,
+// avx512bf16.
+const char* cpu_capability();
+std::vector<std::string> cpu_capabilities();
+// From now on, for all threads; false if this processor has no set of that name.
+bool set_cpu_capability(const std::string& name);
 
 const Kernels& kernels_baseline();
 const Kernels& kernels_avx2();

@@ -1,44 +1,86 @@
-#include <cstdlib>
-#include <string_view>
+#include <atomic>
+#include <iterator>
+#include <string>
 
 #include "kernels.h"
 
 namespace lora {
 namespace {
 
-const Kernels& choose() {
+// In ascending order. `pairs` is null where the set has no products of bfloat16.
+struct Level {
+  const char* name;
+  const Kernels& (*kernels)();
+  const PairKernels& (*pairs)();
+  bool (*supported)();
+};
+
+const Level kLevels[] = {
+    {"baseline", kernels_baseline, nullptr, [] { return true; }},
 #if defined(__x86_64__)
-  const char* setting = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view ceiling = setting ? setting : "";
-  if (ceiling == "default") {
-    return kernels_baseline();
-  }
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && ceiling != "avx2") {
-    return kernels_avx512();
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return kernels_avx2();
-  }
+    {"avx2", kernels_avx2, nullptr,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
+    {"avx512", kernels_avx512, nullptr,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
+    {"avx512bf16", kernels_avx512, kernels_avx512bf16,
+     [] { return __builtin_cpu_supports("avx512bf16") > 0; }},
 #endif
-  return kernels_baseline();
+};
+
+int highest() {
+  int level = 0;
+  while (level + 1 < static_cast<int>(std::size(kLevels)) && kLevels[level + 1].supported()) {
+    ++level;
+  }
+  return level;
+}
+
+std::atomic<int>& chosen() {
+  static std::atomic<int> level{highest()};
+  return level;
+}
+
+const Level& current() {
+  return kLevels[chosen().load(std::memory_order_relaxed)];
 }
 
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+  return current().kernels();
 }
 
 const PairKernels* pair_kernels() {
-#if defined(__x86_64__)
-  if (&kernels() == &kernels_avx512() && __builtin_cpu_supports("avx512bf16")) {
-    return &kernels_avx512bf16();
+  const auto& level = current();
+  return level.pairs == nullptr ? nullptr : &level.pairs();
+}
+
+const char* cpu_capability() {
+  return current().name;
+}
+
+std::vector<std::string> cpu_capabilities() {
+  std::vector<std::string> names;
+  for (int level = 0; level <= highest(); ++level) {
+    names.emplace_back(kLevels[level].name);
   }
-#endif
-  return nullptr;
+  return names;
+}
+
+bool set_cpu_capability(const std::string& name) {
+  for (int level = 0; level <= highest(); ++level) {
+    if (name == kLevels[level].name) {
+      chosen() = level;
+      return true;
+    }
+  }
+  return false;
 }
 
 }  // namespace lora

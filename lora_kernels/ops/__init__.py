@@ -1,5 +1,5 @@
 """The operators `torch.ops.lora.*`. Importing this package registers them; the compiled kernels
-override the references where they were built (see DESIGN in the README).
+override the references where they were built.
 """
 
 from . import (
@@ -12,19 +12,27 @@ from . import (
     subtract_dst,
     thin_qr,
 )
-from ._extension import load_extension
 from ._triton import register_triton
+from .cpu_capability import (
+    apply_setting,
+    cpu_capabilities,
+    cpu_capability,
+    set_cpu_capability,
+)
 
 __all__ = [
+    "cpu_capabilities",
+    "cpu_capability",
     "dst_basis",
     "frobenius_stats",
     "linear",
     "loram_init",
     "minor_svd",
     "randomized_svd",
+    "set_cpu_capability",
     "subtract_dst",
     "thin_qr",
 ]
 
-load_extension()
+apply_setting()
 register_triton()

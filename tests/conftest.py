@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
+from pathlib import Path
 
 import torch
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # Inductor's cache of graphs (torch 2.13) does not tell the capabilities apart: a graph that was
+    # vectorized under one is taken for another, where its C++ does not compile ("'at::vec' has not
+    # been declared"). Two plain programs with torch.compile and no other package show it.
+    cache = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 if not torch.cuda.is_available():
     # The kernels of triton_kernels/ then run in Triton's interpreter. @triton.jit chooses when it

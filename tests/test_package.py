@@ -141,3 +141,14 @@ def test_builds_without_a_compiler(tmp_path):
     assert "expected one of auto, cpu, cuda, none" in done.stderr
     assert not list(tmp_path.rglob("_C*")) and list(tmp_path.rglob("lora_kernels/linear.py"))
     assert list(tmp_path.rglob("lora_kernels/triton_kernels/__init__.py"))
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_compile_where_torch_is_held_to_a_lower_instruction_set(capability):
+    """One after the other: a graph that was cached under the first is not taken for the second."""
+    env = dict(os.environ, ATEN_CPU_CAPABILITY=capability)
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["tests/ops/test_thin_qr.py", "-k", "compile and cpu"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

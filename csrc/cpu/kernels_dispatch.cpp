@@ -20,8 +20,8 @@ const Level kLevels[] = {
 #if defined(__x86_64__)
     {"avx2", kernels_avx2, nullptr,
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
+       // F16C, which is used too, came before AVX2 in every processor; clang 14 has no name for it.
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      }},
     {"avx512", kernels_avx512, nullptr,
      [] {

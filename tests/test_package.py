@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -126,3 +129,25 @@ def test_builds_without_a_compiler(tmp_path):
     assert "expected one of auto, cpu, cuda, none" in done.stderr
     assert not list(tmp_path.rglob("_C*")) and list(tmp_path.rglob("lora_kernels/linear.py"))
     assert list(tmp_path.rglob("lora_kernels/triton_kernels/__init__.py"))
+
+
+def test_every_source_is_compiled_once(monkeypatch):
+    """Alone or within its folder's one file; those that read torch's large headers never alone."""
+    asked = {}
+    monkeypatch.setattr(setuptools, "setup", asked.update)
+    monkeypatch.setenv("LORA_KERNELS_BUILD", "cpu")
+    monkeypatch.setenv("CCACHE_BASEDIR", str(ROOT))
+    runpy.run_path(str(ROOT / "setup.py"))
+    (extension,) = asked["ext_modules"]
+    compiled = []
+    for name in extension.sources:
+        source = ROOT / name
+        if source.is_relative_to(ROOT / "csrc"):
+            assert "<ATen/ATen.h>" not in source.read_text()
+            compiled.append(source)
+        else:
+            compiled += [
+                ROOT / "csrc" / part for part in re.findall(r'#include "(.+)"', source.read_text())
+            ]
+    here = {source for source in (ROOT / "csrc").rglob("*.cpp") if source.parent.name != "cuda"}
+    assert len(compiled) == len(set(compiled)) and set(compiled) == here

@@ -3,6 +3,9 @@
 LORA_KERNELS_BUILD = auto (default) | cpu | cuda | none chooses what is compiled:
 auto takes CUDA sources in when there are any, nvcc is found and torch is a CUDA build.
 Binaries are portable: the instruction set is chosen when the program runs (csrc/cpu/kernels.h).
+
+The C++ files of a folder are compiled as one: half of a file's compile time was torch's headers,
+and a quarter the debug information that Python's own build asks for.
 """
 
 from __future__ import annotations
@@ -13,14 +16,34 @@ from pathlib import Path
 
 from setuptools import setup
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 CHOICES = ("auto", "cpu", "cuda", "none")
 
 
 def compiler_flags() -> list[str]:
     flags = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    if "-g" not in os.environ.get("CFLAGS", "").split():
+        flags.append("-g0")  # Python's own flags hold -g
     # at::parallel_for is serial in a file compiled without OpenMP. Apple's clang has no -fopenmp.
     return flags + (["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"])
+
+
+def unity_sources(sources: set[Path], folder: Path) -> list[str]:
+    """One file per folder of `sources` that includes them all, written into `folder`.
+
+    A file that raises the instruction set (it says LORA_ISA) is compiled alone.
+    """
+    alone = {p for p in sources if "LORA_ISA" in p.read_text()}
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for part in sorted({p.parent for p in sources - alone}):
+        parts = sorted(p for p in sources - alone if p.parent == part)
+        text = "".join(f'#include "{p.relative_to(ROOT / "csrc").as_posix()}"\n' for p in parts)
+        path = folder / f"{part.name}.cpp"
+        if not path.exists() or path.read_text() != text:  # a new date would compile it again
+            path.write_text(text)
+        made.append(path)
+    return sorted(p.relative_to(ROOT).as_posix() for p in alone | set(made))
 
 
 def extensions() -> tuple[list, dict]:
@@ -36,12 +59,14 @@ def extensions() -> tuple[list, dict]:
     csrc = ROOT / "csrc"
     everything = {p for kind in ("*.cpp", "*.cu") for p in csrc.rglob(kind)}
     of_cuda = {p for p in everything if p.suffix == ".cu" or csrc / "cuda" in p.parents}
-    sources = sorted(str(p.relative_to(ROOT)) for p in everything - of_cuda)
+    sources = unity_sources(everything - of_cuda, ROOT / "build" / "unity")
     cuda_sources = sorted(str(p.relative_to(ROOT)) for p in of_cuda)
     has_cuda = torch.version.cuda is not None and CUDA_HOME is not None
     if choice == "cuda" and not has_cuda:
         raise SystemExit("LORA_KERNELS_BUILD=cuda needs nvcc and a CUDA build of torch")
     with_cuda = bool(cuda_sources) and has_cuda and choice != "cpu"
+    # torch compiles by way of ccache where there is one: another clone finds these objects too.
+    os.environ.setdefault("CCACHE_BASEDIR", str(ROOT))
     make = CUDAExtension if with_cuda else CppExtension
     flags = {"cxx": compiler_flags()} | ({"nvcc": ["-O3", "-std=c++20"]} if with_cuda else {})
     extension = make(

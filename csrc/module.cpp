@@ -1,14 +1,53 @@
 // lora_kernels._C: importing it registers the kernels under torch.ops.lora; what it holds itself
-// tells how it was built, and which instruction set it runs with.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// tells how it was built, and which instruction set it runs with (lora_kernels/ops/cpu_capability).
+// By Python's own interface: pybind11's headers take 5 s to compile.
+#include <Python.h>
 #include <torch/version.h>
 
 #include "cpu/kernels.h"
 
-PYBIND11_MODULE(_C, m) {
-  m.def("cpu_capability", lora::cpu_capability);
-  m.def("cpu_capabilities", lora::cpu_capabilities);
-  m.def("set_cpu_capability", lora::set_cpu_capability);
-  m.attr("torch_version") = TORCH_VERSION;
+namespace {
+
+PyObject* cpu_capability(PyObject* /*module*/, PyObject* /*arguments*/) {
+  return PyUnicode_FromString(lora::cpu_capability());
+}
+
+PyObject* cpu_capabilities(PyObject* /*module*/, PyObject* /*arguments*/) {
+  PyObject* names = PyList_New(0);
+  for (const auto& name : lora::cpu_capabilities()) {
+    PyObject* text = PyUnicode_FromString(name.c_str());
+    const bool added = names != nullptr && text != nullptr && PyList_Append(names, text) == 0;
+    Py_XDECREF(text);
+    if (!added) {
+      Py_XDECREF(names);
+      return nullptr;
+    }
+  }
+  return names;
+}
+
+PyObject* set_cpu_capability(PyObject* /*module*/, PyObject* name) {
+  const char* text = PyUnicode_AsUTF8(name);
+  return text == nullptr ? nullptr : PyBool_FromLong(lora::set_cpu_capability(text));
+}
+
+PyMethodDef methods[] = {
+    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use."},
+    {"cpu_capabilities", cpu_capabilities, METH_NOARGS, "All that this processor has, ascending."},
+    {"set_cpu_capability", set_cpu_capability, METH_O,
+     "Chooses one; False where the processor has none of that name."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* module = PyModule_Create(&definition);
+  if (module != nullptr && PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) < 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }

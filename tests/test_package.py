@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capability
@@ -152,3 +155,25 @@ def test_compile_where_torch_is_held_to_a_lower_instruction_set(capability):
     command += ["tests/ops/test_thin_qr.py", "-k", "compile and cpu"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_every_source_is_compiled_once(monkeypatch):
+    """Alone or within its folder's one file; those that read torch's large headers never alone."""
+    asked = {}
+    monkeypatch.setattr(setuptools, "setup", asked.update)
+    monkeypatch.setenv("LORA_KERNELS_BUILD", "cpu")
+    monkeypatch.setenv("CCACHE_BASEDIR", str(ROOT))
+    runpy.run_path(str(ROOT / "setup.py"))
+    (extension,) = asked["ext_modules"]
+    compiled = []
+    for name in extension.sources:
+        source = ROOT / name
+        if source.is_relative_to(ROOT / "csrc"):
+            assert "<ATen/ATen.h>" not in source.read_text()
+            compiled.append(source)
+        else:
+            compiled += [
+                ROOT / "csrc" / part for part in re.findall(r'#include "(.+)"', source.read_text())
+            ]
+    here = {source for source in (ROOT / "csrc").rglob("*.cpp") if source.parent.name != "cuda"}
+    assert len(compiled) == len(set(compiled)) and set(compiled) == here

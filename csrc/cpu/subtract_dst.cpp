@@ -22,14 +22,14 @@ namespace {
 
 constexpr int64_t kColumnBlock = 1024;  // its tables (24 KB) stay in the L1 cache
 
-struct Job {
+struct PreparedDst {
   WeightView view;
   DstPlacement placement;  // in the view's orientation
   int64_t rank;
   double scale;  // coefficient * sqrt(2/(n+1)) * sqrt(2/(m+1))
   const AxisFactors *row_axis, *col_axis;
 
-  Job(const DstSubtraction& job, SineTables& tables)
+  PreparedDst(const DstSubtraction& job, SineTables& tables)
       : view(job.weight), placement(job.placement), rank(job.rank) {
     if (view.transposed) {
       std::swap(placement.global_rows, placement.global_cols);
@@ -148,7 +148,7 @@ void subtract_double(const DstSubtraction& job, SineTables& tables) {
 }  // namespace
 
 void subtract_dst(const std::vector<DstSubtraction>& jobs, SineTables& tables) {
-  std::vector<Job> prepared;
+  std::vector<PreparedDst> prepared;
   std::vector<WeightView> views;
   for (const auto& job : jobs) {
     if (job.weight.numel() == 0) {

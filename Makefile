@@ -14,7 +14,7 @@ PY_DIRS := lora_kernels triton_kernels tests benchmarks setup.py
 GPU_PYTHON ?= python3
 GPU_MINUTES ?= 7
 
-.PHONY: demo test bench lint format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test bench lint format clean sanitize clang arm gpu gpu-build gpu-test gpu-sanitize gpu-bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -56,6 +56,40 @@ gpu-sanitize: gpu-build
 
 gpu-bench: gpu-build
 	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(GPU_MINUTES)
+
+# The same sources by other means, each in a copy of the tree under build/: nothing here is changed.
+# clang needs clang and libomp-dev, arm needs g++-aarch64-linux-gnu (Debian's names).
+COPY = rm -rf build/$@ && mkdir -p build/$@ && \
+	cp -r benchmarks csrc lora_kernels triton_kernels tests pyproject.toml setup.py README.md build/$@ && \
+	rm -f build/$@/lora_kernels/_C*.so
+OPERATOR_TESTS = tests/ops tests/test_svd.py tests/init/test_loram.py -k "not compile and not opcheck"
+
+# Every operator's tests once, on kernels built with the address and undefined-behavior sanitizers.
+# Python itself has no sanitizer, hence the preloads; its own leaks are not looked for.
+sanitize: $(VENV)/installed
+	$(COPY)
+	cd build/$@ && CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		LDFLAGS="-fsanitize=address,undefined" LORA_KERNELS_BUILD=cpu \
+		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/$@ && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(OPERATOR_TESTS)
+
+clang: $(VENV)/installed
+	$(COPY)
+	cd build/$@ && CC=clang CXX=clang++ LORA_KERNELS_BUILD=cpu \
+		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/$@ && $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(OPERATOR_TESTS)
+
+# Compiled, not linked: torch's libraries here are another processor's.
+arm: $(VENV)/built
+	mkdir -p build/$@
+	includes=$$($(BIN)/python -c "import sysconfig; from torch.utils.cpp_extension import include_paths; \
+		print(*('-isystem ' + p for p in [*include_paths(), sysconfig.get_path('include')]))"); \
+	for source in build/unity/*.cpp csrc/cpu/kernels_*.cpp; do \
+		aarch64-linux-gnu-g++ -std=c++20 -O2 -fPIC -fopenmp -fno-math-errno -Wno-psabi -Icsrc \
+			$$includes -c $$source -o build/$@/$$(basename $$source .cpp).o || exit 1; \
+	done
 
 lint: $(VENV)/built
 	$(BIN)/ruff check $(PY_DIRS)

@@ -11,6 +11,7 @@ and a quarter the debug information that Python's own build asks for.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,8 +25,21 @@ def compiler_flags() -> list[str]:
     flags = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas"]
     if "-g" not in os.environ.get("CFLAGS", "").split():
         flags.append("-g0")  # Python's own flags hold -g
-    # at::parallel_for is serial in a file compiled without OpenMP. Apple's clang has no -fopenmp.
-    return flags + (["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"])
+    return flags + openmp_flags()
+
+
+def openmp_flags() -> list[str]:
+    """What makes at::parallel_for run on torch's own threads; without it, it is serial."""
+    if sys.platform == "darwin":
+        return ["-Xpreprocessor", "-fopenmp"]  # Apple's clang has no -fopenmp
+    compiler = os.environ.get("CXX", "c++").split()
+    told = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    if "clang" in told.stdout:
+        # clang's code calls libomp, torch's wheels bring libgomp: of the two, one would start the
+        # threads and the other number them, so that all would do the same work.
+        print("lora_kernels: clang, so the CPU kernels run on one thread (g++: on all)")
+        return []
+    return ["-fopenmp"]
 
 
 def unity_sources(sources: set[Path], folder: Path) -> list[str]:

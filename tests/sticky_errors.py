@@ -1,7 +1,7 @@
 """Errors that a CUDA context never recovers from: the process that has one must end.
 
-After an illegal address every later call of that process fails, whatever test makes it. pytest-xdist
-names the test in which a worker ends, and starts another; alone, the run stops with that test.
+After an illegal address every later call of that process fails, whatever test makes it.
+pytest-xdist names the test in which a worker ends, and starts another; alone, the run stops there.
 """
 
 from __future__ import annotations

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import pkgutil
 
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+from lora_kernels import triton_kernels
 from lora_kernels.ops.philox import dropout as drop_ref
 from lora_kernels.triton_kernels import choice, linear, linear_gemm, philox
 
 from ..ops.test_linear import check, inputs
 
 CONFIGS = list(linear_gemm.CONFIGS)
+LAYER_MODULES = [
+    module.name
+    for module in pkgutil.iter_modules(triton_kernels.__path__)
+    if module.name.startswith("linear_")
+]
 SHAPES = [  # rows, N, K, r
     ((1,), 48, 40, 3),
     ((2, 3), 96, 200, 16),
     ((64,), 136, 72, 40),
     ((130,), 264, 136, 70),
     ((200,), 24, 344, 8),
+]
+# In these two every kernel of the layer runs, the GEMM past the end of M, N and K.
+SANITIZED = SHAPES[1], SHAPES[4]
+WAYS = [
+    *(("kernel", "decode"), ("kernel", "steps", "reversed"), ("steps", "library")),
+    *(("steps", config) for config in CONFIGS),
 ]
 
 
@@ -50,14 +64,11 @@ def force(monkeypatch, device):
 
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("lead", "n", "k", "r"), SHAPES)
 @pytest.mark.parametrize(
-    "ways",
-    [
-        *(("kernel", "decode"), ("kernel", "steps", "reversed"), ("steps", "library")),
-        *(("steps", config) for config in CONFIGS),
-    ],
+    ("lead", "n", "k", "r"),
+    [pytest.param(*s, marks=[pytest.mark.sanitize] * (s in SANITIZED)) for s in SHAPES],
 )
+@pytest.mark.parametrize("ways", WAYS)
 def test_every_way(ways, lead, n, k, r, dropout, start, device, dtypes, force):
     for dtype in dtypes:
         bias = (n + k) % 3 != 0
@@ -70,6 +81,36 @@ def test_every_way(ways, lead, n, k, r, dropout, start, device, dtypes, force):
         for config in CONFIGS
     }
     assert (ways[-1] in taken) == offered.get(ways[-1], True)
+
+
+class Recorded:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, launched: set, name: str) -> None:
+        self._kernel, self._launched, self._name = kernel, launched, name
+
+    def __getattr__(self, name):
+        return getattr(self._kernel, name)
+
+    def __getitem__(self, grid):
+        self._launched.add(self._name)
+        return self._kernel[grid]
+
+
+def test_sanitized_sizes_launch_every_kernel(device, force, monkeypatch):
+    """What `make gpu` runs under compute-sanitizer leaves no kernel of the layer out."""
+    modules = [importlib.import_module(f"{linear.__package__}.{n}") for n in LAYER_MODULES]
+    kernels, launched = set(), set()
+    for module in modules:
+        for name, value in vars(module).copy().items():
+            if name.endswith("_kernel") and value.fn.__module__ == module.__name__:
+                kernels.add(name)
+                monkeypatch.setattr(module, name, Recorded(value, launched, name))
+    for lead, n, k, r in SANITIZED:
+        for ways in WAYS:
+            force(*ways)
+            check(inputs(lead, n, k, r, torch.float16, device=device), 0.7)
+    assert launched == kernels and len(kernels) >= 6
 
 
 @pytest.mark.parametrize("start", [False, True])

@@ -61,7 +61,7 @@ def wrapper(tmp_path) -> tuple[Path, Path]:
     return folder, home
 
 
-def test_cuda_home_is_what_nvcc_says(wrapper):
+def test_home_is_what_nvcc_says(wrapper):
     folder, home = wrapper
     done = run_setup("13.0", f"{folder}:/usr/bin:/bin", LORA_KERNELS_BUILD="cuda")
     assert done.returncode == 0, done.stderr
@@ -70,13 +70,13 @@ def test_cuda_home_is_what_nvcc_says(wrapper):
     assert f"lora_kernels: built the CPU and CUDA kernels (CUDA_HOME={home})" in done.stdout
 
 
-def test_given_cuda_home_stays(wrapper, tmp_path):
+def test_given_home_stays(wrapper, tmp_path):
     done = run_setup("13.0", f"{wrapper[0]}:/usr/bin:/bin", CUDA_HOME=str(tmp_path))
     assert f"CUDA_HOME={tmp_path})" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("choice", "code"), [("auto", 0), ("cuda", 1)])
-def test_cpu_kernels_under_a_cuda_torch_are_not_silent(choice, code, tmp_path):
+def test_cpu_kernels_under_a_gpu_torch_are_not_silent(choice, code, tmp_path):
     done = run_setup("13.0", f"{tmp_path}:/usr/bin:/bin", NO_CUDA, LORA_KERNELS_BUILD=choice)
     assert done.returncode == code, done.stderr
     if choice == "auto":
@@ -91,6 +91,6 @@ def test_a_cpu_torch_builds_cpu_kernels(wrapper):
     assert done.stdout.endswith("lora_kernels: built the CPU kernels\n"), done.stderr
 
 
-def test_cuda_that_cannot_be_had_stops_the_build(wrapper):
+def test_gpu_kernels_that_cannot_be_had_stops_the_build(wrapper):
     done = run_setup(None, f"{wrapper[0]}:/usr/bin:/bin", LORA_KERNELS_BUILD="cuda")
     assert done.returncode != 0 and "is no CUDA build" in done.stderr

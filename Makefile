@@ -15,7 +15,7 @@ GPU_PYTHON ?= python3
 GPU_OPTIONS ?= # such as --only layer decode, or --minutes 7
 OUT ?= build/gpu
 
-.PHONY: demo test bench lint format clean gpu gpu-again gpu-build
+.PHONY: demo test bench lint format clean gpu gpu-again gpu-build test-oldest
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -41,6 +41,20 @@ gpu-again:
 
 gpu-build:
 	LORA_KERNELS_BUILD=cuda $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+
+# The oldest versions that are supported, on a bare copy of the tree. Fetches a CUDA build of torch.
+OLDEST := build/oldest
+OLDEST_PYTHON ?= python3.12
+test-oldest:
+	rm -rf $(OLDEST)/tree && mkdir -p $(OLDEST)/tree
+	tar -c $(foreach left,build .git .venv .cache,--exclude=./$(left)) --exclude='*.so' . | \
+		tar -x -C $(OLDEST)/tree
+	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 \
+		triton==3.6.0 "numpy<2.4" "setuptools>=77,<82" ninja hypothesis psutil pytest scipy \
+		safetensors rich matplotlib
+	cd $(OLDEST)/tree && ../bin/python setup.py --quiet build_ext --inplace
+	cd $(OLDEST)/tree && ../bin/python -m pytest -q
 
 lint: $(VENV)/built
 	$(BIN)/ruff check $(PY_DIRS)

@@ -239,6 +239,21 @@ def test_tools_that_are_missing_are_said(stand_ins):
     assert rows_of(output, "part ")["memcheck, layer"][0] == "not run: no compute-sanitizer here"
 
 
+def test_facts_are_one_line_and_a_file(stand_ins, tmp_path):
+    smi = stand_ins / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.1'\n")
+    smi.chmod(0o755)
+    path = tmp_path / "facts.json"
+    command = [sys.executable, "-m", "benchmarks.card.facts", str(path)]
+    environment = {**os.environ, "PATH": f"{stand_ins}:/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    known = json.loads(path.read_text())
+    assert done.stdout.startswith("card NVIDIA H200, 143771 MiB, 580.1, python 3.")
+    assert len(done.stdout.splitlines()) == 1
+    assert known["torch"] in done.stdout and isinstance(known["xdist"], bool)
+    assert (known["slug"] == "no-gpu") == (done.returncode == 1)
+
+
 TESTS = """
 import pytest, os
 def test_good(): pass

@@ -21,7 +21,8 @@ def card() -> str:
         done = subprocess.run(query, capture_output=True, text=True, timeout=15)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"nvidia-smi: {error}"
-    return (done.stdout or done.stderr).strip().splitlines()[0]
+    said = (done.stdout or done.stderr).strip().splitlines()
+    return said[0] if said else f"nvidia-smi: no answer, status {done.returncode}"
 
 
 def version(name: str) -> str:

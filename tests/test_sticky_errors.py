@@ -50,7 +50,7 @@ def run(folder: Path, *options: str) -> str:
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_device.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-rA", "-c", os.devnull, "--rootdir", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command += ["-p", "no:cacheprovider", *options, str(folder)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -59,7 +59,7 @@ def run(folder: Path, *options: str) -> str:
 
 @pytest.mark.skipif(not importlib.util.find_spec("xdist"), reason="pytest-xdist is not installed")
 def test_under_xdist_another_worker_goes_on(tmp_path):
-    output = run(tmp_path, "-n", "1")
+    output = run(tmp_path, "-p", "xdist.plugin", "-n", "1")
     for name in ("before", "between", "breaks", "after", "last"):
         assert f"PASSED test_device.py::test_{name}" in output
     assert "crashed while running 'test_device.py::test_breaks'" in output
@@ -67,7 +67,7 @@ def test_under_xdist_another_worker_goes_on(tmp_path):
 
 
 def test_alone_the_run_stops_and_names_the_test(tmp_path):
-    output = run(tmp_path, "-p", "no:xdist")
+    output = run(tmp_path)
     assert "ERROR test_device.py::test_wrong_launch" in output
     assert "PASSED test_device.py::test_between" in output
     assert "test_device.py::test_breaks left the device unusable: CUDA error: an illegal" in output

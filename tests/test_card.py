@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.card.parts import CALLS
+from benchmarks.card.parts import CALLS, Call
 
 ROOT = Path(__file__).parents[1]
 PARTS = CALLS["first"].names
@@ -252,6 +252,15 @@ def test_facts_are_one_line_and_a_file(stand_ins, tmp_path):
     assert len(done.stdout.splitlines()) == 1
     assert known["torch"] in done.stdout and isinstance(known["xdist"], bool)
     assert (known["slug"] == "no-gpu") == (done.returncode == 1)
+
+
+def test_tests_run_while_the_extension_is_being_built(tmp_path):
+    call = Call(sys.executable, tmp_path, tmp_path, (), 2)
+    options = call.pytest("tests/test_scaling.py", "-k", "not gpu")[3:]
+    program = "import sys, pytest; sys.modules['lora_kernels._C'] = None; "
+    program += f"sys.exit(pytest.main({options!r}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 TESTS = """

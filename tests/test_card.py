@@ -161,10 +161,14 @@ def test_a_whole_call(stand_ins, tmp_path):
 
 
 def test_without_xdist(stand_ins, tmp_path):
+    old = tmp_path / "results/nvidia-old/layer.csv"
+    old.parent.mkdir(parents=True)
+    old.write_text("of another day")
     options = ("--minutes", "1", "--only", "operator tests")
     status, output = finish(start(stand_ins, *options, xdist=False))
     assert status == 0
     assert list(rows_of(output, "part ")) == ["facts", "operator tests"]
+    assert read_tar(tmp_path / "out/results.tar") == {}  # nothing is new
     log = read_tar(tmp_path / "out/logs.tar.gz")["operator-tests.log"]
     assert b" -n " not in log and b"no:xdist" not in log
 

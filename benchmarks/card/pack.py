@@ -30,7 +30,7 @@ class Pack:
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob(".packing-*"):
             left.unlink()
-        self._since = time.time()
+        self._before = {path: stamp(path) for path in results.rglob("*") if path.is_file()}
         self._next = time.monotonic()
 
     def refresh(
@@ -59,7 +59,7 @@ class Pack:
         return {
             f"benchmarks/results/{path.relative_to(self.results)}": path.read_bytes()
             for path in sorted(self.results.rglob("*"))
-            if path.is_file() and path.stat().st_mtime >= self._since - 1
+            if path.is_file() and stamp(path) != self._before.get(path)
         }
 
     def _put(self, name: str, content: bytes) -> None:
@@ -69,6 +69,12 @@ class Pack:
             return
         beside.write_bytes(content)
         beside.replace(path)
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Another one once a file has been written again."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def clipped(path: Path) -> bytes:

@@ -180,7 +180,7 @@ CALLS = {
     "first": Definition(
         9.0,
         (
-            (Part("facts", 25, facts),),
+            (Part("facts", 45, facts),),
             (
                 Part("build", 150, build, {**BUILD, "MAX_JOBS": "8"}),
                 Part("kernel tests", 150, kernels, ONE_THREAD),
@@ -208,7 +208,7 @@ CALLS = {
     "again": Definition(
         5.0,
         (
-            (Part("facts", 25, facts),),
+            (Part("facts", 45, facts),),
             (Part("build", 100, build, BUILD),),
             (Part("named tests", 60, named_tests, ONE_THREAD),),
             (

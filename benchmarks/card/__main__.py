@@ -73,9 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         runner.stop()
         text = report(runner.outcomes, call.headline(), runner.failing_tests(), runner.started)
-        pack.write(text, runner.outcomes, runner.failing_tests())
-        shutil.rmtree(work, ignore_errors=True)
-        print(text, flush=True)
+        try:
+            pack.write(text, runner.outcomes, runner.failing_tests())
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            print(text, flush=True)
     return status
 
 

@@ -38,7 +38,10 @@ class Pack:
     ) -> None:
         """Packs if it is time to."""
         if at_once or time.monotonic() >= self._next:
-            self.write(None, outcomes, failing())
+            try:
+                self.write(None, outcomes, failing())
+            except OSError as error:  # a full disk, say: the parts go on
+                print(f"not packed: {error}", flush=True)
             self._next = time.monotonic() + EVERY
 
     def write(self, text: str | None, outcomes: Sequence, failing: Sequence[str]) -> None:
@@ -46,8 +49,7 @@ class Pack:
         rows = [asdict(outcome) for outcome in outcomes]
         if text is None:
             text = "not finished\n" + "".join(f"{o.part}: {o.result}; {o.said}\n" for o in outcomes)
-        facts = self.work / "facts.json"
-        known = json.loads(facts.read_text()) if facts.is_file() else {}
+        known = read_facts(self.work)
         self._put("report.txt", f"{text}\n".encode())
         self._put("run.json", json.dumps({"facts": known, "parts": rows}, indent=1).encode())
         self._put("failed.txt", "".join(f"{test}\n" for test in failing).encode())
@@ -69,6 +71,14 @@ class Pack:
             return
         beside.write_bytes(content)
         beside.replace(path)
+
+
+def read_facts(work: Path) -> dict:
+    """What `benchmarks.card.facts` wrote; nothing if it was stopped before it had."""
+    try:
+        return json.loads((work / "facts.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def stamp(path: Path) -> tuple[int, int, int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+
+from benchmarks.card.pack import read_facts
 
 HEADLINE = ("ceilings", "init", "operators", "layer", "decode", "memory")
 # Tests that never touch the device, or want packages and files that such a machine lacks.
@@ -36,8 +37,7 @@ class Call:
     @cached_property
     def facts(self) -> dict:
         """What `benchmarks.card.facts` found, once it has run."""
-        path = self.work / "facts.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_facts(self.work)
 
     @property
     def folder(self) -> Path:

@@ -103,7 +103,7 @@ class Runner:
     def _start(self, part: Part) -> None:
         now = time.monotonic()
         seconds = min(part.limit * self.scale, self._deadline - now)
-        command = self.call_command(part, seconds)
+        command = self._command(part, seconds)
         if isinstance(command, Outcome):
             self._note(command)
             return
@@ -126,13 +126,16 @@ class Runner:
                 return
         self._running.append(Running(part, process, now, now + seconds, log, ids))
 
-    def call_command(self, part: Part, seconds: float) -> list[str] | Outcome:
+    def _command(self, part: Part, seconds: float) -> list[str] | Outcome:
         """Or why it does not run."""
         if part.needs and shutil.which(part.needs) is None:
             return Outcome(part.name, f"not run: no {part.needs} here")
         if seconds < LEAST * min(self.scale, 1.0):
             return Outcome(part.name, "NOT RUN: no time left", good=False)
-        command = part.command(self.call, seconds)
+        try:
+            command = part.command(self.call, seconds)
+        except OSError as error:
+            return Outcome(part.name, f"FAILED: {error}", good=False)
         return command or Outcome(part.name, "not run: nothing to do")
 
     def _watch(self, running: Running) -> None:

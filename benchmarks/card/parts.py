@@ -10,7 +10,6 @@ from pathlib import Path
 
 from benchmarks.card.pack import read_facts
 
-HEADLINE = ("ceilings", "init", "operators", "layer", "decode", "memory")
 # Tests that never touch the device, or want packages and files that such a machine lacks.
 ELSEWHERE = ("cuda", "peft", "stream", "triton_kernels", "test_cuda_sources.py")
 AHEAD = "tests/triton_kernels/test_aot.py"

@@ -171,7 +171,7 @@ def profile(call: Call, seconds: float) -> list[str]:
     return [*ncu, call.python, "-m", "benchmarks.gpu.profile"]
 
 
-LAYER = ("tests/triton_kernels/test_linear.py",)
+LAYER = ("tests/triton_kernels/test_sanitized.py",)
 OPERATORS = ("-k", "cuda", "tests/ops", "tests/test_linear_layer.py")
 BUILD = {"LORA_KERNELS_BUILD": "cuda"}
 

@@ -13,12 +13,12 @@ import torch
 for package in ("rich", "matplotlib"):
     pytest.importorskip(package, reason="the benchmarks need what `make test` installs")
 
-from benchmarks.card.names import slug  # noqa: E402
 from benchmarks.gpu import peers  # noqa: E402
 from benchmarks.gpu.__main__ import PARTS, main  # noqa: E402
 from benchmarks.gpu.grid import to_best_peer  # noqa: E402
 from benchmarks.gpu.plan import FULL  # noqa: E402
 from benchmarks.gpu.predict import H200, lines  # noqa: E402
+from benchmarks.gpu.session import slug  # noqa: E402
 from benchmarks.harness import Timing  # noqa: E402
 
 TINY = replace(

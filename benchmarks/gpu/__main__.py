@@ -20,12 +20,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.card.names import slug
 from benchmarks.gpu import ceilings, decode, grid, init, layer, memory, operators, svd
 from benchmarks.gpu.headline import write_headline, write_prediction
 from benchmarks.gpu.plan import FULL, QUICK, Plan
 from benchmarks.gpu.predict import H200
-from benchmarks.gpu.session import Session
+from benchmarks.gpu.session import Session, slug
 from benchmarks.report import RESULTS
 
 # The targets first, then what may be cut short.
@@ -99,13 +98,13 @@ def main(
 ) -> int:
     """0, or 1 if a part broke, 2 without a GPU. `device` and `plan` are for the tests."""
     options = parse(argv)
+    parts = [part for part in PARTS if part in (options.parts or PARTS)]
     # A log file has no width of its own; the tables want more than the default of 80.
     console = Console() if sys.stdout.isatty() else Console(width=150)
     plan = plan or (QUICK if options.quick else FULL)
     if options.predict:
         write_prediction(console, options.out or RESULTS / H200.name, plan)
         return 0
-    parts = [part for part in PARTS if part in (options.parts or PARTS)]
     if device is None:
         if not torch.cuda.is_available():
             print("benchmarks.gpu: no CUDA GPU here; --predict works without one", file=sys.stderr)

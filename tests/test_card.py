@@ -40,7 +40,7 @@ elif "-m pytest" in line:
     assert os.environ["OMP_NUM_THREADS"] == os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
     print(line)
     note("begin", "tests/a.py::test_good"), note("end", "tests/a.py::test_good")
-    if "triton_kernels" in line and behave.get("hang"):
+    if "--ignore=tests/triton_kernels/test_aot.py" in line and behave.get("hang"):
         note("begin", "tests/a.py::test_hangs[x y]")
         os.system("sleep 100 & echo $! >> " + os.environ["CHILDREN"])  # a worker of its own
         time.sleep(100)

@@ -12,9 +12,10 @@ PY_DIRS := lora_kernels triton_kernels tests benchmarks setup.py
 
 # On a GPU machine: its own python3 with a CUDA build of torch. Nothing is installed or fetched.
 GPU_PYTHON ?= python3
-GPU_MINUTES ?= 7
+GPU_OPTIONS ?= # such as --only layer decode, or --minutes 7
+OUT ?= build/gpu
 
-.PHONY: demo test bench lint format clean sanitize clang arm gpu gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test bench lint format clean sanitize clang arm gpu gpu-again gpu-build test-oldest
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -30,32 +31,30 @@ bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.layer
 	$(BIN)/python -m benchmarks.model
 
-# All three parts, also after one has failed; each runs alone as well. Under 8 minutes.
-gpu: gpu-build
-	@status=0; for part in gpu-test gpu-sanitize gpu-bench; do \
-		$(MAKE) $$part GPU_MINUTES=3 || status=1; \
-	done; exit $$status
+# One call of 9 minutes: builds, tests, sanitizes and measures, and packs what it finds into OUT.
+gpu:
+	$(GPU_PYTHON) -m benchmarks.card first --out "$(OUT)" $(GPU_OPTIONS)
+
+# The second, of 5: the tests named in the file TESTS, other sanitizers, SVD, the grid, profiles.
+gpu-again:
+	$(GPU_PYTHON) -m benchmarks.card again --out "$(OUT)" $(GPU_OPTIONS) $(if $(TESTS),--tests "$(TESTS)")
 
 gpu-build:
-	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	LORA_KERNELS_BUILD=cuda $(GPU_PYTHON) setup.py --quiet build_ext --inplace
 
-gpu-test: gpu-build
-	$(GPU_PYTHON) -m pytest $$($(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
-
-# Out of bounds and races. Without torch's caching, which hides the ends of tensors.
-gpu-sanitize: gpu-build
-	@command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here: skipped"; exit 0; }; \
-	for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 LORA_KERNELS_TUNE=0 timeout 100 \
-			compute-sanitizer --tool $$tool --error-exitcode 1 \
-			$(GPU_PYTHON) -m pytest -q -m sanitize -k cuda tests/ops tests/test_linear_layer.py; \
-		code=$$?; \
-		if [ $$code = 124 ]; then echo "$$tool: not finished in 100 s, no verdict"; \
-		elif [ $$code != 0 ]; then exit 1; fi; \
-	done
-
-gpu-bench: gpu-build
-	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(GPU_MINUTES)
+# The oldest versions that are supported, on a bare copy of the tree. Fetches a CUDA build of torch.
+OLDEST := build/oldest
+OLDEST_PYTHON ?= python3.12
+test-oldest:
+	rm -rf $(OLDEST)/tree && mkdir -p $(OLDEST)/tree
+	tar -c $(foreach left,build .git .venv .cache,--exclude=./$(left)) --exclude='*.so' . | \
+		tar -x -C $(OLDEST)/tree
+	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 \
+		triton==3.6.0 "numpy<2.4" "setuptools>=77,<82" ninja hypothesis psutil pytest scipy \
+		safetensors rich matplotlib
+	cd $(OLDEST)/tree && ../bin/python setup.py --quiet build_ext --inplace
+	cd $(OLDEST)/tree && ../bin/python -m pytest -q
 
 # The same sources by other means, each in a copy of the tree under build/: nothing here is changed.
 # clang needs clang and libomp-dev, arm needs g++-aarch64-linux-gnu (Debian's names).

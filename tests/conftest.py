@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from hypothesis import settings
 import lora_kernels  # noqa: F401  (registers the operators)
 
 from .devices import DEVICES
+from .sticky_errors import end_if_broken
 
 settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
 # A new shape may compile a kernel; the CPU's 40 examples are for the machines without a GPU.
@@ -57,6 +59,16 @@ def device(request) -> str:
 def _seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _device_stays_usable(request) -> Iterator[None]:
+    """A kernel's error shows at the next call that waits: it belongs to the test that launched it,
+    not to the one after it.
+    """
+    yield
+    if "cuda" in DEVICES and torch.cuda.is_initialized():
+        end_if_broken(request.config, request.node.nodeid, torch.cuda.synchronize)
 
 
 @pytest.fixture(scope="session")

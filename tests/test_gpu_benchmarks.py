@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,16 +51,16 @@ CPU = torch.device("cpu")
 FILES = {
     "ceilings": {"ceilings": {"ceiling", "measured", "unit", "h200_earlier"}},
     "operators": {"operators": {"shape", "dtype", "median_ms", "gb_per_s", "share_of_copy", "aim"}},
-    "init": {
-        "init": {"projections", "r", "dtype", "median_ms", "floor_ms", "times_floor"},
-        "init_svd": {"what", "shape", "one_layer_s", "extrapolated_s", "times_ours"},
-    },
+    "init": {"init": {"projections", "r", "dtype", "median_ms", "floor_ms", "times_floor"}},
     "layer": {
         "layer": {"shape", "tokens", "r", "dropout", "dtype", "pass", "variant", "ratio", "aim"},
-        "layer_grid": {"shape", "tokens", "r", "pass", "clock", "variant", "ours_to_best_peer"},
     },
     "decode": {"decode": {"shape", "tokens", "r", "layers", "variant", "median_ms", "ratio"}},
     "memory": {"memory": {"shape", "tokens", "variant", "peak_mib", "growth_mib", "ratio", "aim"}},
+    "svd": {"init_svd": {"what", "shape", "one_layer_s", "extrapolated_s", "times_ours"}},
+    "grid": {
+        "layer_grid": {"shape", "tokens", "r", "pass", "clock", "variant", "ours_to_best_peer"},
+    },
 }
 
 
@@ -106,20 +107,42 @@ def no_pictures(monkeypatch) -> None:
 def test_later_part_keeps_the_earlier_figures(tmp_path, no_pictures):
     assert run(tmp_path, "init") == run(tmp_path, "decode") == 0
     for row in read(tmp_path / "headline.csv"):
-        assert bool(row["measured"]) == row["line"].startswith(("init", "decode"))
+        of_svd = row["line"].endswith(("exact SVD", "PiSSA"))
+        assert bool(row["measured"]) == (row["line"].startswith(("init", "decode")) and not of_svd)
         assert bool(row["measured_on"]) == bool(row["measured"])
 
 
 def test_spent_budget_is_said(tmp_path, capsys, no_pictures):
-    parts = ("operators", "layer", "decode", "memory")
+    parts = ("operators", "layer", "decode", "memory", "grid")
     assert run(tmp_path, *parts, "--minutes", "0") == 0
-    for name in (*parts, "layer_grid"):
+    for name in (*parts[:-1], "layer_grid"):
         assert {row["failure"] for row in read(tmp_path / f"{name}.csv")} <= {
             "skipped: time budget",
             peers.NOT_INSTALLED,
         }
     assert "was spent" in capsys.readouterr().out
     assert not any(row["met"] for row in read(tmp_path / "headline.csv"))
+
+
+def test_svd_alone_takes_the_time_of_an_earlier_init(tmp_path, no_pictures):
+    assert run(tmp_path, "init") == run(tmp_path, "svd") == 0
+    rows = [row for row in read(tmp_path / "init_svd.csv") if row["shape"].startswith("all")]
+    assert rows and all(float(row["times_ours"]) > 0 for row in rows)
+
+
+def test_several_parts_run_in_processes_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ran = []
+
+    def child(command):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 1 if "layer" in command else 0)
+
+    monkeypatch.setattr(subprocess, "run", child)
+    assert main(["layer", "ceilings", "memory", "--out", str(tmp_path), "--minutes", "3"]) == 1
+    assert [command[3] for command in ran] == ["ceilings", "layer", "memory"]
+    assert all(command[1:3] == ["-m", "benchmarks.gpu"] for command in ran)
+    assert all(command[-1] == str(tmp_path) for command in ran)
 
 
 def test_without_a_gpu_one_line_and_status_2(monkeypatch, capsys):

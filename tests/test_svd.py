@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_kernels import svd
 
-from .ops.spectra import SPECTRA, check_bottom, check_top
+from .ops.spectra import SPECTRA, check_bottom, check_same_values, check_top
 from .oracle import to_numpy
 from .packages import needs_real_model
 
@@ -38,9 +38,13 @@ def test_batches(call, method, device):
         together = call(weights, 5, method)
         assert together.error is None
         for k, weight in enumerate(weights):
-            alone = call(weight, 5, method)
-            for many, one in zip(together[:3], alone[:3], strict=True):
-                assert torch.equal(many[k], one)
+            many, alone = [t[k] for t in together[:3]], call(weight, 5, method)[:3]
+            if device == "cpu":
+                assert all(map(torch.equal, many, alone))
+            else:
+                check = check_top if call is svd.truncated else check_bottom
+                check(weight, 5, *many)
+                check_same_values(weight, many[1], alone[1])
     single = call(batch[:1], 5, method)
     assert single.U.shape == (1, 40, 5) and single.S.shape == (1, 5)
     assert single.Vh.shape == (1, 5, 30)
@@ -61,7 +65,9 @@ def test_tolerance(device):
     assert result.error.shape == (2,) and result.error.dtype == torch.float64
     assert (result.error <= 1e-3).all()
     one = svd.truncated(batch[0], 8, tol=1e-3)
-    assert one.error.shape == () and torch.equal(one.error, result.error[0])
+    assert one.error.shape == () and one.error <= 1e-3
+    if device == "cpu":  # a GPU's batch goes on until its last weight has settled
+        assert torch.equal(one.error, result.error[0])
     sigma = np.linalg.svd(to_numpy(batch[0]), compute_uv=False)[:8]
     np.testing.assert_allclose(to_numpy(one.S), sigma, rtol=1e-3)
     assert svd.truncated(batch[0], 8, tol=1e-3, subspace=9).error >= 0

@@ -1,14 +1,18 @@
-"""Everything that the issue asks of a GPU, in parts: `python -m benchmarks.gpu [PART ...]`.
+"""Every GPU target, in parts: `python -m benchmarks.gpu [PART ...]`.
 
 Each part writes a CSV and a PNG to benchmarks/results/<gpu>/ and prints a table; headline.csv has
-every target with its aim, its prediction and what was measured. `--predict` needs no GPU.
+every target with its aim, its prediction and what was measured. Of several parts each runs in a
+process of its own, so that an error which breaks one's CUDA context leaves the others alone.
+`--predict` needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,18 +27,17 @@ from benchmarks.gpu.predict import H200
 from benchmarks.gpu.session import Session, slug
 from benchmarks.report import RESULTS
 
-PARTS = ("ceilings", "operators", "init", "layer", "decode", "memory")
-# (part, title, what it runs): the targets first, then what may be cut short.
-SECTIONS = (
-    ("ceilings", "ceilings", ceilings.run),
-    ("init", "init", init.run),
-    ("operators", "operators", operators.run),
-    ("layer", "layer", layer.run),
-    ("decode", "decode", decode.run),
-    ("memory", "memory", memory.run),
-    ("init", "SVD", svd.run),
-    ("layer", "grid", grid.run),
-)
+# The targets first, then what may be cut short.
+PARTS = {
+    "ceilings": ceilings.run,
+    "init": init.run,
+    "operators": operators.run,
+    "layer": layer.run,
+    "decode": decode.run,
+    "memory": memory.run,
+    "svd": svd.run,
+    "grid": grid.run,
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,22 +61,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def run_sections(session: Session, parts: Sequence[str]) -> bool:
+def run_parts(session: Session, parts: Sequence[str]) -> bool:
     """True if none broke; one that breaks does not stop the others."""
     good = True
-    for part, title, run in SECTIONS:
-        if part not in parts:
-            continue
+    for part in parts:
         try:
             gc.collect()  # it finds the device empty
             if session.device.type == "cuda":
                 torch.cuda.empty_cache()
-            run(session)
+            PARTS[part](session)
         except Exception:
             good = False
-            session.console.print(f"{title} broke:", style="red")
+            session.console.print(f"{part} broke:", style="red")
             session.console.print_exception(max_frames=6)
     return good
+
+
+def run_apart(parts: Sequence[str], options: argparse.Namespace) -> int:
+    """Each part in a process of its own, one after the other; 1 if one failed."""
+    end = time.monotonic() + 60 * options.minutes
+    status = 0
+    for part in parts:
+        minutes = max(0.0, (end - time.monotonic()) / 60)
+        command = [sys.executable, "-m", "benchmarks.gpu", part, "--minutes", f"{minutes:.3f}"]
+        command += ["--quick"] if options.quick else []
+        command += ["--out", str(options.out)] if options.out else []
+        status |= subprocess.run(command).returncode != 0
+    return int(status)
 
 
 def main(
@@ -82,8 +96,9 @@ def main(
     device: torch.device | None = None,
     plan: Plan | None = None,
 ) -> int:
-    """0, or 1 if a section broke, 2 without a GPU. `device` and `plan` are for the tests."""
+    """0, or 1 if a part broke, 2 without a GPU. `device` and `plan` are for the tests."""
     options = parse(argv)
+    parts = [part for part in PARTS if part in (options.parts or PARTS)]
     # A log file has no width of its own; the tables want more than the default of 80.
     console = Console() if sys.stdout.isatty() else Console(width=150)
     plan = plan or (QUICK if options.quick else FULL)
@@ -94,6 +109,8 @@ def main(
         if not torch.cuda.is_available():
             print("benchmarks.gpu: no CUDA GPU here; --predict works without one", file=sys.stderr)
             return 2
+        if len(parts) > 1:
+            return run_apart(parts, options)
         device = torch.device("cuda", torch.cuda.current_device())
     warnings.filterwarnings("ignore", module="peft")
     out = options.out
@@ -103,7 +120,7 @@ def main(
     torch.manual_seed(0)
     session = Session(device, plan, out, options.minutes, console)
     console.print(", ".join(f"{key} {value}" for key, value in session.environment.items()))
-    good = run_sections(session, options.parts or PARTS)
+    good = run_parts(session, parts)
     if not session.measured:
         return 0 if good else 1
     write_headline(session)

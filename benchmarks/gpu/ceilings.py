@@ -1,37 +1,10 @@
-"""What the device can do at best: the bandwidth of a copy, the rate of a large bf16 product."""
+"""The device's ceilings in a table, beside an H200's."""
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
-
 from benchmarks.gpu.pictures import Bar, aim_bars
-from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.predict import H200, Machine
+from benchmarks.gpu.predict import H200
 from benchmarks.gpu.session import Session
-from benchmarks.gpu.timing import DEVICE, measure
-
-
-def measure_ceilings(device: torch.device, plan: Plan, name: str) -> Machine:
-    """The median of both, on random data: zeros would draw less power and run faster."""
-    source = torch.randn(plan.copy_bytes // 4, device=device)
-    target = torch.empty_like(source)
-    copy = _median(device, plan, partial(target.copy_, source))
-    moved = 2 * source.nbytes
-    del source, target
-    a, b = (torch.randn(plan.gemm, plan.gemm, device=device, dtype=torch.bfloat16) for _ in "ab")
-    product = _median(device, plan, partial(torch.mm, a, b, out=torch.empty_like(a)))
-    return Machine(name, copy=moved / copy, matmul=2 * plan.gemm**3 / product)
-
-
-def _median(device: torch.device, plan: Plan, run: partial) -> float:
-    (timing,) = measure(
-        device, {"ceiling": run}, rounds=plan.rounds, burst_ms=2 * plan.burst_ms, kind=DEVICE
-    )
-    if timing.failure:
-        raise RuntimeError(timing.failure)
-    return timing.median
 
 
 def run(session: Session) -> None:

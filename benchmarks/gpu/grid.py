@@ -62,9 +62,9 @@ def run(session: Session) -> None:
             own = timing.name == OURS
             extra = {"ours_to_best_peer": ratio if own else "", "best_peer": best if own else ""}
             rows.append({**facts, **timing.row(), **extra})
+        session.save("layer_grid", rows)  # as it goes: a run that is cut short keeps what it has
         ratios[kind].append(ratio)
         maps.setdefault(f"{shape_name(shape)}, {which}, {kind}", {})[f"{r}", f"{tokens}"] = ratio
-    session.save("layer_grid", rows)
     title = f"Our time over the best peer's, {session.environment['device']}"
     show(session, title, maps)
     for kind in CLOCKS:

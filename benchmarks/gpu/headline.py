@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,13 +38,13 @@ def write_headline(session: Session) -> None:
 
     The predictions are made again from the ceilings of this run.
     """
-    path = session.out / "headline.csv"
-    earlier = _read(path)
+    path, earlier = session.out / "headline.csv", session.earlier
     known = lines(session.machine, session.plan)
     rows = [_row(session, line, earlier.get(line.name, {})) for line in known]
     write_csv(path, [{**row, **session.environment} for row in rows])
     title = f"Targets, {session.environment['device']}"
-    show(session.console, f"{title}; predictions from its measured ceilings", rows)
+    now = [row for row in rows if row["line"] in session.measured]
+    show(session.console, f"{title}; predictions from its measured ceilings", now)
     bars = list(_bars(known, rows))
     aim_bars(session.out / "headline.png", title, bars, "part of the limit", longest=2.0)
 
@@ -80,13 +79,6 @@ def _bars(known: Iterable[Line], rows: Iterable[dict[str, object]]) -> Iterable[
         else:
             share = value / line.aim if line.sense == "≤" else line.aim / value
         yield Bar(line.name, share, 1.0)
-
-
-def _read(path: Path) -> dict[str, dict[str, str]]:
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["line"]: row for row in csv.DictReader(file)}
 
 
 def _number(text: str) -> float | str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import csv
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.card.names import slug
+from benchmarks.gpu.machine import measure_ceilings
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.predict import Machine
 from benchmarks.harness import Timing, environment
@@ -52,9 +54,22 @@ class Session:
     @cached_property
     def machine(self) -> Machine:
         """The ceilings, measured when they are first asked for."""
-        from benchmarks.gpu.ceilings import measure_ceilings
-
         return measure_ceilings(self.device, self.plan, slug(self.environment["device"]))
+
+    @cached_property
+    def earlier(self) -> dict[str, dict[str, str]]:
+        """The rows of the headline.csv that lay there before this run, by line."""
+        path = self.out / "headline.csv"
+        if not path.is_file():
+            return {}
+        with path.open(newline="", encoding="utf-8") as file:
+            return {row["line"]: row for row in csv.DictReader(file)}
+
+    def milliseconds(self, line: str) -> float | None:
+        """What a line took in this run, or in an earlier one of another part."""
+        if line in self.measured:
+            return self.measured[line][1]
+        return float(self.earlier.get(line, {}).get("measured_ms") or 0) or None
 
     def record(self, line: str, value: float | str, milliseconds: float | None = None) -> None:
         """The measured value of a target's line, or why there is none."""
@@ -89,8 +104,3 @@ class Session:
 def cell(value: object) -> str:
     """A table's text: floats to three digits, NaN empty."""
     return short(value) if isinstance(value, float) else str(value)
-
-
-def slug(name: str) -> str:
-    """`"NVIDIA H200"` -> `"nvidia-h200"`."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

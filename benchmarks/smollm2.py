@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable
@@ -89,6 +90,9 @@ def _offline_transformers():
     """`transformers`, told to stay off the network before its first import reads the setting."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # It imports torchao, which warns of its own CUDA kernels and of how it calls torch's pytree.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from lora_kernels import LoRALinear
 from .packages import needs_demo, needs_real_model
 
 pytestmark = needs_real_model
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +94,9 @@ def test_bf16_model_with_fp32_adapters(real_model, ids, device):
 
 @needs_demo
 def test_the_demo_runs(tmp_path):
-    """`make demo` in small: two blocks, two steps; it reports that the reloaded logits agree."""
-    from benchmarks import demo
-
-    assert demo.main(["--quick", "--out", str(tmp_path)]) == 0
+    """`make demo` in small: two blocks, two steps; the reloaded logits agree, and nothing warns."""
+    command = [sys.executable, "-m", "benchmarks.demo", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
     assert {p.name for p in tmp_path.iterdir()} == {"demo.csv", "demo_curve.csv", "demo_loss.png"}

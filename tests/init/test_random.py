@@ -82,7 +82,8 @@ def test_peft_s_own_numbers(init, ours, real_linears, device):
             for factor in ("lora_A", "lora_B")
         ),
     ],
-    ids=repr,
+    # Of a function the name only: repr holds its address, and processes must name tests alike.
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_law(initializer, factor, law, device):
     """Kolmogorov and Smirnov's test of the paper's law; a fixed seed, so it cannot fail by chance.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from ._library import LIBRARY
-from .loram_init import check_distinct, log_gain, refuse_unfit
+from .loram_init import check_distinct, log_gain, refuse_unfit, surely_fit
 
 
 def _module(name: str):
@@ -29,18 +29,18 @@ def _subtract_dst_(weight, coefficient, rank, *placement):
     _module("subtract_dst").subtract_dst_(weight, coefficient, rank, *placement)
 
 
-def _loram_init_(weights, lora_A, lora_B, beta, rank, scaling, check):
+def _loram_init_(weights, lora_A, lora_B, beta, stats, rank, scaling, check):
     check_distinct(weights)
-    gains = [log_gain(rank, *weight.shape) for weight in weights]
+
+    def gain(shape):
+        return log_gain(rank, *shape)
+
+    def refuse(sums):
+        if not surely_fit(weights, sums, rank, scaling):
+            refuse_unfit(weights, sums, rank, scaling)
+
     _module("loram_init").loram_init_(
-        weights,
-        lora_A,
-        lora_B,
-        beta,
-        rank,
-        scaling,
-        gains,
-        (lambda sums: refuse_unfit(weights, sums, rank, scaling)) if check else None,
+        weights, lora_A, lora_B, beta, stats, rank, scaling, gain, refuse if check else None
     )
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
+from lora_kernels.ops.frobenius_stats import frobenius_stats_ref
 from lora_kernels.ops.loram_init import loram_init_ref
 
 from ..oracle import ROUNDING, TINY, dst_basis, loram_beta, to_numpy
@@ -89,7 +90,7 @@ def test_reference_agrees_with_the_kernel(device):
         torch.zeros(1, dtype=torch.float64, device=device),
     )
     weight = before.clone()
-    loram_init_ref([weight], [A], [B], beta, 6, 2.0, True)
+    loram_init_ref([weight], [A], [B], beta, frobenius_stats_ref([weight]), 6, 2.0, True)
     check_start(before, weight, A, B, beta[0], 6, 2.0)
 
 
@@ -169,7 +170,7 @@ def test_bad_values_change_nothing(bad, device):
     others = [torch.empty(w.shape[0], 4, device=device) for w in weights]
     beta = torch.empty(2, dtype=torch.float64, device=device)
     with pytest.raises(ValueError, match="weight 1"):
-        loram_init_ref(weights, factors, others, beta, 4, 1.0, True)
+        loram_init_ref(weights, factors, others, beta, frobenius_stats_ref(weights), 4, 1.0, True)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_a_residual_that_would_overflow(dtype, size, scaling, device):
     A, B = torch.empty(32, 40, device=device), torch.empty(32, 32, device=device)
     beta = torch.empty(1, dtype=torch.float64, device=device)
     with pytest.raises(ValueError, match="could overflow"):
-        loram_init_ref([weight], [A], [B], beta, 32, scaling, True)
+        loram_init_ref([weight], [A], [B], beta, frobenius_stats_ref([weight]), 32, scaling, True)
     op(
         torch.full((32, 40), 30000.0, dtype=torch.float16, device=device), 2, 0.01
     )  # large, and fits

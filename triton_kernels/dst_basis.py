@@ -1,10 +1,11 @@
 """`lora::_dst_basis_` on a GPU, for one basis or for the A or B of a whole model.
 
-An entry is g · sin((p+1)(q+1)π/N). A program takes 8 p and walks along q in blocks of 128. Angle
+An entry is g · sin((p+1)(q+1)π/N). A program takes 16 p and walks along q in blocks of 32. Angle
 addition gives an entry for two float64 operations, from the sines of the block's first column and
 those of the steps inside of a block; both begin exact, from integers, and the first turns on by a
 fixed angle. That is right to some 1e-14, not to the last bit: where two neighbours of a value would
-round differently (once in some 10^6 entries), the block is written again, sine by sine.
+round differently (once in some 10^6 entries, seen from the last bits of the float64), the block is
+written again, sine by sine.
 Bytes: the output, once. A sine each would take 60 float64 operations an entry, and a gather from a
 table of sines 32 cache lines a warp: both several times what the memory takes (estimated).
 """
@@ -19,14 +20,13 @@ import triton
 import triton.language as tl
 
 from .jobs import (
-    addresses_of,
+    Kind,
     anchor,
     field,
     find_job,
     first_programs,
     float_bits,
-    gather,
-    kinds_of,
+    known,
     slots,
     tensor_at,
     to_float,
@@ -34,10 +34,10 @@ from .jobs import (
 )
 from .sine import cos_pi, modulo, sin_pi
 
-BLOCK_P, BLOCK_Q = 8, 128
+BLOCK_P, BLOCK_Q = 16, 32  # 4 entries a thread: 128 registers, four programs a multiprocessor
 LONG = 1024
 MOST_STEPS = 32  # blocks that share the exact sines of a program, and a bit each in an int32
-ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
+ENOUGH_PROGRAMS = 528  # four for each multiprocessor of an H100 or H200
 FIELDS = tl.constexpr(13)
 TRITON_DTYPES = {
     torch.float64: tl.float64,
@@ -205,19 +205,21 @@ def fill_factors(
     """A_k [rank, m] = scales[k] Φₘᵀ, B_k [n, rank] = scales[k] Φₙ, all of one dtype and device."""
     device, dtype, count = lora_A[0].device, lora_A[0].dtype, len(lora_A)
 
-    def row_of_a(kind: tuple) -> tuple[int, ...]:
-        (_, shape), stride = kind
-        return _job(shape[::-1], stride[::-1], shape[1])
+    def row_of_a(kind: Kind) -> tuple[int, ...]:
+        return _job(kind.shape[::-1], kind.strides[::-1], kind.shape[1])
 
-    def row_of_b(kind: tuple) -> tuple[int, ...]:
-        (_, shape), stride = kind
-        return _job(shape, stride, shape[0])
+    def row_of_b(kind: Kind) -> tuple[int, ...]:
+        return _job(kind.shape, kind.strides, kind.shape[0])
 
-    rows = torch.cat([gather(kinds_of(lora_A), row_of_a), gather(kinds_of(lora_B), row_of_b)])
     base, origin = anchor(device)
-    torch.sub(addresses_of([*lora_A, *lora_B]), origin, out=rows[:, 0])
-    torch.arange(count, out=rows[:count, 9])
-    torch.arange(count, out=rows[count:, 9])
+    parts = []
+    for factors, row in ((lora_A, row_of_a), (lora_B, row_of_b)):
+        tensors = known(factors)
+        rows = tensors.rows(row)
+        torch.sub(tensors.addresses, origin, out=rows[:, 0])
+        torch.arange(count, out=rows[:, 9])
+        parts.append(rows)
+    rows = torch.cat(parts)
     launches, tables = [], []
     for group in range(3):
         mine = rows[rows[:, 12] == group]

@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 
 from .jobs import (
-    addresses_of,
+    Kind,
     aligned,
     anchor,
     field,
     find_job,
     first_programs,
-    gather,
-    kinds_of,
+    kind_of,
+    known,
     slots,
     tensor_at,
     upload,
@@ -165,15 +165,15 @@ def stats_kernel(
         tl.store(arrivals + k, 0)
 
 
-def _job(kind: tuple) -> tuple[int, ...]:
+def _job(kind: Kind) -> list[int]:
     """What the table says of a weight, but for its address; then how many programs it takes."""
-    (dtype, (n, m)), (row_stride, col_stride) = kind
+    (n, m), (row_stride, col_stride) = kind.shape, kind.strides
     if row_stride < col_stride:
         (n, m), (row_stride, col_stride) = (m, n), (col_stride, row_stride)
-    # Contiguous, and of a size (and, as is seen later, a place) that vector loads can be sure of.
-    dense = col_stride == 1 and row_stride == m and n * m % 16 == 0
-    programs = -(-n * m // CHUNK)
-    return (0, n * m, m, row_stride, col_stride, DTYPE_CODES[dtype], int(dense), programs)
+    # Contiguous, and of a size and place that vector loads can be sure of.
+    dense = kind.is_aligned and col_stride == 1 and row_stride == m and n * m % 16 == 0
+    dtype, programs = DTYPE_CODES[kind.dtype], -(-n * m // CHUNK)
+    return [0, n * m, m, row_stride, col_stride, dtype, int(dense), programs]
 
 
 @functools.cache
@@ -195,29 +195,25 @@ def _arrivals(device: torch.device) -> torch.Tensor:
 def frobenius_stats(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """-> [len, 2] float64: sum and sum of squares of each weight."""
     device, count = weights[0].device, len(weights)
-    firsts = None
     if count == 1:
-        (weight,) = weights
-        *job, programs = _job(*kinds_of(weights))
-        job[6] &= weight.data_ptr() % 16 == 0
-        table, base, arrivals, empty = tuple(job), weight, None, not programs
+        *job, programs = _job(kind_of(weights[0]))
+        table, firsts, base, arrivals = tuple(job), None, weights[0], _arrivals(device)
+        has_empty = not programs
     else:
-        table = gather(kinds_of(weights), _job)
-        addresses = addresses_of(weights)
+        tensors = known(weights)
+        table = tensors.rows(_job)
         base, origin = anchor(device)
-        torch.sub(addresses, origin, out=table[:, 0])
-        table[:, 6] *= addresses % 16 == 0
-        each = table[:, 7]
-        empty = not each.all()
-        first, programs = first_programs(each)
+        torch.sub(tensors.addresses, origin, out=table[:, 0])
+        first, programs = first_programs(table[:, 7])
+        has_empty = not table[:, 7].all()
         table, firsts, arrivals = upload(device, table, first, torch.zeros_like(first))
     options = {"dtype": torch.float64, "device": device}
-    stats = torch.zeros(count, 2, **options) if empty else torch.empty(count, 2, **options)
+    stats = torch.zeros(count, 2, **options) if has_empty else torch.empty(count, 2, **options)
     if programs:
         stats_kernel[(programs,)](
             table,
             firsts,
-            _arrivals(device) if arrivals is None else arrivals,
+            arrivals,
             base,
             torch.empty(programs, 2, **options),
             stats,

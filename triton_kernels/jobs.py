@@ -12,8 +12,8 @@ from __future__ import annotations
 import functools
 import struct
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +22,6 @@ import triton.language as tl
 RESERVE = 65536  # integers: the tables of a whole model's start, several times
 ALIGNMENT = 2  # integers: tables begin at multiples of 16 bytes, or a kernel is compiled twice
 _reserves: list[torch.Tensor] = []  # pinned; the last is what may be used, the others are in graphs
-_dtype_and_shape = attrgetter("dtype", "shape")
 
 
 def upload(device: torch.device, *tables: torch.Tensor) -> list[torch.Tensor]:
@@ -73,22 +72,38 @@ def integers(values: Iterable[int]) -> torch.Tensor:
     return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
-def addresses_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[len] int64."""
-    return integers(map(torch.Tensor.data_ptr, tensors))
+class Kind(NamedTuple):
+    """What tensors have in common; `is_aligned`: they begin at multiples of 16 bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    is_aligned: bool
 
 
-def kinds_of(tensors: Sequence[torch.Tensor]) -> Iterable[tuple]:
-    """((dtype, shape), strides) of each."""
-    return zip(map(_dtype_and_shape, tensors), map(torch.Tensor.stride, tensors), strict=True)
+class Known(NamedTuple):
+    """What the host knows of some tensors: their kinds, the number of each's kind, its address."""
+
+    kinds: list[Kind]
+    which: torch.Tensor  # [len] int64
+    addresses: torch.Tensor  # [len] int64
+
+    def rows(self, row: Callable[[Kind], Sequence[int]]) -> torch.Tensor:
+        """[len, fields]: `row(kind)` of each, which is called once for each kind."""
+        rows = torch.tensor([row(k) for k in self.kinds], dtype=torch.int64, device="cpu")
+        return rows[self.which]
 
 
-def gather(kinds: Iterable[Hashable], row: Callable[..., tuple[int, ...]]) -> torch.Tensor:
-    """[len, fields]: `row(kind)` of each, which is called once for each kind."""
-    places: dict[Hashable, int] = {}
-    which = [places.setdefault(kind, len(places)) for kind in kinds]
-    rows = torch.tensor([row(kind) for kind in places], dtype=torch.int64, device="cpu")
-    return rows[integers(which)]
+def kind_of(tensor: torch.Tensor) -> Kind:
+    """Of one."""
+    is_aligned = tensor.data_ptr() % 16 == 0
+    return Kind(tensor.dtype, tensor.shape, tensor.stride(), is_aligned)
+
+
+def known(tensors: Sequence[torch.Tensor]) -> Known:
+    """Of at least one."""
+    which, addresses, firsts = torch.ops.lora._tensor_kinds(tensors)
+    return Known([kind_of(tensors[k]) for k in firsts], which, addresses)
 
 
 def first_programs(programs: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .dst_basis import fill_factors
-from .jobs import float_bits, gather, integers, upload
+from .jobs import float_bits, integers, known, upload
 from .subtract_dst import Subtraction
 
 BLOCK = 256
@@ -54,8 +54,8 @@ def loram_init_(
     device, count = beta.device, len(weights)
     if check is not None:
         sums = _Awaited(stats)
-    shapes = [weight.shape for weight in weights]
-    gains = gather(shapes, lambda shape: (float_bits(gain(shape)),))
+    tensors = known(weights)
+    gains = tensors.rows(lambda kind: (float_bits(gain(kind.shape)),))
     gains, factor = upload(device, gains, integers([float_bits(scaling)]))
     coefficients = torch.empty_like(beta)
     scales_kernel[(-(-count // BLOCK),)](
@@ -69,7 +69,7 @@ def loram_init_(
         BLOCK=BLOCK,
         enable_fp_fusion=False,
     )
-    subtraction = Subtraction(weights, rank)
+    subtraction = Subtraction(weights, rank, tensors)
     # One call a dtype: the factors' follow the weights'.
     dtypes = [factor.dtype for factor in lora_A]
     for dtype in dict.fromkeys(dtypes):

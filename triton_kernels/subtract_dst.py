@@ -20,16 +20,16 @@ import triton.language as tl
 
 from .dst_basis import TRITON_DTYPES, dst_basis_
 from .jobs import (
-    addresses_of,
+    Kind,
+    Known,
     aligned,
     anchor,
     field,
     find_job,
     first_programs,
     float_bits,
-    gather,
     integers,
-    kinds_of,
+    kind_of,
     slots,
     tensor_at,
     to_float,
@@ -178,80 +178,76 @@ def subtract_kernel(
 
 
 class Subtraction:
-    """W_k −= coefficients[k] · the part of ΦₙΦₘᵀ that weight k sees, in two steps.
+    """W_k −= coefficients[k] · ΦₙΦₘᵀ, or the part of it that a weight sees, in two steps.
 
     Making one has the tables of sines computed. `run` then writes the weights, all of one dtype and
     layout in one launch.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[torch.Tensor],
-        rank: int,
-        placements: Sequence[Placement] | None = None,
-    ) -> None:
-        """`placements` say which part of a larger weight each is; none if they are whole."""
+    def __init__(self, weights: Sequence[torch.Tensor], rank: int, tensors: Known) -> None:
+        """Of whole weights, of which `tensors` are `known`."""
         self.rank = rank
-        places = placements or [None] * len(weights)
-        is_wide = [weight.dtype == torch.float64 for weight in weights]
-        self.products = [
-            (k, weights[k], places[k] or Placement(*weights[k].shape))
-            for k, wide in enumerate(is_wide)
-            if wide
-        ]
+        self.products: list[tuple[int, torch.Tensor, Placement]] = []
         self.launches: list[_Launch] = []
-        kept = [k for k, wide in enumerate(is_wide) if not wide and weights[k].numel()]
-        if len(kept) == len(weights) == 1:
-            self._prepare_one(weights[0], places[0])
-        elif kept:
-            self._prepare([weights[k] for k in kept], [places[k] for k in kept], kept)
+        if any(kind.dtype == torch.float64 for kind in tensors.kinds):
+            self.products = [
+                (k, weight, Placement(*weight.shape))
+                for k, weight in enumerate(weights)
+                if weight.dtype == torch.float64
+            ]
+        if len(self.products) < len(weights):
+            self._prepare(weights[0].device, tensors)
 
-    def _prepare_one(self, weight: torch.Tensor, place: Placement | None) -> None:
-        """All that the kernels are told is arguments."""
-        (kind,) = kinds_of([weight])
-        row_axis, col_axis, job, vector = _job(kind, place, weight.data_ptr() % 16 == 0)
+    @classmethod
+    def of_one(cls, weight: torch.Tensor, rank: int, place: Placement) -> Subtraction:
+        """Of one weight, which may be part of a larger one. No tables: arguments."""
+        self = cls.__new__(cls)
+        self.rank, self.products, self.launches = rank, [], []
+        if weight.dtype == torch.float64:
+            self.products = [(0, weight, place)]
+        elif weight.numel():
+            self._prepare_one(weight, place)
+        return self
+
+    def _prepare_one(self, weight: torch.Tensor, place: Placement) -> None:
+        row_axis, col_axis, job, vector = _job(kind_of(weight), place)
         rows, cols, col_blocks = job[1], job[2], job[-1]
         job[6] = 5 * rows
         axes = (*row_axis, self.rank, 0, *col_axis, self.rank, 5 * rows)
         self._make_tables(weight.device, axes, 2, max(rows, cols), 5 * (rows + cols))
-        groups = _rows_a_program(-(-rows // FEW_ROWS) * col_blocks) // _group(vector)
+        few = -(-rows // FEW_ROWS) * col_blocks
+        groups = _rows_a_program(few) // _group(vector)
         programs = -(-rows // (groups * _group(vector))) * col_blocks
-        self.launches = [
-            _Launch(weight.dtype, vector, programs, tuple(job), None, weight, 1, groups)
-        ]
+        dtype, job = weight.dtype, tuple(job)
+        self.launches.append(_Launch(dtype, vector, programs, job, None, weight, 1, groups))
 
-    def _prepare(
-        self, weights: list[torch.Tensor], places: list[Placement | None], numbers: list[int]
-    ) -> None:
-        """Tables of all weights and axes; `numbers` are the places of their coefficients."""
-        device = weights[0].device
+    def _prepare(self, device: torch.device, tensors: Known) -> None:
         axes: dict[tuple[int, ...], int] = {}  # (length, offset, size, other, its offset) -> place
         groups: dict[tuple[torch.dtype, int], int] = {}
         end = 0
 
-        def row(kind: tuple) -> list[int]:
+        def row(kind: Kind) -> list[int]:
             nonlocal end
-            *axes_of, job, vector = _job(*kind)
-            for axis in axes_of:
+            if kind.dtype == torch.float64:
+                return [0] * 10 + [-1]
+            *both, job, vector = _job(kind, Placement(*kind.shape))
+            for axis in both:
                 if axis not in axes:
                     axes[axis] = end
                     end += 5 * axis[0]
-            job[5:7] = map(axes.__getitem__, axes_of)
-            dtype = kind[0][0][0]
-            return [*job, groups.setdefault((dtype, vector), len(groups))]
+            job[5:7] = map(axes.__getitem__, both)
+            return [*job, groups.setdefault((kind.dtype, vector), len(groups))]
 
-        addresses = addresses_of(weights)
-        are_aligned = (addresses % 16 == 0).tolist()
-        rows = gather(zip(kinds_of(weights), places, are_aligned, strict=True), row)
+        rows = tensors.rows(row)
         base, origin = anchor(device)
-        torch.sub(addresses, origin, out=rows[:, 0])
-        rows[:, 8] = integers(numbers)
+        torch.sub(tensors.addresses, origin, out=rows[:, 0])
+        torch.arange(len(rows), out=rows[:, 8])
         tables = [integers([x for axis, at in axes.items() for x in (*axis, self.rank, at)])]
         launches = []
         for (dtype, vector), number in groups.items():
-            mine = rows[rows[:, -1] == number] if len(groups) > 1 else rows
-            col_blocks, length = mine[:, 9], mine[:, 1]
-            few = int((-(-length // FEW_ROWS) * col_blocks).sum())
+            mine = rows if len(tensors.kinds) == 1 else rows[rows[:, 10] == number]
+            length, col_blocks = mine[:, 1], mine[:, 9]
+            few = int(((length + FEW_ROWS - 1) // FEW_ROWS * col_blocks).sum())
             some = _rows_a_program(few)
             first, programs = first_programs((length + some - 1) // some * col_blocks)
             tables += [mine, first]
@@ -321,20 +317,19 @@ def _rows_a_program(few: int) -> int:
     return MANY_ROWS if few >= ENOUGH_PROGRAMS * MANY_ROWS // FEW_ROWS else FEW_ROWS
 
 
-def _job(kind: tuple, place: Placement | None, aligned_: bool) -> tuple:
+def _job(kind: Kind, place: Placement) -> tuple:
     """Both axes, what the table says of a weight or its transpose (but for its address, its axes'
     tables and its coefficient's place; then its blocks of columns), and entries in 16 bytes.
     """
-    (dtype, shape), stride = kind
-    place = place or Placement(*shape)
+    _, shape, stride, is_aligned = kind
     if stride[0] < stride[1]:
         shape, stride, place = shape[::-1], stride[::-1], place.transposed()
     rows, cols = shape
     n, m, i, j = place.global_rows, place.global_cols, place.row_offset, place.col_offset
     norm = float_bits(2.0 / math.sqrt((n + 1) * (m + 1)))
     # What the compiler needs for 16-byte accesses: every row begins and ends at a multiple of that.
-    count = 16 // dtype.itemsize
-    fits = aligned_ and stride[1] == 1 and stride[0] % count == 0 and cols % count == 0
+    count = 16 // kind.dtype.itemsize
+    fits = is_aligned and stride[1] == 1 and stride[0] % count == 0 and cols % count == 0
     job = [0, rows, cols, *stride, 0, 0, norm, 0, -(-cols // BLOCK_COLS)]
     return (rows, i, n, m, j), (cols, j, m, n, i), job, count if fits else 0
 
@@ -365,4 +360,4 @@ def subtract_dst_(
 ) -> None:
     """W −= coefficient · the part of ΦₙΦₘᵀ that starts at the offsets."""
     place = Placement(global_rows, global_cols, row_offset, col_offset)
-    Subtraction([weight], rank, [place]).run(coefficient.reshape(1).to(torch.float64))
+    Subtraction.of_one(weight, rank, place).run(coefficient.reshape(1).to(torch.float64))

@@ -115,25 +115,22 @@ def loram_init_ref(
         subtract_dst_ref(weight, scaling * squared, rank, rows, cols, 0, 0)
 
 
-_kind = attrgetter("dtype", "shape")
-_device, _layout = attrgetter("device"), attrgetter("layout")
+_kind = attrgetter("dtype", "shape", "layout")
 
 
 def _are_fit(weights: list[torch.Tensor], rank: int) -> bool:
-    """Whether none of the checks below would raise, or False if that takes longer to find out.
+    """Whether none of the checks below would raise; False too if that takes longer to find out.
 
-    A model has a handful of kinds of weights, and the device waits for this.
+    A model has a handful of kinds of weights, and the device may wait for this.
     """
     try:
         kinds = set(map(_kind, weights))
     except TypeError:  # symbolic sizes have no hash
         return False
-    return (
-        all(d in FLOATS and len(s) == 2 and 1 <= rank <= min(s) for d, s in kinds)
-        and len(set(map(_device, weights))) == 1
-        and set(map(_layout, weights)) == {torch.strided}
-        and all(map(torch.Tensor.is_contiguous, weights))
-    )
+    return all(
+        dtype in FLOATS and len(shape) == 2 and 1 <= rank <= min(shape) and layout == torch.strided
+        for dtype, shape, layout in kinds
+    ) and all(map(torch.Tensor.is_contiguous, weights))
 
 
 def _check_weights(weights: list[torch.Tensor], rank: int) -> None:
@@ -144,7 +141,6 @@ def _check_weights(weights: list[torch.Tensor], rank: int) -> None:
         check_weight(weight, name)
         check_writable(weight, name)
         check_rank(rank, *weight.shape, name)
-    check_same_device(weights)
 
 
 def loram_init_foreach(
@@ -153,11 +149,15 @@ def loram_init_foreach(
     check_finite(scaling, "scaling")
     if not weights:
         return [], [], torch.empty(0, dtype=torch.float64)
-    _check_weights(weights, rank)
+    check_same_device(weights)
     device = weights[0].device
     with torch.no_grad():
-        # First, so that a GPU has something to do while the rest is prepared.
-        stats = torch.ops.lora._frobenius_stats(weights)
+        # First of all, so that a GPU has something to do while the host prepares the rest. It only
+        # reads: what it cannot read is named by the checks.
+        try:
+            stats = torch.ops.lora._frobenius_stats(weights)
+        finally:
+            _check_weights(weights, rank)
         lora_A, lora_B = [], []
         for weight in weights:
             dtype, (rows, cols) = factor_dtype(weight.dtype), weight.shape

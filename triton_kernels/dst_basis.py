@@ -195,6 +195,7 @@ def _launch(programs, table, firsts, base, scales, count, steps, dtype, group) -
         BLOCK_P=BLOCK_P,
         BLOCK_Q=BLOCK_Q,
         num_warps=4,
+        maxnreg=128 if dtype == torch.float64 else None,  # left to itself, ptxas spills for sm_80
         enable_fp_fusion=False,
     )
 
@@ -212,23 +213,19 @@ def fill_factors(
         return _job(kind.shape, kind.strides, kind.shape[0])
 
     base, origin = anchor(device)
-    parts = []
+    launches, tables = [], []
     for factors, row in ((lora_A, row_of_a), (lora_B, row_of_b)):
         tensors = known(factors)
         rows = tensors.rows(row)
         torch.sub(tensors.addresses, origin, out=rows[:, 0])
         torch.arange(count, out=rows[:, 9])
-        parts.append(rows)
-    rows = torch.cat(parts)
-    launches, tables = [], []
-    for group in range(3):
-        mine = rows[rows[:, 12] == group]
-        if not len(mine):
-            continue
-        steps = _steps(int((mine[:, 10] * mine[:, 11]).sum()))
-        first, programs = first_programs(mine[:, 10] * ((mine[:, 11] + steps - 1) // steps))
-        launches.append((programs, len(mine), steps, group))
-        tables += [mine, first]
+        groups = {row(kind)[12] for kind in tensors.kinds}
+        for group in groups:
+            mine = rows if len(groups) == 1 else rows[rows[:, 12] == group]
+            steps = _steps(int((mine[:, 10] * mine[:, 11]).sum()))
+            first, programs = first_programs(mine[:, 10] * ((mine[:, 11] + steps - 1) // steps))
+            launches.append((programs, len(mine), steps, group))
+            tables += [mine, first]
     tables = iter(upload(device, *tables))
     for programs, length, steps, group in launches:
         table, firsts = next(tables), next(tables)

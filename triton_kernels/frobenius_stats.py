@@ -180,7 +180,7 @@ def _job(kind: Kind) -> list[int]:
 def _idle_arrivals(device: torch.device, stream: int) -> torch.Tensor:
     """A counter that the launches of one stream leave at zero for one another."""
     with torch.inference_mode(False):
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def _arrivals(device: torch.device) -> torch.Tensor:
@@ -188,7 +188,7 @@ def _arrivals(device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return _idle_arrivals(device, 0)
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(1, dtype=torch.int64, device=device)
     return _idle_arrivals(device, torch.cuda.current_stream(device).cuda_stream)
 
 

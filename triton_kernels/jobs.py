@@ -1,6 +1,6 @@
 """One launch for many tensors: a table of integers on the device says what each program works on.
 
-A table has a row of int64 a tensor; the tensors' first programs are in an int32 array of their own,
+A table has a row of int64 a tensor; the tensors' first programs are in an array of their own,
 which every program searches. A single tensor's row is passed as arguments: no table, no copy.
 
 The host fills a table while the device waits: rows are made once for each kind of tensor (shape,
@@ -25,21 +25,16 @@ _reserves: list[torch.Tensor] = []  # pinned; the last is what may be used, the 
 
 
 def upload(device: torch.device, *tables: torch.Tensor) -> list[torch.Tensor]:
-    """The tables, which are on the CPU, on the device, flat, by one copy that is not waited for,
-    nor in a CUDA graph's way.
+    """The int64 tables, which are on the CPU, flat on the device by one copy, which is not waited
+    for, nor in a CUDA graph's way.
     """
-    sizes = [-(-table.nbytes // (8 * ALIGNMENT)) * ALIGNMENT for table in tables]
+    sizes = [-(-table.numel() // ALIGNMENT) * ALIGNMENT for table in tables]
     memory = _pinned(sum(sizes)) if device.type == "cuda" else _plain(sum(sizes))
-
-    def parts(of: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            part.view(table.dtype)[: table.numel()]
-            for part, table in zip(of.split(sizes), tables, strict=True)
-        ]
-
-    for part, table in zip(parts(memory), tables, strict=True):
-        part.copy_(table.reshape(-1))
-    return parts(memory.to(device, non_blocking=True)) if device.type == "cuda" else parts(memory)
+    for table, part in zip(tables, memory.split(sizes), strict=True):
+        part[: table.numel()].view_as(table).copy_(table)
+    if device.type == "cuda":
+        memory = memory.to(device, non_blocking=True)
+    return list(memory.split(sizes))
 
 
 def _plain(count: int, **options) -> torch.Tensor:
@@ -107,9 +102,9 @@ def known(tensors: Sequence[torch.Tensor]) -> Known:
 
 
 def first_programs(programs: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(each tensor's first program in int32, the number of all), from how many each has."""
+    """(each tensor's first program, the number of all), from how many each has."""
     ends = programs.cumsum(0)
-    return (ends - programs).to(torch.int32), int(ends[-1])
+    return ends - programs, int(ends[-1])
 
 
 def float_bits(value: float) -> int:
@@ -134,7 +129,7 @@ def slots(count: int) -> int:
 def find_job(firsts, count, program, SLOTS: tl.constexpr):
     """-> the last row whose first program is <= `program`."""
     k = tl.arange(0, SLOTS)
-    first = tl.load(firsts + k, mask=k < count, other=2147483647)
+    first = tl.load(firsts + k, mask=k < count, other=9223372036854775807)
     return tl.sum((first <= program).to(tl.int32), 0) - 1
 
 

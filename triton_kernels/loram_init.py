@@ -1,9 +1,8 @@
 """`lora::_loram_init_` on a GPU: any number of weights in half a dozen launches.
 
 Two reads and one write of each weight; β never leaves the device. The one wait is for the sums of
-squares that `check` looks at, before any weight is written: for their copy, not for what was
-launched after it, which the device has while the host checks. Without `check` a CUDA graph can
-hold it all.
+squares that are checked before any weight is written: for their copy, not for what was launched
+after it, which the device has while the host checks. Without the check a CUDA graph can hold all.
 """
 
 from __future__ import annotations
@@ -44,15 +43,16 @@ def loram_init_(
     rank: int,
     scaling: float,
     gain: Callable[[tuple[int, int]], float],
-    check: Callable[[list[float]], None] | None,
+    limit: Callable[[torch.dtype, tuple[int, int]], float],
+    refuse: Callable[[list[float]], None] | None,
 ) -> None:
     """Writes A₀ = βΦᵀ, B₀ = βΦ and β, and subtracts scaling · B₀A₀ from each weight.
 
-    `stats` are the `frobenius_stats` of the weights, `gain(shape)` the Q of β² = ‖W‖ √(Q / rank);
-    `check` gets the sums of squares and may raise.
+    `stats` are the `frobenius_stats` of the weights, `gain(shape)` the Q of β² = ‖W‖ √(Q / rank).
+    `refuse` gets the sums of squares and may raise, if one is not in (0, limit(dtype, shape)].
     """
     device, count = beta.device, len(weights)
-    if check is not None:
+    if refuse is not None:
         sums = _Awaited(stats)
     tensors = known(weights)
     gains = tensors.rows(lambda kind: (float_bits(gain(kind.shape)),))
@@ -79,8 +79,12 @@ def loram_init_(
         members = [k for k in range(count) if dtypes[k] == dtype]
         scales = torch.stack([beta[k] for k in members])
         fill_factors([lora_A[k] for k in members], [lora_B[k] for k in members], scales)
-    if check is not None:  # last, while the device has all of this to do
-        check(sums.get()[:, 1].tolist())
+    if refuse is not None:  # last, while the device has all of this to do
+        limits = [limit(kind.dtype, kind.shape) for kind in tensors.kinds]
+        limits = torch.tensor(limits, dtype=torch.float64, device="cpu")[tensors.which]
+        sums = sums.get()[:, 1]
+        if not ((sums > 0) & (sums <= limits)).all():
+            refuse(sums.tolist())
     subtraction.run(coefficients)
 
 

@@ -2,6 +2,8 @@
 #include <torch/library.h>
 
 #include <cstdint>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace lora {
@@ -45,14 +47,34 @@ std::tuple<at::Tensor, at::Tensor, std::vector<int64_t>> tensor_kinds(at::Tensor
   return {numbers, addresses, firsts};
 }
 
+// See lora_kernels/ops/loram_init.py.
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> empty_factors(
+    at::TensorList weights, int64_t rank) {
+  std::vector<at::Tensor> lora_A, lora_B;
+  lora_A.reserve(weights.size());
+  lora_B.reserve(weights.size());
+  for (const at::Tensor& weight : weights) {
+    const bool is_wide = weight.scalar_type() == at::kDouble;
+    const auto options = weight.options().dtype(is_wide ? at::kDouble : at::kFloat);
+    lora_A.push_back(at::empty({rank, weight.size(1)}, options));
+    lora_B.push_back(at::empty({weight.size(0), rank}, options));
+  }
+  return {std::move(lora_A), std::move(lora_B)};
+}
+
+void register_for(torch::Library& m) {
+  m.impl("_tensor_kinds", tensor_kinds);
+  m.impl("_empty_factors", empty_factors);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora, CPU, m) {
-  m.impl("_tensor_kinds", tensor_kinds);
+  register_for(m);
 }
 
 TORCH_LIBRARY_IMPL(lora, CUDA, m) {
-  m.impl("_tensor_kinds", tensor_kinds);
+  register_for(m);
 }
 
 }  // namespace lora

@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from ._library import LIBRARY
-from .loram_init import check_distinct, log_gain, refuse_unfit, surely_fit
+from .loram_init import check_distinct, largest_sum, log_gain, refuse_unfit
 
 
 def _module(name: str):
@@ -31,16 +32,17 @@ def _subtract_dst_(weight, coefficient, rank, *placement):
 
 def _loram_init_(weights, lora_A, lora_B, beta, stats, rank, scaling, check):
     check_distinct(weights)
-
-    def gain(shape):
-        return log_gain(rank, *shape)
-
-    def refuse(sums):
-        if not surely_fit(weights, sums, rank, scaling):
-            refuse_unfit(weights, sums, rank, scaling)
-
     _module("loram_init").loram_init_(
-        weights, lora_A, lora_B, beta, stats, rank, scaling, gain, refuse if check else None
+        weights,
+        lora_A,
+        lora_B,
+        beta,
+        stats,
+        rank,
+        scaling,
+        lambda shape: log_gain(rank, *shape),
+        partial(largest_sum, rank, scaling),
+        (lambda sums: refuse_unfit(weights, sums, rank, scaling)) if check else None,
     )
 
 

@@ -59,7 +59,9 @@ def init(arch: int) -> None:
     lora_A = [of(16, w.shape[1], dtype=FP32) for w in weights]
     lora_B = [of(w.shape[0], 16, dtype=FP32) for w in weights]
     beta = of(2, dtype=FP64)
-    loram_init.loram_init_(weights, lora_A, lora_B, beta, stats, 16, 1.0, lambda shape: 0.5, None)
+    loram_init.loram_init_(
+        weights, lora_A, lora_B, beta, stats, 16, 1.0, lambda shape: 0.5, None, None
+    )
 
 
 def dropout(arch: int) -> None:

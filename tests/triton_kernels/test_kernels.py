@@ -10,8 +10,8 @@ import torch
 
 from lora_kernels.ops.dst_basis import dst_basis_ref
 from lora_kernels.ops.frobenius_stats import frobenius_stats_ref
-from lora_kernels.ops.loram_init import loram_init_ref
-from lora_kernels.triton_kernels import dst_basis, jobs
+from lora_kernels.ops.loram_init import largest_sum, loram_init_ref, refuse_unfit
+from lora_kernels.triton_kernels import dst_basis, frobenius_stats, jobs, loram_init, subtract_dst
 
 from ..ops.strides import LAYOUTS, lay_out
 from ..ops.test_subtract_dst import check as check_subtraction
@@ -72,6 +72,16 @@ def test_frobenius_stats_of_mixed_weights(layout, device):
 def test_frobenius_stats_of_few_small_weights(count, device):
     got = ops.frobenius_stats([torch.full((3, 5), 2.0, device=device)] * count)
     assert got.tolist() == [[30.0, 60.0]] * count
+
+
+def test_frobenius_stats_of_one_weight_alone_has_the_bits_of_a_list(device):
+    """Several programs, of which the last to arrive adds up, and leaves the counter at zero."""
+    weight = torch.randn(700, 300).to(device)
+    assert weight.numel() > 3 * frobenius_stats.CHUNK
+    (want, _) = ops.frobenius_stats([weight, weight[:50]])
+    for _ in range(3):
+        assert torch.equal(ops.frobenius_stats([weight])[0], want)
+    assert not frobenius_stats._arrivals(torch.device(device)).any()
 
 
 def test_frobenius_stats_keeps_small_and_large_values(device):
@@ -234,3 +244,56 @@ def test_dst_basis_in_few_long_programs(size, rank, scale, device, monkeypatch):
         integer = {4: torch.int32, 2: torch.int16}[got.element_size()]
         same = got.view(integer) == want.view(integer)
         assert (same | (got.isnan() & want.isnan())).all()
+
+
+class Recorder:
+    """Takes the place of a kernel, and writes its launches down."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.log.append(self.name)
+
+
+def test_what_a_model_launches_and_when(device, monkeypatch):
+    """The statistics before A and B have memory, one launch of everything for all weights."""
+    log = []
+    for module, names in (
+        (frobenius_stats, ["stats_kernel"]),
+        (loram_init, ["scales_kernel"]),
+        (dst_basis, ["dst_fill_kernel"]),
+        (subtract_dst, ["axis_tables_kernel", "subtract_kernel"]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(name, log))
+    empty_factors = ops._empty_factors
+    allocate = lambda *args: log.append("factors") or empty_factors(*args)  # noqa: E731
+    monkeypatch.setattr(ops, "_empty_factors", allocate)
+    weights = [
+        torch.empty(*shape, device=device) for shape in ((64, 96), (96, 64)) for _ in range(9)
+    ]
+    ops.loram_init_foreach(weights, 4, check=False)
+    others = ["scales_kernel", "axis_tables_kernel", *["dst_fill_kernel"] * 2, "subtract_kernel"]
+    assert log == ["stats_kernel", "factors", *others]
+    # A single weight takes arguments instead of tables: no copy to the device.
+    monkeypatch.setattr(jobs, "upload", None)
+    log.clear()
+    ops.frobenius_stats(weights[:1])
+    ops.subtract_dst_(weights[0], torch.ones((), device=device), 4)
+    ops.dst_basis(64, 4, device=device)
+    assert log == [
+        "stats_kernel",
+        "axis_tables_kernel",
+        "subtract_kernel",
+        "dst_fill_kernel",
+    ]
+
+
+def test_a_sum_of_squares_at_the_limit_of_the_quick_check(device):
+    """What the quick check lets through is what the exact one would."""
+    for dtype in (torch.float16, torch.float32):
+        weight = torch.zeros(32, 40, dtype=dtype)
+        for scaling in (0.0, 0.01, -4.0, 1e30):
+            most = largest_sum(8, scaling, dtype, weight.shape)
+            refuse_unfit([weight], [most], 8, scaling)

@@ -1,4 +1,4 @@
-"""When `loram_init_foreach` of a whole model has its kernels launched: `python -m benchmarks.host_init`.
+"""When `loram_init_foreach` of a model launches its kernels: `python -m benchmarks.host_init`.
 
 On any machine: the tensors are on the CPU and nothing is computed; what Triton would hand to the
 driver is a stand-in that notes the time. Llama-2-7B's 224 projections, their sizes over 16: the

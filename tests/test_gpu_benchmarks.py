@@ -165,7 +165,7 @@ def test_prediction_by_hand(tmp_path, monkeypatch):
     )
 
     # 2 × 8192 × 4096² flops = 347.95 μs at 790 TFLOP/s; z Bᵀ 2 × 8192 × 4096 × 16: 1.359 μs. The
-    # shrink reads x, 67.109 MB, and A, 0.262 MB, writes z, 0.262 MB: 15.729 μs. Tiles: 1024 on 132, 8 × 0.8 μs.
+    # shrink reads x, 67.109 MB, and A, z, 0.262 MB each: 15.729 μs. 1024 tiles on 132: 8 × 0.8 μs.
     layer = table["layer, 8192 tokens, 4096×4096, r = 16, forward"]
     assert float(layer["floor_ms"]) == pytest.approx(0.34795, rel=1e-4)
     ours = 347.947 + 1.359 + 15.729 + 8 * 0.8 + 2

@@ -30,8 +30,10 @@ def _subtract_dst_(weight, coefficient, rank, *placement):
     _module("subtract_dst").subtract_dst_(weight, coefficient, rank, *placement)
 
 
-def _loram_init_(weights, lora_A, lora_B, beta, stats, rank, scaling, check):
+def _loram_init_(weights, lora_A, lora_B, beta, rank, scaling, check, stats=None):
     check_distinct(weights)
+    if stats is None:
+        stats = _frobenius_stats(weights)
     _module("loram_init").loram_init_(
         weights,
         lora_A,

@@ -11,7 +11,7 @@ import torch
 from ._checks import FLOATS, check_finite, check_rank, check_weight, check_writable, factor_dtype
 from ._library import define_composite, define_kernel, define_mutating_kernel
 from .dst_basis import dst_basis_ref
-from .frobenius_stats import check_same_device
+from .frobenius_stats import check_same_device, frobenius_stats_ref
 from .subtract_dst import subtract_dst_ref
 
 
@@ -88,14 +88,14 @@ def loram_init_ref(
     lora_A: list[torch.Tensor],
     lora_B: list[torch.Tensor],
     beta: torch.Tensor,
-    stats: torch.Tensor,
     rank: int,
     scaling: float,
     check: bool,
+    stats: torch.Tensor | None = None,
 ) -> None:
-    """`stats` are the weights' `frobenius_stats`."""
+    """`stats` are the weights' `frobenius_stats`, if they are known."""
     check_distinct(weights)
-    sum_of_squares = stats[:, 1]
+    sum_of_squares = (frobenius_stats_ref(weights) if stats is None else stats)[:, 1]
     if check:
         refuse_unfit(weights, sum_of_squares.tolist(), rank, scaling)
     for k, weight in enumerate(weights):
@@ -167,7 +167,7 @@ def loram_init_foreach(
             _check_weights(weights, rank)
         lora_A, lora_B = torch.ops.lora._empty_factors(weights, rank)
         beta = torch.empty(len(weights), dtype=torch.float64, device=device)
-        torch.ops.lora._loram_init_(weights, lora_A, lora_B, beta, stats, rank, scaling, check)
+        torch.ops.lora._loram_init_(weights, lora_A, lora_B, beta, rank, scaling, check, stats)
     return lora_A, lora_B, beta
 
 
@@ -185,7 +185,7 @@ define_kernel(
 )
 define_mutating_kernel(
     "_loram_init_(Tensor(a!)[] weights, Tensor(b!)[] lora_A, Tensor(c!)[] lora_B, Tensor(d!) beta, "
-    "Tensor stats, SymInt rank, float scaling, bool check) -> ()",
+    "SymInt rank, float scaling, bool check, Tensor? stats=None) -> ()",
     loram_init_ref,
     lambda weights, lora_A, lora_B, beta, *rest: [*weights, *lora_A, *lora_B, beta],
 )

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from lora_kernels.ops.frobenius_stats import frobenius_stats_ref
 from lora_kernels.ops.loram_init import loram_init_ref
 
 from ..oracle import ROUNDING, TINY, dst_basis, loram_beta, to_numpy
@@ -90,7 +89,7 @@ def test_reference_agrees_with_the_kernel(device):
         torch.zeros(1, dtype=torch.float64, device=device),
     )
     weight = before.clone()
-    loram_init_ref([weight], [A], [B], beta, frobenius_stats_ref([weight]), 6, 2.0, True)
+    loram_init_ref([weight], [A], [B], beta, 6, 2.0, True)
     check_start(before, weight, A, B, beta[0], 6, 2.0)
 
 
@@ -170,7 +169,7 @@ def test_bad_values_change_nothing(bad, device):
     others = [torch.empty(w.shape[0], 4, device=device) for w in weights]
     beta = torch.empty(2, dtype=torch.float64, device=device)
     with pytest.raises(ValueError, match="weight 1"):
-        loram_init_ref(weights, factors, others, beta, frobenius_stats_ref(weights), 4, 1.0, True)
+        loram_init_ref(weights, factors, others, beta, 4, 1.0, True)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +205,7 @@ def test_a_residual_that_would_overflow(dtype, size, scaling, device):
     A, B = torch.empty(32, 40, device=device), torch.empty(32, 32, device=device)
     beta = torch.empty(1, dtype=torch.float64, device=device)
     with pytest.raises(ValueError, match="could overflow"):
-        loram_init_ref([weight], [A], [B], beta, frobenius_stats_ref([weight]), 32, scaling, True)
+        loram_init_ref([weight], [A], [B], beta, 32, scaling, True)
     op(
         torch.full((32, 40), 30000.0, dtype=torch.float16, device=device), 2, 0.01
     )  # large, and fits
@@ -228,6 +227,19 @@ def test_opcheck(device):
     opcheck(op, (torch.randn(9, 7).to(device), 3, 2.0))
     weights = [torch.randn(9, 7).to(device), torch.randn(5, 6).to(device).T]
     opcheck(foreach, (weights, 3))
+
+
+def test_kernel_takes_the_statistics_or_makes_them(device):
+    """Code that torch.compile kept from before they were an argument still runs."""
+    results = []
+    before = torch.randn(20, 30).to(device)
+    for known in ((), (torch.ops.lora.frobenius_stats([before]),)):
+        weight = before.clone()
+        A, B = torch.empty(4, 30, device=device), torch.empty(20, 4, device=device)
+        beta = torch.empty(1, dtype=torch.float64, device=device)
+        torch.ops.lora._loram_init_([weight], [A], [B], beta, 4, 1.0, True, *known)
+        results.append((weight, A, B, beta))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_compile(device):

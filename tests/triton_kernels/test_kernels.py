@@ -7,10 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from lora_kernels.ops.dst_basis import dst_basis_ref
 from lora_kernels.ops.loram_init import largest_sum, loram_init_ref, refuse_unfit
 from lora_kernels.triton_kernels import dst_basis, frobenius_stats, jobs, loram_init, subtract_dst
+from lora_kernels.triton_kernels.dst_basis import _round_apart
 
 from ..ops.strides import LAYOUTS, lay_out
 from ..ops.test_subtract_dst import check as check_subtraction
@@ -39,6 +42,30 @@ def test_dst_basis_has_the_bits_of_the_reference(size, rank, offset, length, dty
         dst_basis_ref(want, size, offset, scale)
         integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[got.element_size()]
         assert torch.equal(got.view(integer), want.view(integer))  # zeros have their signs
+
+
+@triton.jit
+def round_apart_kernel(low, high, out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, _round_apart(tl.load(low + i), tl.load(high + i)))
+
+
+def test_round_apart_is_whether_the_conversions_differ(device):
+    """At powers of two, at both signs, half-way between neighbours and near it."""
+    count = 4096
+    near = (torch.randn(count) * 2.0 ** torch.randint(-100, 100, (count,))).abs()
+    near[:64] = 2.0 ** torch.arange(-32, 32)
+    beside = torch.nextafter(near, torch.full_like(near, math.inf))
+    half = 0.5 * (near.double() + beside.double())
+    width = half * 2.0 ** torch.randint(-50, -26, (count,))
+    middle = half + width * (torch.rand(count, dtype=FP64) - 0.5) * 4
+    sign = torch.where(torch.rand(count) < 0.5, -1.0, 1.0).double()
+    low, high = (torch.stack([middle - width, middle + width]) * sign).sort(0).values.to(device)
+    out = torch.zeros(count, dtype=torch.int32, device=device)
+    round_apart_kernel[(count // 128,)](low, high, out, BLOCK=128)
+    differ = low.float() != high.float()
+    assert 0.2 < differ.float().mean() < 0.8
+    assert torch.equal(out != 0, differ)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -65,7 +65,11 @@ def test_round_apart_is_whether_the_conversions_differ(device):
     round_apart_kernel[(count // 128,)](low, high, out, BLOCK=128)
     differ = low.float() != high.float()
     assert 0.2 < differ.float().mean() < 0.8
-    assert torch.equal(out != 0, differ)
+    # An end that is half-way itself is as near as the errors get, and may be either.
+    ends = torch.stack([low, high]).view(torch.int64)
+    inside = ((ends & (2**29 - 1)) != 2**28).all(0)
+    assert inside.float().mean() > 0.9
+    assert torch.equal((out != 0)[inside], differ[inside])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

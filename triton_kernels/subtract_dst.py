@@ -290,7 +290,7 @@ class Subtraction:
                 BLOCK_COLS=BLOCK_COLS,
                 GROUP=_group(each.vector),
                 STAGES=STAGES,
-                maxnreg=None if each.vector else 128,  # left to itself, ptxas spills for sm_80
+                maxnreg=None if each.vector else 168,  # left to itself, ptxas spills for sm_80
                 enable_fp_fusion=True,
             )
 

@@ -13,7 +13,7 @@ import torch
 for package in ("rich", "matplotlib"):
     pytest.importorskip(package, reason="the benchmarks need what `make test` installs")
 
-from benchmarks.gpu import peers  # noqa: E402
+from benchmarks.gpu import costs, peers  # noqa: E402
 from benchmarks.gpu.__main__ import PARTS, main  # noqa: E402
 from benchmarks.gpu.grid import to_best_peer  # noqa: E402
 from benchmarks.gpu.plan import FULL  # noqa: E402
@@ -152,25 +152,90 @@ def test_without_a_gpu_one_line_and_status_2(monkeypatch, capsys):
     assert out == "" and len(err.splitlines()) == 1 and "--predict" in err
 
 
-def test_prediction_by_hand(tmp_path, capsys):
+def predicted(tmp_path: Path, device: str) -> dict[str, dict[str, str]]:
     assert main(["--predict", "--out", str(tmp_path)]) == 0
-    table = {row["line"]: row for row in read(tmp_path / "predicted.csv")}
+    return {row["line"]: row for row in read(tmp_path / device / "predicted.csv")}
+
+
+def microseconds(row: dict[str, str]) -> dict[str, float]:
+    """By cause."""
+    return {name: float(row[f"{name}_us"]) for name in costs.Cost().parts}
+
+
+def test_prediction_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs.HostTimes, "measured", lambda: costs.HostTimes(300e-6, 1500e-6))
+    table = predicted(tmp_path, "nvidia-h200")
     assert not any(row["measured"] or row["measured_ms"] for row in table.values())
 
     # 32 layers × (4 × 4096² + 3 × 4096 × 11008) elements × 2 bytes: 12.952 GB; thrice at 4.3 TB/s.
     init = table["init, 224 projections, r = 16"]
     assert init["aim"] == "≤ 1.3 × floor"
     assert float(init["floor_ms"]) == pytest.approx(9.0363, rel=1e-4)
-    # A, B: 64 B × 32 × (4 × 8192 + 3 × 15104) = 159.91 MB, 37.2 μs more; 12 kernels, 12 μs.
-    assert float(init["predicted_ms"]) == pytest.approx(9.0363 + 0.0372 + 0.012, rel=1e-4)
+    # A, B: 64 B × 32 × (4 × 8192 + 3 × 15104) = 159.91 MB, 37.2 μs more. Six launches of 1 μs, four
+    # copies of 4 μs. The host: the first launch after 300 μs, and 8 μs until it knows the end. It
+    # answers to the statistics 24 μs after them, while A and B keep the device busy for 53 μs.
+    assert microseconds(init) == pytest.approx(
+        {
+            "host": 308,
+            "launches": 6,
+            "bytes": 9036.3 + 37.2,
+            "flops": 0,
+            "serial": 1,
+            "workspace": 0,
+            "copies": 16,
+        },
+        rel=1e-4,
+    )
 
-    # 2 × 8192 × 4096² flops = 0.34795 ms at 790 TFLOP/s; the expand 2 × 8192 × 4096 × 16: 1.359 μs;
-    # the shrink reads x, 67.109 MB, and A, 0.262 MB, writes z, 0.262 MB: 15.729 μs; two kernels.
+    # 2 × 8192 × 4096² flops = 347.95 μs at 790 TFLOP/s; z Bᵀ 2 × 8192 × 4096 × 16: 1.359 μs. The
+    # shrink reads x, 67.109 MB, and A, z, 0.262 MB each: 15.729 μs. 1024 tiles on 132: 8 × 0.8 μs.
     layer = table["layer, 8192 tokens, 4096×4096, r = 16, forward"]
     assert float(layer["floor_ms"]) == pytest.approx(0.34795, rel=1e-4)
-    ours = 0.34795 + 0.001359 + 0.015729 + 0.002
-    assert float(layer["predicted_ms"]) == pytest.approx(ours, rel=1e-4)
-    assert float(layer["predicted"]) == pytest.approx(ours / 0.34895, rel=1e-4)
+    ours = 347.947 + 1.359 + 15.729 + 8 * 0.8 + 2
+    assert sum(microseconds(layer).values()) == pytest.approx(ours, rel=1e-4)
+    assert float(layer["predicted_ms"]) == pytest.approx(1e-3 * ours, rel=1e-4)
+    assert float(layer["predicted"]) == pytest.approx(ours / 348.947, rel=1e-4)
+    assert microseconds(layer)["serial"] == pytest.approx(6.4)
+
+
+def test_prediction_of_an_h100_is_slower_where_bytes_count(tmp_path):
+    h200, h100 = (predicted(tmp_path, f"nvidia-{name}") for name in ("h200", "h100"))
+    assert h200.keys() == h100.keys()
+    for name, row in h200.items():
+        if row["predicted_ms"]:
+            assert float(h100[name]["predicted_ms"]) > 0.98 * float(row["predicted_ms"])
+            total = 1e3 * float(row["predicted_ms"])
+            assert sum(microseconds(row).values()) == pytest.approx(total, rel=1e-5)
+    stats = microseconds(h100["frobenius_stats, 4096×4096, bf16"])
+    assert stats["bytes"] == pytest.approx(2 * 4096**2 / 3e6, rel=1e-5)
+
+
+def test_a_late_host_is_seen_in_the_prediction():
+    def cost(first: float, subtraction: float) -> costs.Cost:
+        return costs.init_cost(H200, FULL, 16, costs.HostTimes(first, subtraction))
+
+    soon = cost(0.3e-3, 1.5e-3)
+    assert cost(1.3e-3, 1.5e-3).total == pytest.approx(soon.total + 1e-3)
+    assert cost(0.3e-3, 3.0e-3).total == soon.total  # the statistics take longer
+    late = cost(0.3e-3, 6.0e-3)
+    assert late.total > soon.total + 2e-3 and late.bytes == soon.bytes
+
+
+def test_a_host_slower_than_the_device_is_seen_in_a_layer_s_prediction():
+    host = costs.HostTimes(layer=250e-6)
+    assert costs.layer_costs(H200, 8192, (4096, 4096), 16, False, host=host)[0].host == 0
+    small, _ = costs.layer_costs(H200, 64, (4096, 4096), 16, False, host=host)
+    assert small.host > 0 and small.total == pytest.approx(250e-6)
+
+
+def test_host_times_come_from_what_was_measured(tmp_path):
+    assert costs.HostTimes.measured(tmp_path) == costs.HostTimes()
+    rows = "launch,median_us\nstats_kernel,250\nsubtract_kernel,1250\n"
+    (tmp_path / "host_init.csv").write_text(rows, encoding="utf-8")
+    assert costs.HostTimes.measured(tmp_path) == costs.HostTimes(250e-6, 1250e-6)
+    rows = "tokens,mode,total_us\n512,training,90\n8192,training,110\n8192,inference,80\n"
+    (tmp_path / "host.csv").write_text(rows, encoding="utf-8")
+    assert costs.HostTimes.measured(tmp_path).layer == pytest.approx(110e-6)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -1,7 +1,8 @@
-"""`lora::_frobenius_stats` on a GPU: weights of any shapes, dtypes and strides in two launches.
+"""`lora::_frobenius_stats` on a GPU: weights of any shapes, dtypes and strides in one launch.
 
-Each program adds up 65536 entries in float64, a second kernel adds the programs' totals in order:
-no atomics, so that the same weights give the same bits. Bytes: every weight once.
+Each program adds up 65536 entries in float64; the last program of a weight to arrive adds the
+weight's totals, in order whoever comes last: the same weights give the same bits. Bytes: every
+weight once.
 """
 
 from __future__ import annotations
@@ -13,11 +14,24 @@ import torch
 import triton
 import triton.language as tl
 
-from .jobs import aligned, anchor, find_job, slots, tensor_at, upload
+from .jobs import (
+    Kind,
+    aligned,
+    anchor,
+    field,
+    find_job,
+    first_programs,
+    kind_of,
+    known,
+    slots,
+    tensor_at,
+    upload,
+)
 
 FIELDS = tl.constexpr(8)
 CHUNK = 65536
 LANES, ROUNDS = 2048, 4  # ROUNDS loads of 16 bytes a thread are under way together
+TOTALS = 256  # programs' totals that are added at a time
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -93,24 +107,41 @@ def _totals(
     return s, q
 
 
-@triton.jit
-def partial_stats_kernel(
+@triton.jit(do_not_specialize=["jobs", "count", "programs"])
+def stats_kernel(
     jobs,
+    firsts,
+    arrivals,
     base,
     partials,
+    stats,
     count,
+    programs,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
     ROUNDS: tl.constexpr,
+    TOTALS: tl.constexpr,
 ):
-    """partials[program] = (sum, sum of squares) of one chunk of one weight."""
+    """partials[program] = (sum, sum of squares) of a chunk of a weight, stats[k] those of weight k.
+
+    `arrivals` is zero before and after.
+    """
     program = tl.program_id(0)
-    job = jobs + find_job(jobs, count, program, FIELDS, SLOTS) * FIELDS
-    begin = (program - tl.load(job)) * CHUNK
-    at, size, cols = tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)
-    rs, cs = tl.load(job + 4), tl.load(job + 5)
-    dtype, dense = tl.load(job + 6), tl.load(job + 7)
+    ONE: tl.constexpr = firsts is None
+    k = program * 0
+    first = program * 0
+    end = first + programs
+    job = jobs
+    if not ONE:
+        k = find_job(firsts, count, program, SLOTS)
+        job = jobs + k * FIELDS
+        first = tl.load(firsts + k)
+        end = tl.load(firsts + k + 1, mask=k + 1 < count, other=programs)
+    begin = (program - first).to(tl.int64) * CHUNK
+    at, size, cols = field(job, 0, ONE), field(job, 1, ONE), field(job, 2, ONE)
+    rs, cs = field(job, 3, ONE), field(job, 4, ONE)
+    dtype, dense = field(job, 5, ONE), field(job, 6, ONE)
     s = tl.zeros([], tl.float64)
     q = tl.zeros([], tl.float64)
     if dense == 1:
@@ -119,66 +150,81 @@ def partial_stats_kernel(
         s, q = _totals(dtype, base, at, begin, size, cols, rs, cs, False, CHUNK, LANES, ROUNDS)
     tl.store(partials + 2 * program, s)
     tl.store(partials + 2 * program + 1, q)
+    # Releases this program's totals, and acquires those of all who came before.
+    arrived = tl.atomic_add(arrivals + k, 1, sem="acq_rel", scope="gpu")
+    if arrived + 1 == end - first:
+        sums = tl.zeros([TOTALS], tl.float64)
+        squares = tl.zeros([TOTALS], tl.float64)
+        for each in range(first, end, TOTALS):
+            e = each + tl.arange(0, TOTALS)
+            # Past the L1, which may hold what these bytes were before.
+            sums += tl.load(partials + 2 * e, mask=e < end, other=0.0, cache_modifier=".cg")
+            squares += tl.load(partials + 2 * e + 1, mask=e < end, other=0.0, cache_modifier=".cg")
+        tl.store(stats + 2 * k, tl.sum(sums, 0))
+        tl.store(stats + 2 * k + 1, tl.sum(squares, 0))
+        tl.store(arrivals + k, 0)
 
 
-@triton.jit(do_not_specialize=["programs"])
-def reduce_stats_kernel(jobs, partials, stats, programs, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
-    """stats[k] = the sum over weight k's programs, in order."""
-    k = tl.program_id(0)
-    begin = tl.load(jobs + k * FIELDS)
-    end = programs.to(tl.int64)
-    if k + 1 < tl.num_programs(0):
-        end = tl.load(jobs + (k + 1) * FIELDS)
-    sums = tl.zeros([BLOCK], tl.float64)
-    squares = tl.zeros([BLOCK], tl.float64)
-    for first in range(begin, end, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        sums += tl.load(partials + 2 * at, mask=at < end, other=0.0)
-        squares += tl.load(partials + 2 * at + 1, mask=at < end, other=0.0)
-    tl.store(stats + 2 * k, tl.sum(sums, 0))
-    tl.store(stats + 2 * k + 1, tl.sum(squares, 0))
-
-
-@functools.lru_cache(maxsize=4096)
-def _job(
-    shape: tuple[int, int], stride: tuple[int, int], dtype: torch.dtype, aligned_: bool
-) -> tuple[int, ...]:
-    """What the table says of a weight beside its address."""
-    (n, m), (row_stride, col_stride) = shape, stride
+def _job(kind: Kind) -> list[int]:
+    """What the table says of a weight, but for its address; then how many programs it takes."""
+    (n, m), (row_stride, col_stride) = kind.shape, kind.strides
     if row_stride < col_stride:
         (n, m), (row_stride, col_stride) = (m, n), (col_stride, row_stride)
-    # Contiguous, and of a place and size that vector loads can be sure of.
-    dense = col_stride == 1 and row_stride == m and aligned_ and n * m % 16 == 0
-    return (n * m, m, row_stride, col_stride, DTYPE_CODES[dtype], int(dense))
+    # Contiguous, and of a size and place that vector loads can be sure of.
+    dense = kind.is_aligned and col_stride == 1 and row_stride == m and n * m % 16 == 0
+    dtype, programs = DTYPE_CODES[kind.dtype], -(-n * m // CHUNK)
+    return [0, n * m, m, row_stride, col_stride, dtype, int(dense), programs]
+
+
+@functools.cache
+def _idle_arrivals(device: torch.device, stream: int) -> torch.Tensor:
+    """A counter that the launches of one stream leave at zero for one another."""
+    with torch.inference_mode(False):
+        return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def _arrivals(device: torch.device) -> torch.Tensor:
+    """[1] zero. Of a graph that is being captured its own: it may run beside the stream's calls."""
+    if device.type != "cuda":
+        return _idle_arrivals(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int64, device=device)
+    return _idle_arrivals(device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def frobenius_stats(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """-> [len, 2] float64: sum and sum of squares of each weight."""
-    device = weights[0].device
-    base, origin = anchor(weights[0])
-    rows, programs = [], 0
-    for weight in weights:
-        address = weight.data_ptr()
-        job = _job(tuple(weight.shape), weight.stride(), weight.dtype, address % 16 == 0)
-        rows.append([programs, address - origin, *job])
-        programs += -(-job[0] // CHUNK)
-    (jobs,) = upload(device, rows)
-    partials = torch.empty(max(programs, 1), 2, dtype=torch.float64, device=device)
-    stats = torch.empty(len(rows), 2, dtype=torch.float64, device=device)
+    device, count = weights[0].device, len(weights)
+    if count == 1:
+        *job, programs = _job(kind_of(weights[0]))
+        table, firsts, base, arrivals = tuple(job), None, weights[0], _arrivals(device)
+        has_empty = not programs
+    else:
+        tensors = known(weights)
+        table = tensors.rows(_job)
+        base, origin = anchor(device)
+        torch.sub(tensors.addresses, origin, out=table[:, 0])
+        first, programs = first_programs(table[:, 7])
+        has_empty = not table[:, 7].all()
+        table, firsts, arrivals = upload(device, table, first, torch.zeros_like(first))
+    options = {"dtype": torch.float64, "device": device}
+    stats = torch.zeros(count, 2, **options) if has_empty else torch.empty(count, 2, **options)
     if programs:
-        partial_stats_kernel[(programs,)](
-            jobs,
+        stats_kernel[(programs,)](
+            table,
+            firsts,
+            arrivals,
             base,
-            partials,
-            len(rows),
-            SLOTS=slots(len(rows)),
+            torch.empty(programs, 2, **options),
+            stats,
+            count,
+            programs,
+            SLOTS=slots(count),
             CHUNK=CHUNK,
             LANES=LANES,
             ROUNDS=ROUNDS,
+            TOTALS=TOTALS,
             num_warps=8,
             enable_fp_fusion=True,
         )
-    reduce_stats_kernel[(len(rows),)](
-        jobs, partials, stats, programs, FIELDS=FIELDS.value, BLOCK=256, enable_fp_fusion=True
-    )
     return stats

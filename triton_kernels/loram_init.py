@@ -1,7 +1,8 @@
-"""`lora::_loram_init_` on a GPU: any number of weights in about a dozen launches.
+"""`lora::_loram_init_` on a GPU: any number of weights in half a dozen launches.
 
 Two reads and one write of each weight; β never leaves the device. The one wait is for the sums of
-squares that `check` looks at, before anything is written; without it a CUDA graph can hold it all.
+squares that are checked before any weight is written: for their copy, not for what was launched
+after it, which the device has while the host checks. Without the check a CUDA graph can hold all.
 """
 
 from __future__ import annotations
@@ -9,11 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import triton
+import triton.language as tl
 
-from .dst_basis import dst_fill
-from .frobenius_stats import frobenius_stats
-from .jobs import float_bits, upload
+from .dst_basis import fill_factors
+from .jobs import float_bits, integers, known, upload
 from .subtract_dst import Subtraction
+
+BLOCK = 256
+
+
+@triton.jit(do_not_specialize=["rank", "count"])
+def scales_kernel(stats, gains, scaling, beta, coefficients, rank, count, BLOCK: tl.constexpr):
+    """From the sums of squares ‖W‖² in `stats` [count, 2] and the Q in `gains` [count]:
+    β = (‖W‖ √(Q / rank))^½ and scaling · β².
+    """
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = k < count
+    sum_of_squares = tl.load(stats + 2 * k + 1, mask=mask, other=1.0)
+    gain = tl.load(gains + k, mask=mask, other=1.0)
+    squared = tl.sqrt(sum_of_squares * gain / rank.to(tl.float64))
+    tl.store(beta + k, tl.sqrt(squared), mask=mask)
+    tl.store(coefficients + k, tl.load(scaling) * squared, mask=mask)
 
 
 def loram_init_(
@@ -21,29 +39,68 @@ def loram_init_(
     lora_A: list[torch.Tensor],
     lora_B: list[torch.Tensor],
     beta: torch.Tensor,
+    stats: torch.Tensor,
     rank: int,
     scaling: float,
-    gains: list[float],
-    check: Callable[[list[float]], None] | None,
+    gain: Callable[[tuple[int, int]], float],
+    limit: Callable[[torch.dtype, tuple[int, int]], float],
+    refuse: Callable[[list[float]], None] | None,
 ) -> None:
     """Writes A₀ = βΦᵀ, B₀ = βΦ and β, and subtracts scaling · B₀A₀ from each weight.
 
-    `gains` are the Q of β² = ‖W‖ √(Q / rank); `check` gets the sums of squares and may raise.
+    `stats` are the `frobenius_stats` of the weights, `gain(shape)` the Q of β² = ‖W‖ √(Q / rank).
+    `refuse` gets the sums of squares and may raise, if one is not in (0, limit(dtype, shape)].
     """
-    sums_of_squares = frobenius_stats(weights)[:, 1]
-    (gain,) = upload(beta.device, [[float_bits(value) for value in gains]])
-    squared = (sums_of_squares * gain.view(torch.float64)).div_(rank).sqrt_()
-    root = squared.sqrt()
-    beta.copy_(root)
+    device, count = beta.device, len(weights)
+    if refuse is not None:
+        sums = _Awaited(stats)
+    tensors = known(weights)
+    gains = tensors.rows(lambda kind: (float_bits(gain(kind.shape)),))
+    gains, factor = upload(device, gains, integers([float_bits(scaling)]))
+    coefficients = torch.empty_like(beta)
+    scales_kernel[(-(-count // BLOCK),)](
+        stats,
+        gains.view(torch.float64),
+        factor.view(torch.float64),
+        beta,
+        coefficients,
+        rank,
+        count,
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )
+    subtraction = Subtraction(weights, rank, tensors)
     # One call a dtype: the factors' follow the weights'.
-    for dtype in dict.fromkeys(factor.dtype for factor in lora_A):
-        members = [k for k, factor in enumerate(lora_A) if factor.dtype == dtype]
-        scales = root if len(members) == len(weights) else torch.stack([root[k] for k in members])
-        for factors, axis, transposed in ((lora_A, 1, True), (lora_B, 0, False)):
-            outs = [factors[k] for k in members]
-            dst_fill(outs, transposed, [weights[k].shape[axis] for k in members], scales)
-    subtraction = Subtraction(weights, rank)
-    squared.mul_(scaling)
-    if check is not None:  # last, while the device has all of this to do
-        check(sums_of_squares.tolist())
-    subtraction.run(squared)
+    dtypes = [factor.dtype for factor in lora_A]
+    for dtype in dict.fromkeys(dtypes):
+        if dtypes.count(dtype) == count:
+            fill_factors(lora_A, lora_B, beta)
+            continue
+        members = [k for k in range(count) if dtypes[k] == dtype]
+        scales = torch.stack([beta[k] for k in members])
+        fill_factors([lora_A[k] for k in members], [lora_B[k] for k in members], scales)
+    if refuse is not None:  # last, while the device has all of this to do
+        limits = [limit(kind.dtype, kind.shape) for kind in tensors.kinds]
+        limits = torch.tensor(limits, dtype=torch.float64, device="cpu")[tensors.which]
+        sums = sums.get()[:, 1]
+        if not ((sums > 0) & (sums <= limits)).all():
+            refuse(sums.tolist())
+    subtraction.run(coefficients)
+
+
+class _Awaited:
+    """A tensor on its way to the host, in line behind what computes it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copy, self._event = tensor, None
+        if tensor.device.type == "cuda":
+            options = {"dtype": tensor.dtype, "device": "cpu", "pin_memory": True}
+            self._copy = torch.empty(tensor.shape, **options).copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def get(self) -> torch.Tensor:
+        """Waits for it, and not for what was launched since."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy

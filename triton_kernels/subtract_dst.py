@@ -10,28 +10,44 @@ Bytes: a reading and a writing of W; the tables, 24 bytes a row and column, stay
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .dst_basis import TRITON_DTYPES, dst_basis_
-from .jobs import aligned, anchor, find_job, float_bits, load_float, slots, tensor_at, upload
+from .jobs import (
+    Kind,
+    Known,
+    aligned,
+    anchor,
+    field,
+    find_job,
+    first_programs,
+    float_bits,
+    integers,
+    kind_of,
+    slots,
+    tensor_at,
+    to_float,
+    upload,
+)
 from .sine import cos_pi, sin_pi
 
 AXIS_FIELDS = tl.constexpr(7)
-FIELDS = tl.constexpr(10)
+FIELDS = tl.constexpr(11)
 AXIS_BLOCK = 128
-BLOCK_COLS, BLOCK_ROWS, GROUP, STAGES = 512, 32, 4, 4
+BLOCK_COLS, GROUP, STAGES = 512, 4, 4
+# Rows of a program: it reads 24 bytes a column first, 12 KB; of a single weight enough programs.
+FEW_ROWS, MANY_ROWS = 32, 128
+ENOUGH_PROGRAMS = 4096
 FLOAT64_ROWS = 1024  # rows of Φ in memory at a time, for float64 weights
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a tensor lies in the whole (perhaps sharded) weight."""
 
     global_rows: int
@@ -45,14 +61,25 @@ class Placement:
 
 
 @triton.jit
-def axis_tables_kernel(tables, axes, BLOCK: tl.constexpr):
+def _axis(axis, K: tl.constexpr, ONE: tl.constexpr):
+    """Field K of an axis; of one weight both axes are arguments, for a row of programs each."""
+    value = field(axis, K, ONE)
+    if ONE:
+        value = tl.where(tl.program_id(1) == 0, value, field(axis, K + AXIS_FIELDS, ONE))
+    return value
+
+
+@triton.jit(do_not_specialize=["axes"])
+def axis_tables_kernel(tables, axes, ONE: tl.constexpr, BLOCK: tl.constexpr):
     """For an axis of `size` at a = (i+1)π/(size+1): low = sin(ra), high = sin((r+1)a), cos a; then
     the index on the other axis whose angle is nearest, and Σₖ sin(ka) sin(kb) there.
     """
-    axis = axes + tl.program_id(1) * AXIS_FIELDS
-    length, offset, size = tl.load(axis), tl.load(axis + 1), tl.load(axis + 2)
-    other, other_offset = tl.load(axis + 3), tl.load(axis + 4)
-    rank, out = tl.load(axis + 5), tables + tl.load(axis + 6)
+    axis = axes
+    if not ONE:
+        axis = axes + tl.program_id(1) * AXIS_FIELDS
+    length, offset, size = _axis(axis, 0, ONE), _axis(axis, 1, ONE), _axis(axis, 2, ONE)
+    other, other_offset = _axis(axis, 3, ONE), _axis(axis, 4, ONE)
+    rank, out = _axis(axis, 5, ONE), tables + _axis(axis, 6, ONE)
     n, m = size + 1, other + 1
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = k < length
@@ -79,33 +106,39 @@ def axis_tables_kernel(tables, axes, BLOCK: tl.constexpr):
     tl.store(out + 4 * length + k, 0.25 * (ratio_u - ratio_v), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["jobs", "count", "groups"])
 def subtract_kernel(
     jobs,
+    firsts,
     base,
     tables,
     coefficients,
     count,
+    groups,
     DTYPE: tl.constexpr,
     VECTOR: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    job = jobs + find_job(jobs, count, program, FIELDS, SLOTS) * FIELDS
-    chunk = program - tl.load(job)
-    weight = tensor_at(base, tl.load(job + 1), DTYPE, VECTOR > 0)
-    rows, cols = tl.load(job + 2), tl.load(job + 3)
-    row_stride, col_stride = tl.load(job + 4), tl.load(job + 5)
+    """A program takes `groups` times GROUP rows of BLOCK_COLS columns."""
+    chunk = tl.program_id(0)
+    ONE: tl.constexpr = firsts is None
+    job = jobs
+    if not ONE:
+        k = find_job(firsts, count, chunk, SLOTS)
+        job = jobs + k * FIELDS
+        chunk -= tl.load(firsts + k)
+    weight = tensor_at(base, field(job, 0, ONE), DTYPE, VECTOR > 0)
+    rows, cols = field(job, 1, ONE), field(job, 2, ONE)
+    row_stride, col_stride = field(job, 3, ONE), field(job, 4, ONE)
     if VECTOR > 0:  # see _job
         row_stride = aligned(row_stride, VECTOR)
         cols = aligned(cols, VECTOR)
         col_stride = 1
-    row_table, col_table = tables + tl.load(job + 6), tables + tl.load(job + 7)
-    scale = 0.5 * load_float(job + 8) * tl.load(coefficients + tl.load(job + 9))
+    row_table, col_table = tables + field(job, 5, ONE), tables + field(job, 6, ONE)
+    scale = 0.5 * to_float(field(job, 7, ONE)) * tl.load(coefficients + field(job, 8, ONE))
 
     col_blocks = tl.cdiv(cols, BLOCK_COLS)
     j = chunk % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
@@ -115,8 +148,9 @@ def subtract_kernel(
     cos_j = tl.load(col_table + 2 * cols + j, mask=in_cols, other=2.0)
     coarse_j = cos_j.to(tl.float32)
     fine_j = (cos_j - coarse_j.to(tl.float64)).to(tl.float32)
-    for group in tl.range(BLOCK_ROWS // GROUP, num_stages=STAGES):
-        i = chunk // col_blocks * BLOCK_ROWS + group * GROUP + tl.arange(0, GROUP)  # [GROUP]
+    first_row = chunk // col_blocks * (groups * GROUP)
+    for group in tl.range(groups, num_stages=STAGES):
+        i = first_row + group * GROUP + tl.arange(0, GROUP)  # [GROUP]
         in_rows = i < rows
         low_i = scale * tl.load(row_table + i, mask=in_rows, other=0.0)
         high_i = scale * tl.load(row_table + rows + i, mask=in_rows, other=0.0)
@@ -144,100 +178,161 @@ def subtract_kernel(
 
 
 class Subtraction:
-    """W_k −= coefficients[k] · the part of ΦₙΦₘᵀ that weight k sees, in two steps.
+    """W_k −= coefficients[k] · ΦₙΦₘᵀ, or the part of it that a weight sees, in two steps.
 
     Making one has the tables of sines computed. `run` then writes the weights, all of one dtype and
     layout in one launch.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[torch.Tensor],
-        rank: int,
-        placements: Sequence[Placement] | None = None,
-    ) -> None:
-        """`placements` say which part of a larger weight each is; none if they are whole."""
-        device = weights[0].device
+    def __init__(self, weights: Sequence[torch.Tensor], rank: int, tensors: Known) -> None:
+        """Of whole weights, of which `tensors` are `known`."""
         self.rank = rank
-        self.base, origin = anchor(weights[0])
         self.products: list[tuple[int, torch.Tensor, Placement]] = []
+        self.launches: list[_Launch] = []
+        if any(kind.dtype == torch.float64 for kind in tensors.kinds):
+            self.products = [
+                (k, weight, Placement(*weight.shape))
+                for k, weight in enumerate(weights)
+                if weight.dtype == torch.float64
+            ]
+        if len(self.products) < len(weights):
+            self._prepare(weights[0].device, tensors)
+
+    @classmethod
+    def of_one(cls, weight: torch.Tensor, rank: int, place: Placement) -> Subtraction:
+        """Of one weight, which may be part of a larger one. No tables: arguments."""
+        self = cls.__new__(cls)
+        self.rank, self.products, self.launches = rank, [], []
+        if weight.dtype == torch.float64:
+            self.products = [(0, weight, place)]
+        elif weight.numel():
+            self._prepare_one(weight, place)
+        return self
+
+    def _prepare_one(self, weight: torch.Tensor, place: Placement) -> None:
+        row_axis, col_axis, job, vector = _job(kind_of(weight), place)
+        rows, cols, col_blocks = job[1], job[2], job[-1]
+        job[6] = 5 * rows
+        axes = (*row_axis, self.rank, 0, *col_axis, self.rank, 5 * rows)
+        self._make_tables(weight.device, axes, 2, max(rows, cols), 5 * (rows + cols))
+        few = -(-rows // FEW_ROWS) * col_blocks
+        groups = _rows_a_program(few) // _group(vector)
+        programs = -(-rows // (groups * _group(vector))) * col_blocks
+        dtype, job = weight.dtype, tuple(job)
+        self.launches.append(_Launch(dtype, vector, programs, job, None, weight, 1, groups))
+
+    def _prepare(self, device: torch.device, tensors: Known) -> None:
         axes: dict[tuple[int, ...], int] = {}  # (length, offset, size, other, its offset) -> place
-        groups: dict[tuple[torch.dtype, int], list[list[int]]] = {}
-        self.programs: dict[tuple[torch.dtype, int], int] = {}
+        groups: dict[tuple[torch.dtype, int], int] = {}
         end = 0
-        for k, weight in enumerate(weights):
-            if weight.numel() == 0:
-                continue
-            shape, dtype = tuple(weight.shape), weight.dtype
-            place = placements[k] if placements else Placement(*shape)
-            if dtype == torch.float64:
-                self.products.append((k, weight, place))
-                continue
-            address = weight.data_ptr()
-            row_axis, col_axis, strides, norm, vector, programs = _job(
-                shape, weight.stride(), place, dtype, address % 16 == 0
-            )
-            for axis in (row_axis, col_axis):
+
+        def row(kind: Kind) -> list[int]:
+            nonlocal end
+            if kind.dtype == torch.float64:
+                return [0] * 10 + [-1]
+            *both, job, vector = _job(kind, Placement(*kind.shape))
+            for axis in both:
                 if axis not in axes:
                     axes[axis] = end
                     end += 5 * axis[0]
-            key = (dtype, vector)
-            first = self.programs.get(key, 0)
-            at = (first, address - origin, row_axis[0], col_axis[0], *strides)
-            groups.setdefault(key, []).append([*at, axes[row_axis], axes[col_axis], norm, k])
-            self.programs[key] = first + programs
-        axis_rows = [[*axis, rank, place] for axis, place in axes.items()]
-        axis_jobs, *jobs = upload(device, axis_rows, *groups.values())
-        self.groups = dict(zip(groups, jobs, strict=True))
-        self.tables = torch.empty(end, dtype=torch.float64, device=device)
-        if axes:
-            grid = (triton.cdiv(max(axis[0] for axis in axes), AXIS_BLOCK), len(axes))
-            axis_tables_kernel[grid](
-                self.tables, axis_jobs, BLOCK=AXIS_BLOCK, enable_fp_fusion=False
-            )
+            job[5:7] = map(axes.__getitem__, both)
+            return [*job, groups.setdefault((kind.dtype, vector), len(groups))]
+
+        rows = tensors.rows(row)
+        base, origin = anchor(device)
+        torch.sub(tensors.addresses, origin, out=rows[:, 0])
+        torch.arange(len(rows), out=rows[:, 8])
+        tables = [integers([x for axis, at in axes.items() for x in (*axis, self.rank, at)])]
+        launches = []
+        for (dtype, vector), number in groups.items():
+            mine = rows if len(tensors.kinds) == 1 else rows[rows[:, 10] == number]
+            length, col_blocks = mine[:, 1], mine[:, 9]
+            few = int(((length + FEW_ROWS - 1) // FEW_ROWS * col_blocks).sum())
+            some = _rows_a_program(few)
+            first, programs = first_programs((length + some - 1) // some * col_blocks)
+            tables += [mine, first]
+            launches.append((dtype, vector, programs, len(mine), some // _group(vector)))
+        axis_table, *tables = upload(device, *tables)
+        self._make_tables(device, axis_table, len(axes), max(axis[0] for axis in axes), end)
+        pairs = zip(tables[::2], tables[1::2], strict=True)
+        for launch, (jobs, firsts) in zip(launches, pairs, strict=True):
+            dtype, vector, programs, count, some = launch
+            self.launches.append(_Launch(dtype, vector, programs, jobs, firsts, base, count, some))
+
+    def _make_tables(
+        self, device: torch.device, axes: object, count: int, longest: int, size: int
+    ) -> None:
+        self.tables = torch.empty(size, dtype=torch.float64, device=device)
+        axis_tables_kernel[(-(-longest // AXIS_BLOCK), count)](
+            self.tables,
+            axes,
+            ONE=isinstance(axes, tuple),
+            BLOCK=AXIS_BLOCK,
+            enable_fp_fusion=False,
+        )
 
     def run(self, coefficients: torch.Tensor) -> None:
         """`coefficients` [len] are float64, on the device."""
         for k, weight, place in self.products:
             _subtract_product(weight, coefficients[k], self.rank, place)
-        for (dtype, vector), jobs in self.groups.items():
-            count = len(jobs) // FIELDS.value
-            subtract_kernel[(self.programs[dtype, vector],)](
-                jobs,
-                self.base,
+        for each in self.launches:
+            subtract_kernel[(each.programs,)](
+                each.jobs,
+                each.firsts,
+                each.base,
                 self.tables,
                 coefficients,
-                count,
-                DTYPE=TRITON_DTYPES[dtype],
-                VECTOR=vector,
-                SLOTS=slots(count),
+                each.count,
+                each.groups,
+                DTYPE=TRITON_DTYPES[each.dtype],
+                VECTOR=each.vector,
+                SLOTS=slots(each.count),
                 BLOCK_COLS=BLOCK_COLS,
-                BLOCK_ROWS=BLOCK_ROWS,
-                GROUP=GROUP if vector else GROUP // 2,  # or registers spill
+                GROUP=_group(each.vector),
                 STAGES=STAGES,
+                maxnreg=None if each.vector else 168,  # left to itself, ptxas spills for sm_80
                 enable_fp_fusion=True,
             )
 
 
-@functools.lru_cache(maxsize=4096)
-def _job(
-    shape: tuple[int, int],
-    stride: tuple[int, int],
-    place: Placement,
-    dtype: torch.dtype,
-    aligned_: bool,
-) -> tuple:
-    """Both axes, strides, norm, entries in 16 bytes and programs, of a weight or its transpose."""
+class _Launch(NamedTuple):
+    """What `subtract_kernel` is launched with."""
+
+    dtype: torch.dtype
+    vector: int
+    programs: int
+    jobs: torch.Tensor | tuple[int, ...]
+    firsts: torch.Tensor | None
+    base: torch.Tensor
+    count: int
+    groups: int
+
+
+def _group(vector: int) -> int:
+    """Rows of a program's step."""
+    return GROUP if vector else GROUP // 2  # or registers spill
+
+
+def _rows_a_program(few: int) -> int:
+    """`few`: the number of programs if each took FEW_ROWS."""
+    return MANY_ROWS if few >= ENOUGH_PROGRAMS * MANY_ROWS // FEW_ROWS else FEW_ROWS
+
+
+def _job(kind: Kind, place: Placement) -> tuple:
+    """Both axes, what the table says of a weight or its transpose (but for its address, its axes'
+    tables and its coefficient's place; then its blocks of columns), and entries in 16 bytes.
+    """
+    _, shape, stride, is_aligned = kind
     if stride[0] < stride[1]:
         shape, stride, place = shape[::-1], stride[::-1], place.transposed()
     rows, cols = shape
     n, m, i, j = place.global_rows, place.global_cols, place.row_offset, place.col_offset
     norm = float_bits(2.0 / math.sqrt((n + 1) * (m + 1)))
     # What the compiler needs for 16-byte accesses: every row begins and ends at a multiple of that.
-    count = 16 // dtype.itemsize
-    fits = aligned_ and stride[1] == 1 and stride[0] % count == 0 and cols % count == 0
-    programs = triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(cols, BLOCK_COLS)
-    return (rows, i, n, m, j), (cols, j, m, n, i), stride, norm, count if fits else 0, programs
+    count = 16 // kind.dtype.itemsize
+    fits = is_aligned and stride[1] == 1 and stride[0] % count == 0 and cols % count == 0
+    job = [0, rows, cols, *stride, 0, 0, norm, 0, -(-cols // BLOCK_COLS)]
+    return (rows, i, n, m, j), (cols, j, m, n, i), job, count if fits else 0
 
 
 def _subtract_product(
@@ -266,4 +361,4 @@ def subtract_dst_(
 ) -> None:
     """W −= coefficient · the part of ΦₙΦₘᵀ that starts at the offsets."""
     place = Placement(global_rows, global_cols, row_offset, col_offset)
-    Subtraction([weight], rank, [place]).run(coefficient.reshape(1).to(torch.float64))
+    Subtraction.of_one(weight, rank, place).run(coefficient.reshape(1).to(torch.float64))

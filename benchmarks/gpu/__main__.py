@@ -23,7 +23,6 @@ from rich.console import Console
 from benchmarks.gpu import ceilings, decode, grid, init, layer, memory, operators, svd
 from benchmarks.gpu.headline import write_headline, write_prediction
 from benchmarks.gpu.plan import FULL, QUICK, Plan
-from benchmarks.gpu.predict import H200
 from benchmarks.gpu.session import Session, slug
 from benchmarks.report import RESULTS
 
@@ -52,7 +51,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="the folder to write to")
     parser.add_argument(
-        "--predict", action="store_true", help="only predict an H200's figures; needs no GPU"
+        "--predict",
+        action="store_true",
+        help="only predict the figures of an H200 and an H100; needs no GPU",
     )
     options = parser.parse_args(argv)
     unknown = [part for part in options.parts if part not in PARTS]
@@ -103,7 +104,7 @@ def main(
     console = Console() if sys.stdout.isatty() else Console(width=150)
     plan = plan or (QUICK if options.quick else FULL)
     if options.predict:
-        write_prediction(console, options.out or RESULTS / H200.name, plan)
+        write_prediction(console, options.out or RESULTS, plan)
         return 0
     if device is None:
         if not torch.cuda.is_available():

@@ -20,7 +20,6 @@ class OperatorCase:
     shape: Shape
     dtype: torch.dtype
     bytes: int
-    kernels: int  # that the call is expected to launch
     rank: int = 0
     weights: int = 1
 
@@ -46,14 +45,14 @@ def operator_cases(plan: Plan) -> Iterator[OperatorCase]:
         for dtype in (torch.float32, torch.bfloat16):
             rank = min(shape)
             size = max(shape) * rank * dtype.itemsize
-            yield OperatorCase("dst_basis", shape, dtype, size, 1, rank)
+            yield OperatorCase("dst_basis", shape, dtype, size, rank)
     dtype = torch.bfloat16
     for shape in plan.operator_shapes:
         size = shape[0] * shape[1] * dtype.itemsize
-        yield OperatorCase("frobenius_stats", shape, dtype, size, 2)
+        yield OperatorCase("frobenius_stats", shape, dtype, size)
         many = plan.list_length
-        yield OperatorCase("frobenius_stats", shape, dtype, many * size, 2, weights=many)
+        yield OperatorCase("frobenius_stats", shape, dtype, many * size, weights=many)
     for shape in plan.operator_shapes:
         size = shape[0] * shape[1] * dtype.itemsize
         for rank in plan.operator_ranks:
-            yield OperatorCase("subtract_dst_", shape, dtype, 2 * size, 2, rank)
+            yield OperatorCase("subtract_dst_", shape, dtype, 2 * size, rank)

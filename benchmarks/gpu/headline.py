@@ -9,7 +9,7 @@ from rich.console import Console
 
 from benchmarks.gpu.pictures import Bar, aim_bars
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.predict import H200, Line, lines
+from benchmarks.gpu.predict import MACHINES, Line, lines
 from benchmarks.gpu.session import SKIPPED, Session, cell
 from benchmarks.report import print_table, write_csv
 
@@ -22,15 +22,17 @@ HEADS = {
     "measured": "measured",
     "measured_ms": "ms measured",
     "met": "met",
+    "causes": "predicted, % by cause",
 }
 _KEPT = ("measured", "measured_ms", "met", "measured_on")
 
 
 def write_prediction(console: Console, out: Path, plan: Plan) -> None:
-    """predicted.csv of an H200: the measured columns are empty."""
-    rows = [line.row() for line in lines(H200, plan)]
-    write_csv(out / "predicted.csv", rows)
-    show(console, "Predicted for an H200 from bytes and flops; nothing is measured", rows)
+    """<device>/predicted.csv of each known device: the measured columns are empty."""
+    for machine in MACHINES:
+        rows = [line.row() for line in lines(machine, plan)]
+        write_csv(out / machine.name / "predicted.csv", rows)
+        show(console, f"Predicted for {machine.name}; nothing is measured", rows)
 
 
 def write_headline(session: Session) -> None:

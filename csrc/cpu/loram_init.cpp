@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <optional>
 
 #include "dst.h"
 
@@ -45,7 +46,7 @@ bool residual_fits(const at::Tensor& weight, double norm, double coefficient, in
 
 void loram_init_(
     at::TensorList weights, at::TensorList lora_A, at::TensorList lora_B, at::Tensor beta,
-    int64_t rank, double scaling, bool check) {
+    int64_t rank, double scaling, bool check, const std::optional<at::Tensor>& known_stats) {
   std::map<const void*, size_t> seen;
   for (size_t k = 0; k < weights.size(); ++k) {
     const auto [first, is_new] = seen.try_emplace(weights[k].data_ptr(), k);
@@ -53,7 +54,7 @@ void loram_init_(
         is_new, "loram_init: weights ", first->second, " and ", k,
         " share memory (tied?); pass it only once");
   }
-  const auto stats = frobenius_stats(weights);
+  const auto stats = known_stats ? *known_stats : frobenius_stats(weights);
   const auto* sums = stats.data_ptr<double>();
   for (size_t k = 0; k < weights.size(); ++k) {
     const double sum_of_squares = sums[2 * k + 1];

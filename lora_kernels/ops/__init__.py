@@ -3,6 +3,9 @@ override the references where they were built.
 """
 
 from . import (
+    _kinds as _kinds,
+)
+from . import (
     dst_basis,
     frobenius_stats,
     linear,

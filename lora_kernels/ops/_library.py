@@ -63,7 +63,12 @@ def define_mutating_kernel(
     op = getattr(torch.ops.lora, name).default
 
     def raise_versions(keyset, *args, **kwargs):
-        torch.autograd.graph.increment_version([t for t in mutated(*args) if not t.is_inference()])
+        written = mutated(*args)
+        try:
+            torch.autograd.graph.increment_version(written)
+        except RuntimeError:  # inference tensors have no version
+            kept = [t for t in written if not t.is_inference()]
+            torch.autograd.graph.increment_version(kept)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
 

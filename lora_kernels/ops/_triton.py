@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from ._library import LIBRARY
-from .loram_init import check_distinct, log_gain, refuse_unfit
+from .loram_init import check_distinct, largest_sum, log_gain, refuse_unfit
 
 
 def _module(name: str):
@@ -29,17 +30,20 @@ def _subtract_dst_(weight, coefficient, rank, *placement):
     _module("subtract_dst").subtract_dst_(weight, coefficient, rank, *placement)
 
 
-def _loram_init_(weights, lora_A, lora_B, beta, rank, scaling, check):
+def _loram_init_(weights, lora_A, lora_B, beta, rank, scaling, check, stats=None):
     check_distinct(weights)
-    gains = [log_gain(rank, *weight.shape) for weight in weights]
+    if stats is None:
+        stats = _frobenius_stats(weights)
     _module("loram_init").loram_init_(
         weights,
         lora_A,
         lora_B,
         beta,
+        stats,
         rank,
         scaling,
-        gains,
+        lambda shape: log_gain(rank, *shape),
+        partial(largest_sum, rank, scaling),
         (lambda sums: refuse_unfit(weights, sums, rank, scaling)) if check else None,
     )
 

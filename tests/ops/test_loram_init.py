@@ -229,6 +229,19 @@ def test_opcheck(device):
     opcheck(foreach, (weights, 3))
 
 
+def test_kernel_takes_the_statistics_or_makes_them(device):
+    """Code that torch.compile kept from before they were an argument still runs."""
+    results = []
+    before = torch.randn(20, 30).to(device)
+    for known in ((), (torch.ops.lora.frobenius_stats([before]),)):
+        weight = before.clone()
+        A, B = torch.empty(4, 30, device=device), torch.empty(20, 4, device=device)
+        beta = torch.empty(1, dtype=torch.float64, device=device)
+        torch.ops.lora._loram_init_([weight], [A], [B], beta, 4, 1.0, True, *known)
+        results.append((weight, A, B, beta))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_compile(device):
     def start(weight):
         weight = weight * 1.0

@@ -55,9 +55,13 @@ def subtract(arch: int) -> None:
 
 def init(arch: int) -> None:
     weights = [of(256, 512), of(512, 256)]
+    stats = frobenius_stats.frobenius_stats(weights)
     lora_A = [of(16, w.shape[1], dtype=FP32) for w in weights]
     lora_B = [of(w.shape[0], 16, dtype=FP32) for w in weights]
-    loram_init.loram_init_(weights, lora_A, lora_B, of(2, dtype=FP64), 16, 1.0, [0.5, 0.5], None)
+    beta = of(2, dtype=FP64)
+    loram_init.loram_init_(
+        weights, lora_A, lora_B, beta, stats, 16, 1.0, lambda shape: 0.5, None, None
+    )
 
 
 def dropout(arch: int) -> None:
@@ -144,7 +148,7 @@ CASES = {
 WAIT = "griddepcontrol.wait"
 EXPECTS = {
     # Memory-bound: 16-byte accesses, and several of them under way.
-    "stats:partial_stats_kernel": {arch: ["ld.global.128"] for arch in (80, 90)},
+    "stats:stats_kernel": {arch: ["ld.global.128"] for arch in (80, 90)},
     "init:subtract_kernel": {arch: ["cp.async", "st.global.128"] for arch in (80, 90, 100)},
     "decode:decode_kernel": {80: ["cp.async"], 90: ["cp.async", WAIT], 100: ["cp.async", WAIT]},
     # Matrix cores.

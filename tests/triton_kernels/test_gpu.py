@@ -63,6 +63,37 @@ def test_init_waits_for_nothing_without_the_check():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_statistics_have_the_same_bits_whoever_arrives_last():
+    """The last program adds the totals of thousands that wrote theirs just before."""
+    one = torch.randn(8192, 8192, device="cuda")
+    many = [torch.randn(512, 300 + 100 * k, device="cuda").half() for k in range(40)]
+    for weights in ([one], many):
+        want = ops.frobenius_stats(weights)
+        exact = torch.stack([w.double().square().sum() for w in weights])
+        torch.testing.assert_close(want[:, 1], exact, rtol=1e-13, atol=0)
+        for _ in range(200):
+            assert torch.equal(ops.frobenius_stats(weights), want)
+
+
+def test_statistics_of_two_streams_and_a_graph_at_once():
+    weights = [torch.randn(4096, 4096, device="cuda") for _ in range(3)]
+    want = [ops.frobenius_stats([w]) for w in weights]
+    out = {}
+    graph = captured(lambda: out.update(stats=ops.frobenius_stats(weights[2:])))
+    streams = [torch.cuda.Stream() for _ in weights]
+    torch.cuda.synchronize()
+    got = []
+    for _ in range(20):
+        for weight, stream in zip(weights[:2], streams, strict=False):
+            with torch.cuda.stream(stream):
+                got.append(ops.frobenius_stats([weight]))
+        with torch.cuda.stream(streams[2]):
+            graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(stats, want[k % 2]) for k, stats in enumerate(got))
+    assert torch.equal(out["stats"], want[2])
+
+
 @pytest.mark.parametrize("M", [1, 16, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layer_in_a_graph(M, dtype):

@@ -7,10 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from lora_kernels.ops.dst_basis import dst_basis_ref
-from lora_kernels.ops.loram_init import loram_init_ref
-from lora_kernels.triton_kernels import dst_basis, jobs
+from lora_kernels.ops.loram_init import largest_sum, loram_init_ref, refuse_unfit
+from lora_kernels.triton_kernels import dst_basis, frobenius_stats, jobs, loram_init, subtract_dst
+from lora_kernels.triton_kernels.dst_basis import _round_apart
 
 from ..ops.strides import LAYOUTS, lay_out
 from ..ops.test_subtract_dst import check as check_subtraction
@@ -39,6 +42,34 @@ def test_dst_basis_has_the_bits_of_the_reference(size, rank, offset, length, dty
         dst_basis_ref(want, size, offset, scale)
         integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[got.element_size()]
         assert torch.equal(got.view(integer), want.view(integer))  # zeros have their signs
+
+
+@triton.jit
+def round_apart_kernel(low, high, out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, _round_apart(tl.load(low + i), tl.load(high + i)))
+
+
+def test_round_apart_is_whether_the_conversions_differ(device):
+    """At powers of two, at both signs, half-way between neighbours and near it."""
+    count = 4096
+    near = (torch.randn(count) * 2.0 ** torch.randint(-100, 100, (count,))).abs()
+    near[:64] = 2.0 ** torch.arange(-32, 32)
+    beside = torch.nextafter(near, torch.full_like(near, math.inf))
+    half = 0.5 * (near.double() + beside.double())
+    width = half * 2.0 ** torch.randint(-50, -26, (count,))
+    middle = half + width * (torch.rand(count, dtype=FP64) - 0.5) * 4
+    sign = torch.where(torch.rand(count) < 0.5, -1.0, 1.0).double()
+    low, high = (torch.stack([middle - width, middle + width]) * sign).sort(0).values.to(device)
+    out = torch.zeros(count, dtype=torch.int32, device=device)
+    round_apart_kernel[(count // 128,)](low, high, out, BLOCK=128)
+    differ = low.float() != high.float()
+    assert 0.2 < differ.float().mean() < 0.8
+    # An end that is half-way itself is as near as the errors get, and may be either.
+    ends = torch.stack([low, high]).view(torch.int64)
+    inside = ((ends & (2**29 - 1)) != 2**28).all(0)
+    assert inside.float().mean() > 0.9
+    assert torch.equal((out != 0)[inside], differ[inside])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -71,6 +102,16 @@ def test_frobenius_stats_of_mixed_weights(layout, device):
 def test_frobenius_stats_of_few_small_weights(count, device):
     got = ops.frobenius_stats([torch.full((3, 5), 2.0, device=device)] * count)
     assert got.tolist() == [[30.0, 60.0]] * count
+
+
+def test_frobenius_stats_of_one_weight_alone_has_the_bits_of_a_list(device):
+    """Several programs, of which the last to arrive adds up, and leaves the counter at zero."""
+    weight = torch.randn(700, 300).to(device)
+    assert weight.numel() > 3 * frobenius_stats.CHUNK
+    (want, _) = ops.frobenius_stats([weight, weight[:50]])
+    for _ in range(3):
+        assert torch.equal(ops.frobenius_stats([weight])[0], want)
+    assert not frobenius_stats._arrivals(torch.device(device)).any()
 
 
 def test_frobenius_stats_keeps_small_and_large_values(device):
@@ -134,21 +175,20 @@ def test_tables_of_a_graph_share_no_memory(monkeypatch):
     empty = torch.empty
     unpinned = lambda *args, pin_memory=False, **options: empty(*args, **options)  # noqa: E731
     monkeypatch.setattr(torch, "empty", unpinned)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     monkeypatch.setattr(jobs, "_reserves", [])
     monkeypatch.setattr(jobs, "RESERVE", 8)
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    jobs._pinned(torch.arange(3))
+    jobs._pinned(3)
     capturing = True
-    tables = [jobs._pinned(torch.arange(k, k + 5)) for k in (0, 10, 20)]
+    tables = [jobs._pinned(5).copy_(torch.arange(k, k + 5)) for k in (0, 10, 20)]
     assert [t.tolist() for t in tables] == [list(range(k, k + 5)) for k in (0, 10, 20)]
     with pytest.raises(RuntimeError, match="warm-up"):
-        jobs._pinned(torch.arange(5))
+        jobs._pinned(5)
     capturing = False
-    jobs._pinned(torch.arange(3))
+    jobs._pinned(3)
     capturing = True
-    jobs._pinned(torch.arange(5))
+    jobs._pinned(5).fill_(0)
     assert [t.tolist() for t in tables] == [list(range(k, k + 5)) for k in (0, 10, 20)]
 
 
@@ -234,3 +274,56 @@ def test_dst_basis_in_few_long_programs(size, rank, scale, device, monkeypatch):
         integer = {4: torch.int32, 2: torch.int16}[got.element_size()]
         same = got.view(integer) == want.view(integer)
         assert (same | (got.isnan() & want.isnan())).all()
+
+
+class Recorder:
+    """Takes the place of a kernel, and writes its launches down."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.log.append(self.name)
+
+
+def test_what_a_model_launches_and_when(device, monkeypatch):
+    """The statistics before A and B have memory, one launch of everything for all weights."""
+    log = []
+    for module, names in (
+        (frobenius_stats, ["stats_kernel"]),
+        (loram_init, ["scales_kernel"]),
+        (dst_basis, ["dst_fill_kernel"]),
+        (subtract_dst, ["axis_tables_kernel", "subtract_kernel"]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(name, log))
+    empty_factors = ops._empty_factors
+    allocate = lambda *args: log.append("factors") or empty_factors(*args)  # noqa: E731
+    monkeypatch.setattr(ops, "_empty_factors", allocate)
+    weights = [
+        torch.empty(*shape, device=device) for shape in ((64, 96), (96, 64)) for _ in range(9)
+    ]
+    ops.loram_init_foreach(weights, 4, check=False)
+    others = ["scales_kernel", "axis_tables_kernel", *["dst_fill_kernel"] * 2, "subtract_kernel"]
+    assert log == ["stats_kernel", "factors", *others]
+    # A single weight takes arguments instead of tables: no copy to the device.
+    monkeypatch.setattr(jobs, "upload", None)
+    log.clear()
+    ops.frobenius_stats(weights[:1])
+    ops.subtract_dst_(weights[0], torch.ones((), device=device), 4)
+    ops.dst_basis(64, 4, device=device)
+    assert log == [
+        "stats_kernel",
+        "axis_tables_kernel",
+        "subtract_kernel",
+        "dst_fill_kernel",
+    ]
+
+
+def test_a_sum_of_squares_at_the_limit_of_the_quick_check(device):
+    """What the quick check lets through is what the exact one would."""
+    for dtype in (torch.float16, torch.float32):
+        weight = torch.zeros(32, 40, dtype=dtype)
+        for scaling in (0.0, 0.01, -4.0, 1e30):
+            most = largest_sum(8, scaling, dtype, weight.shape)
+            refuse_unfit([weight], [most], 8, scaling)

@@ -1,13 +1,12 @@
-// Watches the r leading values of a growing space, and estimates what they still lack.
+// Watches the r leading values of a growing space, and guesses what they still lack: a sign that it
+// is time to bound it, no bound.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-namespace lora {
+#include "certificate.h"
 
-// Values below this part of the largest are compared with it instead: rounding of their squares is
-// all that they can show.
-constexpr double kLeastValue = 1e-7;
+namespace lora {
 
 class Settling {
  public:

@@ -21,11 +21,12 @@ struct Ritz {
 };
 
 // Ritz values are at most W's singular values, by Cauchy's interlacing. What W's may be more: with
-// V the k first vectors (r of them wanted, the others take what lies next out of the way),
-// Theta their values, B = (1 - V V^T) W^T W V and c a bound of W^T W beside V,
-//     W^T W <= [Theta^2  B^T; B  c],
-// so the i-th eigenvalue of that matrix, or c, is an upper bound (Weyl; Lehmann's bounds are of
-// that kind). B is computed, c comes from a probe: with a probability of at least 1 - 1e-7.
+// V the k first vectors (the r wanted, and others that take what lies next out of the way), Theta
+// their values, B = (1 - V V^T) W^T W V and c a bound of W^T W beside V,
+//     W^T W <= [Theta^2  B^T; B  c] <= [T  0; 0  t]   if  B^T B <= (t - c) (T - Theta^2)
+// for any diagonal T with t its least entry, and then T_i bounds the i-th squared value (Weyl). T
+// is here (1 + tolerance)^2 times the squared value. B is computed, c comes from a probe: with a
+// probability of at least 1 - 1e-7.
 class Certificate {
  public:
   // `fine`: the rounding of Ritz's values, relative to the largest one.
@@ -43,11 +44,13 @@ class Certificate {
 
  private:
   struct Values {
-    std::vector<double> theta, coupling;  // the squared lengths of B's columns, made diagonal
-    double fine;                          // the rounding of each value, absolute
-    double ceiling = 0.0;                 // c that is needed
+    std::vector<double> theta;
+    at::Tensor coupling;  // B^T B, wide [k, k] on the host, with what rounding may have hidden
+    double fine;          // the rounding of each value, absolute
+    double ceiling = 0.0;  // c that is needed
     double error = 0.0;
-    double least() const { return std::max(kLeastValue * theta[0], 1e-300); }
+    bool zero() const { return theta[0] == 0; }
+    double least() const { return kLeastValue * theta[0]; }
   };
   Probe probe(uint64_t seed) const;
   void bound(const Probe& probe);
@@ -57,6 +60,7 @@ class Certificate {
   const Engine& engine_;
   const Ritz ritz_;
   int64_t r_, k_;
+  double tolerance_ = 0.0;
   std::vector<Values> of_;
 };
 

@@ -116,11 +116,16 @@ class Space {
     if (rounded_.defined() || wide_form_) {
       return {};
     }
+    return steepness_of_last() > kSteepest ? at::Tensor() : columns_;
+  }
+
+  // How far the largest value stands out from the middle one that the last block meets.
+  double steepness_of_last() const {
     const auto squares = diagonal_of(corner(form_));
     const auto own = squares.narrow(-1, size_ - columns_.size(-1), columns_.size(-1));
-    const auto largest = squares.max().item<double>();
-    const auto least = at::where(own > 0, own, largest).min().item<double>();
-    return largest > kSteepest * kSteepest * least ? at::Tensor() : columns_;
+    const auto middle = std::get<0>(own.median(-1));
+    const auto largest = squares.amax(-1).clamp_min(1e-300);
+    return std::sqrt((largest / at::where(middle > 0, middle, largest)).max().item<double>());
   }
 
   // Whether all of these values, descending, are above the rounding of the form.
@@ -383,12 +388,16 @@ Triplets leading_triplets(
   }
   // An error in the basis turns the chosen space by as much; what that loses of the largest value
   // has to stay below the others.
-  Orthogonality state{std::min(1e-4, 3e-3 / steep)};
+  constexpr double kTurned = 3e-3;
+  Orthogonality state{std::min(1e-4, kTurned / steep)};
   const auto grow = [&] {
     block = engine.transposed_times(image);
     block = orthonormalized(engine, block, space.basis(), state, space.inside());
     block = first_columns(block, room - space.size());
     image = space.add(block);
+    if (host) {
+      state.tolerated = std::min(state.tolerated, kTurned / space.steepness_of_last());
+    }
   };
 
   if (bounded) {
@@ -409,6 +418,7 @@ Triplets leading_triplets(
         const int64_t steps = std::max<int64_t>(8, space.size() / kProbeWidth);
         probe_seed += 0x9e3779b97f4a7c15;  // another stream of normals
         const bool attainable = certificate.attainable(goal);
+        if(getenv("DBG")) fprintf(stderr," trial at %d: attainable %d steps %d\n",(int)space.size(),(int)attainable,(int)steps);
         if (full) {
           certificate.measure(steps, probe_seed);
         }

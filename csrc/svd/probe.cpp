@@ -13,9 +13,9 @@ namespace {
 constexpr double kLeastSquare = 1.06;
 static_assert(kProbeWidth == 16);
 
-// x^T e_j g, the rounding of a step along one fixed direction, in units of epsilon, the largest
-// singular value and the root of C's eigenvalue. A sum's rounding errors are random to it.
-constexpr double kStepRounding = 16.0;
+// x^T e_j g, the rounding of a step along one fixed direction, in units of the estimate in
+// slip(): six of its standard deviations are 1.5.
+constexpr double kStepRounding = 8.0;
 
 std::vector<double> to_vector(const at::Tensor& values) {
   const auto host = values.to(at::kDouble).cpu().contiguous();
@@ -30,9 +30,11 @@ at::Tensor frobenius(const at::Tensor& block) {
 }  // namespace
 
 Probe::Probe(
-    const Engine& engine, const at::Tensor& space, const std::vector<double>& largest,
-    uint64_t seed)
-    : engine_(engine), space_(space), largest_(largest) {
+    const Engine& engine, const at::Tensor& space, const at::Tensor& values, uint64_t seed)
+    : engine_(engine),
+      space_(space),
+      largest_(to_vector(values.select(-1, 0))),
+      squares_(to_vector(values.square().sum(-1))) {
   auto block = engine.gaussian(engine.m, kProbeWidth, seed)
                    .unsqueeze(0)
                    .repeat({engine.count, 1, 1});
@@ -72,9 +74,19 @@ void Probe::step() {
   blocks_.push_back(next);
 }
 
+// A sum of m products is off by eps sqrt(m / 2) of its partial sums, which are random walks as long
+// as |W v| or, where v is orthogonal to W's largest vectors, |W|_F / sqrt(m). Seen along one of the
+// 16 n directions, that is sqrt(16 n) times less; and the second pass is as the first.
+double Probe::slip(int64_t weight, double ceiling) const {
+  const double beside = alpha_[0][weight] * static_cast<double>(engine_.m - space_.size(-1));
+  const double random = std::sqrt((squares_[weight] + beside) / static_cast<double>(engine_.m));
+  const double ratio = std::sqrt(static_cast<double>(engine_.n) / static_cast<double>(engine_.m));
+  const double size = std::sqrt(ceiling);
+  return kStepRounding * engine_.epsilon() * ratio * size * (size + random);
+}
+
 Probe::Verdict Probe::verdict(int64_t weight, double ceiling) const {
-  const double slip =
-      kStepRounding * engine_.epsilon() * largest_[weight] * std::sqrt(ceiling);
+  const double slip = this->slip(weight, ceiling);
   const size_t count = alpha_.size();
   std::vector<double> p{1.0};
   double squares = 1.0, slips = 0.0, lost = 0.0;

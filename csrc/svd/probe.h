@@ -23,10 +23,9 @@ namespace lora {
 // instead of Chebyshev's, and a block for a column.
 class Probe {
  public:
-  // `space` [count, m, k]: orthonormal. `largest`: of each weight's singular values.
+  // `space` [count, m, k]: orthonormal. `values`: the singular values on it, wide [count, k].
   Probe(
-      const Engine& engine, const at::Tensor& space, const std::vector<double>& largest,
-      uint64_t seed);
+      const Engine& engine, const at::Tensor& space, const at::Tensor& values, uint64_t seed);
 
   int64_t steps() const { return static_cast<int64_t>(blocks_.size()) - 1; }
   void step();
@@ -43,10 +42,11 @@ class Probe {
 
  private:
   void project(at::Tensor& block) const;
+  double slip(int64_t weight, double ceiling) const;
 
   const Engine& engine_;
   at::Tensor space_;
-  std::vector<double> largest_;
+  std::vector<double> largest_, squares_;  // of the values, of each weight
   std::vector<at::Tensor> blocks_;
   std::vector<double> length_;                      // |P Omega|, of each weight
   std::vector<std::vector<double>> alpha_, beta_;   // [step][weight]

@@ -133,10 +133,9 @@ bool Certificate::proves(int64_t steps, uint64_t seed) {
     for (size_t w = 0; w < of_.size(); ++w) {
       if (!of_[w].zero()) {
         const auto found = probe.verdict(static_cast<int64_t>(w), of_[w].ceiling);
-        if (found.above) {if(getenv("DBG")) fprintf(stderr,"  above at %d\n",(int)probe.steps());
+        if (found.above) {
           return false;
         }
-        if(getenv("DBG")) fprintf(stderr,"   step %d k %d lacking %g above %d\n",(int)probe.steps(),(int)k_,found.lacking,found.above);
         lacking = std::max(lacking, found.lacking);
       }
     }

@@ -45,8 +45,8 @@ class Certificate {
  private:
   struct Values {
     std::vector<double> theta;
-    at::Tensor coupling;  // B^T B, wide [k, k] on the host, with what rounding may have hidden
-    double fine;          // the rounding of each value, absolute
+    at::Tensor coupling;   // B^T B, wide [k, k] on the host, with what rounding may have hidden
+    double fine;           // the rounding of each value, absolute
     double ceiling = 0.0;  // c that is needed
     double error = 0.0;
     bool zero() const { return theta[0] == 0; }

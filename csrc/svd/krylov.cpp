@@ -219,8 +219,7 @@ Ritz ritz_on(const Engine& engine, const at::Tensor& basis, const at::Tensor& im
   const auto [squares, rotation] = ritz_rotation(engine, basis, image);
   if (image.scalar_type() == at::kDouble) {
     return {
-        squares.sqrt(), engine.wide_product(basis, rotation),
-        engine.wide_product(image, rotation)};
+        squares.sqrt(), engine.wide_product(basis, rotation), engine.wide_product(image, rotation)};
   }
   const auto turned = rotation.to(image.scalar_type()).contiguous();
   return {squares.sqrt(), engine.product(basis, turned), engine.product(image, turned)};
@@ -267,7 +266,8 @@ Triplets dense(const Engine& engine, int64_t r, uint64_t seed, double tolerance)
   // eps of the largest, measured.
   constexpr double kGramRounding = 0x1p-46;
   const auto ritz = ritz_on(engine, basis, engine.wide_times(basis));
-  const auto upper = (squares.narrow(-1, 0, r).clamp_min(0) + kGramRounding * squares.narrow(-1, 0, 1)).sqrt();
+  const auto upper =
+      (squares.narrow(-1, 0, r).clamp_min(0) + kGramRounding * squares.narrow(-1, 0, 1)).sqrt();
   const auto error = relative_error(upper, ritz.values, rounding_of(at::kDouble));
   if (!(error <= std::max(tolerance, engine.epsilon())).all().item<bool>()) {
     return exact();
@@ -298,8 +298,7 @@ Triplets rayleigh_ritz(
 namespace {
 
 // The `count` leading triplets of what the space holds.
-Ritz leading_ritz(
-    const Engine& engine, Space& space, int64_t r, int64_t count, double tolerance) {
+Ritz leading_ritz(const Engine& engine, Space& space, int64_t r, int64_t count, double tolerance) {
   if (engine.options.dtype() == at::kDouble) {
     // Squares, as in the form, would lose what lies below 1e-8 of the largest value.
     const auto [U, S, Qh] = at::linalg_svd(space.image(), /*full_matrices=*/false);
@@ -375,6 +374,7 @@ Triplets leading_triplets(
   // bits do not depend on its batch. A batch is as steep as its steepest weight.
   const bool host = engine.host_sees_values();
   block = first_columns(orthonormalized(engine, block), room);
+  const auto start = block;
   Space space(engine, room, /*wide_form=*/!host);
   auto image = space.add(block);
   double steep = 1.0;
@@ -402,8 +402,8 @@ Triplets leading_triplets(
 
   if (bounded) {
     // What rounding of the results leaves is not aimed below.
-    const double goal = std::max(0.9 * tolerance, 8 * engine.epsilon());
-    Settling settling(r, goal);
+    const double goal = std::max(tolerance - engine.epsilon(), 0.5 * engine.epsilon());
+    Settling settling(r, std::max(goal, 8 * engine.epsilon()));
     int64_t next_trial = r;
     uint64_t probe_seed = seed;
     while (true) {
@@ -418,7 +418,6 @@ Triplets leading_triplets(
         const int64_t steps = std::max<int64_t>(8, space.size() / kProbeWidth);
         probe_seed += 0x9e3779b97f4a7c15;  // another stream of normals
         const bool attainable = certificate.attainable(goal);
-        if(getenv("DBG")) fprintf(stderr," trial at %d: attainable %d steps %d\n",(int)space.size(),(int)attainable,(int)steps);
         if (full) {
           certificate.measure(steps, probe_seed);
         }
@@ -430,6 +429,12 @@ Triplets leading_triplets(
         next_trial = space.size() + (attainable ? space.size() / 2 : space.size() / 8);
       }
       grow();
+      if (engine.rounds_operand() && space.steepness_of_last() > kSteepest) {
+        engine.round_no_longer();
+        space = Space(engine, room, /*wide_form=*/true);
+        block = start;
+        image = space.add(block);
+      }
     }
   }
 

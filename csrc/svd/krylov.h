@@ -13,8 +13,8 @@ struct Triplets {
 };
 
 // The r leading triplets, descending. `subspace`: dimension of the Krylov space, 0 for the default.
-// With tolerance > 0 it grows until the largest relative error of the r values is bounded by it (see
-// certificate.h), and `subspace` is the largest dimension allowed (0: none).
+// With tolerance > 0 it grows until the largest relative error of the r values is bounded by it
+// (see certificate.h), and `subspace` is the largest dimension allowed (0: none).
 Triplets leading_triplets(
     Engine& engine, int64_t r, int64_t subspace, uint64_t seed, double tolerance);
 

@@ -29,15 +29,13 @@ at::Tensor frobenius(const at::Tensor& block) {
 
 }  // namespace
 
-Probe::Probe(
-    const Engine& engine, const at::Tensor& space, const at::Tensor& values, uint64_t seed)
+Probe::Probe(const Engine& engine, const at::Tensor& space, const at::Tensor& values, uint64_t seed)
     : engine_(engine),
       space_(space),
       largest_(to_vector(values.select(-1, 0))),
       squares_(to_vector(values.square().sum(-1))) {
-  auto block = engine.gaussian(engine.m, kProbeWidth, seed)
-                   .unsqueeze(0)
-                   .repeat({engine.count, 1, 1});
+  auto block =
+      engine.gaussian(engine.m, kProbeWidth, seed).unsqueeze(0).repeat({engine.count, 1, 1});
   project(block);
   const auto length = frobenius(block).clamp_min(std::numeric_limits<float>::min());
   length_ = to_vector(length);
@@ -92,8 +90,8 @@ Probe::Verdict Probe::verdict(int64_t weight, double ceiling) const {
   double squares = 1.0, slips = 0.0, lost = 0.0;
   for (size_t j = 0; j < count; ++j) {
     // beta_j p_{j+1}
-    const double next = (ceiling - alpha_[j][weight]) * p[j] -
-                        (j > 0 ? beta_[j - 1][weight] * p[j - 1] : 0.0);
+    const double next =
+        (ceiling - alpha_[j][weight]) * p[j] - (j > 0 ? beta_[j - 1][weight] * p[j - 1] : 0.0);
     if (!(next > 0)) {
       return {false, true, std::numeric_limits<double>::infinity()};
     }
@@ -111,8 +109,8 @@ Probe::Verdict Probe::verdict(int64_t weight, double ceiling) const {
     sum.add_(blocks_[j][weight], p[j] / size);
   }
   const auto wide = sum.to(at::kDouble).cpu();
-  const double norm = std::sqrt(
-      std::max(0.0, at::linalg_eigvalsh(wide.mT().mm(wide)).max().item<double>()));
+  const double norm =
+      std::sqrt(std::max(0.0, at::linalg_eigvalsh(wide.mT().mm(wide)).max().item<double>()));
   const double start = std::sqrt(kLeastSquare) / length_[weight] - lost;
   if (!(start > 0)) {
     return {false, false, std::numeric_limits<double>::infinity()};

@@ -24,15 +24,14 @@ namespace lora {
 class Probe {
  public:
   // `space` [count, m, k]: orthonormal. `values`: the singular values on it, wide [count, k].
-  Probe(
-      const Engine& engine, const at::Tensor& space, const at::Tensor& values, uint64_t seed);
+  Probe(const Engine& engine, const at::Tensor& space, const at::Tensor& values, uint64_t seed);
 
   int64_t steps() const { return static_cast<int64_t>(blocks_.size()) - 1; }
   void step();
 
   struct Verdict {
-    bool below;     // C's eigenvalues are all below the ceiling
-    bool above;     // the recurrence has a zero above it: C has an eigenvalue there
+    bool below;      // C's eigenvalues are all below the ceiling
+    bool above;      // the recurrence has a zero above it: C has an eigenvalue there
     double lacking;  // the logarithm of what `below` still lacks; at most 0 if it holds
   };
   Verdict verdict(int64_t weight, double ceiling) const;
@@ -48,8 +47,8 @@ class Probe {
   at::Tensor space_;
   std::vector<double> largest_, squares_;  // of the values, of each weight
   std::vector<at::Tensor> blocks_;
-  std::vector<double> length_;                      // |P Omega|, of each weight
-  std::vector<std::vector<double>> alpha_, beta_;   // [step][weight]
+  std::vector<double> length_;                     // |P Omega|, of each weight
+  std::vector<std::vector<double>> alpha_, beta_;  // [step][weight]
 };
 
 constexpr int64_t kProbeWidth = 16;

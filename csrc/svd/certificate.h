@@ -18,6 +18,7 @@ struct Ritz {
   at::Tensor values;   // wide [count, k], descending
   at::Tensor vectors;  // [count, m, k] of the working dtype or wide, orthonormal; or zero columns
   at::Tensor images;   // [count, n, k], of the same dtype
+  at::Tensor left;     // the images' directions, orthonormal, where an SVD has given them
 };
 
 // Ritz values are at most W's singular values, by Cauchy's interlacing. What W's may be more: with

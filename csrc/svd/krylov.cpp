@@ -222,18 +222,18 @@ Ritz ritz_on(const Engine& engine, const at::Tensor& basis, const at::Tensor& im
         squares.sqrt(), engine.wide_product(basis, rotation), engine.wide_product(image, rotation)};
   }
   const auto turned = rotation.to(image.scalar_type()).contiguous();
-  return {squares.sqrt(), engine.product(basis, turned), engine.product(image, turned)};
+  return {squares.sqrt(), engine.product(basis, turned), engine.product(image, turned), {}};
 }
 
 Triplets triplets_of(const Engine& engine, const Ritz& ritz, int64_t r, uint64_t seed) {
   const auto work = engine.options.dtype();
   const auto S = ritz.values.narrow(-1, 0, r);
+  if (ritz.left.defined()) {
+    return {ritz.left.narrow(-1, 0, r), S, ritz.vectors.narrow(-1, 0, r), {}};
+  }
   const auto inverse = at::where(S > 0, 1 / S, 0).unsqueeze(-2);
   const auto U = (ritz.images.narrow(-1, 0, r) * inverse).to(work).contiguous();
   const auto V = ritz.vectors.narrow(-1, 0, r).to(work).contiguous();
-  if (work == at::kDouble) {
-    return {U, S, V, {}};
-  }
   return with_orthonormal(engine, U, S, V, seed);
 }
 
@@ -302,11 +302,11 @@ Ritz leading_ritz(const Engine& engine, Space& space, int64_t r, int64_t count, 
   if (engine.options.dtype() == at::kDouble) {
     // Squares, as in the form, would lose what lies below 1e-8 of the largest value.
     const auto [U, S, Qh] = at::linalg_svd(space.image(), /*full_matrices=*/false);
-    const auto values = S.narrow(-1, 0, count);
+    const auto values = S.narrow(-1, 0, count), left = U.narrow(-1, 0, count);
     const auto turned = Qh.narrow(-2, 0, count).mT().contiguous();
     return {
-        values, engine.product(space.basis(), turned),
-        (U.narrow(-1, 0, count) * values.unsqueeze(-2)).contiguous()};
+        values, engine.product(space.basis(), turned), (left * values.unsqueeze(-2)).contiguous(),
+        left};
   }
   while (true) {
     const auto chosen = engine.leading_vectors(space.raised_form(), count);
@@ -360,7 +360,8 @@ Triplets leading_triplets(
     if (found.error.defined() && engine.options.dtype() != at::kDouble) {
       // S is rounded to float32, of which the least number is 2^-149.
       const auto least = found.S.select(-1, -1).maximum(kLeastValue * found.S.select(-1, 0));
-      found.error = found.error + engine.epsilon() + 0x1p-150 / least.clamp_min(0x1p-149);
+      const auto rounding = engine.epsilon() + 0x1p-150 / least;
+      found.error = found.error + at::where(least > 0, rounding, 0);
     }
     return found;
   };

@@ -21,8 +21,8 @@ class TruncatedSVD(NamedTuple):
 
     `U` [n, r] and `Vh` [r, m] have orthonormal columns and rows, `S` [r] is not negative; all in
     float32, or float64 for float64 weights. In each column of U the entry of largest magnitude is
-    positive. `error`: the estimated largest error of S (0-dim float64; [k] for a batch), relative
-    to each value or to 1e-7 of the largest, whichever is more; None if none was estimated.
+    positive. `error`: a bound of the largest error of S (0-dim float64; [k] for a batch), relative
+    to each value or to 1e-7 of the largest, whichever is more; None if none was asked for.
     """
 
     U: Tensor
@@ -49,14 +49,22 @@ def truncated(
         r: 1 ≤ r ≤ min(n, m).
         method: "randomized", block Krylov iteration, as good as `torch.svd_lowrank` with niter=16
             on slowly decaying spectra; or "exact", LAPACK's or cuSOLVER's full SVD cut to r.
-        tol: the iteration stops once what every σ still lacks is estimated below it, or the space
-            is as large as it may be. Compare `error` with it, which counts rounding too (bfloat16
-            weights: 4e-6 of the largest σ) and may be more. An estimate
-            all the same: among hundreds of values that nearly agree, it may be too small. None:
-            nothing is estimated.
+        tol: the iteration stops once every σ is known to this relative error (see below). None:
+            the dimension of the space is fixed, and nothing is known of the error.
         subspace: dimension of the Krylov space, r ≤ subspace ≤ min(n, m); with `tol`, the largest
-            it may have. None: chosen.
+            it may have, and then `error` may be more than `tol`. None: chosen.
         seed: of the randomised start. The same seed gives the same bits on one device.
+
+    With `tol`, `error` is a bound and not a guess: with a probability of more than 1 - 1e-6 over
+    the seeds, for each weight, no σ is off by more. What the space gives is never too large
+    (Cauchy's interlacing theorem). How much too small it may be follows from what W does to the
+    vectors that were found, and from the largest singular value beside them, which a random block
+    of another seed bounds from above (as Kuczyński and Woźniakowski, SIAM J. Matrix Anal. Appl. 13,
+    1992, bound Lanczos's error for a random start; for the block matrix, Lehmann's bounds: Parlett,
+    The Symmetric Eigenvalue Problem, chapter 10). Rounding is counted by its usual size, with a
+    margin. Where the bound would take more than two thirds of all dimensions (hundreds of values
+    that agree to less than `tol`), the weight is decomposed completely. `error` is at most `tol`
+    unless `subspace` forbids it or rounding is more: 1.2e-7 of each σ for results in float32.
 
     Raises:
         ValueError: a value out of range, an unknown method, weights that are empty, unlike, or hold

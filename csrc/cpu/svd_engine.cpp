@@ -46,6 +46,14 @@ class CpuEngine final : public Engine {
     return out;
   }
 
+  at::Tensor wide_transposed_times(const at::Tensor& y) const override {
+    auto out = at::empty({1, m, y.size(2)}, wide());
+    gemm(
+        Arithmetic::kDouble, weight_, unit_columns(y[0]), out[0],
+        {.transpose = true, .factor = factor_});
+    return out;
+  }
+
   at::Tensor weight_gram() const override {
     auto out = at::zeros({1, m, m}, wide());
     // By blocks of rows: a second copy of all of W, widened, is never made.

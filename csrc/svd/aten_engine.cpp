@@ -48,6 +48,14 @@ class AtenEngine final : public Engine {
     return out;
   }
 
+  at::Tensor wide_transposed_times(const at::Tensor& y) const override {
+    auto out = at::empty({count, m, y.size(2)}, wide());
+    for (int64_t k = 0; k < count; ++k) {
+      out[k].copy_(at::mm(weights_[k].t().to(at::kDouble), y[k].to(at::kDouble)));
+    }
+    return out;
+  }
+
   at::Tensor weight_gram() const override {
     auto out = at::zeros({count, m, m}, wide());
     constexpr int64_t kRows = 1024;
@@ -92,7 +100,7 @@ class AtenEngine final : public Engine {
     return at::bmm(a.mT().to(at::kDouble), b.to(at::kDouble));
   }
   at::Tensor wide_product(const at::Tensor& a, const at::Tensor& b) const override {
-    return at::bmm(a, b);
+    return at::bmm(a.to(at::kDouble), b.to(at::kDouble));
   }
 
   at::Tensor gaussian(int64_t rows, int64_t cols, uint64_t seed) const override {

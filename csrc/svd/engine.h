@@ -38,7 +38,8 @@ class Engine {
   virtual at::Tensor transposed_times(const at::Tensor& y) const = 0;  // W^T y  [m, b]
   virtual at::Tensor exact_times(const at::Tensor& v) const = 0;       // W v without that rounding
   virtual at::Tensor exact_transposed_times(const at::Tensor& y) const = 0;
-  virtual at::Tensor wide_times(const at::Tensor& v) const = 0;  // W v, wide
+  virtual at::Tensor wide_times(const at::Tensor& v) const = 0;  // W v, wide; v too may be wide
+  virtual at::Tensor wide_transposed_times(const at::Tensor& y) const = 0;  // W^T y, the same
   virtual at::Tensor weight_gram() const = 0;                    // W^T W, wide [m, m]
   virtual at::Tensor wide_weight() const = 0;                    // W, wide [n, m]
 

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
+#include "certificate.h"
 #include "orthonormal.h"
 #include "settling.h"
 
@@ -33,13 +35,12 @@ Plan default_plan(int64_t r) {
 // further than this, the others would drown.
 constexpr double kSteepest = 64.0;
 
-// What the estimate of the values' error is multiplied by: in the first steps they settle slower
-// than geometrically, and were off by up to 2.5 times the plain estimate (Gaussian and clustered
-// values, 900 x 700).
-constexpr double kCaution = 3.0;
-// The error of values in a space that rounded vectors chose, relative to the largest: 0.4e-6 to
-// 2.0e-6, measured.
-constexpr double kRounded = 0x1p-18;
+// Triplets beside those wanted, at the least: what takes the next values out of a bound's way.
+constexpr int64_t kSpare = 32;
+
+// Below this tolerance vectors are not rounded to 8 bits: what that leaves of W^T W V beside V is
+// 1e-3 of it, and its square, over the gap and twice the tolerance, has to be small.
+constexpr double kFinest = 1e-4;
 
 at::Tensor diagonal_of(const at::Tensor& matrices) {
   return matrices.diagonal(0, -2, -1);
@@ -111,7 +112,31 @@ class Space {
   // basis^T W^T W b for the last block b: what of W^T W b lies in the basis. Undefined where W^T
   // met another, rounded, image, and where rounding of the largest value is more than that of W^T W
   // b.
-  at::Tensor inside() const { return rounded_.defined() || wide_form_ ? at::Tensor() : columns_; }
+  at::Tensor inside() const {
+    if (rounded_.defined() || wide_form_) {
+      return {};
+    }
+    return steepness_of_last() > kSteepest ? at::Tensor() : columns_;
+  }
+
+  // How far the largest value stands out from the middle one that the last block meets.
+  double steepness_of_last() const {
+    const auto squares = diagonal_of(corner(form_));
+    const auto own = squares.narrow(-1, size_ - columns_.size(-1), columns_.size(-1));
+    const auto middle = std::get<0>(own.median(-1));
+    const auto largest = squares.amax(-1).clamp_min(1e-300);
+    return std::sqrt((largest / at::where(middle > 0, middle, largest)).max().item<double>());
+  }
+
+  // Whether all of these values, descending, are above the rounding of the form.
+  bool shows_all(const at::Tensor& values) const {
+    return wide_form_ ||
+           (kSteepest * values.select(-1, -1) > values.select(-1, 0)).all().item<bool>();
+  }
+  void widen() {
+    wide_form_ = true;
+    corner(form_).copy_(engine_->gram(image(), image()));
+  }
 
   // The form in orthonormal coordinates. Where W meets rounded vectors, their Gram matrix is 1 + E
   // with E a few 1e-3, and (1 + E)^-1/2 is taken to first order: what is left, E^2, only turns the
@@ -157,15 +182,104 @@ class Space {
   at::Tensor excess_;   // operand^T operand - 1, where the operand is rounded
 };
 
-// The triplets of a weight that is small, or most of whose triplets are wanted.
-Triplets dense(const Engine& engine, int64_t r, uint64_t seed) {
-  if (engine.options.dtype() == at::kDouble) {
-    const auto all = exact_triplets(engine);
-    return {all.U.narrow(-1, 0, r), all.S.narrow(-1, 0, r), all.V.narrow(-1, 0, r), {}};
+// What orthonormalises `basis` under its Gram matrix, but for zero columns, and makes the images of
+// the result orthogonal: the squares of their lengths, descending, and the rotation. In float64.
+std::tuple<at::Tensor, at::Tensor> ritz_rotation(
+    const Engine& engine, const at::Tensor& basis, const at::Tensor& image) {
+  auto mass = engine.gram(basis, basis);
+  auto lengths = diagonal_of(mass);
+  const auto missing = lengths < 0.25;  // their rows and columns are zero
+  lengths.copy_(at::where(missing, 1, lengths));
+  const auto factor = std::get<0>(at::linalg_cholesky_ex(mass));
+  const auto half = at::linalg_solve_triangular(factor, engine.gram(image, image), /*upper=*/false);
+  const auto form = at::linalg_solve_triangular(factor, half.mT(), /*upper=*/false);
+  const auto [squares, vectors] = engine.eigh(form);
+  const auto rotation =
+      at::linalg_solve_triangular(factor.mT(), vectors.contiguous(), /*upper=*/true);
+  return {squares.clamp_min(0), rotation};
+}
+
+// In a narrow range of values U and V are orthonormal as they come, to rounding.
+Triplets with_orthonormal(
+    const Engine& engine, at::Tensor U, const at::Tensor& S, at::Tensor V, uint64_t seed) {
+  if (!engine.host_sees_values() ||
+      !(S.narrow(-1, S.size(-1) - 1, 1) > 1e-3 * S.narrow(-1, 0, 1)).all().item<bool>()) {
+    U = completed(engine, U, seed + 1);
+    V = completed(engine, V, seed + 2);
   }
-  const auto vectors = std::get<1>(engine.eigh(engine.weight_gram()));
+  return {U, S, V, {}};
+}
+
+// The rounding of values that are computed in this dtype, relative to the largest. In float64 it is
+// LAPACK's SVD, or cuSOLVER's by Jacobi rotations: in 15 sweeps over a space of 1000 dimensions
+// their roundings add up, like a random walk, to sqrt(15000) = 122 eps; twice that is allowed for.
+double rounding_of(const Engine& engine, at::ScalarType dtype) {
+  if (dtype != at::kDouble) {
+    return 0x1p-20;
+  }
+  return engine.host_sees_values() ? 0x1p-47 : 0x1p-45;
+}
+
+Ritz ritz_on(const Engine& engine, const at::Tensor& basis, const at::Tensor& image) {
+  const auto [squares, rotation] = ritz_rotation(engine, basis, image);
+  if (image.scalar_type() == at::kDouble) {
+    return {
+        squares.sqrt(), engine.wide_product(basis, rotation), engine.wide_product(image, rotation)};
+  }
+  const auto turned = rotation.to(image.scalar_type()).contiguous();
+  return {squares.sqrt(), engine.product(basis, turned), engine.product(image, turned), {}};
+}
+
+Triplets triplets_of(const Engine& engine, const Ritz& ritz, int64_t r, uint64_t seed) {
+  const auto work = engine.options.dtype();
+  const auto S = ritz.values.narrow(-1, 0, r);
+  if (ritz.left.defined()) {
+    return {ritz.left.narrow(-1, 0, r), S, ritz.vectors.narrow(-1, 0, r), {}};
+  }
+  const auto inverse = at::where(S > 0, 1 / S, 0).unsqueeze(-2);
+  const auto U = (ritz.images.narrow(-1, 0, r) * inverse).to(work).contiguous();
+  const auto V = ritz.vectors.narrow(-1, 0, r).to(work).contiguous();
+  return with_orthonormal(engine, U, S, V, seed);
+}
+
+// The largest of what bounds the values, relative to each.
+at::Tensor relative_error(const at::Tensor& upper, const at::Tensor& values, double rounding) {
+  const auto largest = values.narrow(-1, 0, 1).clamp_min(1e-300);
+  const auto size = values.maximum(kLeastValue * largest);
+  return (((upper - values).clamp_min(0) + rounding * largest) / size).amax(-1);
+}
+
+// The triplets of a weight that is small, or most of whose triplets are wanted. With a tolerance,
+// their error is bounded too.
+Triplets dense(const Engine& engine, int64_t r, uint64_t seed, double tolerance) {
+  const auto exact = [&] {
+    const auto all = exact_triplets(engine);
+    const auto S = all.S.narrow(-1, 0, r);
+    return Triplets{
+        all.U.narrow(-1, 0, r), S, all.V.narrow(-1, 0, r),
+        tolerance > 0 ? relative_error(S, S, rounding_of(engine, at::kDouble)) : at::Tensor()};
+  };
+  if (engine.options.dtype() == at::kDouble) {
+    return exact();
+  }
+  const auto [squares, vectors] = engine.eigh(engine.weight_gram());
   const auto basis = vectors.narrow(-1, 0, r).to(engine.options.dtype()).contiguous();
-  return rayleigh_ritz(engine, basis, engine.exact_times(basis), seed);
+  if (tolerance == 0) {
+    return rayleigh_ritz(engine, basis, engine.exact_times(basis), seed);
+  }
+  // The eigenvalues are off by the rounding of sums of up to n squares, and by LAPACK's: a few
+  // eps of the largest, measured.
+  constexpr double kGramRounding = 0x1p-46;
+  const auto ritz = ritz_on(engine, basis, engine.wide_times(basis));
+  const auto upper =
+      (squares.narrow(-1, 0, r).clamp_min(0) + kGramRounding * squares.narrow(-1, 0, 1)).sqrt();
+  const auto error = relative_error(upper, ritz.values, rounding_of(engine, at::kDouble));
+  if (!(error <= std::max(tolerance, engine.epsilon())).all().item<bool>()) {
+    return exact();
+  }
+  auto found = triplets_of(engine, ritz, r, seed);
+  found.error = error;
+  return found;
 }
 
 }  // namespace
@@ -178,36 +292,58 @@ Triplets exact_triplets(const Engine& engine) {
 Triplets rayleigh_ritz(
     const Engine& engine, const at::Tensor& basis, const at::Tensor& image, uint64_t seed) {
   const auto work = engine.options.dtype();
-  auto mass = engine.gram(basis, basis);
-  auto lengths = diagonal_of(mass);
-  const auto missing = lengths < 0.25;  // their rows and columns are zero
-  lengths.copy_(at::where(missing, 1, lengths));
-  const auto factor = std::get<0>(at::linalg_cholesky_ex(mass));
-  const auto half = at::linalg_solve_triangular(factor, engine.gram(image, image), /*upper=*/false);
-  const auto form = at::linalg_solve_triangular(factor, half.mT(), /*upper=*/false);
-  const auto [squares, vectors] = engine.eigh(form);
-  const auto S = squares.clamp_min(0).sqrt();
-  const auto rotation =
-      at::linalg_solve_triangular(factor.mT(), vectors.contiguous(), /*upper=*/true);
+  const auto [squares, rotation] = ritz_rotation(engine, basis, image);
+  const auto S = squares.sqrt();
   const auto inverse = at::where(S > 0, 1 / S, 0).unsqueeze(-2);
-  auto U = engine.product(image, (rotation * inverse).to(work).contiguous());
-  auto V = engine.product(basis, rotation.to(work).contiguous());
-  // In a narrow range of values both are orthonormal as they come, to rounding.
-  if (!engine.host_sees_values() ||
-      !(S.narrow(-1, S.size(-1) - 1, 1) > 1e-3 * S.narrow(-1, 0, 1)).all().item<bool>()) {
-    U = completed(engine, U, seed + 1);
-    V = completed(engine, V, seed + 2);
-  }
-  return {U, S, V, {}};
+  const auto U = engine.product(image, (rotation * inverse).to(work).contiguous());
+  const auto V = engine.product(basis, rotation.to(work).contiguous());
+  return with_orthonormal(engine, U, S, V, seed);
 }
+
+namespace {
+
+// The `count` leading triplets of what the space holds.
+Ritz leading_ritz(const Engine& engine, Space& space, int64_t r, int64_t count, double tolerance) {
+  if (engine.options.dtype() == at::kDouble) {
+    // Squares, as in the form, would lose what lies below 1e-8 of the largest value.
+    const auto [U, S, Qh] = at::linalg_svd(space.image(), /*full_matrices=*/false);
+    const auto values = S.narrow(-1, 0, count), left = U.narrow(-1, 0, count);
+    const auto turned = Qh.narrow(-2, 0, count).mT().contiguous();
+    return {
+        values, engine.product(space.basis(), turned), (left * values.unsqueeze(-2)).contiguous(),
+        left};
+  }
+  while (true) {
+    const auto chosen = engine.leading_vectors(space.raised_form(), count);
+    const auto basis = engine.product(space.operand(), chosen);
+    auto ritz = ritz_on(engine, basis, engine.product(space.image(), chosen));
+    const auto last = ritz.values.select(-1, r - 1), first = ritz.values.select(-1, 0);
+    const auto part = (last / first.clamp_min(1e-300)).clamp_min(kLeastValue).min().item<double>();
+    if (!space.shows_all(ritz.values.narrow(-1, 0, r))) {
+      space.widen();
+      continue;
+    }
+    // Where float32 would be a good part of the tolerance, the last step is in float64.
+    if (rounding_of(engine, at::kFloat) > 0.25 * tolerance * part) {
+      ritz = ritz_on(engine, basis, engine.wide_times(basis));
+    }
+    return ritz;
+  }
+}
+
+}  // namespace
 
 Triplets leading_triplets(
     Engine& engine, int64_t r, int64_t subspace, uint64_t seed, double tolerance) {
+  const bool bounded = tolerance > 0;
   auto plan = default_plan(r);
   if (subspace > 0) {
     plan.block = std::clamp<int64_t>(subspace / 4, 1, plan.block);
   }
-  const int64_t limit = subspace > 0 ? subspace : tolerance > 0 ? engine.m : plan.subspace;
+  const int64_t limit = subspace > 0 ? subspace : bounded ? engine.m : plan.subspace;
+  if (bounded && tolerance < kFinest) {
+    engine.round_no_longer();
+  }
   const auto sketch = engine.gaussian(engine.n, std::min(plan.block, engine.m), seed)
                           .expand({engine.count, -1, -1});
   auto block = engine.transposed_times(sketch);
@@ -222,36 +358,30 @@ Triplets leading_triplets(
     undo = engine.rescale();
     block = engine.transposed_times(sketch);
   }
-  // `rounding`: what the values are off by however large the space, relative to the largest.
-  const auto finish = [&](Triplets found, const at::Tensor& error, double rounding) {
-    if (error.defined()) {
-      const auto largest = found.S.select(-1, 0).clamp_min(1e-300);
-      const auto least = at::maximum(found.S.select(-1, -1), kLeastValue * largest);
-      found.error = at::maximum(error, rounding * largest / least);
-    }
+  const auto finish = [&](Triplets found) {
     if (undo.defined()) {
       found.S = found.S * undo.unsqueeze(-1);
     }
+    if (found.error.defined() && engine.options.dtype() != at::kDouble) {
+      // S is rounded to float32, of which the least number is 2^-149.
+      const auto least = found.S.select(-1, -1).maximum(kLeastValue * found.S.select(-1, 0));
+      const auto rounding = engine.epsilon() + 0x1p-150 / least;
+      found.error = found.error + at::where(least > 0, rounding, 0);
+    }
     return found;
   };
-  // In float32 the last step works in float64, and its own rounding is not seen. In float64 it is
-  // LAPACK's SVD, or cuSOLVER's by Jacobi rotations: in 15 sweeps over a space of 1000 dimensions
-  // their roundings add up, like a random walk, to √15000 = 122 eps; twice that is allowed for.
-  const double wide = engine.host_sees_values() ? 64 : 256;
-  const double fine = (engine.options.dtype() == at::kDouble ? wide : 16) * engine.epsilon();
 
   // A space of two thirds of all dimensions costs more than all of them at once.
   const int64_t room = std::min(limit, 2 * engine.m / 3);
-  Settling settling(r, tolerance, kCaution);
-  if (room < r || (room < limit && !settling.wanted())) {
-    const auto exact = at::zeros({engine.count}, engine.wide());
-    return finish(dense(engine, r, seed), settling.wanted() ? exact : at::Tensor(), fine);
+  if (room < r || (room < limit && !bounded)) {
+    return finish(dense(engine, r, seed, tolerance));
   }
   // A GPU is asked only where it matters, and always sums in float64, so that the batch of a
   // float32 weight changes its values by rounding only (its last bits it may: batched cuBLAS and
   // cuSOLVER take other algorithms). A batch is as steep as its steepest weight.
   const bool host = engine.host_sees_values();
   block = first_columns(orthonormalized(engine, block), room);
+  const auto start = block;
   Space space(engine, room, /*wide_form=*/!host);
   auto image = space.add(block);
   double steep = 1.0;
@@ -265,29 +395,73 @@ Triplets leading_triplets(
   }
   // An error in the basis turns the chosen space by as much; what that loses of the largest value
   // has to stay below the others.
-  Orthogonality state{std::min(1e-4, 3e-3 / steep)};
-  bool settled = settling.wanted() && settling.settled(space.form());
-  while (space.size() < room && !settled) {
+  constexpr double kTurned = 3e-3;
+  Orthogonality state{std::min(1e-4, kTurned / steep)};
+  const auto grow = [&] {
     block = engine.transposed_times(image);
     block = orthonormalized(engine, block, space.basis(), state, space.inside());
     block = first_columns(block, room - space.size());
     image = space.add(block);
-    settled = settling.wanted() && settling.settled(space.form());
+    if (host) {
+      state.tolerated = std::min(state.tolerated, kTurned / space.steepness_of_last());
+    }
+  };
+
+  if (bounded) {
+    // What rounding of the results leaves is not aimed below.
+    const double goal = std::max(tolerance - engine.epsilon(), 0.5 * engine.epsilon());
+    Settling settling(r, std::max(goal, 8 * engine.epsilon()));
+    int64_t next_trial = r;
+    uint64_t probe_seed = seed;
+    while (true) {
+      const bool settled = settling.settled(space.form()), full = space.size() >= room;
+      if (full && room < limit) {
+        return finish(dense(engine, r, seed, tolerance));
+      }
+      if (full || (settled && space.size() >= next_trial)) {
+        const int64_t count = std::min(space.size(), r + std::max<int64_t>(kSpare, r / 2));
+        const auto ritz = leading_ritz(engine, space, r, count, goal);
+        Certificate certificate(engine, ritz, r, rounding_of(engine, ritz.images.scalar_type()));
+        const int64_t steps = std::max<int64_t>(8, space.size() / kProbeWidth);
+        probe_seed += 0x9e3779b97f4a7c15;  // another stream of normals
+        const bool attainable = certificate.attainable(goal);
+        if (full) {
+          certificate.measure(steps, probe_seed);
+        }
+        if (full || (attainable && certificate.proves(steps, probe_seed))) {
+          auto found = triplets_of(engine, ritz, r, seed);
+          found.error = certificate.error();
+          return finish(std::move(found));
+        }
+        next_trial = space.size() + (attainable ? space.size() / 2 : space.size() / 8);
+      }
+      grow();
+      if (engine.rounds_operand() && space.steepness_of_last() > kSteepest) {
+        engine.round_no_longer();
+        space = Space(engine, room, /*wide_form=*/true);
+        block = start;
+        image = space.add(block);
+      }
+    }
   }
-  if (settling.wanted() && !settled && room < limit) {
-    return finish(dense(engine, r, seed), at::zeros({engine.count}, engine.wide()), fine);
+
+  while (space.size() < room) {
+    grow();
   }
   if (engine.options.dtype() == at::kDouble) {
-    // Squares, as in the form, would lose what lies below 1e-8 of the largest value.
-    const auto [U, S, Qh] = at::linalg_svd(space.image(), /*full_matrices=*/false);
-    const auto V = engine.product(space.basis(), Qh.narrow(-2, 0, r).mT().contiguous());
-    return finish({U.narrow(-1, 0, r), S.narrow(-1, 0, r), V, {}}, settling.error(), fine);
+    return finish(triplets_of(engine, leading_ritz(engine, space, r, r, 0.0), r, seed));
   }
-  const auto chosen = engine.leading_vectors(space.raised_form(), r);
-  const auto basis = engine.product(space.operand(), chosen);
-  image = engine.product(space.image(), chosen);
-  const double rounding = engine.rounds_operand() ? kRounded : fine;
-  return finish(rayleigh_ritz(engine, basis, image, seed), settling.error(), rounding);
+  while (true) {
+    const auto chosen = engine.leading_vectors(space.raised_form(), r);
+    auto found = rayleigh_ritz(
+        engine, engine.product(space.operand(), chosen), engine.product(space.image(), chosen),
+        seed);
+    if (host && !space.shows_all(found.S)) {
+      space.widen();
+      continue;
+    }
+    return finish(std::move(found));
+  }
 }
 
 }  // namespace lora

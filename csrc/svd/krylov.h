@@ -9,12 +9,12 @@ namespace lora {
 
 struct Triplets {
   at::Tensor U, S, V;  // [count, n, r], wide [count, r], [count, m, r]: of the tall weights
-  at::Tensor error;    // wide [count], see leading_triplets; undefined if nothing was estimated
+  at::Tensor error;    // wide [count], see leading_triplets; undefined without a tolerance
 };
 
 // The r leading triplets, descending. `subspace`: dimension of the Krylov space, 0 for the default.
-// With tolerance > 0 it stops when the largest relative error of the r values, estimated from how
-// fast they settle, is below it, and `subspace` is the largest dimension allowed (0: none).
+// With tolerance > 0 it grows until the largest relative error of the r values is bounded by it
+// (see certificate.h), and `subspace` is the largest dimension allowed (0: none).
 Triplets leading_triplets(
     Engine& engine, int64_t r, int64_t subspace, uint64_t seed, double tolerance);
 

@@ -19,18 +19,18 @@ bool Settling::settled(const at::Tensor& form) {
   }
   const auto squares = at::linalg_eigvalsh(form).flip(-1).narrow(-1, 0, r_);
   const auto values = squares.clamp_min(0).sqrt();
+  bool settled = false;
   if (last_.defined()) {
     const auto floor = kLeastValue * values.narrow(-1, 0, 1) + std::numeric_limits<double>::min();
     const auto change = ((values - last_).abs() / values.maximum(floor)).amax(-1);
     const auto ratio = change_.defined() ? (change / change_.clamp_min(1e-300)).clamp(0, kSlowest)
                                          : at::full_like(change, kSlowest);
-    error_ = caution_ * change * (ratio / (1 - ratio)).clamp_min(0.5);
+    const auto left = change * (ratio / (1 - ratio)).clamp_min(0.5);
+    settled = (left <= tolerance_).all().item<bool>();
     change_ = change;
-  } else {
-    error_ = at::full_like(values.select(-1, 0), std::numeric_limits<double>::infinity());
   }
   last_ = values;
-  return (error_ <= tolerance_).all().item<bool>();
+  return settled;
 }
 
 }  // namespace lora

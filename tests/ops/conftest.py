@@ -1,0 +1,110 @@
+"""Every operator's tests at every instruction set that this processor has, in one process.
+
+A test that takes `device` runs as `cpu-baseline`, `cpu-avx2` ... and, with the best set, as `cpu`;
+one that does not, as `baseline`, `avx2` ... The best set runs everything. A lower one leaves out
+what does not depend on it, draws fewer of hypothesis's examples, and of a sweep of many parameters
+takes about every fourth combination, each set other ones; LORA_KERNELS_TEST_EVERY_SET=1 makes it
+run all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import pytest
+from hypothesis import settings
+
+from lora_kernels.ops import cpu_capabilities, set_cpu_capability
+
+from ..devices import DEVICES
+
+SETS = cpu_capabilities()
+# torch's engine for the batches of a GPU has no instruction sets of ours.
+LOWER = [] if os.environ.get("LORA_KERNELS_SVD_ENGINE") == "aten" else SETS[:-1]
+EVERY = os.environ.get("LORA_KERNELS_TEST_EVERY_SET") == "1"
+SWEEP, PART, EXAMPLES = 8, 4, 10
+SET_PARAMETERS = ("device", "instruction_set")
+
+# What is decided before a kernel runs, or is about PyTorch, or about the reference.
+INDEPENDENT = (
+    *("opcheck", "compile", "meta", "bad_argument", "bad_input", "bad_number", "bad_tolerance"),
+    *("reference", "inference", "no_weight", "unlike", "empty_list", "defaults", "refused"),
+    *(
+        "gradcheck",
+        "autocast",
+        "differentiates",
+        "batched_engine",
+        "known",
+        "plain_integers",
+        "every_instruction_set",
+    ),
+)
+
+
+@pytest.fixture(scope="session")
+def device(request) -> str:
+    return request.param.partition("-")[0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def instruction_set(request) -> str | None:
+    """Of a test without `device`."""
+    return getattr(request, "param", None)
+
+
+def pytest_generate_tests(metafunc) -> None:
+    independent = any(part in metafunc.function.__name__ for part in INDEPENDENT)
+    lower = [] if independent else LOWER
+    if "device" in metafunc.fixturenames:
+        names = [f"cpu-{name}" for name in lower] + DEVICES
+        metafunc.parametrize("device", names, indirect=True, scope="session")
+    elif lower:
+        metafunc.parametrize("instruction_set", SETS, indirect=True, scope="session")
+
+
+def lower_set_of(item) -> str | None:
+    """The set that this test runs with, if it is not the best one."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    name = params.get("device", params.get("instruction_set", "")).removeprefix("cpu-")
+    return name if name in LOWER else None
+
+
+def part_of(item) -> int:
+    """A number below PART that only the combination decides, mixed over all its parameters."""
+    values = {k: v for k, v in item.callspec.indices.items() if k not in SET_PARAMETERS}
+    return zlib.crc32(repr(sorted(values.items())).encode()) % PART
+
+
+def pytest_collection_modifyitems(items) -> None:
+    groups: dict[tuple[object, str], list] = {}
+    for item in items:
+        if name := lower_set_of(item):
+            groups.setdefault((item.function, name), []).append(item)
+    left_out = set()
+    for (_, name), group in groups.items():
+        if len(group) >= SWEEP and not EVERY:
+            part = SETS.index(name) % PART
+            left_out |= {item for item in group if part_of(item) != part}
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_runtest_setup(item) -> None:
+    name = lower_set_of(item)
+    if name is None:
+        return
+    set_cpu_capability(name)
+    usual = getattr(item.obj, "_hypothesis_internal_use_settings", None)
+    if usual is not None and not EVERY:
+        item.obj._hypothesis_internal_use_settings = settings(
+            usual, max_examples=min(usual.max_examples, EXAMPLES)
+        )
+        item.usual_settings = usual
+
+
+def pytest_runtest_teardown(item) -> None:
+    if lower_set_of(item) is None:
+        return
+    set_cpu_capability(SETS[-1])
+    if hasattr(item, "usual_settings"):
+        item.obj._hypothesis_internal_use_settings = item.usual_settings

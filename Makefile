@@ -14,7 +14,7 @@ PY_DIRS := lora_kernels triton_kernels tests benchmarks setup.py
 GPU_PYTHON ?= python3
 GPU_MINUTES ?= 7
 
-.PHONY: demo test bench lint format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test bench bench-avx2 lint format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -29,6 +29,16 @@ bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.svd
 	$(BIN)/python -m benchmarks.layer
 	$(BIN)/python -m benchmarks.model
+
+# The AVX2 kernels and torch limited to AVX2, on a processor that may have more.
+bench-avx2: export LORA_KERNELS_CPU_CAPABILITY := avx2
+bench-avx2: export ATEN_CPU_CAPABILITY := avx2
+bench-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
+bench-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+bench-avx2: $(VENV)/built
+	$(BIN)/python -m benchmarks.init --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.svd --no-model --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.layer --tokens 64 --rounds 3 --out benchmarks/results/avx2
 
 # All three parts, also after one has failed; each runs alone as well. Under 8 minutes.
 gpu: gpu-build

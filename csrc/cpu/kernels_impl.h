@@ -5,10 +5,27 @@ namespace lora {
 namespace LORA_ISA {
 namespace {
 
-typedef double Double8 __attribute__((vector_size(64)));
-typedef float Float8 __attribute__((vector_size(32)));
-typedef uint32_t Word8 __attribute__((vector_size(32)));
-typedef uint16_t Short8 __attribute__((vector_size(16)));
+// A step of a loop: kStep entries, in one vector of floats (or of their bits) and in kParts vectors
+// of doubles.
+constexpr int kDoubles = kVectorBytes / 8;
+constexpr int kStep = kDoubles < 4 ? 4 : 8, kParts = kStep / kDoubles;
+
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+typedef float PartFloats __attribute__((vector_size(4 * kDoubles)));  // of one vector of doubles
+typedef float Floats __attribute__((vector_size(4 * kStep)));
+typedef uint32_t Words __attribute__((vector_size(4 * kStep)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kStep)));
+
+template <typename Part>  // PartFloats
+inline Floats joined(const Part (&parts)[kParts]) {
+  if constexpr (kParts == 1) {
+    return read_vector<Floats>(parts);
+  } else if constexpr (kStep == 8) {
+    return __builtin_shufflevector(parts[0], parts[1], 0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    return __builtin_shufflevector(parts[0], parts[1], 0, 1, 2, 3);
+  }
+}
 
 inline float to_float(float x) {
   return x;
@@ -46,40 +63,40 @@ inline void from_float(float x, c10::Half& out) {
 }
 #endif
 
-inline Float8 load8(const float* p) {
-  return read_vector<Float8>(p);
+inline Floats load(const float* p) {
+  return read_vector<Floats>(p);
 }
-inline void store8(const Float8& x, float* p) {
+inline void store(const Floats& x, float* p) {
   write_vector(x, p);
 }
 
-inline Float8 load8(const c10::BFloat16* p) {
-  return (Float8)(__builtin_convertvector(read_vector<Short8>(p), Word8) << 16);
+inline Floats load(const c10::BFloat16* p) {
+  return (Floats)(__builtin_convertvector(read_vector<Shorts>(p), Words) << 16);
 }
-inline void store8(const Float8& x, c10::BFloat16* p) {
-  const Word8 bits = (Word8)x;
-  const Word8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Word8 quiet = (x != x) ? (Word8{} + 0x7fc0u) : rounded;
-  write_vector(__builtin_convertvector(quiet, Short8), p);
+inline void store(const Floats& x, c10::BFloat16* p) {
+  const Words bits = (Words)x;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words quiet = (x != x) ? (Words{} + 0x7fc0u) : rounded;
+  write_vector(__builtin_convertvector(quiet, Shorts), p);
 }
 
-inline Float8 load8(const c10::Half* p) {
+inline Floats load(const c10::Half* p) {
 #ifdef LORA_F16C
-  return (Float8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  Float8 x;
-  for (int lane = 0; lane < 8; ++lane) {
+  Floats x;
+  for (int lane = 0; lane < kStep; ++lane) {
     x[lane] = to_float(p[lane]);
   }
   return x;
 #endif
 }
-inline void store8(const Float8& x, c10::Half* p) {
+inline void store(const Floats& x, c10::Half* p) {
 #ifdef LORA_F16C
   const auto half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
 #else
-  for (int lane = 0; lane < 8; ++lane) {
+  for (int lane = 0; lane < kStep; ++lane) {
     from_float(x[lane], p[lane]);
   }
 #endif
@@ -107,13 +124,21 @@ void subtract_rows_typed(
                             store(3, (g.high[3] * q - g.low[3] * h) * (i23 * d2));
                           };
   int64_t j = 0;
-  for (; j + 8 <= columns; j += 8) {
-    const Double8 q = read_vector<Double8>(low + j);
-    const Double8 h = read_vector<Double8>(high + j);
-    const Double8 c = read_vector<Double8>(cosine + j);
-    finish(q, h, c, [&](int r, const auto& value) __attribute__((always_inline)) {
-      store8(load8(rows[r] + j) - __builtin_convertvector(value, Float8), rows[r] + j);
-    });
+  for (; j + kStep <= columns; j += kStep) {
+    PartFloats corrections[kRowGroup][kParts];
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      const auto q = read_vector<Doubles>(low + j + part * kDoubles);
+      const auto h = read_vector<Doubles>(high + j + part * kDoubles);
+      const auto c = read_vector<Doubles>(cosine + j + part * kDoubles);
+      finish(q, h, c, [&](int r, const auto& value) __attribute__((always_inline)) {
+        corrections[r][part] = __builtin_convertvector(value, PartFloats);
+      });
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowGroup; ++r) {
+      store(load(rows[r] + j) - joined(corrections[r]), rows[r] + j);
+    }
   }
   for (; j < columns; ++j) {
     finish(low[j], high[j], cosine[j], [&](int r, double value) __attribute__((always_inline)) {
@@ -142,35 +167,43 @@ void subtract_rows(
   }
 }
 
-inline Double8 widen8(const double* p) {
-  return read_vector<Double8>(p);
+inline Doubles load_doubles(const double* p) {
+  return read_vector<Doubles>(p);
 }
-inline Double8 widen8(const float* p) {
-  return __builtin_convertvector(load8(p), Double8);
+inline Doubles load_doubles(const float* p) {
+  return __builtin_convertvector(read_vector<PartFloats>(p), Doubles);
 }
 
 // Sixteen independent lanes, added up in one order: the same bits whatever the instruction set
 // (float32 squares are exact in float64, so fusing them changes nothing).
+constexpr int kSumLanes = 16;
+
 struct SumLanes {
-  Double8 sum[2] = {};
-  Double8 square[2] = {};
+  Doubles sum[kSumLanes / kDoubles] = {};
+  Doubles square[kSumLanes / kDoubles] = {};
 
   template <typename T>                     // float or double
-  void add(const T* data, int64_t count) {  // count is a multiple of 16
-    for (int64_t j = 0; j < count; j += 16) {
-      for (int half = 0; half < 2; ++half) {
-        const Double8 x = widen8(data + j + 8 * half);
-        sum[half] += x;
-        square[half] += x * x;
+  void add(const T* data, int64_t count) {  // count is a multiple of kSumLanes
+    SumLanes lanes = *this;                 // a copy that stays in registers
+    for (int64_t j = 0; j < count; j += kSumLanes) {
+#pragma GCC unroll 8
+      for (int part = 0; part < kSumLanes / kDoubles; ++part) {
+        const Doubles x = load_doubles(data + j + part * kDoubles);
+        lanes.sum[part] += x;
+        lanes.square[part] += x * x;
       }
     }
+    *this = lanes;
   }
 
   SumPair total() const {
+    double sums[kSumLanes], squares[kSumLanes];
+    __builtin_memcpy(sums, sum, sizeof(sums));
+    __builtin_memcpy(squares, square, sizeof(squares));
     SumPair result{0.0, 0.0};
     for (int lane = 0; lane < 8; ++lane) {
-      result.sum += sum[0][lane] + sum[1][lane];
-      result.sum_of_squares += square[0][lane] + square[1][lane];
+      result.sum += sums[lane] + sums[lane + 8];
+      result.sum_of_squares += squares[lane] + squares[lane + 8];
     }
     return result;
   }
@@ -187,21 +220,27 @@ SumPair sums_typed(const T* data, int64_t stride, int64_t count) {
   int64_t begin = 0;
   if constexpr (std::is_same_v<T, Element>) {
     if (stride == 1) {
-      begin = count / 16 * 16;
+      begin = count / kSumLanes * kSumLanes;
       lanes.add(data, begin);
     }
   }
   for (; begin < count; begin += kSumTile) {
     const int64_t size = std::min(kSumTile, count - begin);
     const T* source = data + begin * stride;
-    for (int64_t j = 0; j < size; ++j) {
+    int64_t j = 0;
+    if constexpr (!is_double) {
+      for (; stride == 1 && j + kStep <= size; j += kStep) {
+        store(load(source + j), tile + j);
+      }
+    }
+    for (; j < size; ++j) {
       if constexpr (is_double) {
         tile[j] = source[j * stride];
       } else {
-        tile[j] = to_float(stride == 1 ? source[j] : source[j * stride]);
+        tile[j] = to_float(source[j * stride]);
       }
     }
-    const int64_t padded = (size + 15) / 16 * 16;
+    const int64_t padded = (size + kSumLanes - 1) / kSumLanes * kSumLanes;
     std::fill(tile + size, tile + padded, Element(0));
     lanes.add(tile, padded);
   }

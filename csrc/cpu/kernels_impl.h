@@ -102,48 +102,101 @@ inline void store(const Floats& x, c10::Half* p) {
 #endif
 }
 
+// To the same columns of all rows of a group.
+template <typename T>
+inline void store(const Floats (&x)[kRowGroup], T* const (&rows)[kRowGroup], int64_t j) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowGroup; ++r) {
+    store(x[r], rows[r] + j);
+  }
+}
+
+#if defined(LORA_F16C)
+// Two rows share what orders their halves, and all four the question for a NaN.
+inline void store(
+    const Floats (&x)[kRowGroup], c10::BFloat16* const (&rows)[kRowGroup], int64_t j) {
+  const auto sum = (__m256)((x[0] + x[1]) + (x[2] + x[3]));
+  if (_mm256_movemask_ps(_mm256_cmp_ps(sum, sum, _CMP_UNORD_Q)) != 0) {
+    for (int r = 0; r < kRowGroup; ++r) {
+      store(x[r], rows[r] + j);
+    }
+    return;
+  }
+  const auto rounded = [](const Floats& value) __attribute__((always_inline)) {
+    const Words bits = (Words)value;
+    return (__m256i)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  };
+#pragma GCC unroll 2
+  for (int r = 0; r < kRowGroup; r += 2) {
+    const auto both =
+        _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(x[r]), rounded(x[r + 1])), 0xd8);
+    write_vector(_mm256_castsi256_si128(both), rows[r] + j);
+    write_vector(_mm256_extracti128_si256(both, 1), rows[r + 1] + j);
+  }
+}
+#endif
+
+// A row group's factors as the loop computes with them, and the corrections of one step for each of
+// its rows. The group shares one division (1/x = yzw / xyzw): on 4096^2 that is the difference
+// between bound by the divider and bound by memory. The subtraction is in the same loop for
+// memory's sake: by a block of corrections it took twice as long.
+struct Factors : RowGroup {  // a copy that the stores cannot alias
+  template <typename V, typename Take>
+  __attribute__((always_inline)) void correct(
+      const V& q, const V& h, const V& c, const Take& take) const {
+    const V d0 = cosine[0] - c, d1 = cosine[1] - c;
+    const V d2 = cosine[2] - c, d3 = cosine[3] - c;
+    const V d01 = d0 * d1, d23 = d2 * d3;
+    const V inverse = 1.0 / (d01 * d23);
+    const V i01 = inverse * d23, i23 = inverse * d01;
+    take(0, (high[0] * q - low[0] * h) * (i01 * d1));
+    take(1, (high[1] * q - low[1] * h) * (i01 * d0));
+    take(2, (high[2] * q - low[2] * h) * (i23 * d3));
+    take(3, (high[3] * q - low[3] * h) * (i23 * d2));
+  }
+};
+
+// So that a factor is broadcast as it is loaded: held in sixteen registers, they crowd out what
+// changes.
+inline void keep_in_memory(const Factors& factors) {
+  if constexpr (kVectorBytes < 64) {
+    asm volatile("" : : "r"(&factors) : "memory");
+  }
+}
+
 // In float64, because near the diagonal numerator and denominator both cancel: float32 would lose
-// up to 1 / |cos a - cos b| there. The group shares one division (1/x = yzw / xyzw): on 4096^2 that
-// is the difference between bound by the divider and bound by memory. The subtraction is in the
-// same loop for memory's sake: by a block of corrections it took twice as long.
+// up to 1 / |cos a - cos b| there.
 template <typename T>
 void subtract_rows_typed(
     const RowGroup& group, const double* low, const double* high, const double* cosine,
     int64_t columns, T* const (&rows)[kRowGroup]) {
-  const RowGroup g = group;  // a copy that the stores below cannot alias
-  const auto finish = [&](const auto& q, const auto& h, const auto& c, auto store)
-                          __attribute__((always_inline)) {
-                            const auto d0 = g.cosine[0] - c, d1 = g.cosine[1] - c;
-                            const auto d2 = g.cosine[2] - c, d3 = g.cosine[3] - c;
-                            const auto d01 = d0 * d1, d23 = d2 * d3;
-                            const auto inverse = 1.0 / (d01 * d23);
-                            const auto i01 = inverse * d23, i23 = inverse * d01;
-                            store(0, (g.high[0] * q - g.low[0] * h) * (i01 * d1));
-                            store(1, (g.high[1] * q - g.low[1] * h) * (i01 * d0));
-                            store(2, (g.high[2] * q - g.low[2] * h) * (i23 * d3));
-                            store(3, (g.high[3] * q - g.low[3] * h) * (i23 * d2));
-                          };
+  const Factors factors{group};
+  keep_in_memory(factors);
   int64_t j = 0;
   for (; j + kStep <= columns; j += kStep) {
     PartFloats corrections[kRowGroup][kParts];
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
-      const auto q = read_vector<Doubles>(low + j + part * kDoubles);
-      const auto h = read_vector<Doubles>(high + j + part * kDoubles);
-      const auto c = read_vector<Doubles>(cosine + j + part * kDoubles);
-      finish(q, h, c, [&](int r, const auto& value) __attribute__((always_inline)) {
-        corrections[r][part] = __builtin_convertvector(value, PartFloats);
-      });
+      const int64_t at = j + part * kDoubles;
+      factors.correct(
+          read_vector<Doubles>(low + at), read_vector<Doubles>(high + at),
+          read_vector<Doubles>(cosine + at),
+          [&](int r, const Doubles& value) __attribute__((always_inline)) {
+            corrections[r][part] = __builtin_convertvector(value, PartFloats);
+          });
     }
+    Floats corrected[kRowGroup];
 #pragma GCC unroll 4
     for (int r = 0; r < kRowGroup; ++r) {
-      store(load(rows[r] + j) - joined(corrections[r]), rows[r] + j);
+      corrected[r] = load(rows[r] + j) - joined(corrections[r]);
     }
+    store(corrected, rows, j);
   }
   for (; j < columns; ++j) {
-    finish(low[j], high[j], cosine[j], [&](int r, double value) __attribute__((always_inline)) {
-      from_float(to_float(rows[r][j]) - static_cast<float>(value), rows[r][j]);
-    });
+    factors.correct(
+        low[j], high[j], cosine[j], [&](int r, double value) __attribute__((always_inline)) {
+          from_float(to_float(rows[r][j]) - static_cast<float>(value), rows[r][j]);
+        });
   }
 }
 

@@ -36,9 +36,10 @@ bench-avx2: export ATEN_CPU_CAPABILITY := avx2
 bench-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
 bench-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
 bench-avx2: $(VENV)/built
-	$(BIN)/python -m benchmarks.init --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.instruction_sets --sets baseline avx2 --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.init --no-slow --out benchmarks/results/avx2
 	$(BIN)/python -m benchmarks.svd --no-model --out benchmarks/results/avx2
-	$(BIN)/python -m benchmarks.layer --tokens 64 --rounds 3 --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.layer --tokens 64 --rounds 1 --out benchmarks/results/avx2
 
 # All three parts, also after one has failed; each runs alone as well. Under 8 minutes.
 gpu: gpu-build

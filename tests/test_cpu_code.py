@@ -1,6 +1,6 @@
 """What the compiler made of the inner loops of products: vectors that stay in registers.
 
-With vectors wider than a register GCC kept every sum in memory, right and 15 times too slow.
+With vectors wider than a register GCC kept every sum in memory: right, and an SVD 30 times slower.
 """
 
 from __future__ import annotations

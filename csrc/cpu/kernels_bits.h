@@ -6,7 +6,7 @@ namespace LORA_ISA {
 namespace {
 
 // Of a register. GCC keeps a wider vector in memory and copies it about at every operation: with 64
-// bytes on AVX2 that made a product 15 times slower (2048^2 by 64 columns).
+// bytes on AVX2, randomized_svd of 2048^2 at rank 64 took 2200 ms instead of 70 (2 threads).
 #if defined(LORA_VECTOR_BYTES)
 constexpr int kVectorBytes = LORA_VECTOR_BYTES;
 #else

@@ -18,13 +18,14 @@ typedef uint16_t Shorts __attribute__((vector_size(2 * kStep)));
 
 template <typename Part>  // PartFloats
 inline Floats joined(const Part (&parts)[kParts]) {
-  if constexpr (kParts == 1) {
-    return read_vector<Floats>(parts);
-  } else if constexpr (kStep == 8) {
+#if __has_builtin(__builtin_shufflevector)  // from GCC 12 on; without it, by way of memory
+  if constexpr (kParts == 2 && kStep == 8) {
     return __builtin_shufflevector(parts[0], parts[1], 0, 1, 2, 3, 4, 5, 6, 7);
-  } else {
+  } else if constexpr (kParts == 2) {
     return __builtin_shufflevector(parts[0], parts[1], 0, 1, 2, 3);
   }
+#endif
+  return read_vector<Floats>(parts);
 }
 
 inline float to_float(float x) {

@@ -19,7 +19,7 @@ GPU_PYTHON ?= python3
 GPU_OPTIONS ?= # such as --only layer decode, or --minutes 7
 OUT ?= build/gpu
 
-.PHONY: demo test bench lint format clean sanitize clang arm gpu gpu-again gpu-build test-oldest
+.PHONY: demo test bench bench-avx2 lint format clean sanitize clang arm gpu gpu-again gpu-build test-oldest
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -34,6 +34,17 @@ bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.svd
 	$(BIN)/python -m benchmarks.layer
 	$(BIN)/python -m benchmarks.model
+
+# The AVX2 kernels and torch limited to AVX2, on a processor that may have more.
+bench-avx2: export LORA_KERNELS_CPU_CAPABILITY := avx2
+bench-avx2: export ATEN_CPU_CAPABILITY := avx2
+bench-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
+bench-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+bench-avx2: $(VENV)/built
+	$(BIN)/python -m benchmarks.instruction_sets --sets baseline avx2 --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.init --no-slow --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.svd --no-model --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.layer --tokens 64 --rounds 1 --out benchmarks/results/avx2
 
 # One call of 9 minutes: builds, tests, sanitizes and measures, and packs what it finds into OUT.
 gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+# What limits the instruction sets of torch's libraries, where set.
+TORCH_LIMITS = {"MKL": "MKL_ENABLE_INSTRUCTIONS", "oneDNN": "ONEDNN_MAX_CPU_ISA"}
 # What a peer raises on a dtype or a shape that it does not support; anything else is our own bug.
 UNSUPPORTED = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
@@ -126,7 +129,7 @@ def interleave(
 def environment(gpu: torch.device | None = None) -> dict[str, str]:
     """Where the figures come from; no path, host name or user name. `gpu`: what was measured."""
     if gpu is None or gpu.type != "cuda":
-        where = {"device": device_name()}
+        where = {"device": device_name(), **cpu_kernels()}
     else:
         where = {
             "device": torch.cuda.get_device_name(gpu),
@@ -140,6 +143,25 @@ def environment(gpu: torch.device | None = None) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "peft": _version("peft"),
+    }
+
+
+def cpu_kernels() -> dict[str, str]:
+    """The instruction sets: of our kernels, of torch's, and the best that the processor has.
+
+    Below the processor's best, both are emulated: a real processor of that set has other caches.
+    """
+    from lora_kernels.ops import cpu_capabilities, cpu_capability
+
+    limits = [
+        f"{library} {os.environ[name]}"
+        for library, name in TORCH_LIMITS.items()
+        if name in os.environ
+    ]
+    return {
+        "kernels": cpu_capability(),
+        "torch_kernels": ", ".join([torch.backends.cpu.get_cpu_capability(), *limits]),
+        "processor": (cpu_capabilities() or ["unknown"])[-1],
     }
 
 

@@ -32,6 +32,7 @@ struct FloatForm {
   using A = float;
   using C = float;
   static constexpr int64_t kPerTerm = 1, kDepth = 256;
+  static int lines() { return kernels().strip_lines; }
   static void strip(const Strip& s, const Prefetch& p) { kernels().strip_f32(s, p); }
 };
 
@@ -39,6 +40,7 @@ struct DoubleForm {
   using A = double;
   using C = double;
   static constexpr int64_t kPerTerm = 1, kDepth = 128;
+  static int lines() { return kernels().strip_lines; }
   static void strip(const Strip& s, const Prefetch& p) { kernels().strip_f64(s, p); }
 };
 
@@ -46,6 +48,7 @@ struct PairForm {
   using A = uint32_t;  // the bfloat16 entries 2k and 2k + 1
   using C = float;
   static constexpr int64_t kPerTerm = 2, kDepth = 256;
+  static int lines() { return 2; }
   static void strip(const Strip& s, const Prefetch& p) { pair_kernels()->strip(s, p); }
 };
 
@@ -128,20 +131,22 @@ void pack_columns(
   }
 }
 
-// B as strips read it: [group][term][width], a group being one or two vectors of columns, with
-// zeros beyond the last column.
+// B as strips read it: [group][term][width], a group being one or two lines of columns, with zeros
+// beyond the last column.
 template <typename Form>
 class Operand {
  public:
   using A = typename Form::A;
-  static constexpr int64_t kVector = kLine / sizeof(A);
+  static constexpr int64_t kLineColumns = kLine / sizeof(A);
 
   const int64_t terms, columns, padded;  // padded: the columns with the zeros
+  const int64_t group;                   // columns, of all groups but a narrower last one
 
   explicit Operand(const at::Tensor& b)
       : terms((b.size(0) + Form::kPerTerm - 1) / Form::kPerTerm),
         columns(b.size(1)),
-        padded(round_up(columns, kVector)),
+        padded(round_up(columns, kLineColumns)),
+        group(Form::lines() * kLineColumns),
         packed_(at::empty({terms * padded * static_cast<int64_t>(sizeof(A))}, at::kByte)) {
     if (padded != columns) {
       packed_.zero_();
@@ -153,9 +158,12 @@ class Operand {
     }
   }
 
-  int vectors(int64_t column) const { return padded - column > kVector ? 2 : 1; }
+  // Of the group that begins at `column`.
+  int lines(int64_t column) const {
+    return static_cast<int>(std::min(group, padded - column) / kLineColumns);
+  }
   A* at_term(int64_t column, int64_t term) const {
-    return data() + column * terms + term * vectors(column) * kVector;
+    return data() + column * terms + term * lines(column) * kLineColumns;
   }
 
  private:
@@ -164,9 +172,9 @@ class Operand {
     const int64_t stride = b.stride(0), rows = b.size(0);
     at::parallel_for(0, terms, 256, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        for (int64_t column = 0; column < columns; column += 2 * kVector) {
+        for (int64_t column = 0; column < columns; column += group) {
           A* out = at_term(column, k);
-          const int64_t count = std::min(2 * kVector, columns - column);
+          const int64_t count = std::min(group, columns - column);
           const Source* row = data + k * Form::kPerTerm * stride + column;
           if constexpr (Form::kPerTerm == 1) {
             copy_strided<Source>(row, 1, count, out);
@@ -233,14 +241,14 @@ void multiply_tile(const Job<Form>& job, int64_t first, int64_t count, int64_t l
     const int64_t depth = std::min(Form::kDepth, job.b.terms - term);
     pack(job.a, job.options.factor, first, count, term, depth, tile.data(), tile_row);
     Prefetch next = next_tile(job, first, term + Form::kDepth);
-    for (int64_t column = 0; column < width; column += 2 * Operand<Form>::kVector) {
+    for (int64_t column = 0; column < width; column += job.b.group) {
       const Strip strip{
           tile.data(),
           job.by_columns ? 1 : tile_row,
           job.by_columns ? tile_row : 1,
           rows,
           job.b.at_term(left + column, term),
-          job.b.vectors(left + column),
+          job.b.lines(left + column),
           sums.data() + column,
           width,
           depth};

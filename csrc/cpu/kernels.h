@@ -30,7 +30,7 @@ struct Philox {
 };
 
 // One strip of a product with a thin matrix: c[i, :] += sum_k a(i, k) b[k, :], in a's precision.
-// `b` is packed, [depth][vectors] of 64 bytes each; a(i, k) is one scalar, or a pair of bfloat16.
+// `b` is packed, [depth][lines] of 64 bytes each; a(i, k) is one scalar, or a pair of bfloat16.
 constexpr int kStripRows = 24;  // `rows` is a multiple of it; every set's register tile divides it
 
 struct Strip {
@@ -38,7 +38,7 @@ struct Strip {
   int64_t a_row, a_depth;  // strides, in scalars or pairs
   int64_t rows;
   const void* b;
-  int vectors;  // 1 or 2
+  int lines;  // 1 or 2
   void* c;
   int64_t c_row;  // stride, in scalars
   int64_t depth;
@@ -69,6 +69,7 @@ struct Kernels {
   void (*dropout_row)(
       const void* x, void* out, c10::ScalarType dtype, int64_t row, int64_t count,
       const Philox& philox);
+  int strip_lines;  // how wide a strip it likes best
   void (*strip_f32)(const Strip& strip, const Prefetch& prefetch);
   void (*strip_f64)(const Strip& strip, const Prefetch& prefetch);
   // out[j] = x[j] in float32; x is bfloat16 or float16
@@ -89,6 +90,9 @@ const Kernels& kernels();
 
 // Null where the set in use has no products of bfloat16.
 const PairKernels* pair_kernels();
+
+// Whether torch multiplies matrices of this dtype by vectors, on a processor with the set in use.
+bool has_quick_products(c10::ScalarType dtype);
 
 // The set in use, and all that this processor has, in ascending order: baseline, avx2, avx512,
 // avx512bf16.

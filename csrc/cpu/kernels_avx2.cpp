@@ -8,7 +8,7 @@
 #endif
 #define LORA_F16C
 #define LORA_GATHER8
-#define LORA_STRIP_ROWS_2 3
+#define LORA_VECTOR_BYTES 32
 #define LORA_STRIP_ROWS_1 6
 #define LORA_ISA avx2
 #include "kernels_bits.h"

@@ -11,6 +11,7 @@
 #endif
 #define LORA_F16C
 #define LORA_GATHER16
+#define LORA_VECTOR_BYTES 64
 #define LORA_STRIP_ROWS_2 12
 #define LORA_STRIP_ROWS_1 24
 #define LORA_ISA avx512

@@ -10,6 +10,7 @@
     "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 #define LORA_F16C
+#define LORA_VECTOR_BYTES 64
 #define LORA_STRIP_ROWS_2 12
 #define LORA_STRIP_ROWS_1 24
 #define LORA_ISA avx512bf16

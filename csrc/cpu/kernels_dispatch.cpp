@@ -1,3 +1,7 @@
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <iterator>
 #include <string>
@@ -33,6 +37,14 @@ const Level kLevels[] = {
 #endif
 };
 
+#if defined(__x86_64__)
+// GCC and clang know it by name in their later versions only.
+bool has_avx512fp16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 23 & 1u) != 0;
+}
+#endif
+
 int highest() {
   int level = 0;
   while (level + 1 < static_cast<int>(std::size(kLevels)) && kLevels[level + 1].supported()) {
@@ -59,6 +71,20 @@ const Kernels& kernels() {
 const PairKernels* pair_kernels() {
   const auto& level = current();
   return level.pairs == nullptr ? nullptr : &level.pairs();
+}
+
+bool has_quick_products(c10::ScalarType dtype) {
+#if defined(__x86_64__)
+  // oneDNN's kernels for bfloat16 begin at AVX-512, those for float16 at AVX512-FP16.
+  const bool avx512 = current().kernels == kernels_avx512;
+  if (dtype == c10::ScalarType::BFloat16) {
+    return avx512;
+  }
+  if (dtype == c10::ScalarType::Half) {
+    return avx512 && has_avx512fp16();
+  }
+#endif
+  return true;
 }
 
 const char* cpu_capability() {

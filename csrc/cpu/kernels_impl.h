@@ -5,10 +5,28 @@ namespace lora {
 namespace LORA_ISA {
 namespace {
 
-typedef double Double8 __attribute__((vector_size(64)));
-typedef float Float8 __attribute__((vector_size(32)));
-typedef uint32_t Word8 __attribute__((vector_size(32)));
-typedef uint16_t Short8 __attribute__((vector_size(16)));
+// A step of a loop: kStep entries, in one vector of floats (or of their bits) and in kParts vectors
+// of doubles.
+constexpr int kDoubles = kVectorBytes / 8;
+constexpr int kStep = kDoubles < 4 ? 4 : 8, kParts = kStep / kDoubles;
+
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+typedef float PartFloats __attribute__((vector_size(4 * kDoubles)));  // of one vector of doubles
+typedef float Floats __attribute__((vector_size(4 * kStep)));
+typedef uint32_t Words __attribute__((vector_size(4 * kStep)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kStep)));
+
+template <typename Part>  // PartFloats
+inline Floats joined(const Part (&parts)[kParts]) {
+#if __has_builtin(__builtin_shufflevector)  // from GCC 12 on; without it, by way of memory
+  if constexpr (kParts == 2 && kStep == 8) {
+    return __builtin_shufflevector(parts[0], parts[1], 0, 1, 2, 3, 4, 5, 6, 7);
+  } else if constexpr (kParts == 2) {
+    return __builtin_shufflevector(parts[0], parts[1], 0, 1, 2, 3);
+  }
+#endif
+  return read_vector<Floats>(parts);
+}
 
 inline float to_float(float x) {
   return x;
@@ -46,79 +64,140 @@ inline void from_float(float x, c10::Half& out) {
 }
 #endif
 
-inline Float8 load8(const float* p) {
-  return read_vector<Float8>(p);
+inline Floats load(const float* p) {
+  return read_vector<Floats>(p);
 }
-inline void store8(const Float8& x, float* p) {
+inline void store(const Floats& x, float* p) {
   write_vector(x, p);
 }
 
-inline Float8 load8(const c10::BFloat16* p) {
-  return (Float8)(__builtin_convertvector(read_vector<Short8>(p), Word8) << 16);
+inline Floats load(const c10::BFloat16* p) {
+  return (Floats)(__builtin_convertvector(read_vector<Shorts>(p), Words) << 16);
 }
-inline void store8(const Float8& x, c10::BFloat16* p) {
-  const Word8 bits = (Word8)x;
-  const Word8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Word8 quiet = (x != x) ? (Word8{} + 0x7fc0u) : rounded;
-  write_vector(__builtin_convertvector(quiet, Short8), p);
+inline void store(const Floats& x, c10::BFloat16* p) {
+  const Words bits = (Words)x;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words quiet = (x != x) ? (Words{} + 0x7fc0u) : rounded;
+  write_vector(__builtin_convertvector(quiet, Shorts), p);
 }
 
-inline Float8 load8(const c10::Half* p) {
+inline Floats load(const c10::Half* p) {
 #ifdef LORA_F16C
-  return (Float8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  Float8 x;
-  for (int lane = 0; lane < 8; ++lane) {
+  Floats x;
+  for (int lane = 0; lane < kStep; ++lane) {
     x[lane] = to_float(p[lane]);
   }
   return x;
 #endif
 }
-inline void store8(const Float8& x, c10::Half* p) {
+inline void store(const Floats& x, c10::Half* p) {
 #ifdef LORA_F16C
   const auto half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
 #else
-  for (int lane = 0; lane < 8; ++lane) {
+  for (int lane = 0; lane < kStep; ++lane) {
     from_float(x[lane], p[lane]);
   }
 #endif
 }
 
+// To the same columns of all rows of a group.
+template <typename T>
+inline void store(const Floats (&x)[kRowGroup], T* const (&rows)[kRowGroup], int64_t j) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowGroup; ++r) {
+    store(x[r], rows[r] + j);
+  }
+}
+
+#if defined(LORA_F16C)
+// Two rows share what orders their halves, and all four the question for a NaN.
+inline void store(
+    const Floats (&x)[kRowGroup], c10::BFloat16* const (&rows)[kRowGroup], int64_t j) {
+  const auto sum = (__m256)((x[0] + x[1]) + (x[2] + x[3]));
+  if (_mm256_movemask_ps(_mm256_cmp_ps(sum, sum, _CMP_UNORD_Q)) != 0) {
+    for (int r = 0; r < kRowGroup; ++r) {
+      store(x[r], rows[r] + j);
+    }
+    return;
+  }
+  const auto rounded = [](const Floats& value) __attribute__((always_inline)) {
+    const Words bits = (Words)value;
+    return (__m256i)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  };
+#pragma GCC unroll 2
+  for (int r = 0; r < kRowGroup; r += 2) {
+    const auto both =
+        _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(x[r]), rounded(x[r + 1])), 0xd8);
+    write_vector(_mm256_castsi256_si128(both), rows[r] + j);
+    write_vector(_mm256_extracti128_si256(both, 1), rows[r + 1] + j);
+  }
+}
+#endif
+
+// A row group's factors as the loop computes with them, and the corrections of one step for each of
+// its rows. The group shares one division (1/x = yzw / xyzw): on 4096^2 that is the difference
+// between bound by the divider and bound by memory. The subtraction is in the same loop for
+// memory's sake: by a block of corrections it took twice as long.
+struct Factors : RowGroup {  // a copy that the stores cannot alias
+  template <typename V, typename Take>
+  __attribute__((always_inline)) void correct(
+      const V& q, const V& h, const V& c, const Take& take) const {
+    const V d0 = cosine[0] - c, d1 = cosine[1] - c;
+    const V d2 = cosine[2] - c, d3 = cosine[3] - c;
+    const V d01 = d0 * d1, d23 = d2 * d3;
+    const V inverse = 1.0 / (d01 * d23);
+    const V i01 = inverse * d23, i23 = inverse * d01;
+    take(0, (high[0] * q - low[0] * h) * (i01 * d1));
+    take(1, (high[1] * q - low[1] * h) * (i01 * d0));
+    take(2, (high[2] * q - low[2] * h) * (i23 * d3));
+    take(3, (high[3] * q - low[3] * h) * (i23 * d2));
+  }
+};
+
+// So that a factor is broadcast as it is loaded: held in sixteen registers, they crowd out what
+// changes.
+inline void keep_in_memory(const Factors& factors) {
+  if constexpr (kVectorBytes < 64) {
+    asm volatile("" : : "r"(&factors) : "memory");
+  }
+}
+
 // In float64, because near the diagonal numerator and denominator both cancel: float32 would lose
-// up to 1 / |cos a - cos b| there. The group shares one division (1/x = yzw / xyzw): on 4096^2 that
-// is the difference between bound by the divider and bound by memory. The subtraction is in the
-// same loop for memory's sake: by a block of corrections it took twice as long.
+// up to 1 / |cos a - cos b| there.
 template <typename T>
 void subtract_rows_typed(
     const RowGroup& group, const double* low, const double* high, const double* cosine,
     int64_t columns, T* const (&rows)[kRowGroup]) {
-  const RowGroup g = group;  // a copy that the stores below cannot alias
-  const auto finish = [&](const auto& q, const auto& h, const auto& c, auto store)
-                          __attribute__((always_inline)) {
-                            const auto d0 = g.cosine[0] - c, d1 = g.cosine[1] - c;
-                            const auto d2 = g.cosine[2] - c, d3 = g.cosine[3] - c;
-                            const auto d01 = d0 * d1, d23 = d2 * d3;
-                            const auto inverse = 1.0 / (d01 * d23);
-                            const auto i01 = inverse * d23, i23 = inverse * d01;
-                            store(0, (g.high[0] * q - g.low[0] * h) * (i01 * d1));
-                            store(1, (g.high[1] * q - g.low[1] * h) * (i01 * d0));
-                            store(2, (g.high[2] * q - g.low[2] * h) * (i23 * d3));
-                            store(3, (g.high[3] * q - g.low[3] * h) * (i23 * d2));
-                          };
+  const Factors factors{group};
+  keep_in_memory(factors);
   int64_t j = 0;
-  for (; j + 8 <= columns; j += 8) {
-    const Double8 q = read_vector<Double8>(low + j);
-    const Double8 h = read_vector<Double8>(high + j);
-    const Double8 c = read_vector<Double8>(cosine + j);
-    finish(q, h, c, [&](int r, const auto& value) __attribute__((always_inline)) {
-      store8(load8(rows[r] + j) - __builtin_convertvector(value, Float8), rows[r] + j);
-    });
+  for (; j + kStep <= columns; j += kStep) {
+    PartFloats corrections[kRowGroup][kParts];
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t at = j + part * kDoubles;
+      factors.correct(
+          read_vector<Doubles>(low + at), read_vector<Doubles>(high + at),
+          read_vector<Doubles>(cosine + at),
+          [&](int r, const Doubles& value) __attribute__((always_inline)) {
+            corrections[r][part] = __builtin_convertvector(value, PartFloats);
+          });
+    }
+    Floats corrected[kRowGroup];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowGroup; ++r) {
+      corrected[r] = load(rows[r] + j) - joined(corrections[r]);
+    }
+    store(corrected, rows, j);
   }
   for (; j < columns; ++j) {
-    finish(low[j], high[j], cosine[j], [&](int r, double value) __attribute__((always_inline)) {
-      from_float(to_float(rows[r][j]) - static_cast<float>(value), rows[r][j]);
-    });
+    factors.correct(
+        low[j], high[j], cosine[j], [&](int r, double value) __attribute__((always_inline)) {
+          from_float(to_float(rows[r][j]) - static_cast<float>(value), rows[r][j]);
+        });
   }
 }
 
@@ -142,35 +221,43 @@ void subtract_rows(
   }
 }
 
-inline Double8 widen8(const double* p) {
-  return read_vector<Double8>(p);
+inline Doubles load_doubles(const double* p) {
+  return read_vector<Doubles>(p);
 }
-inline Double8 widen8(const float* p) {
-  return __builtin_convertvector(load8(p), Double8);
+inline Doubles load_doubles(const float* p) {
+  return __builtin_convertvector(read_vector<PartFloats>(p), Doubles);
 }
 
 // Sixteen independent lanes, added up in one order: the same bits whatever the instruction set
 // (float32 squares are exact in float64, so fusing them changes nothing).
+constexpr int kSumLanes = 16;
+
 struct SumLanes {
-  Double8 sum[2] = {};
-  Double8 square[2] = {};
+  Doubles sum[kSumLanes / kDoubles] = {};
+  Doubles square[kSumLanes / kDoubles] = {};
 
   template <typename T>                     // float or double
-  void add(const T* data, int64_t count) {  // count is a multiple of 16
-    for (int64_t j = 0; j < count; j += 16) {
-      for (int half = 0; half < 2; ++half) {
-        const Double8 x = widen8(data + j + 8 * half);
-        sum[half] += x;
-        square[half] += x * x;
+  void add(const T* data, int64_t count) {  // count is a multiple of kSumLanes
+    SumLanes lanes = *this;                 // a copy that stays in registers
+    for (int64_t j = 0; j < count; j += kSumLanes) {
+#pragma GCC unroll 8
+      for (int part = 0; part < kSumLanes / kDoubles; ++part) {
+        const Doubles x = load_doubles(data + j + part * kDoubles);
+        lanes.sum[part] += x;
+        lanes.square[part] += x * x;
       }
     }
+    *this = lanes;
   }
 
   SumPair total() const {
+    double sums[kSumLanes], squares[kSumLanes];
+    __builtin_memcpy(sums, sum, sizeof(sums));
+    __builtin_memcpy(squares, square, sizeof(squares));
     SumPair result{0.0, 0.0};
     for (int lane = 0; lane < 8; ++lane) {
-      result.sum += sum[0][lane] + sum[1][lane];
-      result.sum_of_squares += square[0][lane] + square[1][lane];
+      result.sum += sums[lane] + sums[lane + 8];
+      result.sum_of_squares += squares[lane] + squares[lane + 8];
     }
     return result;
   }
@@ -187,21 +274,27 @@ SumPair sums_typed(const T* data, int64_t stride, int64_t count) {
   int64_t begin = 0;
   if constexpr (std::is_same_v<T, Element>) {
     if (stride == 1) {
-      begin = count / 16 * 16;
+      begin = count / kSumLanes * kSumLanes;
       lanes.add(data, begin);
     }
   }
   for (; begin < count; begin += kSumTile) {
     const int64_t size = std::min(kSumTile, count - begin);
     const T* source = data + begin * stride;
-    for (int64_t j = 0; j < size; ++j) {
+    int64_t j = 0;
+    if constexpr (!is_double) {
+      for (; stride == 1 && j + kStep <= size; j += kStep) {
+        store(load(source + j), tile + j);
+      }
+    }
+    for (; j < size; ++j) {
       if constexpr (is_double) {
         tile[j] = source[j * stride];
       } else {
-        tile[j] = to_float(stride == 1 ? source[j] : source[j * stride]);
+        tile[j] = to_float(source[j * stride]);
       }
     }
-    const int64_t padded = (size + 15) / 16 * 16;
+    const int64_t padded = (size + kSumLanes - 1) / kSumLanes * kSumLanes;
     std::fill(tile + size, tile + padded, Element(0));
     lanes.add(tile, padded);
   }

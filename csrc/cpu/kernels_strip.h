@@ -5,14 +5,21 @@ namespace lora {
 namespace LORA_ISA {
 namespace {
 
-// Rows of the register tile for two vectors of 64 bytes, and for one: what the set has registers
-// for, besides two for b and one for a.
-#if defined(LORA_STRIP_ROWS_2)
-constexpr int kRowsOf2 = LORA_STRIP_ROWS_2, kRowsOf1 = LORA_STRIP_ROWS_1;
+// Rows of the register tile for one line of 64 bytes and, where the set has registers for it, for
+// two: what is left beside the vectors of b and one for a.
+#if defined(LORA_STRIP_ROWS_1)
+constexpr int kRowsOf1 = LORA_STRIP_ROWS_1;
+#elif defined(__aarch64__)
+constexpr int kRowsOf1 = 6;
 #else
-constexpr int kRowsOf2 = 1, kRowsOf1 = 3;
+constexpr int kRowsOf1 = 2;
 #endif
-static_assert(kStripRows % kRowsOf2 == 0 && kStripRows % kRowsOf1 == 0);
+#if defined(LORA_STRIP_ROWS_2)
+constexpr int kRowsOf2 = LORA_STRIP_ROWS_2;
+#else
+constexpr int kRowsOf2 = 0;
+#endif
+static_assert(kStripRows % kRowsOf1 == 0 && (kRowsOf2 == 0 || kStripRows % kRowsOf2 == 0));
 
 struct Line {
   uintptr_t at;
@@ -27,71 +34,79 @@ struct Line {
   }
 };
 
-// Arithmetic on 64-byte vectors of T: `T` scalars of a, or (in kernels_avx512bf16.cpp) pairs.
+// Arithmetic on vectors of T: `T` scalars of a, or (in kernels_avx512bf16.cpp) pairs.
 template <typename T>
 struct Lanes {
-  typedef T Vector __attribute__((vector_size(64)));
+  typedef T Vector __attribute__((vector_size(kVectorBytes)));
   using A = T;
   using C = T;
-  static constexpr int kWidth = 64 / sizeof(T);
+  static constexpr int kWidth = kVectorBytes / sizeof(T);
   static Vector load(const T* p) { return read_vector<Vector>(p); }
-  static void add_product(Vector& sum, const T& a, const Vector& b) { sum += (Vector{} + a) * b; }
+  static void add_product(Vector& sum, const T& a, const Vector& b) { sum += a * b; }
 };
 
-template <typename L, int kRows, int kVectors>
+// kRows rows of c by kLines lines of b, whose rows lie `b_step` apart.
+template <typename L, int kRows, int kLines>
 void multiply_rows(
-    const typename L::A* a, const typename L::A* b, typename L::C* c, const Strip& strip,
-    const Line& line) {
-  constexpr int kWidth = L::kWidth;
+    const typename L::A* a, const typename L::A* b, int64_t b_step, typename L::C* c,
+    const Strip& strip, const Line& line) {
+  constexpr int kWidth = L::kWidth, kVectors = kLines * 64 / kVectorBytes;
+  const int64_t a_row = strip.a_row, a_depth = strip.a_depth, depth = strip.depth;
   typename L::Vector sums[kRows][kVectors];
 #pragma GCC unroll 24
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       sums[i][v] = read_vector<typename L::Vector>(c + i * strip.c_row + v * kWidth);
     }
   }
-  const int64_t b_step = strip.vectors * kWidth;
-  for (int64_t k = 0; k < strip.depth; ++k) {
+  for (int64_t k = 0; k < depth; ++k, a += a_depth, b += b_step) {
     line.touch(k);
     decltype(L::load(b)) columns[kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      columns[v] = L::load(b + k * b_step + v * kWidth);
+      columns[v] = L::load(b + v * kWidth);
     }
-    const auto* ak = a + k * strip.a_depth;
 #pragma GCC unroll 24
     for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        L::add_product(sums[i][v], ak[i * strip.a_row], columns[v]);
+        L::add_product(sums[i][v], a[i * a_row], columns[v]);
       }
     }
   }
 #pragma GCC unroll 24
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       write_vector(sums[i][v], c + i * strip.c_row + v * kWidth);
     }
   }
 }
 
+// A strip's columns from `first` on, kLines lines of them.
+template <typename L, int kRows, int kLines>
+void multiply_lines(const Strip& strip, int first, const Prefetch& prefetch) {
+  constexpr int64_t kLine = 64 / sizeof(typename L::A);
+  const auto* a = static_cast<const typename L::A*>(strip.a);
+  const auto* b = static_cast<const typename L::A*>(strip.b) + first * kLine;
+  auto* c = static_cast<typename L::C*>(strip.c) + first * kLine;
+  for (int64_t i = 0; i < strip.rows; i += kRows) {
+    const Line line{prefetch.start ? prefetch.start + i * prefetch.strip_row : 0, prefetch};
+    multiply_rows<L, kRows, kLines>(
+        a + i * strip.a_row, b, strip.lines * kLine, c + i * strip.c_row, strip, line);
+  }
+}
+
 template <typename L>
 void multiply_strip(const Strip& strip, const Prefetch& prefetch) {
-  const auto* a = static_cast<const typename L::A*>(strip.a);
-  const auto* b = static_cast<const typename L::A*>(strip.b);
-  auto* c = static_cast<typename L::C*>(strip.c);
-  const int step = strip.vectors == 2 ? kRowsOf2 : kRowsOf1;
-  for (int64_t i = 0; i < strip.rows; i += step) {
-    const Line line{prefetch.start ? prefetch.start + i * prefetch.strip_row : 0, prefetch};
-    const auto* rows = a + i * strip.a_row;
-    auto* out = c + i * strip.c_row;
-    if (strip.vectors == 2) {
-      multiply_rows<L, kRowsOf2, 2>(rows, b, out, strip, line);
-    } else {
-      multiply_rows<L, kRowsOf1, 1>(rows, b, out, strip, line);
+  if constexpr (kRowsOf2 > 0) {
+    if (strip.lines == 2) {
+      return multiply_lines<L, kRowsOf2, 2>(strip, 0, prefetch);
     }
+  }
+  for (int line = 0; line < strip.lines; ++line) {
+    multiply_lines<L, kRowsOf1, 1>(strip, line, line == 0 ? prefetch : Prefetch{});
   }
 }
 

@@ -16,8 +16,8 @@ void strip_f64(const Strip& strip, const Prefetch& prefetch) {
 template <typename T>
 void widen_typed(const T* x, float* out, int64_t count) {
   int64_t j = 0;
-  for (; j + 8 <= count; j += 8) {
-    store8(load8(x + j), out + j);
+  for (; j + kStep <= count; j += kStep) {
+    store(load(x + j), out + j);
   }
   for (; j < count; ++j) {
     out[j] = to_float(x[j]);

@@ -3,7 +3,8 @@
 namespace lora {
 namespace LORA_ISA {
 namespace {
-const Kernels table{subtract_rows, sums, gather_row, dropout_row, strip_f32, strip_f64, widen_row};
+const Kernels table{subtract_rows,        sums,      gather_row, dropout_row,
+                    kRowsOf2 > 0 ? 2 : 1, strip_f32, strip_f64,  widen_row};
 }  // namespace
 }  // namespace LORA_ISA
 }  // namespace lora

@@ -1,7 +1,7 @@
 // y = x W^T + b + s drop(x) A^T R^T B^T - s x A0^T B0^T (R may be absent), and its gradients. The
-// GEMMs are the library's: at ranks up to 128 its thin products run at 150-800 GF/s, so that a
-// rank-16 forward costs 1-2 % over the base product. What is fused is the update of y and of dx in
-// place (beta = 1).
+// GEMMs are the library's where it has quick ones (product.h): at ranks up to 128 its thin products
+// run at 150-800 GF/s, so that a rank-16 forward costs 1-2 % over the base product. What is fused
+// is the update of y and of dx in place (beta = 1).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "kernels.h"
+#include "product.h"
 
 namespace lora {
 namespace {
@@ -58,7 +59,7 @@ at::Tensor as_rows(const at::Tensor& x) {
 
 // z R^T, what B is multiplied with.
 at::Tensor through_R(const at::Tensor& z, const OptionalTensor& lora_R) {
-  return lora_R ? at::mm(z, lora_R->to(z.scalar_type()).t()) : z;
+  return lora_R ? product(z, lora_R->to(z.scalar_type()).t()) : z;
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_forward(
@@ -68,17 +69,18 @@ std::tuple<at::Tensor, at::Tensor> linear_forward(
     const OptionalTensor& lora_R) {
   const auto dtype = x.scalar_type();
   const Dropout drop{dropout, seed};
-  const auto rows = as_rows(x);                                     // [M, K]
-  const auto A = lora_A.to(dtype), B = lora_B.to(dtype);            // [r, K], [N, r]
-  const auto z = at::mm(drop.active() ? drop(rows) : rows, A.t());  // [M, r]
-  const auto into_B = through_R(z, lora_R);                         // [M, r]
-  auto y = at::linear(rows, weight, bias);                          // [M, N]
+  const auto rows = as_rows(x);                                      // [M, K]
+  const auto A = lora_A.to(dtype), B = lora_B.to(dtype);             // [r, K], [N, r]
+  const auto z = product(drop.active() ? drop(rows) : rows, A.t());  // [M, r]
+  const auto into_B = through_R(z, lora_R);                          // [M, r]
+  auto y = base_product(rows, weight, bias);                         // [M, N]
   if (start_A) {
     // One product of rank 2r: start and adapter cancel before y is rounded.
-    const auto z0 = at::mm(rows, start_A->to(dtype).t());
-    y.addmm_(at::cat({into_B, z0}, 1), at::cat({B, start_B->to(dtype).neg()}, 1).t(), 1, scaling);
+    const auto z0 = product(rows, start_A->to(dtype).t());
+    add_product_(
+        y, at::cat({into_B, z0}, 1), at::cat({B, start_B->to(dtype).neg()}, 1).t(), scaling);
   } else {
-    y.addmm_(into_B, B.t(), 1, scaling);
+    add_product_(y, into_B, B.t(), scaling);
   }
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
@@ -100,35 +102,35 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   at::Tensor dz;  // [M, r]
   auto dR = none();
   if (needs_x || needs_A || needs_R) {
-    dz = at::mm(dy, lora_B.to(dtype)).mul_(scaling);
+    dz = product(dy, lora_B.to(dtype)).mul_(scaling);
     if (needs_R) {
-      dR = at::mm(dz.t(), z).to(lora_R->scalar_type());
+      dR = product(dz.t(), z).to(lora_R->scalar_type());
     }
     if (lora_R) {
-      dz = at::mm(dz, lora_R->to(dtype));
+      dz = product(dz, lora_R->to(dtype));
     }
   }
   auto dx = none();
   if (needs_x) {
-    dx = at::mm(dy, weight);
+    dx = product(dy, weight);
     if (drop.active()) {
-      dx.add_(drop(at::mm(dz, A)));
+      dx.add_(drop(product(dz, A)));
       if (start_A) {
-        dx.addmm_(at::mm(dy, start_B->to(dtype)), start_A->to(dtype), 1, -scaling);
+        add_product_(dx, product(dy, start_B->to(dtype)), start_A->to(dtype), -scaling);
       }
     } else if (start_A) {
-      const auto dz0 = at::mm(dy, start_B->to(dtype)).mul_(-scaling);
-      dx.addmm_(at::cat({dz, dz0}, 1), at::cat({A, start_A->to(dtype)}, 0));
+      const auto dz0 = product(dy, start_B->to(dtype)).mul_(-scaling);
+      add_product_(dx, at::cat({dz, dz0}, 1), at::cat({A, start_A->to(dtype)}, 0), 1.0);
     } else {
-      dx.addmm_(dz, A);
+      add_product_(dx, dz, A, 1.0);
     }
     dx = dx.reshape(x.sizes());
   }
-  auto dA =
-      needs_A ? at::mm(dz.t(), drop.active() ? drop(rows) : rows).to(lora_A.scalar_type()) : none();
-  auto dB = needs_B ? at::mm(dy.t(), through_R(z, lora_R)).to(lora_B.scalar_type()).mul_(scaling)
+  auto dA = needs_A ? product(dz.t(), drop.active() ? drop(rows) : rows).to(lora_A.scalar_type())
                     : none();
-  auto dweight = needs_weight ? at::mm(dy.t(), rows) : none();
+  auto dB = needs_B ? product(dy.t(), through_R(z, lora_R)).to(lora_B.scalar_type()).mul_(scaling)
+                    : none();
+  auto dweight = needs_weight ? product(dy.t(), rows) : none();
   auto dbias = needs_bias ? dy.sum(0) : none();
   return {dx, dweight, dbias, dA, dB, dR};
 }

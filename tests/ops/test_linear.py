@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
+from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capability
 from lora_kernels.ops.linear import linear_backward_ref, linear_forward_ref
 from lora_kernels.ops.philox import dropout as drop
 
@@ -135,6 +136,33 @@ def test_matches_float64(device, lead, n, k, r, dtype, bias, start, core, dropou
 def test_large(dtype, dropout, start, core, device):
     t = inputs((3, 85), 512, 768, 16, dtype, start=start, core=core, device=device)
     check(t, 2.0, dropout, torch.tensor(5, device=device) if dropout else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capability", cpu_capabilities())
+def test_every_instruction_set(capability, dtype):
+    """With more rows than the widened products take at once, x transposed in memory and dy a
+    number that was expanded.
+    """
+    before = cpu_capability()
+    set_cpu_capability(capability)
+    try:
+        check(inputs((70,), 96, 130, 4, dtype), 0.7)
+        t = inputs((1100,), 4200, 16, 4, dtype)
+        t["x"] = t["x"].T.contiguous().T.requires_grad_()
+        t["weight"].requires_grad_()
+        y = call(t, 0.7)
+        dy = torch.ones(1, 1, dtype=dtype).expand_as(y)
+        grads = dict(
+            zip(("x", "weight"), torch.autograd.grad(y, [t["x"], t["weight"]], dy), strict=True)
+        )
+    finally:
+        set_cpu_capability(before)
+    want, size = oracle(t, dy, 0.7)
+    (m, n), (r, k) = want["y"].shape, t["lora_A"].shape
+    for name, got in {"y": y, **grads}.items():
+        ratio = largest_ratio(dtype, m, n, k, r, got.numel())
+        assert_close(to_numpy(got), want[name], size[name], ratio, dtype)
 
 
 @pytest.mark.parametrize("start", [False, True])

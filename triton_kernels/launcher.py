@@ -49,7 +49,17 @@ class Launch:
 
     """
 
-    __slots__ = ("kernel", "grid", "sizes", "blocks", "constants", "_grid3", "_tail", "_compiled")
+    __slots__ = (
+        "_compiled",
+        "_direct",
+        "_grid3",
+        "_tail",
+        "blocks",
+        "constants",
+        "grid",
+        "kernel",
+        "sizes",
+    )
 
     def __init__(
         self,
@@ -64,6 +74,7 @@ class Launch:
         self.constants = constants
         self._grid3 = (*self.grid, 1, 1)[:3]
         self._tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self._direct = DIRECT and isinstance(kernel, JITFunction)  # else it is interpreted
         self._compiled: dict[tuple, tuple] = {}
 
     def __call__(
@@ -73,8 +84,11 @@ class Launch:
 
         A scalar is a float, or an integer whose parameter is not specialised and fits 32 bits.
         """
-        device = tensors[0].get_device()
-        addresses, key, bits = [], [device], 0
+        if not self._direct:
+            self._launch_with_binder(tensors, scalars)
+            return
+        active, device = driver.active, tensors[0].get_device()
+        addresses, key, bits = [], [active, device], 0
         for tensor in tensors:
             address = tensor.data_ptr()
             bits |= address
@@ -97,27 +111,27 @@ class Launch:
             or _is_set(runtime.launch_enter_hook)
             or _is_set(runtime.launch_exit_hook)
         ):
-            self._launch_with_binder(key, tensors, scalars)
+            compiled = self._launch_with_binder(tensors, scalars)
+            if compiled is not None and not self.kernel.pre_run_hooks:
+                self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
             return
         run, function, metadata = compiled
         if self.blocks:
             addresses[: len(self.blocks)] = map(_descriptor, tensors, self.blocks)
-        stream = driver.active.get_current_stream(device)
+        stream = active.get_current_stream(device)
         run(
             *self._grid3, stream, function, metadata, None, None, None,
             *addresses, *self.sizes, *scalars, *self._tail,
         )  # fmt: skip
 
-    def _launch_with_binder(self, key: tuple, tensors: Sequence, scalars: Sequence) -> None:
+    def _launch_with_binder(self, tensors: Sequence, scalars: Sequence) -> Any:
         described = [
             TensorDescriptor.from_tensor(tensor, block)
             for tensor, block in zip(tensors, self.blocks, strict=False)
         ]
-        compiled = self.kernel[self.grid](
+        return self.kernel[self.grid](
             *described, *tensors[len(described) :], *self.sizes, *scalars, **self.constants
         )
-        if DIRECT and compiled is not None and not self.kernel.pre_run_hooks:
-            self._compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
 
     @property
     def is_direct(self) -> bool:

@@ -7,11 +7,15 @@ W streams meanwhile. Bytes: W; x, A and the parts come from the caches.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
 from .jobs import aligned
+from .launcher import Launch
 from .linear_rank import load_Bt, rank_block, rank_unit
 from .linear_shrink import shrink_parts
 
@@ -119,37 +123,51 @@ def decode(
     """y [M, N] and z [M, r] in x's dtype, for M <= 64. `overlap` wants Hopper or later."""
     (M, K), (N, r) = x.shape, B.shape
     parts, parts0 = shrink_parts(x, A, A0, dropout, seed, PARTS, overlap)
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    z = torch.empty(M, r, dtype=x.dtype, device=x.device)
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    z = torch.empty((M, r), dtype=x.dtype, device=x.device)
     start = B if B0 is None else B0
+    launch = _plan(
+        (M, N, K, r, x.stride(0), *weight.stride(), *B.stride(), *start.stride()),
+        parts.shape[0],
+        bias is not None,
+        A0 is not None,
+        overlap,
+    )
+    launch(
+        (
+            x,
+            weight,
+            x if bias is None else bias,
+            y,
+            z,
+            parts,
+            B,
+            parts if parts0 is None else parts0,
+            start,
+        ),
+        (scale,),
+    )
+    return y, z
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    sizes: tuple[int, ...], parts: int, has_bias: bool, has_start: bool, overlap: bool
+) -> Launch:
+    M, N, _, r = sizes[:4]
     block_r = rank_block(r, 32)
-    decode_kernel[(triton.cdiv(N, BLOCK_N),)](
-        x,
-        weight,
-        x if bias is None else bias,
-        y,
-        z,
-        parts,
-        B,
-        parts if parts0 is None else parts0,
-        start,
-        M,
-        N,
-        K,
-        r,
-        x.stride(0),
-        *weight.stride(),
-        *B.stride(),
-        *start.stride(),
-        scale,
-        HAS_BIAS=bias is not None,
-        HAS_START=A0 is not None,
-        PARTS=parts.shape[0],
-        BLOCK_M=max(16, triton.next_power_of_2(M)),
+    return Launch(
+        decode_kernel,
+        (cdiv(N, BLOCK_N),),
+        sizes,
+        HAS_BIAS=has_bias,
+        HAS_START=has_start,
+        PARTS=parts,
+        BLOCK_M=max(16, next_power_of_2(M)),
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         BLOCK_R=block_r,
-        RANKS=triton.cdiv(r, block_r) * block_r,
+        RANKS=cdiv(r, block_r) * block_r,
         RANK_UNIT=rank_unit(r),
         OVERLAP=overlap,
         launch_pdl=overlap,
@@ -157,4 +175,3 @@ def decode(
         enable_fp_fusion=True,
         num_stages=4,
     )
-    return y, z

@@ -6,12 +6,15 @@ the same float32 accumulator. Before the loop they would hold shared memory that
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .integers import cdiv
 from .jobs import aligned
+from .launcher import Launch
 from .linear_rank import load_Bt, load_z, rank_block, rank_unit
 
 GROUP_M = 8
@@ -100,24 +103,25 @@ def gemm_kernel(
         out.store([m, n + BLOCK_N // 2], right_half.to(out.dtype))
 
 
-def offered(r: int, start: bool) -> list[str]:
+@functools.cache
+def offered(r: int, start: bool) -> tuple[str, ...]:
     """The configurations for rank r (2r with a start) that compile without spills."""
     if r % 8 or (2 * r if start else r) > LARGEST_RANK:
-        return []
-    return ["fused"] if start else list(CONFIGS)
+        return ()
+    return ("fused",) if start else tuple(CONFIGS)
 
 
-def fits(*matrices: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator takes these: 16-bit, rows at multiples of 16 bytes."""
-    return all(
-        t.element_size() == 2
-        and t.numel() > 0
-        and t.stride(1) == 1
-        and t.stride(0) % 8 == 0
-        and t.stride(0) > 0
-        and t.data_ptr() % 16 == 0
-        and max(t.shape) < 2**31
-        for t in matrices
+def fits(matrix: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator takes it: 16-bit, rows at multiples of 16 bytes."""
+    row, column = matrix.stride()
+    return (
+        column == 1
+        and row > 0
+        and row % 8 == 0
+        and matrix.element_size() == 2
+        and matrix.data_ptr() % 16 == 0
+        and matrix.numel() > 0
+        and max(matrix.shape) < 2**31
     )
 
 
@@ -139,37 +143,59 @@ def gemm(
 
     z, z0 [M, r] are contiguous, B, B0 [N, r] of any strides.
     """
-    block_m, block_n, block_k, warps, stages, resident = CONFIGS[config]
     (M, K), (N, r) = a.shape, B.shape
-    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
+    out = torch.empty((M, N), dtype=a.dtype, device=a.device)
     start = B if B0 is None else B0
-    block_r = rank_block(r, 32 if z0 is None else 16)  # more spills
-    ranks = triton.cdiv(r, block_r) * block_r
-    if z0 is not None:
+    launch = _plan(
+        config,
+        multiprocessors,
+        w_is_kn,
+        (M, N, K, r, *B.stride(), *start.stride()),
+        bias is not None,
+        z0 is not None,
+    )
+    launch(
+        (
+            a,
+            weight,
+            out,
+            a if bias is None else bias,
+            z,
+            B,
+            z if z0 is None else z0,
+            start,
+        ),
+        (scale, scale0),
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    config: str,
+    multiprocessors: int,
+    w_is_kn: bool,
+    sizes: tuple[int, ...],
+    has_bias: bool,
+    has_start: bool,
+) -> Launch:
+    block_m, block_n, block_k, warps, stages, resident = CONFIGS[config]
+    M, N, _, r = sizes[:4]
+    w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
+    block_r = rank_block(r, 16 if has_start else 32)  # more spills
+    ranks = cdiv(r, block_r) * block_r
+    if has_start:
         # A loop of one turn is unrolled, and sm_100 has no room for the accumulators then.
         ranks = max(ranks, 2 * block_r)
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    gemm_kernel[(min(resident * multiprocessors, tiles),)](
-        TensorDescriptor.from_tensor(a, [block_m, block_k]),
-        TensorDescriptor.from_tensor(weight, w_block),
-        TensorDescriptor.from_tensor(out, [block_m, block_n // 2]),
-        a if bias is None else bias,
-        z,
-        B,
-        z if z0 is None else z0,
-        start,
-        M,
-        N,
-        K,
-        r,
-        *B.stride(),
-        *start.stride(),
-        scale,
-        scale0,
+    tiles = cdiv(M, block_m) * cdiv(N, block_n)
+    return Launch(
+        gemm_kernel,
+        (min(resident * multiprocessors, tiles),),
+        sizes,
+        ([block_m, block_k], w_block, [block_m, block_n // 2]),
         W_IS_KN=w_is_kn,
-        HAS_BIAS=bias is not None,
-        HAS_START=z0 is not None,
+        HAS_BIAS=has_bias,
+        HAS_START=has_start,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -181,4 +207,3 @@ def gemm(
         enable_fp_fusion=True,
         num_stages=stages,
     )
-    return out

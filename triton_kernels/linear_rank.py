@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
+
+from .integers import cdiv, next_power_of_2
+from .launcher import Launch
 
 ENOUGH_PROGRAMS = 128  # an H100, H200 or A100 has 108 to 132 multiprocessors
 
@@ -18,7 +22,7 @@ def rank_unit(r: int) -> int:
 
 def rank_block(r: int, largest: int) -> int:
     """The rank that a program is compiled for: a power of two that tl.dot takes."""
-    return min(max(16, triton.next_power_of_2(r)), largest)
+    return min(max(16, next_power_of_2(r)), largest)
 
 
 @triton.jit
@@ -49,9 +53,13 @@ def reduce_kernel(parts_of, out, parts, length, scale, BLOCK: tl.constexpr):
 def reduce(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     """`scale` · the sum of parts [S, ...] float32 over S, in order, as `dtype`."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    if out.numel():
-        grid = (triton.cdiv(out.numel(), 512),)
-        reduce_kernel[grid](
-            parts, out, parts.shape[0], out.numel(), scale, BLOCK=512, enable_fp_fusion=True
-        )
+    length = out.numel()
+    if length:
+        _reduction(parts.shape[0], length)((parts, out), (scale,))
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _reduction(parts: int, length: int) -> Launch:
+    grid = (cdiv(length, 512),)
+    return Launch(reduce_kernel, grid, (parts, length), BLOCK=512, enable_fp_fusion=True)

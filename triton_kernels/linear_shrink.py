@@ -6,11 +6,15 @@ K is split; the parts are added up in order by `reduce`, or by the decode kernel
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
 from .jobs import aligned
+from .launcher import Launch
 from .linear_rank import ENOUGH_PROGRAMS, rank_block, rank_unit, reduce
 from .philox import drop, mask_arguments
 
@@ -86,49 +90,67 @@ def shrink_parts(
 
     With `overlap` the next kernel may start with this one; it has to wait before it reads them.
     """
-    (M, K), r = x.shape, A.shape[0]
+    start = A if A0 is None else A0
+    launch, parts = _plan(
+        x.shape,
+        A.shape[0],
+        x.stride(0),
+        A.stride(),
+        start.stride(),
+        A0 is not None,
+        dropout > 0,
+        parts,
+        overlap,
+    )
+    dtype = x.dtype if parts == 1 else torch.float32
+    out = torch.empty((parts, x.shape[0], A.shape[0]), dtype=dtype, device=x.device)
+    out0 = None if A0 is None else torch.empty_like(out)
+    others = (out if out0 is None else out0, x if seed is None else seed)
+    launch((x, A, start, out, *others), mask_arguments(dropout))
+    return out, out0
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: torch.Size,
+    r: int,
+    x_stride: int,
+    a_strides: tuple[int, int],
+    start_strides: tuple[int, int],
+    has_start: bool,
+    has_dropout: bool,
+    parts: int | None,
+    overlap: bool,
+) -> tuple[Launch, int]:
+    """The launch, and in how many parts z comes."""
+    M, K = shape
     block_r = rank_block(r, 128)
-    block_m = min(max(16, triton.next_power_of_2(M)), 64)
+    block_m = min(max(16, next_power_of_2(M)), 64)
     # What registers, and the shared memory of the smallest GPUs (99 KB), hold.
     block_k = 128 if block_r <= 32 else 64 if block_r <= 64 else 32
-    if A0 is not None:
-        block_k = max(block_k // (4 if dropout > 0 else 2), 32)
-    programs = triton.cdiv(M, block_m) * triton.cdiv(r, block_r)
+    if has_start:
+        block_k = max(block_k // (4 if has_dropout else 2), 32)
+    programs = cdiv(M, block_m) * cdiv(r, block_r)
     if parts is None:
         parts = max(1, ENOUGH_PROGRAMS // programs)
-    length = triton.cdiv(triton.cdiv(K, parts), block_k) * block_k
-    parts = triton.cdiv(K, length)
-    dtype = x.dtype if parts == 1 else torch.float32
-    out = torch.empty(parts, M, r, dtype=dtype, device=x.device)
-    out0 = None if A0 is None else torch.empty_like(out)
-    start = A if A0 is None else A0
-    shrink_kernel[triton.cdiv(M, block_m), triton.cdiv(r, block_r), parts](
-        x,
-        A,
-        start,
-        out,
-        out if out0 is None else out0,
-        x if seed is None else seed,
-        M,
-        K,
-        r,
-        x.stride(0),
-        *A.stride(),
-        *start.stride(),
-        length,
-        *mask_arguments(dropout),
-        HAS_START=A0 is not None,
-        HAS_DROPOUT=dropout > 0,
+    length = cdiv(cdiv(K, parts), block_k) * block_k
+    parts = cdiv(K, length)
+    launch = Launch(
+        shrink_kernel,
+        (cdiv(M, block_m), cdiv(r, block_r), parts),
+        (M, K, r, x_stride, *a_strides, *start_strides, length),
+        HAS_START=has_start,
+        HAS_DROPOUT=has_dropout,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         RANK_UNIT=rank_unit(r),
         OVERLAP=overlap,
-        num_warps=8 if block_r > 64 and A0 is not None else 4,
+        num_warps=8 if block_r > 64 and has_start else 4,
         enable_fp_fusion=True,
         num_stages=4 if block_r <= 32 else 3,
     )
-    return out, out0
+    return launch, parts
 
 
 def shrink(

@@ -66,21 +66,27 @@ class Kernel:
 def stand_in(arch: int = 90, keep_arguments: bool = False) -> Iterator[Seen]:
     """Within it nothing is compiled or launched; -> what would have been."""
     seen = Seen(arguments=[] if keep_arguments else None)
-    run = JITFunction.run
+    run, made = JITFunction.run, []
 
     def compile_(fn, key, signature, device, *rest) -> Kernel:
         seen.compiled[fn.__name__] += 1
         kernel = Kernel(fn.__name__, seen)
-        fn.device_caches[device][0][key] = kernel
+        cache = fn.device_caches[device][0]
+        cache[key] = kernel
+        made.append((cache, key))
         return kernel
 
     def bind(fn, *args, **kwargs):
         seen.binder[fn.__name__] += 1
         return run(fn, *args, **kwargs)
 
-    with (
-        mock.patch.object(driver, "_active", Driver(arch)),
-        mock.patch.object(JITFunction, "_do_compile", compile_),
-        mock.patch.object(JITFunction, "run", bind),
-    ):
-        yield seen
+    try:
+        with (
+            mock.patch.object(driver, "_active", Driver(arch)),
+            mock.patch.object(JITFunction, "_do_compile", compile_),
+            mock.patch.object(JITFunction, "run", bind),
+        ):
+            yield seen
+    finally:
+        for cache, key in made:
+            del cache[key]

@@ -4,7 +4,8 @@ Each step has a few ways, of which the fastest is measured for a shape (`choice.
   thin products (z, dz, dA, dB): a Triton kernel that reads x or dY once, or cuBLAS;
   the product with W: "fused" (one Triton kernel, the rank term in its accumulator), "reversed" (the
   rank term and bias first, the product added to it in place), "library" (the product first, as one
-  writes it by hand). At most 64 rows: also "decode", two kernels in all.
+  writes it by hand). At most 64 rows: also "decode", two kernels in all; at most 1024: "plain", all
+  of the library's calls from one C++ function, without dropout.
 The library is also what float32 and float64 take, and sizes that 16-byte accesses do not suit: the
 kernels are made for the tensor cores of 16-bit dtypes.
 """
@@ -26,6 +27,7 @@ from .linear_shrink import shrink
 from .philox import dropout as drop
 
 HALVES = (torch.bfloat16, torch.float16)
+FEW_ROWS = 1024  # up to here the host's time may be the longer one
 LOW_RANK = 64  # up to here a thin product is bound by memory, and the default is to fuse it
 
 
@@ -63,7 +65,17 @@ def linear_forward(
         )  # fmt: skip
         return y, z
 
+    def plain() -> tuple[Tensor, Tensor]:
+        return torch.ops.lora._linear_plain(
+            rows, weight, bias, lora_A, lora_B, scaling, start_A, start_B, lora_R
+        )
+
     ways = {"steps": z_then_y}
+    if dropout == 0.0:
+        if not thin:  # the steps would be the same library's
+            ways = {"plain": plain}
+        elif rows.shape[0] <= FEW_ROWS:
+            ways["plain"] = plain
     if thin and rows.shape[0] <= MOST_ROWS and lora_R is None:  # its kernels go from z to y at once
         overlap = _capability(x.device) >= (9, 0)
         kernels = lambda: decode(  # noqa: E731

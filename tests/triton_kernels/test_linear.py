@@ -83,6 +83,22 @@ def test_with_R(way, lead, n, k, r, dropout, start, device, dtypes, force):
         assert "decode" not in taken  # its kernels have no place for R
 
 
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize(("lead", "n", "k", "r"), SHAPES)
+def test_plain(lead, n, k, r, core, start, device, force):
+    """All of the library's calls from one C++ function; the only way for a wide dtype."""
+    for dtype in (torch.float16, torch.float64):
+        t = inputs(lead, n, k, r, dtype, start=start, core=core, device=device)
+        taken = force("plain", "kernel", "reversed")
+        taken.clear()
+        check(t, 0.7)
+        assert taken[0] == "plain"
+        taken.clear()
+        check(t, 0.7, 0.3, torch.tensor(9, device=device))
+        assert "plain" not in taken  # it draws no mask
+
+
 @pytest.mark.parametrize("r", [1, 2, 15, 17, 100, 128, 200, 512])
 @pytest.mark.parametrize("rows", [5, 80])
 def test_ranks(r, rows, device, force):

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+REDUCE_BLOCK = 512
 ENOUGH_PROGRAMS = 128  # an H100, H200 or A100 has 108 to 132 multiprocessors
 
 
@@ -35,23 +36,83 @@ def load_Bt(B, rank, col, N, r, b_row, b_col):
     return tl.load(B + col[None, :] * b_row + rank[:, None] * b_col, mask=mask, other=0.0)
 
 
+@triton.jit
+def _reduce_block(parts_of, out, parts, length, scale, program, BLOCK: tl.constexpr):
+    at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < length
+    total = tl.zeros([BLOCK], tl.float32)
+    # Unrolled, 8 loads are under way; else each would wait for the sum of those before.
+    for part in tl.range(0, parts, loop_unroll_factor=8):
+        total += tl.load(parts_of + part * length.to(tl.int64) + at, mask=mask, other=0.0)
+    tl.store(out + at, (scale * total).to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["length", "parts"])
 def reduce_kernel(parts_of, out, parts, length, scale, BLOCK: tl.constexpr):
     """out = scale · the sum of `parts` arrays of `length`, in order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < length
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(parts):
-        total += tl.load(parts_of + part * length.to(tl.int64) + at, mask=mask, other=0.0)
-    tl.store(out + at, (scale * total).to(out.dtype.element_ty), mask=mask)
+    _reduce_block(parts_of, out, parts, length, scale, tl.program_id(0), BLOCK)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("length_a", "parts_a", "blocks_a"),
+        *("length_b", "parts_b", "blocks_b"),
+        *("length_c", "parts_c"),
+    ]
+)
+def reduce_three_kernel(
+    parts_of_a, out_a, parts_a, length_a, scale_a, blocks_a,
+    parts_of_b, out_b, parts_b, length_b, scale_b, blocks_b,
+    parts_of_c, out_c, parts_c, length_c, scale_c,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Three of `reduce_kernel`'s sums: the first programs do a, the next b, the last c."""
+    program = tl.program_id(0)
+    if program < blocks_a:
+        _reduce_block(parts_of_a, out_a, parts_a, length_a, scale_a, program, BLOCK)
+    elif program < blocks_a + blocks_b:
+        _reduce_block(parts_of_b, out_b, parts_b, length_b, scale_b, program - blocks_a, BLOCK)
+    else:
+        program -= blocks_a + blocks_b
+        _reduce_block(parts_of_c, out_c, parts_c, length_c, scale_c, program, BLOCK)
 
 
 def reduce(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     """`scale` · the sum of parts [S, ...] float32 over S, in order, as `dtype`."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     if out.numel():
-        grid = (triton.cdiv(out.numel(), 512),)
+        grid = (triton.cdiv(out.numel(), REDUCE_BLOCK),)
         reduce_kernel[grid](
-            parts, out, parts.shape[0], out.numel(), scale, BLOCK=512, enable_fp_fusion=True
+            parts,
+            out,
+            parts.shape[0],
+            out.numel(),
+            scale,
+            BLOCK=REDUCE_BLOCK,
+            enable_fp_fusion=True,
         )
     return out
+
+
+def reduce_all(sums: list[tuple[torch.Tensor, torch.dtype, float]]) -> list[torch.Tensor]:
+    """`reduce` of up to three (parts, dtype, scale), none of them empty, in one launch."""
+    if len(sums) == 1:
+        return [reduce(*sums[0])]
+    outs, arguments, blocks = [], [], []
+    for parts, dtype, scale in sums:
+        out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+        outs.append(out)
+        blocks.append(triton.cdiv(out.numel(), REDUCE_BLOCK))
+        arguments.append((parts, out, parts.shape[0], out.numel(), scale))
+    if len(sums) == 2:  # no program comes to the third
+        arguments.append(arguments[1])
+    reduce_three_kernel[(sum(blocks),)](
+        *arguments[0],
+        blocks[0],
+        *arguments[1],
+        blocks[1],
+        *arguments[2],
+        BLOCK=REDUCE_BLOCK,
+        enable_fp_fusion=True,
+    )
+    return outs

@@ -1,10 +1,13 @@
 """out = a Wᵀ (or a W) + bias + scale · z Bᵀ + scale₀ · z₀ B₀ᵀ in one kernel, for Hopper and later.
 
 A persistent GEMM: tiles by the tensor memory accelerator, the rank products after the K loop into
-the same float32 accumulator. Before the loop they would hold shared memory that the pipeline needs.
+the same float32 accumulator. Before the loop they would hold shared memory that the pipeline needs;
+but their operands are loaded there, up to rank 32, so that only the product itself comes after.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,25 +16,51 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .jobs import aligned
 from .linear_rank import load_Bt, load_z, rank_block, rank_unit
+from .linear_shrink import shrink_parts
 
 GROUP_M = 8
 LARGEST_RANK = 128  # above it the rank term, which nothing overlaps, is no longer small
-CONFIGS = {  # name: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, programs a multiprocessor)
-    "fused": (128, 256, 64, 8, 3, 1),
-    "fused pair": (128, 128, 64, 4, 3, 2),  # one's rank term beside the other's K loop
+MOST_EARLY = 32  # ranks whose operands are loaded before the K loop
+# The flattened loops of Triton 3.6 have each wgmma wait for the one before (ptxas C7515).
+FLATTENS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
+
+class Config(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    resident: int  # programs a multiprocessor
+    early: bool  # z and B are loaded before the K loop, up to rank MOST_EARLY
+    flat: bool  # one pipeline over all tiles: the next one's first loads beside this one's end
+    waits: bool = False  # starts with the kernel before it, which computes z, and loads z last
+
+
+CONFIGS = {
+    "fused": Config(128, 256, 64, 8, 3, 1, early=True, flat=False),
+    "fused flat": Config(128, 256, 64, 8, 3, 1, early=True, flat=True),
+    # One's rank term beside the other's K loop.
+    "fused pair": Config(128, 128, 64, 4, 3, 2, early=False, flat=False),
 }
+OVERLAPPED = Config(128, 256, 64, 8, 3, 1, early=True, flat=False, waits=True)
+
+
+@triton.jit
+def _scaled_Bt(B, rank, col, N, r, b_row, b_col, scale, DTYPE: tl.constexpr):
+    """A tile of (scale · B)ᵀ: the scale goes in before the rounding, so that one dot adds it on."""
+    return (scale * load_Bt(B, rank, col, N, r, b_row, b_col).to(tl.float32)).to(DTYPE)
 
 
 @triton.jit
 def _add_rank_term(
     acc, z, B, row, col, M, N, r, b_row, b_col, scale, RANKS: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """acc + z (scale · B)ᵀ: the scale goes into B before its rounding, so that one dot adds on."""
+    """acc + z (scale · B)ᵀ, a block of ranks at a time."""
     for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         rank = first + tl.arange(0, BLOCK_R)
         left = load_z(z, row, rank, M, r)
-        right = load_Bt(B, rank, col, N, r, b_row, b_col)
-        right = (scale * right.to(tl.float32)).to(left.dtype)
+        right = _scaled_Bt(B, rank, col, N, r, b_row, b_col, scale, left.dtype)
         acc = tl.dot(left, right, acc)
     return acc
 
@@ -66,31 +95,56 @@ def gemm_kernel(
     RANKS: tl.constexpr,
     RANK_UNIT: tl.constexpr,
     GROUP_M: tl.constexpr,
+    EARLY: tl.constexpr,
+    FLAT: tl.constexpr,
+    LATE_Z: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
     r = aligned(r, RANK_UNIT)
     rows_of_tiles, cols_of_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = GROUP_M * cols_of_tiles
-    for tile in tl.range(tl.program_id(0), rows_of_tiles * cols_of_tiles, tl.num_programs(0)):
+    tiles = rows_of_tiles * cols_of_tiles
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
         # Groups of GROUP_M rows of tiles share what the L2 cache holds of W.
         first = tile // group * GROUP_M
         height = min(rows_of_tiles - first, GROUP_M)
         m = (first + tile % group % height) * BLOCK_M
         n = tile % group // height * BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            left = a.load([m, k])
-            if W_IS_KN:
-                acc = tl.dot(left, w.load([k, n]), acc)
-            else:
-                acc = tl.dot(left, w.load([n, k]).T, acc)
         row = m + tl.arange(0, BLOCK_M)
         col = n + tl.arange(0, BLOCK_N)
         row64 = row.to(tl.int64)
-        acc = _add_rank_term(acc, z, B, row64, col, M, N, r, b_row, b_col, scale, RANKS, BLOCK_R)
-        if HAS_START:
+        rank = tl.arange(0, BLOCK_R)
+        if EARLY:
+            right = _scaled_Bt(B, rank, col, N, r, b_row, b_col, scale, z.dtype.element_ty)
+            if not LATE_Z:
+                left = load_z(z, row64, rank, M, r)
+            if HAS_START:  # the ranks of both in turn, for a single product
+                left = tl.join(left, load_z(z0, row64, rank, M, r))
+                left = tl.reshape(left, [BLOCK_M, 2 * BLOCK_R])
+                right0 = _scaled_Bt(B0, rank, col, N, r, b0_row, b0_col, scale0, right.dtype)
+                right = tl.permute(tl.join(right, right0), [0, 2, 1])
+                right = tl.reshape(right, [2 * BLOCK_R, BLOCK_N])
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            a_tile = a.load([m, k])
+            if W_IS_KN:
+                acc = tl.dot(a_tile, w.load([k, n]), acc)
+            else:
+                acc = tl.dot(a_tile, w.load([n, k]).T, acc)
+        if WAITS:
+            tl.extra.cuda.gdc_wait()
+        if LATE_Z:
+            left = load_z(z, row64, rank, M, r)
+        if EARLY:
+            acc = tl.dot(left, right, acc)
+        else:
             acc = _add_rank_term(
-                acc, z0, B0, row64, col, M, N, r, b0_row, b0_col, scale0, RANKS, BLOCK_R
+                acc, z, B, row64, col, M, N, r, b_row, b_col, scale, RANKS, BLOCK_R
             )
+            if HAS_START:
+                acc = _add_rank_term(
+                    acc, z0, B0, row64, col, M, N, r, b0_row, b0_col, scale0, RANKS, BLOCK_R
+                )
         if HAS_BIAS:
             acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
         # In halves: a whole tile on its way out would take the place of a pipeline stage.
@@ -100,11 +154,22 @@ def gemm_kernel(
         out.store([m, n + BLOCK_N // 2], right_half.to(out.dtype))
 
 
-def offered(r: int, start: bool) -> list[str]:
-    """The configurations for rank r (2r with a start) that compile without spills."""
+def offered(r: int, start: bool, flat: bool = True) -> list[str]:
+    """The configurations for rank r (2r with a start) that compile well: without spills or waits.
+
+    `flat`: for Hopper. For Blackwell Triton fails to flatten the loops, 3.9 as well.
+    """
     if r % 8 or (2 * r if start else r) > LARGEST_RANK:
         return []
-    return ["fused"] if start else list(CONFIGS)
+    if start:
+        return ["fused"]
+    flat = flat and FLATTENS and r <= 16  # above, the pipelined B exceeds the shared memory
+    return [name for name, config in CONFIGS.items() if flat or not config.flat]
+
+
+def overlaps(r: int) -> bool:
+    """Whether `overlapped` takes rank r: B lies beside the pipeline, and leaves room for z's kernel."""
+    return r % 8 == 0 and 0 < r <= MOST_EARLY
 
 
 def fits(*matrices: torch.Tensor) -> bool:
@@ -121,8 +186,32 @@ def fits(*matrices: torch.Tensor) -> bool:
     )
 
 
+def _constants(config: Config, r: int, has_start: bool) -> dict[str, int]:
+    """Of `gemm_kernel`."""
+    early = config.early and r <= MOST_EARLY
+    block_r = rank_block(r, 16 if has_start and not early else 32)  # more spills
+    ranks = triton.cdiv(r, block_r) * block_r
+    if has_start and not early:
+        # A loop of one turn is unrolled, and sm_100 has no room for the accumulators then.
+        ranks = max(ranks, 2 * block_r)
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": block_r,
+        "RANKS": ranks,
+        "RANK_UNIT": rank_unit(r),
+        "GROUP_M": GROUP_M,
+        "EARLY": early,
+        "FLAT": config.flat,
+        "LATE_Z": config.waits,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
 def gemm(
-    config: str,
+    config: str | Config,
     multiprocessors: int,
     a: torch.Tensor,
     weight: torch.Tensor,
@@ -134,23 +223,21 @@ def gemm(
     z0: torch.Tensor | None = None,
     B0: torch.Tensor | None = None,
     scale0: float = 0.0,
+    waits: bool = False,
 ) -> torch.Tensor:
     """a [M, K] times weight [N, K] transposed, or weight [K, N], and the rank terms.
 
-    z, z0 [M, r] are contiguous, B, B0 [N, r] of any strides.
+    z, z0 [M, r] are contiguous, B, B0 [N, r] of any strides. `waits`: the kernel before this one
+    lets it start early; all but z has to be there by then.
     """
-    block_m, block_n, block_k, warps, stages, resident = CONFIGS[config]
+    config = CONFIGS.get(config, config)
+    block_m, block_n, block_k, *_ = config
     (M, K), (N, r) = a.shape, B.shape
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
     w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
     start = B if B0 is None else B0
-    block_r = rank_block(r, 32 if z0 is None else 16)  # more spills
-    ranks = triton.cdiv(r, block_r) * block_r
-    if z0 is not None:
-        # A loop of one turn is unrolled, and sm_100 has no room for the accumulators then.
-        ranks = max(ranks, 2 * block_r)
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    gemm_kernel[(min(resident * multiprocessors, tiles),)](
+    gemm_kernel[(min(config.resident * multiprocessors, tiles),)](
         TensorDescriptor.from_tensor(a, [block_m, block_k]),
         TensorDescriptor.from_tensor(weight, w_block),
         TensorDescriptor.from_tensor(out, [block_m, block_n // 2]),
@@ -170,15 +257,34 @@ def gemm(
         W_IS_KN=w_is_kn,
         HAS_BIAS=bias is not None,
         HAS_START=z0 is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        BLOCK_R=block_r,
-        RANKS=ranks,
-        RANK_UNIT=rank_unit(r),
-        GROUP_M=GROUP_M,
-        num_warps=warps,
+        WAITS=waits,
+        launch_pdl=waits,
         enable_fp_fusion=True,
-        num_stages=stages,
+        **_constants(config, r, z0 is not None),
     )
     return out
+
+
+def overlapped(
+    multiprocessors: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    w_is_kn: bool,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+    overlap: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M, N] and z = drop(x) Aᵀ [M, r], for r up to MOST_EARLY and a multiple of 8.
+
+    The product with W starts beside the kernel that computes z, in the shared memory that this
+    leaves, and waits for it only after its first tile's K loop. `overlap` wants Hopper or later.
+    """
+    z = shrink_parts(x, A, None, dropout, seed, parts=1, overlap=overlap, beside=True)[0][0]
+    y = gemm(
+        OVERLAPPED, multiprocessors, x, weight, w_is_kn, z, B, scale, bias, waits=overlap
+    )  # fmt: skip
+    return y, z

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .jobs import aligned
+
 REDUCE_BLOCK = 512
 ENOUGH_PROGRAMS = 128  # an H100, H200 or A100 has 108 to 132 multiprocessors
 
@@ -37,7 +39,10 @@ def load_Bt(B, rank, col, N, r, b_row, b_col):
 
 
 @triton.jit
-def _reduce_block(parts_of, out, parts, length, scale, program, BLOCK: tl.constexpr):
+def _reduce_block(
+    parts_of, out, parts, length, scale, program, BLOCK: tl.constexpr, UNIT: tl.constexpr
+):
+    length = aligned(length, UNIT)
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < length
     total = tl.zeros([BLOCK], tl.float32)
@@ -48,33 +53,34 @@ def _reduce_block(parts_of, out, parts, length, scale, program, BLOCK: tl.conste
 
 
 @triton.jit(do_not_specialize=["length", "parts"])
-def reduce_kernel(parts_of, out, parts, length, scale, BLOCK: tl.constexpr):
+def reduce_kernel(parts_of, out, parts, length, scale, BLOCK: tl.constexpr, UNIT: tl.constexpr):
     """out = scale · the sum of `parts` arrays of `length`, in order."""
-    _reduce_block(parts_of, out, parts, length, scale, tl.program_id(0), BLOCK)
+    _reduce_block(parts_of, out, parts, length, scale, tl.program_id(0), BLOCK, UNIT)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("length_a", "parts_a", "blocks_a"),
-        *("length_b", "parts_b", "blocks_b"),
-        *("length_c", "parts_c"),
+        *("parts_a", "length_a", "blocks_a", "parts_b", "length_b", "blocks_b"),
+        *("parts_c", "length_c"),
     ]
 )
 def reduce_three_kernel(
-    parts_of_a, out_a, parts_a, length_a, scale_a, blocks_a,
-    parts_of_b, out_b, parts_b, length_b, scale_b, blocks_b,
-    parts_of_c, out_c, parts_c, length_c, scale_c,
-    BLOCK: tl.constexpr,
+    parts_of_a, out_a, parts_of_b, out_b, parts_of_c, out_c,
+    parts_a, length_a, blocks_a, parts_b, length_b, blocks_b, parts_c, length_c,
+    scale_a, scale_b, scale_c,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Three of `reduce_kernel`'s sums: the first programs do a, the next b, the last c."""
     program = tl.program_id(0)
     if program < blocks_a:
-        _reduce_block(parts_of_a, out_a, parts_a, length_a, scale_a, program, BLOCK)
+        _reduce_block(parts_of_a, out_a, parts_a, length_a, scale_a, program, BLOCK, UNIT)
     elif program < blocks_a + blocks_b:
-        _reduce_block(parts_of_b, out_b, parts_b, length_b, scale_b, program - blocks_a, BLOCK)
+        _reduce_block(
+            parts_of_b, out_b, parts_b, length_b, scale_b, program - blocks_a, BLOCK, UNIT
+        )
     else:
         program -= blocks_a + blocks_b
-        _reduce_block(parts_of_c, out_c, parts_c, length_c, scale_c, program, BLOCK)
+        _reduce_block(parts_of_c, out_c, parts_c, length_c, scale_c, program, BLOCK, UNIT)
 
 
 def reduce(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
@@ -89,6 +95,7 @@ def reduce(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch
             out.numel(),
             scale,
             BLOCK=REDUCE_BLOCK,
+            UNIT=math.gcd(out.numel(), 4),
             enable_fp_fusion=True,
         )
     return out
@@ -98,21 +105,20 @@ def reduce_all(sums: list[tuple[torch.Tensor, torch.dtype, float]]) -> list[torc
     """`reduce` of up to three (parts, dtype, scale), none of them empty, in one launch."""
     if len(sums) == 1:
         return [reduce(*sums[0])]
-    outs, arguments, blocks = [], [], []
-    for parts, dtype, scale in sums:
-        out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-        outs.append(out)
-        blocks.append(triton.cdiv(out.numel(), REDUCE_BLOCK))
-        arguments.append((parts, out, parts.shape[0], out.numel(), scale))
-    if len(sums) == 2:  # no program comes to the third
-        arguments.append(arguments[1])
+    outs = [torch.empty(p.shape[1:], dtype=dtype, device=p.device) for p, dtype, _ in sums]
+    jobs = [*zip(sums, outs, strict=True)]
+    jobs += [jobs[1]] * (3 - len(jobs))  # of two sums no program comes to a third
+    blocks = [triton.cdiv(out.numel(), REDUCE_BLOCK) for out in outs]
+    tensors = [tensor for (parts, _, _), out in jobs for tensor in (parts, out)]
+    (parts_a, a), (parts_b, b), (parts_c, c) = (
+        (parts.shape[0], out.numel()) for (parts, _, _), out in jobs
+    )
     reduce_three_kernel[(sum(blocks),)](
-        *arguments[0],
-        blocks[0],
-        *arguments[1],
-        blocks[1],
-        *arguments[2],
+        *tensors,
+        *(parts_a, a, blocks[0], parts_b, b, blocks[1], parts_c, c),
+        *(scale for (_, _, scale), _ in jobs),
         BLOCK=REDUCE_BLOCK,
+        UNIT=math.gcd(4, a, b, c),
         enable_fp_fusion=True,
     )
     return outs

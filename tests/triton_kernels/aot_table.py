@@ -34,6 +34,13 @@ def programs(arch: int, registers: int, shared: int, warps: int) -> int:
     return min(warps_held // warps, SHARED[arch] // (shared + PER_BLOCK), BLOCKS)
 
 
+def fit_together(reports: list[dict]) -> bool:
+    """Whether a multiprocessor holds a program of each of these at the same time."""
+    registers = sum(-(-r["registers"] * 32 // 256) * 256 * r["num_warps"] for r in reports)
+    shared = sum(r["shared"] + PER_BLOCK for r in reports)
+    return registers <= REGISTERS and shared <= SHARED[reports[0]["arch"]]
+
+
 def rows(reports: list[dict]) -> list[dict[str, str]]:
     """The table of some reports; `launch` counts those of a kernel in a case."""
     launches = collections.Counter()

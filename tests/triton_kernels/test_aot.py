@@ -96,6 +96,19 @@ def test_no_kernel_spills_or_overflows_or_lacks_instructions_or_serializes(kerne
     assert not faults, "\n".join(map(str, faults))
 
 
+@pytest.mark.parametrize("arch", [arch for arch in OWN_ARCHS if arch >= 90])
+def test_overlapped_kernels_find_room_beside_each_other(kernels, arch):
+    reports = [r for r in kernels if r["case"] == "overlapped" and r["arch"] == arch]
+    pairs = [(r, s) for r in reports for s in reports if r["kernel"] < s["kernel"]]
+    ranks = {tuple(r["arguments"]["BLOCK_R"] for r in pair) for pair in pairs}
+    assert {("16", "16"), ("32", "32")} <= ranks
+    assert all(
+        aot_table.fit_together(pair)
+        for pair in pairs
+        if pair[0]["arguments"]["BLOCK_R"] == pair[1]["arguments"]["BLOCK_R"]
+    )
+
+
 def test_resources_are_those_of_the_table(kernels):
     made_with = {row["triton"] for row in aot_table.read()}
     if made_with != {triton.__version__}:

@@ -19,6 +19,7 @@ SHAPES = [  # rows, N, K, r
     ((2, 3), 96, 200, 16),
     ((64,), 136, 72, 40),
     ((130,), 264, 136, 70),
+    ((129,), 264, 136, 24),
     ((200,), 24, 344, 8),
 ]
 
@@ -55,6 +56,7 @@ def force(monkeypatch, device):
     "ways",
     [
         *(("kernel", "decode"), ("kernel", "steps", "reversed"), ("steps", "library")),
+        ("kernel", "overlapped"),
         *(("steps", config) for config in CONFIGS),
     ],
 )
@@ -65,10 +67,14 @@ def test_every_way(ways, lead, n, k, r, dropout, start, device, dtypes, force):
         seed = torch.tensor(2**33 + 5, device=device) if dropout else None
         taken = force(*ways)
         check(t, 0.7, dropout, seed)
-    offered = {"decode": t["x"].numel() // k <= 64} | {
-        config: linear._is_hopper(t["x"].device) and config in linear_gemm.offered(r, start)
-        for config in CONFIGS
-    }
+    names = linear_gemm.offered(r, start, linear._capability(t["x"].device)[0] < 10)
+    offered = {
+        "decode": t["x"].numel() // k <= 64,
+        "overlapped": t["x"].numel() // k > 64
+        and linear._is_hopper(t["x"].device)
+        and linear_gemm.overlaps(r)
+        and not start,
+    } | {config: linear._is_hopper(t["x"].device) and config in names for config in CONFIGS}
     assert (ways[-1] in taken) == offered.get(ways[-1], True)
 
 

@@ -91,7 +91,7 @@ def _overlapped(
     """The way in which W's product starts beside z's, where the GPU and the sizes suit it."""
     is_kn = weight.stride(1) != 1
     matrix = weight.T if is_kn else weight
-    suits = _is_hopper(rows.device) and linear_gemm.overlaps(lora_B.shape[1])
+    suits = _is_hopper(rows.device) and linear_gemm.overlaps(lora_B.shape[1], dropout > 0)
     if not (suits and linear_gemm.fits(rows) and linear_gemm.fits(matrix)):
         return {}
     kernels = functools.partial(

@@ -47,9 +47,14 @@ OVERLAPPED = Config(128, 256, 64, 8, 3, 1, early=True, flat=False, waits=True)
 
 
 @triton.jit
-def _scaled_Bt(B, rank, col, N, r, b_row, b_col, scale, DTYPE: tl.constexpr):
-    """A tile of (scale · B)ᵀ: the scale goes in before the rounding, so that one dot adds it on."""
-    return (scale * load_Bt(B, rank, col, N, r, b_row, b_col).to(tl.float32)).to(DTYPE)
+def _operands(z_tile, b_tile, row, M, scale):
+    """What a dot takes of loaded tiles of z and Bᵀ: the scale goes into B before its rounding.
+
+    Done after the K loop. Triton puts a tile that a product takes as it was loaded into shared
+    memory right after its load, and the K loop's first loads would wait for that: hence the mask.
+    """
+    left = tl.where((row < M)[:, None], z_tile, 0.0)
+    return left, (scale * b_tile.to(tl.float32)).to(left.dtype)
 
 
 @triton.jit
@@ -60,8 +65,8 @@ def _add_rank_term(
     for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         rank = first + tl.arange(0, BLOCK_R)
         left = load_z(z, row, rank, M, r)
-        right = _scaled_Bt(B, rank, col, N, r, b_row, b_col, scale, left.dtype)
-        acc = tl.dot(left, right, acc)
+        right = load_Bt(B, rank, col, N, r, b_row, b_col)
+        acc = tl.dot(left, (scale * right.to(tl.float32)).to(left.dtype), acc)
     return acc
 
 
@@ -115,15 +120,12 @@ def gemm_kernel(
         row64 = row.to(tl.int64)
         rank = tl.arange(0, BLOCK_R)
         if EARLY:
-            right = _scaled_Bt(B, rank, col, N, r, b_row, b_col, scale, z.dtype.element_ty)
+            b_tile = load_Bt(B, rank, col, N, r, b_row, b_col)
             if not LATE_Z:
-                left = load_z(z, row64, rank, M, r)
-            if HAS_START:  # the ranks of both in turn, for a single product
-                left = tl.join(left, load_z(z0, row64, rank, M, r))
-                left = tl.reshape(left, [BLOCK_M, 2 * BLOCK_R])
-                right0 = _scaled_Bt(B0, rank, col, N, r, b0_row, b0_col, scale0, right.dtype)
-                right = tl.permute(tl.join(right, right0), [0, 2, 1])
-                right = tl.reshape(right, [2 * BLOCK_R, BLOCK_N])
+                z_tile = load_z(z, row64, rank, M, r)
+            if HAS_START:
+                b0_tile = load_Bt(B0, rank, col, N, r, b0_row, b0_col)
+                z0_tile = load_z(z0, row64, rank, M, r)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, K, BLOCK_K):
             a_tile = a.load([m, k])
@@ -134,8 +136,14 @@ def gemm_kernel(
         if WAITS:
             tl.extra.cuda.gdc_wait()
         if LATE_Z:
-            left = load_z(z, row64, rank, M, r)
+            z_tile = load_z(z, row64, rank, M, r)
         if EARLY:
+            left, right = _operands(z_tile, b_tile, row, M, scale)
+            if HAS_START:  # the ranks of both in turn, for a single product
+                left0, right0 = _operands(z0_tile, b0_tile, row, M, scale0)
+                left = tl.reshape(tl.join(left, left0), [BLOCK_M, 2 * BLOCK_R])
+                right = tl.permute(tl.join(right, right0), [0, 2, 1])
+                right = tl.reshape(right, [2 * BLOCK_R, BLOCK_N])
             acc = tl.dot(left, right, acc)
         else:
             acc = _add_rank_term(
@@ -167,9 +175,9 @@ def offered(r: int, start: bool, flat: bool = True) -> list[str]:
     return [name for name, config in CONFIGS.items() if flat or not config.flat]
 
 
-def overlaps(r: int) -> bool:
-    """Whether `overlapped` takes rank r: B lies beside the pipeline, and leaves room for z's kernel."""
-    return r % 8 == 0 and 0 < r <= MOST_EARLY
+def overlaps(r: int, has_dropout: bool) -> bool:
+    """Whether the registers hold both kernels of `overlapped` at once."""
+    return r % 8 == 0 and 0 < r <= (16 if has_dropout else MOST_EARLY)
 
 
 def fits(*matrices: torch.Tensor) -> bool:
@@ -278,7 +286,7 @@ def overlapped(
     seed: torch.Tensor | None,
     overlap: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [M, N] and z = drop(x) Aᵀ [M, r], for r up to MOST_EARLY and a multiple of 8.
+    """y [M, N] and z = drop(x) Aᵀ [M, r], for what `overlaps` allows.
 
     The product with W starts beside the kernel that computes z, in the shared memory that this
     leaves, and waits for it only after its first tile's K loop. `overlap` wants Hopper or later.

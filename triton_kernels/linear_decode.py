@@ -7,11 +7,15 @@ W streams meanwhile. Bytes: W; x, A and the parts come from the caches.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
 from .jobs import aligned
+from .launcher import Launch
 from .linear_rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit
 from .linear_shrink import shrink_parts
 
@@ -124,13 +128,13 @@ def decode_kernel(
 
 def _constants(M: int, N: int, r: int, has_start: bool, overlap: bool) -> dict[str, int]:
     """Of `decode_kernel`: its blocks, and how deep it loads ahead."""
-    block_m = max(16, triton.next_power_of_2(M))
+    block_m = max(16, next_power_of_2(M))
     most = 128 if M <= 16 else 32 if has_start else 64  # ranks of B held while W streams through
     block_r = rank_block(r, most if r <= most else 32)
-    ranks = triton.cdiv(r, block_r) * block_r
+    ranks = cdiv(r, block_r) * block_r
     parts_held = 4096 // (block_m * block_r * (2 if has_start else 1))
     stages = 4
-    if overlap and triton.cdiv(N, BLOCK_N) < 2 * ENOUGH_PROGRAMS:
+    if overlap and cdiv(N, BLOCK_N) < 2 * ENOUGH_PROGRAMS:
         # Hopper's memory wants some 40 KB under way a multiprocessor, and a stage has 8 KB of W:
         # two programs or more have that with 3 stages each under way, a single one has not.
         stages = 8 if block_m <= 32 else 6
@@ -163,35 +167,48 @@ def decode(
     """y [M, N] and z [M, r] in x's dtype, for M <= 64. `overlap` wants Hopper or later."""
     (M, K), (N, r) = x.shape, B.shape
     parts, parts0 = shrink_parts(x, A, A0, dropout, seed, PARTS, overlap)
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    z = torch.empty(M, r, dtype=x.dtype, device=x.device)
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    z = torch.empty((M, r), dtype=x.dtype, device=x.device)
     start = B if B0 is None else B0
-    decode_kernel[(triton.cdiv(N, BLOCK_N),)](
-        x,
-        weight,
-        x if bias is None else bias,
-        y,
-        z,
-        parts,
-        B,
-        parts if parts0 is None else parts0,
-        start,
-        M,
-        N,
-        K,
-        r,
-        x.stride(0),
-        *weight.stride(),
-        *B.stride(),
-        *start.stride(),
-        scale,
-        HAS_BIAS=bias is not None,
-        HAS_START=A0 is not None,
-        PARTS=parts.shape[0],
+    launch = _plan(
+        (M, N, K, r, x.stride(0), *weight.stride(), *B.stride(), *start.stride()),
+        parts.shape[0],
+        bias is not None,
+        A0 is not None,
+        overlap,
+    )
+    launch(
+        (
+            x,
+            weight,
+            x if bias is None else bias,
+            y,
+            z,
+            parts,
+            B,
+            parts if parts0 is None else parts0,
+            start,
+        ),
+        (scale,),
+    )
+    return y, z
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    sizes: tuple[int, ...], parts: int, has_bias: bool, has_start: bool, overlap: bool
+) -> Launch:
+    M, N, _, r = sizes[:4]
+    return Launch(
+        decode_kernel,
+        (cdiv(N, BLOCK_N),),
+        sizes,
+        HAS_BIAS=has_bias,
+        HAS_START=has_start,
+        PARTS=parts,
         OVERLAP=overlap,
         launch_pdl=overlap,
         num_warps=4,
         enable_fp_fusion=True,
-        **_constants(M, N, r, A0 is not None, overlap),
+        **_constants(M, N, r, has_start, overlap),
     )
-    return y, z

@@ -7,14 +7,16 @@ but their operands are loaded there, up to rank 32, so that only the product its
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .integers import cdiv
 from .jobs import aligned
+from .launcher import Launch
 from .linear_rank import load_Bt, load_z, rank_block, rank_unit
 from .linear_shrink import shrink_parts
 
@@ -162,17 +164,18 @@ def gemm_kernel(
         out.store([m, n + BLOCK_N // 2], right_half.to(out.dtype))
 
 
-def offered(r: int, start: bool, flat: bool = True) -> list[str]:
+@functools.cache
+def offered(r: int, start: bool, flat: bool = True) -> tuple[str, ...]:
     """The configurations for rank r (2r with a start) that compile well: without spills or waits.
 
     `flat`: for Hopper. For Blackwell Triton fails to flatten the loops, 3.9 as well.
     """
     if r % 8 or (2 * r if start else r) > LARGEST_RANK:
-        return []
+        return ()
     if start:
-        return ["fused"]
+        return ("fused",)
     flat = flat and FLATTENS and r <= 16  # above, the pipelined B exceeds the shared memory
-    return [name for name, config in CONFIGS.items() if flat or not config.flat]
+    return tuple(name for name, config in CONFIGS.items() if flat or not config.flat)
 
 
 def overlaps(r: int, has_dropout: bool) -> bool:
@@ -180,17 +183,17 @@ def overlaps(r: int, has_dropout: bool) -> bool:
     return r % 8 == 0 and 0 < r <= (16 if has_dropout else MOST_EARLY)
 
 
-def fits(*matrices: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator takes these: 16-bit, rows at multiples of 16 bytes."""
-    return all(
-        t.element_size() == 2
-        and t.numel() > 0
-        and t.stride(1) == 1
-        and t.stride(0) % 8 == 0
-        and t.stride(0) > 0
-        and t.data_ptr() % 16 == 0
-        and max(t.shape) < 2**31
-        for t in matrices
+def fits(matrix: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator takes it: 16-bit, rows at multiples of 16 bytes."""
+    row, column = matrix.stride()
+    return (
+        column == 1
+        and row > 0
+        and row % 8 == 0
+        and matrix.element_size() == 2
+        and matrix.data_ptr() % 16 == 0
+        and matrix.numel() > 0
+        and max(matrix.shape) < 2**31
     )
 
 
@@ -198,7 +201,7 @@ def _constants(config: Config, r: int, has_start: bool) -> dict[str, int]:
     """Of `gemm_kernel`."""
     early = config.early and r <= MOST_EARLY
     block_r = rank_block(r, 16 if has_start and not early else 32)  # more spills
-    ranks = triton.cdiv(r, block_r) * block_r
+    ranks = cdiv(r, block_r) * block_r
     if has_start and not early:
         # A loop of one turn is unrolled, and sm_100 has no room for the accumulators then.
         ranks = max(ranks, 2 * block_r)
@@ -238,39 +241,61 @@ def gemm(
     z, z0 [M, r] are contiguous, B, B0 [N, r] of any strides. `waits`: the kernel before this one
     lets it start early; all but z has to be there by then.
     """
-    config = CONFIGS.get(config, config)
-    block_m, block_n, block_k, *_ = config
     (M, K), (N, r) = a.shape, B.shape
-    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
+    out = torch.empty((M, N), dtype=a.dtype, device=a.device)
     start = B if B0 is None else B0
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    gemm_kernel[(min(config.resident * multiprocessors, tiles),)](
-        TensorDescriptor.from_tensor(a, [block_m, block_k]),
-        TensorDescriptor.from_tensor(weight, w_block),
-        TensorDescriptor.from_tensor(out, [block_m, block_n // 2]),
-        a if bias is None else bias,
-        z,
-        B,
-        z if z0 is None else z0,
-        start,
-        M,
-        N,
-        K,
-        r,
-        *B.stride(),
-        *start.stride(),
-        scale,
-        scale0,
+    launch = _plan(
+        CONFIGS.get(config, config),
+        multiprocessors,
+        w_is_kn,
+        (M, N, K, r, *B.stride(), *start.stride()),
+        bias is not None,
+        z0 is not None,
+        waits,
+    )
+    launch(
+        (
+            a,
+            weight,
+            out,
+            a if bias is None else bias,
+            z,
+            B,
+            z if z0 is None else z0,
+            start,
+        ),
+        (scale, scale0),
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    config: Config,
+    multiprocessors: int,
+    w_is_kn: bool,
+    sizes: tuple[int, ...],
+    has_bias: bool,
+    has_start: bool,
+    waits: bool,
+) -> Launch:
+    block_m, block_n, block_k, *_ = config
+    M, N, _, r = sizes[:4]
+    w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
+    tiles = cdiv(M, block_m) * cdiv(N, block_n)
+    return Launch(
+        gemm_kernel,
+        (min(config.resident * multiprocessors, tiles),),
+        sizes,
+        ([block_m, block_k], w_block, [block_m, block_n // 2]),
         W_IS_KN=w_is_kn,
-        HAS_BIAS=bias is not None,
-        HAS_START=z0 is not None,
+        HAS_BIAS=has_bias,
+        HAS_START=has_start,
         WAITS=waits,
         launch_pdl=waits,
         enable_fp_fusion=True,
-        **_constants(config, r, z0 is not None),
+        **_constants(config, r, has_start),
     )
-    return out
 
 
 def overlapped(

@@ -8,11 +8,15 @@ workspace is a fifth of dY's bytes.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv
 from .jobs import aligned
+from .launcher import Launch
 from .linear_rank import ENOUGH_PROGRAMS, load_Bt, load_z, rank_block, rank_unit, reduce, reduce_all
 from .philox import drop, mask_arguments
 
@@ -123,7 +127,7 @@ def is_worth_it(r: int, start: bool) -> bool:
 def _chunk(M: int, blocks: int) -> int:
     """Rows a program walks down: so many that all programs together just fill a GPU twice."""
     chunks = max(1, 2 * ENOUGH_PROGRAMS // blocks)
-    return max(triton.cdiv(triton.cdiv(M, chunks), BLOCK_M) * BLOCK_M, BLOCK_M)
+    return max(cdiv(cdiv(M, chunks), BLOCK_M) * BLOCK_M, BLOCK_M)
 
 
 def dz_dB(
@@ -139,30 +143,45 @@ def dz_dB(
     dY's rows and z are contiguous; r as `is_worth_it` has it.
     """
     (M, N), r = dy.shape, B.shape[1]
-    blocks = triton.cdiv(N, DZ_COLUMNS)
-    chunk = _chunk(M, blocks)
-    chunks = triton.cdiv(M, chunk)
-    work = {"dtype": torch.float32, "device": dy.device}
-    dz_parts = torch.empty(blocks, M, r, **work)
-    dz0_parts = None if B0 is None else torch.empty_like(dz_parts)
-    dB_parts = torch.empty(chunks, N, r, **work) if needs_B else None
     start = B if B0 is None else B0
-    dz_dB_kernel[blocks, chunks](
-        dy,
-        B,
-        start,
-        z,
-        dz_parts,
-        dz_parts if dz0_parts is None else dz0_parts,
-        dz_parts if dB_parts is None else dB_parts,
-        M,
-        N,
-        r,
-        chunk,
-        dy.stride(0),
-        *B.stride(),
-        *start.stride(),
-        HAS_START=B0 is not None,
+    launch = _plan_dz_dB(
+        (M, N, r), (dy.stride(0), *B.stride(), *start.stride()), B0 is not None, needs_B
+    )
+    blocks, chunks = launch.grid
+    work = {"dtype": torch.float32, "device": dy.device}
+    dz_parts = torch.empty((blocks, M, r), **work)
+    dz0_parts = None if B0 is None else torch.empty_like(dz_parts)
+    dB_parts = torch.empty((chunks, N, r), **work) if needs_B else None
+    launch(
+        (
+            dy,
+            B,
+            start,
+            z,
+            dz_parts,
+            dz_parts if dz0_parts is None else dz0_parts,
+            dz_parts if dB_parts is None else dB_parts,
+        )
+    )
+    sums = [(dz_parts, dy.dtype, scale)]
+    sums += [] if dz0_parts is None else [(dz0_parts, dy.dtype, -scale)]
+    sums += [] if dB_parts is None else [(dB_parts, B.dtype, scale)]
+    done = iter(reduce_all(sums))
+    return next(done), *(None if p is None else next(done) for p in (dz0_parts, dB_parts))
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_dz_dB(
+    sizes: tuple[int, int, int], strides: tuple[int, ...], has_start: bool, needs_B: bool
+) -> Launch:
+    M, N, r = sizes
+    blocks = cdiv(N, DZ_COLUMNS)
+    chunk = _chunk(M, blocks)
+    return Launch(
+        dz_dB_kernel,
+        (blocks, cdiv(M, chunk)),
+        (*sizes, chunk, *strides),
+        HAS_START=has_start,
         NEEDS_DB=needs_B,
         BLOCK_M=DZ_ROWS,
         BLOCK_N=DZ_COLUMNS,
@@ -172,11 +191,6 @@ def dz_dB(
         enable_fp_fusion=True,
         num_stages=3,
     )
-    sums = [(dz_parts, dy.dtype, scale)]
-    sums += [] if dz0_parts is None else [(dz0_parts, dy.dtype, -scale)]
-    sums += [] if dB_parts is None else [(dB_parts, B.dtype, scale)]
-    done = iter(reduce_all(sums))
-    return next(done), *(None if p is None else next(done) for p in (dz0_parts, dB_parts))
 
 
 def dA(
@@ -188,25 +202,24 @@ def dA(
 ) -> torch.Tensor:
     """dzᵀ drop(x) [r, K] as `dtype`; dz is contiguous, and so are x's rows."""
     (M, K), r = x.shape, dz.shape[1]
+    launch = _plan_dA((M, K, r), x.stride(0), dropout > 0)
+    parts = torch.empty((launch.grid[1], r, K), dtype=torch.float32, device=x.device)
+    launch((dz, x, parts, x if seed is None else seed), mask_arguments(dropout))
+    return reduce(parts, dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_dA(sizes: tuple[int, int, int], x_stride: int, has_dropout: bool) -> Launch:
+    M, K, r = sizes
     block_r = rank_block(r, 128)
-    blocks = triton.cdiv(K, BLOCK_K)
-    ranks = triton.cdiv(r, block_r)
+    blocks, ranks = cdiv(K, BLOCK_K), cdiv(r, block_r)
     chunk = _chunk(M, blocks * ranks)
-    chunks = triton.cdiv(M, chunk)
-    parts = torch.empty(chunks, r, K, dtype=torch.float32, device=x.device)
-    dA_kernel[blocks, chunks, ranks](
-        dz,
-        x,
-        parts,
-        x if seed is None else seed,
-        M,
-        K,
-        r,
-        chunk,
-        x.stride(0),
-        *mask_arguments(dropout),
-        HAS_DROPOUT=dropout > 0,
-        BLOCK_M=BLOCK_M // 2 if dropout > 0 else BLOCK_M,  # the mask takes registers
+    return Launch(
+        dA_kernel,
+        (blocks, cdiv(M, chunk), ranks),
+        (*sizes, chunk, x_stride),
+        HAS_DROPOUT=has_dropout,
+        BLOCK_M=BLOCK_M // 2 if has_dropout else BLOCK_M,  # the mask takes registers
         BLOCK_K=BLOCK_K,
         BLOCK_R=block_r,
         RANK_UNIT=rank_unit(r),
@@ -214,4 +227,3 @@ def dA(
         enable_fp_fusion=True,
         num_stages=3,
     )
-    return reduce(parts, dtype)

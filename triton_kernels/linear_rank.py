@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
 from .jobs import aligned
+from .launcher import Launch
 
 REDUCE_BLOCK = 512
 ENOUGH_PROGRAMS = 128  # an H100, H200 or A100 has 108 to 132 multiprocessors
@@ -21,7 +24,7 @@ def rank_unit(r: int) -> int:
 
 def rank_block(r: int, largest: int) -> int:
     """The rank that a program is compiled for: a power of two that tl.dot takes."""
-    return min(max(16, triton.next_power_of_2(r)), largest)
+    return min(max(16, next_power_of_2(r)), largest)
 
 
 @triton.jit
@@ -86,19 +89,22 @@ def reduce_three_kernel(
 def reduce(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     """`scale` · the sum of parts [S, ...] float32 over S, in order, as `dtype`."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    if out.numel():
-        grid = (triton.cdiv(out.numel(), REDUCE_BLOCK),)
-        reduce_kernel[grid](
-            parts,
-            out,
-            parts.shape[0],
-            out.numel(),
-            scale,
-            BLOCK=REDUCE_BLOCK,
-            UNIT=math.gcd(out.numel(), 4),
-            enable_fp_fusion=True,
-        )
+    length = out.numel()
+    if length:
+        _reduction(parts.shape[0], length)((parts, out), (scale,))
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _reduction(parts: int, length: int) -> Launch:
+    return Launch(
+        reduce_kernel,
+        (cdiv(length, REDUCE_BLOCK),),
+        (parts, length),
+        BLOCK=REDUCE_BLOCK,
+        UNIT=math.gcd(length, 4),
+        enable_fp_fusion=True,
+    )
 
 
 def reduce_all(sums: list[tuple[torch.Tensor, torch.dtype, float]]) -> list[torch.Tensor]:
@@ -108,17 +114,24 @@ def reduce_all(sums: list[tuple[torch.Tensor, torch.dtype, float]]) -> list[torc
     outs = [torch.empty(p.shape[1:], dtype=dtype, device=p.device) for p, dtype, _ in sums]
     jobs = [*zip(sums, outs, strict=True)]
     jobs += [jobs[1]] * (3 - len(jobs))  # of two sums no program comes to a third
-    blocks = [triton.cdiv(out.numel(), REDUCE_BLOCK) for out in outs]
-    tensors = [tensor for (parts, _, _), out in jobs for tensor in (parts, out)]
-    (parts_a, a), (parts_b, b), (parts_c, c) = (
-        (parts.shape[0], out.numel()) for (parts, _, _), out in jobs
+    launch = _reductions(len(sums), *((parts.shape[0], out.numel()) for (parts, _, _), out in jobs))
+    launch(
+        [tensor for (parts, _, _), out in jobs for tensor in (parts, out)],
+        [scale for (_, _, scale), _ in jobs],
     )
-    reduce_three_kernel[(sum(blocks),)](
-        *tensors,
-        *(parts_a, a, blocks[0], parts_b, b, blocks[1], parts_c, c),
-        *(scale for (_, _, scale), _ in jobs),
+    return outs
+
+
+@functools.lru_cache(maxsize=1024)
+def _reductions(count: int, *sizes: tuple[int, int]) -> Launch:
+    """For the number of parts and the length of each sum."""
+    (parts_a, a), (parts_b, b), (parts_c, c) = sizes
+    blocks = [cdiv(length, REDUCE_BLOCK) for _, length in sizes]
+    return Launch(
+        reduce_three_kernel,
+        (sum(blocks[:count]),),
+        (parts_a, a, blocks[0], parts_b, b, blocks[1], parts_c, c),
         BLOCK=REDUCE_BLOCK,
         UNIT=math.gcd(4, a, b, c),
         enable_fp_fusion=True,
     )
-    return outs

@@ -6,11 +6,15 @@ K is split; the parts are added up in order by `reduce`, or by the decode kernel
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
 from .jobs import aligned
+from .launcher import Launch
 from .linear_rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit, reduce
 from .philox import drop, mask_arguments
 
@@ -89,7 +93,7 @@ def _blocks(
     """BLOCK_M, BLOCK_K, num_warps and num_stages: what registers, and the shared memory of the
     smallest GPUs (99 KB), hold.
     """
-    block_m = min(max(16, triton.next_power_of_2(M)), 64)
+    block_m = min(max(16, next_power_of_2(M)), 64)
     if beside:
         return block_m, 64, 4, 4 if block_r <= 16 else 3
     stages = 4 if block_r <= 32 else 3
@@ -117,37 +121,59 @@ def shrink_parts(
     With `overlap` the next kernel may start with this one; it has to wait before it reads them.
     `beside`: it leaves that kernel most of a multiprocessor, 180 of 228 KB. (No start then.)
     """
-    (M, K), r = x.shape, A.shape[0]
+    start = A if A0 is None else A0
+    launch, parts = _plan(
+        x.shape,
+        A.shape[0],
+        A.element_size(),
+        x.stride(0),
+        A.stride(),
+        start.stride(),
+        A0 is not None,
+        dropout > 0,
+        parts,
+        overlap,
+        beside,
+    )
+    dtype = x.dtype if parts == 1 else torch.float32
+    out = torch.empty((parts, x.shape[0], A.shape[0]), dtype=dtype, device=x.device)
+    out0 = None if A0 is None else torch.empty_like(out)
+    others = (out if out0 is None else out0, x if seed is None else seed)
+    launch((x, A, start, out, *others), mask_arguments(dropout))
+    return out, out0
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: torch.Size,
+    r: int,
+    bytes_of_A: int,
+    x_stride: int,
+    a_strides: tuple[int, int],
+    start_strides: tuple[int, int],
+    has_start: bool,
+    has_dropout: bool,
+    parts: int | None,
+    overlap: bool,
+    beside: bool,
+) -> tuple[Launch, int]:
+    """The launch, and in how many parts z comes."""
+    M, K = shape
     block_r = rank_block(r, 128)
     block_m, block_k, warps, stages = _blocks(
-        M, block_r, A.element_size(), A0 is not None, dropout > 0, beside
+        M, block_r, bytes_of_A, has_start, has_dropout, beside
     )
-    programs = triton.cdiv(M, block_m) * triton.cdiv(r, block_r)
+    programs = cdiv(M, block_m) * cdiv(r, block_r)
     if parts is None:
         parts = max(1, ENOUGH_PROGRAMS // programs)
-    length = triton.cdiv(triton.cdiv(K, parts), block_k) * block_k
-    parts = triton.cdiv(K, length)
-    dtype = x.dtype if parts == 1 else torch.float32
-    out = torch.empty(parts, M, r, dtype=dtype, device=x.device)
-    out0 = None if A0 is None else torch.empty_like(out)
-    start = A if A0 is None else A0
-    shrink_kernel[triton.cdiv(M, block_m), triton.cdiv(r, block_r), parts](
-        x,
-        A,
-        start,
-        out,
-        out if out0 is None else out0,
-        x if seed is None else seed,
-        M,
-        K,
-        r,
-        x.stride(0),
-        *A.stride(),
-        *start.stride(),
-        length,
-        *mask_arguments(dropout),
-        HAS_START=A0 is not None,
-        HAS_DROPOUT=dropout > 0,
+    length = cdiv(cdiv(K, parts), block_k) * block_k
+    parts = cdiv(K, length)
+    launch = Launch(
+        shrink_kernel,
+        (cdiv(M, block_m), cdiv(r, block_r), parts),
+        (M, K, r, x_stride, *a_strides, *start_strides, length),
+        HAS_START=has_start,
+        HAS_DROPOUT=has_dropout,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
@@ -157,7 +183,7 @@ def shrink_parts(
         enable_fp_fusion=True,
         num_stages=stages,
     )
-    return out, out0
+    return launch, parts
 
 
 def shrink(

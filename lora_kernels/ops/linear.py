@@ -207,6 +207,8 @@ def _check(
         raise ValueError(f"dropout must be a probability in [0, 1], got {dropout}")
     if dropout > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError("dropout > 0 needs seed, an int64 tensor of one element")
+    if dropout > 0.0 and seed.device != x.device:
+        raise ValueError(f"seed is on {seed.device}, x on {x.device}")
 
 
 def _check_operand(name, tensor, shape, x, weight, r) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
 from lora_kernels.ops.philox import dropout as drop_ref
 from lora_kernels.triton_kernels import choice, linear, linear_gemm, philox
+from lora_kernels.triton_kernels.integers import next_power_of_2
 
 from ..ops.test_linear import check, inputs
 
@@ -113,6 +112,17 @@ def test_strides(way, device, force):
             check(changed, 0.5)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_transposed_weight_takes_the_fused_way(config, device, force):
+    """GPT-2's Conv1D keeps W as [K, N]."""
+    taken = force("kernel", "steps", config)
+    t = inputs((70,), 64, 80, 8, torch.float16, device=device)
+    t["weight"] = t["weight"].detach().T.contiguous().T
+    check(t, 0.5)
+    if linear._is_hopper(t["x"].device):
+        assert taken.count(config) == 2  # y and dx
+
+
 def test_expanded_gradient_and_bias(device, force):
     force("kernel", "steps", "reversed")
     t = inputs((70,), 32, 48, 4, torch.float32, device=device)
@@ -188,25 +198,64 @@ def test_backward_is_deterministic(device, force):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_a_way_that_does_not_fit_this_gpu_takes_forever():
-    def too_large():
-        raise OutOfResources(300_000, 232_448, "shared memory")
-
-    assert choice._milliseconds(too_large, False) == math.inf
+CPU = torch.device("cpu")
 
 
-def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):
-    times = {"slow": 3.0, "fast": 1.0, "middling": 2.0}
+@pytest.fixture
+def times(monkeypatch) -> dict[str, float | Exception]:
+    """What a way takes, by what it returns, or what it raises."""
+    table: dict[str, float | Exception] = {}
+
+    def milliseconds(way, device, launches) -> float:
+        taken = table[way()]
+        if isinstance(taken, Exception):
+            raise taken
+        return taken
+
+    monkeypatch.setattr(choice, "CHOSEN", {})
+    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(choice, "_can_measure", lambda device: True)
+    monkeypatch.setattr(choice, "_milliseconds", milliseconds)
+    return table
+
+
+def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch, times):
+    times |= {"slow": 3.0, "fast": 1.0, "middling": 2.0}
     ran = []
     ways = {name: (lambda name=name: ran.append(name) or name) for name in times}
-    monkeypatch.setattr(choice, "CHOSEN", {})
-    monkeypatch.setattr(choice, "_can_measure", lambda device: True)
-    monkeypatch.setattr(choice, "_milliseconds", lambda way, launches: times[way()])
-    cpu = torch.device("cpu")
-    assert choice.fastest(("key",), ways, cpu) == "fast"
+    assert choice.fastest(("key",), ways, CPU) == "fast"
     assert ran == ["slow", "fast", "middling", "fast"]
-    assert choice.fastest(("key",), ways, cpu) == "fast"
+    assert choice.fastest(("key",), ways, CPU) == "fast"
     assert len(ran) == 5
     monkeypatch.setattr(choice, "_can_measure", lambda device: False)
-    assert choice.fastest(("another key",), ways, cpu) == "slow"
+    assert choice.fastest(("another key",), ways, CPU) == "slow"
     assert choice.CHOSEN == {("key",): "fast"}
+
+
+def test_a_way_that_fails_is_left_out_and_told_once(times):
+    too_large = OutOfResources(300_000, 232_448, "shared memory")
+    times |= {"large": too_large, "broken": RuntimeError("ptxas failed"), "good": 1.0}
+    ways = {name: (lambda name=name: name) for name in times}
+    with pytest.warns(RuntimeWarning, match="'broken'.*ptxas failed") as caught:
+        assert choice.fastest(("key",), ways, CPU) == "good"
+        assert choice.fastest(("another key",), ways, CPU) == "good"
+    assert len(caught) == 1  # nor of a GPU that is only small
+    del ways["good"]
+    with pytest.raises(OutOfResources):
+        choice.fastest(("none is left",), ways, CPU)
+
+
+@pytest.mark.parametrize("M", [1, 2, 16, 17, 31, 32, 33, 63, 64])
+def test_rows_that_share_a_choice_share_the_kernels(M):
+    """Of decode: a block of rows is a power of two, and a choice holds for one block."""
+    key, block = linear._key(torch.empty(M, 16), torch.empty(16, 16), 4)[2], next_power_of_2(M)
+    assert 2**key == block
+    assert linear._key(torch.empty(block, 16), torch.empty(16, 16), 4)[2] == key
+
+
+def test_the_dropout_threshold_is_one_type_for_every_probability():
+    """Triton compiles a kernel anew for an integer beyond 32 bits."""
+    for p in (1e-9, 0.1, 0.499, 0.5, 0.75, 1.0):
+        threshold, _ = philox.mask_arguments(p)
+        assert -(2**31) <= threshold < 2**31
+        assert threshold % 2**32 == min(int(p * 2**32), 2**32 - 1)

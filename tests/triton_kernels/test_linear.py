@@ -7,7 +7,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from lora_kernels.ops.philox import dropout as drop_ref
-from lora_kernels.triton_kernels import choice, linear, linear_gemm, philox
+from lora_kernels.triton_kernels import choice, linear, linear_gemm, linear_rank, philox
 from lora_kernels.triton_kernels.integers import next_power_of_2
 
 from ..ops.test_linear import check, inputs
@@ -95,6 +95,33 @@ def test_ranks(r, rows, device, force):
     t = inputs((rows,), 520, 528, r, torch.float16, start=r < 128, device=device)
     force("kernel", "steps", "reversed")
     check(t, 1.0, 0.1, torch.tensor(1, device=device))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("way", ["decode", "reversed", "overlapped", CONFIGS[0]])
+@pytest.mark.parametrize("rows", [7, 130])
+def test_factors_in_16_bits(rows, way, dropout, device, force):
+    force("kernel", "steps", way) if way != "overlapped" else force("kernel", way)
+    t = inputs((rows,), 264, 136, 16, torch.float16, device=device)
+    t |= {name: t[name].half() for name in ("lora_A", "lora_B")}
+    check(t, 0.7, dropout, torch.tensor(3, device=device) if dropout else None)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("parts", "length"), [(1, 5), (7, 64), (8, 1537), (19, 2048)])
+def test_sums_of_parts(parts, length, count, device):
+    """Of different numbers and lengths in one launch, each whole and in its dtype."""
+    dtypes = (torch.float16, torch.float32, torch.float16)[:count]
+    sums = [
+        (torch.randn(parts + i, length + 4 * i, device=device), dtype, 0.5 - i)
+        for i, dtype in enumerate(dtypes)
+    ]
+    for got, (each, dtype, scale) in zip(linear_rank.reduce_all(sums), sums, strict=True):
+        want = (scale * each.double().sum(0)).to(dtype)
+        assert got.dtype == dtype
+        # One rounding to the result, or the float32 sum of up to 21 numbers of size 1.
+        rtol, atol = (2**-10, 1e-6) if dtype == torch.float16 else (0.0, 21 * 2**-22)
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("way", ["decode", "reversed", "library", CONFIGS[0]])

@@ -41,12 +41,13 @@ CASES = (
     (16, 16, False, "decode"),
     (64, 128, False, "decode"),
     (512, 16, True, "reversed"),
-    (512, 16, True, "library"),
     (2048, 16, True, "fused"),
     (8192, 16, True, "fused"),
+    (8192, 16, True, "overlapped"),
     (8192, 128, True, "fused"),
     (8192, 128, True, "reversed"),
 )
+WHOLE = ("decode", "overlapped")  # z and y at once
 
 
 class _Always(dict):
@@ -59,7 +60,7 @@ class _Always(dict):
         step = key[0]
         if step in ("z", "dA", "dz"):
             return "library" if self.way == "library" else "kernel"
-        return self.way if step in ("y", "dx") or self.way == "decode" else "steps"
+        return self.way if step in ("y", "dx") or self.way in WHOLE else "steps"
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@ Each step has a few ways, of which the fastest is measured for a shape (`choice.
   thin products (z, dz, dA, dB): a Triton kernel that reads x or dY once, or cuBLAS;
   the product with W: "fused" (one Triton kernel, the rank term in its accumulator), "reversed" (the
   rank term and bias first, the product added to it in place), "library" (the product first, as one
-  writes it by hand). At most 64 rows: also "decode", two kernels in all; at most 1024: "plain", all
-  of the library's calls from one C++ function, without dropout.
+  writes it by hand).
+Or both at once: "decode" up to 64 rows and "overlapped" above, two kernels that overlap; "plain" up
+to 1024 rows, all of the library's calls from one C++ function, without dropout.
 The library is also what float32 and float64 take, and sizes that 16-byte accesses do not suit: the
 kernels are made for the tensor cores of 16-bit dtypes.
 """
@@ -82,9 +83,36 @@ def linear_forward(
             rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, overlap
         )
         ways = {"decode": kernels, **ways}
-    y, z = fastest(("forward", *key), ways, x.device, count_launches=True)
+    elif thin and lora_R is None and start_A is None:
+        ways |= _overlapped(rows, weight, bias, lora_A, lora_B, scaling, dropout, seed)
+    few = rows.shape[0] <= FEW_ROWS
+    y, z = fastest(("forward", *key), ways, x.device, count_launches=few)
     # No view: a user may write into y in place.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], N]), z
+
+
+def _overlapped(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> dict:
+    """The way in which W's product starts beside z's, where the GPU and the sizes suit it."""
+    is_kn = weight.stride(1) != 1
+    matrix = weight.T if is_kn else weight
+    suits = _is_hopper(rows.device) and linear_gemm.overlaps(lora_B.shape[1], dropout > 0)
+    if not (suits and linear_gemm.fits(rows) and linear_gemm.fits(matrix)):
+        return {}
+    kernels = functools.partial(
+        linear_gemm.overlapped,
+        _multiprocessors(rows.device), rows, matrix, is_kn, lora_A, lora_B, scaling, bias,
+        dropout, seed, _capability(rows.device) >= (9, 0),
+    )  # fmt: skip
+    return {"overlapped": kernels}
 
 
 def linear_backward(
@@ -186,8 +214,9 @@ def product(
         matrix, is_kn = weight, w_is_kn
         if weight.stride(1) != 1:  # GPT-2 keeps W as [K, N]
             matrix, is_kn = weight.T, not w_is_kn
+        flattens = _capability(a.device)[0] < 10
         if linear_gemm.fits(a) and linear_gemm.fits(matrix):
-            for name in linear_gemm.offered(z.shape[1], z0 is not None):
+            for name in linear_gemm.offered(z.shape[1], z0 is not None, flattens):
                 ways[name] = functools.partial(
                     linear_gemm.gemm,
                     name, _multiprocessors(a.device), a, matrix, is_kn, z, B, scale, bias,

@@ -16,7 +16,7 @@ import triton.language as tl
 from .integers import cdiv, next_power_of_2
 from .jobs import aligned
 from .launcher import Launch
-from .linear_rank import load_Bt, rank_block, rank_unit
+from .linear_rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit
 from .linear_shrink import shrink_parts
 
 MOST_ROWS = 64
@@ -25,22 +25,28 @@ BLOCK_N, BLOCK_K = 32, 128
 
 
 @triton.jit
-def _finish_rank_term(
-    acc, parts, B, z, row, col, M, N, r, b_row, b_col, scale,
-    SAVE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
+def _sum_of_parts(parts, where, mask, stride, PARTS: tl.constexpr, UNROLL: tl.constexpr):
+    total = tl.zeros(where.shape, tl.float32)
+    for part in tl.range(0, PARTS, loop_unroll_factor=UNROLL):
+        total += tl.load(parts + part * stride + where, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _add_rank_term(
+    acc, parts, B, early, z, row, col, M, N, r, b_row, b_col, scale, SAVE: tl.constexpr,
+    PARTS: tl.constexpr, UNROLL: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    """acc + scale · z Bᵀ, with z summed up from its parts; `early`: Bᵀ as it was loaded before."""
     for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         rank = first + tl.arange(0, BLOCK_R)
-        z_mask = (row < M)[:, None] & (rank < r)[None, :]
+        mask = (row < M)[:, None] & (rank < r)[None, :]
         where = row[:, None] * r + rank[None, :]
-        total = tl.zeros([row.shape[0], BLOCK_R], tl.float32)
-        for part in range(PARTS):
-            value = tl.load(parts + part * M * r + where, mask=z_mask, other=0.0)
-            total += value.to(tl.float32)
-        left = total.to(z.dtype.element_ty)
+        left = _sum_of_parts(parts, where, mask, M * r, PARTS, UNROLL).to(z.dtype.element_ty)
         if SAVE and tl.program_id(0) == 0:
-            tl.store(z + where, left, mask=z_mask)
-        right = load_Bt(B, rank, col, N, r, b_row, b_col).to(left.dtype)
+            tl.store(z + where, left, mask=mask)
+        right = early if EARLY else load_Bt(B, rank, col, N, r, b_row, b_col).to(left.dtype)
         acc += scale * tl.dot(left, right, input_precision="ieee")
     return acc
 
@@ -77,11 +83,22 @@ def decode_kernel(
     BLOCK_R: tl.constexpr,
     RANKS: tl.constexpr,
     RANK_UNIT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     r = aligned(r, RANK_UNIT)
     row = tl.arange(0, BLOCK_M).to(tl.int64)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Loaded here, B and the bias come beside W: after the loop and the wait nothing hides them.
+    early, early0, offset = 0.0, 0.0, 0.0
+    if EARLY:
+        rank = tl.arange(0, BLOCK_R)
+        early = load_Bt(B, rank, col, N, r, b_row, b_col).to(z.dtype.element_ty)
+        if HAS_START:
+            early0 = load_Bt(B0, rank, col, N, r, b0_row, b0_col).to(z.dtype.element_ty)
+    if HAS_BIAS:
+        offset = tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for begin in range(0, K, BLOCK_K):
         k = begin + tl.arange(0, BLOCK_K)
@@ -89,22 +106,49 @@ def decode_kernel(
         w_mask = (col < N)[None, :] & (k < K)[:, None]
         left = tl.load(x + row[:, None] * x_stride + k[None, :], mask=x_mask, other=0.0)
         where = col[None, :].to(tl.int64) * w_row + k[:, None].to(tl.int64) * w_col
-        right = tl.load(W + where, mask=w_mask, other=0.0)
+        # Once and no more: what is read again, by every program, stays in the L2 cache.
+        right = tl.load(W + where, mask=w_mask, other=0.0, eviction_policy="evict_first")
         acc = tl.dot(left, right, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    acc = _finish_rank_term(
-        acc, parts, B, z, row, col, M, N, r, b_row, b_col, scale, True, PARTS, RANKS, BLOCK_R
-    )
+    acc = _add_rank_term(
+        acc, parts, B, early, z, row, col, M, N, r, b_row, b_col, scale,
+        True, PARTS, UNROLL, RANKS, BLOCK_R, EARLY,
+    )  # fmt: skip
     if HAS_START:
-        acc = _finish_rank_term(
-            acc, parts0, B0, z, row, col, M, N, r, b0_row, b0_col, -scale,
-            False, PARTS, RANKS, BLOCK_R,
+        acc = _add_rank_term(
+            acc, parts0, B0, early0, z, row, col, M, N, r, b0_row, b0_col, -scale,
+            False, PARTS, UNROLL, RANKS, BLOCK_R, EARLY,
         )  # fmt: skip
     if HAS_BIAS:
-        acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+        acc += offset[None, :]
     mask = (row < M)[:, None] & (col < N)[None, :]
     tl.store(y + row[:, None] * N + col[None, :], acc.to(y.dtype.element_ty), mask=mask)
+
+
+def _constants(M: int, N: int, r: int, has_start: bool, overlap: bool) -> dict[str, int]:
+    """Of `decode_kernel`: its blocks, and how deep it loads ahead."""
+    block_m = max(16, next_power_of_2(M))
+    most = 128 if M <= 16 else 32 if has_start else 64  # ranks of B held while W streams through
+    block_r = rank_block(r, most if r <= most else 32)
+    ranks = cdiv(r, block_r) * block_r
+    parts_held = 4096 // (block_m * block_r * (2 if has_start else 1))
+    stages = 4
+    if overlap and cdiv(N, BLOCK_N) < 2 * ENOUGH_PROGRAMS:
+        # Hopper's memory wants some 40 KB under way a multiprocessor, and a stage has 8 KB of W:
+        # two programs or more have that with 3 stages each under way, a single one has not.
+        stages = 8 if block_m <= 32 else 6
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": BLOCK_K,
+        "BLOCK_R": block_r,
+        "RANKS": ranks,
+        "RANK_UNIT": rank_unit(r),
+        "UNROLL": min(max(1, parts_held), 8),
+        "EARLY": ranks == block_r,
+        "num_stages": stages,
+    }
 
 
 def decode(
@@ -155,7 +199,6 @@ def _plan(
     sizes: tuple[int, ...], parts: int, has_bias: bool, has_start: bool, overlap: bool
 ) -> Launch:
     M, N, _, r = sizes[:4]
-    block_r = rank_block(r, 32)
     return Launch(
         decode_kernel,
         (cdiv(N, BLOCK_N),),
@@ -163,15 +206,9 @@ def _plan(
         HAS_BIAS=has_bias,
         HAS_START=has_start,
         PARTS=parts,
-        BLOCK_M=max(16, next_power_of_2(M)),
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        BLOCK_R=block_r,
-        RANKS=cdiv(r, block_r) * block_r,
-        RANK_UNIT=rank_unit(r),
         OVERLAP=overlap,
         launch_pdl=overlap,
         num_warps=4,
         enable_fp_fusion=True,
-        num_stages=4,
+        **_constants(M, N, r, has_start, overlap),
     )

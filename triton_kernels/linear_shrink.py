@@ -15,8 +15,16 @@ import triton.language as tl
 from .integers import cdiv, next_power_of_2
 from .jobs import aligned
 from .launcher import Launch
-from .linear_rank import ENOUGH_PROGRAMS, rank_block, rank_unit, reduce
+from .linear_rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit, reduce
 from .philox import drop, mask_arguments
+
+
+@triton.jit
+def _product(left, right, acc, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        return tl.dot(tl.trans(right), tl.trans(left), acc, input_precision="ieee")
+    else:
+        return tl.dot(left, right, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -54,27 +62,48 @@ def shrink_kernel(
     part = tl.program_id(2)
     if HAS_DROPOUT:
         seed_value = tl.load(seed)
-    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    acc0 = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    # With dropout the products are transposed: what was computed, the dropped x, is then their
+    # right factor, which goes through shared memory. In registers, as the left one, it had wgmma
+    # wait (C7515).
+    shape: tl.constexpr = [BLOCK_R, BLOCK_M] if HAS_DROPOUT else [BLOCK_M, BLOCK_R]
+    acc, acc0 = tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)
     for k in range(part * split_length, min((part + 1) * split_length, K), BLOCK_K):
         col = k + tl.arange(0, BLOCK_K)
         x_mask = (row < M)[:, None] & (col < K)[None, :]
-        a_mask = (rank < r)[None, :] & (col < K)[:, None]
         value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=x_mask, other=0.0)
         if HAS_START:
-            a0 = tl.load(
-                A0 + rank[None, :] * a0_row + col[:, None] * a0_col, mask=a_mask, other=0.0
-            )
-            acc0 = tl.dot(value, a0.to(value.dtype), acc0, input_precision="ieee")
+            a0 = load_Bt(A0, col, rank, r, K, a0_row, a0_col).to(value.dtype)
+            acc0 = _product(value, a0, acc0, HAS_DROPOUT)
         if HAS_DROPOUT:
             value = drop(value, seed_value, row, k, threshold, keep_scale, BLOCK_K)
-        a = tl.load(A + rank[None, :] * a_row + col[:, None] * a_col, mask=a_mask, other=0.0)
-        acc = tl.dot(value, a.to(value.dtype), acc, input_precision="ieee")  # [BLOCK_M, BLOCK_R]
+        a = load_Bt(A, col, rank, r, K, a_row, a_col).to(value.dtype)
+        acc = _product(value, a, acc, HAS_DROPOUT)
+    if HAS_DROPOUT:
+        acc, acc0 = tl.trans(acc), tl.trans(acc0)
     where = part * M.to(tl.int64) * r + row[:, None] * r + rank[None, :]
     mask = (row < M)[:, None] & (rank < r)[None, :]
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=mask)
     if HAS_START:
         tl.store(out0 + where, acc0.to(out0.dtype.element_ty), mask=mask)
+
+
+def _blocks(
+    M: int, block_r: int, bytes_of_A: int, has_start: bool, has_dropout: bool, beside: bool
+) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_K, num_warps and num_stages: what registers, and the shared memory of the
+    smallest GPUs (99 KB), hold.
+    """
+    block_m = min(max(16, next_power_of_2(M)), 64)
+    if beside:
+        return block_m, 64, 4, 4 if block_r <= 16 else 3
+    stages = 4 if block_r <= 32 else 3
+    if block_r > 64 and M > 64 and not has_start:
+        # Each program reads all of A through the L2 cache: with 64 rows four times what x has.
+        return (128, 64, 8, 3) if bytes_of_A == 2 and not has_dropout else (128, 32, 8, 4)
+    block_k = 128 if block_r <= 32 else 64 if block_r <= 64 else 32
+    if has_start:
+        block_k = max(block_k // (4 if has_dropout else 2), 32)
+    return block_m, block_k, 8 if block_r > 64 and has_start else 4, stages
 
 
 def shrink_parts(
@@ -85,15 +114,18 @@ def shrink_parts(
     seed: torch.Tensor | None,
     parts: int | None = None,
     overlap: bool = False,
+    beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """z and z₀ as parts [S, M, r] that are to be added up: in x's dtype if S is 1, else float32.
 
     With `overlap` the next kernel may start with this one; it has to wait before it reads them.
+    `beside`: it leaves that kernel most of a multiprocessor, 180 of 228 KB. (No start then.)
     """
     start = A if A0 is None else A0
     launch, parts = _plan(
         x.shape,
         A.shape[0],
+        A.element_size(),
         x.stride(0),
         A.stride(),
         start.stride(),
@@ -101,6 +133,7 @@ def shrink_parts(
         dropout > 0,
         parts,
         overlap,
+        beside,
     )
     dtype = x.dtype if parts == 1 else torch.float32
     out = torch.empty((parts, x.shape[0], A.shape[0]), dtype=dtype, device=x.device)
@@ -114,6 +147,7 @@ def shrink_parts(
 def _plan(
     shape: torch.Size,
     r: int,
+    bytes_of_A: int,
     x_stride: int,
     a_strides: tuple[int, int],
     start_strides: tuple[int, int],
@@ -121,15 +155,14 @@ def _plan(
     has_dropout: bool,
     parts: int | None,
     overlap: bool,
+    beside: bool,
 ) -> tuple[Launch, int]:
     """The launch, and in how many parts z comes."""
     M, K = shape
     block_r = rank_block(r, 128)
-    block_m = min(max(16, next_power_of_2(M)), 64)
-    # What registers, and the shared memory of the smallest GPUs (99 KB), hold.
-    block_k = 128 if block_r <= 32 else 64 if block_r <= 64 else 32
-    if has_start:
-        block_k = max(block_k // (4 if has_dropout else 2), 32)
+    block_m, block_k, warps, stages = _blocks(
+        M, block_r, bytes_of_A, has_start, has_dropout, beside
+    )
     programs = cdiv(M, block_m) * cdiv(r, block_r)
     if parts is None:
         parts = max(1, ENOUGH_PROGRAMS // programs)
@@ -146,9 +179,9 @@ def _plan(
         BLOCK_R=block_r,
         RANK_UNIT=rank_unit(r),
         OVERLAP=overlap,
-        num_warps=8 if block_r > 64 and has_start else 4,
+        num_warps=warps,
         enable_fp_fusion=True,
-        num_stages=4 if block_r <= 32 else 3,
+        num_stages=stages,
     )
     return launch, parts
 

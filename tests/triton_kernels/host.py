@@ -21,7 +21,13 @@ from lora_kernels.triton_kernels import integers, launcher, linear_gemm, linear_
 
 BF16 = torch.bfloat16
 FIRST_TENSOR = 9  # after grid, stream, function, metadata and hooks
-WAYS = {"decode": 8, "reversed": 512, "fused": 2048, "fused pair": 2048}  # way: tokens
+WAYS = {
+    "decode": 8,
+    "reversed": 512,
+    "fused": 2048,
+    "fused pair": 2048,
+    "overlapped": 2048,
+}  # way: tokens
 
 
 def layer(way: str, tokens: int, sizes: int = 512) -> dict[str, object]:
@@ -50,14 +56,17 @@ def layer(way: str, tokens: int, sizes: int = 512) -> dict[str, object]:
     return {"first": counts[0], "second": counts[1], "third": counts[2]}
 
 
+def reduction() -> launcher.Launch:
+    """A small kernel's launch that has launched nothing yet: of 4 parts [600]."""
+    return linear_rank._reduction.__wrapped__(4, 600)
+
+
 def arguments() -> dict[str, object]:
     """A direct launch hands over what Triton's own does, pointers as addresses."""
     different = []
     parts, out = torch.empty(4, 600), torch.empty(600)
     with stand_in(keep_arguments=True) as seen:
-        launch = launcher.Launch(
-            linear_rank.reduce_kernel, (2,), (4, 600), BLOCK=512, enable_fp_fusion=True
-        )
+        launch = reduction()
         for _ in range(2):
             launch((parts, out), (0.5,))
         a, W, bias = (torch.empty(256, 256, dtype=BF16) for _ in range(3))
@@ -115,7 +124,7 @@ def paths() -> dict[str, object]:
     parts, out = torch.empty(4, 600), torch.empty(600)
 
     def through_binder() -> int:
-        launch = launcher.Launch(linear_rank.reduce_kernel, (2,), (4, 600), BLOCK=512)
+        launch = reduction()
         with stand_in() as seen:
             for _ in range(3):
                 launch((parts, out), (0.5,))
@@ -133,7 +142,7 @@ def paths() -> dict[str, object]:
 
 def mixed_devices() -> str:
     """The error of a launch whose tensors are on two devices: an address says nothing of them."""
-    launch = launcher.Launch(linear_rank.reduce_kernel, (2,), (4, 600), BLOCK=512)
+    launch = reduction()
     with stand_in(), mock.patch.object(torch.Tensor, "get_device", lambda t: t.dim()):
         try:
             launch((torch.empty(4, 600), torch.empty(600)), (0.5,))

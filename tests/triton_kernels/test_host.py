@@ -34,6 +34,7 @@ def facts() -> dict:
         ("reversed", {"shrink_kernel": 1, "reduce_kernel": 1, "expand_kernel": 1}),
         ("fused", {"shrink_kernel": 1, "reduce_kernel": 1, "gemm_kernel": 1}),
         ("fused pair", {"shrink_kernel": 1, "reduce_kernel": 1, "gemm_kernel": 1}),
+        ("overlapped", {"shrink_kernel": 1, "gemm_kernel": 1}),
     ],
 )
 def test_a_further_call_only_launches(way, kernels, facts):

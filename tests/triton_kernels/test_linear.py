@@ -7,7 +7,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from lora_kernels.ops.philox import dropout as drop_ref
-from lora_kernels.triton_kernels import choice, linear, linear_gemm, philox
+from lora_kernels.triton_kernels import choice, linear, linear_gemm, linear_rank, philox
 from lora_kernels.triton_kernels.integers import next_power_of_2
 
 from ..ops.test_linear import check, inputs
@@ -18,6 +18,7 @@ SHAPES = [  # rows, N, K, r
     ((2, 3), 96, 200, 16),
     ((64,), 136, 72, 40),
     ((130,), 264, 136, 70),
+    ((129,), 264, 136, 24),
     ((200,), 24, 344, 8),
 ]
 
@@ -54,6 +55,7 @@ def force(monkeypatch, device):
     "ways",
     [
         *(("kernel", "decode"), ("kernel", "steps", "reversed"), ("steps", "library")),
+        ("kernel", "overlapped"),
         *(("steps", config) for config in CONFIGS),
     ],
 )
@@ -64,10 +66,14 @@ def test_every_way(ways, lead, n, k, r, dropout, start, device, dtypes, force):
         seed = torch.tensor(2**33 + 5, device=device) if dropout else None
         taken = force(*ways)
         check(t, 0.7, dropout, seed)
-    offered = {"decode": t["x"].numel() // k <= 64} | {
-        config: linear._is_hopper(t["x"].device) and config in linear_gemm.offered(r, start)
-        for config in CONFIGS
-    }
+    names = linear_gemm.offered(r, start, linear._capability(t["x"].device)[0] < 10)
+    offered = {
+        "decode": t["x"].numel() // k <= 64,
+        "overlapped": t["x"].numel() // k > 64
+        and linear._is_hopper(t["x"].device)
+        and linear_gemm.overlaps(r, dropout > 0)
+        and not start,
+    } | {config: linear._is_hopper(t["x"].device) and config in names for config in CONFIGS}
     assert (ways[-1] in taken) == offered.get(ways[-1], True)
 
 
@@ -105,6 +111,33 @@ def test_ranks(r, rows, device, force):
     t = inputs((rows,), 520, 528, r, torch.float16, start=r < 128, device=device)
     force("kernel", "steps", "reversed")
     check(t, 1.0, 0.1, torch.tensor(1, device=device))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("way", ["decode", "reversed", "overlapped", CONFIGS[0]])
+@pytest.mark.parametrize("rows", [7, 130])
+def test_factors_in_16_bits(rows, way, dropout, device, force):
+    force("kernel", "steps", way) if way != "overlapped" else force("kernel", way)
+    t = inputs((rows,), 264, 136, 16, torch.float16, device=device)
+    t |= {name: t[name].half() for name in ("lora_A", "lora_B")}
+    check(t, 0.7, dropout, torch.tensor(3, device=device) if dropout else None)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("parts", "length"), [(1, 5), (7, 64), (8, 1537), (19, 2048)])
+def test_sums_of_parts(parts, length, count, device):
+    """Of different numbers and lengths in one launch, each whole and in its dtype."""
+    dtypes = (torch.float16, torch.float32, torch.float16)[:count]
+    sums = [
+        (torch.randn(parts + i, length + 4 * i, device=device), dtype, 0.5 - i)
+        for i, dtype in enumerate(dtypes)
+    ]
+    for got, (each, dtype, scale) in zip(linear_rank.reduce_all(sums), sums, strict=True):
+        want = (scale * each.double().sum(0)).to(dtype)
+        assert got.dtype == dtype
+        # One rounding to the result, or the float32 sum of up to 21 numbers of size 1.
+        rtol, atol = (2**-10, 1e-6) if dtype == torch.float16 else (0.0, 21 * 2**-22)
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("way", ["decode", "reversed", "library", CONFIGS[0]])
@@ -239,7 +272,13 @@ def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch, times):
     assert len(ran) == 5
     monkeypatch.setattr(choice, "_can_measure", lambda device: False)
     assert choice.fastest(("another key",), ways, CPU) == "slow"
-    assert choice.CHOSEN == {("key",): "fast"}
+    assert list(choice.CHOSEN) == [("key", *times)]
+    # Among other ways the choice is another.
+    monkeypatch.setattr(choice, "_can_measure", lambda device: True)
+    del ways["fast"]
+    assert choice.fastest(("key",), ways, CPU) == "middling"
+    ways["fast"] = lambda: "fast"
+    assert choice.fastest(("key",), {name: ways[name] for name in times}, CPU) == "fast"
 
 
 def test_a_way_that_fails_is_left_out_and_told_once(times):

@@ -6,8 +6,10 @@ makes results the same bits in every process.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,6 +20,7 @@ Result = TypeVar("Result")
 ROUNDS = 5
 AHEAD = 1_000_000  # clock cycles, half a millisecond: what the launches of a round take at most
 CHOSEN: dict[tuple, str] = {}
+_warned: set[tuple[str, type]] = set()
 
 
 def fastest(
@@ -34,14 +37,18 @@ def fastest(
     """
     if len(ways) == 1:
         return next(iter(ways.values()))()
+    key = (*key, *ways)  # not what was chosen among others, for a layer with R or another stride
+    name = CHOSEN.get(key)
+    known = name is not None
+    if known and not count_launches:
+        return ways[name]()
     first = next(iter(ways))
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    name = first if capturing and count_launches else CHOSEN.get(key)
-    if name not in ways:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        name = first if count_launches or not known else name
+    elif not known:
         name = first
-        if _can_measure(device) and not capturing:
-            times = {n: _milliseconds(way, count_launches) for n, way in ways.items()}
-            name = CHOSEN[key] = min(times, key=times.get)
+        if _can_measure(device):
+            name = CHOSEN[key] = _measured(ways, device, count_launches)
     return ways[name]()
 
 
@@ -50,21 +57,60 @@ def _can_measure(device: torch.device) -> bool:
     return device.type == "cuda" and wanted and not torch.are_deterministic_algorithms_enabled()
 
 
-def _milliseconds(way: Callable[[], object], count_launches: bool) -> float:
-    """The shortest of ROUNDS, after a first that compiles; infinite if this GPU is too small."""
-    try:
-        way()
-    except (OutOfResources, torch.OutOfMemoryError):
-        return math.inf
-    times = []
+def _measured(
+    ways: dict[str, Callable[[], object]], device: torch.device, count_launches: bool
+) -> str:
+    """The name of the fastest. What fails is left out, and told once; if all fail, that is an
+    error.
+    """
+    times, failures = {}, []
+    for name, way in ways.items():
+        try:
+            times[name] = _milliseconds(way, device, count_launches)
+        except (OutOfResources, torch.OutOfMemoryError) as error:
+            failures.append(error)  # this GPU is too small for it: nothing to tell
+        except Exception as error:  # no compiler promises which it raises
+            failures.append(error)
+            _warn(name, error)
+    if not times:
+        raise failures[0]
+    return min(times, key=times.get)
+
+
+def _warn(name: str, error: Exception) -> None:
+    kind = (name, type(error))
+    if kind in _warned:
+        return
+    _warned.add(kind)
+    warnings.warn(
+        f"lora_kernels: the way {name!r} does not work on this GPU and is left out; please report "
+        f"it. {type(error).__name__}: {str(error)[:500]}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _milliseconds(way: Callable[[], object], device: torch.device, count_launches: bool) -> float:
+    """The shortest of ROUNDS, after a first that compiles, each with nothing in the L2 cache: in a
+    model the layers before have taken it.
+    """
+    way()
+    best = math.inf
+    flush = torch.empty(2 * _l2_bytes(device), dtype=torch.uint8, device=device)
     for _ in range(ROUNDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
+        flush.zero_()
+        torch.cuda.synchronize(device)
         if not count_launches:
             torch.cuda._sleep(AHEAD)  # the launches queue up behind it
         begin.record()
         way()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return min(times)
+        best = min(best, begin.elapsed_time(end))
+    return best
+
+
+@functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size

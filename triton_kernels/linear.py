@@ -4,7 +4,9 @@ Each step has a few ways, of which the fastest is measured for a shape (`choice.
   thin products (z, dz, dA, dB): a Triton kernel that reads x or dY once, or cuBLAS;
   the product with W: "fused" (one Triton kernel, the rank term in its accumulator), "reversed" (the
   rank term and bias first, the product added to it in place), "library" (the product first, as one
-  writes it by hand). At most 64 rows: also "decode", two kernels in all.
+  writes it by hand).
+Or both at once: "decode" up to 64 rows and "overlapped" above, two kernels that overlap; "plain" up
+to 1024 rows, all of the library's calls from one C++ function, without dropout.
 The library is also what float32 and float64 take, and sizes that 16-byte accesses do not suit: the
 kernels are made for the tensor cores of 16-bit dtypes.
 """
@@ -26,6 +28,7 @@ from .linear_shrink import shrink
 from .philox import dropout as drop
 
 HALVES = (torch.bfloat16, torch.float16)
+FEW_ROWS = 1024  # up to here the host's time may be the longer one
 LOW_RANK = 64  # up to here a thin product is bound by memory, and the default is to fuse it
 
 
@@ -45,7 +48,7 @@ def linear_forward(
     """y [..., N] and z = drop(x) Aᵀ [M, r] in x's dtype."""
     rows = _rows(x)  # [M, K]
     N, r = lora_B.shape
-    y_shape = [*x.shape[:-1], N]
+    seed = seed if dropout > 0 else None
     bias = None if bias is None else bias.contiguous()
     key = _key(rows, weight, r, bias is not None, start_A is not None, dropout > 0)
     thin = _thin(rows, weight, lora_A, lora_B)
@@ -58,20 +61,58 @@ def linear_forward(
         z, z0 = fastest(("z", *key), ways, x.device)
         left = _through_R(z, lora_R)
         y = product(
-            ("y", *key), rows, weight, False, left, lora_B, scaling, bias, z0, start_B, -scaling
-        )
+            ("y", *key), thin, rows, weight, False, left, lora_B, scaling, bias,
+            z0, start_B, -scaling,
+        )  # fmt: skip
         return y, z
 
+    def plain() -> tuple[Tensor, Tensor]:
+        return torch.ops.lora._linear_plain(
+            rows, weight, bias, lora_A, lora_B, scaling, start_A, start_B, lora_R
+        )
+
     ways = {"steps": z_then_y}
+    if dropout == 0.0:
+        if not thin:  # the steps would be the same library's
+            ways = {"plain": plain}
+        elif rows.shape[0] <= FEW_ROWS:
+            ways["plain"] = plain
     if thin and rows.shape[0] <= MOST_ROWS and lora_R is None:  # its kernels go from z to y at once
         overlap = _capability(x.device) >= (9, 0)
         kernels = lambda: decode(  # noqa: E731
             rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, overlap
         )
         ways = {"decode": kernels, **ways}
-    y, z = fastest(("forward", *key), ways, x.device, count_launches=True)
+    elif thin and lora_R is None and start_A is None:
+        ways |= _overlapped(rows, weight, bias, lora_A, lora_B, scaling, dropout, seed)
+    few = rows.shape[0] <= FEW_ROWS
+    y, z = fastest(("forward", *key), ways, x.device, count_launches=few)
     # No view: a user may write into y in place.
-    return torch.ops.aten._unsafe_view(y, y_shape), z
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], N]), z
+
+
+def _overlapped(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> dict:
+    """The way in which W's product starts beside z's, where the GPU and the sizes suit it."""
+    is_kn = weight.stride(1) != 1
+    matrix = weight.T if is_kn else weight
+    suits = _is_hopper(rows.device) and linear_gemm.overlaps(lora_B.shape[1], dropout > 0)
+    if not (suits and linear_gemm.fits(rows) and linear_gemm.fits(matrix)):
+        return {}
+    kernels = functools.partial(
+        linear_gemm.overlapped,
+        _multiprocessors(rows.device), rows, matrix, is_kn, lora_A, lora_B, scaling, bias,
+        dropout, seed, _capability(rows.device) >= (9, 0),
+    )  # fmt: skip
+    return {"overlapped": kernels}
 
 
 def linear_backward(
@@ -91,6 +132,7 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, W, b, A, B, R; an empty tensor for each that is not needed."""
     needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_R = needs
+    seed = seed if dropout > 0 else None
     dy, rows, z = _rows(grad), _rows(x), z.contiguous()
     r = lora_B.shape[1]
     grads: list[Tensor | None] = [None] * 6
@@ -120,9 +162,10 @@ def linear_backward(
     if needs_x:
         start = None if start_A is None else start_A.T
         dx = product(
-            ("dx", *key), dy, weight, True, dz, lora_A.T, 1.0, None, dz0, start, 1.0, dropout, seed
-        )
-        grads[0] = torch.ops.aten._unsafe_view(dx, x.shape)
+            ("dx", *key), thin, dy, weight, True, dz, lora_A.T, 1.0, None,
+            dz0, start, 1.0, dropout, seed,
+        )  # fmt: skip
+        grads[0] = dx if x.dim() == 2 else torch.ops.aten._unsafe_view(dx, x.shape)
     if needs_weight:
         grads[1] = dy.T @ rows
     if needs_bias:
@@ -132,6 +175,7 @@ def linear_backward(
 
 def product(
     key: tuple,
+    thin: bool,
     a: Tensor,
     weight: Tensor,
     w_is_kn: bool,
@@ -163,16 +207,21 @@ def product(
             factor = torch.cat([factor, (scale0 / scale if scale else 0.0) * B0.to(z.dtype)], 1)
         return y.addmm_(left, factor.T, alpha=scale)
 
-    if not _thin(a, weight, B):
+    if not thin:
         return library()
     ways = {"reversed": reversed_, "library": library}
-    if not dropout and _is_hopper(a.device) and linear_gemm.fits(a, weight):
-        for name in linear_gemm.offered(z.shape[1], z0 is not None):
-            ways[name] = functools.partial(
-                linear_gemm.gemm,
-                name, _multiprocessors(a.device), a, weight, w_is_kn, z, B, scale, bias,
-                z0, B0, scale0,
-            )  # fmt: skip
+    if not dropout and _is_hopper(a.device):
+        matrix, is_kn = weight, w_is_kn
+        if weight.stride(1) != 1:  # GPT-2 keeps W as [K, N]
+            matrix, is_kn = weight.T, not w_is_kn
+        flattens = _capability(a.device)[0] < 10
+        if linear_gemm.fits(a) and linear_gemm.fits(matrix):
+            for name in linear_gemm.offered(z.shape[1], z0 is not None, flattens):
+                ways[name] = functools.partial(
+                    linear_gemm.gemm,
+                    name, _multiprocessors(a.device), a, matrix, is_kn, z, B, scale, bias,
+                    z0, B0, scale0,
+                )  # fmt: skip
     return fastest(key, ways, a.device)
 
 
@@ -186,23 +235,31 @@ def _first(condition: bool, name: str, way, ways: dict) -> dict:
     return {name: way, **ways} if condition else {**ways, name: way}
 
 
-def _thin(a: Tensor, *others: Tensor) -> bool:
+def _thin(a: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether the Triton kernels of the thin products take these, and are worth it."""
-    if a.dtype not in HALVES or any(t.numel() == 0 or t.element_size() > 4 for t in (a, *others)):
+    N, K = weight.shape
+    return a.shape[0] > 0 and _suit(a.dtype, A.dtype, B.dtype, N, K, B.shape[1])
+
+
+@functools.lru_cache(maxsize=1024)
+def _suit(dtype: torch.dtype, of_A: torch.dtype, of_B: torch.dtype, N: int, K: int, r: int) -> bool:
+    if dtype not in HALVES or of_A.itemsize > 4 or of_B.itemsize > 4:
         return False
-    r = min(others[-1].shape)
-    aligned = all(size % 16 == 0 for size in (a.shape[1], others[0].shape[0], others[0].shape[1]))
-    return aligned and (r <= LOW_RANK or r % 16 == 0)
+    aligned = N % 16 == K % 16 == 0
+    return aligned and min(N, K, r) > 0 and (r <= LOW_RANK or r % 16 == 0)
 
 
 def _key(rows: Tensor, weight: Tensor, r: int, *flags: bool) -> tuple:
-    """What the choice of a way depends on; the number of rows in powers of two."""
-    return (rows.device, rows.dtype, rows.shape[0].bit_length(), *weight.shape, r, *flags)
+    """What the choice of a way depends on; the number of rows in powers of two, up to and with
+    them, as the kernels' blocks are.
+    """
+    M = (rows.shape[0] - 1).bit_length()
+    return (rows.device, rows.dtype, M, *weight.shape, weight.stride(1) == 1, r, *flags)
 
 
 def _rows(x: Tensor) -> Tensor:
     """x as a matrix [M, K] whose rows are contiguous."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 

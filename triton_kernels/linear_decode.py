@@ -7,12 +7,16 @@ W streams meanwhile. Bytes: W; x, A and the parts come from the caches.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
 from .jobs import aligned
-from .linear_rank import load_Bt, rank_block, rank_unit
+from .launcher import Launch
+from .linear_rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit
 from .linear_shrink import shrink_parts
 
 MOST_ROWS = 64
@@ -21,22 +25,28 @@ BLOCK_N, BLOCK_K = 32, 128
 
 
 @triton.jit
-def _finish_rank_term(
-    acc, parts, B, z, row, col, M, N, r, b_row, b_col, scale,
-    SAVE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
+def _sum_of_parts(parts, where, mask, stride, PARTS: tl.constexpr, UNROLL: tl.constexpr):
+    total = tl.zeros(where.shape, tl.float32)
+    for part in tl.range(0, PARTS, loop_unroll_factor=UNROLL):
+        total += tl.load(parts + part * stride + where, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _add_rank_term(
+    acc, parts, B, early, z, row, col, M, N, r, b_row, b_col, scale, SAVE: tl.constexpr,
+    PARTS: tl.constexpr, UNROLL: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    """acc + scale · z Bᵀ, with z summed up from its parts; `early`: Bᵀ as it was loaded before."""
     for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         rank = first + tl.arange(0, BLOCK_R)
-        z_mask = (row < M)[:, None] & (rank < r)[None, :]
+        mask = (row < M)[:, None] & (rank < r)[None, :]
         where = row[:, None] * r + rank[None, :]
-        total = tl.zeros([row.shape[0], BLOCK_R], tl.float32)
-        for part in range(PARTS):
-            value = tl.load(parts + part * M * r + where, mask=z_mask, other=0.0)
-            total += value.to(tl.float32)
-        left = total.to(z.dtype.element_ty)
+        left = _sum_of_parts(parts, where, mask, M * r, PARTS, UNROLL).to(z.dtype.element_ty)
         if SAVE and tl.program_id(0) == 0:
-            tl.store(z + where, left, mask=z_mask)
-        right = load_Bt(B, rank, col, N, r, b_row, b_col).to(left.dtype)
+            tl.store(z + where, left, mask=mask)
+        right = early if EARLY else load_Bt(B, rank, col, N, r, b_row, b_col).to(left.dtype)
         acc += scale * tl.dot(left, right, input_precision="ieee")
     return acc
 
@@ -73,11 +83,22 @@ def decode_kernel(
     BLOCK_R: tl.constexpr,
     RANKS: tl.constexpr,
     RANK_UNIT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     r = aligned(r, RANK_UNIT)
     row = tl.arange(0, BLOCK_M).to(tl.int64)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Loaded here, B and the bias come beside W: after the loop and the wait nothing hides them.
+    early, early0, offset = 0.0, 0.0, 0.0
+    if EARLY:
+        rank = tl.arange(0, BLOCK_R)
+        early = load_Bt(B, rank, col, N, r, b_row, b_col).to(z.dtype.element_ty)
+        if HAS_START:
+            early0 = load_Bt(B0, rank, col, N, r, b0_row, b0_col).to(z.dtype.element_ty)
+    if HAS_BIAS:
+        offset = tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for begin in range(0, K, BLOCK_K):
         k = begin + tl.arange(0, BLOCK_K)
@@ -85,22 +106,49 @@ def decode_kernel(
         w_mask = (col < N)[None, :] & (k < K)[:, None]
         left = tl.load(x + row[:, None] * x_stride + k[None, :], mask=x_mask, other=0.0)
         where = col[None, :].to(tl.int64) * w_row + k[:, None].to(tl.int64) * w_col
-        right = tl.load(W + where, mask=w_mask, other=0.0)
+        # Once and no more: what is read again, by every program, stays in the L2 cache.
+        right = tl.load(W + where, mask=w_mask, other=0.0, eviction_policy="evict_first")
         acc = tl.dot(left, right, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    acc = _finish_rank_term(
-        acc, parts, B, z, row, col, M, N, r, b_row, b_col, scale, True, PARTS, RANKS, BLOCK_R
-    )
+    acc = _add_rank_term(
+        acc, parts, B, early, z, row, col, M, N, r, b_row, b_col, scale,
+        True, PARTS, UNROLL, RANKS, BLOCK_R, EARLY,
+    )  # fmt: skip
     if HAS_START:
-        acc = _finish_rank_term(
-            acc, parts0, B0, z, row, col, M, N, r, b0_row, b0_col, -scale,
-            False, PARTS, RANKS, BLOCK_R,
+        acc = _add_rank_term(
+            acc, parts0, B0, early0, z, row, col, M, N, r, b0_row, b0_col, -scale,
+            False, PARTS, UNROLL, RANKS, BLOCK_R, EARLY,
         )  # fmt: skip
     if HAS_BIAS:
-        acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+        acc += offset[None, :]
     mask = (row < M)[:, None] & (col < N)[None, :]
     tl.store(y + row[:, None] * N + col[None, :], acc.to(y.dtype.element_ty), mask=mask)
+
+
+def _constants(M: int, N: int, r: int, has_start: bool, overlap: bool) -> dict[str, int]:
+    """Of `decode_kernel`: its blocks, and how deep it loads ahead."""
+    block_m = max(16, next_power_of_2(M))
+    most = 128 if M <= 16 else 32 if has_start else 64  # ranks of B held while W streams through
+    block_r = rank_block(r, most if r <= most else 32)
+    ranks = cdiv(r, block_r) * block_r
+    parts_held = 4096 // (block_m * block_r * (2 if has_start else 1))
+    stages = 4
+    if overlap and cdiv(N, BLOCK_N) < 2 * ENOUGH_PROGRAMS:
+        # Hopper's memory wants some 40 KB under way a multiprocessor, and a stage has 8 KB of W:
+        # two programs or more have that with 3 stages each under way, a single one has not.
+        stages = 8 if block_m <= 32 else 6
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": BLOCK_K,
+        "BLOCK_R": block_r,
+        "RANKS": ranks,
+        "RANK_UNIT": rank_unit(r),
+        "UNROLL": min(max(1, parts_held), 8),
+        "EARLY": ranks == block_r,
+        "num_stages": stages,
+    }
 
 
 def decode(
@@ -119,42 +167,48 @@ def decode(
     """y [M, N] and z [M, r] in x's dtype, for M <= 64. `overlap` wants Hopper or later."""
     (M, K), (N, r) = x.shape, B.shape
     parts, parts0 = shrink_parts(x, A, A0, dropout, seed, PARTS, overlap)
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    z = torch.empty(M, r, dtype=x.dtype, device=x.device)
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    z = torch.empty((M, r), dtype=x.dtype, device=x.device)
     start = B if B0 is None else B0
-    block_r = rank_block(r, 32)
-    decode_kernel[(triton.cdiv(N, BLOCK_N),)](
-        x,
-        weight,
-        x if bias is None else bias,
-        y,
-        z,
-        parts,
-        B,
-        parts if parts0 is None else parts0,
-        start,
-        M,
-        N,
-        K,
-        r,
-        x.stride(0),
-        *weight.stride(),
-        *B.stride(),
-        *start.stride(),
-        scale,
-        HAS_BIAS=bias is not None,
-        HAS_START=A0 is not None,
-        PARTS=parts.shape[0],
-        BLOCK_M=max(16, triton.next_power_of_2(M)),
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        BLOCK_R=block_r,
-        RANKS=triton.cdiv(r, block_r) * block_r,
-        RANK_UNIT=rank_unit(r),
+    launch = _plan(
+        (M, N, K, r, x.stride(0), *weight.stride(), *B.stride(), *start.stride()),
+        parts.shape[0],
+        bias is not None,
+        A0 is not None,
+        overlap,
+    )
+    launch(
+        (
+            x,
+            weight,
+            x if bias is None else bias,
+            y,
+            z,
+            parts,
+            B,
+            parts if parts0 is None else parts0,
+            start,
+        ),
+        (scale,),
+    )
+    return y, z
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    sizes: tuple[int, ...], parts: int, has_bias: bool, has_start: bool, overlap: bool
+) -> Launch:
+    M, N, _, r = sizes[:4]
+    return Launch(
+        decode_kernel,
+        (cdiv(N, BLOCK_N),),
+        sizes,
+        HAS_BIAS=has_bias,
+        HAS_START=has_start,
+        PARTS=parts,
         OVERLAP=overlap,
         launch_pdl=overlap,
         num_warps=4,
         enable_fp_fusion=True,
-        num_stages=4,
+        **_constants(M, N, r, has_start, overlap),
     )
-    return y, z

@@ -6,11 +6,15 @@ behind its arithmetic. `drop` is for dX: there the mask falls on the result.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv
 from .jobs import aligned
+from .launcher import Launch
 from .linear_rank import load_Bt, load_z, rank_block, rank_unit
 from .philox import drop, mask_arguments
 
@@ -87,34 +91,42 @@ def expand(
 ) -> torch.Tensor:
     """y [M, N] in z's dtype from z, z0 [M, r] (contiguous), B, B0 [N, r] and bias [N]."""
     (M, r), N = z.shape, B.shape[0]
-    y = torch.empty(M, N, dtype=z.dtype, device=z.device)
+    y = torch.empty((M, N), dtype=z.dtype, device=z.device)
     start = B if B0 is None else B0
+    launch = _plan(
+        (M, N, r, *B.stride(), *start.stride()), bias is not None, z0 is not None, dropout > 0
+    )
+    launch(
+        (
+            y,
+            y if bias is None else bias,
+            z,
+            B,
+            z if z0 is None else z0,
+            start,
+            z if seed is None else seed,
+        ),
+        (scale, scale0, *mask_arguments(dropout)),
+    )
+    return y
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(sizes: tuple[int, ...], has_bias: bool, has_start: bool, has_dropout: bool) -> Launch:
+    M, N, r = sizes[:3]
     block_r = rank_block(r, 32)
-    expand_kernel[triton.cdiv(M, BLOCK_M), triton.cdiv(N, BLOCK_N)](
-        y,
-        y if bias is None else bias,
-        z,
-        B,
-        z if z0 is None else z0,
-        start,
-        z if seed is None else seed,
-        M,
-        N,
-        r,
-        *B.stride(),
-        *start.stride(),
-        scale,
-        scale0,
-        *mask_arguments(dropout),
-        HAS_BIAS=bias is not None,
-        HAS_START=z0 is not None,
-        HAS_DROPOUT=dropout > 0,
+    return Launch(
+        expand_kernel,
+        (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N)),
+        sizes,
+        HAS_BIAS=has_bias,
+        HAS_START=has_start,
+        HAS_DROPOUT=has_dropout,
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_R=block_r,
-        RANKS=triton.cdiv(r, block_r) * block_r,
+        RANKS=cdiv(r, block_r) * block_r,
         RANK_UNIT=rank_unit(r),
         num_warps=8,
         enable_fp_fusion=True,
     )
-    return y

@@ -1,38 +1,74 @@
 """out = a Wᵀ (or a W) + bias + scale · z Bᵀ + scale₀ · z₀ B₀ᵀ in one kernel, for Hopper and later.
 
 A persistent GEMM: tiles by the tensor memory accelerator, the rank products after the K loop into
-the same float32 accumulator. Before the loop they would hold shared memory that the pipeline needs.
+the same float32 accumulator. Before the loop they would hold shared memory that the pipeline needs;
+but their operands are loaded there, up to rank 32, so that only the product itself comes after.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .integers import cdiv
 from .jobs import aligned
+from .launcher import Launch
 from .linear_rank import load_Bt, load_z, rank_block, rank_unit
+from .linear_shrink import shrink_parts
 
 GROUP_M = 8
 LARGEST_RANK = 128  # above it the rank term, which nothing overlaps, is no longer small
-CONFIGS = {  # name: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, programs a multiprocessor)
-    "fused": (128, 256, 64, 8, 3, 1),
-    "fused pair": (128, 128, 64, 4, 3, 2),  # one's rank term beside the other's K loop
+MOST_EARLY = 32  # ranks whose operands are loaded before the K loop
+# The flattened loops of Triton 3.6 have each wgmma wait for the one before (ptxas C7515).
+FLATTENS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
+
+class Config(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    resident: int  # programs a multiprocessor
+    early: bool  # z and B are loaded before the K loop, up to rank MOST_EARLY
+    flat: bool  # one pipeline over all tiles: the next one's first loads beside this one's end
+    waits: bool = False  # starts with the kernel before it, which computes z, and loads z last
+
+
+CONFIGS = {
+    "fused": Config(128, 256, 64, 8, 3, 1, early=True, flat=False),
+    "fused flat": Config(128, 256, 64, 8, 3, 1, early=True, flat=True),
+    # One's rank term beside the other's K loop.
+    "fused pair": Config(128, 128, 64, 4, 3, 2, early=False, flat=False),
 }
+OVERLAPPED = Config(128, 256, 64, 8, 3, 1, early=True, flat=False, waits=True)
+
+
+@triton.jit
+def _operands(z_tile, b_tile, row, M, scale):
+    """What a dot takes of loaded tiles of z and Bᵀ: the scale goes into B before its rounding.
+
+    Done after the K loop. Triton puts a tile that a product takes as it was loaded into shared
+    memory right after its load, and the K loop's first loads would wait for that: hence the mask.
+    """
+    left = tl.where((row < M)[:, None], z_tile, 0.0)
+    return left, (scale * b_tile.to(tl.float32)).to(left.dtype)
 
 
 @triton.jit
 def _add_rank_term(
     acc, z, B, row, col, M, N, r, b_row, b_col, scale, RANKS: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """acc + z (scale · B)ᵀ: the scale goes into B before its rounding, so that one dot adds on."""
+    """acc + z (scale · B)ᵀ, a block of ranks at a time."""
     for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         rank = first + tl.arange(0, BLOCK_R)
         left = load_z(z, row, rank, M, r)
         right = load_Bt(B, rank, col, N, r, b_row, b_col)
-        right = (scale * right.to(tl.float32)).to(left.dtype)
-        acc = tl.dot(left, right, acc)
+        acc = tl.dot(left, (scale * right.to(tl.float32)).to(left.dtype), acc)
     return acc
 
 
@@ -66,31 +102,59 @@ def gemm_kernel(
     RANKS: tl.constexpr,
     RANK_UNIT: tl.constexpr,
     GROUP_M: tl.constexpr,
+    EARLY: tl.constexpr,
+    FLAT: tl.constexpr,
+    LATE_Z: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
     r = aligned(r, RANK_UNIT)
     rows_of_tiles, cols_of_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = GROUP_M * cols_of_tiles
-    for tile in tl.range(tl.program_id(0), rows_of_tiles * cols_of_tiles, tl.num_programs(0)):
+    tiles = rows_of_tiles * cols_of_tiles
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
         # Groups of GROUP_M rows of tiles share what the L2 cache holds of W.
         first = tile // group * GROUP_M
         height = min(rows_of_tiles - first, GROUP_M)
         m = (first + tile % group % height) * BLOCK_M
         n = tile % group // height * BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            left = a.load([m, k])
-            if W_IS_KN:
-                acc = tl.dot(left, w.load([k, n]), acc)
-            else:
-                acc = tl.dot(left, w.load([n, k]).T, acc)
         row = m + tl.arange(0, BLOCK_M)
         col = n + tl.arange(0, BLOCK_N)
         row64 = row.to(tl.int64)
-        acc = _add_rank_term(acc, z, B, row64, col, M, N, r, b_row, b_col, scale, RANKS, BLOCK_R)
-        if HAS_START:
+        rank = tl.arange(0, BLOCK_R)
+        if EARLY:
+            b_tile = load_Bt(B, rank, col, N, r, b_row, b_col)
+            if not LATE_Z:
+                z_tile = load_z(z, row64, rank, M, r)
+            if HAS_START:
+                b0_tile = load_Bt(B0, rank, col, N, r, b0_row, b0_col)
+                z0_tile = load_z(z0, row64, rank, M, r)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            a_tile = a.load([m, k])
+            if W_IS_KN:
+                acc = tl.dot(a_tile, w.load([k, n]), acc)
+            else:
+                acc = tl.dot(a_tile, w.load([n, k]).T, acc)
+        if WAITS:
+            tl.extra.cuda.gdc_wait()
+        if LATE_Z:
+            z_tile = load_z(z, row64, rank, M, r)
+        if EARLY:
+            left, right = _operands(z_tile, b_tile, row, M, scale)
+            if HAS_START:  # the ranks of both in turn, for a single product
+                left0, right0 = _operands(z0_tile, b0_tile, row, M, scale0)
+                left = tl.reshape(tl.join(left, left0), [BLOCK_M, 2 * BLOCK_R])
+                right = tl.permute(tl.join(right, right0), [0, 2, 1])
+                right = tl.reshape(right, [2 * BLOCK_R, BLOCK_N])
+            acc = tl.dot(left, right, acc)
+        else:
             acc = _add_rank_term(
-                acc, z0, B0, row64, col, M, N, r, b0_row, b0_col, scale0, RANKS, BLOCK_R
+                acc, z, B, row64, col, M, N, r, b_row, b_col, scale, RANKS, BLOCK_R
             )
+            if HAS_START:
+                acc = _add_rank_term(
+                    acc, z0, B0, row64, col, M, N, r, b0_row, b0_col, scale0, RANKS, BLOCK_R
+                )
         if HAS_BIAS:
             acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
         # In halves: a whole tile on its way out would take the place of a pipeline stage.
@@ -100,29 +164,65 @@ def gemm_kernel(
         out.store([m, n + BLOCK_N // 2], right_half.to(out.dtype))
 
 
-def offered(r: int, start: bool) -> list[str]:
-    """The configurations for rank r (2r with a start) that compile without spills."""
+@functools.cache
+def offered(r: int, start: bool, flat: bool = True) -> tuple[str, ...]:
+    """The configurations for rank r (2r with a start) that compile well: without spills or waits.
+
+    `flat`: for Hopper. For Blackwell Triton fails to flatten the loops, 3.9 as well.
+    """
     if r % 8 or (2 * r if start else r) > LARGEST_RANK:
-        return []
-    return ["fused"] if start else list(CONFIGS)
+        return ()
+    if start:
+        return ("fused",)
+    flat = flat and FLATTENS and r <= 16  # above, the pipelined B exceeds the shared memory
+    return tuple(name for name, config in CONFIGS.items() if flat or not config.flat)
 
 
-def fits(*matrices: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator takes these: 16-bit, rows at multiples of 16 bytes."""
-    return all(
-        t.element_size() == 2
-        and t.numel() > 0
-        and t.stride(1) == 1
-        and t.stride(0) % 8 == 0
-        and t.stride(0) > 0
-        and t.data_ptr() % 16 == 0
-        and max(t.shape) < 2**31
-        for t in matrices
+def overlaps(r: int, has_dropout: bool) -> bool:
+    """Whether the registers hold both kernels of `overlapped` at once."""
+    return r % 8 == 0 and 0 < r <= (16 if has_dropout else MOST_EARLY)
+
+
+def fits(matrix: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator takes it: 16-bit, rows at multiples of 16 bytes."""
+    row, column = matrix.stride()
+    return (
+        column == 1
+        and row > 0
+        and row % 8 == 0
+        and matrix.element_size() == 2
+        and matrix.data_ptr() % 16 == 0
+        and matrix.numel() > 0
+        and max(matrix.shape) < 2**31
     )
 
 
+def _constants(config: Config, r: int, has_start: bool) -> dict[str, int]:
+    """Of `gemm_kernel`."""
+    early = config.early and r <= MOST_EARLY
+    block_r = rank_block(r, 16 if has_start and not early else 32)  # more spills
+    ranks = cdiv(r, block_r) * block_r
+    if has_start and not early:
+        # A loop of one turn is unrolled, and sm_100 has no room for the accumulators then.
+        ranks = max(ranks, 2 * block_r)
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": block_r,
+        "RANKS": ranks,
+        "RANK_UNIT": rank_unit(r),
+        "GROUP_M": GROUP_M,
+        "EARLY": early,
+        "FLAT": config.flat,
+        "LATE_Z": config.waits,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
 def gemm(
-    config: str,
+    config: str | Config,
     multiprocessors: int,
     a: torch.Tensor,
     weight: torch.Tensor,
@@ -134,51 +234,90 @@ def gemm(
     z0: torch.Tensor | None = None,
     B0: torch.Tensor | None = None,
     scale0: float = 0.0,
+    waits: bool = False,
 ) -> torch.Tensor:
     """a [M, K] times weight [N, K] transposed, or weight [K, N], and the rank terms.
 
-    z, z0 [M, r] are contiguous, B, B0 [N, r] of any strides.
+    z, z0 [M, r] are contiguous, B, B0 [N, r] of any strides. `waits`: the kernel before this one
+    lets it start early; all but z has to be there by then.
     """
-    block_m, block_n, block_k, warps, stages, resident = CONFIGS[config]
     (M, K), (N, r) = a.shape, B.shape
-    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
+    out = torch.empty((M, N), dtype=a.dtype, device=a.device)
     start = B if B0 is None else B0
-    block_r = rank_block(r, 32 if z0 is None else 16)  # more spills
-    ranks = triton.cdiv(r, block_r) * block_r
-    if z0 is not None:
-        # A loop of one turn is unrolled, and sm_100 has no room for the accumulators then.
-        ranks = max(ranks, 2 * block_r)
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    gemm_kernel[(min(resident * multiprocessors, tiles),)](
-        TensorDescriptor.from_tensor(a, [block_m, block_k]),
-        TensorDescriptor.from_tensor(weight, w_block),
-        TensorDescriptor.from_tensor(out, [block_m, block_n // 2]),
-        a if bias is None else bias,
-        z,
-        B,
-        z if z0 is None else z0,
-        start,
-        M,
-        N,
-        K,
-        r,
-        *B.stride(),
-        *start.stride(),
-        scale,
-        scale0,
-        W_IS_KN=w_is_kn,
-        HAS_BIAS=bias is not None,
-        HAS_START=z0 is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        BLOCK_R=block_r,
-        RANKS=ranks,
-        RANK_UNIT=rank_unit(r),
-        GROUP_M=GROUP_M,
-        num_warps=warps,
-        enable_fp_fusion=True,
-        num_stages=stages,
+    launch = _plan(
+        CONFIGS.get(config, config),
+        multiprocessors,
+        w_is_kn,
+        (M, N, K, r, *B.stride(), *start.stride()),
+        bias is not None,
+        z0 is not None,
+        waits,
+    )
+    launch(
+        (
+            a,
+            weight,
+            out,
+            a if bias is None else bias,
+            z,
+            B,
+            z if z0 is None else z0,
+            start,
+        ),
+        (scale, scale0),
     )
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    config: Config,
+    multiprocessors: int,
+    w_is_kn: bool,
+    sizes: tuple[int, ...],
+    has_bias: bool,
+    has_start: bool,
+    waits: bool,
+) -> Launch:
+    block_m, block_n, block_k, *_ = config
+    M, N, _, r = sizes[:4]
+    w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
+    tiles = cdiv(M, block_m) * cdiv(N, block_n)
+    return Launch(
+        gemm_kernel,
+        (min(config.resident * multiprocessors, tiles),),
+        sizes,
+        ([block_m, block_k], w_block, [block_m, block_n // 2]),
+        W_IS_KN=w_is_kn,
+        HAS_BIAS=has_bias,
+        HAS_START=has_start,
+        WAITS=waits,
+        launch_pdl=waits,
+        enable_fp_fusion=True,
+        **_constants(config, r, has_start),
+    )
+
+
+def overlapped(
+    multiprocessors: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    w_is_kn: bool,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+    overlap: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M, N] and z = drop(x) Aᵀ [M, r], for what `overlaps` allows.
+
+    The product with W starts beside the kernel that computes z, in the shared memory that this
+    leaves, and waits for it only after its first tile's K loop. `overlap` wants Hopper or later.
+    """
+    z = shrink_parts(x, A, None, dropout, seed, parts=1, overlap=overlap, beside=True)[0][0]
+    y = gemm(
+        OVERLAPPED, multiprocessors, x, weight, w_is_kn, z, B, scale, bias, waits=overlap
+    )  # fmt: skip
+    return y, z

@@ -2,21 +2,26 @@
 
 dY [M, N] is read once for dz, dz₀ and dB: a program has a block of columns and walks down a chunk
 of rows. What it knows of dz is a part over N, what it knows of dB a part over M; both go to a
-float32 workspace and `reduce` adds them up in order. At M = 8192, N = 4096, r = 16 that workspace
-is a third of dY's bytes.
+float32 workspace, and one `reduce_all` adds them up in order. At M = 8192, N = 4096, r = 16 that
+workspace is a fifth of dY's bytes.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv
 from .jobs import aligned
-from .linear_rank import ENOUGH_PROGRAMS, load_z, rank_block, rank_unit, reduce
+from .launcher import Launch
+from .linear_rank import ENOUGH_PROGRAMS, load_Bt, load_z, rank_block, rank_unit, reduce, reduce_all
 from .philox import drop, mask_arguments
 
-BLOCK_M, BLOCK_N, BLOCK_K = 64, 128, 128
+BLOCK_M, BLOCK_K = 64, 128  # of dA
+DZ_ROWS, DZ_COLUMNS = 32, 256  # wide: the parts of dz are N / 256 times its size
 
 
 @triton.jit(do_not_specialize=["M", "chunk"])
@@ -44,34 +49,34 @@ def dz_dB_kernel(
     BLOCK_R: tl.constexpr,
     RANK_UNIT: tl.constexpr,
 ):
+    # Everything transposed: with the rank as the rows of each product it is mma.sync that computes
+    # it. Of wgmma, whose products want 64 rows, ptxas made each wait for the one before (C7515).
     r = aligned(r, RANK_UNIT)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rank = tl.arange(0, BLOCK_R)
-    b_mask = (col < N)[:, None] & (rank < r)[None, :]
-    b = tl.load(B + col[:, None] * b_row + rank[None, :] * b_col, mask=b_mask, other=0.0)
-    b = b.to(dy.dtype.element_ty)  # [BLOCK_N, BLOCK_R]
+    b = load_Bt(B, rank, col, N, r, b_row, b_col).to(dy.dtype.element_ty)  # [BLOCK_R, BLOCK_N]
     if HAS_START:
-        b0 = tl.load(B0 + col[:, None] * b0_row + rank[None, :] * b0_col, mask=b_mask, other=0.0)
-        b0 = b0.to(dy.dtype.element_ty)
-    dB = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        b0 = load_Bt(B0, rank, col, N, r, b0_row, b0_col).to(dy.dtype.element_ty)
+    dB = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     begin = tl.program_id(1).to(tl.int64) * chunk
     part = tl.program_id(0).to(tl.int64) * M * r
     for m in range(begin, min(begin + chunk, M), BLOCK_M):
         row = m + tl.arange(0, BLOCK_M)
         mask = (row < M)[:, None] & (col < N)[None, :]
         g = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=mask, other=0.0)
-        z_where = row[:, None] * r + rank[None, :]
-        z_mask = (row < M)[:, None] & (rank < r)[None, :]
-        dz = tl.dot(g, b, input_precision="ieee")  # [BLOCK_M, BLOCK_R]
+        z_where = row[None, :] * r + rank[:, None]
+        z_mask = (row < M)[None, :] & (rank < r)[:, None]
+        dz = tl.dot(b, tl.trans(g), input_precision="ieee")  # [BLOCK_R, BLOCK_M]
         tl.store(dz_parts + part + z_where, dz, mask=z_mask)
         if HAS_START:
-            dz0 = tl.dot(g, b0, input_precision="ieee")
+            dz0 = tl.dot(b0, tl.trans(g), input_precision="ieee")
             tl.store(dz0_parts + part + z_where, dz0, mask=z_mask)
         if NEEDS_DB:
-            dB = tl.dot(tl.trans(g), load_z(z, row, rank, M, r), dB, input_precision="ieee")
+            left = tl.trans(load_z(z, row, rank, M, r))
+            dB = tl.dot(left, g, dB, input_precision="ieee")  # [BLOCK_R, BLOCK_N]
     if NEEDS_DB:
-        where = tl.program_id(1).to(tl.int64) * N * r + col[:, None] * r + rank[None, :]
-        tl.store(dB_parts + where, dB, mask=b_mask)
+        where = tl.program_id(1).to(tl.int64) * N * r + col[None, :] * r + rank[:, None]
+        tl.store(dB_parts + where, dB, mask=(col < N)[None, :] & (rank < r)[:, None])
 
 
 @triton.jit(do_not_specialize=["M", "chunk", "threshold"])
@@ -115,14 +120,14 @@ def dA_kernel(
 
 
 def is_worth_it(r: int, start: bool) -> bool:
-    """Whether the parts of dz (and dz₀), 4 r / BLOCK_N bytes for 2 of dY, are less than dY is."""
+    """Whether the parts of dz (and dz₀), 4 r / DZ_COLUMNS bytes for 2 of dY, are few beside it."""
     return r <= (16 if start else 32)
 
 
 def _chunk(M: int, blocks: int) -> int:
     """Rows a program walks down: so many that all programs together just fill a GPU twice."""
     chunks = max(1, 2 * ENOUGH_PROGRAMS // blocks)
-    return max(triton.cdiv(triton.cdiv(M, chunks), BLOCK_M) * BLOCK_M, BLOCK_M)
+    return max(cdiv(cdiv(M, chunks), BLOCK_M) * BLOCK_M, BLOCK_M)
 
 
 def dz_dB(
@@ -138,43 +143,53 @@ def dz_dB(
     dY's rows and z are contiguous; r as `is_worth_it` has it.
     """
     (M, N), r = dy.shape, B.shape[1]
-    blocks = triton.cdiv(N, BLOCK_N)
-    chunk = _chunk(M, blocks)
-    chunks = triton.cdiv(M, chunk)
-    work = {"dtype": torch.float32, "device": dy.device}
-    dz_parts = torch.empty(blocks, M, r, **work)
-    dz0_parts = None if B0 is None else torch.empty_like(dz_parts)
-    dB_parts = torch.empty(chunks, N, r, **work) if needs_B else None
     start = B if B0 is None else B0
-    dz_dB_kernel[blocks, chunks](
-        dy,
-        B,
-        start,
-        z,
-        dz_parts,
-        dz_parts if dz0_parts is None else dz0_parts,
-        dz_parts if dB_parts is None else dB_parts,
-        M,
-        N,
-        r,
-        chunk,
-        dy.stride(0),
-        *B.stride(),
-        *start.stride(),
-        HAS_START=B0 is not None,
+    launch = _plan_dz_dB(
+        (M, N, r), (dy.stride(0), *B.stride(), *start.stride()), B0 is not None, needs_B
+    )
+    blocks, chunks = launch.grid
+    work = {"dtype": torch.float32, "device": dy.device}
+    dz_parts = torch.empty((blocks, M, r), **work)
+    dz0_parts = None if B0 is None else torch.empty_like(dz_parts)
+    dB_parts = torch.empty((chunks, N, r), **work) if needs_B else None
+    launch(
+        (
+            dy,
+            B,
+            start,
+            z,
+            dz_parts,
+            dz_parts if dz0_parts is None else dz0_parts,
+            dz_parts if dB_parts is None else dB_parts,
+        )
+    )
+    sums = [(dz_parts, dy.dtype, scale)]
+    sums += [] if dz0_parts is None else [(dz0_parts, dy.dtype, -scale)]
+    sums += [] if dB_parts is None else [(dB_parts, B.dtype, scale)]
+    done = iter(reduce_all(sums))
+    return next(done), *(None if p is None else next(done) for p in (dz0_parts, dB_parts))
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_dz_dB(
+    sizes: tuple[int, int, int], strides: tuple[int, ...], has_start: bool, needs_B: bool
+) -> Launch:
+    M, N, r = sizes
+    blocks = cdiv(N, DZ_COLUMNS)
+    chunk = _chunk(M, blocks)
+    return Launch(
+        dz_dB_kernel,
+        (blocks, cdiv(M, chunk)),
+        (*sizes, chunk, *strides),
+        HAS_START=has_start,
         NEEDS_DB=needs_B,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
+        BLOCK_M=DZ_ROWS,
+        BLOCK_N=DZ_COLUMNS,
         BLOCK_R=rank_block(r, 32),
         RANK_UNIT=rank_unit(r),
-        num_warps=4 if r <= 16 else 8,
+        num_warps=4,
         enable_fp_fusion=True,
         num_stages=3,
-    )
-    return (
-        reduce(dz_parts, dy.dtype, scale),
-        None if dz0_parts is None else reduce(dz0_parts, dy.dtype, -scale),
-        None if dB_parts is None else reduce(dB_parts, B.dtype, scale),
     )
 
 
@@ -187,25 +202,24 @@ def dA(
 ) -> torch.Tensor:
     """dzᵀ drop(x) [r, K] as `dtype`; dz is contiguous, and so are x's rows."""
     (M, K), r = x.shape, dz.shape[1]
+    launch = _plan_dA((M, K, r), x.stride(0), dropout > 0)
+    parts = torch.empty((launch.grid[1], r, K), dtype=torch.float32, device=x.device)
+    launch((dz, x, parts, x if seed is None else seed), mask_arguments(dropout))
+    return reduce(parts, dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_dA(sizes: tuple[int, int, int], x_stride: int, has_dropout: bool) -> Launch:
+    M, K, r = sizes
     block_r = rank_block(r, 128)
-    blocks = triton.cdiv(K, BLOCK_K)
-    ranks = triton.cdiv(r, block_r)
+    blocks, ranks = cdiv(K, BLOCK_K), cdiv(r, block_r)
     chunk = _chunk(M, blocks * ranks)
-    chunks = triton.cdiv(M, chunk)
-    parts = torch.empty(chunks, r, K, dtype=torch.float32, device=x.device)
-    dA_kernel[blocks, chunks, ranks](
-        dz,
-        x,
-        parts,
-        x if seed is None else seed,
-        M,
-        K,
-        r,
-        chunk,
-        x.stride(0),
-        *mask_arguments(dropout),
-        HAS_DROPOUT=dropout > 0,
-        BLOCK_M=BLOCK_M // 2 if dropout > 0 else BLOCK_M,  # the mask takes registers
+    return Launch(
+        dA_kernel,
+        (blocks, cdiv(M, chunk), ranks),
+        (*sizes, chunk, x_stride),
+        HAS_DROPOUT=has_dropout,
+        BLOCK_M=BLOCK_M // 2 if has_dropout else BLOCK_M,  # the mask takes registers
         BLOCK_K=BLOCK_K,
         BLOCK_R=block_r,
         RANK_UNIT=rank_unit(r),
@@ -213,4 +227,3 @@ def dA(
         enable_fp_fusion=True,
         num_stages=3,
     )
-    return reduce(parts, dtype)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
+from .jobs import aligned
+from .launcher import Launch
+
+REDUCE_BLOCK = 512
 ENOUGH_PROGRAMS = 128  # an H100, H200 or A100 has 108 to 132 multiprocessors
 
 
@@ -18,7 +24,7 @@ def rank_unit(r: int) -> int:
 
 def rank_block(r: int, largest: int) -> int:
     """The rank that a program is compiled for: a power of two that tl.dot takes."""
-    return min(max(16, triton.next_power_of_2(r)), largest)
+    return min(max(16, next_power_of_2(r)), largest)
 
 
 @triton.jit
@@ -35,23 +41,97 @@ def load_Bt(B, rank, col, N, r, b_row, b_col):
     return tl.load(B + col[None, :] * b_row + rank[:, None] * b_col, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["length", "parts"])
-def reduce_kernel(parts_of, out, parts, length, scale, BLOCK: tl.constexpr):
-    """out = scale · the sum of `parts` arrays of `length`, in order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _reduce_block(
+    parts_of, out, parts, length, scale, program, BLOCK: tl.constexpr, UNIT: tl.constexpr
+):
+    length = aligned(length, UNIT)
+    at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < length
     total = tl.zeros([BLOCK], tl.float32)
-    for part in range(parts):
+    # Unrolled, 8 loads are under way; else each would wait for the sum of those before.
+    for part in tl.range(0, parts, loop_unroll_factor=8):
         total += tl.load(parts_of + part * length.to(tl.int64) + at, mask=mask, other=0.0)
     tl.store(out + at, (scale * total).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["length", "parts"])
+def reduce_kernel(parts_of, out, parts, length, scale, BLOCK: tl.constexpr, UNIT: tl.constexpr):
+    """out = scale · the sum of `parts` arrays of `length`, in order."""
+    _reduce_block(parts_of, out, parts, length, scale, tl.program_id(0), BLOCK, UNIT)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("parts_a", "length_a", "blocks_a", "parts_b", "length_b", "blocks_b"),
+        *("parts_c", "length_c"),
+    ]
+)
+def reduce_three_kernel(
+    parts_of_a, out_a, parts_of_b, out_b, parts_of_c, out_c,
+    parts_a, length_a, blocks_a, parts_b, length_b, blocks_b, parts_c, length_c,
+    scale_a, scale_b, scale_c,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Three of `reduce_kernel`'s sums: the first programs do a, the next b, the last c."""
+    program = tl.program_id(0)
+    if program < blocks_a:
+        _reduce_block(parts_of_a, out_a, parts_a, length_a, scale_a, program, BLOCK, UNIT)
+    elif program < blocks_a + blocks_b:
+        _reduce_block(
+            parts_of_b, out_b, parts_b, length_b, scale_b, program - blocks_a, BLOCK, UNIT
+        )
+    else:
+        program -= blocks_a + blocks_b
+        _reduce_block(parts_of_c, out_c, parts_c, length_c, scale_c, program, BLOCK, UNIT)
 
 
 def reduce(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     """`scale` · the sum of parts [S, ...] float32 over S, in order, as `dtype`."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    if out.numel():
-        grid = (triton.cdiv(out.numel(), 512),)
-        reduce_kernel[grid](
-            parts, out, parts.shape[0], out.numel(), scale, BLOCK=512, enable_fp_fusion=True
-        )
+    length = out.numel()
+    if length:
+        _reduction(parts.shape[0], length)((parts, out), (scale,))
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _reduction(parts: int, length: int) -> Launch:
+    return Launch(
+        reduce_kernel,
+        (cdiv(length, REDUCE_BLOCK),),
+        (parts, length),
+        BLOCK=REDUCE_BLOCK,
+        UNIT=math.gcd(length, 4),
+        enable_fp_fusion=True,
+    )
+
+
+def reduce_all(sums: list[tuple[torch.Tensor, torch.dtype, float]]) -> list[torch.Tensor]:
+    """`reduce` of up to three (parts, dtype, scale), none of them empty, in one launch."""
+    if len(sums) == 1:
+        return [reduce(*sums[0])]
+    outs = [torch.empty(p.shape[1:], dtype=dtype, device=p.device) for p, dtype, _ in sums]
+    jobs = [*zip(sums, outs, strict=True)]
+    jobs += [jobs[1]] * (3 - len(jobs))  # of two sums no program comes to a third
+    launch = _reductions(len(sums), *((parts.shape[0], out.numel()) for (parts, _, _), out in jobs))
+    launch(
+        [tensor for (parts, _, _), out in jobs for tensor in (parts, out)],
+        [scale for (_, _, scale), _ in jobs],
+    )
+    return outs
+
+
+@functools.lru_cache(maxsize=1024)
+def _reductions(count: int, *sizes: tuple[int, int]) -> Launch:
+    """For the number of parts and the length of each sum."""
+    (parts_a, a), (parts_b, b), (parts_c, c) = sizes
+    blocks = [cdiv(length, REDUCE_BLOCK) for _, length in sizes]
+    return Launch(
+        reduce_three_kernel,
+        (sum(blocks[:count]),),
+        (parts_a, a, blocks[0], parts_b, b, blocks[1], parts_c, c),
+        BLOCK=REDUCE_BLOCK,
+        UNIT=math.gcd(4, a, b, c),
+        enable_fp_fusion=True,
+    )

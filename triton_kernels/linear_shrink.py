@@ -6,13 +6,25 @@ K is split; the parts are added up in order by `reduce`, or by the decode kernel
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
 from .jobs import aligned
-from .linear_rank import ENOUGH_PROGRAMS, rank_block, rank_unit, reduce
+from .launcher import Launch
+from .linear_rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit, reduce
 from .philox import drop, mask_arguments
+
+
+@triton.jit
+def _product(left, right, acc, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        return tl.dot(tl.trans(right), tl.trans(left), acc, input_precision="ieee")
+    else:
+        return tl.dot(left, right, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -50,27 +62,48 @@ def shrink_kernel(
     part = tl.program_id(2)
     if HAS_DROPOUT:
         seed_value = tl.load(seed)
-    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    acc0 = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    # With dropout the products are transposed: what was computed, the dropped x, is then their
+    # right factor, which goes through shared memory. In registers, as the left one, it had wgmma
+    # wait (C7515).
+    shape: tl.constexpr = [BLOCK_R, BLOCK_M] if HAS_DROPOUT else [BLOCK_M, BLOCK_R]
+    acc, acc0 = tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)
     for k in range(part * split_length, min((part + 1) * split_length, K), BLOCK_K):
         col = k + tl.arange(0, BLOCK_K)
         x_mask = (row < M)[:, None] & (col < K)[None, :]
-        a_mask = (rank < r)[None, :] & (col < K)[:, None]
         value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=x_mask, other=0.0)
         if HAS_START:
-            a0 = tl.load(
-                A0 + rank[None, :] * a0_row + col[:, None] * a0_col, mask=a_mask, other=0.0
-            )
-            acc0 = tl.dot(value, a0.to(value.dtype), acc0, input_precision="ieee")
+            a0 = load_Bt(A0, col, rank, r, K, a0_row, a0_col).to(value.dtype)
+            acc0 = _product(value, a0, acc0, HAS_DROPOUT)
         if HAS_DROPOUT:
             value = drop(value, seed_value, row, k, threshold, keep_scale, BLOCK_K)
-        a = tl.load(A + rank[None, :] * a_row + col[:, None] * a_col, mask=a_mask, other=0.0)
-        acc = tl.dot(value, a.to(value.dtype), acc, input_precision="ieee")  # [BLOCK_M, BLOCK_R]
+        a = load_Bt(A, col, rank, r, K, a_row, a_col).to(value.dtype)
+        acc = _product(value, a, acc, HAS_DROPOUT)
+    if HAS_DROPOUT:
+        acc, acc0 = tl.trans(acc), tl.trans(acc0)
     where = part * M.to(tl.int64) * r + row[:, None] * r + rank[None, :]
     mask = (row < M)[:, None] & (rank < r)[None, :]
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=mask)
     if HAS_START:
         tl.store(out0 + where, acc0.to(out0.dtype.element_ty), mask=mask)
+
+
+def _blocks(
+    M: int, block_r: int, bytes_of_A: int, has_start: bool, has_dropout: bool, beside: bool
+) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_K, num_warps and num_stages: what registers, and the shared memory of the
+    smallest GPUs (99 KB), hold.
+    """
+    block_m = min(max(16, next_power_of_2(M)), 64)
+    if beside:
+        return block_m, 64, 4, 4 if block_r <= 16 else 3
+    stages = 4 if block_r <= 32 else 3
+    if block_r > 64 and M > 64 and not has_start:
+        # Each program reads all of A through the L2 cache: with 64 rows four times what x has.
+        return (128, 64, 8, 3) if bytes_of_A == 2 and not has_dropout else (128, 32, 8, 4)
+    block_k = 128 if block_r <= 32 else 64 if block_r <= 64 else 32
+    if has_start:
+        block_k = max(block_k // (4 if has_dropout else 2), 32)
+    return block_m, block_k, 8 if block_r > 64 and has_start else 4, stages
 
 
 def shrink_parts(
@@ -81,54 +114,76 @@ def shrink_parts(
     seed: torch.Tensor | None,
     parts: int | None = None,
     overlap: bool = False,
+    beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """z and z₀ as parts [S, M, r] that are to be added up: in x's dtype if S is 1, else float32.
 
     With `overlap` the next kernel may start with this one; it has to wait before it reads them.
+    `beside`: it leaves that kernel most of a multiprocessor, 180 of 228 KB. (No start then.)
     """
-    (M, K), r = x.shape, A.shape[0]
+    start = A if A0 is None else A0
+    launch, parts = _plan(
+        x.shape,
+        A.shape[0],
+        A.element_size(),
+        x.stride(0),
+        A.stride(),
+        start.stride(),
+        A0 is not None,
+        dropout > 0,
+        parts,
+        overlap,
+        beside,
+    )
+    dtype = x.dtype if parts == 1 else torch.float32
+    out = torch.empty((parts, x.shape[0], A.shape[0]), dtype=dtype, device=x.device)
+    out0 = None if A0 is None else torch.empty_like(out)
+    others = (out if out0 is None else out0, x if seed is None else seed)
+    launch((x, A, start, out, *others), mask_arguments(dropout))
+    return out, out0
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: torch.Size,
+    r: int,
+    bytes_of_A: int,
+    x_stride: int,
+    a_strides: tuple[int, int],
+    start_strides: tuple[int, int],
+    has_start: bool,
+    has_dropout: bool,
+    parts: int | None,
+    overlap: bool,
+    beside: bool,
+) -> tuple[Launch, int]:
+    """The launch, and in how many parts z comes."""
+    M, K = shape
     block_r = rank_block(r, 128)
-    block_m = min(max(16, triton.next_power_of_2(M)), 64)
-    # What registers, and the shared memory of the smallest GPUs (99 KB), hold.
-    block_k = 128 if block_r <= 32 else 64 if block_r <= 64 else 32
-    if A0 is not None:
-        block_k = max(block_k // (4 if dropout > 0 else 2), 32)
-    programs = triton.cdiv(M, block_m) * triton.cdiv(r, block_r)
+    block_m, block_k, warps, stages = _blocks(
+        M, block_r, bytes_of_A, has_start, has_dropout, beside
+    )
+    programs = cdiv(M, block_m) * cdiv(r, block_r)
     if parts is None:
         parts = max(1, ENOUGH_PROGRAMS // programs)
-    length = triton.cdiv(triton.cdiv(K, parts), block_k) * block_k
-    parts = triton.cdiv(K, length)
-    dtype = x.dtype if parts == 1 else torch.float32
-    out = torch.empty(parts, M, r, dtype=dtype, device=x.device)
-    out0 = None if A0 is None else torch.empty_like(out)
-    start = A if A0 is None else A0
-    shrink_kernel[triton.cdiv(M, block_m), triton.cdiv(r, block_r), parts](
-        x,
-        A,
-        start,
-        out,
-        out if out0 is None else out0,
-        x if seed is None else seed,
-        M,
-        K,
-        r,
-        x.stride(0),
-        *A.stride(),
-        *start.stride(),
-        length,
-        *mask_arguments(dropout),
-        HAS_START=A0 is not None,
-        HAS_DROPOUT=dropout > 0,
+    length = cdiv(cdiv(K, parts), block_k) * block_k
+    parts = cdiv(K, length)
+    launch = Launch(
+        shrink_kernel,
+        (cdiv(M, block_m), cdiv(r, block_r), parts),
+        (M, K, r, x_stride, *a_strides, *start_strides, length),
+        HAS_START=has_start,
+        HAS_DROPOUT=has_dropout,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         RANK_UNIT=rank_unit(r),
         OVERLAP=overlap,
-        num_warps=8 if block_r > 64 and A0 is not None else 4,
+        num_warps=warps,
         enable_fp_fusion=True,
-        num_stages=4 if block_r <= 32 else 3,
+        num_stages=stages,
     )
-    return out, out0
+    return launch, parts
 
 
 def shrink(

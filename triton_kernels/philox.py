@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
 import triton
 import triton.language as tl
+
+from .integers import cdiv
+from .launcher import Launch
 
 BLOCK_ROWS, BLOCK_COLS = 16, 256
 
@@ -51,12 +55,18 @@ def dropout_kernel(
     tl.store(out + row[:, None] * cols + col[None, :], dropped, mask=mask)
 
 
+@functools.lru_cache(maxsize=1024)
 def mask_arguments(p: float) -> tuple[int, float]:
-    """The largest dropped word + 1, and what the kept elements are multiplied with."""
+    """The largest dropped word + 1, and what the kept elements are multiplied with.
+
+    The word as the int32 of the same bits: from 2^31 on, p >= 0.5, Triton would take it for an
+    int64 and compile the kernel a second time.
+    """
     keep_scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
     # As float32, which a kernel's float argument is.
     (keep_scale,) = struct.unpack("f", struct.pack("f", keep_scale))
-    return min(int(p * 2**32), 2**32 - 1), keep_scale
+    (word,) = struct.unpack("i", struct.pack("I", min(int(p * 2**32), 2**32 - 1)))
+    return word, keep_scale
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
@@ -65,17 +75,17 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, cols = x.shape
     if x.numel():
-        grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(cols, BLOCK_COLS))
-        dropout_kernel[grid](
-            x,
-            out,
-            seed,
-            rows,
-            cols,
-            x.stride(0),
-            *mask_arguments(p),
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_COLS=BLOCK_COLS,
-            enable_fp_fusion=True,
-        )
+        _plan(rows, cols, x.stride(0))((x, out, seed), mask_arguments(p))
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(rows: int, cols: int, x_stride: int) -> Launch:
+    return Launch(
+        dropout_kernel,
+        (cdiv(rows, BLOCK_ROWS), cdiv(cols, BLOCK_COLS)),
+        (rows, cols, x_stride),
+        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_COLS=BLOCK_COLS,
+        enable_fp_fusion=True,
+    )

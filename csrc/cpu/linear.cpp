@@ -135,11 +135,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   return {dx, dweight, dbias, dA, dB, dR};
 }
 
+// linear_forward without dropout: ATen's calls alone, on whatever device.
+std::tuple<at::Tensor, at::Tensor> linear_plain(
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+    const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling,
+    const OptionalTensor& start_A, const OptionalTensor& start_B, const OptionalTensor& lora_R) {
+  return linear_forward(
+      x, weight, bias, lora_A, lora_B, scaling, 0.0, std::nullopt, start_A, start_B, lora_R);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora, CPU, m) {
   m.impl("linear_forward", linear_forward);
   m.impl("linear_backward", linear_backward);
+  m.impl("_linear_plain", linear_plain);
+}
+
+TORCH_LIBRARY_IMPL(lora, CUDA, m) {
+  m.impl("_linear_plain", linear_plain);
 }
 
 }  // namespace lora

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import warnings
@@ -14,6 +15,7 @@ from ._library import LIBRARY
 from .loram_init import check_distinct, largest_sum, log_gain, refuse_unfit
 
 
+@functools.cache  # `import_module` takes 1 us
 def _module(name: str):
     return importlib.import_module(f"lora_kernels.triton_kernels.{name}")
 

@@ -189,6 +189,24 @@ def test_reference_agrees_with_the_kernel(start, core, dropout, device):
 
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize("lead", [(11,), (2, 3), ()])
+def test_plain_is_the_forward_without_dropout(lead, start, core, device):
+    t = inputs(lead, 20, 30, 4, torch.float64, start=start, core=core, device=device)
+    extras = (t["start_A"], t["start_B"], t["lora_R"])
+    args = [t[k] for k in GRADS]
+    got = torch.ops.lora._linear_plain(*args, 0.5, *extras)
+    torch.testing.assert_close(got, linear_forward_ref(*args, 0.5, 0.0, None, *extras))
+    opcheck(torch.ops.lora._linear_plain, (*args, 0.5, *extras))
+
+
+def test_a_seed_on_another_device_is_refused():
+    t = inputs((2,), 3, 4, 1, torch.float32, device="meta")
+    with pytest.raises(ValueError, match="seed is on cpu, x on meta"):
+        call(t, 1.0, 0.5, torch.zeros((), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("core", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradcheck(start, core, dropout, device):
     t = inputs((2, 3), 5, 7, 2, torch.float64, start=start, core=core, device=device)

@@ -3,7 +3,8 @@
 No signature is written down twice: `record` runs the real wrappers, takes down the launches they
 make instead of executing them, and `compile_launch` turns each into a cubin and reports on it.
 
-    python -m tests.triton_kernels.aot [CASES_MODULE] [--arch 80 90 100] [--jobs 2]
+    python -m tests.triton_kernels.aot [CASES_MODULE] [--arch 80 90 100] [--jobs 2] [--cache FOLDER]
+    python -m tests.triton_kernels.aot --table  # writes resources.csv anew
 
 `CASES_MODULE` has `CASES`, name -> callable taking the arch, and may have `EXPECTS`,
 "case:kernel" -> {arch: instructions that every launch of that kernel in that case must contain}.
@@ -19,87 +20,26 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from . import aot_table
+from .aot_cache import Cache
+from .aot_compile import Launch, Report, compile_launch
+
 ARCHS = (80, 90, 100)
-INSTRUCTIONS = {
-    "wgmma": r"\bwgmma\.mma_async",
-    "mma.sync": r"\bmma\.sync",
-    "tcgen05": r"\btcgen05\.mma",
-    "tma.load": r"\bcp\.async\.bulk\.tensor[\w.]*\.shared::\w+(::\w+)?\.global",
-    "tma.store": r"\bcp\.async\.bulk\.tensor[\w.]*\.global\.shared",
-    "cp.async": r"\bcp\.async\.c[ag]\.shared",
-    "griddepcontrol.wait": r"\bgriddepcontrol\.wait",
-    "griddepcontrol.launch_dependents": r"\bgriddepcontrol\.launch_dependents",
-    "ld.global.128": r"\bld\.global[\w.:]*\.(v4\.[bfu]32|v2\.[bfu]64)\b",
-    "ld.global.256": r"\bld\.global[\w.:]*\.(v8\.[bfu]32|v4\.[bfu]64)\b",
-    "st.global.128": r"\bst\.global[\w.:]*\.(v4\.[bfu]32|v2\.[bfu]64)\b",
-    "fma.f64": r"\bfma\.rn\.f64\b",
-}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A launch as Triton specialised it: all that decides the machine code."""
-
-    fn: JITFunction
-    arch: int
-    key: str
-    signature: dict[str, Any]
-    constexprs: dict[tuple[int, ...], Any]
-    attrs: dict[tuple[int, ...], Any]
-    options: dict[str, Any]
-
-    @property
-    def identity(self) -> tuple[str, int, str]:
-        """Equal for launches that compile to the same code."""
-        return self.fn.cache_key, self.arch, self.key
-
-    @property
-    def arguments(self) -> dict[str, str]:
-        """Type ("/16": divisible by 16) or constant value of each parameter, to be read."""
-        described = {}
-        for i, (name, kind) in enumerate(self.signature.items()):
-            inner = {k[1:]: v for k, v in self.constexprs.items() if k[0] == i}
-            aligned = "/16" if self.attrs.get((i,)) else ""
-            described[name] = repr(inner[()]) if () in inner else f"{kind}{aligned}{inner or ''}"
-        return described
-
-
-@dataclass(frozen=True)
-class Report:
-    """One compiled launch; `instructions` counts those of `INSTRUCTIONS` in the PTX."""
-
-    kernel: str
-    arch: int
-    arguments: dict[str, str]
-    num_warps: int
-    num_stages: int
-    launch_pdl: bool
-    registers: int
-    stack: int
-    shared: int
-    instructions: dict[str, int]
-    seconds: float
-    case: str = ""
-    missing: list[str] = field(default_factory=list)
 
 
 class _Device:
@@ -137,37 +77,6 @@ def record(function: Callable[[], Any], arch: int = 90) -> list[Launch]:
     ):
         function()
     return list(launches.values())
-
-
-def compile_launch(launch: Launch) -> Report:
-    """Compile as the runtime would and look at the PTX and the cubin."""
-    start = time.perf_counter()
-    source = ASTSource(launch.fn, launch.signature, launch.constexprs, launch.attrs)
-    target = GPUTarget("cuda", launch.arch, 32)
-    compiled = triton.compile(source, target=target, options=launch.options)
-    seconds = time.perf_counter() - start
-    ptx = compiled.asm["ptx"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        tool = knobs.nvidia.cuobjdump.path
-        command = [tool, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    resources = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-    counts = {name: len(re.findall(regex, ptx)) for name, regex in INSTRUCTIONS.items()}
-    return Report(
-        kernel=launch.fn.__name__,
-        arch=launch.arch,
-        arguments=launch.arguments,
-        num_warps=launch.options["num_warps"],
-        num_stages=launch.options["num_stages"],
-        launch_pdl=launch.options["launch_pdl"],
-        registers=resources["REG"],
-        stack=resources["STACK"] + resources["LOCAL"],
-        shared=compiled.metadata.shared,
-        instructions={name: count for name, count in counts.items() if count},
-        seconds=round(seconds, 2),
-    )
 
 
 def _find(module: str, name: str) -> JITFunction:
@@ -213,7 +122,27 @@ def _compile_all(launches: list[Launch], jobs: int) -> list[Report | str]:
     return results
 
 
-def check(module: Any, archs: tuple[int, ...] = ARCHS, jobs: int | None = None) -> list[dict]:
+def _compile_new(launches: list[Launch], jobs: int, cache: Cache) -> list[Report | str]:
+    """As `_compile_all`, of those only that the cache does not know."""
+    results: list[Report | str | None] = []
+    for launch in launches:
+        known = cache.read(launch)
+        results.append(None if known is None else Report(**known))
+    new = [i for i, result in enumerate(results) if result is None]
+    compiled = _compile_all([launches[i] for i in new], jobs) if new else []
+    for i, result in zip(new, compiled, strict=True):
+        results[i] = result
+        if isinstance(result, Report):
+            cache.write(launches[i], asdict(result))
+    return results
+
+
+def check(
+    module: Any,
+    archs: tuple[int, ...] = ARCHS,
+    jobs: int | None = None,
+    cache: Path | None = None,
+) -> list[dict]:
     """Record and compile all cases of a module; identical launches are compiled once."""
     recorded = {
         (case, arch): _attempt(record, lambda f=f, a=arch: f(a), arch)
@@ -222,7 +151,7 @@ def check(module: Any, archs: tuple[int, ...] = ARCHS, jobs: int | None = None) 
     }
     expects = dict(getattr(module, "EXPECTS", {}))
     unique = {x.identity: x for r in recorded.values() if not isinstance(r, str) for x in r}
-    results = _compile_all([*unique.values()], jobs or os.cpu_count())
+    results = _compile_new([*unique.values()], jobs or os.cpu_count(), Cache(cache))
     compiled = dict(zip(unique, results, strict=True))
     reports, met = [], set()
     for (case, arch), launches in recorded.items():
@@ -252,21 +181,28 @@ def check(module: Any, archs: tuple[int, ...] = ARCHS, jobs: int | None = None) 
 
 
 def main() -> None:
-    """Print the reports on a cases module as one JSON list."""
+    """Print the reports on a cases module as one JSON list, or write the table of resources."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("cases_module", nargs="?", default="tests.triton_kernels.aot_cases")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--cache", type=Path, help="a folder to keep results in")
+    parser.add_argument("--table", action="store_true", help=f"write {aot_table.TABLE.name} anew")
     arguments = parser.parse_args()
     if knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    archs = ARCHS if arguments.table else tuple(arguments.arch)
     # Triton prints the log of a failing ptxas: keep standard output for the reports.
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with output, tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # the workers inherit it: nothing stale is read
         module = importlib.import_module(arguments.cases_module)
-        json.dump(check(module, tuple(arguments.arch), arguments.jobs), output, indent=1)
+        reports = check(module, archs, arguments.jobs, arguments.cache)
+        if arguments.table:
+            aot_table.write(reports)
+        else:
+            json.dump(reports, output, indent=1)
 
 
 if __name__ == "__main__":

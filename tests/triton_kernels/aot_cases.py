@@ -29,9 +29,11 @@ def of(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype)
 
 
-def factors(r: int, K: int = 256, N: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B as the layer keeps them."""
-    return of(r, K, dtype=FP32), of(N, r, dtype=FP32)
+def factors(
+    r: int, K: int = 256, N: int = 256, dtype: torch.dtype = FP32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B: the layer keeps them in float32, a user in W's dtype too."""
+    return of(r, K, dtype=dtype), of(N, r, dtype=dtype)
 
 
 def dst(arch: int) -> None:
@@ -70,16 +72,22 @@ def dropout(arch: int) -> None:
 
 
 def shrink(arch: int) -> None:
-    for r, (start, p) in itertools.product(RANKS, ((False, 0.0), (False, 0.1), (True, 0.1))):
-        A, _ = factors(r)
-        linear_shrink.shrink(of(8192, 256), A, A if start else None, p, SEED)
+    for r, start, dtype in itertools.product(RANKS, (False, True), (FP32, BF16)):
+        A, _ = factors(r, dtype=dtype)
+        linear_shrink.shrink(of(8192, 256), A, A if start else None, 0.0, SEED)
     A, _ = factors(16)
     linear_shrink.shrink(of(512, 256), A, None, 0.0, SEED)  # in parts
 
 
+def shrink_dropped(arch: int) -> None:
+    for r, start, dtype in itertools.product(RANKS, (False, True), (FP32, BF16)):
+        A, _ = factors(r, dtype=dtype)
+        linear_shrink.shrink(of(8192, 256), A, A if start else None, 0.1, SEED)
+
+
 def expand(arch: int) -> None:
     for r, start, p in itertools.product((16, 128), (False, True), (0.0, 0.1)):
-        _, B = factors(r)
+        _, B = factors(r, dtype=BF16 if start else FP32)
         z = of(128, r)
         extra = (z, B, -1.0) if start else ()
         linear_expand.expand(z, B, 1.0, of(256), *extra)
@@ -87,29 +95,46 @@ def expand(arch: int) -> None:
 
 
 def decode(arch: int) -> None:
-    for M, r, start in itertools.product((1, 16, 64), (16, 128), (False, True)):
-        A, B = factors(r)
+    for M, r, start in itertools.product((1, 32, 64), (16, 64, 128), (False, True)):
+        A, B = factors(r, 4096, 4096)
         starts = (A, B) if start else (None, None)
         linear_decode.decode(
-            of(M, 256), of(256, 256), of(256), A, B, 1.0, 0.0, SEED, *starts, arch >= 90
+            of(M, 4096), of(4096, 4096), of(4096), A, B, 1.0, 0.0, SEED, *starts, arch >= 90
         )
+    x, W = of(1, 4096), of(14336, 4096)  # enough programs for a shorter pipeline
+    for dtype in (FP32, BF16):
+        A, B = factors(16, 4096, 14336, dtype)
+        linear_decode.decode(x, W, None, A, B, 1.0, 0.0, SEED, None, None, arch >= 90)
 
 
 def gemm(arch: int) -> None:
     if arch < 90:  # the tensor memory accelerator is younger
         return
-    ranks = ((8, False), (16, False), (128, False), (8, True), (16, True), (40, True), (64, True))
-    for w_is_kn, (r, start) in itertools.product((False, True), ranks):
+    ranks = itertools.product((8, 16, 32, 40, 64, 128), (False, True))
+    for (r, start), w_is_kn in itertools.product(ranks, (False, True)):
         z, (_, B), W = of(256, r), factors(r), of(256, 256)
         extra = (z, B, -1.0) if start else ()
-        bias = of(256) if r == 8 else None
-        for config in linear_gemm.offered(r, start):
+        bias = of(256) if r <= 32 else None
+        for config in linear_gemm.offered(r, start, arch < 100):
             linear_gemm.gemm(config, 132, W, W, w_is_kn, z, B, 1.0, bias, *extra)
+            if r == 16:
+                linear_gemm.gemm(config, 132, W, W, w_is_kn, z, B.bfloat16(), 1.0, bias, *extra)
+
+
+def overlapped(arch: int) -> None:
+    """The two kernels of it that have to find room beside each other: `test_aot` adds them up."""
+    if arch < 90:
+        return
+    for r, p, bias in ((16, 0.0, None), (16, 0.1, of(256)), (32, 0.0, None), (32, 0.0, of(256))):
+        A, B = factors(r)
+        x, W = of(8192, 256), of(256, 256)
+        linear_gemm.overlapped(132, x, W, False, A, B, 1.0, bias, p, SEED, True)
 
 
 def grads(arch: int) -> None:
-    for r, start in ((16, False), (16, True), (32, False)):
-        _, B = factors(r)
+    dtypes = (FP32, BF16)
+    for (r, start), dtype in itertools.product(((16, False), (16, True), (32, False)), dtypes):
+        _, B = factors(r, dtype=dtype)
         linear_grads.dz_dB(of(512, 256), B, B if start else None, of(512, r), 1.0, True)
     for r, p in itertools.product(RANKS, (0.0, 0.1)):
         linear_grads.dA(of(512, r), of(512, 256), FP32, p, SEED)
@@ -138,10 +163,12 @@ CASES = {
         init,
         dropout,
         shrink,
+        shrink_dropped,
         odd_sizes,
         expand,
         decode,
         gemm,
+        overlapped,
         grads,
     )
 }
@@ -156,7 +183,16 @@ EXPECTS = {
         90: ["wgmma", "tma.load", "tma.store"],
         100: ["tcgen05", "tma.load", "tma.store"],
     },
+    "overlapped:shrink_kernel": {
+        arch: ["cp.async", "griddepcontrol.launch_dependents"] for arch in (90, 100)
+    },
+    "overlapped:gemm_kernel": {
+        90: ["wgmma", "tma.load", "tma.store", WAIT],
+        100: ["tcgen05", "tma.load", "tma.store", WAIT],
+    },
     "expand:expand_kernel": {80: ["mma.sync"], 90: ["wgmma"], 100: ["tcgen05"]},
-    "grads:dz_dB_kernel": {80: ["mma.sync"], 90: ["wgmma"], 100: ["tcgen05"]},
+    "grads:dz_dB_kernel": {arch: ["mma.sync", "cp.async"] for arch in (80, 90, 100)},
+    "grads:reduce_three_kernel": {arch: ["ld.global.128"] for arch in (80, 90, 100)},
     "shrink:shrink_kernel": {80: ["mma.sync", "cp.async"], 90: ["wgmma", "cp.async"]},
+    "shrink_dropped:shrink_kernel": {arch: ["cp.async"] for arch in (80, 90, 100)},
 }

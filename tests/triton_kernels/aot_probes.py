@@ -43,6 +43,20 @@ def matmul_descriptors(A, B, C, K, TILE: tl.constexpr, DEPTH: tl.constexpr):
     C.store([0, 0], total.to(C.dtype))
 
 
+@triton.jit
+def serialized(A, B, C, PARTS, steps, TILE: tl.constexpr):
+    """Stores one product of a tile beside the sum of another: ptxas has wgmma wait (C7515)."""
+    i = tl.arange(0, TILE)
+    at = i[:, None] * TILE + i[None, :]
+    b = tl.load(B + at)
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for step in range(steps):
+        a = tl.load(A + step * TILE * TILE + at)
+        tl.store(PARTS + step * TILE * TILE + at, tl.dot(a, b))
+        total = tl.dot(tl.trans(a), b, total)
+    tl.store(C + at, total)
+
+
 @triton.jit(do_not_specialize=["free"], do_not_specialize_on_alignment=["unaligned"])
 def arguments(
     X, Y, Bias, pair, size, one, wide, free, unaligned, scale, flag, LOAD: tl.constexpr,
@@ -66,6 +80,12 @@ def _matmul(arch: int, depth: int = 64, stages: int = 3) -> None:
     a = torch.empty(128, 1024, dtype=torch.bfloat16)
     b, c = a.new_empty(1024, 128), a.new_empty(128, 128)
     matmul[(1,)](a, b, c, 1024, 128, depth, num_stages=stages)
+
+
+def _serialized(arch: int) -> None:
+    a = torch.empty(64, 64, dtype=torch.bfloat16)
+    c = torch.empty(64, 64)
+    serialized[(1,)](a, a, c, c, 8, 64)
 
 
 def _descriptors(arch: int) -> None:
@@ -106,6 +126,7 @@ CASES = {
     "shared": lambda arch: _matmul(arch, 128, 4),
     "dot": _matmul,
     "dot again": _matmul,
+    "serialized": _serialized,
     "descriptors": _descriptors,
     "arguments": _arguments,
     "newer": _newer,

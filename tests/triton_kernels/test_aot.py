@@ -1,7 +1,12 @@
-"""Every kernel compiles for every arch, without spills, within its shared memory (`aot`)."""
+"""Every kernel compiles for every arch, without spills, within its shared memory (`aot`).
+
+What is compiled is kept in pytest's cache folder (`--cache-clear` empties it): a second run
+compiles only what has changed.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -11,7 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="compiling the kernels needs triton (pip install triton)")
+triton = pytest.importorskip(
+    "triton", reason="compiling the kernels needs triton (pip install triton)"
+)
+
+from . import aot_table  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 # What a block may ask for; Triton finds out only when it loads the kernel on the device.
@@ -39,27 +48,32 @@ def _run(cases_module: str, *options: str, **environment: str) -> subprocess.Com
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def _reports(cases_module: str, archs: list[int]) -> list[dict]:
-    process = _run(cases_module, "--arch", *map(str, archs), TRITON_INTERPRET="")
+def _reports(config: pytest.Config, cases_module: str, archs: list[int]) -> list[dict]:
+    folder = config.cache.mkdir("triton-aot")
+    options = ("--cache", str(folder), "--arch", *map(str, archs))
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other workers of pytest-xdist wait, and read the cache
+        process = _run(cases_module, *options, TRITON_INTERPRET="")
     assert process.returncode == 0, process.stderr[-5000:]
     return json.loads(process.stdout)
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[dict]:
-    return _reports("tests.triton_kernels.aot_cases", OWN_ARCHS or ARCHS)
+def kernels(pytestconfig) -> list[dict]:
+    return _reports(pytestconfig, "tests.triton_kernels.aot_cases", OWN_ARCHS or ARCHS)
 
 
 @pytest.fixture(scope="module")
-def probes() -> list[dict]:
-    return _reports("tests.triton_kernels.aot_probes", ARCHS)
+def probes(pytestconfig) -> list[dict]:
+    return _reports(pytestconfig, "tests.triton_kernels.aot_probes", ARCHS)
 
 
 def _faults(reports: list[dict]) -> list[dict]:
     """The reports that something is wrong with, less what is in order."""
     faults = []
     for report in reports:
-        wrong = {name: report[name] for name in ("error", "missing", "stack") if report.get(name)}
+        aspects = ("error", "missing", "stack", "remarks")
+        wrong = {name: report[name] for name in aspects if report.get(name)}
         if report.get("shared", 0) > SHARED_LIMIT.get(report["arch"], 0):
             wrong["shared"] = report["shared"]
         if wrong:
@@ -75,11 +89,59 @@ def test_every_kernel_compiles(kernels):
 
 
 @pytest.mark.parametrize("arch", OWN_ARCHS)
-@pytest.mark.parametrize("aspect", ["stack", "shared", "missing"])
-def test_no_kernel_spills_or_overflows_or_lacks_instructions(kernels, arch, aspect):
+@pytest.mark.parametrize("aspect", ["stack", "shared", "missing", "remarks"])
+def test_no_kernel_spills_or_overflows_or_lacks_instructions_or_serializes(kernels, arch, aspect):
     assert any(report["arch"] == arch for report in kernels)
     faults = [fault for fault in _faults(kernels) if fault["arch"] == arch and aspect in fault]
     assert not faults, "\n".join(map(str, faults))
+
+
+@pytest.mark.parametrize("arch", [arch for arch in OWN_ARCHS if arch >= 90])
+def test_overlapped_kernels_find_room_beside_each_other(kernels, arch):
+    reports = [r for r in kernels if r["case"] == "overlapped" and r["arch"] == arch]
+    pairs = [(r, s) for r in reports for s in reports if r["kernel"] < s["kernel"]]
+    ranks = {tuple(r["arguments"]["BLOCK_R"] for r in pair) for pair in pairs}
+    assert {("16", "16"), ("32", "32")} <= ranks
+    assert all(
+        aot_table.fit_together(pair)
+        for pair in pairs
+        if pair[0]["arguments"]["BLOCK_R"] == pair[1]["arguments"]["BLOCK_R"]
+    )
+
+
+def test_resources_are_those_of_the_table(kernels):
+    made_with = {row["triton"] for row in aot_table.read()}
+    if made_with != {triton.__version__}:
+        pytest.skip(
+            f"{aot_table.TABLE.name} is of Triton {made_with}, this is {triton.__version__}"
+        )
+    archs = {str(report["arch"]) for report in kernels}
+    want = [row for row in aot_table.read() if row["arch"] in archs]
+    changes = [
+        *(f"- {' '.join(row.values())}" for row in want if row not in aot_table.rows(kernels)),
+        *(f"+ {' '.join(row.values())}" for row in aot_table.rows(kernels) if row not in want),
+    ]
+    advice = (
+        "the kernels are not those of the table. Meant? python -m tests.triton_kernels.aot --table"
+    )
+    assert not changes, "\n".join((advice, ", ".join(aot_table.COLUMNS), *changes))
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "programs"),
+    [
+        # NVIDIA's occupancy calculator.
+        (80, 32, 0, 4, 16),
+        (80, 255, 0, 8, 1),
+        (80, 128, 166_912, 4, 1),
+        (90, 168, 0, 4, 3),
+        (90, 64, 114_712, 4, 2),
+        (90, 65, 0, 8, 3),
+        (100, 16, 0, 1, 32),
+    ],
+)
+def test_programs_of_a_multiprocessor(arch, registers, shared, warps, programs):
+    assert aot_table.programs(arch, registers, shared, warps) == programs
 
 
 def _probe(probes: list[dict], case: str) -> dict[int | None, dict]:
@@ -93,6 +155,7 @@ def _probe(probes: list[dict], case: str) -> dict[int | None, dict]:
         ("spill", "stack", {*ARCHS}),
         ("shared", "shared", {*ARCHS}),
         ("dot again", "missing", {90}),
+        ("serialized", "remarks", {90}),
         ("raise", "error", {*ARCHS}),
         ("none", "error", {None}),
         ("dot", "error", {None}),  # expects something of a kernel that it does not launch

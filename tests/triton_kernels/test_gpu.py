@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import LoRALinear
-from lora_kernels.triton_kernels import choice
+from lora_kernels.triton_kernels import choice, linear, linear_gemm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ops = torch.ops.lora
@@ -121,6 +121,28 @@ def test_decode_is_at_most_two_kernels(monkeypatch):
         torch.cuda.synchronize()
     kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert 1 <= len(kernels) <= 2, [e.name for e in kernels]
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and linear._is_hopper(torch.device("cuda", 0))),
+    reason="needs Hopper or later",
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("M", [128, 8192])
+def test_the_overlapped_product_waits_for_z(M, dropout):
+    """It begins before z is there; z's memory holds the last round's z then, of another A."""
+    x = torch.randn(M, 4096, device="cuda", dtype=torch.bfloat16)
+    W = (torch.randn(4096, 4096, device="cuda") / 64).to(torch.bfloat16)
+    A, B = torch.randn(16, 4096, device="cuda") / 64, torch.randn(4096, 16, device="cuda")
+    seed = torch.tensor(7, device="cuda")
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
+    for _ in range(20):
+        A.normal_(std=1 / 64)
+        arguments = (programs, x, W, False, A, B, 2.0, None, dropout, seed)
+        y, z = linear_gemm.overlapped(*arguments, True)
+        want_y, want_z = linear_gemm.overlapped(*arguments, False)  # one after the other
+        assert torch.equal(z, want_z) and torch.equal(y, want_y)
+        del y, z, want_y, want_z
 
 
 def test_weights_past_two_to_the_31_elements():

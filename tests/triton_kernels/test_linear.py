@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
 from lora_kernels.ops.philox import dropout as drop_ref
-from lora_kernels.triton_kernels import choice, linear, linear_gemm, philox
+from lora_kernels.triton_kernels import choice, linear, linear_gemm, linear_rank, philox
+from lora_kernels.triton_kernels.integers import next_power_of_2
 
 from ..ops.test_linear import check, inputs
 
@@ -19,6 +18,7 @@ SHAPES = [  # rows, N, K, r
     ((2, 3), 96, 200, 16),
     ((64,), 136, 72, 40),
     ((130,), 264, 136, 70),
+    ((129,), 264, 136, 24),
     ((200,), 24, 344, 8),
 ]
 
@@ -55,6 +55,7 @@ def force(monkeypatch, device):
     "ways",
     [
         *(("kernel", "decode"), ("kernel", "steps", "reversed"), ("steps", "library")),
+        ("kernel", "overlapped"),
         *(("steps", config) for config in CONFIGS),
     ],
 )
@@ -65,10 +66,14 @@ def test_every_way(ways, lead, n, k, r, dropout, start, device, dtypes, force):
         seed = torch.tensor(2**33 + 5, device=device) if dropout else None
         taken = force(*ways)
         check(t, 0.7, dropout, seed)
-    offered = {"decode": t["x"].numel() // k <= 64} | {
-        config: linear._is_hopper(t["x"].device) and config in linear_gemm.offered(r, start)
-        for config in CONFIGS
-    }
+    names = linear_gemm.offered(r, start, linear._capability(t["x"].device)[0] < 10)
+    offered = {
+        "decode": t["x"].numel() // k <= 64,
+        "overlapped": t["x"].numel() // k > 64
+        and linear._is_hopper(t["x"].device)
+        and linear_gemm.overlaps(r, dropout > 0)
+        and not start,
+    } | {config: linear._is_hopper(t["x"].device) and config in names for config in CONFIGS}
     assert (ways[-1] in taken) == offered.get(ways[-1], True)
 
 
@@ -84,12 +89,55 @@ def test_with_R(way, lead, n, k, r, dropout, start, device, dtypes, force):
         assert "decode" not in taken  # its kernels have no place for R
 
 
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize(("lead", "n", "k", "r"), SHAPES)
+def test_plain(lead, n, k, r, core, start, device, force):
+    """All of the library's calls from one C++ function; the only way for a wide dtype."""
+    for dtype in (torch.float16, torch.float64):
+        t = inputs(lead, n, k, r, dtype, start=start, core=core, device=device)
+        taken = force("plain", "kernel", "reversed")
+        taken.clear()
+        check(t, 0.7)
+        assert taken[0] == "plain"
+        taken.clear()
+        check(t, 0.7, 0.3, torch.tensor(9, device=device))
+        assert "plain" not in taken  # it draws no mask
+
+
 @pytest.mark.parametrize("r", [1, 2, 15, 17, 100, 128, 200, 512])
 @pytest.mark.parametrize("rows", [5, 80])
 def test_ranks(r, rows, device, force):
     t = inputs((rows,), 520, 528, r, torch.float16, start=r < 128, device=device)
     force("kernel", "steps", "reversed")
     check(t, 1.0, 0.1, torch.tensor(1, device=device))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("way", ["decode", "reversed", "overlapped", CONFIGS[0]])
+@pytest.mark.parametrize("rows", [7, 130])
+def test_factors_in_16_bits(rows, way, dropout, device, force):
+    force("kernel", "steps", way) if way != "overlapped" else force("kernel", way)
+    t = inputs((rows,), 264, 136, 16, torch.float16, device=device)
+    t |= {name: t[name].half() for name in ("lora_A", "lora_B")}
+    check(t, 0.7, dropout, torch.tensor(3, device=device) if dropout else None)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("parts", "length"), [(1, 5), (7, 64), (8, 1537), (19, 2048)])
+def test_sums_of_parts(parts, length, count, device):
+    """Of different numbers and lengths in one launch, each whole and in its dtype."""
+    dtypes = (torch.float16, torch.float32, torch.float16)[:count]
+    sums = [
+        (torch.randn(parts + i, length + 4 * i, device=device), dtype, 0.5 - i)
+        for i, dtype in enumerate(dtypes)
+    ]
+    for got, (each, dtype, scale) in zip(linear_rank.reduce_all(sums), sums, strict=True):
+        want = (scale * each.double().sum(0)).to(dtype)
+        assert got.dtype == dtype
+        # One rounding to the result, or the float32 sum of up to 21 numbers of size 1.
+        rtol, atol = (2**-10, 1e-6) if dtype == torch.float16 else (0.0, 21 * 2**-22)
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("way", ["decode", "reversed", "library", CONFIGS[0]])
@@ -105,6 +153,17 @@ def test_strides(way, device, force):
             changed = {k: None if v is None else v.detach() for k, v in t.items()}
             changed[name] = strided(changed[name])
             check(changed, 0.5)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_transposed_weight_takes_the_fused_way(config, device, force):
+    """GPT-2's Conv1D keeps W as [K, N]."""
+    taken = force("kernel", "steps", config)
+    t = inputs((70,), 64, 80, 8, torch.float16, device=device)
+    t["weight"] = t["weight"].detach().T.contiguous().T
+    check(t, 0.5)
+    if linear._is_hopper(t["x"].device):
+        assert taken.count(config) == 2  # y and dx
 
 
 def test_expanded_gradient_and_bias(device, force):
@@ -182,25 +241,70 @@ def test_backward_is_deterministic(device, force):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_a_way_that_does_not_fit_this_gpu_takes_forever():
-    def too_large():
-        raise OutOfResources(300_000, 232_448, "shared memory")
-
-    assert choice._milliseconds(too_large, False) == math.inf
+CPU = torch.device("cpu")
 
 
-def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):
-    times = {"slow": 3.0, "fast": 1.0, "middling": 2.0}
+@pytest.fixture
+def times(monkeypatch) -> dict[str, float | Exception]:
+    """What a way takes, by what it returns, or what it raises."""
+    table: dict[str, float | Exception] = {}
+
+    def milliseconds(way, device, launches) -> float:
+        taken = table[way()]
+        if isinstance(taken, Exception):
+            raise taken
+        return taken
+
+    monkeypatch.setattr(choice, "CHOSEN", {})
+    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(choice, "_can_measure", lambda device: True)
+    monkeypatch.setattr(choice, "_milliseconds", milliseconds)
+    return table
+
+
+def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch, times):
+    times |= {"slow": 3.0, "fast": 1.0, "middling": 2.0}
     ran = []
     ways = {name: (lambda name=name: ran.append(name) or name) for name in times}
-    monkeypatch.setattr(choice, "CHOSEN", {})
-    monkeypatch.setattr(choice, "_can_measure", lambda device: True)
-    monkeypatch.setattr(choice, "_milliseconds", lambda way, launches: times[way()])
-    cpu = torch.device("cpu")
-    assert choice.fastest(("key",), ways, cpu) == "fast"
+    assert choice.fastest(("key",), ways, CPU) == "fast"
     assert ran == ["slow", "fast", "middling", "fast"]
-    assert choice.fastest(("key",), ways, cpu) == "fast"
+    assert choice.fastest(("key",), ways, CPU) == "fast"
     assert len(ran) == 5
     monkeypatch.setattr(choice, "_can_measure", lambda device: False)
-    assert choice.fastest(("another key",), ways, cpu) == "slow"
-    assert choice.CHOSEN == {("key",): "fast"}
+    assert choice.fastest(("another key",), ways, CPU) == "slow"
+    assert list(choice.CHOSEN) == [("key", *times)]
+    # Among other ways the choice is another.
+    monkeypatch.setattr(choice, "_can_measure", lambda device: True)
+    del ways["fast"]
+    assert choice.fastest(("key",), ways, CPU) == "middling"
+    ways["fast"] = lambda: "fast"
+    assert choice.fastest(("key",), {name: ways[name] for name in times}, CPU) == "fast"
+
+
+def test_a_way_that_fails_is_left_out_and_told_once(times):
+    too_large = OutOfResources(300_000, 232_448, "shared memory")
+    times |= {"large": too_large, "broken": RuntimeError("ptxas failed"), "good": 1.0}
+    ways = {name: (lambda name=name: name) for name in times}
+    with pytest.warns(RuntimeWarning, match="'broken'.*ptxas failed") as caught:
+        assert choice.fastest(("key",), ways, CPU) == "good"
+        assert choice.fastest(("another key",), ways, CPU) == "good"
+    assert len(caught) == 1  # nor of a GPU that is only small
+    del ways["good"]
+    with pytest.raises(OutOfResources):
+        choice.fastest(("none is left",), ways, CPU)
+
+
+@pytest.mark.parametrize("M", [1, 2, 16, 17, 31, 32, 33, 63, 64])
+def test_rows_that_share_a_choice_share_the_kernels(M):
+    """Of decode: a block of rows is a power of two, and a choice holds for one block."""
+    key, block = linear._key(torch.empty(M, 16), torch.empty(16, 16), 4)[2], next_power_of_2(M)
+    assert 2**key == block
+    assert linear._key(torch.empty(block, 16), torch.empty(16, 16), 4)[2] == key
+
+
+def test_the_dropout_threshold_is_one_type_for_every_probability():
+    """Triton compiles a kernel anew for an integer beyond 32 bits."""
+    for p in (1e-9, 0.1, 0.499, 0.5, 0.75, 1.0):
+        threshold, _ = philox.mask_arguments(p)
+        assert -(2**31) <= threshold < 2**31
+        assert threshold % 2**32 == min(int(p * 2**32), 2**32 - 1)

@@ -1,0 +1,173 @@
+"""What a call of the layer makes the host do, counted: `python -m tests.triton_kernels.host`.
+
+In a process of its own, which the interpreter has not got hold of: prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton import knobs
+
+from benchmarks.host import as_on_a_gpu
+from benchmarks.stand_in import Seen, stand_in
+from lora_kernels.triton_kernels import integers, launcher, linear_gemm, linear_rank, linear_shrink
+
+BF16 = torch.bfloat16
+FIRST_TENSOR = 9  # after grid, stream, function, metadata and hooks
+WAYS = {
+    "decode": 8,
+    "reversed": 512,
+    "fused": 2048,
+    "fused pair": 2048,
+    "overlapped": 2048,
+}  # way: tokens
+
+
+def layer(way: str, tokens: int, sizes: int = 512) -> dict[str, object]:
+    """Three calls of the layer with one way: what the first and the further ones do."""
+    options = {"dtype": BF16, "device": "meta"}
+    x, W = torch.empty(tokens, sizes, **options), torch.empty(sizes, sizes, **options)
+    A, B = torch.empty(16, sizes, device="meta"), torch.empty(sizes, 16, device="meta")
+    counts = []
+    slow = mock.Mock(side_effect=AssertionError("a kernel's function called by the host"))
+    with (
+        torch.no_grad(),
+        as_on_a_gpu(way) as seen,
+        mock.patch.object(triton, "cdiv", slow),
+        mock.patch.object(triton, "next_power_of_2", slow),
+    ):
+        for scaling in (1.0, 2.0, 2.0):  # the scaling is in no plan
+            before = Seen(seen.launches.copy(), seen.binder.copy(), seen.compiled.copy())
+            torch.ops.lora.linear(x, W, None, A, B, scaling)
+            counts.append(
+                {
+                    "launches": dict(seen.launches - before.launches),
+                    "binder": dict(seen.binder - before.binder),
+                    "compiled": dict(seen.compiled - before.compiled),
+                }
+            )
+    return {"first": counts[0], "second": counts[1], "third": counts[2]}
+
+
+def reduction() -> launcher.Launch:
+    """A small kernel's launch that has launched nothing yet: of 4 parts [600]."""
+    return linear_rank._reduction.__wrapped__(4, 600)
+
+
+def arguments() -> dict[str, object]:
+    """A direct launch hands over what Triton's own does, pointers as addresses."""
+    different = []
+    parts, out = torch.empty(4, 600), torch.empty(600)
+    with stand_in(keep_arguments=True) as seen:
+        launch = reduction()
+        for _ in range(2):
+            launch((parts, out), (0.5,))
+        a, W, bias = (torch.empty(256, 256, dtype=BF16) for _ in range(3))
+        z, B = torch.empty(256, 16, dtype=BF16), torch.empty(256, 16)
+        for _ in range(2):
+            linear_gemm.gemm("fused", 132, a, W, False, z, B, 0.5, bias[0])
+    for (name, bound), (_, direct) in zip(seen.arguments[::2], seen.arguments[1::2], strict=True):
+        if len(bound) != len(direct):
+            different.append((name, "count"))
+        for i, (theirs, ours) in enumerate(zip(bound, direct, strict=False)):
+            if i in (7, 8):  # hooks, of which there are none
+                same = ours is None and not theirs.calls
+            elif isinstance(theirs, torch.Tensor):
+                same = ours == theirs.data_ptr()
+            elif hasattr(theirs, "block_shape"):
+                # The third is the result's, another tensor in each call.
+                same = type(ours) is type(theirs) and all(
+                    list(getattr(ours, field)) == list(getattr(theirs, field))
+                    for field in ("shape", "strides", "block_shape", "padding")
+                )
+                same &= i == FIRST_TENSOR + 2 or ours.base is theirs.base
+            else:
+                same = ours == theirs
+            if not same:
+                different.append((name, i))
+    return {"different": different, "compared": [name for name, _ in seen.arguments[1::2]]}
+
+
+def specialisation() -> dict[str, object]:
+    """What must lead to another compilation does, and what must not does not."""
+    A, seed = torch.empty(16, 256), torch.zeros((), dtype=torch.int64)
+
+    def compilations(*calls) -> int:
+        linear_shrink._plan.cache_clear()
+        with stand_in() as seen:
+            for x, A_, p in calls:
+                linear_shrink.shrink_parts(x, A_, None, p, seed)
+        return seen.compiled.total()
+
+    memory = torch.empty(256 * 256 + 8, dtype=BF16)
+    x, odd = memory[: 256 * 256].view(256, 256), memory[1 : 256 * 256 + 1].view(256, 256)
+    other = memory[8 : 256 * 256 + 8].view(256, 256)
+    return {
+        "same alignment": compilations((x, A, 0.0), (other, A, 0.0)),
+        "another alignment": compilations((x, A, 0.0), (odd, A, 0.0)),
+        "another dtype": compilations((x, A, 0.0), (x, A.half(), 0.0)),
+        "another stride": compilations((x, A, 0.0), (x, A.T.contiguous().T, 0.0)),
+        "another number of rows": compilations((x, A, 0.0), (x[:250], A, 0.0)),
+        "another p": compilations((x, A, 0.1), (x, A, 0.5), (x, A, 0.9)),
+    }
+
+
+def paths() -> dict[str, object]:
+    """Which way a second launch takes: past the binder, or through it."""
+    parts, out = torch.empty(4, 600), torch.empty(600)
+
+    def through_binder() -> int:
+        launch = reduction()
+        with stand_in() as seen:
+            for _ in range(3):
+                launch((parts, out), (0.5,))
+        assert seen.launches.total() == 3
+        return seen.binder.total()
+
+    usual = through_binder()
+    with mock.patch.object(launcher, "DIRECT", False):
+        unknown = through_binder()
+    knobs.runtime.launch_enter_hook.add(print_nothing := lambda *_: None)
+    watched = through_binder()
+    knobs.runtime.launch_enter_hook.remove(print_nothing)
+    return {"known": launcher.DIRECT, "usual": usual, "unknown": unknown, "watched": watched}
+
+
+def mixed_devices() -> str:
+    """The error of a launch whose tensors are on two devices: an address says nothing of them."""
+    launch = reduction()
+    with stand_in(), mock.patch.object(torch.Tensor, "get_device", lambda t: t.dim()):
+        try:
+            launch((torch.empty(4, 600), torch.empty(600)), (0.5,))
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def main() -> None:
+    """Print everything."""
+    facts = {
+        "layer": {way: layer(way, tokens) for way, tokens in WAYS.items()},
+        "arguments": arguments(),
+        "specialisation": specialisation(),
+        "paths": paths(),
+        "mixed_devices": mixed_devices(),
+        "integers": all(
+            integers.cdiv(a, b) == triton.cdiv(a, b)
+            and integers.next_power_of_2(a) == triton.next_power_of_2(a)
+            for a in range(1, 300)
+            for b in range(1, 70)
+        ),
+    }
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

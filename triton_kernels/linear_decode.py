@@ -130,9 +130,10 @@ def _constants(M: int, N: int, r: int, has_start: bool, overlap: bool) -> dict[s
     """Of `decode_kernel`: its blocks, and how deep it loads ahead."""
     block_m = max(16, next_power_of_2(M))
     most = 128 if M <= 16 else 32 if has_start else 64  # ranks of B held while W streams through
-    block_r = rank_block(r, most if r <= most else 32)
+    block_r = rank_block(r, most if r <= most else 16 if has_start else 32)
     ranks = cdiv(r, block_r) * block_r
-    parts_held = 4096 // (block_m * block_r * (2 if has_start else 1))
+    tile = block_m * block_r
+    unroll = 8 if tile <= 1024 else max(1, 4096 // (tile * (2 if has_start else 1)))
     stages = 4
     if overlap and cdiv(N, BLOCK_N) < 2 * ENOUGH_PROGRAMS:
         # Hopper's memory wants some 40 KB under way a multiprocessor, and a stage has 8 KB of W:
@@ -145,7 +146,7 @@ def _constants(M: int, N: int, r: int, has_start: bool, overlap: bool) -> dict[s
         "BLOCK_R": block_r,
         "RANKS": ranks,
         "RANK_UNIT": rank_unit(r),
-        "UNROLL": min(max(1, parts_held), 8),
+        "UNROLL": unroll,  # parts of z under way, as many as registers hold
         "EARLY": ranks == block_r,
         "num_stages": stages,
     }

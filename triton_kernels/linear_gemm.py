@@ -172,7 +172,7 @@ def offered(r: int, start: bool, flat: bool = True) -> tuple[str, ...]:
     """
     if r % 8 or (2 * r if start else r) > LARGEST_RANK:
         return ()
-    if start:
+    if start or (not flat and r > MOST_EARLY):
         return ("fused",)
     flat = flat and FLATTENS and r <= 16  # above, the pipelined B exceeds the shared memory
     return tuple(name for name, config in CONFIGS.items() if flat or not config.flat)
@@ -199,8 +199,8 @@ def fits(matrix: torch.Tensor) -> bool:
 
 def _constants(config: Config, r: int, has_start: bool) -> dict[str, int]:
     """Of `gemm_kernel`."""
-    early = config.early and r <= MOST_EARLY
-    block_r = rank_block(r, 16 if has_start and not early else 32)  # more spills
+    early = config.early and r <= (MOST_EARLY // 2 if has_start else MOST_EARLY)
+    block_r = rank_block(r, 16 if has_start or r % 16 else 32)  # more spills
     ranks = cdiv(r, block_r) * block_r
     if has_start and not early:
         # A loop of one turn is unrolled, and sm_100 has no room for the accumulators then.

@@ -223,7 +223,8 @@ def _plan_dA(sizes: tuple[int, int, int], x_stride: int, has_dropout: bool) -> L
         BLOCK_K=BLOCK_K,
         BLOCK_R=block_r,
         RANK_UNIT=rank_unit(r),
-        num_warps=4 if block_r <= 64 else 8,
+        # Of 8 warps without the mask Triton 3.6 has each wgmma wait for the one before (C7515).
+        num_warps=8 if block_r > 64 and has_dropout else 4,
         enable_fp_fusion=True,
         num_stages=3,
     )

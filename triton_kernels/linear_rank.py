@@ -49,8 +49,8 @@ def _reduce_block(
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < length
     total = tl.zeros([BLOCK], tl.float32)
-    # Unrolled, 8 loads are under way; else each would wait for the sum of those before.
-    for part in tl.range(0, parts, loop_unroll_factor=8):
+    # Unrolled, 4 loads are under way; else each would wait for the sum of those before.
+    for part in tl.range(0, parts, loop_unroll_factor=4):
         total += tl.load(parts_of + part * length.to(tl.int64) + at, mask=mask, other=0.0)
     tl.store(out + at, (scale * total).to(out.dtype.element_ty), mask=mask)
 

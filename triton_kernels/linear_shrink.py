@@ -62,10 +62,11 @@ def shrink_kernel(
     part = tl.program_id(2)
     if HAS_DROPOUT:
         seed_value = tl.load(seed)
-    # With dropout the products are transposed: what was computed, the dropped x, is then their
-    # right factor, which goes through shared memory. In registers, as the left one, it had wgmma
-    # wait (C7515).
-    shape: tl.constexpr = [BLOCK_R, BLOCK_M] if HAS_DROPOUT else [BLOCK_M, BLOCK_R]
+    # Transposed, what was computed (the dropped x) is the right factor of the products, and goes
+    # through shared memory. In registers, as the left one, it had wgmma wait where A needs no
+    # conversion (C7515).
+    TRANSPOSED: tl.constexpr = HAS_DROPOUT and A.dtype.element_ty == x.dtype.element_ty
+    shape: tl.constexpr = [BLOCK_R, BLOCK_M] if TRANSPOSED else [BLOCK_M, BLOCK_R]
     acc, acc0 = tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)
     for k in range(part * split_length, min((part + 1) * split_length, K), BLOCK_K):
         col = k + tl.arange(0, BLOCK_K)
@@ -73,12 +74,12 @@ def shrink_kernel(
         value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=x_mask, other=0.0)
         if HAS_START:
             a0 = load_Bt(A0, col, rank, r, K, a0_row, a0_col).to(value.dtype)
-            acc0 = _product(value, a0, acc0, HAS_DROPOUT)
+            acc0 = _product(value, a0, acc0, TRANSPOSED)
         if HAS_DROPOUT:
             value = drop(value, seed_value, row, k, threshold, keep_scale, BLOCK_K)
         a = load_Bt(A, col, rank, r, K, a_row, a_col).to(value.dtype)
-        acc = _product(value, a, acc, HAS_DROPOUT)
-    if HAS_DROPOUT:
+        acc = _product(value, a, acc, TRANSPOSED)
+    if TRANSPOSED:
         acc, acc0 = tl.trans(acc), tl.trans(acc0)
     where = part * M.to(tl.int64) * r + row[:, None] * r + rank[None, :]
     mask = (row < M)[:, None] & (rank < r)[None, :]
@@ -99,11 +100,13 @@ def _blocks(
     stages = 4 if block_r <= 32 else 3
     if block_r > 64 and M > 64 and not has_start:
         # Each program reads all of A through the L2 cache: with 64 rows four times what x has.
-        return (128, 64, 8, 3) if bytes_of_A == 2 and not has_dropout else (128, 32, 8, 4)
+        # (16-bit A, 8 warps: in Triton 3.6 each wgmma waits for the one before, C7515.)
+        return (128, 64, 4, 3) if bytes_of_A == 2 and not has_dropout else (128, 32, 8, 4)
     block_k = 128 if block_r <= 32 else 64 if block_r <= 64 else 32
     if has_start:
         block_k = max(block_k // (4 if has_dropout else 2), 32)
-    return block_m, block_k, 8 if block_r > 64 and has_start else 4, stages
+    many = (block_r > 64 and has_start) or (block_r == 64 and 16 < M <= 64)  # of 4 warps spill
+    return block_m, block_k, 8 if many else 4, stages
 
 
 def shrink_parts(

@@ -36,7 +36,7 @@ Plan default_plan(int64_t r) {
 constexpr double kSteepest = 64.0;
 
 // Triplets beside those wanted, at the least: what takes the next values out of a bound's way.
-constexpr int64_t kSpare = 32;
+constexpr int64_t kBesides = 32;
 
 // Below this tolerance vectors are not rounded to 8 bits: what that leaves of W^T W V beside V is
 // 1e-3 of it, and its square, over the gap and twice the tolerance, has to be small.
@@ -419,7 +419,7 @@ Triplets leading_triplets(
         return finish(dense(engine, r, seed, tolerance));
       }
       if (full || (settled && space.size() >= next_trial)) {
-        const int64_t count = std::min(space.size(), r + std::max<int64_t>(kSpare, r / 2));
+        const int64_t count = std::min(space.size(), r + std::max<int64_t>(kBesides, r / 2));
         const auto ritz = leading_ritz(engine, space, r, count, goal);
         Certificate certificate(engine, ritz, r, rounding_of(engine, ritz.images.scalar_type()));
         const int64_t steps = std::max<int64_t>(8, space.size() / kProbeWidth);

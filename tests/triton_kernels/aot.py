@@ -100,7 +100,14 @@ def _attempt(function: Callable[..., Any], *args: Any) -> Any:
         return "\ncaused by ".join(f"{type(each).__name__}: {each}"[:2000] for each in causes)
 
 
-def _compile_all(launches: list[Launch], jobs: int) -> list[Report | str]:
+def _compile_and_keep(launch: Launch, cache: Cache) -> Report:
+    """In a worker: what is compiled is kept, even if the run is stopped."""
+    report = compile_launch(launch)
+    cache.write(launch, asdict(report))
+    return report
+
+
+def _compile_all(launches: list[Launch], jobs: int, cache: Cache) -> list[Report | str]:
     """Reports, or error messages, in order."""
 
     def pool(workers: int) -> ProcessPoolExecutor:
@@ -109,13 +116,13 @@ def _compile_all(launches: list[Launch], jobs: int) -> list[Report | str]:
     futures = []
     with pool(jobs) as workers, contextlib.suppress(BrokenProcessPool):
         for launch in launches:
-            futures.append(workers.submit(_attempt, compile_launch, launch))
+            futures.append(workers.submit(_attempt, _compile_and_keep, launch, cache))
     results = []
     for launch, future in itertools.zip_longest(launches, futures):
         # LLVM aborts rather than raises, and takes the launches of others along.
         if future is None or isinstance(future.exception(), BrokenProcessPool):
             with pool(1) as worker:
-                future = worker.submit(_attempt, compile_launch, launch)
+                future = worker.submit(_attempt, _compile_and_keep, launch, cache)
         broken = isinstance(future.exception(), BrokenProcessPool)
         crash = "the compiler crashed (its messages are on stderr)"
         results.append(crash if broken else future.result())
@@ -124,17 +131,10 @@ def _compile_all(launches: list[Launch], jobs: int) -> list[Report | str]:
 
 def _compile_new(launches: list[Launch], jobs: int, cache: Cache) -> list[Report | str]:
     """As `_compile_all`, of those only that the cache does not know."""
-    results: list[Report | str | None] = []
-    for launch in launches:
-        known = cache.read(launch)
-        results.append(None if known is None else Report(**known))
-    new = [i for i, result in enumerate(results) if result is None]
-    compiled = _compile_all([launches[i] for i in new], jobs) if new else []
-    for i, result in zip(new, compiled, strict=True):
-        results[i] = result
-        if isinstance(result, Report):
-            cache.write(launches[i], asdict(result))
-    return results
+    known = [cache.read(launch) for launch in launches]
+    new = [launch for launch, report in zip(launches, known, strict=True) if report is None]
+    compiled = iter(_compile_all(new, jobs, cache) if new else ())
+    return [next(compiled) if report is None else Report(**report) for report in known]
 
 
 def check(

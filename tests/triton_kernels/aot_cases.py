@@ -87,7 +87,7 @@ def shrink_dropped(arch: int) -> None:
 
 def expand(arch: int) -> None:
     for r, start, p in itertools.product((16, 128), (False, True), (0.0, 0.1)):
-        _, B = factors(r, dtype=BF16 if start else FP32)
+        _, B = factors(r)
         z = of(128, r)
         extra = (z, B, -1.0) if start else ()
         linear_expand.expand(z, B, 1.0, of(256), *extra)

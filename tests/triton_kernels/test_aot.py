@@ -184,6 +184,11 @@ def test_identical_launches_are_compiled_once(probes):
     assert [r["arguments"]["Bias"] for r in reports] == ["None", "*fp64/16", "*fp64"]
 
 
+def test_a_second_run_compiles_nothing(probes, pytestconfig):
+    # Anew, the seconds would differ.
+    assert _reports(pytestconfig, "tests.triton_kernels.aot_probes", ARCHS) == probes
+
+
 def test_arguments_are_specialised_as_at_run_time(probes):
     arguments = _probe(probes, "arguments")[80]["arguments"]
     assert arguments["size"] == "i32/16"

@@ -27,7 +27,7 @@ struct Ritz {
 //     W^T W <= [Theta^2  B^T; B  c] <= [T  0; 0  t]   if  B^T B <= (t - c) (T - Theta^2)
 // for any diagonal T with t its least entry, and then T_i bounds the i-th squared value (Weyl). T
 // is here (1 + tolerance)^2 times the squared value. B is computed, c comes from a probe: with a
-// probability of at least 1 - 1e-7.
+// probability of at least 1 - 1e-8; a space that grows by half after each probe meets few of them.
 class Certificate {
  public:
   // `fine`: the rounding of Ritz's values, relative to the largest one.

@@ -267,8 +267,8 @@ Triplets dense(const Engine& engine, int64_t r, uint64_t seed, double tolerance)
   if (tolerance == 0) {
     return rayleigh_ritz(engine, basis, engine.exact_times(basis), seed);
   }
-  // The eigenvalues are off by the rounding of sums of up to n squares, and by LAPACK's: a few
-  // eps of the largest, measured.
+  // The rounding of sums of up to n products and of LAPACK, with a margin: 128 eps of the largest
+  // eigenvalue.
   constexpr double kGramRounding = 0x1p-46;
   const auto ritz = ritz_on(engine, basis, engine.wide_times(basis));
   const auto upper =

@@ -9,8 +9,8 @@
 namespace lora {
 namespace {
 
-// P(chi^2 with kProbeWidth = 16 degrees of freedom < 1.06) = 0.97e-7.
-constexpr double kLeastSquare = 1.06;
+// P(chi^2 with kProbeWidth = 16 degrees of freedom < 0.78) = 0.94e-8.
+constexpr double kLeastSquare = 0.78;
 static_assert(kProbeWidth == 16);
 
 // x^T e_j g, the rounding of a step along one fixed direction, in units of the estimate in

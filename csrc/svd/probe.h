@@ -18,7 +18,7 @@ namespace lora {
 // above it would have s_j >= p_j(ceiling) (s_0 - rounding), hence
 //     sum_j p_j(ceiling)^2 (s_0 - rounding) <= |sum_j p_j(ceiling) V_j|_2,
 // where only |Omega^T x| is not known: its square is chi-squared, less than kLeastSquare with a
-// probability of 1e-7. The V_j need not be orthogonal, nor the recurrence run to its end. It is the
+// probability of 1e-8. The V_j need not be orthogonal, nor the recurrence run to its end. It is the
 // bound of Kuczynski and Wozniakowski (1992), with the polynomial that the matrix itself asks for
 // instead of Chebyshev's, and a block for a column.
 class Probe {

@@ -40,8 +40,8 @@ class Engine {
   virtual at::Tensor exact_transposed_times(const at::Tensor& y) const = 0;
   virtual at::Tensor wide_times(const at::Tensor& v) const = 0;  // W v, wide; v too may be wide
   virtual at::Tensor wide_transposed_times(const at::Tensor& y) const = 0;  // W^T y, the same
-  virtual at::Tensor weight_gram() const = 0;                    // W^T W, wide [m, m]
-  virtual at::Tensor wide_weight() const = 0;                    // W, wide [n, m]
+  virtual at::Tensor weight_gram() const = 0;                               // W^T W, wide [m, m]
+  virtual at::Tensor wide_weight() const = 0;                               // W, wide [n, m]
 
   // From here on the weights are 2^-exponent times what they were, the largest entry of each in
   // [1/2, 1): for weights whose squares leave float32. Returns the factors that undo it, wide

@@ -133,7 +133,8 @@ def _constants(M: int, N: int, r: int, has_start: bool, overlap: bool) -> dict[s
     block_r = rank_block(r, most if r <= most else 16 if has_start else 32)
     ranks = cdiv(r, block_r) * block_r
     tile = block_m * block_r
-    unroll = 8 if tile <= 1024 else max(1, 4096 // (tile * (2 if has_start else 1)))
+    unroll = max(1, 4096 // (tile * (2 if has_start else 1)))
+    unroll = 8 if tile <= 512 or (block_m <= 16 and tile <= 1024) else min(unroll, 8)
     stages = 4
     if overlap and cdiv(N, BLOCK_N) < 2 * ENOUGH_PROGRAMS:
         # Hopper's memory wants some 40 KB under way a multiprocessor, and a stage has 8 KB of W:

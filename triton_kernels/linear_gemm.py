@@ -200,7 +200,8 @@ def fits(matrix: torch.Tensor) -> bool:
 def _constants(config: Config, r: int, has_start: bool) -> dict[str, int]:
     """Of `gemm_kernel`."""
     early = config.early and r <= (MOST_EARLY // 2 if has_start else MOST_EARLY)
-    block_r = rank_block(r, 16 if has_start or r % 16 else 32)  # more spills
+    # In one block what is loaded early; of more ranks, where more spills, 16 at a time.
+    block_r = rank_block(r, 16 if not early and (has_start or r % 16) else MOST_EARLY)
     ranks = cdiv(r, block_r) * block_r
     if has_start and not early:
         # A loop of one turn is unrolled, and sm_100 has no room for the accumulators then.

@@ -219,7 +219,8 @@ def _plan_dA(sizes: tuple[int, int, int], x_stride: int, has_dropout: bool) -> L
         (blocks, cdiv(M, chunk), ranks),
         (*sizes, chunk, x_stride),
         HAS_DROPOUT=has_dropout,
-        BLOCK_M=BLOCK_M // 2 if has_dropout else BLOCK_M,  # the mask takes registers
+        # The mask takes registers, and so do 128 ranks.
+        BLOCK_M=BLOCK_M // 2 if has_dropout or block_r > 64 else BLOCK_M,
         BLOCK_K=BLOCK_K,
         BLOCK_R=block_r,
         RANK_UNIT=rank_unit(r),

@@ -110,7 +110,7 @@ def decode(arch: int) -> None:
 def gemm(arch: int) -> None:
     if arch < 90:  # the tensor memory accelerator is younger
         return
-    ranks = itertools.product((8, 16, 32, 40, 64, 128), (False, True))
+    ranks = itertools.product((8, 16, 24, 32, 40, 64, 128), (False, True))
     for (r, start), w_is_kn in itertools.product(ranks, (False, True)):
         z, (_, B), W = of(256, r), factors(r), of(256, 256)
         extra = (z, B, -1.0) if start else ()
@@ -125,7 +125,7 @@ def overlapped(arch: int) -> None:
     """The two kernels of it that have to find room beside each other: `test_aot` adds them up."""
     if arch < 90:
         return
-    for r, p, bias in ((16, 0.0, None), (16, 0.1, of(256)), (32, 0.0, None), (32, 0.0, of(256))):
+    for r, p, bias in ((16, 0.0, None), (16, 0.1, of(256)), (24, 0.0, None), (32, 0.0, of(256))):
         A, B = factors(r)
         x, W = of(8192, 256), of(256, 256)
         linear_gemm.overlapped(132, x, W, False, A, B, 1.0, bias, p, SEED, True)

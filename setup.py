@@ -73,6 +73,8 @@ def openmp_flags() -> list[str]:
     if sys.platform == "darwin":
         return ["-Xpreprocessor", "-fopenmp"]  # Apple's clang has no -fopenmp
     compiler = os.environ.get("CXX", "c++").split()
+    if shutil.which(compiler[0]) is None:
+        return ["-fopenmp"]  # the build will say that it is missing
     told = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
     if "clang" in told.stdout:
         # clang's code calls libomp, torch's wheels bring libgomp: of the two, one would start the

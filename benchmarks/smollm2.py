@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,9 +91,11 @@ def _offline_transformers():
     """`transformers`, told to stay off the network before its first import reads the setting."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # It imports torchao, which warns of its own CUDA kernels and of how it calls torch's pytree.
-    for name in ("torchao", "torch.utils._pytree"):
+    # What it imports warns of its own: torchao of CUDA kernels and of torch's pytree, bitsandbytes
+    # of a package for 4-bit weights, PEFT by a property that transformers has renamed.
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

@@ -87,13 +87,13 @@ sanitize: $(VENV)/installed
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd build/$@ && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(OPERATOR_TESTS)
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(PYTEST_FLAGS) $(OPERATOR_TESTS)
 
 clang: $(VENV)/installed
 	$(COPY)
 	cd build/$@ && CC=clang CXX=clang++ LORA_KERNELS_BUILD=cpu \
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
-	cd build/$@ && $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(OPERATOR_TESTS)
+	cd build/$@ && $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(PYTEST_FLAGS) $(OPERATOR_TESTS)
 
 # Compiled, not linked: torch's libraries here are another processor's.
 arm: $(VENV)/built

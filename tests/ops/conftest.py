@@ -3,8 +3,8 @@
 A test that takes `device` runs as `cpu-baseline`, `cpu-avx2` ... and, with the best set, as `cpu`;
 one that does not, as `baseline`, `avx2` ... The best set runs everything. A lower one leaves out
 what does not depend on it, draws fewer of hypothesis's examples, and of a sweep of many parameters
-takes about every fourth combination, each set other ones; LORA_KERNELS_TEST_EVERY_SET=1 makes it
-run all of them.
+takes about every fourth combination, each set other ones; LORA_KERNELS_TEST_ALL=1 makes it run
+all of them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from hypothesis import settings
 from lora_kernels.ops import cpu_capabilities, set_cpu_capability
 
 from ..devices import DEVICES
+from ..exhaustive import EXHAUSTIVE
 
 SETS = cpu_capabilities()
 # torch's engine for the batches of a GPU has no instruction sets of ours.
 LOWER = [] if os.environ.get("LORA_KERNELS_SVD_ENGINE") == "aten" else SETS[:-1]
-EVERY = os.environ.get("LORA_KERNELS_TEST_EVERY_SET") == "1"
 SWEEP, PART, EXAMPLES = 8, 4, 10
 SET_PARAMETERS = ("device", "instruction_set")
 
@@ -83,7 +83,7 @@ def pytest_collection_modifyitems(items) -> None:
             groups.setdefault((item.function, name), []).append(item)
     left_out = set()
     for (_, name), group in groups.items():
-        if len(group) >= SWEEP and not EVERY:
+        if len(group) >= SWEEP and not EXHAUSTIVE:
             part = SETS.index(name) % PART
             left_out |= {item for item in group if part_of(item) != part}
     items[:] = [item for item in items if item not in left_out]
@@ -95,7 +95,7 @@ def pytest_runtest_setup(item) -> None:
         return
     set_cpu_capability(name)
     usual = getattr(item.obj, "_hypothesis_internal_use_settings", None)
-    if usual is not None and not EVERY:
+    if usual is not None and not EXHAUSTIVE:
         item.obj._hypothesis_internal_use_settings = settings(
             usual, max_examples=min(usual.max_examples, EXAMPLES)
         )

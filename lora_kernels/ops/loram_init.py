@@ -122,7 +122,16 @@ def empty_factors_ref(
     return lora_A, lora_B
 
 
+_memory = attrgetter("dtype", "ndim", "layout")
 _kind = attrgetter("dtype", "shape", "layout")
+
+
+def _are_readable(weights: list[torch.Tensor]) -> bool:
+    """Whether a kernel may read these; if not, `check_weight` says why. 0.05 ms for 224 weights."""
+    return all(
+        dtype in FLOATS and ndim == 2 and layout == torch.strided
+        for dtype, ndim, layout in set(map(_memory, weights))
+    )
 
 
 def _are_fit(weights: list[torch.Tensor], rank: int) -> bool:
@@ -159,12 +168,11 @@ def loram_init_foreach(
     check_same_device(weights)
     device = weights[0].device
     with torch.no_grad():
-        # First of all, so that a GPU has something to do while the host prepares the rest. It only
-        # reads: what it cannot read is named by the checks.
-        try:
-            stats = torch.ops.lora._frobenius_stats(weights)
-        finally:
+        # Before the other checks, so that a GPU has something to do while the host makes them.
+        if not _are_readable(weights):
             _check_weights(weights, rank)
+        stats = torch.ops.lora._frobenius_stats(weights)
+        _check_weights(weights, rank)
         lora_A, lora_B = torch.ops.lora._empty_factors(weights, rank)
         beta = torch.empty(len(weights), dtype=torch.float64, device=device)
         torch.ops.lora._loram_init_(weights, lora_A, lora_B, beta, rank, scaling, check, stats)

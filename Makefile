@@ -34,6 +34,8 @@ bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.svd
 	$(BIN)/python -m benchmarks.layer
 	$(BIN)/python -m benchmarks.model
+	$(BIN)/python -m benchmarks.host
+	$(BIN)/python -m benchmarks.host_init
 
 # The AVX2 kernels and torch limited to AVX2, on a processor that may have more.
 bench-avx2: export LORA_KERNELS_CPU_CAPABILITY := avx2

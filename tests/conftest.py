@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
-    # Inductor's cache of graphs (torch 2.13) does not tell the capabilities apart: a graph that was
-    # vectorized under one is taken for another, where its C++ does not compile ("'at::vec' has not
-    # been declared"). Two plain programs with torch.compile and no other package show it.
-    cache = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{capability}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+# Inductor's cache of graphs (torch 2.13) does not tell instruction sets apart. A graph that was made
+# under another ATEN_CPU_CAPABILITY does not compile ("'at::vec' has not been declared"), or its
+# loops of 8 floats store 16 and the process aborts; two plain programs with torch.compile show it.
+_cache = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / _cache))
 
 if not torch.cuda.is_available():
     # The kernels of triton_kernels/ then run in Triton's interpreter. @triton.jit chooses when it

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
-# Inductor's cache of graphs (torch 2.13) does not tell instruction sets apart. A graph that was made
-# under another ATEN_CPU_CAPABILITY does not compile ("'at::vec' has not been declared"), or its
-# loops of 8 floats store 16 and the process aborts; two plain programs with torch.compile show it.
-_cache = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / _cache))
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # Inductor's cache of graphs (torch 2.13) does not tell instruction sets apart. A graph that was
+    # made under another ATEN_CPU_CAPABILITY does not compile ("'at::vec' has not been declared"),
+    # or its loops of 8 floats store 16 and the process aborts; two plain programs with
+    # torch.compile show it.
+    name = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / name)
 
 if not torch.cuda.is_available():
     # The kernels of triton_kernels/ then run in Triton's interpreter. @triton.jit chooses when it

@@ -1,7 +1,6 @@
 """Every kernel compiles for every arch, without spills, within its shared memory (`aot`).
 
-What is compiled is kept in pytest's cache folder (`--cache-clear` empties it): a second run
-compiles only what has changed.
+What is compiled is kept in `.cache/triton-aot`: a second run compiles only what has changed.
 """
 
 from __future__ import annotations
@@ -49,8 +48,9 @@ def _run(cases_module: str, *options: str, **environment: str) -> subprocess.Com
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def _reports(config: pytest.Config, cases_module: str, archs: list[int]) -> list[dict]:
-    folder = config.cache.mkdir("triton-aot")
+def _reports(cases_module: str, archs: list[int]) -> list[dict]:
+    folder = ROOT / ".cache" / "triton-aot"
+    folder.mkdir(parents=True, exist_ok=True)
     options = ("--cache", str(folder), "--arch", *map(str, archs))
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other workers of pytest-xdist wait, and read the cache
@@ -60,13 +60,13 @@ def _reports(config: pytest.Config, cases_module: str, archs: list[int]) -> list
 
 
 @pytest.fixture(scope="module")
-def kernels(pytestconfig) -> list[dict]:
-    return _reports(pytestconfig, "tests.triton_kernels.aot_cases", OWN_ARCHS or ARCHS)
+def kernels() -> list[dict]:
+    return _reports("tests.triton_kernels.aot_cases", OWN_ARCHS or ARCHS)
 
 
 @pytest.fixture(scope="module")
-def probes(pytestconfig) -> list[dict]:
-    return _reports(pytestconfig, "tests.triton_kernels.aot_probes", ARCHS)
+def probes() -> list[dict]:
+    return _reports("tests.triton_kernels.aot_probes", ARCHS)
 
 
 def _faults(reports: list[dict]) -> list[dict]:
@@ -185,9 +185,9 @@ def test_identical_launches_are_compiled_once(probes):
     assert [r["arguments"]["Bias"] for r in reports] == ["None", "*fp64/16", "*fp64"]
 
 
-def test_a_second_run_compiles_nothing(probes, pytestconfig):
+def test_a_second_run_compiles_nothing(probes):
     # Anew, the seconds would differ.
-    assert _reports(pytestconfig, "tests.triton_kernels.aot_probes", ARCHS) == probes
+    assert _reports("tests.triton_kernels.aot_probes", ARCHS) == probes
 
 
 def test_arguments_are_specialised_as_at_run_time(probes):

@@ -19,30 +19,17 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from rich.console import Console
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu.plan import FULL
 from benchmarks.harness import environment
 from benchmarks.report import RESULTS, print_table, short, write_csv
+from benchmarks.stand_in import Driver
 from lora_kernels.ops import _triton
 
 AIMS = {"stats_kernel": 300, "subtract_kernel": 1500}  # microseconds
 RANK, ROUNDS, WARMUP, SMALLER = 16, 300, 20, 16
-
-
-class _Hopper:
-    """As much of a driver as a launch asks for."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 class _Compiled:
@@ -82,7 +69,7 @@ def launch_times() -> dict[str, list[float]]:
     times: dict[str, list[float]] = defaultdict(list)
     try:
         with (
-            mock.patch.object(driver, "_active", _Hopper()),
+            mock.patch.object(driver, "_active", Driver(90)),
             mock.patch.object(JITFunction, "_do_compile", compile_),
         ):
             for index in range(WARMUP + ROUNDS):

@@ -26,7 +26,7 @@ from benchmarks.gpu.plan import FULL
 from benchmarks.harness import environment
 from benchmarks.report import RESULTS, print_table, short, write_csv
 from benchmarks.stand_in import Driver
-from lora_kernels.ops import _triton
+from lora_kernels.ops._backends import triton as backend
 
 AIMS = {"stats_kernel": 300, "subtract_kernel": 1500}  # microseconds
 RANK, ROUNDS, WARMUP, SMALLER = 16, 300, 20, 16
@@ -64,7 +64,7 @@ def launch_times() -> dict[str, list[float]]:
     library = torch.library.Library("lora", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the CPU's kernels are overridden
-        for name, kernel in _triton.KERNELS.items():
+        for name, kernel in backend.KERNELS.items():
             library.impl(name, kernel, "CPU", allow_override=True)
     times: dict[str, list[float]] = defaultdict(list)
     try:

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from lora_kernels import LoRALinear
-from lora_kernels.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
-from lora_kernels.config import LoRAConfig
-from lora_kernels.state import AdapterState, LayerState
-from lora_kernels.targets import is_conv1d
+from lora_kernels.files.adapter.recipe import ADAPTER_CONFIG, ADAPTER_FILE
+from lora_kernels.layers.kinds import is_conv1d
+from lora_kernels.layers.state import LayerState
+from lora_kernels.model.config import AdapterState, LoRAConfig
 
 from .oracle import to_numpy
 

@@ -24,12 +24,11 @@ from lora_kernels import (
     save_adapter,
     set_adapter,
 )
-from lora_kernels._tensor_file import save_tensors
-from lora_kernels.adapter_files import NATIVE_FILE, read_adapter, write_adapter
-from lora_kernels.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
-from lora_kernels.config import LoRAConfig
+from lora_kernels._utils.safetensors import save_tensors
+from lora_kernels.files.adapter.folder import NATIVE_FILE, read_adapter, write_adapter
+from lora_kernels.files.adapter.recipe import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels.init import LoRAM, PiSSA, get_initializer, initializer_names
-from lora_kernels.state import AdapterState
+from lora_kernels.model.config import AdapterState, LoRAConfig
 
 from .adapters import (
     FACTORS,

@@ -16,11 +16,11 @@ from lora_kernels import (
     load_adapter,
     save_adapter,
 )
-from lora_kernels.adapter_files import read_adapter, write_adapter
-from lora_kernels.checkpoint import ADAPTER_FILE
-from lora_kernels.config import LoRAConfig, pattern_matches
+from lora_kernels._utils.names import pattern_matches
+from lora_kernels.files.adapter.folder import read_adapter, write_adapter
+from lora_kernels.files.adapter.recipe import ADAPTER_FILE
 from lora_kernels.init import get_initializer, initializer_names
-from lora_kernels.state import AdapterState
+from lora_kernels.model.config import AdapterState, LoRAConfig
 
 from .adapters import (
     GPT2_LAYERS,

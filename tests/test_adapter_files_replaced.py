@@ -15,15 +15,12 @@ from tempfile import TemporaryDirectory
 import pytest
 from torch import nn
 
-from lora_kernels import _atomic, adapter_files
-from lora_kernels.adapter_files import NATIVE_FILE, read_adapter, write_adapter
-from lora_kernels.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
+from lora_kernels.files.adapter import folder as reading
+from lora_kernels.files.adapter.folder import NATIVE_FILE, read_adapter, write_adapter
+from lora_kernels.files.adapter.recipe import ADAPTER_CONFIG, ADAPTER_FILE
+from lora_kernels.files.io import replace
 
-from .adapters import (
-    assert_same,
-    one_layer,
-    peft_config,
-)
+from .adapters import assert_same, one_layer, peft_config
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -111,7 +108,7 @@ class TestReplacing:
         with monkeypatch.context() as patch:
             for method in ("replace", "unlink"):
                 patch.setattr(Path, method, stopping(getattr(Path, method)))
-            patch.setattr(_atomic, "_discard", lambda *_: None)
+            patch.setattr(replace, "_discard", lambda *_: None)
             try:
                 write_adapter(folder, new, format=form)
             except Killed:
@@ -155,7 +152,7 @@ class TestReplacing:
     def test_a_stage_at_work_is_left_alone(self, pair, tmp_path):
         folder = tmp_path / "out"
         write_adapter(folder, pair[0])
-        with _atomic._staged(tmp_path, folder, ()) as stage:
+        with replace._staged(tmp_path, folder, ()) as stage:
             write_adapter(folder, pair[1])
             assert stage.is_dir()
         assert not stage.exists()
@@ -166,7 +163,7 @@ class TestReplacing:
         def full(path):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(_atomic, "_sync", full)
+        monkeypatch.setattr(replace, "_sync", full)
         with pytest.raises(OSError, match="No space left"):
             write_adapter(tmp_path, pair[1])
         assert_same(read_adapter(tmp_path), pair[0])
@@ -176,7 +173,7 @@ class TestReplacing:
     def test_read_while_it_is_replaced(self, forms, pair, tmp_path, monkeypatch):
         """A reader that has the configuration of the old one looks again."""
         write_adapter(tmp_path, pair[0], format=forms[0])
-        load, replaced = adapter_files.load_tensors, []
+        load, replaced = reading.load_tensors, []
 
         def late(file):
             if not replaced:
@@ -188,7 +185,7 @@ class TestReplacing:
                 write_adapter(tmp_path, pair[1], format=forms[1])
             return load(file)
 
-        monkeypatch.setattr(adapter_files, "load_tensors", late)
+        monkeypatch.setattr(reading, "load_tensors", late)
         assert_same(read_adapter(tmp_path), pair[1])
 
     def test_symbolic_links_and_relative_paths(self, pair, tmp_path, monkeypatch):
@@ -208,7 +205,7 @@ class TestReplacing:
 SAVERS = """
 import os, sys
 import torch
-from lora_kernels.adapter_files import read_adapter, write_adapter
+from lora_kernels.files.adapter.folder import read_adapter, write_adapter
 torch.set_num_threads(1)
 states = [read_adapter(folder) for folder in sys.argv[2:4]]
 print("ready", flush=True)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.prune import random_unstructured
 
 from lora_kernels import LoRALinear
-from lora_kernels.bases import (
+from lora_kernels.layers.kinds import (
     compute_dtype,
     dequantized_weight,
     device_of,
@@ -127,7 +127,7 @@ class TestKinds:
         code = """
 import sys
 import torch
-from lora_kernels.bases import dequantized_weight, kind_of
+from lora_kernels.layers.kinds import dequantized_weight, kind_of
 from tests.quantised import OnlyForward
 for module in (torch.nn.Linear(3, 4), OnlyForward(torch.ones(4, 3), None, torch.float32)):
     kind_of(module), dequantized_weight(module)

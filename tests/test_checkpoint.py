@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from lora_kernels import checkpoint
-from lora_kernels.checkpoint import stored_pairs, stored_tensors, stored_weights
+from lora_kernels._utils.safetensors import INDEX, stored_tensors
+from lora_kernels.files.adapter.recipe import ADAPTER_CONFIG, ADAPTER_FILE
+from lora_kernels.files.checkpoint.weights import is_adapter, stored_pairs, stored_weights
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -59,7 +60,7 @@ class TestWeights:
             write(tmp_path / f"model-{k}.safetensors", half)
             index |= dict.fromkeys(half, f"model-{k}.safetensors")
         write(tmp_path / "stray.safetensors", {"other.weight": torch.randn(3, 3)})
-        (tmp_path / checkpoint.INDEX).write_text(json.dumps({"weight_map": index}))
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
         weights = stored_weights(tmp_path)
         assert len(weights) == 24 and weights[20].name == "model.layers.10.q_proj"
         for weight in weights:
@@ -117,19 +118,19 @@ class TestWeights:
 
     @pytest.mark.parametrize("text,match", [("{", "is no JSON"), ("[]", "is no JSON object")])
     def test_bad_index(self, text, match, tmp_path):
-        (tmp_path / checkpoint.INDEX).write_text(text)
+        (tmp_path / INDEX).write_text(text)
         with pytest.raises(ValueError, match=match):
             stored_weights(tmp_path)
         for text in ("{}", '{"weight_map": {"a.weight": 5}}'):
-            (tmp_path / checkpoint.INDEX).write_text(text)
+            (tmp_path / INDEX).write_text(text)
             with pytest.raises(ValueError, match="has no weight_map"):
                 stored_weights(tmp_path)
 
 
 class TestPairs:
     def write(self, folder, tensors, **config):
-        write(folder / checkpoint.ADAPTER_FILE, tensors)
-        (folder / checkpoint.ADAPTER_CONFIG).write_text(json.dumps(config))
+        write(folder / ADAPTER_FILE, tensors)
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
 
     def pair(self, name, r=2):
         prefix = f"base_model.model.{name}"
@@ -144,7 +145,7 @@ class TestPairs:
         tensors["base_model.model.embed.lora_embedding_A"] = torch.randn(2, 9)
         config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {r"layers\.10\..*": 2, "v": 12}}
         self.write(tmp_path, tensors, **config)
-        assert checkpoint.is_adapter(tmp_path)
+        assert is_adapter(tmp_path)
         pairs = stored_pairs(tmp_path)
         assert [p.name for p in pairs] == ["layers.2.q", "layers.2.v", "layers.10.q"]
         assert [p.scaling for p in pairs] == [4.0, 3.0, 1.0]
@@ -173,6 +174,6 @@ class TestPairs:
             self.write(tmp_path, self.pair("q"), lora_alpha=8, alpha_pattern=pattern)
             with pytest.raises(ValueError, match=match):
                 stored_pairs(tmp_path)
-        (tmp_path / checkpoint.ADAPTER_FILE).unlink()
+        (tmp_path / ADAPTER_FILE).unlink()
         with pytest.raises(FileNotFoundError, match="pickled adapters are not read"):
             stored_pairs(tmp_path)

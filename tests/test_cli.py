@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import LoRALinear, __version__, checkpoint, report
+from lora_kernels import LoRALinear, __version__
+from lora_kernels._utils.safetensors import StoredTensor
 from lora_kernels.cli import main
-from lora_kernels.magnitude import inspect_model, measure, measure_adapter
+from lora_kernels.training import magnitude_report
+from lora_kernels.training.magnitude import inspect_model, measure, measure_adapter
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -105,7 +107,7 @@ class TestInspect:
 
     def test_one_weight_at_a_time(self, file, monkeypatch):
         """The one before is gone when the next is loaded."""
-        load, held, most = checkpoint.StoredTensor.load, [], []
+        load, held, most = StoredTensor.load, [], []
 
         def counted(self):
             tensor = load(self)
@@ -114,7 +116,7 @@ class TestInspect:
             most.append(len(held))
             return tensor
 
-        monkeypatch.setattr(checkpoint.StoredTensor, "load", counted)
+        monkeypatch.setattr(StoredTensor, "load", counted)
         assert main(["inspect", str(file), "--quiet"]) == 0
         assert len(most) == 3 and max(most) <= 2  # the loop's own name holds the last one
 
@@ -193,31 +195,31 @@ class TestReport:
         with torch.no_grad():
             model["b"].lora_A.add_(0.1)
         rows = inspect_model(model, 4)
-        table = report.make_table(rows)
+        table = magnitude_report.make_table(rows)
         assert "ν[ΔW]" in [column.header.replace("\\", "") for column in table.columns]
-        report.write_csv(tmp_path / "x.csv", rows)
+        magnitude_report.write_csv(tmp_path / "x.csv", rows)
         a, b = read(tmp_path / "x.csv")
         assert a["nu_update"] == "" and float(b["nu_update"]) == rows[1].nu_update > 0
-        report.draw(tmp_path / "x.png", rows)
+        magnitude_report.draw(tmp_path / "x.png", rows)
         assert (tmp_path / "x.png").stat().st_size > 1000
 
     def test_rows_without_values(self, tmp_path):
         """Weights that are zero, not finite, or too small for the rank."""
         weights = torch.zeros(9, 8), torch.full((9, 8), float("nan")), torch.randn(2, 8)
         rows = [measure(weight, 4, name=str(k)) for k, weight in enumerate(weights)]
-        assert report.make_table(rows).row_count == 4
-        report.write_csv(tmp_path / "x.csv", rows)
+        assert magnitude_report.make_table(rows).row_count == 4
+        magnitude_report.write_csv(tmp_path / "x.csv", rows)
         assert [line["gain"] for line in read(tmp_path / "x.csv")] == ["nan"] * 3
-        report.draw(tmp_path / "x.png", rows)
-        report.draw(tmp_path / "y.png", rows[:1])
+        magnitude_report.draw(tmp_path / "x.png", rows)
+        magnitude_report.draw(tmp_path / "y.png", rows[:1])
         adapter = measure_adapter("x", torch.zeros(2, 5), torch.zeros(4, 2), 1.0)
-        report.draw(tmp_path / "z.png", [adapter])
+        magnitude_report.draw(tmp_path / "z.png", [adapter])
 
     def test_no_rows(self, tmp_path):
         for call in (
-            lambda: report.make_table([]),
-            lambda: report.write_csv(tmp_path / "x.csv", []),
-            lambda: report.draw(tmp_path / "x.png", []),
+            lambda: magnitude_report.make_table([]),
+            lambda: magnitude_report.write_csv(tmp_path / "x.csv", []),
+            lambda: magnitude_report.draw(tmp_path / "x.png", []),
         ):
             with pytest.raises(ValueError, match="no rows"):
                 call()

@@ -13,7 +13,11 @@ import torch  # noqa: E402
 
 from benchmarks import instruction_sets  # noqa: E402
 from benchmarks.harness import environment  # noqa: E402
-from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capability  # noqa: E402
+from lora_kernels.ops import (  # noqa: E402
+    cpu_capabilities,
+    cpu_capability,
+    set_cpu_capability,
+)
 
 
 @pytest.mark.parametrize("capability", cpu_capabilities())

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_kernels import LoRALinear, magnitude
 from lora_kernels.init import get_initializer
-from lora_kernels.magnitude import (
+from lora_kernels.training.magnitude import (
     growth,
     inspect_model,
     mean_square,

@@ -27,7 +27,8 @@ from lora_kernels import (
     unload_lora,
 )
 from lora_kernels.init import LoRAM, get_initializer, initializer_names
-from lora_kernels.model import adapted_layers, adapter_state, apply_state
+from lora_kernels.model.install import adapted_layers
+from lora_kernels.model.lora import adapter_state, apply_state
 
 from .packages import needs_transformers
 from .tiny_models import VOCABULARY, gpt2, llama, logits, token_ids, train

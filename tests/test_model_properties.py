@@ -34,10 +34,11 @@ from lora_kernels import (
     set_adapter,
     unload_lora,
 )
-from lora_kernels.adapted import AdaptedLayer
 from lora_kernels.init import LoRA, LoRAM, get_initializer, initializer_names
-from lora_kernels.model import adapted_layers, adapter_names, adapter_state, apply_state
-from lora_kernels.targets import is_conv1d
+from lora_kernels.layers.base import AdaptedLayer
+from lora_kernels.layers.kinds import is_conv1d
+from lora_kernels.model.install import adapted_layers
+from lora_kernels.model.lora import adapter_names, adapter_state, apply_state
 
 from .oracle import ROUNDING
 from .packages import needs_transformers

@@ -21,7 +21,8 @@ from lora_kernels import (
     unload_lora,
 )
 from lora_kernels.init import PiSSA
-from lora_kernels.model import adapted_layers, adapter_state, apply_state
+from lora_kernels.model.install import adapted_layers
+from lora_kernels.model.lora import adapter_state, apply_state
 
 # Three layers of 16 columns in float64, on outputs of size 1.
 TIGHT = 1e-13

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import smollm2
 from lora_kernels import LoRALinear, capture_gradients
-from lora_kernels.magnitude import growth, mean_square, measure, update_mean_square
+from lora_kernels.training.magnitude import growth, mean_square, measure, update_mean_square
 
 from .packages import needs_real_model
 

@@ -20,11 +20,11 @@ from lora_kernels import (
     set_adapter,
     unload_lora,
 )
-from lora_kernels.bases import dequantized_weight
 from lora_kernels.init import LoftQ
-from lora_kernels.model import adapted_layers
-from lora_kernels.trainer import accepted_by_trainer
-from lora_kernels.wrapped import LoRAWrapper
+from lora_kernels.layers.kinds import dequantized_weight
+from lora_kernels.layers.wrapper import LoRAWrapper
+from lora_kernels.model.install import adapted_layers
+from lora_kernels.training.trainer import accepted_by_trainer
 
 from .oracle import loram_beta, to_numpy
 from .packages import needs_bitsandbytes, needs_safetensors, needs_torchao, needs_transformers

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_kernels import LoRALinear
 from lora_kernels.init import initializer_names
-from lora_kernels.rescaling import ScaledStart, Setup, rescaled
+from lora_kernels.training.rescaling import ScaledStart, Setup, rescaled
 
 from .packages import needs_real_model
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_kernels import LoRALinear
 from lora_kernels.init import LoRAM, get_initializer, initializer_names
-from lora_kernels.scaling import RULES, lora_scaling
+from lora_kernels.layers.options import RULES, lora_scaling
 
 ZERO = {"init_lora_weights": "lora"}
 

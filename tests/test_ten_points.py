@@ -30,7 +30,8 @@ from lora_kernels import (
     unload_lora,
 )
 from lora_kernels.init import InitAB, Initializer, PiSSA, get_initializer, initializer_names
-from lora_kernels.model import adapted_layers, adapter_names
+from lora_kernels.model.install import adapted_layers
+from lora_kernels.model.lora import adapter_names
 
 from .adapters import write_plain
 from .oracle import ROUNDING

@@ -8,8 +8,8 @@ from torch import nn
 
 from lora_kernels import LoRALinear
 from lora_kernels.init import LoRAGA, LoRAM, PiSSA, get_initializer
-from lora_kernels.init.base import subtract_start_
 from lora_kernels.init.loram import BASES, GAINS, STATISTICS
+from lora_kernels.init.start import subtract_start_
 
 from ..devices import rng_state
 from ..oracle import ROUNDING, dst_basis, loram_beta, to_numpy

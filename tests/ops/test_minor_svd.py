@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from lora_kernels.ops.minor_svd import minor_svd_ref
+from lora_kernels.ops.svd.minor_svd import minor_svd_ref
 
 from ..devices import rng_state
 from ..oracle import to_numpy

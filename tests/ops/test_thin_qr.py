@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from lora_kernels.ops.thin_qr import thin_qr_ref
+from lora_kernels.ops.svd.thin_qr import thin_qr_ref
 
 from ..oracle import to_numpy
 from .compiled import needs_compiled

@@ -206,8 +206,6 @@ def test_a_plain_adapter_has_nothing_to_subtract(tmp_path):
 
 def test_a_killed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     """As `lora_kernels.save_adapter` does, by the same means."""
-    from lora_kernels.peft import files
-
     base = llama()
     model = adapted(base)
     initialize(model)
@@ -330,7 +328,7 @@ def test_hot_swapping_leaves_nothing_to_subtract(tmp_path):
 
 def factors_of(model) -> dict:
     """A, B, A₀ and B₀ of each layer, of a model of PEFT or of this package."""
-    from lora_kernels.model import adapted_layers
+    from lora_kernels.model.install import adapted_layers
 
     found = {n: layer.layer_state() for n, layer in adapted_layers(model).items()}
     if found:

@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_kernels import capture_gradients
 from lora_kernels.init import LoRAM, PiSSA
-from lora_kernels.init.registry import get_initializer, initializer_names
+from lora_kernels.init.base import get_initializer, initializer_names
 
 from ..packages import needs_peft
 from .models import (

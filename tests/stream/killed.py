@@ -15,9 +15,9 @@ import time
 import traceback
 from pathlib import Path
 
-from lora_kernels.config import LoRAConfig
-from lora_kernels.stream.initialise import initialise
-from lora_kernels.stream.unfinished import WORK, is_unfinished
+from lora_kernels._utils.safetensors import WORK, is_unfinished
+from lora_kernels.files.checkpoint.initialize import initialise
+from lora_kernels.model.config import LoRAConfig
 
 from .files import fingerprint
 

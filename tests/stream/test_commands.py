@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lora_kernels import _progress
+from lora_kernels._utils import progress
 from lora_kernels.cli import main
 
 from .files import read_file, write_file
@@ -133,18 +133,18 @@ def test_bar(odd_model, tmp_path, monkeypatch, capsys):
         return console(*args, **options, force_terminal=True)
 
     monkeypatch.setattr(rich, "Console", terminal)
-    with _progress.byte_bar("init") as begin:
+    with progress.byte_bar("init") as begin:
         begin(100)(60)
     assert "init" in capsys.readouterr().err
-    with _progress.byte_bar("init", enabled=False) as begin:
+    with progress.byte_bar("init", enabled=False) as begin:
         begin(100)(60)
     assert capsys.readouterr().err == ""
 
 
 def test_bytes_are_counted(odd_model, tmp_path):
     """All of the files' data, once."""
-    from lora_kernels.config import LoRAConfig
-    from lora_kernels.stream.initialise import initialise
+    from lora_kernels.files.checkpoint.initialize import initialise
+    from lora_kernels.model.config import LoRAConfig
 
     totals: list[int] = []
     counts: list[int] = []

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lora_kernels import LoRAConfig, add_lora, load_adapter
-from lora_kernels.adapter_files import read_adapter
 from lora_kernels.cli import main
-from lora_kernels.verify import TOLERANCE
+from lora_kernels.files.adapter.folder import read_adapter
+from lora_kernels.files.checkpoint.verify import TOLERANCE
 
 from ..packages import needs_real_model
 
@@ -241,7 +241,7 @@ class TestVerify:
         assert "lora_alpha" in capsys.readouterr().out
 
     def test_someone_computes_something_else(self, adapter, llama, monkeypatch, capsys):
-        from lora_kernels import verify
+        from lora_kernels.files.checkpoint import verify
 
         def wrong(model, folder, **options):
             load_adapter(model, folder, **options)

@@ -8,27 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels.adapter_files import read_adapter
-from lora_kernels.checkpoint import stored_weights
-from lora_kernels.config import LoRAConfig
+from lora_kernels.files.adapter.folder import read_adapter
+from lora_kernels.files.checkpoint.initialize import initialise
+from lora_kernels.files.checkpoint.residual import read_start
+from lora_kernels.files.checkpoint.weights import stored_weights
+from lora_kernels.files.io import pipeline
 from lora_kernels.init import get_initializer, initializer_names, register_initializer
-from lora_kernels.init.registry import _REGISTRY
-from lora_kernels.state import dst_start
-from lora_kernels.stream import pipeline
-from lora_kernels.stream.initialise import initialise
-from lora_kernels.stream.start import read_start
+from lora_kernels.init.base import _REGISTRY
+from lora_kernels.layers.state import dst_start
+from lora_kernels.model.config import LoRAConfig
 
 from ..oracle import ROUNDING, dst_basis, loram_beta
 from .conftest import SHAPES, odd_shards
-from .files import (
-    TORCH,
-    as_float64,
-    fingerprint,
-    random_tensor,
-    read_file,
-    write_file,
-    write_model,
-)
+from .files import TORCH, as_float64, fingerprint, random_tensor, read_file, write_file, write_model
 
 METHODS = [name for name in initializer_names() if not get_initializer(name).needs_gradient]
 R = 4
@@ -197,7 +189,7 @@ class TestAbsorb:
 
     def test_large_tensors_are_cut(self, odd_model, tmp_path, monkeypatch):
         """The same bytes whatever the size of the blocks, and on any number of threads."""
-        from lora_kernels.stream import blocks
+        from lora_kernels.files.io import blocks
 
         initialise(odd_model, tmp_path / "a", config(), dtype=torch.bfloat16)
         for name, size, threads in (("b", 64, 1), ("c", 1000, 5)):
@@ -362,7 +354,7 @@ class TestErrors:
             initialise(odd_model, tmp_path / "out", config())
 
     def test_full_disk(self, odd_model, tmp_path, monkeypatch):
-        from lora_kernels.stream import folder
+        from lora_kernels.files.checkpoint import folder
 
         with monkeypatch.context() as patch, pytest.raises(OSError, match=r"disk has 0\.0 GB free"):
             patch.setattr(folder.shutil, "disk_usage", lambda path: type("", (), {"free": 10})())

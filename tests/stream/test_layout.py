@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_kernels.stream.blocks import cut
-from lora_kernels.stream.buffers import BufferPool
-from lora_kernels.stream.layout import DTYPES, Entry, read_layout, render
+from lora_kernels.files.io.blocks import cut
+from lora_kernels.files.io.buffers import BufferPool
+from lora_kernels.files.io.layout import DTYPES, Entry, read_layout, render
 
 from .files import random_tensor, read_file, write_file
 
@@ -104,7 +104,7 @@ class TestBlocks:
         cast=st.sampled_from([None, torch.float16, torch.float32]),
     )
     def test_all_bytes_once_and_in_order(self, sizes, dtypes, edited, block, only, cast):
-        from lora_kernels.stream import blocks
+        from lora_kernels.files.io import blocks
 
         entries, position = [], 0
         for k, size in enumerate(sizes):

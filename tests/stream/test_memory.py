@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.stream.pipeline import AHEAD
+from lora_kernels.files.io.pipeline import AHEAD
 
 pytest.importorskip("psutil")
 ROOT = Path(__file__).parents[2]
@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 from benchmarks.memory import PeakGrowth
-from lora_kernels.config import LoRAConfig
-from lora_kernels.stream.initialise import initialise
+from lora_kernels.model.config import LoRAConfig
+from lora_kernels.files.checkpoint.initialize import initialise
 from tests.stream.files import random_tensor, write_model
 
 folder, side, count, shards = Path(sys.argv[1]), *map(int, sys.argv[2:5])

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels.adapter_files import write_adapter
-from lora_kernels.config import LoRAConfig
-from lora_kernels.state import AdapterState, LayerState, dst_start
-from lora_kernels.stream.merge import merge
-from lora_kernels.stream.unfinished import is_unfinished
+from lora_kernels._utils.safetensors import is_unfinished
+from lora_kernels.files.adapter.folder import write_adapter
+from lora_kernels.files.checkpoint.merge import merge
+from lora_kernels.layers.state import LayerState, dst_start
+from lora_kernels.model.config import AdapterState, LoRAConfig
 
 from ..oracle import ROUNDING, to_numpy
 from .conftest import SHAPES

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.config import LoRAConfig
-from lora_kernels.stream import initialise as module
-from lora_kernels.stream.initialise import initialise
-from lora_kernels.stream.unfinished import WORK, UnfinishedFolder, is_unfinished
+from lora_kernels._utils.safetensors import WORK, is_unfinished
+from lora_kernels.files.checkpoint import initialize as module
+from lora_kernels.files.checkpoint.initialize import initialise
+from lora_kernels.files.io.journal import UnfinishedFolder
+from lora_kernels.model.config import LoRAConfig
 
 from .conftest import odd_shards
 from .files import fingerprint, read_file, write_file, write_model
@@ -148,7 +149,7 @@ def test_completed_but_for_the_journal(odd_model, tmp_path, monkeypatch):
 
 
 def test_not_a_model_until_complete(unfinished):
-    from lora_kernels.checkpoint import stored_weights
+    from lora_kernels.files.checkpoint.weights import stored_weights
 
     for name in ("config.json", "model.safetensors.index.json", "adapter"):
         assert not (unfinished / name).exists()

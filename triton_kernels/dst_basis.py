@@ -19,19 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .jobs import (
-    Kind,
-    anchor,
-    field,
-    find_job,
-    first_programs,
-    float_bits,
-    known,
-    slots,
-    tensor_at,
-    to_float,
-    upload,
-)
+from .jobs import Kind, anchor, field, find_job, first_programs, float_bits, known, slots, tensor_at, to_float, upload
 from .sine import cos_pi, modulo, sin_pi
 
 BLOCK_P, BLOCK_Q = 16, 32  # 4 entries a thread

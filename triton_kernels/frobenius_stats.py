@@ -14,19 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .jobs import (
-    Kind,
-    aligned,
-    anchor,
-    field,
-    find_job,
-    first_programs,
-    kind_of,
-    known,
-    slots,
-    tensor_at,
-    upload,
-)
+from .jobs import Kind, aligned, anchor, field, find_job, first_programs, kind_of, known, slots, tensor_at, upload
 
 FIELDS = tl.constexpr(8)
 CHUNK = 65536

@@ -19,22 +19,7 @@ import triton
 import triton.language as tl
 
 from .dst_basis import TRITON_DTYPES, dst_basis_
-from .jobs import (
-    Kind,
-    Known,
-    aligned,
-    anchor,
-    field,
-    find_job,
-    first_programs,
-    float_bits,
-    integers,
-    kind_of,
-    slots,
-    tensor_at,
-    to_float,
-    upload,
-)
+from .jobs import Kind, Known, aligned, anchor, field, find_job, first_programs, float_bits, integers, kind_of, slots, tensor_at, to_float, upload
 from .sine import cos_pi, sin_pi
 
 AXIS_FIELDS = tl.constexpr(7)

@@ -19,7 +19,7 @@ from lora_kernels.init import (
     register_initializer,
 )
 
-from ..oracle import ROUNDING
+from ..support.oracle import ROUNDING
 
 
 def test_names():

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from ..oracle import ROUNDING
-from ..packages import needs_peft
+from ..support.oracle import ROUNDING
+from ..support.packages import needs_peft
 from .models import MODELS, adapted, close, gpt2, linear_layers, llama, logits, move, tokens
 from .test_initialize import initialize
 

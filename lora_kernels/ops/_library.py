@@ -52,7 +52,7 @@ def define_mutating_kernel(
 ) -> None:
     """Declares a kernel that writes its arguments and returns nothing.
 
-    Only that form is functionalised by every supported torch: one that returns its argument, or a
+    Only that form is functionalized by every supported torch: one that returns its argument, or a
     list, is not. `mutated` picks the written tensors out of the arguments, whose version counters
     are then raised: kernels write through raw pointers, which autograd cannot see.
     """

@@ -13,7 +13,7 @@ def load_extension() -> bool:
     except ImportError as error:
         warnings.warn(
             "lora_kernels runs without its compiled CPU kernels, on the plain-torch references: "
-            "results are the same, initialisation is many times slower. To build them: "
+            "results are the same, initialization is many times slower. To build them: "
             f"pip install --no-build-isolation . (needs a C++20 compiler and ninja). [{error}]",
             RuntimeWarning,
             stacklevel=2,

@@ -1,4 +1,4 @@
-"""What the operators that factorise weights share: checks of a list, exact SVDs, fixed signs."""
+"""What the operators that factorize weights share: checks of a list, exact SVDs, fixed signs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..._utils.checks import check_rank, check_same_device, check_weight, factor
 def check_matrices(weights: list[Tensor], rank: int) -> None:
     """Raises unless these are matrices of one shape, dtype and device that have this rank."""
     if not weights:
-        raise ValueError("there is no weight to factorise: the list or the batch is empty")
+        raise ValueError("there is no weight to factorize: the list or the batch is empty")
     for name, weight in zip(names(weights), weights, strict=True):
         check_weight(weight, name)
         for what in ("shape", "dtype"):

@@ -53,7 +53,7 @@ def truncated(
             the dimension of the space is fixed, and nothing is known of the error.
         subspace: dimension of the Krylov space, r ≤ subspace ≤ min(n, m); with `tol`, the largest
             it may have, and then `error` may be more than `tol`. None: chosen.
-        seed: of the randomised start. The same seed gives the same bits on one device.
+        seed: of the randomized start. The same seed gives the same bits on one device.
 
     With `tol`, `error` is a bound and not a guess: with a probability of more than 1 - 1e-6 over
     the seeds, for each weight, no σ is off by more. What the space gives is never too large

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import as_integer, check_finite, check_weight, factor_dtype
+from .._utils.checks import as_integer, check_finite, check_positive, check_weight, factor_dtype
 from .._utils.names import ALL_LINEAR
 from .._utils.progress import tracked
 from ..layers.adapted import AdaptedLayer
@@ -270,9 +270,7 @@ def _checked(r: int, scaling: float) -> int:
     r = as_integer(r, "r")
     if r < 1:
         raise ValueError(f"r must be at least 1, got {r}")
-    check_finite(scaling, "scaling")
-    if scaling <= 0:
-        raise ValueError(f"scaling must be positive, got {scaling}")
+    check_positive(scaling, "scaling")
     return r
 
 

@@ -365,7 +365,7 @@ class TestLoftQ:
         refused(r"'up\.weight' is \[3, 3\]", {**state, "up.weight": torch.ones(3, 3)})
         refused("for quantised layers, of which there are none", state, model=original)
         dequantised = {f"{n}.weight": base_of(getattr(model, n)).weight() for n in TARGETS}
-        refused(r"gate: the quantisation error W − Q is zero", dequantised)
+        refused(r"gate: the quantization error W − Q is zero", dequantised)
 
 
 @pytest.fixture(scope="module")

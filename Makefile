@@ -102,7 +102,7 @@ arm: $(VENV)/built
 	mkdir -p build/$@
 	includes=$$($(BIN)/python -c "import sysconfig; from torch.utils.cpp_extension import include_paths; \
 		print(*('-isystem ' + p for p in [*include_paths(), sysconfig.get_path('include')]))"); \
-	for source in build/unity/*.cpp csrc/cpu/kernels_*.cpp; do \
+	for source in build/unity/*.cpp $$(grep -l LORA_ISA csrc/cpu/simd/*.cpp); do \
 		aarch64-linux-gnu-g++ -std=c++20 -O2 -fPIC -fopenmp -fno-math-errno -Wno-psabi -Icsrc \
 			$$includes -c $$source -o build/$@/$$(basename $$source .cpp).o || exit 1; \
 	done

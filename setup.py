@@ -2,7 +2,7 @@
 
 LORA_KERNELS_BUILD = auto (default) | cpu | cuda | none chooses what is compiled:
 auto takes CUDA sources in when there are any, nvcc is found and torch is a CUDA build.
-Binaries are portable: the instruction set is chosen when the program runs (csrc/cpu/kernels.h).
+Binaries are portable: the instruction set is chosen at run time (csrc/cpu/simd/dispatch.cpp).
 
 The C++ files of a folder are compiled as one: half of a file's compile time was torch's headers,
 and a quarter the debug information that Python's own build asks for.

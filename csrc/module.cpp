@@ -4,7 +4,7 @@
 #include <Python.h>
 #include <torch/version.h>
 
-#include "cpu/kernels.h"
+#include "cpu/simd/kernels.h"
 
 namespace {
 

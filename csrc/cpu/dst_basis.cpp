@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "dst.h"
-#include "kernels.h"
+#include "simd/kernels.h"
 #include "sine.h"
 
 namespace lora {

@@ -3,7 +3,7 @@
 #include <torch/library.h>
 
 #include "dst.h"
-#include "kernels.h"
+#include "simd/kernels.h"
 #include "weight_view.h"
 
 namespace lora {

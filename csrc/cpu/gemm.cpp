@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "simd/kernels.h"
 #include "weight_view.h"
 
 namespace lora {

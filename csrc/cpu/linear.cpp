@@ -9,8 +9,8 @@
 #include <cmath>
 #include <tuple>
 
-#include "kernels.h"
 #include "product.h"
+#include "simd/kernels.h"
 
 namespace lora {
 namespace {

@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "gemm.h"
-#include "kernels.h"
+#include "simd/kernels.h"
 
 namespace lora {
 namespace {

@@ -13,7 +13,7 @@
 #include <cmath>
 
 #include "dst.h"
-#include "kernels.h"
+#include "simd/kernels.h"
 #include "sine.h"
 #include "weight_view.h"
 

@@ -1,4 +1,4 @@
-// Everything kernels_impl.h needs, parsed at the baseline target.
+// What vectors.h and the headers that include it need, parsed before the target is raised.
 #pragma once
 
 #include <c10/util/BFloat16.h>

@@ -9,7 +9,7 @@
 
 namespace lora {
 
-constexpr int kRowGroup = 4;  // rows that share one division, see kernels_impl.h
+constexpr int kRowGroup = 4;  // rows that share one division, see rows.h
 
 // Rows of one group of the Christoffel-Darboux form; low and high carry the scale.
 struct RowGroup {

@@ -1,4 +1,4 @@
-#include "kernels_includes.h"
+#include "includes.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -14,8 +14,7 @@
 #define LORA_STRIP_ROWS_2 12
 #define LORA_STRIP_ROWS_1 24
 #define LORA_ISA avx512bf16
-#include "kernels_bits.h"
-#include "kernels_strip.h"
+#include "strip.h"
 
 namespace lora {
 namespace avx512bf16 {

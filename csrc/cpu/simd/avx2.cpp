@@ -1,4 +1,4 @@
-#include "kernels_includes.h"
+#include "includes.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -11,14 +11,12 @@
 #define LORA_VECTOR_BYTES 32
 #define LORA_STRIP_ROWS_1 6
 #define LORA_ISA avx2
-#include "kernels_bits.h"
-#include "kernels_impl.h"
-#include "kernels_strip.h"
-#include "kernels_strip_rows.h"
+#include "float_strips.h"
+#include "rows.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-#include "kernels_table.h"
+#include "table.h"
 
 const lora::Kernels& lora::kernels_avx2() {
   return avx2::table;

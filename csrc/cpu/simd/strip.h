@@ -1,5 +1,8 @@
-// Strips of products with a thin matrix (see Strip in kernels.h). Included by kernels_<isa>.cpp
-// after LORA_ISA and the target are set, like kernels_impl.h: no include guard and no #include.
+// Strips of products with a thin matrix (see Strip in kernels.h). Parsed under the target of
+// LORA_ISA, see vectors.h.
+#pragma once
+
+#include "vectors.h"
 
 namespace lora {
 namespace LORA_ISA {
@@ -34,7 +37,7 @@ struct Line {
   }
 };
 
-// Arithmetic on vectors of T: `T` scalars of a, or (in kernels_avx512bf16.cpp) pairs.
+// Arithmetic on vectors of T: `T` scalars of a, or (in avx512bf16.cpp) pairs.
 template <typename T>
 struct Lanes {
   typedef T Vector __attribute__((vector_size(kVectorBytes)));

@@ -1,5 +1,9 @@
-// What the table takes of kernels_strip.h, and the rows that tiles are packed from. Included like
-// it.
+// Strips of float32 and float64, and the conversion of half-precision rows to float32 before they
+// are packed. Parsed under the target of LORA_ISA, see vectors.h.
+#pragma once
+
+#include "rows.h"
+#include "strip.h"
 
 namespace lora {
 namespace LORA_ISA {

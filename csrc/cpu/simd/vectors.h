@@ -1,11 +1,16 @@
-// Vectors of the set's own width, to and from memory. Included first by kernels_<isa>.cpp, like
-// kernels_impl.h: no include guard and no #include.
+// Vectors as wide as a register of the instruction set LORA_ISA, to and from memory.
+//
+// This header and those that include it (rows.h, strip.h, float_strips.h) are parsed by <isa>.cpp
+// after it has set LORA_ISA and raised the compiler's target. They include nothing but each other:
+// inline functions of any other header would be compiled for that target, and the linker could pick
+// that copy for the whole program. What they need of other headers is in includes.h.
+#pragma once
 
 namespace lora {
 namespace LORA_ISA {
 namespace {
 
-// Of a register. GCC keeps a wider vector in memory and copies it about at every operation: with 64
+// GCC keeps a vector wider than a register in memory and copies it at every operation: with 64
 // bytes on AVX2, randomized_svd of 2048^2 at rank 64 took 2200 ms instead of 70 (2 threads).
 #if defined(LORA_VECTOR_BYTES)
 constexpr int kVectorBytes = LORA_VECTOR_BYTES;

@@ -1,4 +1,4 @@
-#include "kernels_includes.h"
+#include "includes.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -15,14 +15,12 @@
 #define LORA_STRIP_ROWS_2 12
 #define LORA_STRIP_ROWS_1 24
 #define LORA_ISA avx512
-#include "kernels_bits.h"
-#include "kernels_impl.h"
-#include "kernels_strip.h"
-#include "kernels_strip_rows.h"
+#include "float_strips.h"
+#include "rows.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-#include "kernels_table.h"
+#include "table.h"
 
 const lora::Kernels& lora::kernels_avx512() {
   return avx512::table;

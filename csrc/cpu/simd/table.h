@@ -1,4 +1,5 @@
-// The table of pointers of the instruction set LORA_ISA; included once by each kernels_<isa>.cpp.
+// The table of function pointers of the instruction set LORA_ISA.
+#pragma once
 
 namespace lora {
 namespace LORA_ISA {

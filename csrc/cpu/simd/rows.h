@@ -1,5 +1,8 @@
-// Included by kernels_<isa>.cpp after LORA_ISA and the target are set. No include guard on purpose,
-// and no #include: a header parsed under a raised target would leak its inline functions to others.
+// Kernels that go along the rows of a matrix: see the fields of Kernels in kernels.h. Parsed under
+// the target of LORA_ISA, see vectors.h.
+#pragma once
+
+#include "vectors.h"
 
 namespace lora {
 namespace LORA_ISA {

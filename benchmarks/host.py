@@ -31,7 +31,7 @@ from benchmarks.report import RESULTS, write_csv
 from benchmarks.stand_in import stand_in
 from lora_kernels import LoRALinear
 from lora_kernels.ops import _triton
-from lora_kernels.triton_kernels import choice, linear
+from lora_kernels.triton_kernels.linear import choice, operator
 
 SIZE = 4096
 # tokens, r, training, the way that is taken
@@ -77,8 +77,8 @@ def as_on_a_gpu(way: str) -> Iterator:
         with (
             stand_in() as seen,
             mock.patch.object(choice, "CHOSEN", _Always(way)),
-            mock.patch.object(linear, "_capability", lambda device: (9, 0)),
-            mock.patch.object(linear, "_multiprocessors", lambda device: 132),
+            mock.patch.object(operator, "_capability", lambda device: (9, 0)),
+            mock.patch.object(operator, "_multiprocessors", lambda device: 132),
         ):
             yield seen
     finally:
@@ -172,7 +172,7 @@ def measure(tokens: int, r: int, training: bool, way: str) -> dict[str, object]:
         bound = seen.binder.total() - before[1]
         total = microseconds(lambda: layer(x))
         with torch.no_grad(), _Recorder() as recorder:
-            linear.linear_forward(*arguments)
+            operator.linear_forward(*arguments)
         calls = recorder.calls
         skeleton = Skeleton(layer, results)
         around = microseconds(lambda: skeleton(x))

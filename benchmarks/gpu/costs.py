@@ -36,7 +36,7 @@ MIN_WIDTH = 16  # a tensor core's product is at least this wide
 BF16, FP32, FP64 = 2, 4, 8
 SMS, CLOCK = 132, 1.755e9
 ENOUGH_PROGRAMS = 2 * SMS  # that the split of a sum aims at
-DZ_COLUMNS, DA_COLUMNS, FUSED_RANK = 256, 128, 32  # linear_grads
+DZ_COLUMNS, DA_COLUMNS, FUSED_RANK = 256, 128, 32  # linear/grads.py
 SVD_NITER = 16
 SVD_BLOCK, SVD_STEPS, SVD_BATCH = 16, 7, 32  # of the default subspace at r = 16
 SPACE_BYTES = 60  # of basis, image and their float64 copies, for an entry and a step

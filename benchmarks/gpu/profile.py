@@ -15,7 +15,7 @@ from benchmarks.gpu.plan import FULL, Plan
 
 def kernels(device: torch.device, plan: Plan, dtype: torch.dtype) -> dict[str, Callable]:
     """By name, at the sizes of the headline."""
-    from lora_kernels.triton_kernels import linear_decode, linear_gemm, linear_grads, linear_shrink
+    from lora_kernels.triton_kernels.linear import decode, gemm, grads, shrink
 
     (n, k), m, r = plan.layer_shape, plan.layer_tokens, plan.layer_cases[0][0]
 
@@ -28,18 +28,18 @@ def kernels(device: torch.device, plan: Plan, dtype: torch.dtype) -> dict[str, C
     on_gpu = device.type == "cuda"
     hopper = on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
     count = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2
-    config = next(iter(linear_gemm.CONFIGS))
+    config = next(iter(gemm.CONFIGS))
     found = {
-        "shrink": lambda: linear_shrink.shrink(x, A, None, 0.0, None),
-        "decode": lambda: linear_decode.decode(
+        "shrink": lambda: shrink.shrink(x, A, None, 0.0, None),
+        "decode": lambda: decode.decode(
             few, weight, None, A, B, 1.0, 0.0, None, None, None, hopper
         ),
-        "dz and dB": lambda: linear_grads.dz_dB(dy, B, None, z, 1.0, True),
-        "dA": lambda: linear_grads.dA(z, x, torch.float32, 0.0, None),
+        "dz and dB": lambda: grads.dz_dB(dy, B, None, z, 1.0, True),
+        "dA": lambda: grads.dA(z, x, torch.float32, 0.0, None),
         "subtract_dst_": lambda: torch.ops.lora.subtract_dst_(weight, coefficient, r),
     }
     if hopper or not on_gpu:
-        found["gemm"] = lambda: linear_gemm.gemm(config, count, x, weight, False, z, B, 1.0)
+        found["gemm"] = lambda: gemm.gemm(config, count, x, weight, False, z, B, 1.0)
     return found
 
 

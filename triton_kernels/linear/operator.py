@@ -19,13 +19,13 @@ import math
 import torch
 from torch import Tensor
 
-from . import linear_gemm
+from ..philox import dropout as drop
+from . import gemm
 from .choice import fastest
-from .linear_decode import MOST_ROWS, decode
-from .linear_expand import expand
-from .linear_grads import dA, dz_dB, is_worth_it
-from .linear_shrink import shrink
-from .philox import dropout as drop
+from .decode import MOST_ROWS, decode
+from .expand import expand
+from .grads import dA, dz_dB, is_worth_it
+from .shrink import shrink
 
 HALVES = (torch.bfloat16, torch.float16)
 FEW_ROWS = 1024  # up to here the host's time may be the longer one
@@ -104,11 +104,11 @@ def _overlapped(
     """The way in which W's product starts beside z's, where the GPU and the sizes suit it."""
     is_kn = weight.stride(1) != 1
     matrix = weight.T if is_kn else weight
-    suits = _is_hopper(rows.device) and linear_gemm.overlaps(lora_B.shape[1], dropout > 0)
-    if not (suits and linear_gemm.fits(rows) and linear_gemm.fits(matrix)):
+    suits = _is_hopper(rows.device) and gemm.overlaps(lora_B.shape[1], dropout > 0)
+    if not (suits and gemm.fits(rows) and gemm.fits(matrix)):
         return {}
     kernels = functools.partial(
-        linear_gemm.overlapped,
+        gemm.overlapped,
         _multiprocessors(rows.device), rows, matrix, is_kn, lora_A, lora_B, scaling, bias,
         dropout, seed, _capability(rows.device) >= (9, 0),
     )  # fmt: skip
@@ -215,10 +215,10 @@ def product(
         if weight.stride(1) != 1:  # GPT-2 keeps W as [K, N]
             matrix, is_kn = weight.T, not w_is_kn
         flattens = _capability(a.device)[0] < 10
-        if linear_gemm.fits(a) and linear_gemm.fits(matrix):
-            for name in linear_gemm.offered(z.shape[1], z0 is not None, flattens):
+        if gemm.fits(a) and gemm.fits(matrix):
+            for name in gemm.offered(z.shape[1], z0 is not None, flattens):
                 ways[name] = functools.partial(
-                    linear_gemm.gemm,
+                    gemm.gemm,
                     name, _multiprocessors(a.device), a, matrix, is_kn, z, B, scale, bias,
                     z0, B0, scale0,
                 )  # fmt: skip

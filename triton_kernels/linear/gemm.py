@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .integers import cdiv
-from .jobs import aligned
-from .launcher import Launch
-from .linear_rank import load_Bt, load_z, rank_block, rank_unit
-from .linear_shrink import shrink_parts
+from ..integers import cdiv
+from ..jobs import aligned
+from ..launcher import Launch
+from .rank import load_Bt, load_z, rank_block, rank_unit
+from .shrink import shrink_parts
 
 GROUP_M = 8
 LARGEST_RANK = 128  # above it the rank term, which nothing overlaps, is no longer small

@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .integers import cdiv
-from .jobs import aligned
-from .launcher import Launch
-from .linear_rank import ENOUGH_PROGRAMS, load_Bt, load_z, rank_block, rank_unit, reduce, reduce_all
-from .philox import drop, mask_arguments
+from ..integers import cdiv
+from ..jobs import aligned
+from ..launcher import Launch
+from ..philox import drop, mask_arguments
+from .rank import ENOUGH_PROGRAMS, load_Bt, load_z, rank_block, rank_unit, reduce, reduce_all
 
 BLOCK_M, BLOCK_K = 64, 128  # of dA
 DZ_ROWS, DZ_COLUMNS = 32, 256  # wide: the parts of dz are N / 256 times its size

@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .integers import cdiv, next_power_of_2
-from .jobs import aligned
-from .launcher import Launch
-from .linear_rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit
-from .linear_shrink import shrink_parts
+from ..integers import cdiv, next_power_of_2
+from ..jobs import aligned
+from ..launcher import Launch
+from .rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit
+from .shrink import shrink_parts
 
 MOST_ROWS = 64
 PARTS = 16

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .integers import cdiv, next_power_of_2
-from .jobs import aligned
-from .launcher import Launch
+from ..integers import cdiv, next_power_of_2
+from ..jobs import aligned
+from ..launcher import Launch
 
 REDUCE_BLOCK = 512
 ENOUGH_PROGRAMS = 128  # an H100, H200 or A100 has 108 to 132 multiprocessors

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .integers import cdiv
-from .jobs import aligned
-from .launcher import Launch
-from .linear_rank import load_Bt, load_z, rank_block, rank_unit
-from .philox import drop, mask_arguments
+from ..integers import cdiv
+from ..jobs import aligned
+from ..launcher import Launch
+from ..philox import drop, mask_arguments
+from .rank import load_Bt, load_z, rank_block, rank_unit
 
 BLOCK_M, BLOCK_N = 64, 128
 

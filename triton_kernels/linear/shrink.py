@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .integers import cdiv, next_power_of_2
-from .jobs import aligned
-from .launcher import Launch
-from .linear_rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit, reduce
-from .philox import drop, mask_arguments
+from ..integers import cdiv, next_power_of_2
+from ..jobs import aligned
+from ..launcher import Launch
+from ..philox import drop, mask_arguments
+from .rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit, reduce
 
 
 @triton.jit

@@ -1,0 +1,5 @@
+"""The fused linear layer: its operators, and the kernels that their steps choose from."""
+
+from .operator import linear_backward, linear_forward
+
+__all__ = ["linear_backward", "linear_forward"]

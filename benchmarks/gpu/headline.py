@@ -7,11 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.common.report import print_table, write_csv
 from benchmarks.gpu.pictures import Bar, aim_bars
-from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.predict import MACHINES, Line, lines
 from benchmarks.gpu.session import SKIPPED, Session, cell
-from benchmarks.report import print_table, write_csv
+from benchmarks.gpu.targets.costs import MACHINES
+from benchmarks.gpu.targets.plan import Plan
+from benchmarks.gpu.targets.predict import Line, lines
 
 HEADS = {
     "line": "line",

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.predict import Machine
+from benchmarks.gpu.targets.costs import Machine
+from benchmarks.gpu.targets.plan import Plan
 from benchmarks.gpu.timing import DEVICE, measure
 
 

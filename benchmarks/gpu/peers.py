@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.common.shapes import Shape
 from benchmarks.gpu.timing import rotating
-from benchmarks.shapes import Shape
 from lora_kernels import LoRALinear
 
 BARE, OURS, NAIVE, ADDMM, PEFT = "bare", "ours", "naive", "addmm_", "PEFT"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import COLOURS, short
+from benchmarks.common.report import COLOURS, short
 
 
 @dataclass(frozen=True)

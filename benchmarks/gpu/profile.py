@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 import lora_kernels  # noqa: F401  (registers the operators)
-from benchmarks.gpu.plan import FULL, Plan
+from benchmarks.gpu.targets.plan import FULL, Plan
 
 
 def kernels(device: torch.device, plan: Plan, dtype: torch.dtype) -> dict[str, Callable]:

@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 from benchmarks.card.names import slug
+from benchmarks.common.harness import Timing, environment
+from benchmarks.common.report import print_table, short, write_csv
 from benchmarks.gpu.machine import measure_ceilings
-from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.predict import Machine
-from benchmarks.harness import Timing, environment
-from benchmarks.report import print_table, short, write_csv
+from benchmarks.gpu.targets.costs import Machine
+from benchmarks.gpu.targets.plan import Plan
 
 SKIPPED = "skipped: time budget"
 

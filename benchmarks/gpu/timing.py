@@ -14,7 +14,7 @@ from itertools import cycle
 
 import torch
 
-from benchmarks.harness import UNSUPPORTED, Timing, Variant, interleave
+from benchmarks.common.harness import UNSUPPORTED, Timing, Variant, interleave
 
 AS_CALLED, DEVICE = "as called", "device"
 CLOCKS = (AS_CALLED, DEVICE)

@@ -19,7 +19,7 @@ CODE = """
 import sys
 from pathlib import Path
 import numpy as np, torch
-from benchmarks.memory import PeakGrowth
+from benchmarks.common.memory import PeakGrowth
 from lora_kernels.config import LoRAConfig
 from lora_kernels.stream.initialise import initialise
 from tests.stream.files import random_tensor, write_model

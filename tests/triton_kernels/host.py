@@ -15,8 +15,8 @@ import torch
 import triton
 from triton import knobs
 
-from benchmarks.host import as_on_a_gpu
-from benchmarks.stand_in import Seen, stand_in
+from benchmarks.cpu.host import as_on_a_gpu
+from benchmarks.cpu.stand_in import Seen, stand_in
 from lora_kernels.triton_kernels import integers, launcher
 from lora_kernels.triton_kernels.linear import gemm, rank, shrink
 

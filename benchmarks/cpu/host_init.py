@@ -1,0 +1,76 @@
+"""When `loram_init_foreach` of a model launches its kernels: `python -m benchmarks.cpu.host_init`.
+
+On any machine: the tensors are on the CPU and nothing is computed; what Triton would hand to the
+driver is a stand-in that notes the time. Llama-2-7B's 224 projections, their sizes over 16: the
+host's time does not depend on sizes, but for the CPU's own allocator. Not in it are CUDA's calls:
+448 allocations, four copies of tables from pinned memory, and the launches' way into the queue.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+import warnings
+from collections import defaultdict
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+from rich.console import Console
+
+from benchmarks.common.harness import environment
+from benchmarks.common.report import RESULTS, print_table, short, write_csv
+from benchmarks.cpu.stand_in import stand_in
+from benchmarks.gpu.targets.plan import FULL
+from lora_kernels.ops import _triton
+
+AIMS = {"stats_kernel": 300, "subtract_kernel": 1500}  # microseconds
+RANK, ROUNDS, WARMUP, SMALLER = 16, 300, 20, 16
+
+
+def launch_times() -> dict[str, list[float]]:
+    """Microseconds after the call at which each kernel was launched last, round by round."""
+    weights = [
+        torch.empty(n // SMALLER, k // SMALLER, dtype=torch.bfloat16)
+        for (n, k), count in FULL.model
+        for _ in range(count)
+    ]
+    library = torch.library.Library("lora", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the CPU's kernels are overridden
+        for name, kernel in _triton.KERNELS.items():
+            library.impl(name, kernel, "CPU", allow_override=True)
+    times: dict[str, list[float]] = defaultdict(list)
+    try:
+        with stand_in() as seen:
+            for index in range(WARMUP + ROUNDS):
+                start = time.perf_counter()
+                torch.ops.lora.loram_init_foreach(weights, RANK, 1.0, check=False)
+                if index >= WARMUP:
+                    for name, at in seen.last_launch.items():
+                        times[name].append(1e6 * (at - start))
+    finally:
+        library._destroy()
+    return times
+
+
+def main() -> None:
+    """Measure, print, and write results/host_init.csv."""
+    rows = []
+    for name, times in launch_times().items():
+        low, middle, _ = statistics.quantiles(times, n=4)
+        row = {"launch": name, "weights": FULL.projections, "r": RANK, "median_us": middle}
+        rows.append({**row, "q1_us": low, "min_us": min(times), "aim_us": AIMS.get(name, "")})
+    write_csv(RESULTS / "host_init.csv", [{**row, **environment()} for row in rows])
+    shown = ("launch", "median_us", "q1_us", "min_us", "aim_us")
+    cells = [
+        {k: short(row[k]) if isinstance(row[k], float) else str(row[k]) for k in shown}
+        for row in rows
+    ]
+    title = f"loram_init_foreach of {FULL.projections} weights: the host's time until each launch"
+    print_table(Console(), title, cells)
+
+
+if __name__ == "__main__":
+    main()

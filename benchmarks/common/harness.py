@@ -1,4 +1,4 @@
-"""Side-by-side timing: the variants take turns in one process, so that they share its noise."""
+"""Side-by-side timing: the variants take turns in one process, so noise affects all of them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-# What limits the instruction sets of torch's libraries, where set.
+# Environment variables that limit the instruction sets of torch's libraries.
 TORCH_LIMITS = {"MKL": "MKL_ENABLE_INSTRUCTIONS", "oneDNN": "ONEDNN_MAX_CPU_ISA"}
-# What a peer raises on a dtype or a shape that it does not support; anything else is our own bug.
+# The errors that other libraries raise for an unsupported dtype or shape.
 UNSUPPORTED = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
 
@@ -24,8 +24,8 @@ UNSUPPORTED = (RuntimeError, NotImplementedError, TypeError, ValueError)
 class Variant:
     """Something to time.
 
-    `prepare` runs before each round, outside of the timed region; what it returns is handed to
-    `run`. A slow variant has its own small number of `rounds` and needs no `warmup`.
+    `prepare` runs before each round and is not timed; its result is passed to `run`. A slow variant
+    can have its own, smaller number of `rounds` and skip the `warmup`.
     """
 
     run: Callable[..., object]
@@ -36,7 +36,7 @@ class Variant:
 
 @dataclass
 class Timing:
-    """The seconds of one variant, round by round, and the ratios to the baseline's same rounds."""
+    """The seconds of one variant by round, and their ratios to the baseline in the same rounds."""
 
     name: str
     seconds: dict[int, float] = field(default_factory=dict)
@@ -44,11 +44,11 @@ class Timing:
     failure: str | None = None
 
     def quantile(self, q: float) -> float:
-        """Of the seconds; NaN if there are none."""
+        """A quantile of the seconds; NaN if there are none."""
         return float(np.quantile(list(self.seconds.values()), q)) if self.seconds else float("nan")
 
     def ratio(self, q: float = 0.5) -> float:
-        """A quantile of the ratios, the median if not told."""
+        """A quantile of the ratios, by default the median; NaN if there are none."""
         return float(np.quantile(self.ratios, q)) if self.ratios else float("nan")
 
     @property
@@ -58,11 +58,10 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds."""
         return self.quantile(0.5)
 
     def row(self) -> dict[str, object]:
-        """Flat, for a CSV; times in milliseconds."""
+        """One row of a CSV file; times in milliseconds."""
         if self.failure:
             return {"variant": self.name, "failure": self.failure}
         return {
@@ -87,12 +86,12 @@ def interleave(
     baseline: str | None = None,
     clock: Callable[[Variant], float] | None = None,
 ) -> list[Timing]:
-    """Times every variant `rounds` times; each round starts with another variant.
+    """Time every variant `rounds` times; each round starts with a different variant.
 
-    A variant that raises an error of kind `UNSUPPORTED` is dropped, with the reason kept. The
-    ratios are taken to `baseline` (default: the first variant) within each round, not between
-    medians, so that a slow spell of the machine cancels. `clock` runs a variant and gives seconds;
-    the default is the wall clock.
+    A variant that raises one of `UNSUPPORTED` is dropped, and the reason is recorded. Ratios to the
+    `baseline` (by default the first variant) are computed within each round, not between medians,
+    so that a slow phase of the machine cancels out. `clock` runs a variant and returns seconds; by
+    default it is the wall clock.
     """
     clock = clock or _time_once
     known = {n: v if isinstance(v, Variant) else Variant(v) for n, v in variants.items()}
@@ -127,7 +126,10 @@ def interleave(
 
 
 def environment(gpu: torch.device | None = None) -> dict[str, str]:
-    """Where the figures come from; no path, host name or user name. `gpu`: what was measured."""
+    """The hardware and software versions, for a CSV; `gpu` is the device that was measured.
+
+    It names no path, host or user.
+    """
     if gpu is None or gpu.type != "cuda":
         where = {"device": device_name(), **cpu_kernels()}
     else:
@@ -147,9 +149,9 @@ def environment(gpu: torch.device | None = None) -> dict[str, str]:
 
 
 def cpu_kernels() -> dict[str, str]:
-    """The instruction sets: of our kernels, of torch's, and the best that the processor has.
+    """The instruction sets that our kernels and torch's use, and the processor's best.
 
-    Below the processor's best, both are emulated: a real processor of that set has other caches.
+    Where they differ from the processor's best, its caches still are those of the newer processor.
     """
     from lora_kernels.ops import cpu_capabilities, cpu_capability
 
@@ -187,7 +189,7 @@ def _time_once(variant: Variant) -> float:
     result = variant.run(*arguments)
     _synchronize()
     seconds = time.perf_counter() - start
-    del result  # freed outside of the timed region, and before the next variant allocates
+    del result  # freed outside the timed region, before the next variant allocates memory
     return seconds
 
 

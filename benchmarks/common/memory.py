@@ -1,4 +1,4 @@
-"""How far a block of code lets the process grow."""
+"""How much the memory of the process grows while a block of code runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from types import TracebackType
 
 import psutil
 
-INTERVAL = 0.002  # seconds between two looks at the resident size
-M_MMAP_THRESHOLD = -3  # as in malloc.h
+INTERVAL = 0.002  # seconds between two readings of the resident size
+M_MMAP_THRESHOLD = -3  # from malloc.h
 
 
 class PeakGrowth:
-    """Context manager; `mib` is the highest resident memory inside, less that at its start.
+    """Context manager; `mib` is the peak resident memory minus that at the start.
 
-    `sharp` makes the allocator return each large block when it is freed, or else fragments of its
-    heap are counted with what is in use; it costs time where many blocks come and go.
+    `sharp` makes the allocator return each large block as soon as it is freed; without it, free
+    fragments of its heap count as used. It is slower where many blocks are allocated and freed.
     """
 
     mib: float = 0.0
@@ -47,7 +47,7 @@ class PeakGrowth:
         self._watcher.join()
         self._look()
         if self._sharp:
-            _release_blocks_from(1 << 25)  # the highest that glibc chooses by itself
+            _release_blocks_from(1 << 25)  # the highest threshold that glibc sets by itself
         self.mib = (self._peak - self._start) / 2**20
 
     def _watch(self) -> None:
@@ -59,17 +59,17 @@ class PeakGrowth:
 
 
 def _return_freed_memory() -> None:
-    """Without it, memory that an earlier method freed would hide what the next one takes."""
+    """Return freed memory to the system, as reusing it would not show as growth."""
     gc.collect()
     _glibc("malloc_trim", 0)
 
 
 def _release_blocks_from(size: int) -> None:
-    """Blocks of at least `size` bytes go back to the system as soon as they are freed."""
+    """Make the allocator return blocks of at least `size` bytes as soon as they are freed."""
     _glibc("mallopt", M_MMAP_THRESHOLD, size)
 
 
 def _glibc(function: str, *arguments: int) -> None:
-    """Calls it where there is a glibc; elsewhere the figures are a little less sharp."""
+    """Call a function of glibc; do nothing where there is none, which makes `mib` less exact."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), function):
         getattr(library, function)(*arguments)

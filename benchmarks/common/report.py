@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a CSV, a table on the terminal, a picture."""
+"""The output of a benchmark: a CSV file, a table on the terminal, a plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = Mapping[str, object]
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Every key of any row becomes a column; floats keep six significant digits."""
+    """Write one column for every key of any row; floats get six significant digits."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -29,7 +29,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def print_table(console: Console, title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """The first column is a name, all others are figures; the rows share their keys."""
+    """Print rows with the same keys: a column of names, then columns of numbers."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(rows[0]):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
@@ -39,7 +39,7 @@ def print_table(console: Console, title: str, rows: Sequence[Mapping[str, str]])
 
 
 def print_timings(console: Console, title: str, timings: Sequence[Timing], baseline: str) -> None:
-    """Medians with their spread, and the ratio to the baseline with its own."""
+    """Print the medians and the ratios to the baseline, each with its spread."""
     print_table(
         console,
         title,
@@ -67,9 +67,9 @@ def bar_panels(
     log: bool = False,
     columns: int = 2,
 ) -> None:
-    """One panel of horizontal bars per configuration: median ms, labelled with the ratio.
+    """Plot one panel of horizontal bars per configuration: median ms, labelled with the ratio.
 
-    Variants whose names begin with the same word share a colour.
+    Variants whose names begin with the same word have the same color.
     """
     import matplotlib
 

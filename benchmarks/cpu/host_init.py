@@ -1,9 +1,10 @@
-"""When `loram_init_foreach` of a model launches its kernels: `python -m benchmarks.cpu.host_init`.
+"""How long `loram_init_foreach` of a whole model takes until each of its kernels is launched.
 
-On any machine: the tensors are on the CPU and nothing is computed; what Triton would hand to the
-driver is a stand-in that notes the time. Llama-2-7B's 224 projections, their sizes over 16: the
-host's time does not depend on sizes, but for the CPU's own allocator. Not in it are CUDA's calls:
-448 allocations, four copies of tables from pinned memory, and the launches' way into the queue.
+`python -m benchmarks.cpu.host_init`. It runs on any machine: the tensors are on the CPU, nothing is
+computed, and `stand_in` records the times of the launches. The weights are Llama-2-7B's 224
+projections with both sizes divided by 16; except in the CPU's allocator, the host's time does not
+depend on the sizes. The calls of the CUDA driver are not included: 448 allocations, four copies of
+tables from pinned memory, and queueing the launches.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ RANK, ROUNDS, WARMUP, SMALLER = 16, 300, 20, 16
 
 
 def launch_times() -> dict[str, list[float]]:
-    """Microseconds after the call at which each kernel was launched last, round by round."""
+    """Microseconds from the call to the last launch of each kernel, for each round."""
     weights = [
         torch.empty(n // SMALLER, k // SMALLER, dtype=torch.bfloat16)
         for (n, k), count in FULL.model
@@ -38,7 +39,7 @@ def launch_times() -> dict[str, list[float]]:
     ]
     library = torch.library.Library("lora", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the CPU's kernels are overridden
+        warnings.simplefilter("ignore")  # about overriding the CPU's kernels
         for name, kernel in _triton.KERNELS.items():
             library.impl(name, kernel, "CPU", allow_override=True)
     times: dict[str, list[float]] = defaultdict(list)

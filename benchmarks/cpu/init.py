@@ -1,7 +1,7 @@
-"""How long a layer's initialisation takes: LoRAM, the memory floor, and the peers from PyPI.
+"""How long a layer's initialization takes: LoRAM, PEFT's methods, and the least time possible.
 
-`python -m benchmarks.cpu.init`. The floor reads W once and rewrites it once, `W.norm()` and
-`W.mul_(c)`: less cannot be done by any start which absorbs into W and looks at all of it.
+`python -m benchmarks.cpu.init`. The floor is `W.norm()` and `W.mul_(c)`, which read W once and
+rewrite it once: no method that depends on all of W and subtracts its factors from W does less.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OURS = "LoRAM"
 
 
 def pretrained_like(size: Shape, dtype: torch.dtype) -> Tensor:
-    """A noise bulk and a few strong directions; what sets the cost of an iterative SVD."""
+    """Noise plus a few strong directions, which determine the cost of an iterative SVD."""
     n, m = size
     generator = torch.Generator().manual_seed(0)
     strength = torch.arange(1, 65).float().pow(-0.5)
@@ -42,36 +42,36 @@ def pretrained_like(size: Shape, dtype: torch.dtype) -> Tensor:
 
 
 def floor(weight: Tensor) -> None:
-    """One reading and one rewriting of W."""
+    """Read W once and rewrite it once."""
     weight.norm()
     weight.mul_(0.999)
 
 
 def adapted(weight: Tensor, r: int, start: str = "loram") -> LoRALinear:
-    """The whole layer, as a user builds it."""
+    """Our layer, as a user creates it."""
     linear = frozen_linear(weight)
     return LoRALinear.from_linear(linear, r=r, lora_alpha=r, init_lora_weights=start)
 
 
 def peft_adapted(weight: Tensor, r: int, how: bool | str) -> nn.Module:
-    """PEFT's own layer, as `get_peft_model` builds it."""
+    """PEFT's layer, as `get_peft_model` creates it."""
     config = LoraConfig(r=r, lora_alpha=r, init_lora_weights=how)
     return peft_lora.Linear(frozen_linear(weight), "default", config, r=r, lora_alpha=r)
 
 
 def frozen_linear(weight: Tensor) -> nn.Linear:
-    """Over `weight` itself, with nothing allocated."""
+    """A layer that uses `weight` itself, without allocating memory."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 
 
 def variants(pristine: Tensor, r: int, slow_rounds: int, medium_rounds: int) -> dict[str, Variant]:
-    """By name; each is handed a W that no variant has touched yet."""
+    """The variants by name; each is given an unmodified W."""
     work = torch.empty_like(pristine)
 
     def variant(run: Callable[[Tensor], object], rounds: int | None = None) -> Variant:
-        # A round of a slow one costs as much as all rounds of the others: it is not warmed up.
+        # One round of a slow variant takes as long as all rounds of the others: no warmup.
         return Variant(run, partial(work.copy_, pristine), rounds, None if rounds is None else 0)
 
     table = {
@@ -88,20 +88,20 @@ def variants(pristine: Tensor, r: int, slow_rounds: int, medium_rounds: int) -> 
     }
     if slow_rounds:
         table["PEFT olora"] = variant(lambda w: peft_adapted(w, r, "olora"), slow_rounds)
-        # An SVD in fp32 either way: half a minute more would say nothing new about bf16.
+        # PEFT computes this SVD in fp32 for bf16 weights too, so half a minute is saved there.
         if pristine.dtype == torch.float32:
             table["PEFT pissa"] = variant(lambda w: peft_adapted(w, r, "pissa"), slow_rounds)
     return table
 
 
 def rows_of(timings: Sequence[Timing], facts: dict[str, object]) -> list[dict[str, object]]:
-    """CSV rows, with how many times LoRAM's operator fits into each variant's time."""
+    """The rows of the CSV, with each variant's time relative to LoRAM's operator."""
     ours = next(t.median for t in timings if t.name == OURS)
     return [{**facts, **t.row(), "times_of_loram": t.median / ours} for t in timings]
 
 
 def peers(console: Console, options: argparse.Namespace) -> None:
-    """All variants on all shapes, ranks and dtypes."""
+    """Compare all variants for all shapes, ranks and dtypes."""
     rows: list[dict[str, object]] = []
     panels: dict[str, list[Timing]] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -121,7 +121,7 @@ def peers(console: Console, options: argparse.Namespace) -> None:
 
 
 def sweep(console: Console, options: argparse.Namespace) -> None:
-    """LoRAM against the floor at all ranks."""
+    """Compare LoRAM with the floor at all ranks."""
     size = options.shapes[0]
     pristine = pretrained_like(size, torch.float32)
     work = torch.empty_like(pristine)
@@ -141,22 +141,27 @@ def sweep(console: Console, options: argparse.Namespace) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.cpu.init", description=__doc__)
     parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="OUTxIN")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--medium-rounds", type=int, default=5, help="of randomised SVDs")
-    parser.add_argument("--slow-rounds", type=int, default=1, help="of exact SVDs and QRs")
+    parser.add_argument("--medium-rounds", type=int, default=5, help="rounds of randomized SVDs")
+    parser.add_argument("--slow-rounds", type=int, default=1, help="rounds of exact SVDs and QRs")
     parser.add_argument(
-        "--no-slow", dest="slow_rounds", action="store_const", const=0, help="leave them out"
+        "--no-slow",
+        dest="slow_rounds",
+        action="store_const",
+        const=0,
+        help="skip exact SVDs and QRs",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSVs and PNGs go")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for the CSV and PNG files"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table per configuration as it goes."""
+    """Print a table for each configuration as soon as it is measured."""
     warnings.filterwarnings("ignore", module="peft")
     options, console = parse(argv), Console()
     console.print(", ".join(f"{key} {value}" for key, value in environment().items()))

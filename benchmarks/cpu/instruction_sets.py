@@ -34,12 +34,12 @@ from lora_kernels.ops.thin_qr import thin_qr_ref
 SETS = cpu_capabilities()
 Table = dict[str, Callable[..., object] | Variant]
 YARDSTICK = "yardstick"
-EXTRAS = (1.0, 0.0, None, None, None, None)  # of `linear`: scaling, dropout, ...
+EXTRAS = (1.0, 0.0, None, None, None, None)  # arguments of `linear`: scaling, dropout, ...
 NEEDS = [True, False, False, True, True, False]
 
 
 def clock(variant: Variant) -> float:
-    """Seconds that this thread ran."""
+    """The CPU time of this thread, in seconds."""
     arguments = () if variant.prepare is None else (variant.prepare(),)
     start = time.thread_time()
     variant.run(*arguments)
@@ -47,7 +47,7 @@ def clock(variant: Variant) -> float:
 
 
 def with_set(name: str, run: Callable[..., object]) -> Callable[..., object]:
-    """`run` with that set's kernels."""
+    """`run` with the kernels of the instruction set `name`."""
 
     def switched(*arguments: Any) -> None:
         set_cpu_capability(name)
@@ -57,12 +57,12 @@ def with_set(name: str, run: Callable[..., object]) -> Callable[..., object]:
 
 
 def every_set(run: Callable[..., object], prepare: Callable[[], Any] | None = None) -> Table:
-    """A variant for each set that is asked for."""
+    """One variant per instruction set."""
     return {name: Variant(with_set(name, run), prepare) for name in SETS}
 
 
 def init(size: int, dtype: torch.dtype, r: int) -> Table:
-    """`loram_init` beside the floor: one reading and one rewriting of W."""
+    """`loram_init`, compared with reading W once and rewriting it once."""
     pristine = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).mul_(0.02)
     pristine = pristine.to(dtype)
     work = torch.empty_like(pristine)
@@ -79,34 +79,34 @@ def init(size: int, dtype: torch.dtype, r: int) -> Table:
 
 
 def leading(size: int, dtype: torch.dtype, r: int) -> Table:
-    """`randomized_svd` beside `svd_lowrank`."""
+    """`randomized_svd`, compared with `svd_lowrank`."""
     W = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     reference = partial(randomized_svd_ref, [W], r, 0, 0, 0.0)
     table = {
         YARDSTICK: partial(lowrank, W, r, 16),
         **every_set(partial(torch.ops.lora.randomized_svd, W, r)),
     }
-    if r == 16:  # at every rank a whole SVD
+    if r == 16:  # the reference is a whole SVD, whatever the rank
         table["reference"] = Variant(reference, rounds=1, warmup=0)
     return table
 
 
 def trailing(size: int, dtype: torch.dtype, r: int) -> Table:
-    """`minor_svd` beside its reference, a whole SVD."""
+    """`minor_svd`, compared with its reference, a whole SVD."""
     W = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     reference = Variant(partial(minor_svd_ref, [W], r, 0), rounds=1, warmup=0)
     return {YARDSTICK: reference, **every_set(partial(torch.ops.lora.minor_svd, W, r))}
 
 
 def qr(size: int, dtype: torch.dtype, r: int) -> Table:
-    """`thin_qr` beside its reference."""
+    """`thin_qr`, compared with its reference."""
     W = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     reference = Variant(partial(thin_qr_ref, [W], r))
     return {YARDSTICK: reference, **every_set(partial(torch.ops.lora.thin_qr, W, r))}
 
 
 def layer(size: int, dtype: torch.dtype, tokens: int) -> Table:
-    """Forward and backward of a layer of rank 16 beside the same in float32."""
+    """Forward and backward of a layer of rank 16, compared with the same in float32."""
 
     def both(kind: torch.dtype, forward: Callable, backward: Callable) -> Callable[[], object]:
         x, dy = (torch.randn(tokens, size).to(kind) for _ in range(2))
@@ -122,7 +122,7 @@ def layer(size: int, dtype: torch.dtype, tokens: int) -> Table:
     ops = torch.ops.lora.linear_forward, torch.ops.lora.linear_backward
     reference = both(dtype, linear_forward_ref, linear_backward_ref)
     table = {YARDSTICK: both(torch.float32, *ops), **every_set(both(dtype, *ops))}
-    if tokens <= 64:  # 8 seconds, where torch multiplies scalar by scalar
+    if tokens <= 64:  # already 8 seconds where torch has no vector code for the dtype
         table["reference"] = Variant(reference, rounds=1, warmup=0)
     return table
 
@@ -140,28 +140,27 @@ CASES = (
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.cpu.instruction_sets", description=__doc__
     )
     names = list(dict.fromkeys(case[0] for case in CASES))
     parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--size", type=int, help="of the weights, for a quick look")
+    parser.add_argument("--size", type=int, help="size of the weights, for a quick run")
     parser.add_argument("--sets", nargs="+", choices=cpu_capabilities(), default=cpu_capabilities())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-reference", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSV goes")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV file")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """instruction_sets.csv: a row per operator, case and set."""
+    """Write instruction_sets.csv, a row per operator, case and instruction set."""
     options, console, before = parse(argv), Console(), cpu_capability()
     torch.set_num_threads(1)
     SETS[:] = options.sets
     about = environment()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
-    del about["kernels"]  # the rows say theirs
+    del about["kernels"]  # differs from row to row
     rows: list[dict[str, object]] = []
     for operator, make, size, dtype, values in CASES:
         for value in values if operator in options.only else ():

@@ -30,7 +30,7 @@ BARE = "frozen nn.Linear"
 
 
 class Composition(nn.Module):
-    """LoRA as one writes it by hand."""
+    """LoRA written by hand with PyTorch operations."""
 
     def __init__(self, linear: nn.Linear, r: int) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class Composition(nn.Module):
         self.scaling = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """In x's dtype: y = x Wᵀ + s · (x Aᵀ) Bᵀ."""
+        """y = x Wᵀ + s · (x Aᵀ) Bᵀ, computed in x's dtype."""
         lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return self.linear(x) + self.scaling * ((x @ lora_A.T) @ lora_B.T)
 
 
 def peft_layer(linear: nn.Linear, r: int) -> nn.Module:
-    """PEFT's layer with fp32 A and B, which `get_peft_model` gives by default."""
+    """PEFT's layer with fp32 A and B, the default of `get_peft_model`."""
     config = LoraConfig(r=r, lora_alpha=r, init_lora_weights="gaussian")
     layer = peft_lora.Linear(linear, "default", config, r=r, lora_alpha=r)
     for factors in (layer.lora_A, layer.lora_B):
@@ -55,7 +55,7 @@ def peft_layer(linear: nn.Linear, r: int) -> nn.Module:
 
 
 def accelerated_layer(linear: nn.Linear, r: int) -> nn.Module:
-    """The same in a PEFT model whose forward is ours."""
+    """PEFT's layer in a model whose forward calls our operators: `lora_kernels.peft.accelerate`."""
     config = LoraConfig(r=r, lora_alpha=r, init_lora_weights="gaussian", target_modules=["0"])
     model = get_peft_model(nn.Sequential(linear), config)
     accelerate(model)
@@ -63,7 +63,7 @@ def accelerated_layer(linear: nn.Linear, r: int) -> nn.Module:
 
 
 def layers(size: Shape, r: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """By name; each has a W of its own, as LoRAM changes it."""
+    """The layers by name; each has its own W, because LoRAM changes it."""
 
     def linear() -> nn.Linear:
         return nn.Linear(size[1], size[0], bias=False, dtype=dtype).requires_grad_(False)
@@ -82,7 +82,7 @@ def layers(size: Shape, r: int, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def forward(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """As in inference: no graph."""
+    """A forward call without an autograd graph, as in inference."""
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -92,7 +92,7 @@ def forward(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 
 
 def forward_backward(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Gradients of x and of whatever trains."""
+    """A call that computes the gradients of x and of all trainable parameters."""
     x = x.detach().requires_grad_()
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
     return lambda: torch.autograd.grad(layer(x), wanted, dy)
@@ -101,7 +101,7 @@ def forward_backward(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], tu
 def measure(
     size: Shape, r: int, dtype: torch.dtype, tokens: int, rounds: int
 ) -> dict[str, list[Timing]]:
-    """The timings of both passes."""
+    """The timings of `forward` and `forward + backward`."""
     torch.manual_seed(0)
     known = layers(size, r, dtype)
     x, dy = (torch.randn(tokens, k, dtype=dtype) for k in reversed(size))
@@ -115,18 +115,19 @@ def measure(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.cpu.layer", description=__doc__)
     parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="OUTxIN")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSV and PNG go")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for the CSV and PNG files"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table per configuration as it goes."""
+    """Print a table for each configuration as soon as it is measured."""
     options, console = parse(argv), Console()
     console.print(", ".join(f"{key} {value}" for key, value in environment().items()))
     rows: list[dict[str, object]] = []

@@ -25,7 +25,7 @@ from lora_kernels import LoRAConfig, add_lora
 RANK = 16
 BASELINE = "PEFT lora"
 OURS = ("lora", "loram", "pissa", "olora")
-# By name: how PEFT calls it, and the rounds that its time allows.
+# By name: PEFT's `init_lora_weights`, and the number of rounds where the default takes too long.
 PEERS: dict[str, tuple[bool | str, int | None]] = {
     BASELINE: (True, None),
     "PEFT pissa_niter_4": ("pissa_niter_4", 2),
@@ -36,13 +36,13 @@ PEERS: dict[str, tuple[bool | str, int | None]] = {
 
 
 def ours(start: str) -> Callable[[nn.Module], object]:
-    """A whole `add_lora`."""
+    """A function that adapts a model with `add_lora`."""
     config = LoRAConfig(r=RANK, lora_alpha=RANK, init_lora_weights=start)
     return lambda model: add_lora(model, config, progress=False)
 
 
 def peers(targets: Sequence[str], how: bool | str) -> Callable[[nn.Module], object]:
-    """A whole `get_peft_model`."""
+    """A function that adapts a model with `get_peft_model`."""
 
     def run(model: nn.Module) -> object:
         options = {"r": RANK, "lora_alpha": RANK, "target_modules": list(targets)}
@@ -54,10 +54,10 @@ def peers(targets: Sequence[str], how: bool | str) -> Callable[[nn.Module], obje
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table and writes model.csv."""
+    """Print a table and write model.csv."""
     parser = argparse.ArgumentParser("python -m benchmarks.cpu.model", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSV goes")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV file")
     options, console = parser.parse_args(argv), Console()
     base = smollm2.load_model()
     targets = list(smollm2.target_projections(base))

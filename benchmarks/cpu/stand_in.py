@@ -1,7 +1,8 @@
-"""A CUDA driver that does nothing, so that the Python of a launch runs, and is counted, anywhere.
+"""A stand-in for the CUDA driver, so that the Python code of a launch runs on any machine.
 
-Triton binds, specialises and looks up as on a card; what would be compiled and launched is taken
-down instead. Not under TRITON_INTERPRET, where there is nothing to bind.
+Triton binds and specializes the arguments and looks up the kernel as on a GPU; instead of compiling
+and launching it, the stand-in records it. It does not work with TRITON_INTERPRET set, as Triton's
+interpreter does not bind arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 
 class Driver:
-    """As much of a driver as a launch asks."""
+    """The methods of Triton's driver that a launch calls."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -48,7 +49,7 @@ class Seen:
 
 
 class Kernel:
-    """What Triton gives back for a compiled kernel, as far as a launch asks it."""
+    """The attributes of a compiled kernel that a launch uses."""
 
     function, packed_metadata = 0, ()
 
@@ -67,7 +68,7 @@ class Kernel:
 
 @contextlib.contextmanager
 def stand_in(arch: int = 90, keep_arguments: bool = False) -> Iterator[Seen]:
-    """Within it nothing is compiled or launched; -> what would have been."""
+    """Compile and launch nothing within it; yield a record of what would have been."""
     seen = Seen(arguments=[] if keep_arguments else None)
     run, made = JITFunction.run, []
 

@@ -1,9 +1,9 @@
-"""Initialising a checkpoint on disk against copying it: `python -m benchmarks.cpu.stream`.
+"""Initializing a checkpoint on disk, compared with copying it: `python -m benchmarks.cpu.stream`.
 
-The floor is what every tool has to do: read each byte once and write each byte once, as `cp` of the
-same files does. On top come two passes over the weights in memory, the norm and the subtraction.
-The variants take turns; every round writes new files, on one disk, and deletes them untimed. `cp`
-and `init` leave the system to write to the disk later; `cp + fsync` and `init --sync` wait for it.
+Every tool has to read and write each byte once, as `cp` of the same files does. Initializing adds
+two passes over the weights in memory: the norm and the subtraction. The variants take turns; each
+round writes new files on the same disk, and deleting them is not timed. `cp` and `init` let the
+system write to the disk later; `cp + fsync` and `init --sync` wait until it has.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ READ = 16 << 20
 
 
 def write_checkpoint(folder: Path, dtype: torch.dtype, blocks: int) -> int:
-    """A model of so many blocks, one to a shard, with its index; how many bytes it has."""
+    """Write a model with one shard per block, and its index; return its size in bytes."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     index, size = {}, 0
@@ -74,7 +74,7 @@ def write_checkpoint(folder: Path, dtype: torch.dtype, blocks: int) -> int:
 
 
 def variants(source: Path, scratch: Path, r: int) -> dict[str, Variant]:
-    """By name; each writes into a folder that is not there."""
+    """The variants by name; each writes into a folder that does not exist yet."""
     out = scratch / "out"
 
     def clean() -> Path:
@@ -97,14 +97,14 @@ def variants(source: Path, scratch: Path, r: int) -> dict[str, Variant]:
 
 
 def copy(source: Path, out: Path, sync: bool = False) -> None:
-    """The system's cp."""
+    """Copy with the system's `cp`."""
     subprocess.run(["cp", "-r", source, out], check=True)
     if sync:
         subprocess.run(["sync", *out.iterdir()], check=True)
 
 
 def copy_by_hand(source: Path, out: Path) -> None:
-    """A loop of read and write on one thread, with nothing in between."""
+    """Copy in a loop of reads and writes on one thread."""
     out.mkdir()
     buffer = memoryview(bytearray(READ))
     for file in source.iterdir():
@@ -114,18 +114,21 @@ def copy_by_hand(source: Path, out: Path) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.cpu.stream", description=__doc__)
-    parser.add_argument("--blocks", type=int, default=4, help="of Llama-2-7B, a shard each")
+    parser.add_argument(
+        "--blocks", type=int, default=4, help="blocks of Llama-2-7B, one shard each"
+    )
     parser.add_argument("-r", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--disk", type=Path, help="folder on the disk to measure (default: here)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSV goes")
+    parser.add_argument(
+        "--disk", type=Path, help="folder on the disk to measure (default: the current folder)"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV file")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table per dtype as it goes."""
+    """Print a table for each dtype as soon as it is measured."""
     options, console = parse(argv), Console()
     console.print(", ".join(f"{key} {value}" for key, value in environment().items()))
     rows = []

@@ -36,7 +36,7 @@ QR_RANK = 16
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 OURS, FAST, EXACT = "ours", "ours, small subspace", "ours, large subspace"
-# What is compared with what, by dtype: (ours, peer, aim).
+# The comparisons by dtype: (ours, peer, how many times faster ours should be).
 AIMS = {
     torch.float32: (
         (OURS, "svd_lowrank niter 16", 3.0),
@@ -53,17 +53,17 @@ AIMS = {
 
 
 def small_subspace(r: int) -> int:
-    """Of the accuracy of 4 subspace iterations."""
+    """The subspace that is as accurate as 4 subspace iterations."""
     return 64 if r <= 24 else 3 * r if r <= 128 else 11 * r // 4
 
 
 def large_subspace(r: int) -> int:
-    """For a residual below 1e-6."""
+    """The subspace that gives a residual below 1e-6."""
     return 13 * r if r <= 24 else 10 * r if r <= 96 else 17 * r // 2 if r <= 128 else 6 * r
 
 
 def weight_like(size: Shape) -> Tensor:
-    """A Marchenko–Pastur bulk and 512 spikes (k + 10)^-0.3, the first one an outlier."""
+    """Gaussian noise plus 512 directions of strength (k + 10)^-0.3, the first one an outlier."""
     n, m = size
     generator = torch.Generator().manual_seed(0)
     spikes = min(512, m // 2)
@@ -82,13 +82,13 @@ class Truth:
 
     @classmethod
     def of(cls, weight: Tensor) -> Truth:
-        """From the eigenvalues of the smaller float64 Gram matrix: 1e-8 of the largest."""
+        """Computed from the smaller float64 Gram matrix, to 1e-8 of the largest singular value."""
         wide = weight.double()
         gram = wide.T @ wide if wide.shape[0] >= wide.shape[1] else wide @ wide.T
         return cls(wide, torch.linalg.eigvalsh(gram).flip(0).clamp_min_(0).sqrt_())
 
     def accuracy(self, triplets: Triplets, *, smallest: bool = False) -> dict[str, float]:
-        """`residual` over the least possible, minus 1 (of the leading ones), and `worst_sigma`."""
+        """`residual` (of leading triplets) and `worst_sigma`, defined in the module's docstring."""
         U, S, Vh = (t.double() for t in triplets)
         r = len(S)
         want = self.sigma.flip(0)[:r] if smallest else self.sigma[:r]
@@ -100,30 +100,30 @@ class Truth:
 
 
 def lowrank(weight: Tensor, r: int, niter: int) -> Triplets:
-    """torch.svd_lowrank, as PEFT's pissa_niter_N calls it."""
+    """torch.svd_lowrank, called as PEFT's pissa_niter_N does."""
     U, S, V = torch.svd_lowrank(weight.float(), q=r, niter=niter)
     return U, S, V.T
 
 
 def of_sklearn(weight: Tensor, r: int) -> Triplets:
-    """scikit-learn's, with its own choice of iterations."""
+    """scikit-learn's randomized SVD with its default number of iterations."""
     U, S, Vh = sklearn_svd(weight.float().numpy(), r, random_state=0)
     return torch.from_numpy(U), torch.from_numpy(S), torch.from_numpy(Vh)
 
 
 def exact(weight: Tensor, r: int) -> Triplets:
-    """All triplets, of which r are kept."""
+    """A whole SVD, of which r triplets are returned."""
     U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
     return U[:, :r], S[:r], Vh[:r]
 
 
 def ours(weight: Tensor, r: int, subspace: int | None = None) -> Triplets:
-    """The operator."""
+    """Our operator."""
     return tuple(torch.ops.lora.randomized_svd(weight, r, subspace))
 
 
 class Kept:
-    """A function whose last result is kept, to be judged after it was timed."""
+    """A function that stores its last result, so that accuracy is measured after timing."""
 
     def __init__(self, function: Callable[[], Triplets]) -> None:
         self.function = function
@@ -139,7 +139,7 @@ Row = dict[str, object]
 def timed(
     table: dict[str, tuple[Callable[[], Triplets], int | None]], rounds: int, truth: Truth, **kind
 ) -> list[Row]:
-    """Interleaved timings with each one's accuracy; a variant may have rounds of its own."""
+    """Interleaved timings and accuracies; `table` maps a name to (function, its own rounds)."""
     kept = {name: Kept(function) for name, (function, _) in table.items()}
     variants = {
         name: Variant(kept[name], rounds=own, warmup=None if own is None else 0)
@@ -154,7 +154,7 @@ def timed(
 def speedups(
     rows: Sequence[Row], pairs: Sequence[tuple[str, str, float]], facts: Row
 ) -> Iterator[Row]:
-    """A row per comparison: how many times faster, at which accuracies, and whether that is met."""
+    """One row per comparison: the speedup, both accuracies, and whether ours is as accurate."""
     by_name = {row["variant"]: row for row in rows}
     for mine, peer, aim in pairs:
         if mine not in by_name or peer not in by_name:
@@ -181,7 +181,7 @@ def speedups(
 
 
 def leading(size: Shape, options: argparse.Namespace, console: Console) -> tuple[list, list]:
-    """All ranks and dtypes on one shape."""
+    """Compare all ranks and dtypes for one shape."""
     rows, compared = [], []
     for dtype in DTYPES:
         weight = weight_like(size).to(dtype)
@@ -213,7 +213,7 @@ def leading(size: Shape, options: argparse.Namespace, console: Console) -> tuple
 
 
 def show(console: Console, facts: Row, rows: Sequence[Row]) -> None:
-    """On the terminal."""
+    """Print a table."""
     title = ", ".join(
         f"{key} {value}" if key == "r" else str(value) for key, value in facts.items()
     )
@@ -233,7 +233,7 @@ def show(console: Console, facts: Row, rows: Sequence[Row]) -> None:
 
 
 def trailing(size: Shape, options: argparse.Namespace, console: Console) -> tuple[list, list]:
-    """The r smallest triplets of a Gaussian weight with an outlier, and the thin QR."""
+    """The r smallest triplets of a Gaussian weight with one large column, and the thin QR."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(*size, generator=generator).div_(size[0] ** 0.5)
     weight[:, 0] *= 20
@@ -275,7 +275,7 @@ def trailing(size: Shape, options: argparse.Namespace, console: Console) -> tupl
 
 
 def real(options: argparse.Namespace, console: Console) -> tuple[list, list]:
-    """All projections of SmolLM2-135M: the time of the whole model, the worst layer's accuracy."""
+    """All projections of SmolLM2-135M: the time for all of them, the accuracy of the worst."""
     from benchmarks.common import smollm2
 
     weights = [
@@ -316,7 +316,7 @@ def real(options: argparse.Namespace, console: Console) -> tuple[list, list]:
 
 
 def picture(size: Shape, options: argparse.Namespace) -> list[Row]:
-    """Accuracy against time, as each method's effort grows."""
+    """The accuracy and time of each method at increasing effort."""
     r, rows = min(PICTURE_RANK, min(size) // 16), []
     for dtype in DTYPES:
         weight = weight_like(size).to(dtype)
@@ -349,19 +349,24 @@ def picture(size: Shape, options: argparse.Namespace) -> list[Row]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.cpu.svd", description=__doc__)
     parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="OUTxIN")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--slow-rounds", type=int, default=2, help="of scikit-learn, QR, minor_svd")
-    parser.add_argument("--no-model", action="store_true", help="leave the real weights out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSVs and PNGs go")
+    parser.add_argument(
+        "--slow-rounds", type=int, default=2, help="for scikit-learn, QR, minor_svd"
+    )
+    parser.add_argument(
+        "--no-model", action="store_true", help="skip the weights of the real model"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for the CSV and PNG files"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """svd.csv (all timings), svd_speedups.csv (against the aims), svd_accuracy.csv and .png."""
+    """Write svd.csv (all timings), svd_speedups.csv (comparisons), svd_accuracy.csv and .png."""
     options, console = parse(argv), Console(width=110)
     about = environment()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))

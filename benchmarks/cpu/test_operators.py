@@ -21,12 +21,12 @@ ops = torch.ops.lora
 
 
 def weight(dtype: torch.dtype, size: int = SIZE) -> torch.Tensor:
-    """Of the magnitude that pretrained weights have."""
+    """A random weight of a pretrained weight's magnitude."""
     return torch.randn(size, size).div_(size**0.5).to(dtype)
 
 
 def operands(dtype: torch.dtype, r: int) -> tuple[torch.Tensor, ...]:
-    """x, W, A, B; the factors in fp32."""
+    """x, W, A, B; A and B are in fp32."""
     x = torch.randn(TOKENS, SIZE, dtype=dtype)
     return x, weight(dtype), torch.randn(r, SIZE) / SIZE**0.5, torch.randn(SIZE, r) / r**0.5
 

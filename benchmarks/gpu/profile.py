@@ -1,5 +1,6 @@
-"""Six kernels once each, for a profiler: `ncu --profile-from-start off python -m
-benchmarks.gpu.profile`. They run once before, which compiles them.
+"""Run six kernels once each under a profiler, after an unprofiled run that compiles them:
+
+ncu --profile-from-start off python -m benchmarks.gpu.profile
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from benchmarks.gpu.targets.plan import FULL, Plan
 
 
 def kernels(device: torch.device, plan: Plan, dtype: torch.dtype) -> dict[str, Callable]:
-    """By name, at the sizes of the headline."""
+    """The kernels by name, with the sizes of the headline table."""
     from lora_kernels.triton_kernels.linear import decode, gemm, grads, shrink
 
     (n, k), m, r = plan.layer_shape, plan.layer_tokens, plan.layer_cases[0][0]
@@ -44,7 +45,7 @@ def kernels(device: torch.device, plan: Plan, dtype: torch.dtype) -> dict[str, C
 
 
 def main() -> int:
-    """0, or 2 without a GPU."""
+    """Return 0, 1 if a kernel failed, or 2 without a GPU."""
     if not torch.cuda.is_available():
         print("benchmarks.gpu.profile: no CUDA GPU here", file=sys.stderr)
         return 2
@@ -58,7 +59,7 @@ def main() -> int:
             run()
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
-        except Exception as error:  # the others are worth having
+        except Exception as error:  # profile the remaining kernels
             failed += 1
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
     print(f"{len(runs) - failed} of {len(runs)} kernels ran")

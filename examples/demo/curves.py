@@ -1,4 +1,4 @@
-"""Loss curves of several methods, as CSV rows and as a picture."""
+"""Loss curves of several methods, as CSV rows and as a plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.common.report import COLOURS
 from examples.demo.finetune import Curve
 
-# Where two curves lie on each other, both must be seen: a wide line under a narrow dashed one.
+# Chosen so that both of two coinciding curves are visible: a wide line below a narrow dashed one.
 STYLES = (
     {"linestyle": "-", "linewidth": 3.5, "alpha": 0.55, "marker": "o", "markersize": 9},
     {"linestyle": "-", "linewidth": 1.6, "marker": "s", "markersize": 5},
@@ -17,7 +17,7 @@ STYLES = (
 
 
 def curve_rows(curves: Mapping[str, Curve]) -> list[dict[str, object]]:
-    """A row per method and step; a loss that was not taken at a step stays empty."""
+    """One row per method and step; empty where a loss was not measured at that step."""
     return [
         {
             "method": method,
@@ -31,7 +31,7 @@ def curve_rows(curves: Mapping[str, Curve]) -> list[dict[str, object]]:
 
 
 def draw_curves(path: Path, title: str, curves: Mapping[str, Curve]) -> None:
-    """Training loss on the left, validation loss on the right."""
+    """Plot the training losses on the left and the validation losses on the right."""
     import matplotlib
 
     matplotlib.use("Agg")

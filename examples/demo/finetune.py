@@ -14,7 +14,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW without weight decay; every method is given the same batches in the same order."""
+    """AdamW without weight decay. The same seed gives the same batches in the same order."""
 
     steps: int = 30
     batch: int = 4
@@ -23,7 +23,7 @@ class Recipe:
     clip: float = 1.0
 
     def batches(self, texts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Epochs of shuffled texts, from a generator of its own."""
+        """Texts in random order, epoch after epoch; torch's global generator is not used."""
         generator = torch.Generator().manual_seed(self.seed)
         order: list[int] = []
         for _ in range(self.steps):
@@ -33,13 +33,13 @@ class Recipe:
             del order[: self.batch]
 
     def validates_at(self, step: int) -> bool:
-        """At the start, half way and at the end."""
+        """True at the start, half way and at the end."""
         return step in (0, self.steps // 2, self.steps)
 
 
 @dataclass
 class Curve:
-    """Mean loss per token, by step; step 0 is the untrained start."""
+    """Mean loss per token by step; step 0 is before training."""
 
     train: dict[int, float] = field(default_factory=dict)
     validation: dict[int, float] = field(default_factory=dict)
@@ -52,7 +52,7 @@ def train(
     validation: Sequence[Tensor],
     progress: Callable[[], None] = lambda: None,
 ) -> Curve:
-    """Trains whatever requires a gradient; `progress` is called after each step."""
+    """Train every parameter that requires a gradient; call `progress` after each step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
     curve = Curve(validation={0: evaluate(model, validation)})
@@ -78,10 +78,10 @@ def evaluate(model: nn.Module, texts: Sequence[Tensor], batch: int = 8) -> float
 
 
 def token_loss(model: nn.Module, texts: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """Next-token cross-entropy, (summed, number of tokens).
+    """Next-token cross-entropy: (sum over the tokens, number of tokens).
 
-    The head runs on predicted positions only, text by text: with a vocabulary of 49 152 it is a
-    fifth of the model's arithmetic, and the logits of one text still fit into a CPU's cache.
+    The head runs one text at a time and skips padding: with a vocabulary of 49 152 it is a fifth of
+    the model's arithmetic, and the logits of one text fit in a CPU's cache.
     """
     ids = pad_sequence(list(texts), batch_first=True)
     labels = pad_sequence(list(texts), batch_first=True, padding_value=IGNORED)[:, 1:]

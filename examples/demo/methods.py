@@ -1,4 +1,4 @@
-"""The three starts that the demo compares, all of them layers of this package."""
+"""The three methods that the demo compares; all of them are layers of this package."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lora_kernels.init import PiSSA
 RANK = ALPHA = 16
 
 METHODS = {
-    # A sine basis, scaled by the size of W; no SVD.
+    # A sine basis, scaled by the norm of W; no SVD.
     "LoRAM": LoRAConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="loram"),
     "LoRA (B=0)": LoRAConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="lora"),
-    # The reference: the leading singular triplets of W, by LAPACK's SVD.
+    # The leading singular triplets of W, from LAPACK's exact SVD.
     "PiSSA (SVD)": LoRAConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights=PiSSA(method="exact")),
 }

@@ -1,4 +1,4 @@
-"""Save a trained model in every way there is, and load it into a fresh one: all say the same."""
+"""Save a trained model in each format and load it into a fresh model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_kernels.model import adapted_layers
 
 
 def through_peft(trained: nn.Module, fresh: nn.Module, path: Path) -> nn.Module:
-    """An adapter of rank 2r on the original base, loaded by plain PEFT."""
+    """As a PEFT adapter of rank 2r for the original weights, loaded with PEFT alone."""
     from peft import PeftModel
 
     save_adapter(trained, path)
@@ -23,14 +23,14 @@ def through_peft(trained: nn.Module, fresh: nn.Module, path: Path) -> nn.Module:
 
 
 def through_native(trained: nn.Module, fresh: nn.Module, path: Path) -> nn.Module:
-    """A and B, and one number for each layer's start."""
+    """As a native adapter: A, B and, per layer, one number from which LoRAM's factors follow."""
     save_adapter(trained, path, format="native")
     load_adapter(fresh, path, progress=False)
     return fresh
 
 
 def through_state_dict(trained: nn.Module, fresh: nn.Module, path: Path) -> nn.Module:
-    """Everything, the residual base too."""
+    """As a state_dict of the whole model, with the weights that LoRAM has changed."""
     path.mkdir()
     torch.save(trained.state_dict(), path / "model.pt")
     same = replace(METHODS["LoRAM"], target_modules=list(adapted_layers(trained)))

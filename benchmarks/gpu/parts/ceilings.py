@@ -1,4 +1,4 @@
-"""The device's ceilings in a table, beside an H200's."""
+"""The device's ceilings, compared with those of an H200."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.gpu.targets.costs import H200
 
 
 def run(session: Session) -> None:
-    """ceilings.csv and .png; the H200's earlier figures stand beside."""
+    """Write ceilings.csv and .png."""
     machine, plan = session.machine, session.plan
     rows = [
         {

@@ -1,4 +1,4 @@
-"""Decode sizes under a CUDA graph, which runs through layers with a weight each."""
+"""The layer with few tokens, in a CUDA graph of several layers with different weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS = (BARE, OURS, NAIVE, ADDMM)
 
 
 def capture(layers: Sequence[nn.Module], x: torch.Tensor) -> Callable[[], object]:
-    """A replay of all layers, one after the other; on a CPU just a call of them."""
+    """A function that replays all layers, one after another; on a CPU it calls them."""
 
     @torch.no_grad()
     def run() -> list[torch.Tensor]:
@@ -32,7 +32,7 @@ def capture(layers: Sequence[nn.Module], x: torch.Tensor) -> Callable[[], object
     stream = torch.cuda.Stream(x.device)
     stream.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles and chooses, neither of which a capture may do
+        for _ in range(3):  # compile and choose kernels, which is not possible in a capture
             run()
     torch.cuda.current_stream(x.device).wait_stream(stream)
     torch.cuda.synchronize(x.device)
@@ -41,14 +41,14 @@ def capture(layers: Sequence[nn.Module], x: torch.Tensor) -> Callable[[], object
         outputs = run()
 
     def replay(kept=(layers, x, outputs)) -> None:
-        """Whatever the graph reads and writes stays alive with it."""
+        """`kept` keeps alive all tensors that the graph reads and writes."""
         graph.replay()
 
     return replay
 
 
 def time_decode(session: Session, tokens: int, shape: Shape) -> list[Timing]:
-    """The timings of a whole replay, in which each layer is called once."""
+    """The timings of a replay, which calls each layer once."""
     plan = session.plan
     if session.over:
         return skipped(LAYERS)
@@ -67,7 +67,7 @@ def time_decode(session: Session, tokens: int, shape: Shape) -> list[Timing]:
 
 
 def run(session: Session) -> None:
-    """decode.csv and .png; the times are of one layer, the replay's over their number."""
+    """Write decode.csv and .png. The times are per layer: a replay's divided by the layers."""
     plan, rows, bars = session.plan, [], []
     for shape in plan.grid_shapes:
         for tokens in plan.decode_tokens:

@@ -20,7 +20,7 @@ SKIPPED_CELL = "–"
 
 
 def to_best_peer(timings: Sequence[Timing]) -> tuple[float, str]:
-    """(our median over the best peer's, its name); NaN where there is none."""
+    """(our median divided by the fastest peer's, that peer's name); NaN where one is missing."""
     known = {t.name: t.median for t in timings if not t.failure}
     best = min((name for name in PEERS if name in known), key=known.__getitem__, default="")
     if not best or OURS not in known:
@@ -29,7 +29,7 @@ def to_best_peer(timings: Sequence[Timing]) -> tuple[float, str]:
 
 
 def cells(session: Session) -> Iterator[tuple[Shape, int, int, str, str, list[Timing]]]:
-    """(shape, r, tokens, pass, clock, timings), skipped ones too."""
+    """(shape, r, tokens, pass, clock, timings) of every cell, including skipped ones."""
     plan = session.plan
     options = {"rounds": plan.grid_rounds, "burst_ms": plan.grid_burst_ms}
     for shape in plan.grid_shapes:
@@ -50,7 +50,7 @@ def cells(session: Session) -> Iterator[tuple[Shape, int, int, str, str, list[Ti
 
 
 def run(session: Session) -> None:
-    """layer_grid.csv and .png; on the terminal our time over the best peer's."""
+    """Write layer_grid.csv and .png; print our time divided by the fastest peer's."""
     rows = []
     ratios: dict[str, list[float]] = {kind: [] for kind in CLOCKS}
     maps: dict[str, dict[tuple[str, str], float]] = {}
@@ -62,7 +62,7 @@ def run(session: Session) -> None:
             own = timing.name == OURS
             extra = {"ours_to_best_peer": ratio if own else "", "best_peer": best if own else ""}
             rows.append({**facts, **timing.row(), **extra})
-        session.save("layer_grid", rows)  # as it goes: a run that is cut short keeps what it has
+        session.save("layer_grid", rows)  # after each cell, in case the run is stopped
         ratios[kind].append(ratio)
         maps.setdefault(f"{shape_name(shape)}, {which}, {kind}", {})[f"{r}", f"{tokens}"] = ratio
     title = f"Our time over the best peer's, {session.environment['device']}"
@@ -73,7 +73,7 @@ def run(session: Session) -> None:
 
 
 def show(session: Session, title: str, maps: Mapping[str, Mapping[tuple[str, str], float]]) -> None:
-    """A row per shape, pass, clock and rank, a column per number of tokens."""
+    """Print a row per shape, pass, clock and rank, with a column per number of tokens."""
     table: dict[tuple[str, str], dict[str, str]] = {}
     for label, values in maps.items():
         for (r, tokens), ratio in values.items():
@@ -83,7 +83,7 @@ def show(session: Session, title: str, maps: Mapping[str, Mapping[tuple[str, str
 
 
 def conclude(session: Session, kind: str, ratios: Sequence[float]) -> None:
-    """Counts the cells that are slower; cells without a figure are counted apart."""
+    """Count the cells in which ours is slower, and those without a measurement."""
     known = [ratio for ratio in ratios if not math.isnan(ratio)]
     slower = sum(ratio > TOLERANCE for ratio in known)
     missing = len(ratios) - len(known)

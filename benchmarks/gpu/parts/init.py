@@ -1,4 +1,4 @@
-"""Initialising a whole Llama-2-7B-shaped model, against two reads and one write of its weights."""
+"""Initializing a model with Llama-2-7B's shapes, compared with two reads and one write of W."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AIM, AIM_MS = 1.3, 15
 
 
 def model_weights(plan: Plan, device: torch.device) -> list[Tensor]:
-    """All projections in bf16, of the magnitude that pretrained weights have."""
+    """Random weights for all projections in bf16, of a pretrained model's magnitude."""
     return [
         torch.randn(n, k, device=device, dtype=torch.bfloat16).mul_(k**-0.5)
         for (n, k), count in plan.model
@@ -27,7 +27,7 @@ def model_weights(plan: Plan, device: torch.device) -> list[Tensor]:
 
 
 def time_init(session: Session) -> list[Timing]:
-    """The wall time of one call per round, each on fresh copies of the weights."""
+    """The time of one call per round, each with fresh copies of the weights."""
     plan = session.plan
     names = {f"loram_init_foreach, r = {r}": r for r in plan.init_ranks}
     if session.over:
@@ -44,7 +44,7 @@ def time_init(session: Session) -> list[Timing]:
 
 
 def run(session: Session) -> None:
-    """init.csv and .png."""
+    """Write init.csv and .png."""
     plan = session.plan
     floor = init_floor(plan, session.machine.copy)
     rows, bars = [], []

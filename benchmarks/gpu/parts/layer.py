@@ -1,4 +1,4 @@
-"""The layer at the issue's sizes: forward, and forward with backward, against bare and peers."""
+"""Forward and forward + backward of the layer with many tokens, for ours, `nn.Linear` and peers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def time_layers(
     burst_ms: float,
     kind: str = AS_CALLED,
 ) -> list[Timing]:
-    """All kinds of layer on one input; what is not installed says so."""
+    """The timings of all kinds of layer on one input, including those not installed."""
     n = layers[BARE][0].out_features
     dy = torch.randn(x.shape[0], n, device=x.device, dtype=x.dtype)
     table = {
@@ -50,22 +50,22 @@ def time_layers(
 
 
 def skipped(layers: list[str] | tuple[str, ...] = (BARE, OURS, *PEERS)) -> list[Timing]:
-    """The rows of what there was no time for."""
+    """The timings of layers that were skipped for lack of time."""
     return [Timing(name, failure=SKIPPED) for name in layers]
 
 
 def copies(session: Session, shape: Shape) -> int:
-    """Layers to rotate among, so that no weight is found in the L2."""
+    """The number of layers to use in turn, so that no weight is found in the L2 cache."""
     return buffers(session.device, BF16 * shape[0] * shape[1])
 
 
 def random_input(session: Session, tokens: int, shape: Shape) -> torch.Tensor:
-    """[tokens, in] in bf16."""
+    """A random x [tokens, in] in bf16."""
     return torch.randn(tokens, shape[1], device=session.device, dtype=torch.bfloat16)
 
 
 def run(session: Session) -> None:
-    """layer.csv and .png."""
+    """Write layer.csv and .png."""
     plan = session.plan
     shape, tokens = plan.layer_shape, plan.layer_tokens
     aims = {line.name: line for line in lines(session.machine, plan)}

@@ -1,4 +1,4 @@
-"""Peak allocated memory of forward + backward, each kind of layer alone on the device."""
+"""Peak allocated memory of forward + backward, for one layer of each kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AIM = 1.02
 
 
 def peak_bytes(device: torch.device, run: Callable[[], object]) -> tuple[int, int]:
-    """(peak allocated, how much of it was there before); the first call is not counted."""
+    """(peak allocated, allocated before the call) in bytes, measured in the second call."""
     run()
     if device.type != "cuda":
         return _peak_on_cpu(run), 0
@@ -35,7 +35,7 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> tuple[int, in
 
 
 def _peak_on_cpu(run: Callable[[], object]) -> int:
-    """Only how far the process grows: there is no count of what is allocated."""
+    """How much the process grows, as PyTorch does not count the memory allocated on a CPU."""
     from benchmarks.common.memory import PeakGrowth
 
     with PeakGrowth(sharp=True) as growth:
@@ -44,7 +44,7 @@ def _peak_on_cpu(run: Callable[[], object]) -> int:
 
 
 def row_of(session: Session, name: str, builder: Callable[[nn.Linear], nn.Module] | None) -> dict:
-    """One kind of layer, built for this and let go."""
+    """Create one layer of a kind and measure it."""
     plan = session.plan
     if builder is None or session.over:
         return {"variant": name, "failure": NOT_INSTALLED if builder is None else SKIPPED}
@@ -59,7 +59,7 @@ def row_of(session: Session, name: str, builder: Callable[[nn.Linear], nn.Module
 
 
 def run(session: Session) -> None:
-    """memory.csv and .png."""
+    """Write memory.csv and .png."""
     plan = session.plan
     r = plan.layer_cases[0][0]
     rows = [row_of(session, name, builder) for name, builder in builders(r).items()]

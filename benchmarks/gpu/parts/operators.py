@@ -1,4 +1,4 @@
-"""The bandwidth of `dst_basis`, `frobenius_stats` and `subtract_dst_`, as a share of the copy's."""
+"""The bandwidth of `dst_basis`, `frobenius_stats` and `subtract_dst_`, relative to a copy's."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ops = torch.ops.lora
 
 
 def prepare(case: OperatorCase, device: torch.device) -> tuple[Callable[[], object], int]:
-    """(one call, the number of buffers it rotates among)."""
+    """(a function that makes one call, the number of buffers that it uses in turn)."""
     count = buffers(device, case.footprint)
     if case.operator == "dst_basis":
-        # Results are kept, so that the allocator cannot hand out the same block again and again.
+        # Keep the results, so that the allocator does not return the same block each time.
         kept: deque = deque(maxlen=count)
         size, options = max(case.shape), {"dtype": case.dtype, "device": device}
         return lambda: kept.append(ops.dst_basis(size, case.rank, **options)), count
@@ -35,14 +35,14 @@ def prepare(case: OperatorCase, device: torch.device) -> tuple[Callable[[], obje
         step = case.weights
         lists = [weights[i : i + step] for i in range(0, len(weights), step)]
         return rotating([partial(ops.frobenius_stats, some) for some in lists]), count
-    # So small that W stays what it is however often it is subtracted.
+    # Too small to change W, however often it is subtracted.
     coefficient = torch.tensor(1e-6, dtype=torch.float64, device=device)
     calls = [partial(ops.subtract_dst_, w, coefficient, case.rank) for w in weights]
     return rotating(calls), count
 
 
 def time_case(session: Session, case: OperatorCase) -> Timing:
-    """A failure, if there is one, says why."""
+    """The timing of one case, or the reason why there is none."""
     if session.over:
         return Timing(case.name, failure=SKIPPED)
     run, count = prepare(case, session.device)
@@ -53,7 +53,7 @@ def time_case(session: Session, case: OperatorCase) -> Timing:
 
 
 def run(session: Session) -> None:
-    """operators.csv and .png."""
+    """Write operators.csv and .png."""
     rows, bars = [], []
     for case in operator_cases(session.plan):
         timing = time_case(session, case)

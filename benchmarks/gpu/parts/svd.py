@@ -1,5 +1,6 @@
-"""What SVD starts take: exact and torch's randomised ones, of one fp32 layer of each shape, and
-ours, of batches of bf16 layers. All are extrapolated to the whole model.
+"""The time to compute the PiSSA factors of a whole model, extrapolated from one layer per shape.
+
+Exact SVDs and torch's randomized ones are timed on an fp32 layer, ours on a batch of bf16 layers.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from benchmarks.gpu.timing import Clock
 
 NITERS = (4, SVD_NITER)
 BATCH = 32
-FIRST_GUESS = 30.0  # seconds for the first exact SVD, which nothing can interrupt
+FIRST_GUESS = 30.0  # seconds allowed for the first exact SVD, which cannot be interrupted
 AIM = 10_000
 EXACT = "linalg.svd"
 OURS = "randomized_svd_foreach"
 
 
 def exact(weight: Tensor) -> object:
-    """All singular triplets, as PiSSA takes them."""
+    """A whole SVD, as PEFT's PiSSA computes it."""
     return torch.linalg.svd(weight, full_matrices=False)
 
 
 def seconds_of(session: Session, shape: Shape, run: Callable[[Tensor], object]) -> float | str:
-    """Of one call, or why there is none."""
+    """The time of one call, or the reason why it failed."""
     try:
         weight = torch.randn(*shape, device=session.device).mul_(shape[1] ** -0.5)
         return Clock(session.device)(Variant(lambda: run(weight)))
@@ -41,7 +42,7 @@ def seconds_of(session: Session, shape: Shape, run: Callable[[Tensor], object]) 
 
 
 def fits(session: Session, shape: Shape, known: dict[Shape, float]) -> bool:
-    """Whether an exact SVD can end within the budget: its work grows as n·k·min(n, k)."""
+    """Whether an exact SVD is likely to end within the budget, its work being n·k·min(n, k)."""
 
     def work(size: Shape) -> int:
         return size[0] * size[1] * min(size)
@@ -51,7 +52,7 @@ def fits(session: Session, shape: Shape, known: dict[Shape, float]) -> bool:
 
 
 def exact_rows(session: Session) -> list[dict[str, object]]:
-    """One layer of each shape, once: a round costs seconds."""
+    """Exact SVDs of one layer of each shape, once each because they take seconds."""
     plan, known, rows = session.plan, {}, []
     if not session.over:
         seconds_of(session, (64, 64), exact)  # loads the solver
@@ -69,7 +70,7 @@ def exact_rows(session: Session) -> list[dict[str, object]]:
 
 
 def randomised_rows(session: Session, r: int, niter: int) -> list[dict[str, object]]:
-    """The second call of each: the first loads kernels."""
+    """The second call of `svd_lowrank` for each shape; the first loads its kernels."""
     rows = []
     for shape, count in session.plan.model:
         seconds: float | str = SKIPPED
@@ -83,7 +84,7 @@ def randomised_rows(session: Session, r: int, niter: int) -> list[dict[str, obje
 
 
 def our_rows(session: Session, r: int) -> list[dict[str, object]]:
-    """Our PiSSA, a batch of bf16 weights in one call; the second call of each."""
+    """The second call of our operator for each shape, with a batch of bf16 weights."""
     rows = []
     for shape, count in session.plan.model:
         batch, seconds = min(BATCH, count), SKIPPED
@@ -96,7 +97,7 @@ def our_rows(session: Session, r: int) -> list[dict[str, object]]:
 
 
 def batch_seconds(session: Session, shape: Shape, batch: int, r: int) -> float | str:
-    """Of one call over `batch` weights, or why there is none."""
+    """The time of one call with `batch` weights, or the reason why it failed."""
     try:
         weights = [
             torch.randn(*shape, device=session.device).mul_(shape[1] ** -0.5).bfloat16()
@@ -109,14 +110,14 @@ def batch_seconds(session: Session, shape: Shape, batch: int, r: int) -> float |
 
 
 def lowrank_name(niter: int) -> str:
-    """Of the peer in the tables."""
+    """The name of `svd_lowrank` in the tables."""
     return f"svd_lowrank niter {niter}"
 
 
 def row_of(
     what: str, shape: Shape, count: int, r: int | str, seconds: float | str, dtype: str = "fp32"
 ) -> dict[str, object]:
-    """One shape's figures; `extrapolated_s` is one layer's time by the number of such layers."""
+    """The row of one shape; `extrapolated_s` is one layer's time times the number of layers."""
     failed = isinstance(seconds, str)
     return {
         "what": what,
@@ -131,7 +132,7 @@ def row_of(
 
 
 def total_of(session: Session, rows: list[dict[str, object]], r: int) -> dict[str, object]:
-    """The sum over the shapes; a missing one makes it a lower bound."""
+    """The sum over the shapes; a lower bound if the time of a shape is missing."""
     parts = [row["extrapolated_s"] for row in rows if not row["failure"]]
     total = sum(parts) if parts else math.nan
     ours_ms = session.milliseconds(init_line(session.plan, r))
@@ -153,7 +154,7 @@ def total_of(session: Session, rows: list[dict[str, object]], r: int) -> dict[st
 def record_randomised(
     session: Session, r: int, peer: dict[str, object], mine: dict[str, object]
 ) -> None:
-    """How many times faster than svd_lowrank at the same accuracy."""
+    """Store how many times faster ours is than `svd_lowrank` at the same accuracy."""
     name = init_line(session.plan, r, "PiSSA")
     failure = mine["failure"] or peer["failure"]
     if failure:
@@ -163,7 +164,7 @@ def record_randomised(
 
 
 def run(session: Session) -> None:
-    """init_svd.csv and .png."""
+    """Write init_svd.csv and .png."""
     plan, bars = session.plan, []
     exacts = exact_rows(session)
     rows = list(exacts)

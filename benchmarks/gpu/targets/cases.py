@@ -1,4 +1,4 @@
-"""The operators' cases, with the bytes that each must move: measured and predicted alike."""
+"""The calls of operators that are measured and predicted, with the bytes that each must move."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.gpu.targets.plan import Plan
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """One call of one operator; `bytes` are those it reads and writes, each once."""
+    """One call of one operator; `bytes` counts those that it must read and write."""
 
     operator: str
     shape: Shape
@@ -25,12 +25,12 @@ class OperatorCase:
 
     @property
     def footprint(self) -> int:
-        """Bytes of memory that a call touches, which the L2 must not hold at the next one."""
+        """The bytes that a call uses, which the next one must not find in the L2 cache."""
         return self.bytes // 2 if self.operator == "subtract_dst_" else self.bytes
 
     @property
     def name(self) -> str:
-        """The line's name."""
+        """The target's name."""
         parts = [self.operator, shape_name(self.shape), dtype_name(self.dtype)]
         if self.operator == "subtract_dst_":
             parts.append(f"r = {self.rank}")

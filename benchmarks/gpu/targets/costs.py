@@ -1,9 +1,9 @@
-"""What a line should cost, by cause, before any GPU is had: so that a miss says where.
+"""The predicted time of every target, by cause, so that a missed target shows where to look.
 
-A device is two measured figures, `copy` (bytes read and written per second by a large copy) and
-`matmul` (flop/s of a large bf16 product), and what is assumed of every device, named below. A
-kernel takes max(bytes, operations); the larger is named by its cause, and what lies outside of it
-is added: the launch, the work that runs in series with the main loop, a workspace's bytes.
+A device is described by two measurements, `copy` (bytes read and written per second by a large
+copy) and `matmul` (flop/s of a large bf16 product), and by assumptions, the constants below. A
+kernel takes the longer of the time for its bytes and that for its operations. Added to it are the
+launch, the work that does not overlap with the main loop, and the bytes of a workspace.
 """
 
 from __future__ import annotations
@@ -16,53 +16,52 @@ from benchmarks.common.report import RESULTS
 from benchmarks.common.shapes import Shape
 from benchmarks.gpu.targets.plan import Plan
 
-# Assumed, in seconds, and not measured on a card.
-KERNEL = 1e-6  # beside a kernel's bytes: launch gap, ramp and tail
-OVERLAPPED = 0.5e-6  # the same of a kernel that is launched before its predecessor has ended
-COPY = 4e-6  # a table to the device, or sums to the host, in line with the kernels
-WAKE = 8e-6  # from an event on the device to the waiting host
+# Assumed, in seconds, not measured on a GPU.
+KERNEL = 1e-6  # of each kernel, beside its bytes: the gap before it, its beginning and its end
+OVERLAPPED = 0.5e-6  # the same, for a kernel launched before the one before it has ended
+COPY = 4e-6  # copying a table to the device, or sums to the host, on the kernels' stream
+WAKE = 8e-6  # from an event on the device until the waiting host continues
 LAUNCH = 12e-6  # from Python to the device's queue
 LAST_ADDS = 1e-6  # the last program of `frobenius_stats` adds the totals of the others
 TILE = 128, 256  # of our GEMM
-# In series with each tile's main loop, beyond cuBLAS's: z Bᵀ, and where it does not fit the
-# registers beside the accumulator (r > 32) the loads of z and B too. Read from PTX, 5 % of a tile.
+# Work per tile that does not overlap with the main loop, compared with cuBLAS: z Bᵀ and, where z
+# and B do not fit in registers beside the accumulator (r > 32), loading them. Estimated from PTX:
+# 5 % of a tile.
 TILE_SERIAL, TILE_LOADS = 0.8e-6, 1.4e-6
-DECODE_SERIAL = 0.5e-6  # the partial sums of z, between the wait for them and the store
+DECODE_SERIAL = 0.5e-6  # adding the partial sums of z before the result is stored
 HOUSEHOLDER = 0.35e-3  # cuSOLVER's geqrf and orgqr on [4096, 16]
 JACOBI = 2e-3  # both eigenproblems of a batch of 32 (csrc/cuda/jacobi_eigh.cu)
 
-MASK = 20  # instructions an element: Philox4x32-10 shared by four, and the choice
-MIN_WIDTH = 16  # a tensor core's product is at least this wide
+MASK = 20  # instructions per element: Philox4x32-10, shared by four elements, and the selection
+MIN_WIDTH = 16  # the smallest width of a product on tensor cores
 BF16, FP32, FP64 = 2, 4, 8
 SMS, CLOCK = 132, 1.755e9
-ENOUGH_PROGRAMS = 2 * SMS  # that the split of a sum aims at
-DZ_COLUMNS, DA_COLUMNS, FUSED_RANK = 256, 128, 32  # linear/grads.py
+ENOUGH_PROGRAMS = 2 * SMS  # sums are split over about as many programs
+DZ_COLUMNS, DA_COLUMNS, FUSED_RANK = 256, 128, 32  # as in triton_kernels/linear/grads.py
 SVD_NITER = 16
-SVD_BLOCK, SVD_STEPS, SVD_BATCH = 16, 7, 32  # of the default subspace at r = 16
-SPACE_BYTES = 60  # of basis, image and their float64 copies, for an entry and a step
+SVD_BLOCK, SVD_STEPS, SVD_BATCH = 16, 7, 32  # for the default subspace at r = 16
+SPACE_BYTES = 60  # per entry and step: the basis, its image and their float64 copies
 SMALL_KERNELS = 60
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, by cause."""
+    """The seconds of one target, by cause."""
 
     host: float = 0.0  # the device waits for the host
     launches: float = 0.0
     bytes: float = 0.0
-    flops: float = 0.0  # beyond the bytes' time; float64 and the dropout mask's integers too
-    serial: float = 0.0  # prologue and epilogue of tiles, last reductions
-    workspace: float = 0.0  # partial sums, written and read again
+    flops: float = 0.0  # operations of all kinds, as far as they take longer than the bytes
+    serial: float = 0.0  # prologues and epilogues of tiles, final reductions
+    workspace: float = 0.0  # writing partial sums and reading them again
     copies: float = 0.0  # between host and device
 
     @property
     def total(self) -> float:
-        """Of all causes."""
         return sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, float]:
-        """By name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __add__(self, other: Cost) -> Cost:
@@ -81,7 +80,7 @@ class Machine:
     name: str
     copy: float  # bytes/s, read and written
     matmul: float  # flop/s in bf16
-    lanes: float = SMS * 128 * CLOCK  # instructions/s of all lanes together
+    lanes: float = SMS * 128 * CLOCK  # instructions/s of the whole device
 
     def kernel(
         self,
@@ -94,9 +93,11 @@ class Machine:
         serial: float = 0.0,
         launch: float = KERNEL,
     ) -> Cost:
-        """One launch. `masked` elements have their part of the dropout mask drawn; `wide`: entries,
-        float64 operations (64 a clock and multiprocessor) and conversions (16) of each; `workspace`
-        bytes.
+        """The cost of one launch.
+
+        `masked` is the number of elements whose dropout mask is computed; `wide` is (entries,
+        float64 operations per entry, conversions per entry), of which a multiprocessor does 64 and
+        16 a clock; `workspace` is in bytes.
         """
         entries, operations, conversions = wide
         moved = bytes_ / self.copy
@@ -114,7 +115,7 @@ class Machine:
         )
 
 
-# Measured by others on such cards, with random data: 1 GiB copies, 8192³ products.
+# Earlier measurements with random data: copies of 1 GiB, products of 8192³.
 H200 = Machine("nvidia-h200", copy=4.3e12, matmul=790e12)
 H100 = Machine("nvidia-h100", copy=3.0e12, matmul=798e12)
 MACHINES = (H200, H100)
@@ -122,9 +123,9 @@ MACHINES = (H200, H100)
 
 @dataclass(frozen=True)
 class HostTimes:
-    """Seconds after the call of `loram_init_foreach` at which kernels are launched, and of a
-    layer's forward call. The defaults stand where nothing was measured: two aims, and what a
-    reading with a stand-in launcher found before the sizes of a call were planned once.
+    """The host's times in seconds: from the call of `loram_init_foreach` to the launch of its first
+    kernel and of its subtraction, and of a forward call of the layer. The defaults are used where
+    there is no measurement.
     """
 
     first: float = 0.3e-3
@@ -153,13 +154,14 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def model_bytes(plan: Plan) -> float:
-    """Of all weights, in bf16."""
+    """The bytes of all weights in bf16."""
     return BF16 * sum(n * k * count for (n, k), count in plan.model)
 
 
 def init_cost(machine: Machine, plan: Plan, r: int, host: HostTimes) -> Cost:
-    """Statistics (a reading of every weight); β, the tables of sines, A and B; the subtraction (a
-    reading and a writing). The sums go to the host, which has to answer before the last.
+    """The cost of `loram_init_foreach`, in three steps: the statistics read every weight; β, the
+    tables of sines, A and B are computed; the subtraction reads and writes every weight. The host
+    needs the statistics' sums before it launches the subtraction.
     """
     weights = model_bytes(plan)
     entries = weights / BF16
@@ -169,7 +171,7 @@ def init_cost(machine: Machine, plan: Plan, r: int, host: HostTimes) -> Cost:
     for _ in "AB":
         between += machine.kernel(FP32 * factors / 2, wide=(factors / 2, 6, 1))
     subtraction = machine.kernel(2 * weights, wide=(entries, 6, 2))
-    # The device has run dry when the host has not launched the subtraction by then.
+    # When the device has done the first two steps; it is idle until the subtraction is launched.
     free = host.first + stats.total + between.total
     launched = max(host.subtraction, host.first + stats.total + COPY + WAKE + LAUNCH)
     waits = Cost(host=host.first + max(0.0, launched - free) + WAKE)
@@ -177,11 +179,11 @@ def init_cost(machine: Machine, plan: Plan, r: int, host: HostTimes) -> Cost:
 
 
 def pissa_costs(machine: Machine, plan: Plan) -> tuple[Cost, Cost]:
-    """(ours, svd_lowrank) for the whole model at r = 16, without the host's time.
+    """(ours, svd_lowrank's) for the whole model at r = 16, without the host's time.
 
-    svd_lowrank reads an fp32 W 2 · SVD_NITER + 2 times and takes as many Householder QRs; ours
-    reads a bf16 W twice a block of its Krylov space, moves the blocks' own bytes, and takes
-    SMALL_KERNELS a step for a batch of 32 and JACOBI once.
+    svd_lowrank reads W in fp32 2 · SVD_NITER + 2 times and computes as many Householder QRs. Ours
+    reads W in bf16 twice per block of its Krylov space and moves the bytes of the blocks; a batch
+    of 32 takes SMALL_KERNELS launches per step and JACOBI once.
     """
     ours, peer = Cost(), Cost()
     for (n, k), count in plan.model:
@@ -205,13 +207,13 @@ def layer_costs(
     dropout: float = 0.0,
     host: HostTimes | None = None,
 ) -> tuple[Cost, Cost]:
-    """(ours, bare), called many times in a row: the host's time is seen where it is the longer,
-    a backward's taken to be twice a forward's. Bare: x Wᵀ, and backward dY W.
+    """(ours, bare) for many calls in a row, so that the host's time matters only where it is the
+    longer one; a backward's is assumed to be twice a forward's. Bare is x Wᵀ and, backward, dY W.
 
-    Ours, forward: the shrink z = x Aᵀ, and the product with z Bᵀ in its accumulator. Backward: dY
-    once for dz and dB (r ≤ 32; above, once for each), whose parts are a workspace; dX as the
-    forward's product; x once for dA. Dropout: the mask is drawn again, never stored, in the shrink,
-    in dA and in dX, whose rank term is then written first and read by cuBLAS.
+    Ours, forward: z = x Aᵀ, and one product that adds z Bᵀ in its accumulator. Backward: dY is read
+    once for dz and dB together (r ≤ 32) or once for each, with partial sums in a workspace; dX is a
+    product like the forward's; x is read once for dA. With dropout the mask, which is never stored,
+    is computed again for z, dA and dX, and the rank term of dX is written first and read by cuBLAS.
     """
     (n, k), m, wide = shape, tokens, max(r, MIN_WIDTH)
 
@@ -223,11 +225,11 @@ def layer_costs(
         return machine.kernel(base, 2 * m * n * k + 2 * m * outputs * width, serial=serial)
 
     def reading(columns: int, sums: int, *, parts: float = 0.0, masked: float = 0.0) -> Cost:
-        """One reading of [m, columns] for `sums` products with a rank."""
+        """The cost of reading [m, columns] once for `sums` products with factors of rank r."""
         moved = BF16 * m * columns + sums * (FP32 * r * columns + BF16 * m * r)
         flops = 2 * sums * m * columns * wide
         cost = machine.kernel(moved, flops, masked=masked, workspace=2 * FP32 * parts)
-        return cost + (machine.kernel(0) if parts else Cost())  # the sum of the parts
+        return cost + (machine.kernel(0) if parts else Cost())  # adds the parts
 
     def chunks(columns: int, block: int) -> int:
         return -(-ENOUGH_PROGRAMS // -(-columns // block))
@@ -253,7 +255,7 @@ def layer_costs(
 
 
 def decode_costs(machine: Machine, tokens: int, shape: Shape, r: int) -> tuple[Cost, Cost]:
-    """(ours, bare) in a CUDA graph: the bytes of W, and for ours two kernels that overlap."""
+    """(ours, bare) in a CUDA graph: reading W dominates; ours has two kernels that overlap."""
     (n, k), m = shape, tokens
     base = BF16 * (n * k + m * (n + k))
     bare = machine.kernel(base, 2 * m * n * k)

@@ -1,4 +1,4 @@
-"""What is measured: sizes and rounds of the full run and of the quick one."""
+"""The sizes and the numbers of rounds of the full run and the quick run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Plan:
     gemm: int = 8192
     operator_shapes: tuple[Shape, ...] = ((4096, 4096), (11008, 4096), (14336, 4096))
     operator_ranks: tuple[int, ...] = (16, 128)
-    list_length: int = 8  # weights that one call of frobenius_stats is given
+    list_length: int = 8  # weights in one call of frobenius_stats
     # Llama-2-7B, 32 layers: q, k, v, o; gate, up; down.
     model: tuple[tuple[Shape, int], ...] = (
         ((4096, 4096), 128),
@@ -24,7 +24,7 @@ class Plan:
         ((4096, 11008), 32),
     )
     init_ranks: tuple[int, ...] = (16, 128)
-    svd_shapes: int = 3  # how many of the model's shapes are decomposed exactly
+    svd_shapes: int = 3  # number of the model's shapes with an exact SVD
     # (r, dropout) of the targets, all at this shape and number of tokens.
     layer_shape: Shape = (4096, 4096)
     layer_tokens: int = 8192
@@ -34,20 +34,20 @@ class Plan:
     grid_ranks: tuple[int, ...] = (8, 16, 64, 128)
     decode_tokens: tuple[int, ...] = (1, 16, 64)
     decode_rank: int = 16
-    decode_layers: int = 8  # with a weight each, more bytes than any L2 holds
+    decode_layers: int = 8  # together, their weights exceed any L2 cache
     rounds: int = 15
     grid_rounds: int = 5
-    burst_ms: float = 5.0  # how long the calls between two events take together, about
+    burst_ms: float = 5.0  # approximate time of all calls between two events
     grid_burst_ms: float = 1.5
 
     @property
     def projections(self) -> int:
-        """Of the whole model."""
+        """The number of projections in the model."""
         return sum(count for _, count in self.model)
 
 
 FULL = Plan()
-# A smoke test: the same targets, fewer rounds, a corner of the grid, one exact SVD.
+# A quick check: the same targets, fewer rounds, a small part of the grid, one exact SVD.
 QUICK = replace(
     FULL,
     name="quick",

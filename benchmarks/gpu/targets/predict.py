@@ -1,15 +1,15 @@
-"""The targets, with what each should take by `benchmarks/gpu/targets/costs.py`.
+"""The targets, each with the time that `costs.py` predicts.
 
-- operator: its bytes (`cases.py`); aim and share are of `copy`;
+- operators: bandwidth relative to that of a copy, from the bytes in `cases.py`;
 - init: the floor is two reads and one write of every W;
 - PiSSA: predicted for r = 16 only;
-- exact SVD: no prediction, its speed follows from neither bytes nor flops;
-- layer: measured as called, many calls in a row, so that the host's time shows only where it is
-  longer than the device's;
-- decode: our forward against the bare one at small M, in a CUDA graph;
-- memory: W, x, dY, y and dX of the bare layer; ours adds A, B and their gradients in fp32 and z, dz
-  (r wide) in bf16; a kernel's workspace is not in it;
-- grid: no cell is expected to be slower than the best peer.
+- exact SVD: not predicted, as its time follows neither from its bytes nor from its operations;
+- layer: many calls in a row, so that the host's time matters only where it is longer than the
+  device's;
+- decode: our forward compared with the bare layer's for few tokens, in a CUDA graph;
+- memory: the bare layer has W, x, dY, y and dX; ours also has A, B and their gradients in fp32, and
+  z and dz in bf16. Workspaces of kernels are not included;
+- grid: no cell is expected to be slower than the fastest peer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FORWARD, BOTH = "forward", "forward + backward"
 
 @dataclass(frozen=True)
 class Line:
-    """A target with its prediction; `predicted` is in the aim's unit, times are seconds."""
+    """A target with its prediction; `predicted` is in the unit of the aim, times are in seconds."""
 
     name: str
     sense: str  # "≤" or "≥"
@@ -56,11 +56,11 @@ class Line:
     floor: float | None = None
 
     def met(self, value: float) -> bool:
-        """Whether a measured value reaches the aim."""
+        """Whether a measured value meets the aim."""
         return value <= self.aim if self.sense == "≤" else value >= self.aim
 
     def row(self) -> dict[str, object]:
-        """For a CSV, with the measured columns empty."""
+        """A row of a CSV file, with empty columns for measurements."""
         return {
             "line": self.name,
             "aim": f"{self.sense} {self.aim:g} {self.unit}",
@@ -76,7 +76,7 @@ class Line:
 
     @property
     def causes(self) -> str:
-        """The parts of the cost in percent, to be read."""
+        """The causes of the cost in percent, as text."""
         if self.cost is None:
             return ""
         shares = {name: 100 * part / self.cost.total for name, part in self.cost.parts.items()}
@@ -84,29 +84,29 @@ class Line:
 
 
 def init_line(plan: Plan, r: int, what: str = "") -> str:
-    """The name of an init line."""
+    """The name of a target for initialization."""
     return f"init, {plan.projections} projections, r = {r}" + (f", {what}" if what else "")
 
 
 def layer_line(plan: Plan, r: int, dropout: float, which: str) -> str:
-    """The name of a layer line."""
+    """The name of a target for the layer."""
     extra = f", dropout {dropout:g}" if dropout else ""
     where = f"{plan.layer_tokens} tokens, {shape_name(plan.layer_shape)}"
     return f"layer, {where}, r = {r}{extra}, {which}"
 
 
 def decode_line(plan: Plan, tokens: int, shape: Shape) -> str:
-    """The name of a decode line."""
+    """The name of a target for decoding."""
     return f"decode, {tokens} tokens, {shape_name(shape)}, r = {plan.decode_rank}"
 
 
 def grid_line(clock: str) -> str:
-    """The name of a grid line."""
+    """The name of a target for the grid."""
     return f"grid, cells slower than the best peer, {clock}"
 
 
 def memory_line(plan: Plan) -> str:
-    """The name of the memory line."""
+    """The name of the target for memory."""
     where = f"{plan.layer_tokens} tokens, {shape_name(plan.layer_shape)}"
     return f"memory, {where}, r = {plan.layer_cases[0][0]}"
 
@@ -124,7 +124,7 @@ def lines(machine: Machine, plan: Plan) -> list[Line]:
 
 
 def init_floor(plan: Plan, copy: float) -> float:
-    """Seconds of two reads and one write of every weight."""
+    """The seconds for two reads and one write of every weight."""
     return 3 * model_bytes(plan) / copy
 
 

@@ -1,4 +1,4 @@
-"""The fused linear layer: its operators, and the kernels that their steps choose from."""
+"""The linear layer: its two operators, and the kernels among which their steps choose."""
 
 from .operator import linear_backward, linear_forward
 

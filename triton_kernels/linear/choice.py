@@ -1,7 +1,7 @@
-"""Which of several ways to the same result is fastest here: measured once a shape, then remembered.
+"""Choose the fastest of several ways to compute a result: measured once per shape, then remembered.
 
-LORA_KERNELS_TUNE=0 and torch.use_deterministic_algorithms(True) take the first way always, which
-makes results the same bits in every process.
+With LORA_KERNELS_TUNE=0 or torch.use_deterministic_algorithms(True) the first way is always used,
+so that results have the same bits in every process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from triton.runtime.errors import OutOfResources
 
 Result = TypeVar("Result")
 ROUNDS = 5
-AHEAD = 1_000_000  # clock cycles, half a millisecond: what the launches of a round take at most
+AHEAD = 1_000_000  # clock cycles, half a millisecond: an upper bound for the launches of a round
 CHOSEN: dict[tuple, str] = {}
 _warned: set[tuple[str, type]] = set()
 
@@ -29,15 +29,15 @@ def fastest(
     device: torch.device,
     count_launches: bool = False,
 ) -> Result:
-    """The result of the fastest of `ways`; of the first where nothing can be measured.
+    """The result of the fastest of `ways`, or of the first where nothing can be measured.
 
-    What counts is the time on the device: where there is much to do, the host runs ahead. With
-    `count_launches` the host's time counts as well, for calls so short that it is the longer one;
-    not in a CUDA graph, which saves it, and there the first way is taken.
+    Only the time on the device is compared, as the host is ahead of it in longer calls. With
+    `count_launches`, for short calls, the host's time counts as well. That time does not apply in a
+    CUDA graph, so there such calls use the first way.
     """
     if len(ways) == 1:
         return next(iter(ways.values()))()
-    key = (*key, *ways)  # not what was chosen among others, for a layer with R or another stride
+    key = (*key, *ways)  # a choice among other ways, as for a layer with R, does not apply
     name = CHOSEN.get(key)
     known = name is not None
     if known and not count_launches:
@@ -60,16 +60,14 @@ def _can_measure(device: torch.device) -> bool:
 def _measured(
     ways: dict[str, Callable[[], object]], device: torch.device, count_launches: bool
 ) -> str:
-    """The name of the fastest. What fails is left out, and told once; if all fail, that is an
-    error.
-    """
+    """The name of the fastest. Ways that fail are left out with a warning; an error if all fail."""
     times, failures = {}, []
     for name, way in ways.items():
         try:
             times[name] = _milliseconds(way, device, count_launches)
         except (OutOfResources, torch.OutOfMemoryError) as error:
-            failures.append(error)  # this GPU is too small for it: nothing to tell
-        except Exception as error:  # no compiler promises which it raises
+            failures.append(error)  # this GPU is too small for it, which needs no warning
+        except Exception as error:  # Triton's compiler may raise anything
             failures.append(error)
             _warn(name, error)
     if not times:
@@ -91,8 +89,8 @@ def _warn(name: str, error: Exception) -> None:
 
 
 def _milliseconds(way: Callable[[], object], device: torch.device, count_launches: bool) -> float:
-    """The shortest of ROUNDS, after a first that compiles, each with nothing in the L2 cache: in a
-    model the layers before have taken it.
+    """The shortest time of ROUNDS, after a call that compiles. Each round begins with none of the
+    data in the L2 cache, which other layers of a model would have overwritten.
     """
     way()
     best = math.inf
@@ -102,7 +100,7 @@ def _milliseconds(way: Callable[[], object], device: torch.device, count_launche
         flush.zero_()
         torch.cuda.synchronize(device)
         if not count_launches:
-            torch.cuda._sleep(AHEAD)  # the launches queue up behind it
+            torch.cuda._sleep(AHEAD)  # so that all launches are queued before the first begins
         begin.record()
         way()
         end.record()

@@ -1,8 +1,8 @@
-"""The layer for few rows (M <= 64): W [N, K] streams through once, in two kernels altogether.
+"""The layer for few rows (M <= 64), in two kernels that read W [N, K] once.
 
-The first leaves z in parts (`shrink_parts`), which each program of the second adds up after its
-K loop. On Hopper and later the second starts with the first and waits for it only there, so that
-W streams meanwhile. Bytes: W; x, A and the parts come from the caches.
+The first kernel writes z in parts (`shrink_parts`), which each program of the second adds up after
+its K loop. On Hopper and later, the second kernel starts together with the first and waits for it
+only after the K loop, so that W is read meanwhile. Bytes: W; x, A and the parts are in the caches.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _add_rank_term(
     PARTS: tl.constexpr, UNROLL: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """acc + scale · z Bᵀ, with z summed up from its parts; `early`: Bᵀ as it was loaded before."""
+    """acc + scale · z Bᵀ, with z added up from its parts; `early` is Bᵀ if it is already loaded."""
     for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         rank = first + tl.arange(0, BLOCK_R)
         mask = (row < M)[:, None] & (rank < r)[None, :]
@@ -90,7 +90,7 @@ def decode_kernel(
     r = aligned(r, RANK_UNIT)
     row = tl.arange(0, BLOCK_M).to(tl.int64)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Loaded here, B and the bias come beside W: after the loop and the wait nothing hides them.
+    # Loaded here, B and the bias overlap with W; after the loop nothing would hide their latency.
     early, early0, offset = 0.0, 0.0, 0.0
     if EARLY:
         rank = tl.arange(0, BLOCK_R)
@@ -106,7 +106,7 @@ def decode_kernel(
         w_mask = (col < N)[None, :] & (k < K)[:, None]
         left = tl.load(x + row[:, None] * x_stride + k[None, :], mask=x_mask, other=0.0)
         where = col[None, :].to(tl.int64) * w_row + k[:, None].to(tl.int64) * w_col
-        # Once and no more: what is read again, by every program, stays in the L2 cache.
+        # W is used once, so it should not displace x and the parts of z from the L2 cache.
         right = tl.load(W + where, mask=w_mask, other=0.0, eviction_policy="evict_first")
         acc = tl.dot(left, right, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if OVERLAP:
@@ -127,9 +127,11 @@ def decode_kernel(
 
 
 def _constants(M: int, N: int, r: int, has_start: bool, overlap: bool) -> dict[str, int]:
-    """Of `decode_kernel`: its blocks, and how deep it loads ahead."""
+    """The constants of `decode_kernel`: its blocks and the depth of its pipeline."""
     block_m = max(16, next_power_of_2(M))
-    most = 128 if M <= 16 else 32 if has_start else 64  # ranks of B held while W streams through
+    most = (
+        128 if M <= 16 else 32 if has_start else 64
+    )  # ranks of B kept in registers during the K loop
     block_r = rank_block(r, most if r <= most else 16 if has_start else 32)
     ranks = cdiv(r, block_r) * block_r
     tile = block_m * block_r
@@ -137,8 +139,8 @@ def _constants(M: int, N: int, r: int, has_start: bool, overlap: bool) -> dict[s
     unroll = 8 if tile <= 512 or (block_m <= 16 and tile <= 1024) else min(unroll, 8)
     stages = 4
     if overlap and cdiv(N, BLOCK_N) < 2 * ENOUGH_PROGRAMS:
-        # Hopper's memory wants some 40 KB under way a multiprocessor, and a stage has 8 KB of W:
-        # two programs or more have that with 3 stages each under way, a single one has not.
+        # Hopper's memory needs about 40 KB in flight per multiprocessor, and a stage loads 8 KB of
+        # W. Two programs have that with 3 stages in flight each; a single one needs more stages.
         stages = 8 if block_m <= 32 else 6
     return {
         "BLOCK_M": block_m,
@@ -147,7 +149,7 @@ def _constants(M: int, N: int, r: int, has_start: bool, overlap: bool) -> dict[s
         "BLOCK_R": block_r,
         "RANKS": ranks,
         "RANK_UNIT": rank_unit(r),
-        "UNROLL": unroll,  # parts of z under way, as many as registers hold
+        "UNROLL": unroll,  # parts of z in flight, as many as fit in registers
         "EARLY": ranks == block_r,
         "num_stages": stages,
     }
@@ -166,7 +168,7 @@ def decode(
     B0: torch.Tensor | None,
     overlap: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [M, N] and z [M, r] in x's dtype, for M <= 64. `overlap` wants Hopper or later."""
+    """y [M, N] and z [M, r] in x's dtype, for M <= 64. `overlap` needs Hopper or later."""
     (M, K), (N, r) = x.shape, B.shape
     parts, parts0 = shrink_parts(x, A, A0, dropout, seed, PARTS, overlap)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)

@@ -1,7 +1,7 @@
 """y = bias + scale · drop(z Bᵀ) + scale₀ · z₀ B₀ᵀ [M, N], written once.
 
-What the product with W is then added to in place by cuBLAS (beta = 1), whose reading of y hides
-behind its arithmetic. `drop` is for dX: there the mask falls on the result.
+cuBLAS then adds the product with W in place (beta = 1); its reads of y overlap with its arithmetic.
+`drop` is for dX, where the mask applies to the result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """out = a Wᵀ (or a W) + bias + scale · z Bᵀ + scale₀ · z₀ B₀ᵀ in one kernel, for Hopper and later.
 
-A persistent GEMM: tiles by the tensor memory accelerator, the rank products after the K loop into
-the same float32 accumulator. Before the loop they would hold shared memory that the pipeline needs;
-but their operands are loaded there, up to rank 32, so that only the product itself comes after.
+A persistent GEMM that loads tiles with the tensor memory accelerator. The rank terms are added to
+the same float32 accumulator after the K loop, because before it they would occupy shared memory
+that the pipeline needs. Up to rank 32 their operands are loaded before the loop, into registers.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .rank import load_Bt, load_z, rank_block, rank_unit
 from .shrink import shrink_parts
 
 GROUP_M = 8
-LARGEST_RANK = 128  # above it the rank term, which nothing overlaps, is no longer small
+LARGEST_RANK = 128  # above it the time of the rank term, which overlaps with nothing, is not small
 MOST_EARLY = 32  # ranks whose operands are loaded before the K loop
-# The flattened loops of Triton 3.6 have each wgmma wait for the one before (ptxas C7515).
+# In flattened loops of Triton 3.6, each wgmma waits for the one before it (ptxas C7515).
 FLATTENS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
@@ -33,16 +33,16 @@ class Config(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    resident: int  # programs a multiprocessor
+    resident: int  # programs per multiprocessor
     early: bool  # z and B are loaded before the K loop, up to rank MOST_EARLY
-    flat: bool  # one pipeline over all tiles: the next one's first loads beside this one's end
-    waits: bool = False  # starts with the kernel before it, which computes z, and loads z last
+    flat: bool  # one pipeline over all tiles: loads for the next tile begin during this one's end
+    waits: bool = False  # starts together with the kernel that computes z, and loads z last
 
 
 CONFIGS = {
     "fused": Config(128, 256, 64, 8, 3, 1, early=True, flat=False),
     "fused flat": Config(128, 256, 64, 8, 3, 1, early=True, flat=True),
-    # One's rank term beside the other's K loop.
+    # Two programs, so that the rank term of one overlaps with the K loop of the other.
     "fused pair": Config(128, 128, 64, 4, 3, 2, early=False, flat=False),
 }
 OVERLAPPED = Config(128, 256, 64, 8, 3, 1, early=True, flat=False, waits=True)
@@ -50,10 +50,11 @@ OVERLAPPED = Config(128, 256, 64, 8, 3, 1, early=True, flat=False, waits=True)
 
 @triton.jit
 def _operands(z_tile, b_tile, row, M, scale):
-    """What a dot takes of loaded tiles of z and Bᵀ: the scale goes into B before its rounding.
+    """The operands of a dot from loaded tiles of z and Bᵀ; B is scaled before it is rounded.
 
-    Done after the K loop. Triton puts a tile that a product takes as it was loaded into shared
-    memory right after its load, and the K loop's first loads would wait for that: hence the mask.
+    Called after the K loop. The mask keeps z in registers until then: Triton stores a tile that a
+    product uses unchanged in shared memory right after loading it, and the first loads of the K
+    loop would wait for that.
     """
     left = tl.where((row < M)[:, None], z_tile, 0.0)
     return left, (scale * b_tile.to(tl.float32)).to(left.dtype)
@@ -112,7 +113,7 @@ def gemm_kernel(
     group = GROUP_M * cols_of_tiles
     tiles = rows_of_tiles * cols_of_tiles
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
-        # Groups of GROUP_M rows of tiles share what the L2 cache holds of W.
+        # Tiles are ordered in groups of GROUP_M rows of tiles, which reuse W in the L2 cache.
         first = tile // group * GROUP_M
         height = min(rows_of_tiles - first, GROUP_M)
         m = (first + tile % group % height) * BLOCK_M
@@ -141,7 +142,7 @@ def gemm_kernel(
             z_tile = load_z(z, row64, rank, M, r)
         if EARLY:
             left, right = _operands(z_tile, b_tile, row, M, scale)
-            if HAS_START:  # the ranks of both in turn, for a single product
+            if HAS_START:  # interleave the ranks of both, for a single product
                 left0, right0 = _operands(z0_tile, b0_tile, row, M, scale0)
                 left = tl.reshape(tl.join(left, left0), [BLOCK_M, 2 * BLOCK_R])
                 right = tl.permute(tl.join(right, right0), [0, 2, 1])
@@ -157,7 +158,7 @@ def gemm_kernel(
                 )
         if HAS_BIAS:
             acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
-        # In halves: a whole tile on its way out would take the place of a pipeline stage.
+        # Stored in halves, because a whole tile would need the shared memory of a pipeline stage.
         halves = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1])
         left_half, right_half = tl.split(halves)
         out.store([m, n], left_half.to(out.dtype))
@@ -166,25 +167,26 @@ def gemm_kernel(
 
 @functools.cache
 def offered(r: int, start: bool, flat: bool = True) -> tuple[str, ...]:
-    """The configurations for rank r (2r with a start) that compile well: without spills or waits.
+    """The configurations for rank r (2r with initial factors) that compile without register spills
+    or waiting wgmma instructions.
 
-    `flat`: for Hopper. For Blackwell Triton fails to flatten the loops, 3.9 as well.
+    `flat` is for Hopper; on Blackwell, Triton up to 3.9 fails to flatten the loops.
     """
     if r % 8 or (2 * r if start else r) > LARGEST_RANK:
         return ()
     if start or (not flat and r > MOST_EARLY):
         return ("fused",)
-    flat = flat and FLATTENS and r <= 16  # above, the pipelined B exceeds the shared memory
+    flat = flat and FLATTENS and r <= 16  # above 16, the pipelined B exceeds shared memory
     return tuple(name for name, config in CONFIGS.items() if flat or not config.flat)
 
 
 def overlaps(r: int, has_dropout: bool) -> bool:
-    """Whether the registers hold both kernels of `overlapped` at once."""
+    """Whether both kernels of `overlapped` fit in the registers at the same time."""
     return r % 8 == 0 and 0 < r <= (16 if has_dropout else MOST_EARLY)
 
 
 def fits(matrix: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator takes it: 16-bit, rows at multiples of 16 bytes."""
+    """Whether the tensor memory accelerator can load it: 16-bit, rows at multiples of 16 bytes."""
     row, column = matrix.stride()
     return (
         column == 1
@@ -198,13 +200,13 @@ def fits(matrix: torch.Tensor) -> bool:
 
 
 def _constants(config: Config, r: int, has_start: bool) -> dict[str, int]:
-    """Of `gemm_kernel`."""
+    """The constants of `gemm_kernel`."""
     early = config.early and r <= (MOST_EARLY // 2 if has_start else MOST_EARLY)
-    # In one block what is loaded early; of more ranks, where more spills, 16 at a time.
+    # One block if the operands are loaded early; else 16 ranks at a time where more would spill.
     block_r = rank_block(r, 16 if not early and (has_start or r % 16) else MOST_EARLY)
     ranks = cdiv(r, block_r) * block_r
     if has_start and not early:
-        # A loop of one turn is unrolled, and sm_100 has no room for the accumulators then.
+        # A loop of one iteration is unrolled, and then the accumulators do not fit on sm_100.
         ranks = max(ranks, 2 * block_r)
     return {
         "BLOCK_M": config.block_m,
@@ -239,8 +241,8 @@ def gemm(
 ) -> torch.Tensor:
     """a [M, K] times weight [N, K] transposed, or weight [K, N], and the rank terms.
 
-    z, z0 [M, r] are contiguous, B, B0 [N, r] of any strides. `waits`: the kernel before this one
-    lets it start early; all but z has to be there by then.
+    z and z0 [M, r] are contiguous; B and B0 [N, r] have any strides. With `waits`, the kernel that
+    computes z lets this one start early; all other inputs must be ready by then.
     """
     (M, K), (N, r) = a.shape, B.shape
     out = torch.empty((M, N), dtype=a.dtype, device=a.device)
@@ -312,10 +314,11 @@ def overlapped(
     seed: torch.Tensor | None,
     overlap: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [M, N] and z = drop(x) Aᵀ [M, r], for what `overlaps` allows.
+    """y [M, N] and z = drop(x) Aᵀ [M, r], where `overlaps` is true.
 
-    The product with W starts beside the kernel that computes z, in the shared memory that this
-    leaves, and waits for it only after its first tile's K loop. `overlap` wants Hopper or later.
+    The product with W runs at the same time as the kernel that computes z, in the shared memory
+    that kernel leaves free, and waits for it after the first tile's K loop. `overlap` needs Hopper
+    or later.
     """
     z = shrink_parts(x, A, None, dropout, seed, parts=1, overlap=overlap, beside=True)[0][0]
     y = gemm(

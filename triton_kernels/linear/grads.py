@@ -1,9 +1,9 @@
-"""The gradients of A and B, and dz = s · dY B on the way: sums over the rows M, without atomics.
+"""The gradients of A and B and dz = s · dY B: sums over the rows M, without atomic operations.
 
-dY [M, N] is read once for dz, dz₀ and dB: a program has a block of columns and walks down a chunk
-of rows. What it knows of dz is a part over N, what it knows of dB a part over M; both go to a
-float32 workspace, and one `reduce_all` adds them up in order. At M = 8192, N = 4096, r = 16 that
-workspace is a fifth of dY's bytes.
+dY [M, N] is read once for dz, dz₀ and dB: a program goes down a chunk of rows in a block of
+columns. It computes partial sums of dz over N and of dB over M in a float32 workspace, and one
+`reduce_all` adds these up in a fixed order. At M = 8192, N = 4096, r = 16 the workspace is a fifth
+of dY's bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..launcher import Launch
 from ..philox import drop, mask_arguments
 from .rank import ENOUGH_PROGRAMS, load_Bt, load_z, rank_block, rank_unit, reduce, reduce_all
 
-BLOCK_M, BLOCK_K = 64, 128  # of dA
-DZ_ROWS, DZ_COLUMNS = 32, 256  # wide: the parts of dz are N / 256 times its size
+BLOCK_M, BLOCK_K = 64, 128  # for dA
+DZ_ROWS, DZ_COLUMNS = 32, 256  # wide blocks, as there are N / 256 parts of dz
 
 
 @triton.jit(do_not_specialize=["M", "chunk"])
@@ -49,8 +49,8 @@ def dz_dB_kernel(
     BLOCK_R: tl.constexpr,
     RANK_UNIT: tl.constexpr,
 ):
-    # Everything transposed: with the rank as the rows of each product it is mma.sync that computes
-    # it. Of wgmma, whose products want 64 rows, ptxas made each wait for the one before (C7515).
+    # All products are transposed: with the rank as rows, of which wgmma would need 64, Triton uses
+    # mma.sync. With wgmma, ptxas made each instruction wait for the one before (C7515).
     r = aligned(r, RANK_UNIT)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rank = tl.arange(0, BLOCK_R)
@@ -98,7 +98,7 @@ def dA_kernel(
     BLOCK_R: tl.constexpr,
     RANK_UNIT: tl.constexpr,
 ):
-    """parts[chunk] = dzᵀ drop(x) over the chunk's rows."""
+    """parts[chunk] = dzᵀ drop(x), summed over the chunk's rows."""
     r = aligned(r, RANK_UNIT)
     begin_col = tl.program_id(0) * BLOCK_K
     col = begin_col + tl.arange(0, BLOCK_K)
@@ -120,12 +120,12 @@ def dA_kernel(
 
 
 def is_worth_it(r: int, start: bool) -> bool:
-    """Whether the parts of dz (and dz₀), 4 r / DZ_COLUMNS bytes for 2 of dY, are few beside it."""
+    """Whether the parts of dz and dz₀ are small compared with dY: 4 r / DZ_COLUMNS bytes per 2."""
     return r <= (16 if start else 32)
 
 
 def _chunk(M: int, blocks: int) -> int:
-    """Rows a program walks down: so many that all programs together just fill a GPU twice."""
+    """The rows per program, chosen so that all programs fill a GPU about twice."""
     chunks = max(1, 2 * ENOUGH_PROGRAMS // blocks)
     return max(cdiv(cdiv(M, chunks), BLOCK_M) * BLOCK_M, BLOCK_M)
 
@@ -140,7 +140,7 @@ def dz_dB(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dz = scale · dY B, dz₀ = −scale · dY B₀ [M, r] in dY's dtype, dB = scale · dYᵀ z in B's.
 
-    dY's rows and z are contiguous; r as `is_worth_it` has it.
+    dY's rows and z are contiguous; r is one for which `is_worth_it` is true.
     """
     (M, N), r = dy.shape, B.shape[1]
     start = B if B0 is None else B0
@@ -200,7 +200,7 @@ def dA(
     dropout: float,
     seed: torch.Tensor | None,
 ) -> torch.Tensor:
-    """dzᵀ drop(x) [r, K] as `dtype`; dz is contiguous, and so are x's rows."""
+    """dzᵀ drop(x) [r, K] as `dtype`; dz and the rows of x are contiguous."""
     (M, K), r = x.shape, dz.shape[1]
     launch = _plan_dA((M, K, r), x.stride(0), dropout > 0)
     parts = torch.empty((launch.grid[1], r, K), dtype=torch.float32, device=x.device)
@@ -219,12 +219,12 @@ def _plan_dA(sizes: tuple[int, int, int], x_stride: int, has_dropout: bool) -> L
         (blocks, cdiv(M, chunk), ranks),
         (*sizes, chunk, x_stride),
         HAS_DROPOUT=has_dropout,
-        # The mask takes registers, and so do 128 ranks.
+        # The mask needs registers, and so do 128 ranks.
         BLOCK_M=BLOCK_M // 2 if has_dropout or block_r > 64 else BLOCK_M,
         BLOCK_K=BLOCK_K,
         BLOCK_R=block_r,
         RANK_UNIT=rank_unit(r),
-        # Of 8 warps without the mask Triton 3.6 has each wgmma wait for the one before (C7515).
+        # With 8 warps and no mask, each wgmma waits for the one before in Triton 3.6 (C7515).
         num_warps=8 if block_r > 64 and has_dropout else 4,
         enable_fp_fusion=True,
         num_stages=3,

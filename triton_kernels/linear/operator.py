@@ -1,14 +1,16 @@
 """`lora::linear_forward` and `lora::linear_backward` on a GPU.
 
-Each step has a few ways, of which the fastest is measured for a shape (`choice.fastest`):
+Each step can be computed in several ways, of which the fastest is measured for a shape
+(`choice.fastest`):
   thin products (z, dz, dA, dB): a Triton kernel that reads x or dY once, or cuBLAS;
-  the product with W: "fused" (one Triton kernel, the rank term in its accumulator), "reversed" (the
-  rank term and bias first, the product added to it in place), "library" (the product first, as one
-  writes it by hand).
-Or both at once: "decode" up to 64 rows and "overlapped" above, two kernels that overlap; "plain" up
-to 1024 rows, all of the library's calls from one C++ function, without dropout.
-The library is also what float32 and float64 take, and sizes that 16-byte accesses do not suit: the
-kernels are made for the tensor cores of 16-bit dtypes.
+  the product with W: "fused" (one Triton kernel, with the rank term in its accumulator), "reversed"
+  (rank term and bias first, the product added in place), "library" (the product first, as written
+  by hand).
+Three further ways compute z and y together: "decode" for up to 64 rows and "overlapped" for more,
+each with two kernels that overlap; and "plain" for up to 1024 rows without dropout, with the
+library's calls made from one C++ function.
+The Triton kernels are made for the tensor cores of 16-bit dtypes. float32, float64, and sizes that
+do not allow 16-byte accesses, use the library.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from .grads import dA, dz_dB, is_worth_it
 from .shrink import shrink
 
 HALVES = (torch.bfloat16, torch.float16)
-FEW_ROWS = 1024  # up to here the host's time may be the longer one
-LOW_RANK = 64  # up to here a thin product is bound by memory, and the default is to fuse it
+FEW_ROWS = 1024  # up to here the host's time may be longer than the device's
+LOW_RANK = 64  # up to here memory limits a thin product, and the Triton kernel is the default
 
 
 def linear_forward(
@@ -73,11 +75,11 @@ def linear_forward(
 
     ways = {"steps": z_then_y}
     if dropout == 0.0:
-        if not thin:  # the steps would be the same library's
+        if not thin:  # the steps would make the same calls of the library
             ways = {"plain": plain}
         elif rows.shape[0] <= FEW_ROWS:
             ways["plain"] = plain
-    if thin and rows.shape[0] <= MOST_ROWS and lora_R is None:  # its kernels go from z to y at once
+    if thin and rows.shape[0] <= MOST_ROWS and lora_R is None:  # its kernels do not apply R
         overlap = _capability(x.device) >= (9, 0)
         kernels = lambda: decode(  # noqa: E731
             rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, overlap
@@ -87,7 +89,7 @@ def linear_forward(
         ways |= _overlapped(rows, weight, bias, lora_A, lora_B, scaling, dropout, seed)
     few = rows.shape[0] <= FEW_ROWS
     y, z = fastest(("forward", *key), ways, x.device, count_launches=few)
-    # No view: a user may write into y in place.
+    # Not a view, so that a user may write to y in place.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], N]), z
 
 
@@ -101,7 +103,7 @@ def _overlapped(
     dropout: float,
     seed: Tensor | None,
 ) -> dict:
-    """The way in which W's product starts beside z's, where the GPU and the sizes suit it."""
+    """The way "overlapped", if the GPU and the sizes allow it."""
     is_kn = weight.stride(1) != 1
     matrix = weight.T if is_kn else weight
     suits = _is_hopper(rows.device) and gemm.overlaps(lora_B.shape[1], dropout > 0)
@@ -130,7 +132,7 @@ def linear_backward(
     lora_R: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, W, b, A, B, R; an empty tensor for each that is not needed."""
+    """The gradients of x, W, b, A, B, R, with an empty tensor for each that is not needed."""
     needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_R = needs
     seed = seed if dropout > 0 else None
     dy, rows, z = _rows(grad), _rows(x), z.contiguous()
@@ -202,7 +204,9 @@ def product(
         if dropout > 0:
             y += drop(torch.mm(z, factor.T) * scale, dropout, seed)
             return y if z0 is None else y.addmm_(z0, B0.to(z.dtype).T, alpha=scale0)
-        if z0 is not None:  # one product of rank 2r: start and adapter cancel before y is rounded
+        if (
+            z0 is not None
+        ):  # one product of rank 2r, so that A, B and A₀, B₀ cancel before y is rounded
             left = torch.cat([z, z0], 1)
             factor = torch.cat([factor, (scale0 / scale if scale else 0.0) * B0.to(z.dtype)], 1)
         return y.addmm_(left, factor.T, alpha=scale)
@@ -212,7 +216,7 @@ def product(
     ways = {"reversed": reversed_, "library": library}
     if not dropout and _is_hopper(a.device):
         matrix, is_kn = weight, w_is_kn
-        if weight.stride(1) != 1:  # GPT-2 keeps W as [K, N]
+        if weight.stride(1) != 1:  # GPT-2 stores W as [K, N]
             matrix, is_kn = weight.T, not w_is_kn
         flattens = _capability(a.device)[0] < 10
         if gemm.fits(a) and gemm.fits(matrix):
@@ -226,17 +230,17 @@ def product(
 
 
 def _through_R(z: Tensor, R: Tensor | None) -> Tensor:
-    """z Rᵀ [M, r], what B is multiplied with: r · r numbers, for which the library does."""
+    """z Rᵀ [M, r], which is multiplied by Bᵀ; the product is small enough for the library."""
     return z if R is None else torch.mm(z, R.to(z.dtype).T)
 
 
 def _first(condition: bool, name: str, way, ways: dict) -> dict:
-    """`ways` with `way` as well, in front of them (the default) if `condition`."""
+    """`ways` with `way` added: first, as the default, if `condition`, else last."""
     return {name: way, **ways} if condition else {**ways, name: way}
 
 
 def _thin(a: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether the Triton kernels of the thin products take these, and are worth it."""
+    """Whether the Triton kernels support these dtypes and sizes."""
     N, K = weight.shape
     return a.shape[0] > 0 and _suit(a.dtype, A.dtype, B.dtype, N, K, B.shape[1])
 
@@ -250,8 +254,8 @@ def _suit(dtype: torch.dtype, of_A: torch.dtype, of_B: torch.dtype, N: int, K: i
 
 
 def _key(rows: Tensor, weight: Tensor, r: int, *flags: bool) -> tuple:
-    """What the choice of a way depends on; the number of rows in powers of two, up to and with
-    them, as the kernels' blocks are.
+    """The properties on which the choice of a way depends. The number of rows is rounded up to a
+    power of two, like the kernels' blocks.
     """
     M = (rows.shape[0] - 1).bit_length()
     return (rows.device, rows.dtype, M, *weight.shape, weight.stride(1) == 1, r, *flags)
@@ -264,7 +268,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product of 16-bit matrices as float32, unrounded, where `dtype` is that."""
+    """a b as `dtype`; for float32 the product of 16-bit matrices is not rounded to 16 bits."""
     if a.dtype in HALVES and dtype == torch.float32 and a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b).to(dtype)
@@ -293,10 +297,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Of the GPU; (0, 0) in the interpreter, where `device` is the CPU."""
+    """The GPU's compute capability; (0, 0) in the interpreter, where `device` is the CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def _is_hopper(device: torch.device) -> bool:
-    """Or a data-centre Blackwell: what the fused kernel's tiles are made for."""
+    """Whether it is a Hopper or a data-center Blackwell GPU, for which `gemm` has its tiles."""
     return _capability(device)[0] in (9, 10)

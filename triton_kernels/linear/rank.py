@@ -1,4 +1,4 @@
-"""What the layer's kernels share: how a rank is cut into tiles, and sums that come in parts."""
+"""Shared by the layer's kernels: how a rank is divided into blocks, and the addition of parts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ENOUGH_PROGRAMS = 128  # an H100, H200 or A100 has 108 to 132 multiprocessors
 
 
 def rank_unit(r: int) -> int:
-    """A factor of r that the compiler can count on: what one access may span."""
+    """The largest factor of r up to 16, which the compiler may use for wide accesses."""
     return math.gcd(r, 16)
 
 
 def rank_block(r: int, largest: int) -> int:
-    """The rank that a program is compiled for: a power of two that tl.dot takes."""
+    """The number of ranks that a program handles at a time: a power of two allowed by tl.dot."""
     return min(max(16, next_power_of_2(r)), largest)
 
 
@@ -49,7 +49,7 @@ def _reduce_block(
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < length
     total = tl.zeros([BLOCK], tl.float32)
-    # Unrolled, 4 loads are under way; else each would wait for the sum of those before.
+    # Unrolled, so that 4 loads are in flight; else each would wait for the addition before it.
     for part in tl.range(0, parts, loop_unroll_factor=4):
         total += tl.load(parts_of + part * length.to(tl.int64) + at, mask=mask, other=0.0)
     tl.store(out + at, (scale * total).to(out.dtype.element_ty), mask=mask)
@@ -57,7 +57,7 @@ def _reduce_block(
 
 @triton.jit(do_not_specialize=["length", "parts"])
 def reduce_kernel(parts_of, out, parts, length, scale, BLOCK: tl.constexpr, UNIT: tl.constexpr):
-    """out = scale · the sum of `parts` arrays of `length`, in order."""
+    """out = scale · the sum of `parts` arrays of `length`, added in order."""
     _reduce_block(parts_of, out, parts, length, scale, tl.program_id(0), BLOCK, UNIT)
 
 
@@ -73,7 +73,7 @@ def reduce_three_kernel(
     scale_a, scale_b, scale_c,
     BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Three of `reduce_kernel`'s sums: the first programs do a, the next b, the last c."""
+    """Three sums like `reduce_kernel`'s: the first programs compute a, the next b, the last c."""
     program = tl.program_id(0)
     if program < blocks_a:
         _reduce_block(parts_of_a, out_a, parts_a, length_a, scale_a, program, BLOCK, UNIT)
@@ -87,7 +87,7 @@ def reduce_three_kernel(
 
 
 def reduce(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    """`scale` · the sum of parts [S, ...] float32 over S, in order, as `dtype`."""
+    """`scale` · the sum of parts [S, ...] in float32 over S, added in order, as `dtype`."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     length = out.numel()
     if length:
@@ -113,7 +113,7 @@ def reduce_all(sums: list[tuple[torch.Tensor, torch.dtype, float]]) -> list[torc
         return [reduce(*sums[0])]
     outs = [torch.empty(p.shape[1:], dtype=dtype, device=p.device) for p, dtype, _ in sums]
     jobs = [*zip(sums, outs, strict=True)]
-    jobs += [jobs[1]] * (3 - len(jobs))  # of two sums no program comes to a third
+    jobs += [jobs[1]] * (3 - len(jobs))  # with two sums, no program reaches the third
     launch = _reductions(len(sums), *((parts.shape[0], out.numel()) for (parts, _, _), out in jobs))
     launch(
         [tensor for (parts, _, _), out in jobs for tensor in (parts, out)],
@@ -124,7 +124,7 @@ def reduce_all(sums: list[tuple[torch.Tensor, torch.dtype, float]]) -> list[torc
 
 @functools.lru_cache(maxsize=1024)
 def _reductions(count: int, *sizes: tuple[int, int]) -> Launch:
-    """For the number of parts and the length of each sum."""
+    """The launch for `sizes`, (number of parts, length) of each of three sums."""
     (parts_a, a), (parts_b, b), (parts_c, c) = sizes
     blocks = [cdiv(length, REDUCE_BLOCK) for _, length in sizes]
     return Launch(

@@ -1,7 +1,7 @@
-"""z = drop(x) Aᵀ, and z₀ = x A₀ᵀ beside it: one pass over x [M, K] for ranks up to 128.
+"""z = drop(x) Aᵀ and z₀ = x A₀ᵀ in one pass over x [M, K], for ranks up to 128.
 
-Bytes: x once (A, r · K values, comes from the L2 cache). Where the rows alone are too few programs,
-K is split; the parts are added up in order by `reduce`, or by the decode kernel.
+Bytes: x is read once; A, with r · K values, is in the L2 cache. Where the rows alone give too few
+programs, K is split; `reduce`, or the decode kernel, then adds up the parts in order.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def shrink_kernel(
     part = tl.program_id(2)
     if HAS_DROPOUT:
         seed_value = tl.load(seed)
-    # Transposed, what was computed (the dropped x) is the right factor of the products, and goes
-    # through shared memory. In registers, as the left one, it had wgmma wait where A needs no
-    # conversion (C7515).
+    # If transposed, the computed operand (x after dropout) is the right factor of the products and
+    # goes through shared memory. As the left factor, in registers, it made each wgmma wait for the
+    # one before where A needs no conversion (C7515).
     TRANSPOSED: tl.constexpr = HAS_DROPOUT and A.dtype.element_ty == x.dtype.element_ty
     shape: tl.constexpr = [BLOCK_R, BLOCK_M] if TRANSPOSED else [BLOCK_M, BLOCK_R]
     acc, acc0 = tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)
@@ -91,21 +91,21 @@ def shrink_kernel(
 def _blocks(
     M: int, block_r: int, bytes_of_A: int, has_start: bool, has_dropout: bool, beside: bool
 ) -> tuple[int, int, int, int]:
-    """BLOCK_M, BLOCK_K, num_warps and num_stages: what registers, and the shared memory of the
-    smallest GPUs (99 KB), hold.
+    """BLOCK_M, BLOCK_K, num_warps and num_stages, chosen to fit in the registers and in the shared
+    memory of the smallest GPUs (99 KB).
     """
     block_m = min(max(16, next_power_of_2(M)), 64)
     if beside:
         return block_m, 64, 4, 4 if block_r <= 16 else 3
     stages = 4 if block_r <= 32 else 3
     if block_r > 64 and M > 64 and not has_start:
-        # Each program reads all of A through the L2 cache: with 64 rows four times what x has.
-        # (16-bit A, 8 warps: in Triton 3.6 each wgmma waits for the one before, C7515.)
+        # Each program reads all of A through the L2 cache: with 64 rows, four times the bytes of x.
+        # (With 16-bit A and 8 warps, each wgmma waits for the one before in Triton 3.6, C7515.)
         return (128, 64, 4, 3) if bytes_of_A == 2 and not has_dropout else (128, 32, 8, 4)
     block_k = 128 if block_r <= 32 else 64 if block_r <= 64 else 32
     if has_start:
         block_k = max(block_k // (4 if has_dropout else 2), 32)
-    many = (block_r > 64 and has_start) or (block_r == 64 and 16 < M <= 64)  # of 4 warps spill
+    many = (block_r > 64 and has_start) or (block_r == 64 and 16 < M <= 64)  # 4 warps would spill
     return block_m, block_k, 8 if many else 4, stages
 
 
@@ -119,10 +119,11 @@ def shrink_parts(
     overlap: bool = False,
     beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """z and z₀ as parts [S, M, r] that are to be added up: in x's dtype if S is 1, else float32.
+    """z and z₀ as parts [S, M, r], to be added over S; in x's dtype if S = 1, else in float32.
 
-    With `overlap` the next kernel may start with this one; it has to wait before it reads them.
-    `beside`: it leaves that kernel most of a multiprocessor, 180 of 228 KB. (No start then.)
+    With `overlap` the next kernel may start together with this one; it has to wait before it reads
+    the parts. With `beside`, which does not support A₀, this kernel leaves the next one most of the
+    shared memory of a multiprocessor, 180 of 228 KB.
     """
     start = A if A0 is None else A0
     launch, parts = _plan(
@@ -160,7 +161,7 @@ def _plan(
     overlap: bool,
     beside: bool,
 ) -> tuple[Launch, int]:
-    """The launch, and in how many parts z comes."""
+    """(the launch, the number of parts of z)."""
     M, K = shape
     block_r = rank_block(r, 128)
     block_m, block_k, warps, stages = _blocks(
@@ -196,7 +197,7 @@ def shrink(
     dropout: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """z [M, r] = drop(x) Aᵀ and z₀ = x A₀ᵀ in x's dtype; x's rows are contiguous."""
+    """z [M, r] = drop(x) Aᵀ and z₀ = x A₀ᵀ in x's dtype; the rows of x are contiguous."""
     out, out0 = shrink_parts(x, A, A0, dropout, seed)
     if out.shape[0] == 1:
         return out[0], None if out0 is None else out0[0]

@@ -91,8 +91,8 @@ def axis_tables_kernel(tables, axes, ONE: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + 2 * length + k, cos_pi(i, n), mask=mask)
     j = (2 * i * m + n) // (2 * n)  # i m / n, rounded
     tl.store(out + 3 * length + k, (j - 1 - other_offset).to(tl.float64), mask=mask)
-    # u = (a − b) / 2 = π t / (2nm) exactly; v = (a + b) / 2 is computed as a − u, so that no product
-    # here exceeds 2^62.
+    # u = (a − b) / 2 = π t / (2nm) exactly. v = (a + b) / 2 is computed as a − u, so that no
+    # product here exceeds 2^62.
     q = 2 * rank + 1
     t = i * m - j * n
     phase = (q * tl.abs(t)) % (4 * n * m)

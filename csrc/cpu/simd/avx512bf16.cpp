@@ -20,7 +20,7 @@ namespace lora {
 namespace avx512bf16 {
 namespace {
 
-// A scalar of a is a pair of bfloat16, a vector of b sixteen of them.
+// A scalar of a is a pair of bfloat16; a vector of b has sixteen pairs.
 struct PairLanes {
   using Vector = __m512;
   using A = uint32_t;

@@ -24,7 +24,8 @@ const Level kLevels[] = {
 #if defined(__x86_64__)
     {"avx2", kernels_avx2, nullptr,
      [] {
-       // F16C, which is used too, came before AVX2 in every processor; clang 14 has no name for it.
+       // Every processor with AVX2 has F16C, which is used too; clang 14 cannot check for it by
+       // name.
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      }},
     {"avx512", kernels_avx512, nullptr,
@@ -38,7 +39,7 @@ const Level kLevels[] = {
 };
 
 #if defined(__x86_64__)
-// GCC and clang know it by name in their later versions only.
+// Older versions of GCC and clang cannot check for it by name.
 bool has_avx512fp16() {
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 23 & 1u) != 0;
@@ -75,7 +76,7 @@ const PairKernels* pair_kernels() {
 
 bool has_quick_products(c10::ScalarType dtype) {
 #if defined(__x86_64__)
-  // oneDNN's kernels for bfloat16 begin at AVX-512, those for float16 at AVX512-FP16.
+  // oneDNN has bfloat16 kernels from AVX-512 on, and float16 kernels with AVX512-FP16.
   const bool avx512 = current().kernels == kernels_avx512;
   if (dtype == c10::ScalarType::BFloat16) {
     return avx512;

@@ -1,5 +1,5 @@
-// Strips of float32 and float64, and the conversion of half-precision rows to float32 before they
-// are packed. Parsed under the target of LORA_ISA, see vectors.h.
+// Strips of float32 and float64, and the conversion of half-precision rows to float32 before
+// packing. Parsed for the target of LORA_ISA, see vectors.h.
 #pragma once
 
 #include "rows.h"

@@ -1,4 +1,4 @@
-// What vectors.h and the headers that include it need, parsed before the target is raised.
+// The includes of vectors.h and of the headers that include it, parsed before the target is raised.
 #pragma once
 
 #include <c10/util/BFloat16.h>

@@ -1,4 +1,4 @@
-// The inner loops that are compiled once per instruction set, behind one table of pointers.
+// The inner loops that are compiled once per instruction set, called through a table of pointers.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -11,7 +11,7 @@ namespace lora {
 
 constexpr int kRowGroup = 4;  // rows that share one division, see rows.h
 
-// Rows of one group of the Christoffel-Darboux form; low and high carry the scale.
+// The rows of one group of the Christoffel-Darboux form; low and high are multiplied by the scale.
 struct RowGroup {
   double low[kRowGroup];
   double high[kRowGroup];
@@ -25,13 +25,13 @@ struct SumPair {
 
 struct Philox {
   uint64_t seed;
-  uint32_t threshold;  // an element is dropped when its random word is below this
+  uint32_t threshold;  // elements whose random word is below it are dropped
   float keep_scale;    // 1 / (1 - p)
 };
 
 // One strip of a product with a thin matrix: c[i, :] += sum_k a(i, k) b[k, :], in a's precision.
-// `b` is packed, [depth][lines] of 64 bytes each; a(i, k) is one scalar, or a pair of bfloat16.
-constexpr int kStripRows = 24;  // `rows` is a multiple of it; every set's register tile divides it
+// `b` is packed as [depth][lines] of 64 bytes each; a(i, k) is one scalar or a pair of bfloat16.
+constexpr int kStripRows = 24;  // `rows` is a multiple of it, and each register tile divides it
 
 struct Strip {
   const void* a;
@@ -44,9 +44,10 @@ struct Strip {
   int64_t depth;
 };
 
-// Two cache lines for each k of a strip, of the memory that the next tile is packed from. The
-// hardware stops at the end of a page, and the rows of a weight lie pages apart: without this a
-// product with 16 columns took 7.9 instead of 4.8 ms (4096^2, float32, 2 threads of Zen 4).
+// The memory from which the next tile is packed, prefetched in two cache lines for each k of a
+// strip. The hardware's prefetching ends at the end of a page, and the rows of a weight are pages
+// apart: without this, a product with 16 columns took 7.9 instead of 4.8 ms (4096^2, float32, 2
+// threads of Zen 4).
 struct Prefetch {
   uintptr_t start = 0;                                        // 0: none
   int64_t strip_row = 0, sixteenth = 0, one = 0, second = 0;  // in bytes: per row of the strip,
@@ -55,8 +56,8 @@ struct Prefetch {
 
 struct Kernels {
   // rows[g][j] -= (high[g] low_col[j] - low[g] high_col[j]) / (cosine[g] - cosine_col[j]), in fp32
-  // and rounded once to the dtype (not float64). Meaningless at a column where, for any row of the
-  // group, the divisor is zero.
+  // and rounded once to the dtype, which is not float64. Undefined at columns where the divisor of
+  // any row of the group is zero.
   void (*subtract_rows)(
       const RowGroup& group, const double* low, const double* high, const double* cosine,
       int64_t columns, void* const (&rows)[kRowGroup], c10::ScalarType dtype);
@@ -69,7 +70,7 @@ struct Kernels {
   void (*dropout_row)(
       const void* x, void* out, c10::ScalarType dtype, int64_t row, int64_t count,
       const Philox& philox);
-  int strip_lines;  // how wide a strip it likes best
+  int strip_lines;  // the width of a strip that is fastest
   void (*strip_f32)(const Strip& strip, const Prefetch& prefetch);
   void (*strip_f64)(const Strip& strip, const Prefetch& prefetch);
   // out[j] = x[j] in float32; x is bfloat16 or float16
@@ -79,26 +80,27 @@ struct Kernels {
 // Products of bfloat16 pairs, summed in float32 (AVX512_BF16).
 struct PairKernels {
   void (*strip)(const Strip& strip, const Prefetch& prefetch);  // c is float32
-  // out[j] = (a[j], b[j]); b may be null: zeros
+  // out[j] = (a[j], b[j]); b may be null, which means zeros
   void (*pair_rows)(const uint16_t* a, const uint16_t* b, uint32_t* out, int64_t count);
   // the same from float32, rounded to nearest even
   void (*round_pairs)(const float* a, const float* b, uint32_t* out, int64_t count);
 };
 
-// Of the instruction set in use: the best that this processor has, or a lower one that was set.
+// The kernels of the instruction set in use: the best that this processor has, unless a lower one
+// was set.
 const Kernels& kernels();
 
-// Null where the set in use has no products of bfloat16.
+// Null if the set in use has no products of bfloat16.
 const PairKernels* pair_kernels();
 
-// Whether torch multiplies matrices of this dtype by vectors, on a processor with the set in use.
+// Whether torch has vectorized matrix products for this dtype on a processor with the set in use.
 bool has_quick_products(c10::ScalarType dtype);
 
-// The set in use, and all that this processor has, in ascending order: baseline, avx2, avx512,
+// The set in use, and all sets that this processor has, in ascending order: baseline, avx2, avx512,
 // avx512bf16.
 const char* cpu_capability();
 std::vector<std::string> cpu_capabilities();
-// From now on, for all threads; false if this processor has no set of that name.
+// Changes the set for all threads; false if this processor has no set of that name.
 bool set_cpu_capability(const std::string& name);
 
 const Kernels& kernels_baseline();

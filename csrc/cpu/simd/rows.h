@@ -1,5 +1,5 @@
-// Kernels that go along the rows of a matrix: see the fields of Kernels in kernels.h. Parsed under
-// the target of LORA_ISA, see vectors.h.
+// The kernels that go along the rows of a matrix, see Kernels in kernels.h. Parsed for the target
+// of LORA_ISA, see vectors.h.
 #pragma once
 
 #include "vectors.h"
@@ -8,8 +8,8 @@ namespace lora {
 namespace LORA_ISA {
 namespace {
 
-// A step of a loop: kStep entries, in one vector of floats (or of their bits) and in kParts vectors
-// of doubles.
+// One step of a loop has kStep entries, in one vector of floats (or of their bits) and in kParts
+// vectors of doubles.
 constexpr int kDoubles = kVectorBytes / 8;
 constexpr int kStep = kDoubles < 4 ? 4 : 8, kParts = kStep / kDoubles;
 
@@ -21,7 +21,7 @@ typedef uint16_t Shorts __attribute__((vector_size(2 * kStep)));
 
 template <typename Part>  // PartFloats
 inline Floats joined(const Part (&parts)[kParts]) {
-#if __has_builtin(__builtin_shufflevector)  // from GCC 12 on; without it, by way of memory
+#if __has_builtin(__builtin_shufflevector)  // from GCC 12 on; else through memory
   if constexpr (kParts == 2 && kStep == 8) {
     return __builtin_shufflevector(parts[0], parts[1], 0, 1, 2, 3, 4, 5, 6, 7);
   } else if constexpr (kParts == 2) {
@@ -106,7 +106,7 @@ inline void store(const Floats& x, c10::Half* p) {
 #endif
 }
 
-// To the same columns of all rows of a group.
+// Stores to the same columns of all rows of a group.
 template <typename T>
 inline void store(const Floats (&x)[kRowGroup], T* const (&rows)[kRowGroup], int64_t j) {
 #pragma GCC unroll 4
@@ -116,7 +116,7 @@ inline void store(const Floats (&x)[kRowGroup], T* const (&rows)[kRowGroup], int
 }
 
 #if defined(LORA_F16C)
-// Two rows share what orders their halves, and all four the question for a NaN.
+// Two rows share the permutation that orders their halves, and all four share the test for NaN.
 inline void store(
     const Floats (&x)[kRowGroup], c10::BFloat16* const (&rows)[kRowGroup], int64_t j) {
   const auto sum = (__m256)((x[0] + x[1]) + (x[2] + x[3]));
@@ -140,11 +140,11 @@ inline void store(
 }
 #endif
 
-// A row group's factors as the loop computes with them, and the corrections of one step for each of
-// its rows. The group shares one division (1/x = yzw / xyzw): on 4096^2 that is the difference
-// between bound by the divider and bound by memory. The subtraction is in the same loop for
-// memory's sake: by a block of corrections it took twice as long.
-struct Factors : RowGroup {  // a copy that the stores cannot alias
+// A row group's factors in the form used by the loop, and the corrections of one step for each of
+// its rows. The rows of a group share one division (1/x = yzw / xyzw); without that, division
+// instead of memory would be the limit at 4096^2. The subtraction is done in the same loop:
+// computing a block of corrections first took twice as long.
+struct Factors : RowGroup {  // a copy, which the stores cannot alias
   template <typename V, typename Take>
   __attribute__((always_inline)) void correct(
       const V& q, const V& h, const V& c, const Take& take) const {
@@ -160,16 +160,16 @@ struct Factors : RowGroup {  // a copy that the stores cannot alias
   }
 };
 
-// So that a factor is broadcast as it is loaded: held in sixteen registers, they crowd out what
-// changes.
+// Makes the compiler broadcast each factor when it is loaded: sixteen factors kept in registers
+// leave too few for the rest.
 inline void keep_in_memory(const Factors& factors) {
   if constexpr (kVectorBytes < 64) {
     asm volatile("" : : "r"(&factors) : "memory");
   }
 }
 
-// In float64, because near the diagonal numerator and denominator both cancel: float32 would lose
-// up to 1 / |cos a - cos b| there.
+// In float64, because numerator and denominator both cancel near the diagonal: float32 would lose a
+// factor of up to 1 / |cos a - cos b| in accuracy there.
 template <typename T>
 void subtract_rows_typed(
     const RowGroup& group, const double* low, const double* high, const double* cosine,
@@ -231,8 +231,8 @@ inline Doubles load_doubles(const float* p) {
   return __builtin_convertvector(read_vector<PartFloats>(p), Doubles);
 }
 
-// Sixteen independent lanes, added up in one order: the same bits whatever the instruction set
-// (float32 squares are exact in float64, so fusing them changes nothing).
+// Sixteen independent lanes, added up in a fixed order, so that all instruction sets give the same
+// bits (float32 squares are exact in float64, so fusing changes nothing).
 constexpr int kSumLanes = 16;
 
 struct SumLanes {
@@ -317,7 +317,8 @@ SumPair sums(const void* data, c10::ScalarType dtype, int64_t stride, int64_t co
   }
 }
 
-// The index chain of one row is the vector's: 16 or 8 steps at once, then a hardware gather.
+// The indices of one row are computed in a vector, 16 or 8 steps at a time, followed by a gather
+// instruction.
 void gather_row(
     const float* table, uint32_t period, uint32_t index, uint32_t step, float* out, int64_t count) {
   int64_t j = 0;
@@ -356,11 +357,11 @@ void gather_row(
   for (; j < count; ++j) {
     out[j] = table[index];
     index += step;
-    index = std::min(index, index - period);  // unsigned: wraps unless past the period
+    index = std::min(index, index - period);  // unsigned: wraps around unless it is past the period
   }
 }
 
-// Philox4x32-10 (Salmon et al., SC'11) on kLanes counters at once; counter = (column / 4, row).
+// Philox4x32-10 (Salmon et al., SC'11) on kLanes counters at a time; counter = (column / 4, row).
 constexpr int kLanes = 16;
 
 void philox_words(int64_t row, int64_t first_quad, uint64_t seed, uint32_t (&words)[4][kLanes]) {

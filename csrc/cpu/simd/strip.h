@@ -1,5 +1,5 @@
-// Strips of products with a thin matrix (see Strip in kernels.h). Parsed under the target of
-// LORA_ISA, see vectors.h.
+// Strips of products with a thin matrix, see Strip in kernels.h. Parsed for the target of LORA_ISA,
+// see vectors.h.
 #pragma once
 
 #include "vectors.h"
@@ -8,8 +8,8 @@ namespace lora {
 namespace LORA_ISA {
 namespace {
 
-// Rows of the register tile for one line of 64 bytes and, where the set has registers for it, for
-// two: what is left beside the vectors of b and one for a.
+// Rows of the register tile for strips of one line of 64 bytes and, if the set has enough
+// registers, of two lines: the registers that remain after the vectors of b and one for a.
 #if defined(LORA_STRIP_ROWS_1)
 constexpr int kRowsOf1 = LORA_STRIP_ROWS_1;
 #elif defined(__aarch64__)
@@ -37,7 +37,7 @@ struct Line {
   }
 };
 
-// Arithmetic on vectors of T: `T` scalars of a, or (in avx512bf16.cpp) pairs.
+// Arithmetic on vectors of T. The scalars of a are T or, in avx512bf16.cpp, pairs.
 template <typename T>
 struct Lanes {
   typedef T Vector __attribute__((vector_size(kVectorBytes)));
@@ -48,7 +48,7 @@ struct Lanes {
   static void add_product(Vector& sum, const T& a, const Vector& b) { sum += a * b; }
 };
 
-// kRows rows of c by kLines lines of b, whose rows lie `b_step` apart.
+// kRows rows of c by kLines lines of b, whose rows are `b_step` apart.
 template <typename L, int kRows, int kLines>
 void multiply_rows(
     const typename L::A* a, const typename L::A* b, int64_t b_step, typename L::C* c,
@@ -87,7 +87,7 @@ void multiply_rows(
   }
 }
 
-// A strip's columns from `first` on, kLines lines of them.
+// The columns of a strip from line `first` on, kLines lines of them.
 template <typename L, int kRows, int kLines>
 void multiply_lines(const Strip& strip, int first, const Prefetch& prefetch) {
   constexpr int64_t kLine = 64 / sizeof(typename L::A);

@@ -1,9 +1,9 @@
-// Vectors as wide as a register of the instruction set LORA_ISA, to and from memory.
+// Loads and stores of vectors as wide as a register of the instruction set LORA_ISA.
 //
 // This header and those that include it (rows.h, strip.h, float_strips.h) are parsed by <isa>.cpp
-// after it has set LORA_ISA and raised the compiler's target. They include nothing but each other:
-// inline functions of any other header would be compiled for that target, and the linker could pick
-// that copy for the whole program. What they need of other headers is in includes.h.
+// after it has set LORA_ISA and raised the compiler's target. They include only each other: inline
+// functions of any other header would be compiled for that target, and the linker could use that
+// copy in the whole program. Other headers that they need are in includes.h.
 #pragma once
 
 namespace lora {
@@ -18,8 +18,8 @@ constexpr int kVectorBytes = LORA_VECTOR_BYTES;
 constexpr int kVectorBytes = 16;
 #endif
 
-// Through memcpy, which becomes one unaligned move: an alignment attribute on a vector type is lost
-// as soon as the type is a template argument.
+// memcpy becomes a single unaligned move. An alignment attribute on a vector type would be lost
+// when the type is a template argument.
 template <typename Vector, typename T>
 inline Vector read_vector(const T* p) {
   Vector v;

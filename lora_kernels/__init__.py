@@ -1,5 +1,6 @@
-"""LoRA with its kernels: operators, initialisers and the layer. See the README for a tour."""
+"""LoRA with its kernels: operators, initializers, the layer, and whole models."""
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,23 +10,31 @@ if find_spec("lora_kernels.triton_kernels") is None:
     __path__.append(str(Path(__file__).parents[1]))
 
 from . import init as init
-from . import magnitude as magnitude
 from . import ops as ops
-from . import svd as svd
-from ._version import __version__ as __version__
-from .adapter_files import load_adapter as load_adapter
-from .adapter_files import save_adapter as save_adapter
-from .config import LoRAConfig as LoRAConfig
-from .gradients import capture_gradients as capture_gradients
-from .linear import LoRALinear as LoRALinear
-from .model import adapter_names as adapter_names
-from .model import add_lora as add_lora
-from .model import disable_adapters as disable_adapters
-from .model import enable_adapters as enable_adapters
-from .model import merge_lora as merge_lora
-from .model import set_adapter as set_adapter
-from .model import unload_lora as unload_lora
-from .optim import lora_plus_groups as lora_plus_groups
+from ._utils.version import __version__ as __version__
+from .files.adapter.saving import load_adapter as load_adapter
+from .files.adapter.saving import save_adapter as save_adapter
+from .layers.linear import LoRALinear as LoRALinear
+from .model.config import LoRAConfig as LoRAConfig
+from .model.lora import adapter_names as adapter_names
+from .model.lora import add_lora as add_lora
+from .model.lora import disable_adapters as disable_adapters
+from .model.lora import enable_adapters as enable_adapters
+from .model.lora import merge_lora as merge_lora
+from .model.lora import set_adapter as set_adapter
+from .model.lora import unload_lora as unload_lora
+from .ops import svd as svd
+from .training import magnitude as magnitude
+from .training import optim as optim
+from .training import rescaling as rescaling
+from .training import trainer as trainer
+from .training.gradients import capture_gradients as capture_gradients
+from .training.optim import lora_plus_groups as lora_plus_groups
+
+# Public modules that live in a room: `import lora_kernels.svd` finds them here.
+for _module in (svd, magnitude, optim, rescaling, trainer):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
+del _module
 
 
 def __getattr__(name: str):

@@ -29,8 +29,8 @@ from hypothesis import settings
 
 import lora_kernels  # noqa: F401  (registers the operators)
 
-from .devices import DEVICES
-from .sticky_errors import end_if_broken
+from .support.devices import DEVICES
+from .support.sticky_errors import end_if_broken
 
 settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
 # A new shape may compile a kernel; the CPU's 40 examples are for the machines without a GPU.

@@ -16,7 +16,7 @@ import torch
 
 from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capability
 
-ROOT = Path(__file__).parents[1]
+from .support import ROOT
 
 # What each process computes: every operator, and the layer's gradients.
 PROGRAM = """
@@ -142,7 +142,7 @@ def test_builds_without_a_compiler(tmp_path):
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode != 0) == bool(code), done.stderr
     assert "expected one of auto, cpu, cuda, none" in done.stderr
-    assert not list(tmp_path.rglob("_C*")) and list(tmp_path.rglob("lora_kernels/linear.py"))
+    assert not list(tmp_path.rglob("_C*")) and list(tmp_path.rglob("lora_kernels/layers/linear.py"))
     assert list(tmp_path.rglob("lora_kernels/triton_kernels/__init__.py"))
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from .support import ROOT
+
 pytest.importorskip("setuptools", reason="setup.py needs setuptools")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

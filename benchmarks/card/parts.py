@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.card.pack import read_facts
 
 # Tests that do not use the GPU, or need packages and files that a GPU machine may lack.
-ELSEWHERE = ("cuda", "peft", "stream", "triton_kernels", "test_cuda_sources.py")
+ELSEWHERE = ("csrc", "peft", "files", "triton_kernels")
 AHEAD = "tests/triton_kernels/test_aot.py"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
 # Seconds that a benchmark needs after its last measurement, for the CSV file and the plot.
@@ -173,7 +173,7 @@ def profile(call: Call, seconds: float) -> list[str]:
 
 
 LAYER = ("tests/triton_kernels/test_sanitized.py",)
-OPERATORS = ("-k", "cuda", "tests/ops", "tests/test_linear_layer.py")
+OPERATORS = ("-k", "cuda", "tests/ops", "tests/layers/test_linear.py")
 BUILD = {"LORA_KERNELS_BUILD": "cuda"}
 
 CALLS = {

@@ -31,7 +31,7 @@ from benchmarks.common.harness import environment
 from benchmarks.common.report import RESULTS, write_csv
 from benchmarks.cpu.stand_in import stand_in
 from lora_kernels import LoRALinear
-from lora_kernels.ops import _triton
+from lora_kernels.ops._backends import triton as backend
 from lora_kernels.triton_kernels.linear import choice, operator
 
 SIZE = 4096
@@ -72,7 +72,7 @@ def as_on_a_gpu(way: str) -> Iterator:
     aten.impl("addmm_", lambda y, *args, **kwargs: y, "Meta", allow_override=True)
     library = torch.library.Library("lora", "IMPL")
     for name in ("linear_forward", "linear_backward"):
-        kernel = _triton._on_its_device(_triton.KERNELS[name])
+        kernel = backend._on_its_device(backend.KERNELS[name])
         library.impl(name, kernel, "Meta", allow_override=True)
     try:
         with (

@@ -24,7 +24,7 @@ from benchmarks.common.harness import environment
 from benchmarks.common.report import RESULTS, print_table, short, write_csv
 from benchmarks.cpu.stand_in import stand_in
 from benchmarks.gpu.targets.plan import FULL
-from lora_kernels.ops import _triton
+from lora_kernels.ops._backends import triton as backend
 
 AIMS = {"stats_kernel": 300, "subtract_kernel": 1500}  # microseconds
 RANK, ROUNDS, WARMUP, SMALLER = 16, 300, 20, 16
@@ -40,7 +40,7 @@ def launch_times() -> dict[str, list[float]]:
     library = torch.library.Library("lora", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about overriding the CPU's kernels
-        for name, kernel in _triton.KERNELS.items():
+        for name, kernel in backend.KERNELS.items():
             library.impl(name, kernel, "CPU", allow_override=True)
     times: dict[str, list[float]] = defaultdict(list)
     try:

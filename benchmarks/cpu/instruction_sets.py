@@ -27,9 +27,9 @@ from benchmarks.cpu.svd import lowrank
 from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capability
 from lora_kernels.ops.linear import linear_backward_ref, linear_forward_ref
 from lora_kernels.ops.loram_init import loram_init_ref
-from lora_kernels.ops.minor_svd import minor_svd_ref
-from lora_kernels.ops.randomized_svd import randomized_svd_ref
-from lora_kernels.ops.thin_qr import thin_qr_ref
+from lora_kernels.ops.svd.minor_svd import minor_svd_ref
+from lora_kernels.ops.svd.randomized_svd import randomized_svd_ref
+from lora_kernels.ops.svd.thin_qr import thin_qr_ref
 
 SETS = cpu_capabilities()
 Table = dict[str, Callable[..., object] | Variant]

@@ -24,10 +24,10 @@ from rich.console import Console
 
 from benchmarks.common.harness import Variant, dtype_name, environment, interleave
 from benchmarks.common.report import RESULTS, print_timings, write_csv
-from lora_kernels.config import LoRAConfig
-from lora_kernels.stream.initialise import initialise
-from lora_kernels.stream.layout import Entry, render
-from lora_kernels.stream.layout import dtype_name as stored_name
+from lora_kernels.files.checkpoint.initialize import initialise
+from lora_kernels.files.io.layout import Entry, render
+from lora_kernels.files.io.layout import dtype_name as stored_name
+from lora_kernels.model.config import LoRAConfig
 
 # Llama-2-7B's blocks: (name, out, in).
 BLOCK = (

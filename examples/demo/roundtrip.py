@@ -11,7 +11,7 @@ from torch import nn
 
 from examples.demo.methods import METHODS
 from lora_kernels import add_lora, load_adapter, save_adapter
-from lora_kernels.model import adapted_layers
+from lora_kernels.model.install import adapted_layers
 
 
 def through_peft(trained: nn.Module, fresh: nn.Module, path: Path) -> nn.Module:

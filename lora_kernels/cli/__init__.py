@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch import OutOfMemoryError
 
-from .._extras import MissingExtraError
-from .._version import __version__
+from .._utils.extras import MissingExtraError
+from .._utils.version import __version__
 from . import convert, init, inspect, merge, verify
 
 _EXAMPLES = """\

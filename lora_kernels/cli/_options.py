@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .._extras import needed
-from ..targets import ALL_LINEAR
+from .._utils.extras import needed
+from .._utils.names import ALL_LINEAR
 
 DTYPES = ("float32", "bfloat16", "float16")
 

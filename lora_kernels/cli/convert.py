@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..adapter_files import FORMATS
-from ..stream.convert import convert
+from ..files.adapter.recipe import FORMATS
+from ..files.checkpoint.convert import convert
 from ._options import add_command, add_path, add_quiet
 
 _DESCRIPTION = """\

@@ -6,10 +6,10 @@ import argparse
 import sys
 import time
 
-from .._progress import byte_bar
-from ..config import LoRAConfig
+from .._utils.progress import byte_bar
+from ..files.checkpoint.initialize import ADAPTER, Summary, initialise
 from ..init import get_initializer, initializer_names
-from ..stream.initialise import ADAPTER, Summary, initialise
+from ..model.config import LoRAConfig
 from ._options import (
     add_command,
     add_dtype,

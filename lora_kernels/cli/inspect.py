@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .. import checkpoint, report
-from .._extras import needed
-from .._progress import tracked
-from ..magnitude import AdapterMagnitude, LayerMagnitude, measure, measure_adapter
+from .._utils.extras import needed
+from .._utils.progress import tracked
+from ..files.checkpoint.weights import is_adapter, stored_pairs, stored_weights
+from ..training import magnitude_report
+from ..training.magnitude import AdapterMagnitude, LayerMagnitude, measure, measure_adapter
 from ._options import add_command, add_path, add_quiet, add_targets, table_console, targets_of
 
 _DESCRIPTION = """\
@@ -74,19 +75,19 @@ def _inspect(options: argparse.Namespace) -> None:
     console = None if options.quiet else table_console()
     if options.picture:
         needed("matplotlib", "--picture", "picture")
-    adapter = checkpoint.is_adapter(options.path)
+    adapter = is_adapter(options.path)
     rows = _adapter_rows(options) if adapter else _weight_rows(options)
     if options.csv:
-        report.write_csv(options.csv, rows)
+        magnitude_report.write_csv(options.csv, rows)
     if options.picture:
-        report.draw(options.picture, rows, options.path.name)
+        magnitude_report.draw(options.picture, rows, options.path.name)
     if console:
-        console.print(report.make_table(rows, str(options.path)))
+        console.print(magnitude_report.make_table(rows, str(options.path)))
 
 
 def _weight_rows(options: argparse.Namespace) -> list[LayerMagnitude]:
     r, method = 16 if options.r is None else options.r, options.method or "exact"
-    weights = checkpoint.stored_weights(options.path, targets_of(options))
+    weights = stored_weights(options.path, targets_of(options))
     return [
         measure(weight.load(), r, method=method, name=weight.name)
         for weight in tracked(weights, "layers", not options.quiet)
@@ -99,5 +100,5 @@ def _adapter_rows(options: argparse.Namespace) -> list[AdapterMagnitude]:
         raise ValueError(f"{given} is for models; {options.path} is an adapter with its own rank")
     return [
         measure_adapter(pair.name, pair.lora_A.load(), pair.lora_B.load(), pair.scaling)
-        for pair in checkpoint.stored_pairs(options.path, targets_of(options))
+        for pair in stored_pairs(options.path, targets_of(options))
     ]

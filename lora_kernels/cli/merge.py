@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from .._progress import byte_bar
-from ..stream.merge import merge
+from .._utils.progress import byte_bar
+from ..files.checkpoint.merge import merge
 from ._options import add_command, add_dtype, add_overwrite, add_path, add_quiet, dtype_of
 
 _DESCRIPTION = """\

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .._extras import needed
+from .._utils.extras import needed
 from ._options import add_command, add_path, table_console
 
 _DESCRIPTION = """\
@@ -41,7 +41,7 @@ def add_parser(commands) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from ..verify import verify
+    from ..files.checkpoint.verify import verify
 
     console = None if options.quiet else table_console()
     # Before the first import of transformers reads them.

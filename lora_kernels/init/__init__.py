@@ -1,12 +1,12 @@
 """Initialisers: one file per family, one registry of names."""
 
-from .base import Initializer, Start
+from .base import Initializer, get_initializer, initializer_names, register_initializer
 from .data_driven import LoRAGA, LoRAOne, LoRASB
 from .loftq import LoftQ
 from .loram import LoRAM
 from .random import Gaussian, InitAB, InitABPlus, InitB, LoRA
-from .registry import get_initializer, initializer_names, register_initializer
 from .spectral import LoRAXS, MiLoRA, OLoRA, PiSSA
+from .start import Start
 
 __all__ = [
     "Gaussian",

@@ -1,42 +1,16 @@
-"""What an initialiser is: a small frozen dataclass that turns a weight into starting factors."""
+"""What an initializer is, a small frozen dataclass that turns a weight into initial factors; and
+the names of `init_lora_weights`.
+"""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from ..ops._checks import factor_dtype
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where an adapter starts.
-
-    `lora_A` [r, in] and `lora_B` [out, r]; `beta`, the DST scale if the factors are β times DST
-    bases (0-dim float64), from which they can be made again; `lora_R` [r, r] if that is what trains
-    between a frozen A and B, which the layer then multiplies as B R A; `weight_norm`, ‖W‖_F (0-dim
-    float64) if the initialiser has measured it on the way. LoftQ's base is another than
-    W − s · B₀A₀: `rewritten`, and made from the start of the step before, `earlier`.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    beta: Tensor | None = None
-    lora_R: Tensor | None = None
-    weight_norm: Tensor | None = None
-    rewritten: bool = False
-    earlier: Start | None = None
-
-    def right(self) -> Tensor:
-        """A, or R A if there is an R, in float32 or wider: s · B₀A₀ is s · `lora_B` times this."""
-        work = torch.promote_types(self.lora_A.dtype, torch.float32)
-        lora_A = self.lora_A.to(work)
-        return lora_A if self.lora_R is None else self.lora_R.to(work) @ lora_A
+from .._utils.errors import unknown_name
+from .start import Start, check_residual_fits, checked, subtract_start_
 
 
 class Initializer(ABC):
@@ -117,83 +91,48 @@ def refuse_implicit(initializer: Initializer, residual: str) -> None:
         )
 
 
-def checked(start: Start, weight: Tensor, r: int) -> Start:
-    """The start with factors of its own, in the dtype that goes with `weight`.
+_REGISTRY: dict[str, Callable[[], Initializer]] = {}
+
+
+def register_initializer(name: str, factory: Callable[[], Initializer]) -> None:
+    """Makes `init_lora_weights=name` (in any case) mean `factory()`; a name can be taken once.
 
     Raises:
-        ValueError: if a factor does not fit the weight and the rank, or is not finite.
+        ValueError: the name is taken.
+        TypeError: `name` is no string, or `factory` an object in place of its class.
 
     """
-    rows, cols = weight.shape
-    dtype = factor_dtype(weight.dtype)
-    factors = {}
-    for name, shape in (("lora_A", (r, cols)), ("lora_B", (rows, r)), ("lora_R", (r, r))):
-        factor = getattr(start, name)
-        if factor is None and name == "lora_R":
-            continue
-        if tuple(factor.shape) != shape:
-            raise ValueError(
-                f"the initialiser gave {name} of shape {list(factor.shape)}; a weight "
-                f"[{rows}, {cols}] at rank {r} needs {list(shape)}"
-            )
-        if not factor.is_meta and not bool(factor.isfinite().all()):
-            raise ValueError(f"the initialiser gave a {name} that holds NaN or Inf")
-        # A copy: it may be a view of W or G, what the initialiser keeps, or expanded.
-        factors[name] = torch.empty(shape, dtype=dtype, device=weight.device).copy_(factor.detach())
-    return replace(start, **factors)
-
-
-def check_residual_fits(weight: Tensor, start: Start, scaling: float) -> None:
-    """Raises if W holds NaN or Inf, or if W − s·B₀A₀ could overflow."""
-    room = torch.finfo(weight.dtype).max - abs(scaling) * _largest_entry(start)
-    # ‖W‖_F is an upper bound that may be known already: no pass over W then.
-    if start.weight_norm is not None and float(start.weight_norm) <= room:
-        return
-    largest = float(torch.linalg.vector_norm(weight, math.inf))
-    if not math.isfinite(largest):
-        raise ValueError("weight holds NaN or Inf; it was not changed")
-    if largest > room:
-        raise ValueError(
-            f"with scaling {scaling:g} the residual of weight could overflow {weight.dtype}; "
-            "it was not changed"
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an initialiser must be a string, got {type(name).__name__}")
+    if isinstance(factory, Initializer) or not callable(factory):
+        raise TypeError(
+            f"{name!r} needs a class or a function that makes an Initializer, got an object of "
+            f"{type(factory).__name__}"
         )
+    key = name.lower()
+    if key in _REGISTRY:
+        raise ValueError(f"the initialiser name {key!r} is taken")
+    _REGISTRY[key] = factory
 
 
-def _largest_entry(start: Start) -> float:
-    """An upper bound of the entries of B₀A₀."""
-    if start.beta is not None:
-        (r, cols), rows = start.lora_A.shape, start.lora_B.shape[0]
-        return float(start.beta) ** 2 * 2 * r / math.sqrt((rows + 1) * (cols + 1))
-    row = torch.linalg.vector_norm(start.lora_B, dim=1, dtype=torch.float64).max()
-    column = torch.linalg.vector_norm(start.right(), dim=0, dtype=torch.float64).max()
-    return float(row * column)
+def initializer_names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_REGISTRY)
 
 
-_ROW_BLOCK = 256
-
-
-def subtract_start_(weight: Tensor, start: Start, scaling: float) -> None:
-    """Takes scaling · B₀A₀ out of `weight` in place, by the recipe if the start has one."""
-    if start.beta is not None:
-        subtract_recipe_(weight, start.beta, start.lora_A.shape[0], scaling)
-    else:
-        subtract_factors_(weight, start.right(), start.lora_B, scaling)
-
-
-def subtract_recipe_(weight: Tensor, beta: Tensor, r: int, scaling: float) -> None:
-    """Takes scaling · β²ΦₙΦₘᵀ out of `weight` in place; a negative scaling adds it."""
-    coefficient = (scaling * beta.to(torch.float64) ** 2).to(weight.device)
-    torch.ops.lora.subtract_dst_(weight, coefficient, r)
-
-
-def subtract_factors_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-    """Takes scaling · BA out of `weight` in place; a negative scaling adds it.
-
-    In float32 or wider and rounded once, by blocks of rows: no second matrix is formed.
-    """
-    work = torch.promote_types(weight.dtype, torch.float32)
-    lora_A = lora_A.to(work)
-    for begin in range(0, weight.shape[0], _ROW_BLOCK):
-        block = weight[begin : begin + _ROW_BLOCK]
-        rows_B = lora_B[begin : begin + _ROW_BLOCK].to(work)
-        block.copy_(torch.addmm(block.to(work), rows_B, lora_A, alpha=-scaling))
+def get_initializer(init_lora_weights: str | Initializer) -> Initializer:
+    """The initialiser of that name with its default options, or the object itself."""
+    if isinstance(init_lora_weights, Initializer):
+        return init_lora_weights
+    if isinstance(init_lora_weights, type) and issubclass(init_lora_weights, Initializer):
+        name = init_lora_weights.__name__
+        raise TypeError(f"init_lora_weights is the class {name}: make an object of it, {name}()")
+    if not isinstance(init_lora_weights, str):
+        raise TypeError(
+            "init_lora_weights must be a name or an Initializer, got "
+            f"{type(init_lora_weights).__name__}; names: {', '.join(initializer_names())}"
+        )
+    factory = _REGISTRY.get(init_lora_weights.lower())
+    if factory is None:
+        raise unknown_name("init_lora_weights", init_lora_weights, initializer_names())
+    return factory()

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import svd
-from ..ops._checks import FLOATS, as_integer, check_positive
-from .base import Initializer, Start
-from .registry import register_initializer
+from .._utils.checks import FLOATS, as_integer, check_positive
+from ..ops import svd
+from .base import Initializer, register_initializer
 from .spectral import refuse_small_rank
+from .start import Start
 
 
 @dataclass(frozen=True)

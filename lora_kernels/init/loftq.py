@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import svd
-from ..ops._checks import as_integer, factor_dtype
-from ..quantizers import Quantizer, check_quantizer, quantized
-from .base import Initializer, Start, subtract_factors_
-from .registry import register_initializer
+from .._utils.checks import as_integer, factor_dtype
+from ..ops import svd
+from .base import Initializer, register_initializer
+from .quantizers import Quantizer, check_quantizer, quantized
 from .spectral import refuse_small_rank, split
+from .start import Start, subtract_factors_
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LoftQ(Initializer):
     """W ← Q_T of Q_t = q(W − s·B_{t−1}A_{t−1}), s·B_tA_t = the best of rank r of W − Q_t, B₀A₀ = 0.
 
     Li et al., arXiv 2310.08659, algorithm 1, with T = `iterations` (5, the paper's) and q =
-    `quantizer`, a name of `lora_kernels.quantizers.quantized` or a function W → quantised and
+    `quantizer`, a name of `lora_kernels.init.quantizers.quantized` or a function W → quantised and
     dequantised W. Half of each σ / s is in A and half in B, as in PiSSA. Cost: T times a truncated
     SVD and a pass of the quantiser. There is no recipe: the factors are kept.
 

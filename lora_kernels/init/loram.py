@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import svd
-from .._errors import unknown_name
-from ..ops._checks import as_integer, factor_dtype
-from ..ops._matrices import names
+from .._utils.checks import as_integer, factor_dtype
+from .._utils.errors import unknown_name
+from ..ops import svd
 from ..ops.loram_init import log_gain
-from .base import Initializer, Start
-from .registry import get_initializer, register_initializer
+from ..ops.svd._matrices import names
+from .base import Initializer, get_initializer, register_initializer
+from .start import Start
 
 BASES = ("dst", "orthogonal", "gaussian")
 GAINS = ("log", "log_half", "exact")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops._checks import as_integer, check_positive, factor_dtype
-from .base import Initializer, Start
-from .registry import register_initializer
+from .._utils.checks import as_integer, check_positive, factor_dtype
+from .base import Initializer, register_initializer
+from .start import Start
 
 
 @dataclass(frozen=True)

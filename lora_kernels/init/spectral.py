@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import svd
-from ..ops._checks import as_integer, check_finite, check_positive
-from ..ops._matrices import names
-from ..ops.randomized_svd import check_tolerance
-from .base import Initializer, Start
-from .registry import register_initializer
+from .._utils.checks import as_integer, check_finite, check_positive
+from ..ops import svd
+from ..ops.svd._matrices import names
+from ..ops.svd.randomized_svd import check_tolerance
+from .base import Initializer, register_initializer
+from .start import Start
 
 # Against the largest entry. A and B are its root: a millionth of the usual, which trains no more.
 _ZERO = 1e-12

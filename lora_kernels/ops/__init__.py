@@ -2,26 +2,16 @@
 override the references where they were built.
 """
 
-from . import (
-    _kinds as _kinds,
-)
-from . import (
-    dst_basis,
-    frobenius_stats,
-    linear,
-    loram_init,
-    minor_svd,
-    randomized_svd,
-    subtract_dst,
-    thin_qr,
-)
-from ._triton import register_triton
-from .cpu_capability import (
+from . import dst_basis, frobenius_stats, linear, loram_init, subtract_dst
+from ._backends import tensor_kinds as tensor_kinds
+from ._backends.cpu_capability import (
     apply_setting,
     cpu_capabilities,
     cpu_capability,
     set_cpu_capability,
 )
+from ._backends.triton import register_triton
+from .svd import minor_svd, randomized_svd, thin_qr
 
 __all__ = [
     "cpu_capabilities",

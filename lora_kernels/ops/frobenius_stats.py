@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 import torch
 
-from ._checks import check_weight
+from .._utils.checks import check_same_device, check_weight
 from ._library import define_composite, define_kernel
 
 
@@ -22,20 +20,6 @@ def frobenius_stats_ref(weights: list[torch.Tensor]) -> torch.Tensor:
 def frobenius_stats_fake(weights: list[torch.Tensor]) -> torch.Tensor:
     device = weights[0].device if weights else torch.device("cpu")
     return torch.empty(len(weights), 2, dtype=torch.float64, device=device)
-
-
-_device = attrgetter("device")
-
-
-def check_same_device(weights: list[torch.Tensor]) -> None:
-    if len(set(map(_device, weights))) <= 1:
-        return
-    for k, weight in enumerate(weights):
-        if weight.device != weights[0].device:
-            raise ValueError(
-                f"weights[{k}] is on {weight.device}, weights[0] on {weights[0].device}; "
-                "call once per device"
-            )
 
 
 def frobenius_stats(weights: list[torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import FLOATS
+from .._utils.checks import FLOATS
 from ._library import LIBRARY, define_composite, define_kernel
 from .philox import dropout as drop_elements
 

@@ -8,10 +8,18 @@ from operator import attrgetter
 
 import torch
 
-from ._checks import FLOATS, check_finite, check_rank, check_weight, check_writable, factor_dtype
+from .._utils.checks import (
+    FLOATS,
+    check_finite,
+    check_rank,
+    check_same_device,
+    check_weight,
+    check_writable,
+    factor_dtype,
+)
 from ._library import define_composite, define_kernel, define_mutating_kernel
 from .dst_basis import dst_basis_ref
-from .frobenius_stats import check_same_device, frobenius_stats_ref
+from .frobenius_stats import frobenius_stats_ref
 from .subtract_dst import subtract_dst_ref
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_rank, check_size, check_weight, check_writable
+from .._utils.checks import check_rank, check_size, check_weight, check_writable
 from ._library import define_composite, define_mutating_kernel
 from .dst_basis import dst_basis
 

@@ -6,12 +6,12 @@ merges and switches adapters.
 
 from importlib.util import find_spec
 
-from .._extras import needed
+from .._utils.extras import needed
 
 if find_spec("peft") is None:
     needed("peft", "lora_kernels.peft", "ecosystem")
 
-from .fused import AccelerateReport as AccelerateReport
-from .fused import accelerate as accelerate
-from .initialisation import InitializeReport as InitializeReport
-from .initialisation import initialize as initialize
+from .accelerate import AccelerateReport as AccelerateReport
+from .accelerate import accelerate as accelerate
+from .initialize import InitializeReport as InitializeReport
+from .initialize import initialize as initialize

@@ -8,8 +8,8 @@ import peft
 from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from torch import nn
 
-from .._errors import unknown_name
-from .start import StartVariant, start_of
+from .._utils.errors import unknown_name
+from .variant import StartVariant, start_of
 
 # The model inside the PeftModel and its LoraModel.
 PREFIX = "base_model.model."

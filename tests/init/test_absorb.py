@@ -12,8 +12,8 @@ from torch import nn
 from lora_kernels import LoRALinear
 from lora_kernels.init import InitAB, LoRAM, PiSSA, get_initializer, initializer_names
 
-from ..oracle import ROUNDING, TINY, to_numpy
-from ..packages import needs_real_model
+from ..support.oracle import ROUNDING, TINY, to_numpy
+from ..support.packages import needs_real_model
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 STARTS = [

@@ -12,10 +12,10 @@ from torch import nn
 from lora_kernels import LoRALinear
 from lora_kernels.init import LoRAGA, LoRAOne, LoRASB, get_initializer
 
-from ..devices import rng_state
-from ..ops.spectra import noise_of, with_sigma
-from ..oracle import to_numpy
-from ..packages import needs_real_model
+from ..ops.svd.spectra import noise_of, with_sigma
+from ..support.devices import rng_state
+from ..support.oracle import to_numpy
+from ..support.packages import needs_real_model
 
 KINDS = [LoRAGA, LoRAOne, LoRASB]
 NAMES = ["lora_ga", "lora_one", "lora_sb"]

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from lora_kernels import LoRALinear
-from lora_kernels.bases import dequantized_weight
 from lora_kernels.init import LoftQ, Start, get_initializer
-from lora_kernels.originals import OriginalWeights
-from lora_kernels.quantizers import quantized
+from lora_kernels.init.quantizers import quantized
+from lora_kernels.layers.kinds import dequantized_weight
+from lora_kernels.model.originals import OriginalWeights
 
-from ..oracle import ROUNDING, to_numpy
-from ..packages import needs_bitsandbytes, needs_peft, needs_real_model, needs_safetensors
-from ..quantised import linear_4bit, linear_8bit, quantize_4bit
+from ..support.oracle import ROUNDING, to_numpy
+from ..support.packages import needs_bitsandbytes, needs_peft, needs_real_model, needs_safetensors
+from ..support.quantized import linear_4bit, linear_8bit, quantize_4bit
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

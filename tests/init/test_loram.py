@@ -8,12 +8,12 @@ from torch import nn
 
 from lora_kernels import LoRALinear
 from lora_kernels.init import LoRAGA, LoRAM, PiSSA, get_initializer
-from lora_kernels.init.base import subtract_start_
 from lora_kernels.init.loram import BASES, GAINS, STATISTICS
+from lora_kernels.init.start import subtract_start_
 
-from ..devices import rng_state
-from ..oracle import ROUNDING, dst_basis, loram_beta, to_numpy
-from ..packages import needs_real_model
+from ..support.devices import rng_state
+from ..support.oracle import ROUNDING, dst_basis, loram_beta, to_numpy
+from ..support.packages import needs_real_model
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (48, 48)])

@@ -13,9 +13,9 @@ from torch import nn
 from lora_kernels import LoRALinear
 from lora_kernels.init import Gaussian, InitAB, InitABPlus, InitB, LoRA, get_initializer
 
-from ..devices import rng_state
-from ..oracle import to_numpy
-from ..packages import needs_real_model
+from ..support.devices import rng_state
+from ..support.oracle import to_numpy
+from ..support.packages import needs_real_model
 
 KINDS = [LoRA, InitB, Gaussian, InitAB, InitABPlus]
 NAMES = {

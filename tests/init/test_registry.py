@@ -13,13 +13,13 @@ from lora_kernels.init import (
     LoRA,
     LoRAM,
     Start,
+    base,
     get_initializer,
     initializer_names,
     register_initializer,
-    registry,
 )
 
-from ..oracle import ROUNDING
+from ..support.oracle import ROUNDING
 
 
 def test_names():
@@ -38,7 +38,7 @@ def test_names():
 
 
 def test_a_user_registers_one(monkeypatch, device):
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
 
     @dataclass(frozen=True)
     class Halves(Initializer):

@@ -14,10 +14,10 @@ from torch import nn
 from lora_kernels import LoRALinear, svd
 from lora_kernels.init import LoRAXS, MiLoRA, OLoRA, PiSSA, get_initializer
 
-from ..devices import rng_state
-from ..ops.spectra import noise_of, with_sigma
-from ..oracle import ROUNDING, TINY, to_numpy
-from ..packages import needs_real_model
+from ..ops.svd.spectra import noise_of, with_sigma
+from ..support.devices import rng_state
+from ..support.oracle import ROUNDING, TINY, to_numpy
+from ..support.packages import needs_real_model
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 STARTS = [

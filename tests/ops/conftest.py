@@ -17,8 +17,8 @@ from hypothesis import settings
 
 from lora_kernels.ops import cpu_capabilities, set_cpu_capability
 
-from ..devices import DEVICES
-from ..exhaustive import EXHAUSTIVE
+from ..support.devices import DEVICES
+from ..support.exhaustive import EXHAUSTIVE
 
 SETS = cpu_capabilities()
 # torch's engine for the batches of a GPU has no instruction sets of ours.
@@ -41,6 +41,9 @@ INDEPENDENT = (
     ),
 )
 
+# Functions over the operators, whose own tests run at every set.
+FUNCTIONS = ("test_triplets",)
+
 
 @pytest.fixture(scope="session")
 def device(request) -> str:
@@ -54,7 +57,9 @@ def instruction_set(request) -> str | None:
 
 
 def pytest_generate_tests(metafunc) -> None:
-    independent = any(part in metafunc.function.__name__ for part in INDEPENDENT)
+    independent = metafunc.module.__name__.endswith(FUNCTIONS) or any(
+        part in metafunc.function.__name__ for part in INDEPENDENT
+    )
     lower = [] if independent else LOWER
     if "device" in metafunc.fixturenames:
         names = [f"cpu-{name}" for name in lower] + DEVICES

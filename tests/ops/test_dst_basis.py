@@ -11,8 +11,8 @@ from torch.library import opcheck
 
 from lora_kernels.ops.dst_basis import dst_basis_ref, sin_pi
 
-from ..oracle import dst_basis as oracle
-from ..oracle import to_numpy
+from ..support.oracle import dst_basis as oracle
+from ..support.oracle import to_numpy
 
 op = torch.ops.lora.dst_basis
 SIZES = st.integers(1, 400)

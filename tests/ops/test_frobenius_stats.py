@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from lora_kernels.ops.frobenius_stats import frobenius_stats_ref
 
-from ..oracle import to_numpy
+from ..support.oracle import to_numpy
 from .strides import LAYOUTS, lay_out
 
 op = torch.ops.lora.frobenius_stats

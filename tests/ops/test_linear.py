@@ -13,7 +13,7 @@ from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capabilit
 from lora_kernels.ops.linear import linear_backward_ref, linear_forward_ref
 from lora_kernels.ops.philox import dropout as drop
 
-from ..oracle import ROUNDING, assert_close, to_numpy
+from ..support.oracle import ROUNDING, assert_close, to_numpy
 
 op = torch.ops.lora.linear
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

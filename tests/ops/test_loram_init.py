@@ -12,8 +12,8 @@ from torch.library import opcheck
 
 from lora_kernels.ops.loram_init import loram_init_ref
 
-from ..oracle import ROUNDING, TINY, dst_basis, loram_beta, to_numpy
-from ..packages import needs_real_model
+from ..support.oracle import ROUNDING, TINY, dst_basis, loram_beta, to_numpy
+from ..support.packages import needs_real_model
 from .strides import LAYOUTS, lay_out
 
 op = torch.ops.lora.loram_init

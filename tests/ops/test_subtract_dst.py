@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from lora_kernels.ops.subtract_dst import subtract_dst_ref
 
-from ..oracle import ROUNDING, TINY, dst_basis, to_numpy
+from ..support.oracle import ROUNDING, TINY, dst_basis, to_numpy
 from .strides import LAYOUTS, lay_out
 
 op = torch.ops.lora.subtract_dst_

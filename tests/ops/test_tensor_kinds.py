@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_kernels.ops._kinds import tensor_kinds_ref
+from lora_kernels.ops._backends.tensor_kinds import tensor_kinds_ref
 
 
 def test_kinds_are_those_of_the_reference(device):

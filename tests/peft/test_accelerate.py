@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from ..oracle import ROUNDING
-from ..packages import needs_peft
+from ..support.oracle import ROUNDING
+from ..support.packages import needs_peft
 from .models import MODELS, adapted, close, gpt2, linear_layers, llama, logits, move, tokens
 from .test_initialize import initialize
 
@@ -40,9 +41,9 @@ def trained(model: nn.Module, steps: int = 3) -> tuple[list, dict]:
 
 def fused_calls(monkeypatch) -> list:
     """Grows by one whenever a layer takes our operator."""
-    from lora_kernels.peft import fused
-
-    calls, find = [], fused._fusable_adapter
+    # The package has the function under the name of its module.
+    module = importlib.import_module("lora_kernels.peft.accelerate")
+    calls, find = [], module._fusable_adapter
 
     def recorded(layer, x):
         adapter = find(layer, x)
@@ -50,7 +51,7 @@ def fused_calls(monkeypatch) -> list:
             calls.append(adapter)
         return adapter
 
-    monkeypatch.setattr(fused, "_fusable_adapter", recorded)
+    monkeypatch.setattr(module, "_fusable_adapter", recorded)
     return calls
 
 

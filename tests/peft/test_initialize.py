@@ -6,7 +6,6 @@ import copy
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +14,10 @@ from torch import nn
 
 from lora_kernels import capture_gradients
 from lora_kernels.init import LoRAM, PiSSA
-from lora_kernels.init.registry import get_initializer, initializer_names
+from lora_kernels.init.base import get_initializer, initializer_names
 
-from ..packages import needs_peft
+from ..support import ROOT
+from ..support.packages import needs_peft
 from .models import (
     MODELS,
     adapted,
@@ -472,7 +472,7 @@ def test_peft_is_imported_at_first_use():
         "lora_kernels.peft"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert "lora_kernels.peft needs the package peft: pip install" in last
 

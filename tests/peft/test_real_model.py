@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from ..packages import needs_peft, needs_real_model
+from ..support.packages import needs_peft, needs_real_model
 from .test_accelerate import accelerate
 from .test_initialize import initialize
 

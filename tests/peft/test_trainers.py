@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ..packages import needs_trainer, needs_trl
+from ..support.packages import needs_trainer, needs_trl
 from .models import VOCABULARY, adapted, close, llama, logits, same_bits, tokens, weights_of
 from .test_accelerate import accelerate
 from .test_initialize import initialize

@@ -10,7 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton (pip install triton)")
 
-from lora_kernels.ops import _triton  # noqa: E402
+from lora_kernels.ops._backends import triton as backend  # noqa: E402
 from lora_kernels.ops.loram_init import empty_factors_ref  # noqa: E402
 
 
@@ -28,7 +28,7 @@ def device() -> Iterator[str]:
         pytest.skip("the interpreter of triton < 3.7 does not know NumPy >= 2.4")
     library = torch.library.Library("lora", "IMPL")
     # In Python, where `_poisoned` sees to what has memory.
-    kernels = {"_empty_factors": empty_factors_ref, **({} if on_gpu else _triton.KERNELS)}
+    kernels = {"_empty_factors": empty_factors_ref, **({} if on_gpu else backend.KERNELS)}
     for name, kernel in kernels.items():
         library.impl(name, kernel, "CUDA" if on_gpu else "CPU", allow_override=True)
     yield "cuda" if on_gpu else "cpu"

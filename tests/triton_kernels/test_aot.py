@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +18,10 @@ triton = pytest.importorskip(
     "triton", reason="compiling the kernels needs triton (pip install triton)"
 )
 
-from ..exhaustive import EXHAUSTIVE  # noqa: E402
+from ..support import ROOT  # noqa: E402
+from ..support.exhaustive import EXHAUSTIVE  # noqa: E402
 from . import aot_table  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 # What a block may ask for; Triton finds out only when it loads the kernel on the device.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 ARCHS = sorted(SHARED_LIMIT)

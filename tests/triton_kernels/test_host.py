@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the kernels need triton (pip install triton)")
+from ..support import ROOT
 
-ROOT = Path(__file__).parents[2]
+pytest.importorskip("triton", reason="the kernels need triton (pip install triton)")
 
 
 @pytest.fixture(scope="module")

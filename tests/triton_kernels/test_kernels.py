@@ -18,8 +18,8 @@ from lora_kernels.triton_kernels.dst_basis import _round_apart
 from ..ops.strides import LAYOUTS, lay_out
 from ..ops.test_subtract_dst import check as check_subtraction
 from ..ops.test_subtract_dst import correction_of
-from ..oracle import ROUNDING, to_numpy
-from ..oracle import dst_basis as dst_oracle
+from ..support.oracle import ROUNDING, to_numpy
+from ..support.oracle import dst_basis as dst_oracle
 
 ops = torch.ops.lora
 FP64 = torch.float64

@@ -1,0 +1,111 @@
+"""Checks that every operator shares. They run before anything is written.
+
+Plain comparisons: with torch._check and its closures those of 224 weights took 1.9 ms, while the
+GPU waited.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from operator import attrgetter
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_SIZE = 2**30
+_FLOAT_NAMES = "float64, float32, bfloat16 or float16"
+
+
+def check_weight(weight: torch.Tensor, name: str = "weight") -> None:
+    """Raises unless `weight` is a 2-D floating-point matrix of ordinary strided memory."""
+    if weight.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} has dtype {weight.dtype}; expected {_FLOAT_NAMES} "
+            "(dequantise it first if it is quantised)"
+        )
+    if weight.dim() != 2:
+        raise ValueError(
+            f"{name} must be 2-D [out_features, in_features], got shape {list(weight.shape)}"
+        )
+    if weight.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, got {weight.layout}")
+
+
+def overlaps(weight: torch.Tensor) -> bool:
+    """Whether two entries of the matrix share memory, so that writing one changes the other."""
+    if weight.is_contiguous() or not weight.numel():
+        return False
+    fast, slow = sorted(zip(weight.stride(), weight.shape, strict=True))
+    return (fast[0] == 0 and fast[1] > 1) or (slow[1] > 1 and slow[0] <= (fast[1] - 1) * fast[0])
+
+
+def check_writable(weight: torch.Tensor, name: str = "weight") -> None:
+    """Raises if the weight `overlaps`."""
+    if overlaps(weight):
+        raise ValueError(
+            f"{name} is an expanded or overlapping view (strides {list(weight.stride())} of shape "
+            f"{list(weight.shape)}) and cannot be written in place; clone it first"
+        )
+
+
+def check_size(size: int, name: str) -> None:
+    """Raises unless 1 <= size < 2^30: products of two sizes and a rank have to fit an int64."""
+    if not (size >= 1 and size < MAX_SIZE):
+        raise ValueError(f"{name} must be in [1, 2^30), got {size}")
+
+
+def check_rank(rank: int, rows: int, cols: int, name: str = "weight") -> None:
+    """Raises unless 1 <= rank <= min(rows, cols)."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if rank > rows or rank > cols:
+        raise ValueError(
+            f"rank {rank} is larger than min(n, m) = {min(rows, cols)} of {name}, "
+            f"shape [{rows}, {cols}]"
+        )
+
+
+def as_integer(value: object, name: str) -> int:
+    """The int that `value` is, of any library's kind; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    return int(value)
+
+
+def check_finite(value: float, name: str) -> None:
+    """Raises unless the Python number `value` is finite."""
+    if value != value or abs(value) == float("inf"):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_number(value: object, name: str) -> None:
+    """Raises unless `value` is a real number of any library's kind; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_positive(value: object, name: str) -> None:
+    """Raises unless `value` is a positive, finite number of any library's kind."""
+    check_number(value, name)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of A and B for a weight of `dtype`: float32, or float64 for float64 weights."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_device = attrgetter("device")
+
+
+def check_same_device(weights: list[torch.Tensor]) -> None:
+    if len(set(map(_device, weights))) <= 1:
+        return
+    for k, weight in enumerate(weights):
+        if weight.device != weights[0].device:
+            raise ValueError(
+                f"weights[{k}] is on {weight.device}, weights[0] on {weights[0].device}; "
+                "call once per device"
+            )

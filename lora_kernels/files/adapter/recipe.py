@@ -1,0 +1,201 @@
+"""An adapter's configuration and the few numbers of each layer as JSON.
+
+It lies in the header of the file that holds the tensors, so that both are replaced at once. Files
+for PEFT have the same from `save_adapter` and from `lora_kernels.peft`, and both read it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from ...init import Initializer, get_initializer, initializer_names
+from ...layers.state import FACTORS, LayerState
+from ...model.config import LoRAConfig
+
+METADATA = "lora_kernels"  # its key in the header
+VERSION = 1
+_NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_NUMBERS = ("scaling", "lora_alpha", "beta", "weight_norm")
+
+
+def recipe_to_json(
+    layers: Mapping[str, LayerState],
+    file_format: str,
+    config: LoRAConfig | None,
+    base_model: str | None,
+    **more: Any,
+) -> str:
+    """The recipe of an adapter that is stored as `file_format`, "native" or "peft".
+
+    "peft" has `more`: `peft_config`, what the tensors' PEFT configuration says, and `rank_fields`,
+    what it says instead at the rank that trains. An adapter of PEFT's model has no `config`.
+    """
+    recipe = {
+        "version": VERSION,
+        "format": file_format,
+        "base_model": base_model,
+        "config": None if config is None else config_to_dict(config),
+        "layers": {name: _layer_to_dict(layer) for name, layer in layers.items()},
+        **more,
+    }
+    return json.dumps(recipe, allow_nan=False)
+
+
+def recipe_from_json(text: str) -> dict[str, Any]:
+    """The recipe, of a version that is known and with all its parts.
+
+    Raises:
+        ValueError: it is none.
+
+    """
+    try:
+        recipe = json.loads(text)
+        version = recipe["version"]
+        if version != VERSION:
+            raise ValueError(
+                f"it is of version {version!r}, this package reads version {VERSION}: update "
+                "lora_kernels"
+            )
+        parts = ["config", "layers"]
+        if recipe["format"] == "peft":
+            parts += ["peft_config", "rank_fields"]
+            if recipe["config"] is None:
+                parts.remove("config")
+        if not all(isinstance(recipe[key], dict) for key in parts):
+            raise TypeError
+        if not recipe["layers"] or not all(
+            type(layer["r"]) is int for layer in recipe["layers"].values()
+        ):
+            raise TypeError
+        recipe["base_model"]
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError):
+        raise ValueError("its recipe is damaged") from None
+    return recipe
+
+
+def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) -> LayerState:
+    """The layer with these factors, which get back the dtypes that they had.
+
+    Raises:
+        ValueError: a number is missing or none.
+
+    """
+    numbers = {}
+    for key in _NUMBERS:
+        value = recipe.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{key} is {value!r}, no number")
+        numbers[key] = value
+    if numbers["scaling"] is None or numbers["lora_alpha"] is None:
+        raise ValueError("scaling or lora_alpha is missing")
+    if recipe.get("residual") not in ("absorb", "implicit"):
+        raise ValueError(f"residual is {recipe.get('residual')!r}")
+    for key, dtype in recipe.get("dtypes", {}).items():
+        if key in factors:
+            factors[key] = factors[key].to(_NARROW[dtype])
+    return LayerState(**factors, **numbers, residual=recipe["residual"])
+
+
+def config_to_dict(config: LoRAConfig) -> dict[str, Any]:
+    """All fields, as JSON has them."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    values["init_lora_weights"] = _initializer_to_json(config.init_lora_weights)
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+def config_from_dict(values: dict[str, Any]) -> LoRAConfig:
+    """The configuration again.
+
+    Raises:
+        ValueError: a field is unknown, or its value is.
+
+    """
+    try:
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        values["init_lora_weights"] = _initializer_from_json(values["init_lora_weights"])
+        return LoRAConfig(**values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its configuration is damaged: {error}") from None
+
+
+def _layer_to_dict(layer: LayerState) -> dict[str, Any]:
+    recipe = {key: getattr(layer, key) for key in _NUMBERS} | {
+        "r": layer.r,
+        "residual": layer.residual,
+        "start": "dst" if layer.beta is not None else "kept" if layer.changes_base else None,
+        "R": layer.lora_R is not None,
+    }
+    narrow = {
+        key: name
+        for key in FACTORS
+        for name, dtype in _NARROW.items()
+        if getattr(layer, key) is not None and getattr(layer, key).dtype == dtype
+    }
+    return recipe | ({"dtypes": narrow} if narrow else {})
+
+
+def _initializer_to_json(value: Any) -> Any:
+    """A name, or {"name", "options"} of an object; options that JSON does not have are None."""
+    if not isinstance(value, Initializer):
+        return value
+    options: dict[str, Any] | None = {
+        f.name: _initializer_to_json(getattr(value, f.name)) for f in fields(value) if f.init
+    }
+    try:
+        json.dumps(options, allow_nan=False)
+    except (TypeError, ValueError):
+        options = None
+    names = [n for n in initializer_names() if type(get_initializer(n)) is type(value)]
+    return {"name": names[0] if names else type(value).__name__, "options": options}
+
+
+def _initializer_from_json(value: Any) -> Any:
+    name = value["name"] if isinstance(value, dict) else value
+    if isinstance(name, bool):
+        return name
+    try:
+        initializer = get_initializer(name)
+        if name is value:
+            return name
+        options = value["options"]
+        return type(initializer)(
+            **{
+                key: _initializer_from_json(v) if isinstance(v, dict) else v
+                for key, v in options.items()
+            }
+        )
+    except (ValueError, TypeError, AttributeError):
+        # The start is in the factors already. Without it only a new layer could not start so.
+        warnings.warn(
+            f"the adapter was started with {name!r}, which is not registered here or had other "
+            "options (lora_kernels.init.register_initializer): its configuration says 'lora' "
+            "instead; what it computes is the same",
+            stacklevel=2,
+        )
+        return "lora"
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+NATIVE_FILE = "adapter_native.safetensors"
+
+
+NATIVE_TYPE = "LORA_KERNELS"
+
+
+FORMATS = ("peft", "native")
+
+
+START = (
+    "start"  # the format of a start beside the base that lacks it (lora_kernels.files.checkpoint)
+)

@@ -1,0 +1,97 @@
+"""`save_adapter` and `load_adapter`: between a model and a folder."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from torch import nn
+
+from ..._utils.names import without_wrappers
+from ...model.config import AdapterState
+from ...model.install import unwrapped
+from ...model.lora import adapter_state, apply_state
+from ...model.report import LoRAReport
+from .folder import SavedAdapter, read_adapter, write_adapter
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str | None = None,
+    format: str = "peft",
+    compress_to: int | None = None,
+) -> SavedAdapter:
+    """Writes an adapter of the model, the active one by default, as `write_adapter` does."""
+    state = adapter_state(model, adapter_name)
+    if format == "peft":
+        _warn_of_second_names(unwrapped(model), state)
+    if state.config.initializer.rewrites_base and any(
+        layer.residual == "absorb" for layer in state.layers.values()
+    ):
+        warnings.warn(
+            f"{type(state.config.initializer).__name__} has given the model another base, and this "
+            "adapter belongs to it, not to the original: keep that base too "
+            "(model.save_pretrained)",
+            stacklevel=2,
+        )
+    modules = {without_wrappers(n): m for n, m in unwrapped(model).named_modules() if n}
+    inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
+    return write_adapter(
+        folder,
+        state,
+        format=format,
+        compress_to=compress_to,
+        module_names=[name for name in modules if not name.startswith(inside)],
+        fan_in_fan_out=all(getattr(modules[n], "transposed", False) for n in state.layers),
+    )
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = True,
+    progress: bool = True,
+) -> LoRAReport:
+    """Puts the adapter of a folder onto the model; whether it was written here or by PEFT.
+
+    Args:
+        model: the base, which may have other adapters.
+        folder: of `save_adapter`, or PEFT's.
+        adapter_name: what it is called from now on; it is active.
+        is_trainable: whether it can be trained further.
+        progress: whether a bar is shown, if standard error is a terminal.
+
+    Returns:
+        What was adapted, as `add_lora` reports it.
+
+    Raises:
+        ValueError: as `read_adapter`, or the adapter does not fit the model, which is as it was
+            then.
+
+    """
+    state = read_adapter(folder)
+    return apply_state(
+        model, state, adapter_name=adapter_name, is_trainable=is_trainable, progress=progress
+    )
+
+
+def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
+    """PEFT puts its layer where a module is first found, and the base stays in other places."""
+    modules = {without_wrappers(n): m for n, m in model.named_modules(remove_duplicate=False)}
+
+    def place(name: str) -> tuple[nn.Module, str]:
+        parent, _, key = name.rpartition(".")
+        return modules[parent], key
+
+    first = {modules[name]: place(name) for name in state.layers}
+    missed = [n for n, module in modules.items() if place(n) != first.get(module, place(n))]
+    if missed:
+        warnings.warn(
+            f"PEFT will not adapt {', '.join(missed[:4])}, which is another name of an adapted "
+            "layer: there its output differs. load_adapter adapts both",
+            stacklevel=3,
+        )

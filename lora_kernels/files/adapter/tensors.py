@@ -1,0 +1,180 @@
+"""The tensors of an `AdapterState` as files hold them, in either format, and the state out of them.
+
+With the recipe (`recipe`), which says what the tensors are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..._utils.checks import FLOATS
+from ...layers.state import FACTORS, LayerState
+from ...model.config import AdapterState
+from .peft_format import DECISIVE, check_options, check_pair, config_from_peft, split_tensors
+from .recipe import ADAPTER_CONFIG, config_from_dict, layer_from_dict
+
+
+def check_state(state: AdapterState) -> None:
+    """Raises unless it can be written and read again."""
+    if not state.layers:
+        raise ValueError("the adapter has no layers")
+    for name, layer in state.layers.items():
+        _check_layer(name, layer, layer.r)
+        for key in FACTORS:
+            factor = getattr(layer, key)
+            if factor is not None and not bool(factor.isfinite().all()):
+                raise ValueError(f"{key} of {name!r} holds NaN or Inf; nothing was written")
+    for name, tensor in state.extra.items():
+        if tensor.dtype in FLOATS and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name!r} holds NaN or Inf; nothing was written")
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raises unless what was read can be an adapter's numbers."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in FLOATS:
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name!r} holds NaN or Inf; take an earlier one")
+        elif re.search(r"\.(lora|start)_\w+(\.|$)", name):
+            raise ValueError(f"{name!r} is {tensor.dtype}, no floating-point type of an adapter")
+
+
+def native_tensors(state: AdapterState) -> dict[str, Tensor]:
+    """A, B, R and kept starts, by names of their own."""
+    tensors = {f"extra.{name}": tensor for name, tensor in state.extra.items()}
+    for name, layer in state.layers.items():
+        for key in FACTORS:
+            factor = getattr(layer, key)
+            if factor is not None:
+                tensors[f"layers.{name}.{key}"] = factor
+    return tensors
+
+
+def from_recipe(
+    recipe: dict[str, Any], config: dict[str, Any] | None, tensors: dict[str, Tensor]
+) -> AdapterState:
+    """The adapter that this package wrote.
+
+    Args:
+        recipe: of the file, as `recipe_from_json` gives it.
+        config: `adapter_config.json`, if it is there.
+        tensors: all of the file.
+
+    Raises:
+        ValueError: they do not go together.
+
+    """
+    if recipe["format"] == "peft":
+        check_unedited(recipe, config)
+        factors, extra = _split_peft(recipe, tensors)
+    else:
+        factors, extra = _split_native(recipe, tensors)
+    layers = {}
+    for name, layer in recipe["layers"].items():
+        try:
+            layers[name] = layer_from_dict(layer, factors[name])
+        except (ValueError, AttributeError, KeyError) as error:
+            raise ValueError(f"the recipe of {name!r} is damaged: {error}") from None
+        _check_layer(name, layers[name], layer["r"])
+    if recipe["config"] is None:
+        values = recipe["peft_config"] | recipe["rank_fields"]
+        check_options(values)
+        adapted = config_from_peft(values, tuple(layers))
+    else:
+        adapted = config_from_dict(recipe["config"])
+    return AdapterState(adapted, layers, extra, recipe["base_model"])
+
+
+def check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> None:
+    """Raises if the configuration beside the tensors is not theirs. None is fine: a process was
+    killed before it put it there.
+    """
+    saved = recipe["peft_config"]
+    for key in DECISIVE if config is not None else ():
+        if (config.get(key) or None) != (saved.get(key) or None):  # {} is None
+            raise ValueError(
+                f"{ADAPTER_CONFIG} says {key} = {config.get(key)!r}, but this was saved with "
+                f"{saved.get(key)!r}: it was edited, or is of another adapter; to take what was "
+                f"saved, remove {ADAPTER_CONFIG}"
+            )
+
+
+def split_halves(
+    name: str, layer: dict[str, Any], right: Tensor, left: Tensor
+) -> dict[str, Tensor]:
+    """A and B, and A₀ and B₀ if there is a start, out of [A; A₀] and [B, −B₀].
+
+    Raises:
+        ValueError: they are not of the rank that the layer's recipe says.
+
+    """
+    check_pair(name, right, left)
+    r, start = layer["r"], layer.get("start")
+    if right.shape[0] != (2 * r if start else r):
+        raise ValueError(f"lora_A of {name!r} has {right.shape[0]} rows, its recipe has r = {r}")
+    factors = {"lora_A": right[:r].clone(), "lora_B": left[:, :r].clone()}
+    if start:
+        factors |= {"start_A": right[r:].clone(), "start_B": -left[:, r:]}
+    return factors
+
+
+def _split_peft(
+    recipe: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The factors of each layer, without starts that are made again, and all else."""
+    pairs, extra = split_tensors(tensors)
+    _check_names(recipe["layers"], pairs)
+    factors = {}
+    for name, layer in recipe["layers"].items():
+        factors[name] = split_halves(name, layer, *pairs[name])
+        if layer.get("start") == "dst":
+            del factors[name]["start_A"], factors[name]["start_B"]
+    return factors, extra
+
+
+def _split_native(
+    recipe: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    factors: dict[str, dict[str, Tensor]] = {}
+    extra = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "extra":
+            extra[name] = tensor
+            continue
+        layer, _, part = name.rpartition(".")
+        if kind != "layers" or part not in FACTORS:
+            raise ValueError(f"{key!r} is no tensor of an adapter")
+        factors.setdefault(layer, {})[part] = tensor
+    _check_names(recipe["layers"], factors)
+    for name, layer in recipe["layers"].items():
+        expected = {"lora_A", "lora_B"} | ({"lora_R"} if layer.get("R") else set())
+        expected |= {"start_A", "start_B"} if layer.get("start") == "kept" else set()
+        if factors[name].keys() != expected:
+            wrong = ", ".join(sorted(factors[name].keys() ^ expected))
+            raise ValueError(f"{wrong} of {name!r} is missing, or not in the recipe")
+    return factors, extra
+
+
+def _check_names(recipe: Collection[str], stored: Collection[str]) -> None:
+    for name in [*recipe, *stored]:
+        if name not in stored or name not in recipe:
+            what = "tensors" if name not in stored else "recipe"
+            raise ValueError(f"the {what} of {name!r} are missing")
+
+
+def _check_layer(name: str, layer: LayerState, r: int) -> None:
+    check_pair(name, layer.lora_A, layer.lora_B)
+    shapes = {"lora_A": layer.lora_A.shape, "lora_B": layer.lora_B.shape}
+    expected = {"lora_A": (r, shapes["lora_A"][1]), "lora_B": (shapes["lora_B"][0], r)}
+    for key, like in (("start_A", "lora_A"), ("start_B", "lora_B"), ("lora_R", None)):
+        factor = getattr(layer, key)
+        if factor is not None:
+            shapes[key], expected[key] = factor.shape, expected[like] if like else (r, r)
+    for key, shape in shapes.items():
+        if tuple(shape) != expected[key]:
+            raise ValueError(f"{key} of {name!r} is {list(shape)}, expected {list(expected[key])}")

@@ -1,0 +1,142 @@
+"""The starts that are made on the way: factors as files of bytes, numbers as records."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ...init import Start
+from ...layers.state import LayerState
+from ..io.blocks import BLOCK
+from ..io.journal import Record
+from ..io.layout import DTYPES, Entry, dtype_name, render
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    """A start without its factors. `kept`: it is taken out of the base, and not made from `beta`
+    again; `has_R`: it trains an R.
+    """
+
+    name: str
+    r: int
+    shape: tuple[int, int]
+    dtype: str
+    scaling: float
+    lora_alpha: float
+    weight_norm: float
+    residual: str
+    beta: float | None
+    kept: bool
+    has_R: bool
+    offset: int = 0  # of its factors in their file
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Of the factors, in the order of the file."""
+        rows, cols = self.shape
+        shapes = {"lora_A": (self.r, cols), "lora_B": (rows, self.r)}
+        if self.has_R:
+            shapes["lora_R"] = (self.r, self.r)
+        if self.kept and self.residual == "implicit":
+            shapes |= {"start_A": shapes["lora_A"], "start_B": shapes["lora_B"]}
+        return shapes
+
+    @property
+    def size(self) -> int:
+        """Bytes of its factors."""
+        itemsize = DTYPES[self.dtype].itemsize
+        return sum(itemsize * a * b for a, b in self.shapes.values())
+
+    def state(self) -> LayerState:
+        """The layer with factors on the meta device: shapes and dtypes only."""
+        factors = {
+            name: torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
+            for name, shape in self.shapes.items()
+        }
+        if self.kept:  # in the residual base's adapter they are A and B themselves
+            factors = {"start_A": factors["lora_A"], "start_B": factors["lora_B"]} | factors
+        return LayerState(
+            **factors,
+            scaling=self.scaling,
+            lora_alpha=self.lora_alpha,
+            beta=self.beta,
+            residual=self.residual,
+            weight_norm=self.weight_norm,
+        )
+
+
+class FactorFile:
+    """The factors of one shard's layers, in the order in which they are made."""
+
+    def __init__(self, path: Path) -> None:
+        self._records: list[StartRecord] = []
+        self._lock = threading.Lock()
+        self._file: BinaryIO = path.open("wb")
+
+    def append(self, record: StartRecord, start: Start) -> None:
+        """A layer's, those of the start again where they are kept beside what trains."""
+        factors = {"lora_A": start.lora_A, "lora_B": start.lora_B, "lora_R": start.lora_R}
+        factors |= {"start_A": start.right(), "start_B": start.lora_B}
+        with self._lock:
+            self._records.append(replace(record, offset=self._file.tell()))
+            for name in record.shapes:
+                self._file.write(memory_of(factors[name]))
+
+    def close(self) -> Record:
+        """What the journal is to say."""
+        self._file.close()
+        return {"starts": [asdict(record) for record in self._records]}
+
+
+def read_records(record: Record) -> list[StartRecord]:
+    """Those of a journalled shard."""
+    return [StartRecord(**r | {"shape": tuple(r["shape"])}) for r in record["starts"]]
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, on the CPU and contiguous; not to be used longer than the tensor."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    size = tensor.numel() * tensor.element_size()
+    view = (ctypes.c_char * size).from_address(tensor.data_ptr() if size else 1)
+    view.owner = tensor
+    return memoryview(view)
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    parts: Iterable[tuple[Path, int, int]],
+    metadata: dict[str, str],
+) -> None:
+    """A safetensors file of tensors, which may be on the meta device: their bytes are those of
+    `parts`, (file, offset, size), one after the other.
+    """
+    entries, position = [], 0
+    for name, tensor in tensors.items():
+        shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+        entries.append(Entry(name, dtype, shape, position, position + tensor.nbytes))
+        position += tensor.nbytes
+    layout = render(entries, metadata)
+    with path.open("wb") as file:
+        file.write(layout.head())
+        for part in parts:
+            for chunk in _chunks(*part):
+                file.write(chunk)
+    if path.stat().st_size != layout.file_size:
+        raise OSError(f"{path} did not become what it was to be: the files it is made of changed")
+
+
+def _chunks(path: Path, offset: int, size: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        while size > 0 and (chunk := file.read(min(size, BLOCK))):
+            size -= len(chunk)
+            yield chunk

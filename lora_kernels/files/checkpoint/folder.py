@@ -1,0 +1,245 @@
+"""The folder of a Hugging Face model: what lies in it beside the shards, and what a copy needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..._utils.safetensors import INDEX, model_files, read_json
+from ..io.blocks import cut
+from ..io.journal import UnfinishedFolder
+from ..io.layout import DTYPES, Layout, read_layout
+from ..io.pipeline import Shard
+from .residual import is_start
+from .weights import is_head
+
+CONFIG = "config.json"
+# The same weights in other formats, which a changed base must not be taken for.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx",
+            ".onnx_data", ".ot", ".tflite", ".index.json")  # fmt: skip
+
+
+# Models whose files can lack the first part of the names that their modules have, and that part.
+_PREFIXES = {"gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer"}
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with `config.json` and safetensors files, with an index if they are several.
+
+    Raises:
+        ValueError, FileNotFoundError: it has no such files, or damaged ones.
+
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if self.path.is_file():
+            raise ValueError(f"{self.path} is a file: give the folder of a model")
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path} does not exist")
+        if not (self.path / CONFIG).is_file():
+            raise FileNotFoundError(f"{self.path} has no {CONFIG}: give the folder of a model")
+        kinds = {"architectures": list, "model_type": str, "text_config": dict}
+        for name, kind in kinds.items():
+            if not isinstance(self.config.get(name) or kind(), kind):
+                raise ValueError(
+                    f"{self.path / CONFIG} has {name} = {self.config[name]!r}, which is not that "
+                    "of a model"
+                )
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What `config.json` says."""
+        return read_json(self.path / CONFIG)
+
+    @cached_property
+    def layouts(self) -> dict[Path, Layout]:
+        """The shards, in the order of the index, and what is in them."""
+        files = list(model_files(self.path))
+        for file in files:
+            if file.parent != self.path:
+                raise ValueError(f"{INDEX} names {file}, which does not lie in {self.path} itself")
+        layouts = {file: read_layout(file) for file in files}
+        owners: dict[str, Path] = {}
+        for file, layout in layouts.items():
+            for entry in layout.entries:
+                if owners.setdefault(entry.name, file) != file:
+                    raise ValueError(
+                        f"{entry.name!r} is in both {owners[entry.name].name} and {file.name} of "
+                        f"{self.path}: which of the two is the model's cannot be told"
+                    )
+        return layouts
+
+    @cached_property
+    def prefix(self) -> str:
+        """What the names of modules have before those of the files: "" but for some checkpoints
+        that were saved without their output head.
+        """
+        prefix = _PREFIXES.get(self.config.get("model_type"))
+        kinds = self.config.get("architectures") or [""]
+        names = [entry.name for layout in self.layouts.values() for entry in layout.entries]
+        bare = prefix and not any(name.startswith(f"{prefix}.") for name in names)
+        headless = re.fullmatch(r"(GPT2|OpenAIGPT|Bloom)Model", str(kinds[0]))
+        return f"{prefix}." if bare and not headless else ""
+
+    def in_mixture(self, layer: str) -> bool:
+        """Whether it is an expert of a mixture, or its router: in the model these are no linear
+        layers, as transformers 5 puts all experts into 3-D parameters when it loads them.
+        """
+        owner, _, last = layer.rpartition(".")
+        router = last in ("gate", "router") and f"{owner}.experts" in self.module_names
+        return router or ".experts." in layer
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name for what the model is for, where its class tells."""
+        kind = str((self.config.get("architectures") or [""])[0])
+        if self.config.get("is_encoder_decoder"):
+            return "SEQ_2_SEQ_LM" if kind.endswith("ForConditionalGeneration") else None
+        return next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the output head is the input embedding: as the configuration says, or else if no
+        head is stored.
+        """
+        for config in (self.config, self.config.get("text_config") or {}):
+            if "tie_word_embeddings" in config:
+                return bool(config["tie_word_embeddings"])
+        return not any(is_head(name.rpartition(".")[0]) for name in self.tensors)
+
+    @cached_property
+    def tensors(self) -> dict[str, str]:
+        """The names of the files' tensors by those that the model's state_dict has."""
+        names = [entry.name for layout in self.layouts.values() for entry in layout.entries]
+        return {self.module_name(name): name for name in names}
+
+    @cached_property
+    def module_names(self) -> list[str]:
+        """All modules that hold a tensor, or a module that does."""
+        found: dict[str, None] = {}
+        for name in self.tensors:
+            parts = name.split(".")
+            found |= dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts)))
+        return list(found)
+
+    def module_name(self, stored: str) -> str:
+        """The name in the model of what is called `stored` in the files."""
+        head = stored.partition(".")[0] in ("lm_head", "score", "classifier")
+        return stored if head else self.prefix + stored
+
+    @cached_property
+    def others(self) -> list[Path]:
+        """The files that a copy takes as they are, relative: tokenizer, code, licence ..."""
+        return sorted(self._walk(self.path))
+
+    def shards(
+        self,
+        edited: dict[Path, set[str]],
+        work: UnfinishedFolder | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> list[Shard]:
+        """What is to be rewritten into the folder, or only read if there is none, without what is
+        finished already.
+        """
+        shards = []
+        for file, layout in self.layouts.items():
+            names = edited.get(file, set())
+            new = layout.cast(dtype)
+            target = work.path(file.name) if work else None
+            blocks = cut(layout, new, names, only_edited=work is None)
+            shards.append(Shard(file, layout, target, new, blocks))
+        return shards
+
+    def copy_others(self, work: UnfinishedFolder) -> None:
+        """All but the shards, the index and `config.json`."""
+        for name in self.others:
+            shutil.copyfile(self.path / name, work.path("content"))
+            work.place("content", name)
+
+    def publish(self, work: UnfinishedFolder, shards: Sequence[Shard]) -> None:
+        """The index, and then `config.json`: from there on the folder is a model."""
+        layouts = [shard.target_layout for shard in shards]
+        changed = any(shard.target_layout is not shard.source_layout for shard in shards)
+        if (self.path / INDEX).is_file():
+            content = (self.path / INDEX).read_bytes()
+            if changed:
+                content = _with_total_size(content, sum(layout.data_size for layout in layouts))
+            work.put(INDEX, content)
+        content = (self.path / CONFIG).read_bytes()
+        floats = {e.dtype for layout in layouts for e in layout.entries} & DTYPES.keys()
+        if changed and len(floats) == 1:
+            content = self._with_dtype(str(DTYPES[floats.pop()]).removeprefix("torch."))
+        work.settle()
+        work.put(CONFIG, content)
+
+    def _with_dtype(self, dtype: str) -> bytes:
+        config = dict(self.config)
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = dtype
+        return pretty(config)
+
+    def _walk(self, folder: Path) -> Iterator[Path]:
+        for entry in os.scandir(folder):
+            path = Path(entry.path)
+            if entry.name.startswith(".") or entry.name.endswith(_WEIGHTS):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                if not is_start(path):  # which goes with these very weights
+                    yield from self._walk(path)
+            elif entry.is_file() and path != self.path / CONFIG:
+                yield path.relative_to(self.path)
+
+
+def check_apart(model: Path, out: Path) -> None:
+    """Raises if one of the two folders lies in the other."""
+    one, other = model.resolve(), out.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise ValueError(f"{out} and {model} lie in each other: write into another folder")
+
+
+def check_outside(adapter: Path, out: Path) -> None:
+    """Raises if the adapter lies in the folder to be written, or is it."""
+    one, other = adapter.resolve(), out.resolve()
+    if one == other or other in one.parents:
+        raise ValueError(f"{adapter} lies in {out}, which is to be written: take another folder")
+
+
+def check_space(out: Path, size: int) -> None:
+    """Raises if the disk has no room for so many bytes."""
+    folder = out
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(f"{out} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
+
+
+def _with_total_size(content: bytes, size: int) -> bytes:
+    index = json.loads(content)
+    index.setdefault("metadata", {})["total_size"] = size
+    return pretty(index)
+
+
+def pretty(content: dict[str, Any]) -> bytes:
+    """JSON as people read it."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

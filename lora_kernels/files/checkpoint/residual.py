@@ -1,0 +1,122 @@
+"""The start that `initialise` puts beside a residual base, and what is trained from it.
+
+It is a PEFT adapter of the residual base, and wrong on the original one; so is what PEFT trains
+from it. Together they are an adapter of the original base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..._utils.safetensors import load_tensors
+from ...model.config import AdapterState
+from ..adapter.peft_format import split_tensors
+from ..adapter.recipe import (
+    ADAPTER_FILE,
+    METADATA,
+    START,
+    config_from_dict,
+    layer_from_dict,
+    recipe_from_json,
+)
+from ..io.layout import read_layout
+
+ADAPTER = "adapter"  # its folder, in that of the residual base
+
+
+def is_start(folder: Path) -> bool:
+    """Whether it is the folder of such a start."""
+    return _recipe_of(folder) is not None
+
+
+def read_start(folder: Path) -> AdapterState:
+    """The start as it was made: A and B are what was taken out, of the original base.
+
+    Raises:
+        ValueError: it is none, or damaged.
+
+    """
+    recipe = _recipe_of(folder)
+    if recipe is None:
+        raise ValueError(
+            f"{folder} is no start of lora-kernels init: give the folder {ADAPTER!r} of a model "
+            "that it made"
+        )
+    pairs, extra = split_tensors(load_tensors(folder / ADAPTER_FILE)[0])
+    layers = {}
+    for name, values in recipe["layers"].items():
+        if name not in pairs:
+            raise ValueError(f"{folder / ADAPTER_FILE} lacks {name!r}, which is in its recipe")
+        A, B = pairs[name]
+        factors = {"lora_A": A, "lora_B": B}
+        if values.get("start") == "kept":
+            factors |= {"start_A": A, "start_B": B}
+        layers[name] = layer_from_dict(values, factors)
+    config = config_from_dict(recipe["config"])
+    return AdapterState(config, layers, extra, recipe.get("original"))
+
+
+def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
+    """The adapter of the original base, from one of the residual base.
+
+    Raises:
+        ValueError: the two do not go together.
+
+    """
+    if start.config.initializer.rewrites_base:
+        raise ValueError(
+            f"{start.config.init_lora_weights!r} has made another base than the original less its "
+            "start: what is trained on it belongs to it, as it is"
+        )
+    layers = dict(trained.layers)
+    for name, first in start.layers.items():
+        layer = layers.get(name)
+        if layer is None:
+            raise ValueError(
+                f"the trained adapter lacks {name!r}, whose start the base lacks: it was not "
+                "trained from this start"
+            )
+        if layer.changes_base:
+            raise ValueError(
+                f"{name!r} is that of an adapter of the original base already: --start is for what "
+                "PEFT trained on the residual base"
+            )
+        for what in ("r", "scaling"):
+            if getattr(layer, what) != getattr(first, what):
+                raise ValueError(
+                    f"{name!r} has {what} = {getattr(layer, what):g}, its start "
+                    f"{getattr(first, what):g}: it was not trained from this start"
+                )
+        if layer.lora_A.shape != first.lora_A.shape or layer.lora_B.shape != first.lora_B.shape:
+            raise ValueError(f"{name!r} and its start have other shapes: they do not go together")
+        layers[name] = replace(first, lora_A=layer.lora_A, lora_B=layer.lora_B)
+    config = replace(
+        trained.config,
+        init_lora_weights=start.config.init_lora_weights,
+        residual=start.config.residual,
+    )
+    return AdapterState(config, layers, trained.extra, start.base_model)
+
+
+def refuse_residual(adapter: Path, state: AdapterState, base: Path | None = None) -> None:
+    """Raises if the adapter was trained on a residual base, which `base` is not."""
+    if state.base_model is None or any(layer.changes_base for layer in state.layers.values()):
+        return
+    trained_on = Path(state.base_model)
+    if is_start(trained_on / ADAPTER) and (base is None or not trained_on.samefile(base)):
+        raise ValueError(
+            f"{adapter} was trained on {trained_on}, whose weights lack a start, and is wrong on "
+            f"another model: convert it with --start {trained_on / ADAPTER}"
+        )
+
+
+def _recipe_of(folder: Path) -> dict | None:
+    file = folder / ADAPTER_FILE
+    if not file.is_file():
+        return None
+    text = read_layout(file).metadata.get(METADATA)
+    if text is None:
+        return None
+    recipe = recipe_from_json(text)
+    return recipe if recipe["format"] == START else None

@@ -1,0 +1,1 @@
+"""Bytes on disk, without LoRA: a pipeline of blocks, and what survives a kill."""

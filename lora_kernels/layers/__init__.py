@@ -1,0 +1,1 @@
+"""One layer with adapters."""

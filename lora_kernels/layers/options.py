@@ -1,0 +1,123 @@
+"""Scaling rules: the multiplier s of s · B A from `lora_alpha` and r."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .._utils.checks import as_integer, check_number, check_positive
+from .._utils.errors import unknown_name
+from ..init import Initializer
+from ..init.base import refuse_implicit
+
+DEFAULT_ALPHA = {"lora": 8.0, "rslora": 8.0, "alpha_sqrt": 256.0}
+RULES = tuple(DEFAULT_ALPHA)
+
+
+def resolve_rule(scaling: str | None, use_rslora: bool) -> str:
+    """The name of the rule, given in any case; `use_rslora` is PEFT's spelling of "rslora".
+
+    Raises:
+        ValueError: an unknown name, or one that `use_rslora=True` contradicts.
+        TypeError: no name: s itself for one.
+
+    """
+    if scaling is None:
+        return "rslora" if use_rslora else "lora"
+    if not isinstance(scaling, str):
+        raise TypeError(
+            f"scaling must be the name of a rule, {', '.join(RULES)}, got "
+            f"{type(scaling).__name__}; s itself follows from lora_alpha and r"
+        )
+    rule = scaling.lower()
+    if rule not in RULES:
+        raise unknown_name("scaling", scaling, RULES)
+    if use_rslora and rule != "rslora":
+        raise ValueError(
+            f"use_rslora=True is scaling='rslora', but {scaling!r} is asked for too: "
+            "give one of them"
+        )
+    return rule
+
+
+def lora_scaling(lora_alpha: float, r: int, rule: str = "lora") -> float:
+    """s by the rule:
+
+    - "lora": α / r (Hu et al., arXiv 2106.09685, section 4.1).
+    - "rslora": α / √r (Kalajdzievski, arXiv 2312.03732).
+    - "alpha_sqrt": C / √r, where `lora_alpha` is C: LoRA-α's α = C√r over r (arXiv 2606.12883,
+      which finds C = 256, and wants a zero-B start and the learning rates of full fine-tuning).
+
+    Raises:
+        ValueError: an unknown rule, or a `lora_alpha` that is not positive and finite.
+        TypeError: a `lora_alpha` that is no number.
+
+    """
+    check_positive(lora_alpha, "lora_alpha")
+    if rule not in RULES:
+        raise unknown_name("rule", rule, RULES)
+    return float(lora_alpha) / (r if rule == "lora" else math.sqrt(r))
+
+
+def check_start(rule: str, scaling: float, initializer: Initializer) -> None:
+    """Raises if the rule's s, some tens, meets a start that is multiplied by it as it is."""
+    if rule == "alpha_sqrt" and initializer.grows_with_scaling:
+        raise ValueError(
+            f"scaling='alpha_sqrt' multiplies the start of {type(initializer).__name__} by "
+            f"s = {scaling:g}: s·B₀A₀ would dwarf the weight, and its rounding or noise swamp it. "
+            "Take a start with B = 0 ('lora', 'gaussian'), one that is divided by s ('pissa', "
+            "LoRAM(track='pissa')), or another scaling"
+        )
+
+
+RESIDUALS = ("absorb", "implicit")
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The numbers of an adapter, checked: rank, alpha, the rule of s, dropout, the residual."""
+
+    r: int
+    lora_alpha: float
+    scaling_rule: str
+    lora_dropout: float
+    residual: str
+
+    @classmethod
+    def checked(
+        cls,
+        initializer: Initializer,
+        r: int,
+        lora_alpha: float | None,
+        use_rslora: bool,
+        scaling: str | None,
+        lora_dropout: float,
+        residual: str,
+    ) -> AdapterOptions:
+        """The options, for a start of that initialiser.
+
+        Raises:
+            ValueError: a value out of range, an unknown name, a rule that does not go with the
+                start.
+            TypeError: a value of the wrong type.
+
+        """
+        r = as_integer(r, "r")
+        if r < 1:
+            raise ValueError(f"r must be at least 1, got {r}")
+        rule = resolve_rule(scaling, use_rslora)
+        if residual not in RESIDUALS:
+            raise unknown_name("residual", residual, RESIDUALS)
+        refuse_implicit(initializer, residual)
+        check_number(lora_dropout, "lora_dropout")
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+        lora_alpha = DEFAULT_ALPHA[rule] if lora_alpha is None else lora_alpha
+        options = cls(r, lora_alpha, rule, lora_dropout, residual)
+        check_start(rule, options.scaling, initializer)
+        return options
+
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return lora_scaling(self.lora_alpha, self.r, self.scaling_rule)

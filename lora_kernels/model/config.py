@@ -1,0 +1,259 @@
+"""`LoRAConfig`: what a whole model is adapted with, in PEFT's words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor
+
+from .._utils.checks import as_integer, check_number, check_positive
+from .._utils.errors import nearest_name, unknown_name
+from .._utils.names import ALL_LINEAR, pattern_matches
+from ..init import Initializer, get_initializer
+from ..layers.options import DEFAULT_ALPHA, check_start, lora_scaling, resolve_rule
+from ..layers.state import LayerState
+
+BIASES = ("none", "all", "lora_only")
+RESIDUALS = ("auto", "absorb", "implicit")
+TASK_TYPES = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+# The heads that PEFT trains in full with these tasks, and cannot load an adapter without.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+# PEFT 0.21's others: variants of LoRA, which compute something else, and what its files say.
+_PEFT_ONLY = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_bias",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "monteclora_config",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """How `add_lora` adapts a model. The names and the matching rules are PEFT's `LoraConfig`'s.
+
+    Args:
+        r: rank.
+        target_modules: "all-linear", every linear layer but the output head; another string, a
+            regular expression that matches the whole name; or a list of names or of their last
+            parts.
+        exclude_modules: a regular expression or a list as above, of layers to leave alone.
+        lora_alpha: what the scaling rule makes s from; 8 by default, 256 for "alpha_sqrt".
+        lora_dropout: probability of dropping an element of x on its way to A, while training.
+        bias: which biases train too: "none", "all" of the model, or those of adapted layers,
+            "lora_only".
+        use_rslora: PEFT's spelling of scaling="rslora".
+        scaling: the rule of s: "lora", "rslora" or "alpha_sqrt" (see `LoRALinear`).
+        init_lora_weights: a name, an object of `lora_kernels.init`, or PEFT's True, which is
+            "lora".
+        residual: how a start that is not zero is taken out of a layer: "absorb", W ← W − s·B₀A₀;
+            "implicit", the layer subtracts it itself; "auto", absorb where the weight can be
+            rewritten, else implicit (quantised, or tied to another module).
+        modules_to_save: names or last parts of modules that are trained in full, as copies.
+        layers_to_transform: number or numbers of the blocks to adapt, all if None.
+        layers_pattern: name or names of the list of blocks ("layers", "h"), if they have to be
+            told from other numbers in the names.
+        rank_pattern: {name, ending or regular expression: r} of the layers with another rank.
+        alpha_pattern: {...: lora_alpha} of the layers with another alpha.
+        task_type: PEFT's ("CAUSAL_LM" ...), which is written to the adapter's files. As in PEFT the
+            head of "SEQ_CLS" and "TOKEN_CLS" ("classifier", "score") and of "QUESTION_ANS"
+            ("qa_outputs") counts among `modules_to_save`, unless it is among the targets.
+
+    Raises:
+        ValueError: a value out of range or an unknown name.
+        TypeError: a value of the wrong type, or an option that there is not, PEFT's others
+            included: none is passed over.
+
+    """
+
+    r: int = 8
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    scaling: str | None = None
+    init_lora_weights: str | bool | Initializer = "loram"
+    residual: str = "auto"
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    task_type: str | None = None
+
+    def __new__(cls, *args: object, **options: object) -> LoRAConfig:
+        """Refuses unknown options with the nearest name, or the reason, which Python has not."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name in _PEFT_ONLY:
+                raise TypeError(
+                    f"LoRAConfig has no {name!r}: what PEFT does with it is not implemented here, "
+                    "or needs no option"
+                )
+            if name not in known:
+                raise TypeError(f"LoRAConfig has no option {name!r}{nearest_name(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if as_integer(self.r, "r") < 1:
+            raise ValueError(f"r must be at least 1, got {self.r}")
+        check_number(self.lora_dropout, "lora_dropout")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.lora_alpha is not None:
+            check_positive(self.lora_alpha, "lora_alpha")
+        if self.bias not in BIASES:
+            raise unknown_name("bias", self.bias, BIASES)
+        if self.residual not in RESIDUALS:
+            raise unknown_name("residual", self.residual, RESIDUALS)
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise unknown_name("task_type", self.task_type, TASK_TYPES)
+        for option in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            self._check_names(option)
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: give names, or 'all-linear'")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(
+                f"modules_to_save must be a list of names, got {self.modules_to_save!r}"
+            )
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no effect without layers_to_transform")
+        if isinstance(self.layers_to_transform, Sequence):
+            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
+        for index in self.layer_indices() or ():
+            if as_integer(index, "layers_to_transform") < 0:
+                raise ValueError(f"layers_to_transform must not be negative, got {index}")
+        self._check_patterns()
+        check_start(self.scaling_rule, self.layer_scaling(""), self.initializer)
+
+    @property
+    def initializer(self) -> Initializer:
+        """The object that `init_lora_weights` names."""
+        if self.init_lora_weights is True:
+            return get_initializer("lora")
+        if self.init_lora_weights is False:
+            raise ValueError(
+                "init_lora_weights=False leaves PEFT's layers with a random B, which changes the "
+                "model; name a start ('loram', 'lora', 'init_ab_plus' ...)"
+            )
+        return get_initializer(self.init_lora_weights)
+
+    @property
+    def scaling_rule(self) -> str:
+        """The name of the rule of s."""
+        return resolve_rule(self.scaling, self.use_rslora)
+
+    def layer_rank(self, name: str) -> int:
+        """r of the layer of that name."""
+        return int(_matched(self.rank_pattern, name, self.r))
+
+    def layer_alpha(self, name: str) -> float:
+        """lora_alpha of the layer of that name."""
+        default = DEFAULT_ALPHA[self.scaling_rule] if self.lora_alpha is None else self.lora_alpha
+        return _matched(self.alpha_pattern, name, default)
+
+    def layer_scaling(self, name: str) -> float:
+        """s of the layer of that name."""
+        return lora_scaling(self.layer_alpha(name), self.layer_rank(name), self.scaling_rule)
+
+    def layer_indices(self) -> tuple[int, ...] | None:
+        """The numbers of the blocks to adapt; None for all."""
+        layers = self.layers_to_transform
+        if layers is None or isinstance(layers, Sequence):
+            return None if not layers else tuple(layers)
+        return (layers,)
+
+    def _check_names(self, option: str) -> None:
+        value = getattr(self, option)
+        if value is None or isinstance(value, str):
+            return
+        if not isinstance(value, (Sequence, set, frozenset)) or not all(
+            isinstance(name, str) for name in value
+        ):
+            raise TypeError(f"{option} must be a string or a list of names, got {value!r}")
+        # PEFT's files give sets: in an order of their own, so that a config has one spelling.
+        names = sorted(value) if isinstance(value, (set, frozenset)) else value
+        object.__setattr__(self, option, tuple(names))
+
+    def _check_patterns(self) -> None:
+        patterns = self.layers_pattern or ()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            _check_expression("layers_pattern", pattern)
+        for option in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(self, option)
+            if not isinstance(patterns, Mapping):
+                raise TypeError(f"{option} must be a dict, got {type(patterns).__name__}")
+            for key, value in patterns.items():
+                _check_expression(option, key)
+                if option == "rank_pattern" and as_integer(value, f"{option}[{key!r}]") < 1:
+                    raise ValueError(f"{option}[{key!r}] must be at least 1, got {value}")
+                if option == "alpha_pattern":
+                    check_positive(value, f"{option}[{key!r}]")
+            object.__setattr__(self, option, dict(patterns))
+
+
+def _check_expression(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{option} has {pattern!r}, no regular expression: {error}") from None
+
+
+def _matched(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """The value of the first pattern that matches."""
+    return next((v for key, v in patterns.items() if pattern_matches(key, name)), default)
+
+
+@dataclass
+class AdapterState:
+    """The adapter of a model: a `LayerState` for each layer, by its name in the base model.
+
+    `extra` are the tensors that are trained in full, those of `modules_to_save` and biases, by
+    their names in the base model's state_dict. `base_model` is the base's name or path, if it has
+    one.
+    """
+
+    config: LoRAConfig
+    layers: dict[str, LayerState]
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    base_model: str | None = None

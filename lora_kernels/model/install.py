@@ -1,0 +1,126 @@
+"""Puts planned layers into a model, and takes them out again if that cannot be finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..layers.base import AdaptedLayer, AdaptedMatrix
+from ..layers.kinds import FLOAT_KINDS
+from ..layers.transplant import transplant
+from .plan import LayerPlan
+from .saved_modules import TrainedTensors
+from .selection import output_head
+
+
+def install(
+    model: nn.Module,
+    trained: TrainedTensors,
+    plans: Sequence[LayerPlan],
+    tracked_plans: Iterable[LayerPlan],
+    adapter_name: str,
+) -> None:
+    """Does what was planned. It can fail for want of memory only, or be interrupted: what was done
+    is undone then, to one rounding where a start had been absorbed (LoftQ's base stays quantised).
+    """
+    layers: list[AdaptedLayer] = []
+    try:
+        for plan in tracked_plans:
+            layers.append(plan.built(adapter_name))
+            plan.take_out_()
+            plan.start = plan.trained = None
+            _put(model, trained, plan, plan.module, layers[-1])
+    except BaseException:
+        for plan, layer in zip(plans, layers, strict=False):
+            plan.undo_(layer, adapter_name)
+            _put(model, trained, plan, layer, plan.module)
+        raise
+    for layer in layers:
+        layer._freeze()
+
+
+def _put(
+    model: nn.Module, trained: TrainedTensors, plan: LayerPlan, old: nn.Module, new: nn.Module
+) -> None:
+    """Puts a layer into the place of another, under all its names."""
+    if new is old:
+        return
+    for name in (plan.name, *plan.aliases):
+        set_module(model, name, new)
+    if plan.kind in FLOAT_KINDS:  # a wrapped layer keeps its tensors
+        trained.moved(old, new)
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Makes that the module of that name."""
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, module)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The layers with adapters, by their names in the base model."""
+    return {n: m for n, m in unwrapped(model).named_modules() if isinstance(m, AdaptedLayer)}
+
+
+def layers_with_names(model: nn.Module) -> list[tuple[list[str], AdaptedLayer]]:
+    """The adapted layers, each with all its names."""
+    names: dict[int, tuple[list[str], AdaptedLayer]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, AdaptedLayer):
+            names.setdefault(id(module), ([], module))[0].append(name)
+    return list(names.values())
+
+
+def put_back(model: nn.Module, names: Sequence[str], layer: AdaptedLayer, plain: nn.Module) -> None:
+    if isinstance(layer, AdaptedMatrix):
+        transplant(layer, plain)
+    for name in names:
+        set_module(model, name, plain)
+
+
+def untie_if_needed(model: nn.Module) -> None:
+    """Says in a Hugging Face model's config that its head has a weight of its own, if it has been
+    given one: saving would drop it otherwise.
+    """
+    model = unwrapped(model)
+    config, head = getattr(model, "config", None), output_head(model)
+    embeddings = getattr(model, "get_input_embeddings", None)
+    if head is None or embeddings is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    if getattr(embeddings(), "weight", None) is not getattr(head, "weight", None):
+        config.tie_word_embeddings = False
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s and DDP's wrappers."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+Setting = tuple[nn.Module, str, object]
+
+
+def leave_fast_path(model: nn.Module) -> list[Setting]:
+    """Keeps encoders with adapted layers off it, where in eval mode the adapters would not count:
+    by the attributes that torch itself asks. Returns what they were.
+    """
+    changed: list[Setting] = []
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            name, off = "activation_relu_or_gelu", 0
+        elif isinstance(module, nn.TransformerEncoder):
+            name, off = "use_nested_tensor", False
+        else:
+            continue
+        before = getattr(module, name)
+        if before != off and any(isinstance(part, AdaptedLayer) for part in module.modules()):
+            changed.append((module, name, before))
+            setattr(module, name, off)
+    return changed

@@ -1,0 +1,63 @@
+"""The instruction set that the compiled CPU kernels run with.
+
+Each set has kernels of its own: baseline (SSE2 on x86, NEON on Arm), avx2, avx512, and avx512bf16,
+which multiplies bfloat16 weights as they are. The best one of the processor is in use from the
+start; LORA_KERNELS_CPU_CAPABILITY, read when the package is imported, or `set_cpu_capability`
+choose a lower one. PyTorch's own kernels are not affected (they have ATEN_CPU_CAPABILITY).
+
+Between the sets, results differ in rounding only. The same in all: shapes, dtypes, errors, accuracy
+and the independence of the number of threads; and, bit for bit, `dst_basis`, `frobenius_stats` and
+the dropout mask.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+from ..._utils.errors import unknown_name
+from .extension import load_extension
+
+SETTING = "LORA_KERNELS_CPU_CAPABILITY"
+NAMES = ("baseline", "avx2", "avx512", "avx512bf16")
+REFERENCE = "reference"  # no compiled kernels
+
+_extension = importlib.import_module("lora_kernels._C") if load_extension() else None
+
+
+def cpu_capability() -> str:
+    """The name of the set in use; "reference" where the extension was not built."""
+    return _extension.cpu_capability() if _extension else REFERENCE
+
+
+def cpu_capabilities() -> list[str]:
+    """All that this processor has, ascending; empty where the extension was not built."""
+    return _extension.cpu_capabilities() if _extension else []
+
+
+def set_cpu_capability(name: str) -> None:
+    """Chooses the instruction set of all CPU kernels from now on, in all threads.
+
+    Raises:
+        ValueError: an unknown name, or a set that this processor does not have; nothing changes.
+        RuntimeError: the extension was not built.
+
+    """
+    _set(name, "CPU capability")
+
+
+def _set(name: str, option: str) -> None:
+    if name not in NAMES:
+        raise unknown_name(option, name, NAMES)
+    if _extension is None:
+        raise RuntimeError(f"{option} {name!r}: the compiled CPU kernels were not built")
+    if not _extension.set_cpu_capability(name):
+        there = ", ".join(cpu_capabilities())
+        raise ValueError(f"{option} {name!r}: this processor has {there}")
+
+
+def apply_setting() -> None:
+    """Takes LORA_KERNELS_CPU_CAPABILITY over, if it is set and there are kernels to choose from."""
+    name = os.environ.get(SETTING)
+    if name and _extension:
+        _set(name, SETTING)

@@ -1,0 +1,96 @@
+"""Puts the Triton kernels under the CUDA key. Triton itself is imported at the first call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from .._library import LIBRARY
+from ..loram_init import check_distinct, largest_sum, log_gain, refuse_unfit
+
+
+@functools.cache  # `import_module` takes 1 us
+def _module(name: str):
+    return importlib.import_module(f"lora_kernels.triton_kernels.{name}")
+
+
+def _dst_basis_(out, size, offset, scale):
+    _module("dst_basis").dst_basis_(out, size, offset, scale)
+
+
+def _frobenius_stats(weights):
+    return _module("frobenius_stats").frobenius_stats(weights)
+
+
+def _subtract_dst_(weight, coefficient, rank, *placement):
+    _module("subtract_dst").subtract_dst_(weight, coefficient, rank, *placement)
+
+
+def _loram_init_(weights, lora_A, lora_B, beta, rank, scaling, check, stats=None):
+    check_distinct(weights)
+    if stats is None:
+        stats = _frobenius_stats(weights)
+    _module("loram_init").loram_init_(
+        weights,
+        lora_A,
+        lora_B,
+        beta,
+        stats,
+        rank,
+        scaling,
+        lambda shape: log_gain(rank, *shape),
+        partial(largest_sum, rank, scaling),
+        (lambda sums: refuse_unfit(weights, sums, rank, scaling)) if check else None,
+    )
+
+
+def _linear_forward(*args):
+    return _module("linear").linear_forward(*args)
+
+
+def _linear_backward(*args):
+    return _module("linear").linear_backward(*args)
+
+
+KERNELS = {
+    "_dst_basis_": _dst_basis_,
+    "_frobenius_stats": _frobenius_stats,
+    "_subtract_dst_": _subtract_dst_,
+    "_loram_init_": _loram_init_,
+    "linear_forward": _linear_forward,
+    "linear_backward": _linear_backward,
+}
+
+
+def _on_its_device(kernel: Callable) -> Callable:
+    """Triton launches on the current device, which need not be the tensors'."""
+
+    def run(first, *args):
+        tensor = first[0] if isinstance(first, (list, tuple)) else first
+        with torch.cuda.device_of(tensor):
+            return kernel(first, *args)
+
+    return run
+
+
+def register_triton() -> None:
+    """One warning instead, if this is a GPU build of torch that the kernels cannot be used in."""
+    missing = importlib.util.find_spec("triton") is None
+    if missing or torch.version.hip is not None:
+        if torch.version.cuda is not None or torch.version.hip is not None:
+            warnings.warn(
+                "lora_kernels runs its plain-torch references on GPU tensors: the results are the "
+                "same, everything is slower. The kernels are for NVIDIA GPUs and need Triton "
+                "(pip install triton)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return
+    for name, kernel in KERNELS.items():
+        LIBRARY.impl(name, _on_its_device(kernel), "CUDA")

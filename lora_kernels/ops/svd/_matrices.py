@@ -1,0 +1,84 @@
+"""What the operators that factorise weights share: checks of a list, exact SVDs, fixed signs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..._utils.checks import check_rank, check_same_device, check_weight, factor_dtype
+
+
+def check_matrices(weights: list[Tensor], rank: int) -> None:
+    """Raises unless these are matrices of one shape, dtype and device that have this rank."""
+    if not weights:
+        raise ValueError("there is no weight to factorise: the list or the batch is empty")
+    for name, weight in zip(names(weights), weights, strict=True):
+        check_weight(weight, name)
+        for what in ("shape", "dtype"):
+            value, first = getattr(weight, what), getattr(weights[0], what)
+            if value != first:
+                value, first = (list(v) if what == "shape" else v for v in (value, first))
+                raise ValueError(
+                    f"{name} has {what} {value}, weights[0] has {first}; call once per {what}"
+                )
+        rows, cols = weight.shape
+        if rows == 0 or cols == 0:
+            raise ValueError(f"{name} is empty, shape [{rows}, {cols}]")
+    check_same_device(weights)
+    check_rank(rank, *weights[0].shape, names(weights)[0])
+
+
+def refuse_not_finite(weights: list[Tensor]) -> None:
+    """Raises if a weight holds NaN or Inf, or is so large that its σ may overflow their dtype.
+
+    One pass over all of them, and one wait for the device.
+    """
+    dtype = factor_dtype(weights[0].dtype)
+    sums = torch.ops.lora.frobenius_stats(weights)[:, 1].tolist()
+    for name, weight, value in zip(names(weights), weights, sums, strict=True):
+        if math.isfinite(value):
+            if math.sqrt(value) > torch.finfo(dtype).max:
+                raise ValueError(
+                    f"the norm of {name} overflows {dtype}, and its singular values may: scale it "
+                    "down by a power of two first"
+                )
+        # The squares of float64 entries beyond 1e154 overflow the sum.
+        elif dtype != torch.float64 or not bool(weight.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or Inf")
+
+
+def exact_svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """LAPACK's (cuSOLVER's) thin SVD [n, k], [k], [k, m] of one weight, σ descending; 16-bit
+    weights in float32. Signs are fixed.
+    """
+    U, S, Vh = torch.linalg.svd(weight.to(factor_dtype(weight.dtype)), full_matrices=False)
+    sign = pivot_sign(U)
+    return U * sign, S, Vh * sign[:, None]
+
+
+def pivot_sign(U: Tensor) -> Tensor:
+    """[r], ±1: the sign of the entry of largest magnitude in each column of U [n, r]; of the first
+    one, if several are as large.
+    """
+    pivot = U.gather(0, U.abs().argmax(0, keepdim=True))[0]
+    return torch.where(pivot < 0, -1.0, 1.0).to(U.dtype)
+
+
+def stacked(factors: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """One tuple of contiguous tensors with a leading dimension, from one tuple per weight."""
+    return tuple(torch.stack(column) for column in zip(*factors, strict=True))
+
+
+def empty_svd(weights: list[Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U [k, n, rank], S [k, rank], Vh [k, rank, m] with nothing in them, for fakes."""
+    (rows, cols), k = weights[0].shape, len(weights)
+    shapes = ((k, rows, rank), (k, rank), (k, rank, cols))
+    U, S, Vh = (weights[0].new_empty(s, dtype=factor_dtype(weights[0].dtype)) for s in shapes)
+    return U, S, Vh
+
+
+def names(weights: list[Tensor]) -> list[str]:
+    """What errors call them."""
+    return ["weight"] if len(weights) == 1 else [f"weights[{k}]" for k in range(len(weights))]

@@ -1,0 +1,139 @@
+"""Singular triplets of a weight, or of many of one shape at once: the largest or the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._utils.checks import as_integer
+from ..._utils.errors import unknown_name
+from ._matrices import check_matrices, exact_svd, refuse_not_finite, stacked
+from .minor_svd import minor_triplets
+
+METHODS = ("randomized", "exact")
+
+
+class TruncatedSVD(NamedTuple):
+    """r singular triplets of W [n, m]; for a batch of k weights, k leads every shape.
+
+    `U` [n, r] and `Vh` [r, m] have orthonormal columns and rows, `S` [r] is not negative; all in
+    float32, or float64 for float64 weights. In each column of U the entry of largest magnitude is
+    positive. `error`: a bound of the largest error of S (0-dim float64; [k] for a batch), relative
+    to each value or to 1e-7 of the largest, whichever is more; None if none was asked for.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    error: Tensor | None = None
+
+
+@torch.no_grad()
+def truncated(
+    weight: Tensor | Sequence[Tensor],
+    r: int,
+    method: str = "randomized",
+    *,
+    tol: float | None = None,
+    subspace: int | None = None,
+    seed: int = 0,
+) -> TruncatedSVD:
+    """The r largest singular triplets, σ descending.
+
+    Args:
+        weight: [n, m], a batch [k, n, m], or a list of k weights of one shape, dtype and device;
+            float64, float32, bfloat16 or float16, with any strides. It is only read.
+        r: 1 ≤ r ≤ min(n, m).
+        method: "randomized", block Krylov iteration, as good as `torch.svd_lowrank` with niter=16
+            on slowly decaying spectra; or "exact", LAPACK's or cuSOLVER's full SVD cut to r.
+        tol: the iteration stops once every σ is known to this relative error (see below). None:
+            the dimension of the space is fixed, and nothing is known of the error.
+        subspace: dimension of the Krylov space, r ≤ subspace ≤ min(n, m); with `tol`, the largest
+            it may have, and then `error` may be more than `tol`. None: chosen.
+        seed: of the randomised start. The same seed gives the same bits on one device.
+
+    With `tol`, `error` is a bound and not a guess: with a probability of more than 1 - 1e-6 over
+    the seeds, for each weight, no σ is off by more. What the space gives is never too large
+    (Cauchy's interlacing theorem). How much too small it may be follows from what W does to the
+    vectors that were found, and from the largest singular value beside them, which a random block
+    of another seed bounds from above (as Kuczyński and Woźniakowski, SIAM J. Matrix Anal. Appl. 13,
+    1992, bound Lanczos's error for a random start; for the block matrix, Lehmann's bounds: Parlett,
+    The Symmetric Eigenvalue Problem, chapter 10). Rounding is counted by its usual size, with a
+    margin. Where the bound would take more than two thirds of all dimensions (hundreds of values
+    that agree to less than `tol`), the weight is decomposed completely. `error` is at most `tol`
+    unless `subspace` forbids it or rounding is more: 1.2e-7 of each σ for results in float32.
+
+    Raises:
+        ValueError: a value out of range, an unknown method, weights that are empty, unlike, or hold
+            NaN or Inf; an option of "randomized" given to "exact".
+        TypeError: an argument or a weight of the wrong type.
+
+    """
+    check_options(method, tol, subspace)
+    r, seed = as_integer(r, "r"), as_integer(seed, "seed")
+    weights = _as_list(weight)
+    if method == "exact":
+        return _shaped_as(weight, *_exact(weights, r, lambda U, S, Vh: (U[:, :r], S[:r], Vh[:r])))
+    options = (None if subspace is None else int(subspace), seed, tol or 0.0)
+    U, S, Vh, error = torch.ops.lora.randomized_svd_foreach(weights, r, *options)
+    return _shaped_as(weight, U, S, Vh, error if tol else None)
+
+
+@torch.no_grad()
+def minor(
+    weight: Tensor | Sequence[Tensor], r: int, method: str = "randomized", *, seed: int = 0
+) -> TruncatedSVD:
+    """The r smallest singular triplets, σ ascending.
+
+    `method` is "randomized", inverse iteration from a random start, or "exact"; arguments, results
+    and errors are those of `truncated`. Nothing is estimated.
+    """
+    check_options(method)
+    r, seed = as_integer(r, "r"), as_integer(seed, "seed")
+    weights = _as_list(weight)
+    if method == "exact":
+        return _shaped_as(weight, *_exact(weights, r, lambda *usv: minor_triplets(usv, r)))
+    return _shaped_as(weight, *torch.ops.lora.minor_svd_foreach(weights, r, seed))
+
+
+def check_options(method: str, tol: float | None = None, subspace: int | None = None) -> None:
+    """Raises for an unknown method, or an option that it does not have."""
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    if subspace is not None:
+        as_integer(subspace, "subspace")
+    for name, value in (("tol", tol), ("subspace", subspace)):
+        if method == "exact" and value is not None:
+            raise ValueError(
+                f"{name} is an option of method='randomized': 'exact' does not iterate"
+            )
+
+
+def _as_list(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(weight, Tensor):
+        return list(weight.unbind()) if weight.dim() == 3 else [weight]
+    weights = list(weight) if isinstance(weight, Sequence) else [weight]
+    for one in weights:
+        if not isinstance(one, Tensor):
+            raise TypeError(
+                f"weight must be a tensor or a list of tensors, got {type(one).__name__}"
+            )
+    return weights
+
+
+def _exact(weights: list[Tensor], r: int, cut: Callable[..., tuple[Tensor, ...]]):
+    check_matrices(weights, r)
+    refuse_not_finite(weights)
+    return stacked([cut(*exact_svd(weight)) for weight in weights])
+
+
+def _shaped_as(
+    weight: Tensor | Sequence[Tensor], U: Tensor, S: Tensor, Vh: Tensor, error: Tensor | None = None
+) -> TruncatedSVD:
+    """Without the leading dimension if `weight` was a single matrix."""
+    if not isinstance(weight, Tensor) or weight.dim() == 3:
+        return TruncatedSVD(U, S, Vh, error)
+    return TruncatedSVD(U[0], S[0], Vh[0], None if error is None else error[0])

@@ -1,0 +1,261 @@
+"""Adapters of `initialize` in PEFT's folders, exactly and both ways.
+
+A folder holds A' = [A; A₀], B' = [B, −B₀] of rank 2r with the same s, so that plain PEFT computes
+W + s·(BA − B₀A₀) on the original base. How to take it apart again stands in the header of the
+safetensors file, where plain PEFT does not look: the recipe is that of `lora_kernels.save_adapter`,
+and either reads what the other wrote.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import peft
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from .._utils.safetensors import load_metadata, load_tensors, save_tensors
+from ..files.adapter.recipe import METADATA, NATIVE_FILE, recipe_from_json, recipe_to_json
+from ..files.adapter.tensors import check_unedited, split_halves
+from ..files.io.replace import replace_files
+from ..layers.options import lora_scaling
+from ..layers.state import LayerState
+from .layers import PREFIX, adapters_with_start, has_adapter, lora_layers
+from .variant import drop_start, set_start, start_of
+
+# The fields of the configuration that rank 2r changes.
+_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
+
+
+def save_pretrained(
+    peft_model: peft.PeftModel,
+    save_directory: str | os.PathLike,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    save_embedding_layers: str | bool = "auto",
+    is_main_process: bool = True,
+    path_initial_model_for_weight_conversion: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """PEFT's `save_pretrained`; adapters that subtract a start are written with rank 2r.
+
+    Raises:
+        ValueError: such an adapter is to be pickled, or converted, which it needs not; or
+            `state_dict` lacks it.
+
+    """
+    own = type(peft_model).save_pretrained
+    names = list(peft_model.peft_config) if selected_adapters is None else selected_adapters
+    doubled = [name for name in names if name in adapters_with_start(peft_model)]
+    if doubled and not safe_serialization:
+        raise ValueError(
+            "safe_serialization=False pickles, which has no room for the start's recipe"
+        )
+    if doubled and path_initial_model_for_weight_conversion is not None:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion: save_pretrained writes adapters for the "
+            "original base by itself"
+        )
+    others = [name for name in names if name not in doubled]
+    common = {"save_embedding_layers": save_embedding_layers, "is_main_process": is_main_process}
+    own(
+        peft_model,
+        save_directory,
+        safe_serialization,
+        others,
+        path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
+        **common,
+        **kwargs,
+    )
+    state = kwargs.pop("state_dict", None) if doubled else None
+    for name in doubled:
+        folder = Path(save_directory) / ("" if name == "default" else name)
+        tensors = peft_model.state_dict() if state is None else state
+        tensors = _doubled_state(peft_model, name, tensors)
+        with TemporaryDirectory() as scratch, _doubled_config(peft_model, name) as fields:
+            own(peft_model, scratch, True, [name], state_dict=tensors, **common, **kwargs)
+            if is_main_process:
+                written = Path(scratch) / folder.relative_to(save_directory)
+                _publish(written, folder, _layer_states(peft_model, name), fields)
+
+
+def load_adapter(
+    peft_model: peft.PeftModel,
+    model_id: str | os.PathLike,
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """PEFT's `load_adapter`; a folder that `save_pretrained` or `lora_kernels.save_adapter` wrote
+    with rank 2r is taken apart into A, B and what the layers subtract. After any other folder,
+    nothing is subtracted.
+
+    Raises:
+        ValueError: the file is damaged or of `save_adapter`'s format="native", its recipe is of
+            another version, or its configuration was edited.
+        RuntimeError: the adapter is merged.
+
+    """
+    own = type(peft_model).load_adapter
+    layers = lora_layers(peft_model)
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise RuntimeError(
+            f"{adapter_name!r} is merged into the base: call unmerge_adapter() first"
+        )
+    folder = Path(model_id) / (kwargs.get("subfolder") or "")
+    recipe = _read_recipe(folder)
+    if recipe is None:
+        result, starts = own(peft_model, model_id, adapter_name, *args, **kwargs), {}
+    else:
+        kwargs.pop("subfolder", None)
+        with TemporaryDirectory() as scratch:
+            try:
+                starts = _take_apart(folder, Path(scratch), recipe)
+            except KeyError as error:
+                raise ValueError(
+                    f"{folder}: the recipe does not fit its tensors: {error}"
+                ) from None
+            result = own(peft_model, scratch, adapter_name, *args, **kwargs)
+    for name, layer in lora_layers(peft_model).items():
+        if name in starts and adapter_name in layer.lora_A:
+            set_start(layer, adapter_name, *starts[name])
+        else:
+            drop_start(layer, adapter_name)
+    # PEFT misses the starts among the tensors: they are set here.
+    result.missing_keys[:] = [key for key in result.missing_keys if ".lora_start_" not in key]
+    return result
+
+
+def _doubled_state(
+    peft_model: peft.PeftModel, adapter: str, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state_dict with A' and B' for A and B, and without the starts."""
+    state = dict(state)
+    for name, layer in lora_layers(peft_model).items():
+        for other in layer.lora_A:
+            if start_of(layer, other) is None:
+                continue
+            for part in ("lora_start_A", "lora_start_B"):
+                state.pop(f"{PREFIX}{name}.{part}.{other}", None)
+            if other != adapter:
+                continue
+            start_A, start_B = start_of(layer, adapter)
+            key_A, key_B = (
+                f"{PREFIX}{name}.{part}.{adapter}.weight" for part in ("lora_A", "lora_B")
+            )
+            if missing := {key_A, key_B} - state.keys():
+                raise ValueError(f"state_dict lacks {min(missing)!r}")
+            A, B = state[key_A], state[key_B]
+            state[key_A] = torch.cat([A, start_A.to(A)])
+            state[key_B] = torch.cat([B, -start_B.to(B)], dim=1)
+    return state
+
+
+@contextmanager
+def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict]:
+    """Meanwhile the adapter's configuration is that of rank 2r; yields its fields at rank r."""
+    config = peft_model.peft_config[adapter]
+    doubled = copy.deepcopy(config)
+    factor = math.sqrt(2) if config.use_rslora else 2  # s stays
+    doubled.r, doubled.lora_alpha = 2 * config.r, factor * config.lora_alpha
+    doubled.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
+    doubled.alpha_pattern = {key: factor * a for key, a in config.alpha_pattern.items()}
+    doubled.init_lora_weights = True
+    for name, layer in lora_layers(peft_model).items():
+        if has_adapter(layer, adapter) and start_of(layer, adapter) is None:
+            # Before the patterns: the first that matches counts.
+            exact = f"^{re.escape(name)}"
+            doubled.rank_pattern = {exact: layer.r[adapter], **doubled.rank_pattern}
+            doubled.alpha_pattern = {exact: layer.lora_alpha[adapter], **doubled.alpha_pattern}
+    fields = {name: getattr(config, name) for name in _FIELDS}
+    peft_model.peft_config[adapter] = doubled
+    try:
+        yield fields
+    finally:
+        peft_model.peft_config[adapter] = config
+
+
+def _layer_states(peft_model: peft.PeftModel, adapter: str) -> dict[str, LayerState]:
+    """The adapter in each layer that has it, but for embeddings."""
+    rule = "rslora" if peft_model.peft_config[adapter].use_rslora else "lora"
+    states = {}
+    for name, layer in lora_layers(peft_model).items():
+        if adapter in layer.lora_A:
+            start_A, start_B = start_of(layer, adapter) or (None, None)
+            r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
+            states[name] = LayerState(
+                layer.lora_A[adapter].weight,
+                layer.lora_B[adapter].weight,
+                lora_scaling(alpha, r, rule),
+                alpha,
+                start_A=start_A,
+                start_B=start_B,
+                residual="implicit",
+            )
+    return states
+
+
+def _publish(
+    written: Path, folder: Path, layers: Mapping[str, LayerState], fields: Mapping[str, Any]
+) -> None:
+    """Puts what PEFT wrote into the folder, with the recipe; a killed process leaves the old."""
+    tensors, _ = load_tensors(written / SAFETENSORS_WEIGHTS_NAME)
+    content = (written / CONFIG_NAME).read_bytes()
+    config = json.loads(content)
+    base = config.get("base_model_name_or_path")
+    recipe = recipe_to_json(layers, "peft", None, base, peft_config=config, rank_fields=fields)
+    replace_files(
+        folder,
+        SAFETENSORS_WEIGHTS_NAME,
+        lambda path: save_tensors(tensors, path, {METADATA: recipe}),
+        {CONFIG_NAME: content},
+        (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
+    )
+
+
+def _read_recipe(folder: Path) -> dict[str, Any] | None:
+    """None if the folder is not ours, or not there."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if (folder / NATIVE_FILE).is_file() and not file.is_file():
+        raise ValueError(
+            f"{folder} is of save_adapter's format='native', which lora_kernels.load_adapter "
+            "reads; for PEFT save it with format='peft'"
+        )
+    text = load_metadata(file).get(METADATA) if file.is_file() else None
+    if text is None:
+        return None
+    try:
+        recipe = recipe_from_json(text)
+        check_unedited(recipe, json.loads((folder / CONFIG_NAME).read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return recipe
+
+
+def _take_apart(
+    folder: Path, scratch: Path, recipe: dict[str, Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Writes the adapter of rank r, as PEFT does, into `scratch`; the starts are returned."""
+    tensors, _ = load_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
+    starts = {}
+    for name, layer in recipe["layers"].items():
+        if not layer.get("start"):
+            continue
+        key_A, key_B = (f"{PREFIX}{name}.{part}.weight" for part in ("lora_A", "lora_B"))
+        factors = split_halves(name, layer, tensors[key_A], tensors[key_B])
+        starts[name] = factors["start_A"], factors["start_B"]
+        tensors[key_A], tensors[key_B] = factors["lora_A"], factors["lora_B"]
+    config = json.loads((folder / CONFIG_NAME).read_bytes()) | recipe["rank_fields"]
+    (scratch / CONFIG_NAME).write_text(json.dumps(config))
+    save_tensors(tensors, scratch / SAFETENSORS_WEIGHTS_NAME, {})
+    return starts

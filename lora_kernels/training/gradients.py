@@ -1,0 +1,232 @@
+"""Gradients of the loss in the weights, which the data-driven starts are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .._utils.checks import check_weight, factor_dtype
+from .._utils.names import ALL_LINEAR
+from .._utils.progress import tracked
+from ..layers.kinds import is_conv1d
+from ..model.selection import Targets, find_targets
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def capture_gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Targets = ALL_LINEAR,
+    *,
+    loss: Loss | None = None,
+    device: torch.device | str | None = "cpu",
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Σ over the batches of ∇_W L for every target, taken layer by layer inside the backward pass.
+
+    Each gradient is added to its running sum and freed before the next layer's is made, so that
+    memory grows by the sums only (as LoRA-GA, arXiv 2407.05000, and LoRA-SB, arXiv 2411.19557, take
+    theirs). The model is left as it was, also if a batch raises: `.grad`, `requires_grad`, training
+    mode and hooks. Whether it trains (dropout, gradient checkpointing) or evaluates is up to its
+    mode. With `torch.distributed` initialised, the sums are those of all ranks, which have to be
+    called with the same targets.
+
+    Args:
+        model: not wrapped in `DistributedDataParallel`. The weights may be frozen.
+        batches: dicts, whose loss is `model(**batch).loss` ("labels" among the keys), or integer
+            tensors, token ids [batch, length] that are their own labels; moved to the model's
+            device. Anything else needs `loss`.
+        targets: as in `lora_kernels.model.selection.find_targets`.
+        loss: `loss(model, batch)`, a scalar.
+        device: where the sums are: "cpu", another device, or None, each beside its weight.
+        progress: a bar, where rich is installed and standard error is a terminal.
+
+    Returns:
+        {name: G [out, in]}, float32 (float64 for float64 weights), a Conv1D's transposed. The
+        gradient of a weight that several modules share is that of all its uses, and their names
+        share the tensor.
+
+    Raises:
+        ValueError: no batch; a loss that is no scalar, not finite, or does not depend on a target;
+            a sum that is not finite; a target that no batch reached; unknown targets.
+        TypeError: a weight or a batch of the wrong type, a `DistributedDataParallel` model.
+        RuntimeError: another rank failed, or `torch.inference_mode` is on.
+
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode records no gradients: call this outside of it")
+    if isinstance(model, DistributedDataParallel):
+        raise TypeError("model is wrapped in DistributedDataParallel: pass model.module")
+    modules = find_targets(model, targets)
+    sums = _Sums(modules, device)
+    if dist.is_available() and dist.is_initialized():
+        with _failing_together(next(iter(sums.names)).device):
+            _run(model, sums, batches, loss or _model_loss, progress)
+        sums.reduce()
+    else:
+        _run(model, sums, batches, loss or _model_loss, progress)
+    sums.check()
+    return {name: sums.of(module.weight) for name, module in modules.items()}
+
+
+class _Sums:
+    """A running sum for every distinct weight, and how often it grew."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device | str | None) -> None:
+        self.names: dict[nn.Parameter, str] = {}
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._counts: dict[nn.Parameter, int] = {}
+        self._transposed: set[nn.Parameter] = set()
+        for name, module in modules.items():
+            weight = module.weight
+            if not isinstance(weight, nn.Parameter) or not weight.is_leaf:
+                raise TypeError(
+                    f"the weight of {name!r} is computed; remove its parametrization first"
+                )
+            check_weight(weight, f"{name}.weight")
+            if type(weight.data) is not Tensor:
+                raise TypeError(
+                    f"{name}.weight is a {type(weight.data).__name__}: gather a sharded weight, "
+                    "dequantise a quantised one first"
+                )
+            if weight.is_meta:
+                raise ValueError(f"{name}.weight is on the meta device: load it first")
+            if weight in self.names:
+                continue
+            shape = weight.shape
+            if is_conv1d(module):
+                shape = shape[::-1]
+                self._transposed.add(weight)
+            self.names[weight] = name
+            self._sums[weight] = torch.zeros(
+                shape, dtype=factor_dtype(weight.dtype), device=device or weight.device
+            )
+            self._counts[weight] = 0
+
+    def of(self, weight: nn.Parameter) -> Tensor:
+        return self._sums[weight]
+
+    def take(self, weight: nn.Parameter) -> None:
+        """Adds `weight.grad` and lets go of it. A hook, called as soon as that is complete."""
+        grad, weight.grad = weight.grad, None
+        total = self._sums[weight]
+        total.add_((grad.T if weight in self._transposed else grad).to(total.device))
+        self._counts[weight] += 1
+
+    def reduce(self) -> None:
+        """Sums over all ranks, one weight at a time, on its device: NCCL has no other."""
+        for weight, total in self._sums.items():
+            shared = total.to(weight.device)
+            dist.all_reduce(shared)
+            total.copy_(shared)
+        counts = torch.tensor(list(self._counts.values()), device=next(iter(self._sums)).device)
+        dist.all_reduce(counts)
+        self._counts = dict(zip(self._counts, counts.tolist(), strict=True))
+
+    def check(self) -> None:
+        """Raises if a weight took no part, or overflowed."""
+        missed = [self.names[weight] for weight, count in self._counts.items() if not count]
+        if missed:
+            raise ValueError(
+                f"no gradient reached {len(missed)} of {len(self.names)} targets "
+                f"({', '.join(missed[:3])}{' ...' if len(missed) > 3 else ''}): the loss does not "
+                "depend on them, or reentrant checkpointing cut them off (take use_reentrant=False)"
+            )
+        for weight, total in self._sums.items():
+            if not bool(torch.isfinite(torch.ops.lora.frobenius_stats([total])[0, 1])):
+                raise ValueError(
+                    f"the gradient of {self.names[weight]!r} holds NaN or Inf; float16 overflows "
+                    "easily: run the model in bfloat16, or scale the loss down"
+                )
+
+
+def _run(model: nn.Module, sums: _Sums, batches: Iterable[Any], loss: Loss, progress: bool) -> None:
+    count = 0
+    with _only_weights_of(model, sums), torch.enable_grad():
+        for count, batch in enumerate(tracked(batches, "gradients", progress), start=1):
+            value = loss(model, batch)
+            _check_loss(value, count)
+            value.backward()
+    if not count:
+        raise ValueError("batches is empty: there is no gradient to sum")
+
+
+@contextmanager
+def _only_weights_of(model: nn.Module, sums: _Sums) -> Iterator[None]:
+    """Gradients flow into the targets' weights only, and from there into the sums."""
+    flags = {p: p.requires_grad for p in (*model.parameters(), *sums.names)}
+    grads = {weight: weight.grad for weight in sums.names}
+    hooks = []
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(parameter in sums.names)
+        for weight in sums.names:
+            weight.grad = None
+            hooks.append(weight.register_post_accumulate_grad_hook(sums.take))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight, grad in grads.items():
+            weight.grad = grad
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _failing_together(device: torch.device) -> Iterator[None]:
+    """If a rank raises, all do: the others would wait for it in the reduction for ever."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        count = torch.tensor(int(failed), device=device)
+        dist.all_reduce(count)
+    if int(count):
+        raise RuntimeError(f"capture_gradients failed on {int(count)} other rank(s)")
+
+
+def _model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a Hugging Face model computes by itself."""
+    device = next(model.parameters()).device
+    if isinstance(batch, Tensor) and not batch.is_floating_point():
+        if batch.dim() != 2:
+            raise ValueError(
+                f"a batch of token ids must be [batch, length], got {list(batch.shape)}; batches "
+                "is a list of them"
+            )
+        ids = batch.to(device)
+        batch = {"input_ids": ids, "labels": ids}
+    elif isinstance(batch, Mapping):
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    else:
+        what = f"a {batch.dtype} tensor" if isinstance(batch, Tensor) else type(batch).__name__
+        raise TypeError(
+            f"a batch is {what}; without loss=, it must be a dict with labels or a tensor of "
+            "token ids"
+        )
+    value = getattr(model(**batch), "loss", None)
+    if value is None:
+        raise ValueError(
+            f"{type(model).__name__} gave no .loss: put labels into the batches, or pass "
+            "loss=a function of the model and a batch"
+        )
+    return value
+
+
+def _check_loss(value: Any, count: int) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the loss of batch {count} must be a tensor of one element, got {shape}")
+    if not value.requires_grad:
+        raise ValueError(f"the loss of batch {count} does not depend on any target")
+    if not bool(torch.isfinite(value)):
+        raise ValueError(f"the loss of batch {count} is {value.item()}")

@@ -1,0 +1,162 @@
+"""Scaling equivalence: different s, magnitudes and learning rates that train alike.
+
+LoRAM (arXiv 2507.06558), proposition 1: what an adapter learns does not depend on s, on the size of
+its start and on the learning rates one by one, but on how they go together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._utils.checks import check_positive
+from .._utils.errors import unknown_name
+from ..init import Initializer, Start, get_initializer
+from ..layers.linear import LoRALinear
+
+# By how much the gradient's natural step grows when a factor is multiplied by α: the powers of α
+# that go into the learning rate, eps and the weight decay. The gradient itself goes with 1 / α.
+_POWERS = {
+    "sgd": (2, 0, -2),
+    "adam": (1, -1, -2),
+    "adamw": (1, -1, -1),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How an adapter is trained.
+
+    Attributes:
+        optimizer: "sgd" (with any momentum), "adam" or "adamw".
+        lora_alpha: of the layers.
+        lr_A, lr_B: learning rates.
+        eps_A, eps_B: Adam's; it has to be scaled with the gradient, or the equivalence is lost
+            where gradients are small.
+        weight_decay_A, weight_decay_B: as torch's optimiser of that name takes it, in the gradient
+            ("sgd", "adam") or decoupled ("adamw").
+        alpha_A, alpha_B: what the start's A and B are multiplied by.
+
+    """
+
+    optimizer: str
+    lora_alpha: float
+    lr_A: float
+    lr_B: float
+    eps_A: float = 1e-8
+    eps_B: float = 1e-8
+    weight_decay_A: float = 0.0
+    weight_decay_B: float = 0.0
+    alpha_A: float = 1.0
+    alpha_B: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in _POWERS:
+            raise unknown_name("optimizer", self.optimizer, tuple(_POWERS))
+        check_positive(self.alpha_A, "alpha_A")
+        check_positive(self.alpha_B, "alpha_B")
+
+    def initializer(self, init_lora_weights: str | Initializer = "loram") -> ScaledStart:
+        """That start with its factors multiplied: the `init_lora_weights` of the layers."""
+        return ScaledStart(get_initializer(init_lora_weights), self.alpha_A, self.alpha_B)
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups for the optimiser, of A and of B of all adapted layers."""
+        layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        if not layers:
+            raise ValueError(f"{type(model).__name__} has no LoRALinear")
+        if any(layer.lora_R is not None for layer in layers):
+            raise ValueError("a layer trains R between a frozen A and B: there is none to rescale")
+        groups = []
+        for half in "AB":
+            group = {
+                "params": [getattr(layer, f"lora_{half}") for layer in layers],
+                "lr": getattr(self, f"lr_{half}"),
+                "weight_decay": getattr(self, f"weight_decay_{half}"),
+            }
+            if self.optimizer != "sgd":
+                group["eps"] = getattr(self, f"eps_{half}")
+            groups.append(group)
+        return groups
+
+
+def rescaled(setup: Setup, alpha_A: float, alpha_B: float) -> Setup:
+    """The set-up in which A is α_A times and B is α_B times as large, and BA·s learns the same.
+
+    s → s / (α_Aα_B). The gradient of A is then divided by α_A, its steps have to be multiplied by
+    it: the learning rate goes with α_A² for SGD, and with α_A for Adam, whose steps do not depend
+    on the gradient's size, if eps goes with 1 / α_A. The same for B. Weight decay goes with
+    1 / α_A² where it is added to the gradient, with 1 / α_A where it is decoupled.
+
+    Clipping by a norm of all gradients together is not equivalent.
+
+    Raises:
+        ValueError: a factor that is not positive and finite.
+        TypeError: one that is no number.
+
+    """
+    check_positive(alpha_A, "alpha_A")
+    check_positive(alpha_B, "alpha_B")
+    lr, eps, decay = _POWERS[setup.optimizer]
+    return replace(
+        setup,
+        lora_alpha=setup.lora_alpha / (alpha_A * alpha_B),
+        lr_A=setup.lr_A * alpha_A**lr,
+        lr_B=setup.lr_B * alpha_B**lr,
+        eps_A=setup.eps_A * alpha_A**eps,
+        eps_B=setup.eps_B * alpha_B**eps,
+        weight_decay_A=setup.weight_decay_A * alpha_A**decay,
+        weight_decay_B=setup.weight_decay_B * alpha_B**decay,
+        alpha_A=setup.alpha_A * alpha_A,
+        alpha_B=setup.alpha_B * alpha_B,
+    )
+
+
+@dataclass(frozen=True)
+class ScaledStart(Initializer):
+    """Another start with A multiplied by α_A and B by α_B.
+
+    It is told that start's own s, α_Aα_B times the layer's: s·B₀A₀ is the same.
+    """
+
+    start: Initializer
+    alpha_A: float
+    alpha_B: float
+
+    @property
+    def changes_base(self) -> bool:
+        """That of the start, as are the others."""
+        return self.start.changes_base
+
+    @property
+    def reads_weight(self) -> bool:
+        return self.start.reads_weight
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.start.needs_gradient
+
+    @property
+    def grows_with_scaling(self) -> bool:
+        return self.start.grows_with_scaling
+
+    @property
+    def rewrites_base(self) -> bool:
+        return self.start.rewrites_base
+
+    def __call__(
+        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
+    ) -> Start:
+        """The scaled start, kept as factors: it has no β."""
+        own = scaling * self.alpha_A * self.alpha_B
+        start = self.start(weight, r, own, gradient)
+        A, B = start.lora_A * self.alpha_A, start.lora_B * self.alpha_B
+        return replace(start, lora_A=A, lora_B=B, beta=None)
+
+    def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
+        """What the start does; a base that is not rewritten lacks s·B₀A₀ as always."""
+        if not self.rewrites_base:
+            return super().take_out_(weight, start, scaling)
+        return self.start.take_out_(weight, start, scaling * self.alpha_A * self.alpha_B)

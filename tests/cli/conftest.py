@@ -1,0 +1,5 @@
+"""The commands' tests run on the same small checkpoints."""
+
+from ..files.checkpoint.conftest import gpt2, llama, odd_model
+
+__all__ = ["gpt2", "llama", "odd_model"]

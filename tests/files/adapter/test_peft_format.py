@@ -1,0 +1,459 @@
+"""Adapters in folders that plain PEFT reads, and those that it has written."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import (
+    add_lora,
+    load_adapter,
+    save_adapter,
+)
+from lora_kernels._utils.names import pattern_matches
+from lora_kernels.files.adapter.folder import read_adapter, write_adapter
+from lora_kernels.files.adapter.recipe import ADAPTER_FILE
+from lora_kernels.init import get_initializer, initializer_names
+from lora_kernels.model.config import AdapterState, LoRAConfig
+
+from ...support.adapters import (
+    GPT2_LAYERS,
+    IDS,
+    LLAMA_LAYERS,
+    adapt,
+    adapt_model,
+    assert_agree,
+    assert_same,
+    logits_64,
+    one_layer,
+    peft_config,
+    peft_logits,
+    tiny_model,
+    train,
+    write_plain,
+)
+from ...support.oracle import to_numpy
+from ...support.packages import needs_real_model
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+# LoftQ's adapters are those of a base that it makes: test_quantised_models.py has them.
+NAMES = [n for n in initializer_names() if not get_initializer(n).rewrites_base]
+
+
+class TestPlainPeft:
+    """What is written gives plain PEFT the adapted model, on the original base."""
+
+    @pytest.mark.parametrize("kind,names", [("llama", LLAMA_LAYERS), ("gpt2", GPT2_LAYERS)])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_start(self, name, kind, names, tmp_path):
+        model = tiny_model(kind)
+        config = LoRAConfig(r=4, lora_alpha=6, init_lora_weights=name)
+        state, deltas = adapt_model(model, names, config)
+        modules = [n for n, _ in model.named_modules()]
+        write_adapter(tmp_path, state, module_names=modules, fan_in_fan_out=kind == "gpt2")
+        want = logits_64(model, deltas, IDS)
+        adapted, got = peft_logits(model, tmp_path)
+        assert_agree(got, want)
+        assert (want - logits_64(model, {}, IDS)).abs().max() > 0.01 * want.abs().max()
+        assert {n for n, m in adapted.named_modules() if hasattr(m, "lora_A")} == {
+            f"base_model.model.{n}" for n in names
+        }
+        written = peft_config(tmp_path)
+        assert written["r"] == (8 if get_initializer(name).changes_base else 4)
+        assert written["rank_pattern"] == written["alpha_pattern"] == {}
+        assert all("." not in target for target in written["target_modules"])
+
+    @pytest.mark.parametrize("rule", ["lora", "rslora", "alpha_sqrt"])
+    def test_scaling_rules_and_patterns(self, rule, tmp_path):
+        """In layer 1 but not in layer 11, and in one that plain names cannot tell apart."""
+        config = LoRAConfig(
+            r=4,
+            scaling=rule,
+            lora_alpha=5.5,
+            init_lora_weights="pissa",
+            rank_pattern={r"1\.mlp\.up_proj": 7, "v_proj": 3},
+            alpha_pattern={r"model\.layers\.0\.self_attn\.q_proj": 9},
+        )
+        state, deltas = adapt_model(tiny_model("llama"), LLAMA_LAYERS[1:], config)
+        write_adapter(tmp_path, state)
+        want = logits_64(tiny_model("llama"), deltas, IDS)
+        assert_agree(peft_logits(tiny_model("llama"), tmp_path)[1], want)
+        written = peft_config(tmp_path)
+        assert written["use_rslora"] == (rule != "lora") and written["r"] == 8
+        assert sorted(written["target_modules"]) == sorted(LLAMA_LAYERS[1:])
+
+    @pytest.mark.parametrize("rule", ["lora", "rslora"])
+    def test_engines_that_read_no_pattern(self, rule, tmp_path):
+        """vLLM takes s from r and lora_alpha for all layers, and every tensor for an A or a B."""
+        alphas = {"lora": {"k": 8}, "rslora": {"k": 16 / math.sqrt(2)}}[rule]
+        config = LoRAConfig(
+            r=4, lora_alpha=16, scaling=rule, rank_pattern={"k": 2}, alpha_pattern=alphas
+        )
+        layers, deltas = {}, {}
+        for name in ("a.k", "a.q", "b.k", "b.q"):
+            layers[name], deltas[name] = adapt(nn.Linear(24, 20), config, name)
+        report = write_adapter(tmp_path, AdapterState(config, layers))
+        written = peft_config(tmp_path)
+        root = math.sqrt(written["r"]) if written["use_rslora"] else written["r"]
+        tensors = safetensors.load_file(tmp_path / ADAPTER_FILE)
+        for name, delta in deltas.items():
+            A, B = (tensors.pop(f"base_model.model.{name}.lora_{k}.weight") for k in "AB")
+            got = written["lora_alpha"] / root * to_numpy(B) @ to_numpy(A)
+            assert np.linalg.norm(got - delta) <= 1e-5 * np.linalg.norm(delta)
+        assert not tensors
+        assert len(report.scalings) == 1 and "vLLM" not in str(report)
+        layers["a.k"] = replace(layers["a.k"], scaling=1.0)
+        assert "vLLM does not" in str(write_adapter(tmp_path, AdapterState(config, layers)))
+
+    def test_whole_numbers_stay(self, tmp_path):
+        """s of r = 6 is 16 / 6, no binary fraction: alpha is doubled, and an integer."""
+        state, _ = one_layer(r=6, lora_alpha=16)
+        write_adapter(tmp_path, state)
+        written = peft_config(tmp_path)
+        assert (written["r"], written["lora_alpha"]) == (12, 32)
+        assert isinstance(written["lora_alpha"], int)
+
+    def test_patterns_are_whole_names(self, tmp_path):
+        peft_key = pytest.importorskip("peft.utils.other").get_pattern_key
+        config = LoRAConfig(r=4, init_lora_weights="lora", rank_pattern={"x": 1})
+        names = ["1.q", "11.q", "a.1.q", "a.1xq", "a.x"]
+        layers = {n: adapt(nn.Linear(8, 8), config, n)[0] for n in names}
+        layers["1.q"] = adapt(nn.Linear(8, 8), replace(config, r=2), "1.q")[0]
+        layers["a.1.q"] = adapt(nn.Linear(8, 8), replace(config, r=3), "a.1.q")[0]
+        write_adapter(tmp_path, AdapterState(config, layers))
+        written = peft_config(tmp_path)
+        for name, layer in layers.items():
+            key = peft_key(written["rank_pattern"].keys(), name)
+            assert written["rank_pattern"].get(key, written["r"]) == layer.r
+            assert [pattern_matches(k, name) for k in written["rank_pattern"]].count(True) <= 1
+
+    @pytest.mark.parametrize(
+        "names,modules,expected",
+        [
+            (["a.0.q", "a.1.q"], ["a", "a.0.q", "a.1.q", "a.0.k"], ["q"]),
+            (["a.0.x.q"], ["a.0.x.q", "a.0.y.q"], ["x.q"]),
+            (["a.0.q"], ["a.0.q", "a.1.q"], ["0.q"]),
+            (["a.0.b.q"], ["a.0.b.q", "a.1.b.q"], ["a.0.b.q"]),
+            # The full name of one is the ending of another.
+            (["b.q"], ["b.q", "a.b.q"], r"b\.q"),
+            (["b.q", "q"], ["b.q", "a.b.q", "q"], r"b\.q|q"),
+        ],
+    )
+    def test_targets_are_exactly_the_layers(self, names, modules, expected, tmp_path):
+        tuners_utils = pytest.importorskip("peft.tuners.tuners_utils")
+        from peft import LoraConfig
+
+        state, _ = one_layer()
+        state.layers = dict.fromkeys(names, state.layers["block.1.q"])
+        write_adapter(tmp_path, state, module_names=modules)
+        targets = peft_config(tmp_path)["target_modules"]
+        assert targets == expected
+        config = LoraConfig(target_modules=targets)
+        found = [m for m in modules if tuners_utils.check_target_module_exists(config, m)]
+        assert sorted(found) == sorted(names)
+
+    @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+    def test_modules_in_full_and_biases(self, bias, tmp_path):
+        model = tiny_model("gpt2")
+        config = LoRAConfig(r=4, modules_to_save=["ln_f", "h.0.mlp.c_proj"], bias=bias)
+        state, deltas = adapt_model(model, GPT2_LAYERS, config)
+        own = ["ln_f.weight", "ln_f.bias", "h.0.mlp.c_proj.weight", "h.0.mlp.c_proj.bias"]
+        keys = {f"transformer.{key}" for key in own}
+        if bias != "none":
+            keys |= {f"{name}.bias" for name in GPT2_LAYERS}
+        if bias == "all":
+            keys |= {n for n, _ in model.named_parameters() if n.endswith(".bias")}
+        tensors = dict(model.named_parameters())
+        state.extra = {
+            k: tensors[k].detach() + 0.1 * torch.randn_like(tensors[k]) for k in sorted(keys)
+        }
+        write_adapter(tmp_path, state, fan_in_fan_out=True)
+        want = logits_64(model, deltas, IDS, state.extra)
+        assert_agree(peft_logits(model, tmp_path)[1], want)
+        assert_same(read_adapter(tmp_path), state)
+
+    @pytest.mark.parametrize("saved", [["classifier"], ["pooler"], None])
+    @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", None])
+    def test_tasks_whose_head_peft_looks_for(self, task, saved, tmp_path):
+        """It trains where the model has it; where not, the file says no task, and PEFT loads it."""
+        model = tiny_model("bert")
+        adapted = copy.deepcopy(model)
+        config = LoRAConfig(r=2, target_modules=["query"], modules_to_save=saved, task_type=task)
+        add_lora(adapted, config)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            save_adapter(adapted, tmp_path)
+            assert_agree(peft_logits(model, tmp_path)[1], adapted(IDS).logits.double())
+        has_head = task in ("SEQ_CLS", "TOKEN_CLS")
+        if has_head and saved != ["classifier"]:
+            config = replace(config, modules_to_save=[*(saved or ()), "classifier"])
+        assert read_adapter(tmp_path).config == config
+        assert peft_config(tmp_path)["task_type"] == (task if has_head else None)
+
+
+class TestFromPeft:
+    def make(self, model, folder, **options):
+        """An adapter that PEFT made, trained and wrote, with the logits that it gives."""
+        peft = pytest.importorskip("peft")
+        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            adapted.save_pretrained(folder)
+            return adapted.eval()(IDS).logits
+
+    @pytest.mark.parametrize(
+        "kind,options",
+        [
+            ("llama", {"target_modules": "all-linear", "init_lora_weights": "gaussian"}),
+            ("llama", {"target_modules": r".*\.1\..*(q_proj|up_proj)", "r": 3, "lora_alpha": 7}),
+            (
+                "llama",
+                {
+                    "target_modules": ["q_proj", "k_proj", "down_proj"],
+                    "use_rslora": True,
+                    "r": 4,
+                    "rank_pattern": {r"1\.self_attn\.q_proj": 6},
+                    "alpha_pattern": {"down_proj": 3},
+                    "modules_to_save": ["lm_head", "norm"],
+                    "exclude_modules": ["layers.0.self_attn.k_proj"],
+                },
+            ),
+            (
+                "llama",
+                {
+                    "target_modules": ["v_proj"],
+                    "layers_to_transform": 1,
+                    "layers_pattern": "layers",
+                },
+            ),
+            (
+                "gpt2",
+                {"target_modules": ["c_attn", "c_fc"], "bias": "lora_only", "fan_in_fan_out": True},
+            ),
+            (
+                "gpt2",
+                {
+                    "target_modules": ["c_attn"],
+                    "bias": "all",
+                    "modules_to_save": ["ln_f"],
+                    "fan_in_fan_out": True,
+                },
+            ),
+        ],
+    )
+    def test_what_peft_writes(self, kind, options, tmp_path):
+        want = self.make(tiny_model(kind), tmp_path / "theirs", **options)
+        state = read_adapter(tmp_path / "theirs")
+        deltas = {
+            name: layer.scaling * to_numpy(layer.lora_B) @ to_numpy(layer.lora_A)
+            for name, layer in state.layers.items()
+        }
+        assert_agree(want, logits_64(tiny_model(kind), deltas, IDS, state.extra))
+        assert not any(layer.changes_base for layer in state.layers.values())
+        for option in ("bias", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"):
+            assert (
+                getattr(state.config, option)
+                == getattr(LoRAConfig(**{option: options[option]}), option)
+                if option in options
+                else True
+            )
+        assert set(state.config.modules_to_save or ()) == set(options.get("modules_to_save", ()))
+        modules = [n for n, _ in tiny_model(kind).named_modules()]
+        write_adapter(tmp_path / "ours", state, module_names=modules, fan_in_fan_out=kind == "gpt2")
+        adapted, got = peft_logits(tiny_model(kind), tmp_path / "ours")
+        assert torch.equal(got, want)
+        if options.get("bias", "none") == "none":  # PEFT trains those in the base itself
+            with torch.no_grad(), adapted.disable_adapter():
+                assert torch.equal(adapted(IDS).logits, tiny_model(kind)(IDS).logits)
+        assert_same(read_adapter(tmp_path / "ours"), state)
+
+    @pytest.mark.parametrize(
+        "option,value",
+        [
+            ("use_dora", True),
+            ("lora_bias", True),
+            ("layer_replication", [[0, 2], [1, 2]]),
+            ("target_parameters", ["experts.weight"]),
+            ("trainable_token_indices", [1, 2]),
+            ("alora_invocation_tokens", [3]),
+            ("use_qalora", True),
+            ("megatron_config", {"a": 1}),
+            ("velora_config", {"num_groups": 64}),
+            ("monteclora_config", {"a": 1}),
+            ("use_bdlora", {"a": 1}),
+            ("arrow_config", {"top_k": 3}),
+            ("kasa_config", {"beta": 1e-4}),
+            ("ensure_weight_tying", True),
+            ("option_of_tomorrow", 3),
+        ],
+    )
+    def test_options_that_change_the_function(self, option, value, tmp_path):
+        write_plain(tmp_path, **{option: value})
+        with pytest.raises(ValueError, match=rf"{ADAPTER_FILE}: {option} = .*not implemented here"):
+            read_adapter(tmp_path)
+        write_plain(tmp_path, **{option: None})
+        read_adapter(tmp_path)
+
+    def test_every_field_of_peft_is_known(self, tmp_path):
+        """A field that is new in PEFT has a default that is off, or is on the list."""
+        peft = pytest.importorskip("peft")
+        values = peft.LoraConfig(target_modules=["q"], r=2).to_dict()
+        values = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+        write_plain(tmp_path, **values | {"peft_type": "LORA"})
+        assert read_adapter(tmp_path).config.target_modules == ("q",)
+
+    @pytest.mark.parametrize(
+        "init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "loftq", "corda", "lora_ga"]
+    )
+    def test_starts_that_changed_the_base(self, init, tmp_path):
+        write_plain(tmp_path, init_lora_weights=init)
+        with pytest.raises(ValueError, match=f"'{init}': its factors hold for a base that PEFT"):
+            read_adapter(tmp_path)
+
+    @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+    def test_starts_that_did_not(self, init, tmp_path):
+        write_plain(tmp_path, init_lora_weights=init)
+        assert read_adapter(tmp_path).layers["a.q"].scaling == 4.0
+
+    def test_which_starts_change_the_base(self):
+        """The two lists above, by what PEFT does."""
+        peft = pytest.importorskip("peft")
+        target = "model.layers.0.self_attn.q_proj"
+        weight = tiny_model("llama").get_submodule(target).weight
+        for init in (
+            "pissa",
+            "pissa_niter_4",
+            "olora",
+            True,
+            False,
+            "gaussian",
+            "orthogonal",
+            "mica",
+        ):
+            config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=init)
+            adapted = peft.get_peft_model(copy.deepcopy(tiny_model("llama")), config)
+            layer = adapted.base_model.model.get_submodule(target)
+            changed = not torch.equal(layer.base_layer.weight, weight)
+            assert changed == (str(init).startswith(("pissa", "olora"))), init
+
+    def test_mica_and_unknown_starts(self, tmp_path):
+        write_plain(tmp_path, init_lora_weights="mica")
+        with pytest.warns(UserWarning, match="PEFT trains A only"):
+            read_adapter(tmp_path)
+        write_plain(tmp_path, init_lora_weights="gausian")
+        with pytest.raises(ValueError, match=r"'gausian': expected one of .*mean 'gaussian'"):
+            read_adapter(tmp_path)
+
+    def test_converted_pissa(self, tmp_path):
+        """PEFT's own conversion gives a plain adapter, which is read."""
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+        adapted = peft.get_peft_model(copy.deepcopy(tiny_model("llama")), config)
+        adapted.save_pretrained(tmp_path / "start")
+        with pytest.raises(ValueError, match="'pissa'"):
+            read_adapter(tmp_path / "start")
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+            want = adapted.eval()(IDS).logits
+            adapted.save_pretrained(
+                tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start"
+            )
+        state = read_adapter(tmp_path / "end")
+        deltas = {
+            name: layer.scaling * to_numpy(layer.lora_B) @ to_numpy(layer.lora_A)
+            for name, layer in state.layers.items()
+        }
+        assert_agree(want, logits_64(tiny_model("llama"), deltas, IDS))
+
+
+class TestWhatHurtsInPeft:
+    """Points of the list of what users suffer: PEFT's behaviour, and ours in its place."""
+
+    def adapted_by_peft(self, init, **options):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init, **options)
+        adapted = peft.get_peft_model(copy.deepcopy(tiny_model("llama")), config)
+        return adapted
+
+    def test_2_fast_pissa_reloads_right(self, tmp_path):
+        """PEFT redoes an unseeded SVD when it loads pissa_niter_N; here the start is kept."""
+        adapted = self.adapted_by_peft("pissa_niter_2")
+        train(adapted, 1)
+        adapted.save_pretrained(tmp_path / "theirs")
+        ours = copy.deepcopy(tiny_model("llama"))
+        config = LoRAConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+        add_lora(ours, config)
+        train(ours, 1)
+        save_adapter(ours, tmp_path / "ours")
+        with torch.no_grad():
+            want = adapted(IDS).logits
+            got = peft_logits(tiny_model("llama"), tmp_path / "theirs", strict=False)[1]
+            assert (got - want).abs().max() > 1e-2 * want.abs().max()
+            want = ours(IDS).logits
+            assert_agree(peft_logits(tiny_model("llama"), tmp_path / "ours")[1], want.double())
+            fresh = copy.deepcopy(tiny_model("llama"))
+            load_adapter(fresh, tmp_path / "ours")
+            assert torch.equal(fresh(IDS).logits, want)
+
+    def test_5_no_folder_saved_beforehand_and_modules_are_kept(self, tmp_path):
+        """PEFT's conversion needs the untrained adapter, and drops modules_to_save."""
+        adapted = self.adapted_by_peft("pissa", modules_to_save=["norm"])
+        adapted.save_pretrained(tmp_path / "start")
+        train(adapted, 1)
+        adapted.save_pretrained(
+            tmp_path / "theirs", path_initial_model_for_weight_conversion=tmp_path / "start"
+        )
+        stored = safetensors.load_file(tmp_path / "theirs" / ADAPTER_FILE)
+        assert not any("norm" in key for key in stored)
+        ours = copy.deepcopy(tiny_model("llama"))
+        config = LoRAConfig(
+            r=4, target_modules=["q_proj"], init_lora_weights="pissa", modules_to_save=["norm"]
+        )
+        add_lora(ours, config)
+        train(ours, 1)
+        save_adapter(ours, tmp_path / "ours")
+        with torch.no_grad():
+            want = ours(IDS).logits
+        assert_agree(peft_logits(tiny_model("llama"), tmp_path / "ours")[1], want.double())
+        small = save_adapter(ours, tmp_path / "small", compress_to=4)
+        assert peft_config(tmp_path / "small")["r"] == 4 and 0 < small.error < 1
+        fresh = copy.deepcopy(tiny_model("llama"))
+        load_adapter(fresh, tmp_path / "small")
+        with torch.no_grad():
+            want = fresh(IDS).logits
+        assert_agree(peft_logits(tiny_model("llama"), tmp_path / "small")[1], want.double())
+
+
+@needs_real_model
+def test_real_model(real_model, tmp_path):
+    """SmolLM2-135M, all 210 projections: the same logits in plain PEFT and here."""
+    peft = pytest.importorskip("peft")
+    model = copy.deepcopy(real_model)
+    add_lora(model, LoRAConfig(r=8, lora_alpha=8), progress=False)
+    train(model, 1)
+    report = save_adapter(model, tmp_path)
+    assert report.layers == 210 and peft_config(tmp_path)["r"] == 16
+    assert len(peft_config(tmp_path)["target_modules"]) == 7
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(real_model), tmp_path)
+    fresh = copy.deepcopy(real_model)
+    load_adapter(fresh, tmp_path, progress=False)
+    with torch.no_grad():
+        want = model(IDS).logits
+        assert torch.equal(fresh(IDS).logits, want)
+        # As in test_real_model: the noise of reordered GEMMs in 210 layers.
+        size = want.abs().max()
+        assert (adapted.eval()(IDS).logits - want).abs().max() <= 3e-5 * size
+        assert (real_model(IDS).logits - want).abs().max() > 1e-2 * size

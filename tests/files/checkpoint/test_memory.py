@@ -1,0 +1,74 @@
+"""How far the process grows on a checkpoint several times as large as what it may take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_kernels.files.io.pipeline import AHEAD
+
+from ...support import ROOT
+
+pytest.importorskip("psutil")
+SIDE, COUNT, SHARDS = 2048, 12, 4  # 16 MiB each, 768 MiB
+
+CODE = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from benchmarks.common.memory import PeakGrowth
+from lora_kernels.model.config import LoRAConfig
+from lora_kernels.files.checkpoint.initialize import initialise
+from tests.files.checkpoint.folders import random_tensor, write_model
+
+folder, side, count, shards = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+config = LoRAConfig(r=16, residual=sys.argv[5])
+dtype = None if sys.argv[6] == "None" else getattr(torch, sys.argv[6])
+rng = np.random.default_rng(0)
+write_model(folder / "small", [{"q.weight": random_tensor(rng, "F32", (64, 64))}])
+initialise(folder / "small", folder / "warm", config, dtype=dtype)
+with PeakGrowth(sharp=True) as growth:
+    initialise(folder / "model", folder / "out", config, dtype=dtype)
+print(growth.mib)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """The same tensor under many names."""
+    import numpy as np
+
+    from .folders import random_tensor, write_model
+
+    tensor = random_tensor(np.random.default_rng(0), "F32", (SIDE, SIDE))
+    shards = [
+        {f"layers.{shard * COUNT + k}.q_proj.weight": tensor for k in range(COUNT)}
+        for shard in range(SHARDS)
+    ]
+    folder = tmp_path_factory.mktemp("memory")
+    write_model(folder / "model", shards)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "residual,dtype", [("absorb", None), ("implicit", None), ("absorb", "bfloat16")]
+)
+def test_peak(residual, dtype, model, tmp_path):
+    """The largest tensor, twice if it is cast, the bound on what is ahead, and 32 MiB for the rest:
+    A and B of a few layers, the interpreter's own.
+    """
+    (tmp_path / "model").symlink_to(model / "model")
+    arguments = [str(n) for n in (tmp_path, SIDE, COUNT, SHARDS, residual, dtype)]
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    largest = SIDE * SIDE * 4 / 2**20
+    limit = largest * (1 if dtype is None else 1.5) + AHEAD / 2**20 + 32
+    size = json.loads((model / "model" / "model.safetensors.index.json").read_text())
+    assert size["metadata"]["total_size"] / 2**20 > 4 * limit
+    assert float(done.stdout) < limit

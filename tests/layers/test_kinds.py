@@ -1,0 +1,428 @@
+"""Layers that cannot be rewritten: told apart, dequantised, differentiated, refused if sharded."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils.prune import random_unstructured
+
+from lora_kernels import LoRALinear
+from lora_kernels.layers.kinds import (
+    compute_dtype,
+    dequantized_weight,
+    device_of,
+    frozen_forward,
+    kind_of,
+    linear_shape,
+    passes_gradient,
+    refuse_sharded,
+)
+
+from ..support.oracle import ROUNDING, to_numpy
+from ..support.packages import needs_bitsandbytes, needs_torchao, needs_transformers
+from ..support.quantized import ForInference, OnlyForward, linear_4bit, linear_8bit, quantize_4bit
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def torchao_linear(linear: nn.Linear, kind: str) -> nn.Linear:
+    import torchao.quantization as ao
+
+    configs = {
+        "int8": ao.Int8WeightOnlyConfig,
+        "int8_dynamic": ao.Int8DynamicActivationInt8WeightConfig,
+        "int4": lambda: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4),
+    }
+    model = nn.Sequential(linear)
+    ao.quantize_(model, configs[kind]())
+    return model[0]
+
+
+def unchanged(module: nn.Module):
+    """A check that its tensors, attributes and bits are those of now."""
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    kept = {name: id(value) for name, value in vars(module).items()}
+
+    def check() -> None:
+        assert {name: id(value) for name, value in vars(module).items()} == kept
+        after = module.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+    return check
+
+
+class TestKinds:
+    def test_float_layers(self):
+        assert kind_of(nn.Linear(3, 4)) == "linear"
+        assert kind_of(nn.Linear(3, 4, dtype=torch.float16, device="meta")) == "linear"
+        parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+        pruned = random_unstructured(nn.Linear(3, 4), "weight", 0.5)
+        odd = nn.MultiheadAttention(4, 1).out_proj
+        norm = nn.LayerNorm(3)
+        computed = (parametrised, pruned, odd, norm, nn.Bilinear(2, 3, 4), nn.Embedding(3, 4))
+        for module in (*computed, LoRALinear(8, 8), nn.Sequential(nn.Linear(3, 4))):
+            assert kind_of(module) is None
+
+    @needs_transformers
+    def test_conv1d(self):
+        from transformers.pytorch_utils import Conv1D
+
+        module = Conv1D(5, 3)
+        assert kind_of(module) == "conv1d" and linear_shape(module) == (5, 3)
+        weight = dequantized_weight(module)
+        assert weight.data_ptr() == module.weight.data_ptr()
+        assert torch.equal(weight, module.weight.T) and not weight.requires_grad
+
+    @needs_bitsandbytes
+    def test_bitsandbytes(self):
+        assert kind_of(linear_4bit(nn.Linear(64, 32))) == "bnb_4bit"
+        assert kind_of(linear_8bit(nn.Linear(64, 32))) == "bnb_8bit"
+
+    @needs_torchao
+    def test_torchao(self):
+        assert kind_of(torchao_linear(nn.Linear(64, 32), "int8")) == "torchao"
+
+    def test_only_a_forward(self):
+        module = OnlyForward(torch.randn(5, 3), None, torch.float32)
+        assert kind_of(module) == "forward" and linear_shape(module) == (5, 3)
+
+        class Wrapper(nn.Module):
+            """As PEFT's layers are."""
+
+            def __init__(self, base_layer: nn.Module) -> None:
+                super().__init__()
+                self.base_layer, self.in_features, self.out_features = base_layer, 3, 5
+
+        assert kind_of(Wrapper(module)) is None and kind_of(Wrapper(nn.Linear(3, 5))) is None
+
+    def test_no_codes(self):
+        """What has sizes is not yet a linear layer."""
+
+        class Fourier(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.in_features, self.out_features = 3, 5
+                self.register_buffer("frequencies", torch.randn(5, 3))
+
+            def forward(self, x):
+                return (x @ self.frequencies.T).sin()
+
+        assert kind_of(Fourier()) is None
+
+    def test_others_are_errors(self):
+        for ask in (linear_shape, dequantized_weight, compute_dtype, device_of, passes_gradient):
+            with pytest.raises(TypeError, match="LayerNorm is no linear layer"):
+                ask(nn.LayerNorm(3))
+
+    def test_no_package_is_imported(self):
+        """Each takes seconds to import, and may be broken where it is not used."""
+        code = """
+import sys
+import torch
+from lora_kernels.layers.kinds import dequantized_weight, kind_of
+from tests.support.quantized import OnlyForward
+for module in (torch.nn.Linear(3, 4), OnlyForward(torch.ones(4, 3), None, torch.float32)):
+    kind_of(module), dequantized_weight(module)
+assert not {"bitsandbytes", "torchao", "transformers"} & sys.modules.keys()
+"""
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestDequantizedWeight:
+    def test_float(self):
+        linear = nn.Linear(3, 4, dtype=torch.bfloat16)
+        weight = dequantized_weight(linear)
+        assert weight.data_ptr() == linear.weight.data_ptr() and not weight.requires_grad
+
+    @needs_bitsandbytes
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_4bit(self, dtype, quant_type):
+        """By QLoRA's formula in float64. Rows of whole blocks: of others bitsandbytes 0.50's layers
+        misplace the scales on a CPU.
+        """
+        linear = nn.Linear(128, 40, dtype=dtype)
+        want = quantize_4bit(to_numpy(linear.weight), quant_type)
+        module = linear_4bit(linear, quant_type=quant_type)
+        check = unchanged(module)
+        got = dequantized_weight(module)
+        check()
+        assert got.dtype == torch.float32  # the codes' product is not rounded to 16 bits
+        assert compute_dtype(module) == dtype and device_of(module).type == "cpu"
+        noise = 4 * ROUNDING[torch.float32]  # 1 / absmax, the product, the code, the product
+        W, got = to_numpy(linear.weight), to_numpy(got)
+        other = np.abs(got - want) > noise * np.abs(want)
+        # 16-bit entries lie halfway between two codes now and then.
+        assert other.mean() < (0.001 if dtype == torch.float32 else 0.05)
+        largest = np.repeat(np.abs(W.reshape(-1, 64)).max(axis=1), 64).reshape(W.shape)
+        assert (np.abs(np.abs(got - W) - np.abs(want - W)) <= noise * largest).all()
+
+    @needs_bitsandbytes
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_double_quantisation(self, dtype):
+        """The scales are 8-bit codes, over 256 blocks: bitsandbytes' own answer, unrounded, and
+        as near to W as it should be.
+        """
+        import bitsandbytes as bnb
+
+        linear = nn.Linear(256, 96, dtype=dtype)
+        module = linear_4bit(linear, nested=True)
+        check = unchanged(module)
+        got = dequantized_weight(module)
+        check()
+        theirs = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert got.dtype == torch.float32 and theirs.dtype == dtype
+        assert torch.equal(got.to(dtype), theirs)
+        plain = dequantized_weight(linear_4bit(linear))
+        assert 0 < (got - plain).norm() < 0.02 * plain.norm()
+
+    @needs_bitsandbytes
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_4bit_after_inference(self, nested):
+        """On a CPU with AVX512-BF16 the first forward in eval mode packs codes and scales: what is
+        asked for is then what the packed layer multiplies with, bfloat16's rounding of it.
+        """
+        linear = nn.Linear(128, 64)
+        module = linear_4bit(linear, nested=nested).eval()
+        before = dequantized_weight(module)
+        with torch.no_grad():
+            y = module(torch.eye(128)) - module.bias
+        data = module.weight.data.clone()
+        after = dequantized_weight(module)
+        assert torch.equal(module.weight.data, data)
+        # Scale and product are rounded to bfloat16.
+        assert ((after - before).abs() <= 3 * ROUNDING[torch.bfloat16] * before.abs()).all()
+        # y rounds the sum with a bias to float32.
+        torch.testing.assert_close(after.T, y, rtol=0, atol=2 * ROUNDING[torch.float32])
+
+    @needs_bitsandbytes
+    @pytest.mark.parametrize("threshold", [0.0, 6.0])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_8bit(self, dtype, threshold):
+        """round(127 W / max |row|) · max |row| / 127, before the first forward and after it, which
+        moves the scales to another place.
+        """
+        linear = nn.Linear(96, 40, dtype=dtype)
+        # bitsandbytes rounds the weight to float16 first.
+        W = to_numpy(linear.weight.to(torch.float16))
+        largest = np.abs(W).max(axis=1, keepdims=True)
+        # In float16: an entry within its rounding (127 · 2⁻¹¹) of a tie may go either way.
+        exact = W * (127 / largest)
+        module = linear_8bit(linear, threshold)
+        check = unchanged(module)
+        got = dequantized_weight(module)
+        check()
+        codes = to_numpy(got) * 127 / largest
+        noise = 127 * ROUNDING[torch.float32] * 4
+        assert np.abs(codes - codes.round()).max() <= noise
+        assert np.abs(codes.round() - exact).max() <= 0.5 + 127 * ROUNDING[torch.float16]
+        module(torch.randn(3, 96, dtype=dtype))
+        assert module.weight.SCB is None and module.state.SCB is not None
+        check = unchanged(module)
+        assert torch.equal(dequantized_weight(module), got)
+        check()
+
+    @needs_torchao
+    @pytest.mark.parametrize("kind", ["int8", "int8_dynamic", "int4"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_torchao(self, dtype, kind):
+        linear = nn.Linear(96, 40, dtype=dtype)
+        W = to_numpy(linear.weight)
+        module = torchao_linear(linear, kind)
+        weight = module.weight
+        got = dequantized_weight(module)
+        assert module.weight is weight and compute_dtype(module) == dtype
+        assert got.dtype == torch.float32 and type(got) is torch.Tensor
+        levels = 127.5 if kind != "int4" else 7.5
+        step = np.abs(W).max(axis=1, keepdims=True) / levels
+        # Half a step, and int4's asymmetric one where the largest is rounded down.
+        slack = ROUNDING[dtype] * np.abs(W).max()
+        assert (np.abs(to_numpy(got) - W) <= 1.01 * step + 3 * slack).all()
+        if kind == "int8_dynamic":  # its forward rounds the identity
+            return
+        # By its forward: one rounding of the sum's dtype.
+        y = module(torch.eye(96, dtype=dtype)) - module.bias
+        assert (y.T.float() - got).abs().max() <= 4 * float(slack) + 2 * ROUNDING[dtype]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bias", [None, 0.0, 300.0])
+    def test_forward(self, bias, dtype):
+        """From the identity, in blocks; a bias as large as some models' takes no bits of W."""
+        linear = nn.Linear(600, 40)
+        added = None if bias is None else torch.randn(40) * bias
+        module = OnlyForward(linear.weight.detach(), added, dtype)
+        check = unchanged(module)
+        got = dequantized_weight(module)
+        check()
+        assert got.dtype == torch.float32 and compute_dtype(module) == dtype
+        want = module.oracle()
+        assert (np.abs(to_numpy(got) - want) <= ROUNDING[dtype] * np.abs(want)).all()
+
+    def test_a_constant_of_another_name(self):
+        class Shifted(OnlyForward):
+            def forward(self, x):
+                return super().forward(x) + 1
+
+        module = Shifted(torch.randn(8, 16), None, torch.float32)
+        got = to_numpy(dequantized_weight(module))
+        assert np.abs(got - module.oracle()).max() <= 4 * ROUNDING[torch.float32] * 8
+
+    @pytest.mark.parametrize("change", [torch.sin, torch.abs, lambda y: y * torch.nan])
+    def test_not_linear(self, change):
+        class Changed(OnlyForward):
+            def forward(self, x):
+                return change(super().forward(x))
+
+        with pytest.raises(ValueError, match="Changed computes no linear function of its input"):
+            dequantized_weight(Changed(torch.randn(8, 16), None, torch.float32))
+
+    def test_hooks_do_not_see_the_identity(self):
+        module = OnlyForward(torch.randn(8, 16), None, torch.float32)
+        module.register_forward_hook(lambda *_: pytest.fail("the hook was called"))
+        dequantized_weight(module)
+
+    def test_not_quantised_yet(self):
+        class Wants3D(OnlyForward):
+            def forward(self, x):
+                raise RuntimeError("3-D only")
+
+        with pytest.raises(ValueError, match=r"Wants3D does not take inputs \[n, 3\].*3-D only"):
+            dequantized_weight(Wants3D(torch.randn(5, 3), None, torch.float32))
+
+    @needs_bitsandbytes
+    def test_bitsandbytes_not_quantised_yet(self):
+        import bitsandbytes as bnb
+
+        layers = (bnb.nn.Linear4bit(64, 32), bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False))
+        for layer in layers:
+            with pytest.raises(ValueError, match=r"not quantised yet: .*model.to\(device\)"):
+                dequantized_weight(layer)
+
+
+class TestGradient:
+    """dL/dx = dL/dy · W, whether the layer's own backward gives it or ours."""
+
+    def check(self, module: nn.Module, passes: bool, noise: float) -> None:
+        assert passes_gradient(module) == passes
+        weight = to_numpy(dequantized_weight(module))
+        for shape in [(5,), (2, 3)]:
+            x = torch.randn(*shape, module.in_features).requires_grad_()
+            with torch.no_grad():
+                want = module(x)
+            y = frozen_forward(module, x, passes)
+            assert torch.equal(y.detach(), want)
+            dy = torch.randn_like(y)
+            y.backward(dy)
+            exact = to_numpy(dy) @ weight
+            assert np.linalg.norm(to_numpy(x.grad) - exact) <= noise * np.linalg.norm(exact)
+
+    def test_forward(self):
+        module = OnlyForward(torch.randn(8, 16), torch.randn(8), torch.float32)
+        self.check(module, True, 1e-6)
+
+    def test_no_backward(self):
+        module = ForInference(torch.randn(8, 16), torch.randn(8), torch.float32)
+        assert not module(torch.randn(2, 16).requires_grad_()).requires_grad
+        self.check(module, False, 1e-6)
+
+    @needs_torchao
+    def test_torchao_that_quantises_its_input(self):
+        """torchao's own gives x no gradient, and says nothing."""
+        module = torchao_linear(nn.Linear(64, 32), "int8_dynamic")
+        x = torch.randn(3, 64).requires_grad_()
+        module(x).sum().backward()
+        assert x.grad is None
+        self.check(module, False, 1e-6)
+        self.check(torchao_linear(nn.Linear(64, 32), "int8").requires_grad_(False), True, 1e-6)
+
+    @needs_bitsandbytes
+    def test_bitsandbytes(self):
+        self.check(linear_4bit(nn.Linear(64, 32)), True, 1e-6)
+        self.check(linear_8bit(nn.Linear(64, 32)), True, 1e-6)
+
+    @needs_bitsandbytes
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_4bit_after_inference(self, bias):
+        """Training goes on after an evaluation. bitsandbytes' own raises on a CPU that packs."""
+        module = linear_4bit(nn.Linear(64, 32, bias)).eval()
+        with torch.no_grad():
+            module(torch.randn(2, 64))
+        self.check(module.train(), True, 1e-6)
+
+    def test_a_bias_that_trains(self):
+        module = ForInference(torch.randn(8, 16), None, torch.float32)
+        module.bias = nn.Parameter(torch.randn(8))
+        frozen_forward(module, torch.randn(2, 3, 16).requires_grad_(), False).sum().backward()
+        assert (module.bias.grad == 6).all()
+
+
+class TestSharded:
+    def test_whole_layers_pass(self):
+        refuse_sharded("q", nn.Linear(3, 4))
+        refuse_sharded("q", OnlyForward(torch.randn(5, 3), None, torch.float32))
+        refuse_sharded("q", nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
+        refuse_sharded("q", random_unstructured(nn.Linear(3, 4), "weight", 0.5))
+
+    def test_zero_3(self):
+        linear = nn.Linear(3, 4)
+        linear.weight.ds_id, linear.weight.ds_shape = 0, linear.weight.shape
+        refuse_sharded("q", linear)  # gathered
+        linear.weight.data = torch.empty(0)
+        with pytest.raises(ValueError, match=r"q\.weight is partitioned .*ZeRO-3: adapt .*before"):
+            refuse_sharded("q", linear)
+
+    def test_meta(self):
+        with pytest.raises(ValueError, match=r"q\.weight is on the meta device: load it first"):
+            refuse_sharded("q", nn.Linear(3, 4, device="meta"))
+
+    def test_tensor_parallel(self):
+        linear = nn.Linear(3, 4)
+        linear._hf_tp_plan = "colwise"
+        with pytest.raises(ValueError, match="q is sharded by transformers' tensor parallelism"):
+            refuse_sharded("q", linear)
+
+    @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+    def test_torch_distributed(self, tmp_path):
+        """Real shards, in a group of one."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/g", rank=0, world_size=1)
+        try:
+            mesh = init_device_mesh("cpu", (1,))
+            parallel = nn.Linear(8, 8)
+            shard = distribute_tensor(parallel.weight.detach(), mesh, [Shard(0)])
+            parallel.weight = nn.Parameter(shard)
+            fsdp2 = nn.Sequential(nn.Linear(8, 8))
+            fully_shard(fsdp2, mesh=mesh)
+            for layer in (parallel, fsdp2[0]):
+                assert kind_of(layer) == "linear"
+                with pytest.raises(ValueError, match=r"q\.weight is a DTensor.*before fully_shard"):
+                    refuse_sharded("q", layer)
+            for original in (False, True):
+                device = torch.device("cpu")
+                fsdp1 = FullyShardedDataParallel(
+                    nn.Sequential(nn.Linear(8, 8)), use_orig_params=original, device_id=device
+                )
+                layer = fsdp1.module[0]
+                assert kind_of(layer) == "linear"
+                with pytest.raises(ValueError, match=r"q\.weight is part of a flat parameter"):
+                    refuse_sharded("q", layer)
+        finally:
+            dist.destroy_process_group()
+
+
+def test_copies(device):
+    """A copied model is dequantised as the first."""
+    module = OnlyForward(torch.randn(8, 16), None, torch.float32).to(device)
+    assert device_of(module).type == device
+    assert torch.equal(dequantized_weight(copy.deepcopy(module)), dequantized_weight(module))

@@ -1,0 +1,30 @@
+"""The SVD engine of GPUs, on torch's own operators, put through the operators' tests on a CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ...support import ROOT
+from ..compiled import needs_compiled
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests themselves run it on the GPU")
+@needs_compiled("_randomized_svd")
+@pytest.mark.parametrize("operator", ["randomized_svd", "minor_svd", "thin_qr"])
+def test_batched_engine(operator):
+    # LAPACK's bits depend on the number of threads; this engine does not hold them.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not threads and not compile"]
+    done = subprocess.run(
+        [*command, f"tests/ops/test_{operator}.py"],
+        cwd=ROOT,
+        env={**os.environ, "LORA_KERNELS_SVD_ENGINE": "aten"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,433 @@
+"""Adapters of `initialize` in PEFT's folders: plain PEFT reads them, and training goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from ..support.packages import needs_peft
+from .models import (
+    MODELS,
+    adapted,
+    close,
+    gpt2,
+    linear_layers,
+    llama,
+    logits,
+    move,
+    same_bits,
+    weights_of,
+)
+from .test_initialize import float64, initialize, update_of
+
+pytestmark = needs_peft
+
+
+def plain(base: nn.Module, folder, **options) -> nn.Module:
+    """The folder's adapter by PEFT alone, on a base that nothing has touched."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(copy.deepcopy(base), str(folder), **options)
+    assert "save_pretrained" not in vars(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", ["loram", "pissa"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_plain_peft_loads_it_on_the_original_base(tmp_path, kind, method):
+    """FACTS 4 and 5."""
+    base = MODELS[kind]()
+    model = adapted(base)
+    initialize(model, method)
+    move(model)
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    loaded = plain(base, tmp_path)
+    assert close(logits(loaded), logits(model))
+    for name, layer in linear_layers(loaded).items():
+        want = torch.tensor(update_of(linear_layers(model)[name]))
+        assert layer.r["default"] == 8 and layer.scaling["default"] == 2.0
+        assert close(torch.tensor(update_of(layer)), want)
+    assert close(logits(loaded.merge_and_unload()), logits(model))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_patterns_modules_and_layers_without_a_start(tmp_path, rslora):
+    """The embedding's adapter stays at its rank, `modules_to_save` and biases go along."""
+    base = llama()
+    model = adapted(
+        base,
+        target_modules=["embed_tokens", "q_proj", "k_proj", "up_proj"],
+        modules_to_save=["lm_head"],
+        rank_pattern={"k_proj": 3},
+        alpha_pattern={"up_proj": 5},
+        use_rslora=rslora,
+    )
+    report = initialize(model, "loram")
+    assert list(report.left) == ["model.embed_tokens"]
+    move(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = plain(base, tmp_path)
+    ranks = {n.rpartition(".")[2]: m.r["default"] for n, m in linear_layers(loaded).items()}
+    assert ranks == {"embed_tokens": 4, "q_proj": 8, "k_proj": 6, "up_proj": 8}
+    for name, layer in linear_layers(loaded).items():
+        assert layer.scaling["default"] == pytest.approx(
+            linear_layers(model)[name].scaling["default"], rel=1e-15
+        )
+    assert close(logits(loaded), logits(model))
+
+    other = adapted(base, target_modules=["q_proj"])
+    initialize(other, "loram")
+    other.load_adapter(tmp_path, "again", is_trainable=True)
+    other.set_adapter("again")
+    assert other.peft_config["again"].rank_pattern == {"k_proj": 3}
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_a_start_of_zero_is_peft_s_own_folder(tmp_path):
+    base = llama()
+    model = adapted(base)
+    initialize(model, "lora")
+    move(model)
+    model.save_pretrained(tmp_path)
+    loaded = plain(base, tmp_path)
+    assert loaded.peft_config["default"].r == 4
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_several_adapters_and_selection(tmp_path):
+    from peft import LoraConfig
+
+    base = llama()
+    model = adapted(base)
+    for name in ("second", "third"):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["up_proj"]))
+    initialize(model)
+    initialize(model, "pissa", adapter_name="third")
+    want = {}
+    for seed, name in enumerate(("default", "second", "third")):
+        model.set_adapter(name)
+        move(model, seed=seed)
+        want[name] = logits(model)
+    before = weights_of(model)
+    model.save_pretrained(tmp_path / "all")
+    for name, folder in (("default", "."), ("second", "second"), ("third", "third")):
+        assert close(logits(plain(base, tmp_path / "all" / folder)), want[name])
+    model.save_pretrained(tmp_path / "one", selected_adapters=["third"])
+    assert not (tmp_path / "one" / "adapter_config.json").exists()
+    assert close(logits(plain(base, tmp_path / "one" / "third")), want["third"])
+    with pytest.raises(ValueError, match="invalid `selected_adapters`"):
+        model.save_pretrained(tmp_path / "none", selected_adapters=["fourth"])
+    assert model.peft_config["default"].r == 4 and model.peft_config["third"].r == 2
+    assert same_bits(weights_of(model), before)
+
+
+def test_a_given_state_dict_is_what_is_written(tmp_path):
+    """As accelerate passes it, gathered from elsewhere."""
+    base = llama()
+    model = adapted(base)
+    initialize(model)
+    move(model)
+    state, want = weights_of(model), logits(model)
+    move(model, seed=9)
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert close(logits(plain(base, tmp_path)), want)
+    del state["base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight"]
+    with pytest.raises(ValueError, match=r"state_dict lacks .*layers\.0\.mlp\.up_proj\.lora_A"):
+        model.save_pretrained(tmp_path, state_dict=state)
+
+
+@pytest.mark.parametrize("rank_zero", [True, False])
+def test_only_the_main_process_writes(tmp_path, rank_zero):
+    model = adapted(llama())
+    initialize(model)
+    model.save_pretrained(tmp_path, is_main_process=rank_zero)
+    assert (tmp_path / "adapter_model.safetensors").exists() == rank_zero
+
+
+def test_resumes_exactly(tmp_path):
+    """Into an adapter that is there, as Trainer does, whatever it was initialised with since."""
+    model = adapted(llama())
+    initialize(model, "loram")
+    move(model)
+    model.save_pretrained(tmp_path)
+    for method in ("loram", "pissa", "lora"):
+        other = adapted(llama())
+        initialize(other, method)
+        result = other.load_adapter(str(tmp_path), "default", is_trainable=True)
+        assert not result.missing_keys and not result.unexpected_keys
+        assert same_bits(weights_of(other), weights_of(model))
+        assert torch.equal(logits(other), logits(model))
+        assert all(p.requires_grad for n, p in other.named_parameters() if ".lora_A." in n)
+
+
+def test_loads_as_another_adapter(tmp_path):
+    base = llama()
+    model = adapted(base)
+    initialize(model, "pissa")
+    move(model)
+    model.save_pretrained(tmp_path)
+    other = adapted(base)
+    report = initialize(other)
+    other.load_adapter(tmp_path, "loaded")
+    assert other.peft_config["loaded"].r == 4 and not other.training
+    other.set_adapter("loaded")
+    assert torch.equal(logits(other), logits(model))
+    # The loaded one needs them still.
+    report.undo()
+    assert "save_pretrained" in vars(other)
+    other.save_pretrained(tmp_path / "again", selected_adapters=["loaded"])
+    assert close(logits(plain(base, tmp_path / "again" / "loaded")), logits(model))
+
+
+def test_a_plain_adapter_has_nothing_to_subtract(tmp_path):
+    """The folder decides: the start of the adapter that was there goes."""
+    base = llama()
+    trained = adapted(base)
+    with torch.no_grad():
+        for layer in linear_layers(trained).values():
+            layer.lora_B["default"].weight.normal_(std=0.1)
+    trained.save_pretrained(tmp_path)
+    model = adapted(base)
+    initialize(model)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), logits(trained))
+    assert not any("lora_start" in key for key in model.state_dict())
+
+
+def test_a_killed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
+    """As `lora_kernels.save_adapter` does, by the same means."""
+    from lora_kernels.peft import saving
+
+    base = llama()
+    model = adapted(base)
+    initialize(model)
+    move(model)
+    model.save_pretrained(tmp_path)
+    want = logits(model)
+    move(model, seed=3)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving, "save_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert model.peft_config["default"].r == 4
+    assert close(logits(plain(base, tmp_path)), want)
+    model.save_pretrained(tmp_path)
+    assert close(logits(plain(base, tmp_path)), logits(model))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def damaged(tmp_path, change):
+    """A saved folder with another recipe in its metadata."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    model = adapted(llama())
+    initialize(model)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata["lora_kernels"] = change(metadata["lora_kernels"])
+    save_file(load_file(path), path, metadata)
+    return model
+
+
+def test_bad_files(tmp_path):
+    newer = damaged(tmp_path / "newer", lambda text: text.replace('"version": 1', '"version": 2'))
+    with pytest.raises(ValueError, match="of version 2, this package reads version 1"):
+        newer.load_adapter(tmp_path / "newer", "default")
+    broken = damaged(tmp_path / "broken", lambda text: text[:-5])
+    with pytest.raises(ValueError, match="its recipe is damaged"):
+        broken.load_adapter(tmp_path / "broken", "default")
+
+    def swapped(text):
+        recipe = json.loads(text)
+        recipe["layers"]["model.layers.9.mlp.up_proj"] = {"r": 4, "start": "kept"}
+        return json.dumps(recipe)
+
+    foreign = damaged(tmp_path / "foreign", swapped)
+    with pytest.raises(ValueError, match=r"does not fit its tensors: .*layers\.9\.mlp"):
+        foreign.load_adapter(tmp_path / "foreign", "default")
+    path = tmp_path / "broken" / "adapter_model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match="is damaged, or no safetensors file"):
+        broken.load_adapter(tmp_path / "broken", "default")
+
+
+def test_another_rank_changes_nothing(tmp_path):
+    model = adapted(llama(), r=3)
+    initialize(model)
+    model.save_pretrained(tmp_path)
+    other = adapted(llama())
+    initialize(other)
+    before = weights_of(other)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_adapter(tmp_path, "default")
+    after = weights_of(other)
+    starts = [key for key in before if "lora_start" in key]
+    assert starts and all(torch.equal(before[key], after[key]) for key in starts)
+
+
+def test_refused(tmp_path):
+    model = adapted(llama())
+    initialize(model)
+    with pytest.raises(ValueError, match="safe_serialization=False pickles"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match="for the original base by itself"):
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="before")
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"call unmerge_adapter\(\) first"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_weighted_adapters():
+    from peft import LoraConfig
+
+    model = adapted(gpt2(), target_modules=["c_fc"])
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
+    initialize(model)
+    move(model)
+    with pytest.raises(ValueError, match="'default' subtracts a start"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", "cat")
+    with pytest.raises(ValueError, match="of 1 adapter"):
+        model.add_weighted_adapter(["default"], [1.0], "half")
+    model.add_weighted_adapter(["default", "second"], [0.5, 1.0], "both", "svd", svd_rank=8)
+    for layer in linear_layers(model).values():
+        got, want = torch.tensor(update_of(layer, "both")), torch.tensor(update_of(layer))
+        assert close(got, 0.5 * want)  # "second" is zero
+        assert float64(layer.lora_A["both"].weight).shape[0] == 8
+
+
+def test_hot_swapping_leaves_nothing_to_subtract(tmp_path):
+    """PEFT sets to zero what the file does not have: the start."""
+    from peft.utils.hotswap import hotswap_adapter
+
+    base = llama()
+    trained = adapted(base)
+    move(trained)
+    trained.save_pretrained(tmp_path)
+    model = adapted(base)
+    initialize(model)
+    hotswap_adapter(model, str(tmp_path), "default")
+    assert close(logits(model), logits(trained))
+
+
+def factors_of(model) -> dict:
+    """A, B, A₀ and B₀ of each layer, of a model of PEFT or of this package."""
+    from lora_kernels.model.install import adapted_layers
+
+    found = {n: layer.layer_state() for n, layer in adapted_layers(model).items()}
+    if found:
+        return {
+            n: (state.lora_A, state.lora_B, *state.start_factors()) for n, state in found.items()
+        }
+    return {
+        n: (
+            layer.lora_A["default"].weight,
+            layer.lora_B["default"].weight,
+            layer.lora_start_A["default"],
+            layer.lora_start_B["default"],
+        )
+        for n, layer in linear_layers(model).items()
+    }
+
+
+def same_factors(one, other) -> bool:
+    one, other = factors_of(one), factors_of(other)
+    return one.keys() == other.keys() and all(
+        torch.equal(a, b) for n in one for a, b in zip(one[n], other[n], strict=True)
+    )
+
+
+OPTIONS = {
+    "target_modules": ["k_proj", "up_proj", "down_proj"],
+    "rank_pattern": {"k_proj": 3},
+    "alpha_pattern": {r"1\.mlp\.up_proj": 5},
+    "modules_to_save": ["lm_head"],
+}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("method", ["loram", "pissa"])
+def test_load_adapter_of_this_package_takes_it_further(tmp_path, method, rslora):
+    """At rank r, with its start: A, B, A₀ and B₀ are the bits that they were."""
+    from lora_kernels import load_adapter, save_adapter
+
+    model = adapted(llama(), **OPTIONS, use_rslora=rslora)
+    initialize(model, method)
+    move(model)
+    model.save_pretrained(tmp_path)
+    other = llama()
+    load_adapter(other, tmp_path)
+    assert same_factors(other, model)
+    assert close(logits(other.eval()), logits(model))
+    trained = [sorted(p.shape for p in m.parameters() if p.requires_grad) for m in (other, model)]
+    assert trained[0] == trained[1]
+
+    # And back.
+    for form in ("peft", "native"):
+        save_adapter(other, tmp_path / form, format=form)
+    again = adapted(llama(), **OPTIONS, use_rslora=rslora)
+    initialize(again, "lora")
+    with pytest.raises(
+        ValueError, match=r"format='native', which lora_kernels\.load_adapter reads"
+    ):
+        again.load_adapter(tmp_path / "native", "default")
+    result = again.load_adapter(tmp_path / "peft", "default")
+    assert not result.missing_keys and not result.unexpected_keys
+    assert same_factors(again, model)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_folders_of_this_package(tmp_path):
+    """A start that is a recipe, and one that the base absorbed: rank r and the same function."""
+    from lora_kernels import LoRAConfig, add_lora, save_adapter
+
+    for scaling in ("lora", "rslora", "alpha_sqrt"):
+        config = LoRAConfig(
+            r=4,
+            scaling=scaling,
+            init_lora_weights="pissa" if scaling == "alpha_sqrt" else "loram",
+            rank_pattern={"q_proj": 2},
+            alpha_pattern={"1.mlp.up_proj": 3},
+        )
+        model = llama()
+        add_lora(model, config, progress=False)
+        move(model)
+        save_adapter(model, tmp_path)
+        other = adapted(llama())
+        initialize(other, "lora")
+        other.load_adapter(tmp_path, "ours")
+        other.set_adapter("ours")
+        assert {layer.r["ours"] for layer in linear_layers(other).values()} == {2, 4}
+        assert close(logits(other), logits(model.eval()))
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+        with pytest.raises(ValueError, match=r"says lora_alpha = 1, but .* was edited"):
+            other.load_adapter(tmp_path, "ours")
+
+
+def test_what_this_package_does_not_know_stays_an_error(tmp_path):
+    from lora_kernels import load_adapter
+
+    model = adapted(llama(), target_modules=["embed_tokens", "q_proj"])
+    initialize(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(ValueError, match="embeddings, DoRA and other variants are not implemented"):
+        load_adapter(llama(), tmp_path)

@@ -1,7 +1,7 @@
 // The module lora_kernels._C. Importing it registers the kernels under torch.ops.lora. Its own
 // functions tell how it was built and which instruction set it uses
-// (lora_kernels/ops/cpu_capability). It uses Python's C interface because pybind11's headers take 5
-// s to compile.
+// (lora_kernels/ops/_backends/cpu_capability.py). It uses Python's C interface because pybind11's
+// headers take 5 s to compile.
 #include <Python.h>
 #include <torch/version.h>
 

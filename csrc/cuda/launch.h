@@ -1,5 +1,5 @@
-// Used by every .cu file here to launch its kernels. tests/cuda/emulation/ has other definitions of
-// the two macros, with which the same files run on a CPU.
+// Used by every .cu file here to launch its kernels. tests/csrc/cuda/emulation/ has other
+// definitions of the two macros, with which the same files run on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>

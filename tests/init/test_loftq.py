@@ -13,7 +13,7 @@ from torch import nn
 from lora_kernels import LoRALinear
 from lora_kernels.init import LoftQ, Start, get_initializer
 from lora_kernels.init.quantizers import quantized
-from lora_kernels.layers.kinds import dequantized_weight
+from lora_kernels.layers.base import base_of
 from lora_kernels.model.originals import OriginalWeights
 
 from ..support.oracle import ROUNDING, to_numpy
@@ -46,7 +46,7 @@ def error_of(layer: LoRALinear, W: np.ndarray) -> float:
 
 def start_of(module: nn.Module, original: torch.Tensor, **options) -> Start:
     """Of rank 8 and s = 2, for a quantised layer."""
-    base = dequantized_weight(module)
+    base = base_of(module).weight()
     return LoftQ(**options).toward(lambda: original)(base, 8, 2.0)
 
 
@@ -142,7 +142,7 @@ class TestBase:
         layer = adapted(nn.Linear(128, 96, dtype=dtype))
         loaded = nn.Linear(128, 96, dtype=dtype)
         loaded.load_state_dict(layer.state_dict(), strict=False)
-        theirs = dequantized_weight(linear_4bit(loaded))
+        theirs = base_of(linear_4bit(loaded)).weight()
         assert torch.equal(theirs.to(dtype), layer.weight)
 
     def test_without_the_adapter(self, device):
@@ -217,9 +217,7 @@ class TestQuantizers:
     @pytest.mark.parametrize("dtype", DTYPES[1:])
     def test_int8_of_bitsandbytes(self, dtype):
         linear = nn.Linear(96, 40, dtype=dtype)
-        assert torch.equal(
-            quantized(linear.weight, "int8"), dequantized_weight(linear_8bit(linear))
-        )
+        assert torch.equal(quantized(linear.weight, "int8"), base_of(linear_8bit(linear)).weight())
 
     def test_oracle_without_bitsandbytes(self, device):
         weight = torch.randn(40, 96).to(device)
@@ -303,7 +301,7 @@ class TestQuantisedBase:
         start = start_of(module, linear.weight, method="exact")
         assert torch.equal(module.weight.data, before)
         assert start.lora_A.dtype == start.lora_B.dtype == torch.float32
-        want = best(to_numpy(linear.weight) - to_numpy(dequantized_weight(module)), 8)
+        want = best(to_numpy(linear.weight) - to_numpy(base_of(module).weight()), 8)
         got = 2 * to_numpy(start.lora_B) @ to_numpy(start.lora_A)
         assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want)
 
@@ -320,36 +318,36 @@ class TestQuantisedBase:
     def test_nothing_to_make_up_for(self):
         module = linear_4bit(nn.Linear(128, 96))
         with pytest.raises(ValueError, match=r"W − Q is zero: LoftQ would start at zero"):
-            start_of(module, dequantized_weight(module))
+            start_of(module, base_of(module).weight())
         with pytest.raises(ValueError, match=r"shape \[96, 64\], this one \[96, 128\]"):
             start_of(module, torch.ones(96, 64))
 
 
 class TestOriginals:
     def test_dict(self):
-        linear, weight = nn.Linear(5, 3), torch.randn(3, 5)
+        base, weight = base_of(nn.Linear(5, 3)), torch.randn(3, 5)
         for source in ({"a.q.weight": weight, "b.q.weight": weight + 1}, {"a.q": weight}):
-            assert torch.equal(OriginalWeights(source).weight("a.q", linear), weight)
+            assert torch.equal(OriginalWeights(source).weight("a.q", base), weight)
 
     def test_another_prefix(self):
         """A checkpoint of the model without its head, or with it."""
-        linear, weight = nn.Linear(5, 3), torch.randn(3, 5)
+        base, weight = base_of(nn.Linear(5, 3)), torch.randn(3, 5)
         stored = OriginalWeights({"layers.0.q.weight": weight, "layers.1.q.weight": weight + 1})
-        assert torch.equal(stored.weight("model.layers.0.q", linear), weight)
+        assert torch.equal(stored.weight("model.layers.0.q", base), weight)
         stored = OriginalWeights({"model.layers.0.q.weight": weight})
-        assert torch.equal(stored.weight("layers.0.q", linear), weight)
+        assert torch.equal(stored.weight("layers.0.q", base), weight)
         stored = OriginalWeights({"a.q.weight": weight, "b.q.weight": weight})
         with pytest.raises(ValueError, match=r"several .* 'q'.*: a\.q\.weight, b\.q\.weight"):
-            stored.weight("q", linear)
+            stored.weight("q", base)
 
     def test_errors(self, tmp_path):
-        linear = nn.Linear(5, 3)
+        base = base_of(nn.Linear(5, 3))
         with pytest.raises(ValueError, match=r"no weight of 'a\.q'; the nearest is 'a\.k\.weight'"):
-            OriginalWeights({"a.k.weight": torch.ones(3, 5)}).weight("a.q", linear)
+            OriginalWeights({"a.k.weight": torch.ones(3, 5)}).weight("a.q", base)
         with pytest.raises(ValueError, match=r"'q' is \[5, 3\], the layer 'q' is \[3, 5\]"):
-            OriginalWeights({"q": torch.ones(5, 3)}).weight("q", linear)
+            OriginalWeights({"q": torch.ones(5, 3)}).weight("q", base)
         with pytest.raises(TypeError, match=r"q has dtype torch\.uint8"):
-            OriginalWeights({"q": torch.ones(3, 5).byte()}).weight("q", linear)
+            OriginalWeights({"q": torch.ones(3, 5).byte()}).weight("q", base)
         with pytest.raises(TypeError, match="dict of tensors or the path of a checkpoint, got int"):
             OriginalWeights(3)
         with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -361,7 +359,7 @@ class TestOriginals:
 
         tensors = {"model.q.weight": torch.randn(3, 5), "model.k.weight": torch.randn(3, 5)}
         save_file(tensors, tmp_path / "model.safetensors")
-        got = OriginalWeights(str(tmp_path)).weight("model.q", nn.Linear(5, 3))
+        got = OriginalWeights(str(tmp_path)).weight("model.q", base_of(nn.Linear(5, 3)))
         assert torch.equal(got, tensors["model.q.weight"])
 
 

@@ -152,7 +152,7 @@ def test_compile_where_torch_is_held_to_a_lower_instruction_set(capability):
     env = dict(os.environ, ATEN_CPU_CAPABILITY=capability)
     env.pop("TORCHINDUCTOR_CACHE_DIR", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["tests/ops/test_thin_qr.py", "-k", "compile and cpu"]
+    command += ["tests/ops/svd/test_thin_qr.py", "-k", "compile and cpu"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

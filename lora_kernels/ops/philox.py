@@ -71,11 +71,3 @@ def gaussian(rows: int, cols: int, seed: int) -> torch.Tensor:
     # [rows, pairs, 2]
     normals = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
     return normals.flatten(1)[:, :cols].float()
-
-
-def dropout_seed(device: torch.device) -> torch.Tensor:
-    """The seed of one call's dropout mask, int64 [] on `device`.
-
-    From torch's global generator, so that `manual_seed` and activation checkpointing govern it.
-    """
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

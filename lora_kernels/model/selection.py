@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from .._utils.names import ALL_LINEAR, _filled, match_names, nearest, pattern_matches
+from .._utils.peft_names import TASK_HEADS
 from ..layers.kinds import is_linear
-from .config import TASK_HEADS, LoRAConfig
+from .config import LoRAConfig
 
 
 @dataclass

@@ -17,8 +17,8 @@ from lora_kernels import (
     save_adapter,
 )
 from lora_kernels._utils.names import pattern_matches
+from lora_kernels._utils.peft_names import ADAPTER_FILE
 from lora_kernels.files.adapter.folder import read_adapter, write_adapter
-from lora_kernels.files.adapter.recipe import ADAPTER_FILE
 from lora_kernels.init import get_initializer, initializer_names
 from lora_kernels.model.config import AdapterState, LoRAConfig
 
@@ -318,7 +318,7 @@ class TestFromPeft:
     )
     def test_starts_that_changed_the_base(self, init, tmp_path):
         write_plain(tmp_path, init_lora_weights=init)
-        with pytest.raises(ValueError, match=f"'{init}': its factors hold for a base that PEFT"):
+        with pytest.raises(ValueError, match=f"'{init}': its factors belong to a base that PEFT"):
             read_adapter(tmp_path)
 
     @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])

@@ -1,4 +1,4 @@
-"""Runs `initialise` and kills it again and again:
+"""Runs `initialize` and kills it again and again:
 `python -m tests.files.checkpoint.killed FOLDER KILLS`.
 
 In a process of its own with OMP_NUM_THREADS=1: its children are forks of it, so that a run starts
@@ -16,21 +16,21 @@ import time
 import traceback
 from pathlib import Path
 
-from lora_kernels._utils.safetensors import WORK, is_unfinished
-from lora_kernels.files.checkpoint.initialize import initialise
+from lora_kernels._utils.model_files import JOURNAL_FOLDER, is_unfinished
+from lora_kernels.files.checkpoint.initialize import initialize
 from lora_kernels.model.config import LoRAConfig
 
 from .folders import fingerprint
 
 
 def start(model: Path, out: Path, residual: str) -> int:
-    """The process that initialises."""
+    """The process that initializes."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
             config = LoRAConfig(r=4, init_lora_weights="loram", residual=residual)
-            initialise(model, out, config)
+            initialize(model, out, config)
             code = 0
         except Exception:
             traceback.print_exc()
@@ -41,7 +41,7 @@ def start(model: Path, out: Path, residual: str) -> int:
 
 def in_place(out: Path) -> dict[str, int]:
     """The inode numbers of the shards that are journalled and there."""
-    journal = out / WORK / "journal.jsonl"
+    journal = out / JOURNAL_FOLDER / "journal.jsonl"
     text = journal.read_text() if journal.is_file() else ""
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     names = [line["finished"] for line in lines[1:] if line["finished"]]
@@ -50,7 +50,7 @@ def in_place(out: Path) -> dict[str, int]:
 
 def check(out: Path, expected: dict[str, str], complete: bool) -> None:
     """Whatever has its place is whole, and nothing looks like a model before it is one."""
-    found = {k: v for k, v in fingerprint(out).items() if not k.startswith(WORK)}
+    found = {k: v for k, v in fingerprint(out).items() if not k.startswith(JOURNAL_FOLDER)}
     for name, content in found.items():
         assert expected[name] == content, f"{name} is not whole"
     entry = "adapter_config.json" if "adapter_config.json" in expected else "config.json"
@@ -66,7 +66,7 @@ def main(folder: Path, kills: int) -> None:
     counts = {"before": 0, "between": 0, "after": 0, "completed": 0, "kept": 0}
     for residual in ("absorb", "implicit"):
         model, out = folder / "model", folder / residual
-        initialise(model, folder / f"warm-{residual}", LoRAConfig(r=4, residual=residual))
+        initialize(model, folder / f"warm-{residual}", LoRAConfig(r=4, residual=residual))
         began = time.perf_counter()
         os.waitpid(start(model, out, residual), 0)
         length = time.perf_counter() - began

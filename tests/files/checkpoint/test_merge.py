@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels._utils.safetensors import is_unfinished
+from lora_kernels._utils.model_files import is_unfinished
 from lora_kernels.files.adapter.folder import write_adapter
 from lora_kernels.files.checkpoint.merge import merge
 from lora_kernels.layers.state import LayerState, dst_start
@@ -119,7 +119,7 @@ class TestErrors:
     def test_unknown_layer(self, odd_model, tmp_path):
         state = make_state()
         state.layers["model.layers.7.q_proj"] = state.layers.pop(NAMES[0])
-        match = r"'model\.layers\.7\.q_proj\.weight', which .*odd has not"
+        match = r"'model\.layers\.7\.q_proj\.weight', which .*odd does not have"
         self.refused(state, odd_model, tmp_path, match)
 
     def test_other_shape(self, odd_model, tmp_path):
@@ -150,7 +150,7 @@ def test_adapter_in_the_output(inside, odd_model, tmp_path):
     adapter = tmp_path / "out" / inside
     write_adapter(adapter, make_state())
     before = fingerprint(adapter)
-    with pytest.raises(ValueError, match="which is to be written: take another folder"):
+    with pytest.raises(ValueError, match="which is to be written: use another folder"):
         merge(odd_model, adapter, tmp_path / "out", overwrite=True)
     assert fingerprint(adapter) == before
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels._utils.safetensors import WORK, is_unfinished
+from lora_kernels._utils.model_files import JOURNAL_FOLDER, is_unfinished
 from lora_kernels.files.checkpoint import initialize as module
-from lora_kernels.files.checkpoint.initialize import initialise
-from lora_kernels.files.io.journal import UnfinishedFolder
+from lora_kernels.files.checkpoint.initialize import initialize
+from lora_kernels.files.io.journal import JournaledFolder
 from lora_kernels.model.config import LoRAConfig
 
 from ...support import ROOT
@@ -26,14 +26,14 @@ CONFIG = LoRAConfig(r=4)
 
 def stop_after(shards: int, monkeypatch) -> None:
     """As if the process were killed when so many shards are finished."""
-    finish = UnfinishedFolder.finish
+    finish = JournaledFolder.finish
 
     def stopping(self, name, record, in_place=True):
         if len(self.finished) == shards:
             raise KeyboardInterrupt
         finish(self, name, record, in_place)
 
-    monkeypatch.setattr(UnfinishedFolder, "finish", stopping)
+    monkeypatch.setattr(JournaledFolder, "finish", stopping)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def unfinished(odd_model, tmp_path, monkeypatch) -> Path:
     """The folder of a run that was stopped with one of three shards finished."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(1, patch)
-        initialise(odd_model, tmp_path / "out", CONFIG)
+        initialize(odd_model, tmp_path / "out", CONFIG)
     assert is_unfinished(tmp_path / "out")
     return tmp_path / "out"
 
@@ -61,8 +61,8 @@ def test_hundred_kills(tmp_path):
 
 
 def test_only_what_is_left_is_done(unfinished, odd_model, tmp_path):
-    initialise(odd_model, tmp_path / "other", CONFIG)
-    done = initialise(odd_model, unfinished, CONFIG)
+    initialize(odd_model, tmp_path / "other", CONFIG)
+    done = initialize(odd_model, unfinished, CONFIG)
     assert done.resumed > 0 and done.size > 0 and done.layers == 9
     assert not is_unfinished(unfinished)
     got, want = fingerprint(unfinished), fingerprint(tmp_path / "other")
@@ -74,7 +74,7 @@ def test_only_what_is_left_is_done(unfinished, odd_model, tmp_path):
 @pytest.mark.parametrize("what", ["half a line", "nothing", "a lost shard", "a shard's half"])
 def test_damage(what, unfinished, odd_model):
     """What a kill can leave, and what somebody removed."""
-    journal = unfinished / WORK / "journal.jsonl"
+    journal = unfinished / JOURNAL_FOLDER / "journal.jsonl"
     shard = next(unfinished.glob("*.safetensors"))
     if what == "half a line":
         journal.write_bytes(journal.read_bytes() + b'{"finished": "part-')
@@ -84,7 +84,7 @@ def test_damage(what, unfinished, odd_model):
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:100])
-    done = initialise(odd_model, unfinished, CONFIG)
+    done = initialize(odd_model, unfinished, CONFIG)
     assert (done.resumed > 0) == (what == "half a line")
     assert done.layers == 9 and not is_unfinished(unfinished)
     for file in odd_model.glob("*.safetensors"):
@@ -93,8 +93,8 @@ def test_damage(what, unfinished, odd_model):
 
 def test_other_arguments(unfinished, odd_model):
     with pytest.raises(FileExistsError, match=r"differs in r \(4, now 5\): repeat it as it was"):
-        initialise(odd_model, unfinished, LoRAConfig(r=5))
-    done = initialise(odd_model, unfinished, LoRAConfig(r=5), overwrite=True)
+        initialize(odd_model, unfinished, LoRAConfig(r=5))
+    done = initialize(odd_model, unfinished, LoRAConfig(r=5), overwrite=True)
     assert done.resumed == 0
     values = json.loads((unfinished / "adapter" / "adapter_config.json").read_text())
     assert values["r"] == 5
@@ -105,23 +105,23 @@ def test_changed_input(unfinished, odd_model):
     tensors, header = read_file(file)
     write_file(file, tensors, header["__metadata__"])
     with pytest.raises(FileExistsError, match=r"its input: part-2-of-3\.safetensors changed"):
-        initialise(odd_model, unfinished, CONFIG)
+        initialize(odd_model, unfinished, CONFIG)
 
 
 def test_system_went_down(unfinished, odd_model):
     """Then the disk may lack what was written: nothing of it is believed."""
-    journal = unfinished / WORK / "journal.jsonl"
+    journal = unfinished / JOURNAL_FOLDER / "journal.jsonl"
     first, *rest = journal.read_text().splitlines()
     first = json.dumps(json.loads(first) | {"boot": "another"})
     journal.write_text("\n".join([first, *rest, ""]))
-    assert initialise(odd_model, unfinished, CONFIG).resumed == 0
+    assert initialize(odd_model, unfinished, CONFIG).resumed == 0
 
 
 def test_journal_is_damaged(unfinished, odd_model, tmp_path):
     """As it is if the system went down: blocks that were never written are zeros."""
-    journal = unfinished / WORK / "journal.jsonl"
+    journal = unfinished / JOURNAL_FOLDER / "journal.jsonl"
     journal.write_bytes(journal.read_bytes() + bytes(100) + b"\n")
-    assert initialise(odd_model, unfinished, CONFIG).resumed == 0
+    assert initialize(odd_model, unfinished, CONFIG).resumed == 0
     assert not is_unfinished(unfinished)
 
 
@@ -131,8 +131,8 @@ def test_journal_is_written_in_parts(odd_model, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", lambda handle, content: write(handle, content[:7]))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(2, patch)
-        initialise(odd_model, out, CONFIG)
-    assert initialise(odd_model, out, CONFIG).resumed > 0
+        initialize(odd_model, out, CONFIG)
+    assert initialize(odd_model, out, CONFIG).resumed > 0
 
 
 def test_completed_but_for_the_journal(odd_model, tmp_path, monkeypatch):
@@ -140,11 +140,11 @@ def test_completed_but_for_the_journal(odd_model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "rmdir", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         patch.setattr(Path, "unlink", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        initialise(odd_model, out, CONFIG)
+        initialize(odd_model, out, CONFIG)
     before = fingerprint(out)
     assert is_unfinished(out) and (out / "config.json").is_file()
-    assert initialise(odd_model, out, CONFIG).size == 0
-    left = {k: v for k, v in before.items() if not k.startswith(WORK)}
+    assert initialize(odd_model, out, CONFIG).size == 0
+    left = {k: v for k, v in before.items() if not k.startswith(JOURNAL_FOLDER)}
     assert fingerprint(out) == left and not is_unfinished(out)
 
 
@@ -160,10 +160,10 @@ def test_not_a_model_until_complete(unfinished):
 def test_two_at_once(odd_model, tmp_path):
     out = tmp_path / "out"
     with (
-        UnfinishedFolder(out, {}, {}),
+        JournaledFolder(out, {}, {}),
         pytest.raises(BlockingIOError, match="another process is writing"),
     ):
-        initialise(odd_model, out, CONFIG)
+        initialize(odd_model, out, CONFIG)
 
 
 def test_folder_with_something_in_it(odd_model, tmp_path):
@@ -171,9 +171,9 @@ def test_folder_with_something_in_it(odd_model, tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is not empty"):
-        initialise(odd_model, out, CONFIG)
+        initialize(odd_model, out, CONFIG)
     with pytest.raises(FileExistsError, match="is a file"):
-        initialise(odd_model, out / "mine.txt", CONFIG)
+        initialize(odd_model, out / "mine.txt", CONFIG)
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
 
 
@@ -182,7 +182,7 @@ def test_overwrite(odd_model, tmp_path):
     out = tmp_path / "out"
     write_model(out, odd_shards(seed=5, dtypes=("F32",)), index=False)
     (out / "mine.txt").write_text("mine")
-    initialise(odd_model, out, CONFIG, overwrite=True)
+    initialize(odd_model, out, CONFIG, overwrite=True)
     assert (out / "mine.txt").read_text() == "mine"
     assert sorted(p.name for p in out.glob("*.safetensors")) == [
         f"part-{k}-of-3.safetensors" for k in (1, 2, 3)
@@ -202,9 +202,9 @@ def test_full_disk_is_resumed(odd_model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", failing)
         with pytest.raises(OSError, match=r"No space left on device: .*part-3"):
-            initialise(odd_model, out, CONFIG)
+            initialize(odd_model, out, CONFIG)
     assert is_unfinished(out)
-    assert initialise(odd_model, out, CONFIG).layers == 9
+    assert initialize(odd_model, out, CONFIG).layers == 9
 
 
 def test_sync(odd_model, tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_sync(odd_model, tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
-    initialise(odd_model, out, CONFIG, sync=True)
+    initialize(odd_model, out, CONFIG, sync=True)
     shards = {f"part-{k}-of-3.safetensors" for k in (1, 2, 3)}
     assert shards | {"adapter_model.safetensors", "tokenizer.json"} <= set(synced)
 
@@ -228,8 +228,10 @@ def test_sync(odd_model, tmp_path, monkeypatch):
 def test_ctrl_c(odd_model, tmp_path, capsys, monkeypatch):
     from lora_kernels.cli import main
 
-    monkeypatch.setattr(module, "run", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        module, "rewrite", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert main(["init", str(odd_model), str(tmp_path / "out"), "-r", "4"]) == 130
     assert capsys.readouterr().err == (
-        "lora-kernels init: interrupted; the same command goes on where it was\n"
+        "lora-kernels init: interrupted; repeat the same command to continue\n"
     )

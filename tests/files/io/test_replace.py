@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 import pytest
 from torch import nn
 
+from lora_kernels._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels.files.adapter import folder as reading
-from lora_kernels.files.adapter.folder import NATIVE_FILE, read_adapter, write_adapter
-from lora_kernels.files.adapter.recipe import ADAPTER_CONFIG, ADAPTER_FILE
+from lora_kernels.files.adapter.content import NATIVE_FILE
+from lora_kernels.files.adapter.folder import read_adapter, write_adapter
 from lora_kernels.files.io import replace
 
 from ...support import ROOT
@@ -162,7 +163,7 @@ class TestReplacing:
         def full(path):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(replace, "_sync", full)
+        monkeypatch.setattr(replace, "sync", full)
         with pytest.raises(OSError, match="No space left"):
             write_adapter(tmp_path, pair[1])
         assert_same(read_adapter(tmp_path), pair[0])

@@ -17,7 +17,7 @@ import torch
 from ..._utils.model_files import INDEX, model_files, read_json
 from ..._utils.safetensors import DTYPES, Layout, read_layout
 from ..io.blocks import divide
-from ..io.journal import JournaledFolder
+from ..io.journal import JournaledFolder, identity
 from ..io.pipeline import Shard
 from .residual import is_start
 from .weights import is_head
@@ -150,6 +150,11 @@ class ModelFolder:
     def others(self) -> list[Path]:
         """The files that are copied unchanged, as relative paths: tokenizer, code, license ..."""
         return sorted(self._walk(self.path))
+
+    def identities(self) -> dict[str, str]:
+        """The `identity` of each file that a copy depends on."""
+        inputs = {file.name: identity(file) for file in self.layouts}
+        return inputs | {str(n): identity(self.path / n) for n in (CONFIG, *self.others)}
 
     def shards(
         self,

@@ -22,10 +22,10 @@ from ...model.config import AdapterState, LoRAConfig
 from ...ops.loram_init import log_gain
 from ..adapter.content import folder_content
 from ..adapter.recipe import NATIVE, START, config_to_dict
-from ..io.journal import JournaledFolder, identity
+from ..io.journal import JournaledFolder
 from ..io.pipeline import Actions, Shard, rewrite
 from .factors import FactorFile, StartRecord, read_records, write_tensors
-from .folder import CONFIG, ModelFolder, check_apart, check_space, pretty
+from .folder import ModelFolder, check_apart, check_space, pretty
 from .residual import ADAPTER, is_start
 from .weights import StoredWeight, is_embedding, is_head, stored_weights
 
@@ -125,14 +125,8 @@ def initialize(
         "device": device,
         "seed": as_integer(seed, "seed"),
     }
-    inputs = {file.name: identity(file) for file in folder.layouts}
-    inputs |= {str(name): identity(model / name) for name in (CONFIG, *folder.others)}
-    with JournaledFolder(out, task, inputs, overwrite, sync) as work:
-        try:
-            done = job.run(work, dtype, progress)
-        except (ValueError, TypeError):
-            work.abandon()
-            raise
+    with JournaledFolder(out, task, folder.identities(), overwrite, sync) as work:
+        done = job.run(work, dtype, progress)
     return replace(done, excluded=len(chosen) - len(weights))
 
 

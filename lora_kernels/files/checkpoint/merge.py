@@ -19,7 +19,7 @@ from ...model.config import AdapterState
 from ..adapter.folder import read_adapter
 from ..io.journal import JournaledFolder, identity
 from ..io.pipeline import Actions, Shard, rewrite
-from .folder import CONFIG, ModelFolder, check_apart, check_outside, check_space
+from .folder import ModelFolder, check_apart, check_outside, check_space
 from .residual import refuse_residual
 from .weights import is_embedding, is_head, is_transposed
 
@@ -94,9 +94,9 @@ def merge(
     for name, change in changes.items():
         by_file.setdefault(change.file, set()).add(name)
     task = {"command": "merge", "version": __version__, "dtype": str(dtype)}
-    inputs = {file.name: identity(file) for file in folder.layouts}
-    inputs |= {str(name): identity(base / name) for name in (CONFIG, *folder.others)}
-    inputs |= {f"adapter {f.name}": identity(f) for f in sorted(adapter.iterdir()) if f.is_file()}
+    inputs = folder.identities() | {
+        f"adapter {f.name}": identity(f) for f in sorted(adapter.iterdir()) if f.is_file()
+    }
 
     def edit(shard: Shard, name: str, weight: Tensor) -> None:
         changes[name].apply_(weight)
@@ -107,11 +107,7 @@ def merge(
         size = sum(shard.size for shard in remaining)
         check_space(out, sum(shard.target_layout.file_size for shard in remaining))
         actions = Actions(edit, lambda shard: work.finish(shard.name, {}), progress(size))
-        try:
-            rewrite(remaining, actions)
-        except (ValueError, TypeError):
-            work.abandon()
-            raise
+        rewrite(remaining, actions)
         if not work.completed:
             folder.copy_others(work)
             folder.publish(work, shards)

@@ -42,6 +42,9 @@ def identity(file: Path) -> str:
 class JournaledFolder:
     """The folder `out`; a context manager, which locks it against other processes.
 
+    A ValueError or TypeError inside the context removes what was written; after any other error the
+    same task can be continued.
+
     Args:
         out: made if it does not exist.
         task: the arguments of the run.
@@ -95,7 +98,9 @@ class JournaledFolder:
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, (ValueError, TypeError)):
+            self._abandon()  # a repeated run would fail again
         self._close()
 
     def path(self, name: str) -> Path:
@@ -141,14 +146,6 @@ class JournaledFolder:
         (self.work / _JOURNAL).unlink()
         self.work.rmdir()
         self.settle()
-
-    def abandon(self) -> None:
-        """Removes everything that was written: a repeated run would fail again."""
-        for name in self.finished:
-            (self.out / name).unlink(missing_ok=True)
-        shutil.rmtree(self.work)
-        with suppress(OSError):  # not empty
-            self.out.rmdir()
 
     def _has(self, shard: Shard) -> bool:
         if shard.name not in self.finished:
@@ -213,6 +210,14 @@ class JournaledFolder:
             if inputs.get(name) != self._head["inputs"].get(name)
         ]
         return f"its input: {', '.join(changed[:3])} changed since"
+
+    def _abandon(self) -> None:
+        """Removes everything that was written."""
+        for name in self.finished:
+            (self.out / name).unlink(missing_ok=True)
+        shutil.rmtree(self.work)
+        with suppress(OSError):  # not empty
+            self.out.rmdir()
 
     def _close(self) -> None:
         if self._journal is not None:

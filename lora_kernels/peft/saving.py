@@ -26,8 +26,8 @@ from torch import Tensor
 from .._utils.model_files import read_json
 from .._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
 from .._utils.safetensors import load_tensors, read_layout, save_tensors
-from ..files.adapter.content import NATIVE_FILE, peft_content
-from ..files.adapter.recipe import METADATA, recipe_from_json
+from ..files.adapter.content import NATIVE_FILE, FolderContent
+from ..files.adapter.recipe import METADATA, PEFT, recipe_from_json, recipe_to_json
 from ..files.adapter.tensors import check_unedited, split_halves
 from ..layers.options import lora_scaling
 from ..layers.state import LayerState
@@ -213,7 +213,10 @@ def _publish(
     files.
     """
     tensors, _ = load_tensors(written / ADAPTER_FILE)
-    content = peft_content(read_json(written / ADAPTER_CONFIG), tensors, layers, fields)
+    config = read_json(written / ADAPTER_CONFIG)
+    base = config.get("base_model_name_or_path")
+    recipe = recipe_to_json(layers, PEFT, None, base, peft_config=config, rank_fields=fields)
+    content = FolderContent(ADAPTER_FILE, config, tensors, recipe)
     content.write(folder, (ADAPTER_CONFIG, ADAPTER_FILE))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,10 @@ def write_adapter(
     elif format == PEFT:
         folded = tuple(n for n, layer in state.layers.items() if layer.lora_R is not None)
     content = folder_content(
-        state,
-        format,
-        module_names=module_names,
-        fan_in_fan_out=fan_in_fan_out,
-        has_recipe=compress_to is None,
+        state, format, module_names=module_names, fan_in_fan_out=fan_in_fan_out
     )
+    if compress_to is not None:  # what it was truncated from cannot be recovered
+        content = replace(content, recipe=None)
     sizes = content.write(folder)
     scalings = tuple(sorted({float(f"{layer.scaling:.12g}") for layer in state.layers.values()}))
     return SavedAdapter(folder, sizes, len(state.layers), scalings, folded, errors, error)

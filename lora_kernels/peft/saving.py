@@ -25,9 +25,9 @@ from torch import Tensor
 
 from .._utils.model_files import read_json
 from .._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
-from .._utils.safetensors import load_tensors, read_layout, save_tensors
+from .._utils.safetensors import load_tensors, save_tensors
 from ..files.adapter.content import NATIVE_FILE, FolderContent
-from ..files.adapter.recipe import METADATA, PEFT, recipe_from_json, recipe_to_json
+from ..files.adapter.recipe import PEFT, read_recipe, recipe_to_json
 from ..files.adapter.tensors import check_unedited, split_halves
 from ..layers.options import lora_scaling
 from ..layers.state import LayerState
@@ -228,14 +228,12 @@ def _read_recipe(folder: Path) -> dict[str, Any] | None:
             f"{folder} has save_adapter's format='native', which lora_kernels.load_adapter reads; "
             "for PEFT save it with format='peft'"
         )
-    text = read_layout(file).metadata.get(METADATA) if file.is_file() else None
-    if text is None:
-        return None
-    try:
-        recipe = recipe_from_json(text)
-        check_unedited(recipe, read_json(folder / ADAPTER_CONFIG))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    recipe = read_recipe(file)
+    if recipe is not None:
+        try:
+            check_unedited(recipe, read_json(folder / ADAPTER_CONFIG))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
     return recipe
 
 

@@ -11,10 +11,12 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..._utils.safetensors import read_layout
 from ...init import Initializer, get_initializer, initializer_names
 from ...layers.state import FACTORS, LayerState
 from ...model.config import LoRAConfig
@@ -83,6 +85,20 @@ def recipe_from_json(text: str) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError, KeyError, TypeError):
         raise ValueError("its recipe is damaged") from None
     return recipe
+
+
+def read_recipe(file: Path) -> dict[str, Any] | None:
+    """The recipe in a file; None if the file does not exist, or has no recipe.
+
+    Raises:
+        ValueError: the file or its recipe is damaged.
+
+    """
+    text = read_layout(file).metadata.get(METADATA) if file.is_file() else None
+    try:
+        return None if text is None else recipe_from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) -> LayerState:

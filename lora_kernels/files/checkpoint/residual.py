@@ -10,16 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..._utils.peft_names import ADAPTER_FILE
-from ..._utils.safetensors import load_tensors, read_layout
+from ..._utils.safetensors import load_tensors
 from ...model.config import AdapterState
 from ..adapter.peft_format import split_tensors
-from ..adapter.recipe import (
-    METADATA,
-    START,
-    config_from_dict,
-    layer_from_dict,
-    recipe_from_json,
-)
+from ..adapter.recipe import START, config_from_dict, layer_from_dict, read_recipe
 
 ADAPTER = "adapter"  # the name of its folder, in that of the residual base
 
@@ -112,11 +106,5 @@ def refuse_residual(adapter: Path, state: AdapterState, base: Path | None = None
 
 def _recipe_of(folder: Path) -> dict | None:
     """The recipe of a start, or None."""
-    file = folder / ADAPTER_FILE
-    if not file.is_file():
-        return None
-    text = read_layout(file).metadata.get(METADATA)
-    if text is None:
-        return None
-    recipe = recipe_from_json(text)
-    return recipe if recipe["format"] == START else None
+    recipe = read_recipe(folder / ADAPTER_FILE)
+    return recipe if recipe is not None and recipe["format"] == START else None

@@ -320,6 +320,7 @@ class TestFromPeft:
         write_plain(tmp_path, init_lora_weights=init)
         with pytest.raises(ValueError, match=f"'{init}': its factors belong to a base that PEFT"):
             read_adapter(tmp_path)
+        assert read_adapter(tmp_path, residual_base=True).layers["a.q"].scaling == 4.0
 
     @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
     def test_starts_that_did_not(self, init, tmp_path):

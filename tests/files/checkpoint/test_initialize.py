@@ -280,6 +280,10 @@ class TestStartFolder:
         initialize(odd_model, tmp_path / "out", config())
         with pytest.raises(ValueError, match=r"is the start of .*out, which was subtracted"):
             read_adapter(tmp_path / "out" / "adapter")
+        state = read_adapter(tmp_path / "out" / "adapter", residual_base=True)
+        assert state.base_model == str(tmp_path / "out")
+        for layer in state.layers.values():
+            assert not layer.changes_base and layer.scaling == 3.0
         values = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
         assert values["base_model_name_or_path"] == str(tmp_path / "out")
 

@@ -221,7 +221,7 @@ def _publish(
 
 
 def _read_recipe(folder: Path) -> dict[str, Any] | None:
-    """The recipe; None if this package did not write the folder, or it does not exist."""
+    """The recipe; None if there is none, or it is one of a start, which PEFT reads itself."""
     file = folder / ADAPTER_FILE
     if (folder / NATIVE_FILE).is_file() and not file.is_file():
         raise ValueError(
@@ -229,11 +229,12 @@ def _read_recipe(folder: Path) -> dict[str, Any] | None:
             "for PEFT save it with format='peft'"
         )
     recipe = read_recipe(file)
-    if recipe is not None:
-        try:
-            check_unedited(recipe, read_json(folder / ADAPTER_CONFIG))
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+    if recipe is None or recipe["format"] != PEFT:
+        return None
+    try:
+        check_unedited(recipe, read_json(folder / ADAPTER_CONFIG))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     return recipe
 
 

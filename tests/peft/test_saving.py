@@ -431,3 +431,18 @@ def test_what_this_package_does_not_know_stays_an_error(tmp_path):
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ValueError, match="embeddings, DoRA and other variants are not implemented"):
         load_adapter(llama(), tmp_path)
+
+
+def test_the_start_of_a_residual_base_is_a_plain_adapter(tmp_path):
+    """On that base `load_adapter` takes it as PEFT does, beside adapters of `initialize`."""
+    from lora_kernels.files.checkpoint.initialize import initialize as initialize_folder
+    from lora_kernels.model.config import LoRAConfig
+
+    base, residual = tmp_path / "base", tmp_path / "residual"
+    llama().save_pretrained(base)
+    initialize_folder(base, residual, LoRAConfig(r=4))
+    model = adapted(type(llama()).from_pretrained(residual))
+    initialize(model, "pissa")
+    model.load_adapter(str(residual / "adapter"), "start")
+    model.set_adapter("start")
+    assert close(logits(model.eval()), logits(llama()))

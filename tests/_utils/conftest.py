@@ -1,4 +1,4 @@
-"""Models in folders, as for the tests of checkpoints."""
+"""Tests use the same small checkpoints as those of files/checkpoint."""
 
 from ..files.checkpoint.conftest import odd_model
 

@@ -76,7 +76,7 @@ class TestLayout:
         assert "\n" not in str(raised.value)
 
     def test_dtypes_to_come(self, tmp_path):
-        """What is not known is copied."""
+        """Tensors of unknown dtypes are copied."""
         file = tmp_path / "x.safetensors"
         file.write_bytes(header(a=entry(0, 4, "F4", [8])) + b"1234")
         layout = read_layout(file)

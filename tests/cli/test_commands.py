@@ -1,4 +1,4 @@
-"""The subcommands over checkpoints: what they print, and errors of one line."""
+"""The subcommands for checkpoints: their output, and errors of one line."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_foreign_json(file, content, match, odd_model, tmp_path, capsys):
 
 
 def test_tensor_in_two_shards(odd_model, tmp_path, capsys):
-    """Only one of them would lack the start."""
+    """The start would be subtracted from one of them only."""
     tensors, _ = read_file(odd_model / "part-1-of-3.safetensors")
     again, _ = read_file(odd_model / "part-2-of-3.safetensors")
     name = "model.layers.1.q_proj.weight"
@@ -125,7 +125,7 @@ def test_help(command, capsys):
 
 
 def test_bar(odd_model, tmp_path, monkeypatch, capsys):
-    """By bytes, where standard error is a terminal; none if it is not wanted."""
+    """It counts bytes, if standard error is a terminal; none if disabled."""
     rich = pytest.importorskip("rich.console")
     console = rich.Console
 
@@ -142,7 +142,7 @@ def test_bar(odd_model, tmp_path, monkeypatch, capsys):
 
 
 def test_bytes_are_counted(odd_model, tmp_path):
-    """All of the files' data, once."""
+    """The data of all files is counted once."""
     from lora_kernels.files.checkpoint.initialize import initialize
     from lora_kernels.model.config import LoRAConfig
 

@@ -1,4 +1,4 @@
-"""`lora-kernels inspect`: what it prints and writes, exit codes, errors of one line."""
+"""`lora-kernels inspect`: its output, exit codes, and errors of one line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_peft(folder: Path, tensors: dict[str, torch.Tensor], **config) -> Path
 
 
 def inspected(path: Path, *arguments: str) -> list[tuple[str, ...]]:
-    """These columns of the CSV; after them options for the command."""
+    """These columns of the CSV; options for the command may follow them."""
     begin = next((k for k, name in enumerate(arguments) if name[0] == "-"), len(arguments))
     columns, options = arguments[:begin], arguments[begin:]
     out = path.parent / "out.csv"
@@ -193,7 +193,7 @@ class TestInspect:
         assert "adapter_model.bin cannot be read" in capsys.readouterr().err
 
     def test_one_weight_at_a_time(self, file, monkeypatch):
-        """The one before is gone when the next is loaded."""
+        """Each weight is released before the next is loaded."""
         load, held, most = StoredTensor.load, [], []
 
         def counted(self):
@@ -277,7 +277,7 @@ def test_entry_point():
 
 class TestReport:
     def test_trained_layers(self, tmp_path):
-        """ν[ΔW] has its column and its bars, where a layer has one."""
+        """ν[ΔW] has a column and bars if a layer has it."""
         model = nn.ModuleDict({"a": nn.Linear(20, 30), "b": LoRALinear(20, 30, r=4)})
         with torch.no_grad():
             model["b"].lora_A.add_(0.1)

@@ -1,4 +1,4 @@
-"""Adapters in folders: training goes on from them, and what is wrong is said."""
+"""Adapters in folders: training continues from them, and errors say what is wrong."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class TestRoundTrip:
 
     @pytest.mark.parametrize("form", ["peft", "native"])
     def test_sizes(self, form, tmp_path):
-        """A recipe is a number, kept starts lie in the file; engines get what they need."""
+        """A recomputable start is one number, others are stored; PEFT gets the full rank."""
         sizes = {}
         for name in ("loram", "pissa"):
             state, _ = one_layer(400, 480, init_lora_weights=name)
@@ -115,7 +115,7 @@ class TestRoundTrip:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_narrow_factors(self, dtype, tmp_path):
-        """They are float32 in PEFT's file and what they were when they are read."""
+        """They are float32 in PEFT's format and get their own dtype back when they are read."""
         for name in ("loram", "pissa"):
             state, _ = one_layer(init_lora_weights=name)
             layer = state.layers["block.1.q"]
@@ -173,7 +173,7 @@ class TestRoundTrip:
     data=st.data(),
 )
 def test_any_layer(tmp_path_factory, name, form, residual, dtype, rule, sizes, alpha, data):
-    """Whatever the shapes: the same ΔW, in PEFT's file by itself too."""
+    """For any shapes the same ΔW is restored, and PEFT's file alone has it too."""
     r = data.draw(st.integers(1, min(sizes) // (2 if name == "lora_ga" else 1)))
     config = LoRAConfig(r=r, lora_alpha=alpha, scaling=rule, init_lora_weights=name)
     linear = nn.Linear(*sizes, dtype=dtype)
@@ -285,7 +285,7 @@ class TestModels:
 
     @pytest.mark.parametrize("before", [False, True])
     def test_blocks_that_are_wrapped(self, before, tmp_path):
-        """Compiled or checkpointed one by one: files have the names of the plain model."""
+        """Blocks that are compiled or checkpointed: files have the names of the plain model."""
         wrapper = pytest.importorskip(
             "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
         ).checkpoint_wrapper
@@ -319,7 +319,7 @@ class TestModels:
         assert_agree(plain.eval()(IDS).logits, want.double())
 
     def test_a_layer_with_two_names(self, tmp_path):
-        """PEFT adapts it under one of them."""
+        """PEFT adapts it under one name only."""
         model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
         model.append(model[0])
         base = copy.deepcopy(model)
@@ -359,7 +359,7 @@ class TestModels:
 
     @pytest.mark.parametrize("form", ["peft", "native"])
     def test_another_base(self, form, tmp_path):
-        """A base that lacks a start already, as it is after PiSSA elsewhere, is told."""
+        """A warning for a base from which a start was subtracted already, as after PEFT's PiSSA."""
         model = copy.deepcopy(tiny_model("llama"))
         add_lora(model, LoRAConfig(r=8, init_lora_weights="pissa"))
         save_adapter(model, tmp_path, format=form)
@@ -421,7 +421,7 @@ class TestRecompression:
 
 
 class TestBadFiles:
-    """One line that names the file."""
+    """Errors are one line that names the file."""
 
     def refused(self, folder, match, error=ValueError):
         with pytest.raises(error, match=match) as caught:
@@ -529,7 +529,7 @@ class TestBadFiles:
         self.refused(tmp_path, "adapters in its subfolders second", FileNotFoundError)
 
     def test_edited_configuration(self, tmp_path):
-        """PEFT would compute with another s than this package."""
+        """PEFT would compute with a different s than this package."""
         state, _ = one_layer()
         write_adapter(tmp_path, state)
         written = peft_config(tmp_path)

@@ -24,7 +24,7 @@ from .folders import fingerprint
 
 
 def start(model: Path, out: Path, residual: str) -> int:
-    """The process that initializes."""
+    """Forks a process that runs `initialize`."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -40,7 +40,7 @@ def start(model: Path, out: Path, residual: str) -> int:
 
 
 def in_place(out: Path) -> dict[str, int]:
-    """The inode numbers of the shards that are journalled and there."""
+    """The inode numbers of the shards that are in the journal and in place."""
     journal = out / JOURNAL_FOLDER / "journal.jsonl"
     text = journal.read_text() if journal.is_file() else ""
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
@@ -49,7 +49,7 @@ def in_place(out: Path) -> dict[str, int]:
 
 
 def check(out: Path, expected: dict[str, str], complete: bool) -> None:
-    """Whatever has its place is whole, and nothing looks like a model before it is one."""
+    """Files in place are complete, and the folder looks like a model only when it is one."""
     found = {k: v for k, v in fingerprint(out).items() if not k.startswith(JOURNAL_FOLDER)}
     for name, content in found.items():
         assert expected[name] == content, f"{name} is not whole"
@@ -61,7 +61,7 @@ def check(out: Path, expected: dict[str, str], complete: bool) -> None:
 
 
 def main(folder: Path, kills: int) -> None:
-    """Prints how many kills hit which state."""
+    """Prints how many kills hit each state."""
     rng = random.Random(0)
     counts = {"before": 0, "between": 0, "after": 0, "completed": 0, "kept": 0}
     for residual in ("absorb", "implicit"):

@@ -1,4 +1,4 @@
-"""`initialize`: residuals and starts against float64, everything else as it was, byte by byte."""
+"""`initialize`: residuals and starts against float64; everything else unchanged, byte by byte."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class TestAbsorb:
             check_residual(W, W_res, A, B, scaling, TORCH[stored[0]])
 
     def test_all_else_is_kept(self, odd_model, tmp_path):
-        """Names, headers to the byte, order, the index, other files, and other tensors' bytes."""
+        """Names, the bytes of headers, order, the index, other files, and other tensors' bytes."""
         out = tmp_path / "out"
         initialize(odd_model, out, config())
         for file in odd_model.glob("*.safetensors"):
@@ -196,7 +196,7 @@ class TestAbsorb:
         assert not (out / "model.safetensors.index.json").exists()
 
     def test_large_tensors_are_cut(self, odd_model, tmp_path, monkeypatch):
-        """The same bytes whatever the size of the blocks, and on any number of threads."""
+        """The same bytes for any size of blocks and any number of threads."""
         from lora_kernels.files.io import blocks
 
         initialize(odd_model, tmp_path / "a", config(), dtype=torch.bfloat16)
@@ -231,7 +231,7 @@ class TestAbsorb:
 class TestImplicit:
     @pytest.mark.parametrize("method", [m for m in METHODS if m != "loftq"])
     def test_native_adapter(self, method, odd_model, tmp_path):
-        """The factors of the initializer itself, the base is only named, and no copy of it made."""
+        """The factors are those of the initializer; the base is named, not copied."""
         out = tmp_path / "out"
         initialize(odd_model, out, config(init_lora_weights=method, residual="implicit"))
         written = {p.name for p in out.iterdir()}
@@ -256,7 +256,7 @@ class TestImplicit:
                 assert torch.equal(start_A, layer.lora_A) and torch.equal(start_B, layer.lora_B)
 
     def test_auto(self, odd_model, tmp_path):
-        """What is zero at the start needs no other base."""
+        """A start that is zero needs no residual base."""
         for method, residual in (("lora", "implicit"), ("loram", "absorb")):
             chosen = config(init_lora_weights=method)
             assert initialize(odd_model, tmp_path / method, chosen).residual == residual
@@ -348,7 +348,7 @@ class TestErrors:
             initialize(odd_model, tmp_path / "out", config(target_modules=["lm_head"]))
 
     def test_twice(self, odd_model, tmp_path):
-        """What lacks a start is no base for another."""
+        """A residual base cannot have another start."""
         initialize(odd_model, tmp_path / "once", config())
         with pytest.raises(
             ValueError, match="once is a residual base, from which a start was subtr"
@@ -380,7 +380,7 @@ class TestErrors:
 
 
 def test_own_method(odd_model, tmp_path):
-    """A registered initializer, with the factors that it gives."""
+    """A registered initializer and its factors."""
     from lora_kernels.init import Initializer, Start
 
     class Halves(Initializer):

@@ -1,4 +1,4 @@
-"""How far the process grows on a checkpoint several times as large as what it may take."""
+"""Peak memory on a checkpoint several times larger than the limit."""
 
 from __future__ import annotations
 

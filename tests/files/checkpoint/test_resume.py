@@ -1,4 +1,4 @@
-"""Runs that are killed, repeated, repeated otherwise, or meet another one."""
+"""Runs that are killed, repeated, repeated with other arguments, or concurrent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = LoRAConfig(r=4)
 
 
 def stop_after(shards: int, monkeypatch) -> None:
-    """As if the process were killed when so many shards are finished."""
+    """Simulates a kill after this number of finished shards."""
     finish = JournaledFolder.finish
 
     def stopping(self, name, record, in_place=True):
@@ -48,7 +48,7 @@ def unfinished(odd_model, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_hundred_kills(tmp_path):
-    """kill -9 at random moments, and what is there is whole; repeated, the bytes are the same."""
+    """After kill -9 at random moments all files are complete; repeated, the bytes are the same."""
     shards = odd_shards(dtypes=("F32", "BF16", "F16") * 5)
     write_model(tmp_path / "model", shards)
     command = [sys.executable, "-m", "tests.files.checkpoint.killed", str(tmp_path), "100"]
@@ -73,7 +73,7 @@ def test_only_what_is_left_is_done(unfinished, odd_model, tmp_path):
 
 @pytest.mark.parametrize("what", ["half a line", "nothing", "a lost shard", "a shard's half"])
 def test_damage(what, unfinished, odd_model):
-    """What a kill can leave, and what somebody removed."""
+    """What a kill can leave, and files that were removed."""
     journal = unfinished / JOURNAL_FOLDER / "journal.jsonl"
     shard = next(unfinished.glob("*.safetensors"))
     if what == "half a line":
@@ -109,7 +109,7 @@ def test_changed_input(unfinished, odd_model):
 
 
 def test_system_went_down(unfinished, odd_model):
-    """Then the disk may lack what was written: nothing of it is believed."""
+    """The disk may lack what was written: nothing of it is used."""
     journal = unfinished / JOURNAL_FOLDER / "journal.jsonl"
     first, *rest = journal.read_text().splitlines()
     first = json.dumps(json.loads(first) | {"boot": "another"})
@@ -118,7 +118,7 @@ def test_system_went_down(unfinished, odd_model):
 
 
 def test_journal_is_damaged(unfinished, odd_model, tmp_path):
-    """As it is if the system went down: blocks that were never written are zeros."""
+    """As after a crash of the system: blocks that were never written are zeros."""
     journal = unfinished / JOURNAL_FOLDER / "journal.jsonl"
     journal.write_bytes(journal.read_bytes() + bytes(100) + b"\n")
     assert initialize(odd_model, unfinished, CONFIG).resumed == 0
@@ -126,7 +126,7 @@ def test_journal_is_damaged(unfinished, odd_model, tmp_path):
 
 
 def test_journal_is_written_in_parts(odd_model, tmp_path, monkeypatch):
-    """As on a disk that is nearly full, where a call writes what still fits."""
+    """As on a nearly full disk, where a call writes only a part."""
     out, write = tmp_path / "out", os.write
     monkeypatch.setattr(os, "write", lambda handle, content: write(handle, content[:7]))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -178,7 +178,7 @@ def test_folder_with_something_in_it(odd_model, tmp_path):
 
 
 def test_overwrite(odd_model, tmp_path):
-    """The model that was there is gone, other files stay."""
+    """The old model is removed, other files stay."""
     out = tmp_path / "out"
     write_model(out, odd_shards(seed=5, dtypes=("F32",)), index=False)
     (out / "mine.txt").write_text("mine")
@@ -190,7 +190,7 @@ def test_overwrite(odd_model, tmp_path):
 
 
 def test_full_disk_is_resumed(odd_model, tmp_path, monkeypatch):
-    """An error that is not the weights' leaves what is finished."""
+    """After an error that is not in the weights, finished shards stay."""
     out = tmp_path / "out"
     pwrite = os.pwrite
 
@@ -208,7 +208,7 @@ def test_full_disk_is_resumed(odd_model, tmp_path, monkeypatch):
 
 
 def test_sync(odd_model, tmp_path, monkeypatch):
-    """All but the last file have reached the disk before that is written."""
+    """All other files have reached the disk before the last one is written."""
     synced: list[str] = []
     fsync, out = os.fsync, tmp_path / "out"
 

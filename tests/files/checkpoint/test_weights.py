@@ -1,4 +1,4 @@
-"""Weights in files: which are taken, in which order and orientation, and clear errors."""
+"""Weights in files: which ones are selected, their order and orientation, and errors."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def folder_content(
         config = {"peft_type": NATIVE_TYPE, **json.loads(recipe)}
         return FolderContent(NATIVE_FILE, config, native_tensors(state), recipe)
     if format == START:
-        # The residual base lacks the start: on it nothing is subtracted.
+        # The start was subtracted from the residual base: its adapter has nothing to subtract.
         layers = {
             name: replace(layer, beta=None, start_A=None, start_B=None)
             for name, layer in state.layers.items()

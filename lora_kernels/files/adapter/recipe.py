@@ -23,8 +23,8 @@ from ...model.config import LoRAConfig
 
 METADATA = "lora_kernels"  # its key in the header
 VERSION = 1
-# Formats of a folder. START is the one of a start beside a residual base, which lacks it (see
-# lora_kernels.files.checkpoint.residual).
+# Formats of a folder. START is that of the start beside a residual base, from which it was
+# subtracted (see lora_kernels.files.checkpoint.residual).
 PEFT, NATIVE, START = "peft", "native", "start"
 FORMATS = (PEFT, NATIVE)
 _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}

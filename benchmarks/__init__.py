@@ -1,1 +1,1 @@
-"""Benchmarks and the demo; run them from the repository root, ``python -m benchmarks.<name>``."""
+"""Benchmarks, run from the repository root: `python -m benchmarks.<room>.<name>`."""

@@ -1,10 +1,11 @@
-// lora_kernels._C: importing it registers the kernels under torch.ops.lora; what it holds itself
-// tells how it was built, and which instruction set it runs with (lora_kernels/ops/cpu_capability).
-// By Python's own interface: pybind11's headers take 5 s to compile.
+// The module lora_kernels._C. Importing it registers the kernels under torch.ops.lora. Its own
+// functions tell how it was built and which instruction set it uses
+// (lora_kernels/ops/_backends/cpu_capability.py). It uses Python's C interface because pybind11's
+// headers take 5 s to compile.
 #include <Python.h>
 #include <torch/version.h>
 
-#include "cpu/kernels.h"
+#include "cpu/simd/kernels.h"
 
 namespace {
 

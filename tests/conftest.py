@@ -75,6 +75,6 @@ def _device_stays_usable(request) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def real_model():
     """SmolLM2-135M in float32; tests copy what they change."""
-    from benchmarks.smollm2 import load_model
+    from benchmarks.common.smollm2 import load_model
 
     return load_model()

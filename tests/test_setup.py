@@ -130,7 +130,7 @@ def test_a_cpu_torch_builds_cpu_kernels(said):
 
 @pytest.mark.parametrize(
     ("case", "why"),
-    [("no nvcc, but wanted", "nvcc was not found"), ("cpu, but wanted", "is no CUDA build")],
+    [("no nvcc, but wanted", "nvcc was not found"), ("cpu, but wanted", "is not a CUDA build")],
 )
 def test_gpu_kernels_that_cannot_be_had_stop_the_build(case, why, said):
     assert "LORA_KERNELS_BUILD=cuda: " in said[case] and why in said[case]

@@ -1,1 +1,1 @@
-"""Triton kernels of the operators, one file each; installed as `lora_kernels.triton_kernels`."""
+"""Triton kernels of the operators, installed as `lora_kernels.triton_kernels`."""

@@ -1,13 +1,15 @@
 """`lora::_dst_basis_` on a GPU, for one basis or for the A or B of a whole model.
 
-An entry is g · sin((p+1)(q+1)π/N). A program takes 16 p and walks along q in blocks of 32. Angle
-addition gives an entry for two float64 operations, from the sines of the block's first column and
-those of the steps inside of a block; both begin exact, from integers, and the first turns on by a
-fixed angle. That is right to some 1e-14, not to the last bit: where two neighbours of a value would
-round differently (once in some 10^6 entries, seen from the last bits of the float64), the block is
-written again, sine by sine.
-Bytes: the output, once. A sine each would take 60 float64 operations an entry, and a gather from a
-table of sines 32 cache lines a warp: both several times what the memory takes (estimated).
+An entry is g · sin((p+1)(q+1)π/N). A program takes 16 values of p and goes along q in blocks of 32.
+Angle addition computes an entry in two float64 operations from the sine and cosine of the angle at
+the block's first column and those of the step within the block. Both are computed exactly from
+integers at the beginning; the former is then advanced by a fixed angle per block. The result has an
+error of about 1e-14. Where that error could change the rounding to the output's dtype (about once
+in 10^6 entries, detected from the last bits of the float64), the block is written again with a sine
+computed for every entry.
+Bytes: the output is written once. Computing every sine would take 60 float64 operations per entry,
+and reading a table of sines 32 cache lines per warp: several times the time of the writes
+(estimated).
 """
 
 from __future__ import annotations
@@ -19,14 +21,26 @@ import torch
 import triton
 import triton.language as tl
 
-from .jobs import Kind, anchor, field, find_job, first_programs, float_bits, known, slots, tensor_at, to_float, upload
+from .jobs import (
+    Kind,
+    anchor,
+    field,
+    find_job,
+    first_programs,
+    float_bits,
+    known,
+    slots,
+    tensor_at,
+    to_float,
+    upload,
+)
 from .sine import cos_pi, modulo, sin_pi
 
-BLOCK_P, BLOCK_Q = 16, 32  # 4 entries a thread
-MOST_REGISTERS = 168  # three programs a multiprocessor; left to itself, ptxas spills to reach 128
+BLOCK_P, BLOCK_Q = 16, 32  # 4 entries per thread
+MOST_REGISTERS = 168  # for three programs per multiprocessor; by default ptxas spills to reach 128
 LONG = 1024
-MOST_STEPS = 32  # blocks that share the exact sines of a program, and a bit each in an int32
-ENOUGH_PROGRAMS = 396  # three for each multiprocessor of an H100 or H200
+MOST_STEPS = 32  # blocks per program, each with one bit of an int32
+ENOUGH_PROGRAMS = 396  # three per multiprocessor of an H100 or H200
 FIELDS = tl.constexpr(13)
 TRITON_DTYPES = {
     torch.float64: tl.float64,
@@ -41,7 +55,7 @@ def _store(out, p, q, p_stride, q_stride, mask, value, OUT: tl.constexpr):
     where = p[:, None].to(tl.int64) * p_stride + q[None, :].to(tl.int64) * q_stride
     if tl.float64 == OUT:
         tl.store(out + where, value, mask=mask)
-    else:  # by float32, as the reference's conversion
+    else:  # through float32, as the reference converts
         tl.store(out + where, value.to(tl.float32).to(OUT), mask=mask)
 
 
@@ -52,9 +66,10 @@ def _any(flags):
 
 @triton.jit
 def _round_apart(low, high):
-    """Whether the float64 `low` <= `high`, less than 2^29 units of their last place apart and
-    normal as float32, round to different float32s: whether a number half-way between two, whose
-    last 29 bits are 2^28, lies between them. Conversions run at a quarter of the rate of this.
+    """Whether the float64 `low` <= `high` round to different float32 values. They must be less than
+    2^29 units in the last place apart, and normal in float32. True if between them lies the middle
+    of two neighboring float32 values, where the last 29 bits are 2^28. Conversions to float32
+    run at a quarter of the speed of this.
     """
     half: tl.constexpr = 1 << 28
     low = low.to(tl.int64, bitcast=True).to(tl.int32) + half
@@ -62,8 +77,8 @@ def _round_apart(low, high):
     return ((low ^ high) >> 29) & 1
 
 
-# Stored 4 or 2 bytes a thread: 16, which an aligned `base` brings about, want another layout, and a
-# barrier each time.
+# `base` is not specialized on alignment: threads store 4 or 2 bytes each. With 16-byte stores the
+# compiler would change the layout first, with a barrier each time.
 @triton.jit(do_not_specialize=["jobs", "count", "steps"], do_not_specialize_on_alignment=["base"])
 def dst_fill_kernel(
     jobs,
@@ -100,12 +115,13 @@ def dst_fill_kernel(
     if scales is not None:
         scale = tl.load(scales + field(job, 9, ONE))
     gain = norm * scale
-    # Above the errors of both ways to an entry: under 0.84 (16 + 2 steps) roundings in a search.
+    # A bound on the error of both ways to compute an entry; the largest found in a search was
+    # 0.84 (16 + 2 steps) roundings.
     slack = tl.abs(gain) * (16 + 4 * steps).to(tl.float64) * 1.12e-16
-    zero = tl.abs(gain) * 1e-10  # below the smallest sine but 0 of any size under 2^30
-    # What `_round_apart` asks for: 2 slack is under 2^-44.7 gain, 2^29 units of the last place of
-    # the smallest sine, which is above 2^-20.4, are 2^-44.4. Zeros, whose signs count, NaN and Inf
-    # are written sine by sine.
+    zero = tl.abs(gain) * 1e-10  # below the smallest nonzero sine of any size under 2^30
+    # The conditions of `_round_apart`: 2 slack is below 2^-44.7 gain, and 2^29 units in the last
+    # place of the smallest sine, which is above 2^-20.4, are 2^-44.4. If the gain is zero (whose
+    # sign matters), NaN or infinite, a sine is computed for every entry.
     can_tell = (n < 4194304) & (tl.abs(gain) > 1e-31) & (tl.abs(gain) < 1e300)
 
     q_chunks = tl.cdiv(q_size, BLOCK_Q * steps)
@@ -116,12 +132,12 @@ def dst_fill_kernel(
     b0 = q_begin + field(job, 6, ONE) + 1
     inside = modulo(a[:, None] * step[None, :], 2 * n)  # [BLOCK_P, BLOCK_Q]
     first, turn = (a * b0) % (2 * n), (a * BLOCK_Q) % (2 * n)
-    undecided = tl.zeros([BLOCK_P, BLOCK_Q], tl.int32)  # a bit for each block
+    undecided = tl.zeros([BLOCK_P, BLOCK_Q], tl.int32)  # one bit per block
     if EXACT or (can_tell == 0):
         undecided = tl.full([BLOCK_P, BLOCK_Q], -1, tl.int32)
     else:
         inside_sine, inside_cosine = sin_pi(inside, n), cos_pi(inside, n)
-        sine, cosine = sin_pi(first, n), cos_pi(first, n)  # [BLOCK_P], of the block's first column
+        sine, cosine = sin_pi(first, n), cos_pi(first, n)  # [BLOCK_P], at the block's first column
         turn_sine, turn_cosine = sin_pi(turn, n), cos_pi(turn, n)
         for block in range(steps):
             q = q_begin + block * BLOCK_Q + step
@@ -151,8 +167,9 @@ def dst_fill_kernel(
 def _job(
     shape: tuple[int, int], stride: tuple[int, int], size: int, offset: int = 0
 ) -> tuple[int, ...]:
-    """What a table says of a basis, but for its address and its scale's place; then its blocks
-    along p and q, and which of them is contiguous: q (0), p (1), neither (2). q is, if long.
+    """The table's row for a basis, without its address and the index of its scale. Three more
+    numbers follow: the blocks along p and along q, and the contiguous axis: q (0), p (1), neither
+    (2). The contiguous axis becomes q if it is long.
     """
     row, col = (shape[0], stride[0], offset), (shape[1], stride[1], 0)
     contiguous, other = (row, col) if stride[0] < stride[1] else (col, row)
@@ -165,7 +182,7 @@ def _job(
 
 
 def _steps(tiles: int) -> int:
-    """How many blocks a program walks along."""
+    """The number of blocks per program."""
     return min(1 << max(tiles // ENOUGH_PROGRAMS - 1, 0).bit_length(), MOST_STEPS)
 
 
@@ -193,7 +210,7 @@ def _launch(programs, table, firsts, base, scales, count, steps, dtype, group) -
 def fill_factors(
     lora_A: Sequence[torch.Tensor], lora_B: Sequence[torch.Tensor], scales: torch.Tensor
 ) -> None:
-    """A_k [rank, m] = scales[k] Φₘᵀ, B_k [n, rank] = scales[k] Φₙ, all of one dtype and device."""
+    """Write A_k [rank, m] = scales[k] Φₘᵀ and B_k [n, rank] = scales[k] Φₙ, all of one dtype."""
     device, dtype, count = lora_A[0].device, lora_A[0].dtype, len(lora_A)
 
     def row_of_a(kind: Kind) -> tuple[int, ...]:
@@ -225,7 +242,7 @@ def fill_factors(
 def dst_basis_(
     out: torch.Tensor, size: int, offset: int, scale: torch.Tensor | None = None
 ) -> None:
-    """Writes rows [offset, offset + len(out)) of the basis of `size` into `out`, of any strides."""
+    """Write rows [offset, offset + len(out)) of the basis of `size` to `out`, of any strides."""
     if not out.numel():
         return
     scales = None if scale is None else scale.reshape(1).to(torch.float64)

@@ -1,8 +1,8 @@
 """`lora::_frobenius_stats` on a GPU: weights of any shapes, dtypes and strides in one launch.
 
-Each program adds up 65536 entries in float64; the last program of a weight to arrive adds the
-weight's totals, in order whoever comes last: the same weights give the same bits. Bytes: every
-weight once.
+Each program adds up 65536 entries in float64. The last program of a weight to finish adds up the
+totals of all its programs, in a fixed order, so that equal weights give equal bits. Bytes: every
+weight is read once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,24 @@ import torch
 import triton
 import triton.language as tl
 
-from .jobs import Kind, aligned, anchor, field, find_job, first_programs, kind_of, known, slots, tensor_at, upload
+from .jobs import (
+    Kind,
+    aligned,
+    anchor,
+    field,
+    find_job,
+    first_programs,
+    kind_of,
+    known,
+    slots,
+    tensor_at,
+    upload,
+)
 
 FIELDS = tl.constexpr(8)
 CHUNK = 65536
-LANES, ROUNDS = 2048, 4  # ROUNDS loads of 16 bytes a thread are under way together
-TOTALS = 256  # programs' totals that are added at a time
+LANES, ROUNDS = 2048, 4  # ROUNDS loads of 16 bytes per thread are in flight together
+TOTALS = 256  # number of programs' totals that are added at a time
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -38,7 +50,7 @@ def _chunk_totals(
     LANES: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """Sum and sum of squares of the entries [begin, begin + CHUNK) of a weight, row by row."""
+    """Sum and sum of squares of the entries [begin, begin + CHUNK) of a weight, in row order."""
     pointer = tensor_at(base, at, DTYPE, DENSE)
     if DENSE:
         size = aligned(size, 16)
@@ -73,7 +85,7 @@ def _totals(
     LANES: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """`_chunk_totals` of a dtype that only the table knows (DTYPE_CODES)."""
+    """`_chunk_totals` for a dtype given at run time, as one of DTYPE_CODES."""
     s = tl.zeros([], tl.float64)
     q = tl.zeros([], tl.float64)
     if dtype == 0:
@@ -111,9 +123,9 @@ def stats_kernel(
     ROUNDS: tl.constexpr,
     TOTALS: tl.constexpr,
 ):
-    """partials[program] = (sum, sum of squares) of a chunk of a weight, stats[k] those of weight k.
+    """partials[program] = (sum, sum of squares) of a chunk; stats[k] = those of weight k.
 
-    `arrivals` is zero before and after.
+    `arrivals` counts the finished programs of each weight; it is zero before and after.
     """
     program = tl.program_id(0)
     ONE: tl.constexpr = firsts is None
@@ -138,14 +150,14 @@ def stats_kernel(
         s, q = _totals(dtype, base, at, begin, size, cols, rs, cs, False, CHUNK, LANES, ROUNDS)
     tl.store(partials + 2 * program, s)
     tl.store(partials + 2 * program + 1, q)
-    # Releases this program's totals, and acquires those of all who came before.
+    # Publishes this program's totals, and makes those of all earlier arrivals visible to it.
     arrived = tl.atomic_add(arrivals + k, 1, sem="acq_rel", scope="gpu")
     if arrived + 1 == end - first:
         sums = tl.zeros([TOTALS], tl.float64)
         squares = tl.zeros([TOTALS], tl.float64)
         for each in range(first, end, TOTALS):
             e = each + tl.arange(0, TOTALS)
-            # Past the L1, which may hold what these bytes were before.
+            # Bypasses the L1 cache, which may contain old values.
             sums += tl.load(partials + 2 * e, mask=e < end, other=0.0, cache_modifier=".cg")
             squares += tl.load(partials + 2 * e + 1, mask=e < end, other=0.0, cache_modifier=".cg")
         tl.store(stats + 2 * k, tl.sum(sums, 0))
@@ -154,11 +166,11 @@ def stats_kernel(
 
 
 def _job(kind: Kind) -> list[int]:
-    """What the table says of a weight, but for its address; then how many programs it takes."""
+    """The table's row for a weight, without its address; then its number of programs."""
     (n, m), (row_stride, col_stride) = kind.shape, kind.strides
     if row_stride < col_stride:
         (n, m), (row_stride, col_stride) = (m, n), (col_stride, row_stride)
-    # Contiguous, and of a size and place that vector loads can be sure of.
+    # Contiguous, with an address and a size that allow vector loads.
     dense = kind.is_aligned and col_stride == 1 and row_stride == m and n * m % 16 == 0
     dtype, programs = DTYPE_CODES[kind.dtype], -(-n * m // CHUNK)
     return [0, n * m, m, row_stride, col_stride, dtype, int(dense), programs]
@@ -166,13 +178,13 @@ def _job(kind: Kind) -> list[int]:
 
 @functools.cache
 def _idle_arrivals(device: torch.device, stream: int) -> torch.Tensor:
-    """A counter that the launches of one stream leave at zero for one another."""
+    """The counter [1] that all launches on one stream use; each leaves it at zero."""
     with torch.inference_mode(False):
         return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def _arrivals(device: torch.device) -> torch.Tensor:
-    """[1] zero. Of a graph that is being captured its own: it may run beside the stream's calls."""
+    """A counter [1] of zero; a CUDA graph gets its own, as it may run during the stream's calls."""
     if device.type != "cuda":
         return _idle_arrivals(device, 0)
     if torch.cuda.is_current_stream_capturing():
@@ -181,7 +193,7 @@ def _arrivals(device: torch.device) -> torch.Tensor:
 
 
 def frobenius_stats(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """-> [len, 2] float64: sum and sum of squares of each weight."""
+    """The sum and the sum of squares of each weight, [len, 2] in float64."""
     device, count = weights[0].device, len(weights)
     if count == 1:
         *job, programs = _job(kind_of(weights[0]))

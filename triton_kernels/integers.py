@@ -1,5 +1,5 @@
-"""Sizes of grids and blocks. Triton's own `cdiv` and `next_power_of_2` are made for kernels, and
-take 2 us where a plain integer takes a tenth of one.
+"""Integer arithmetic for the sizes of grids and blocks, on the host. Triton's `cdiv` and
+`next_power_of_2` are made for kernels and take 2 us per call; these take 0.1 us.
 """
 
 from __future__ import annotations
@@ -11,5 +11,5 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n >= 1."""
+    """The smallest power of two >= n, for n >= 1."""
     return 1 << (n - 1).bit_length()

@@ -1,10 +1,11 @@
-"""One launch for many tensors: a table of integers on the device says what each program works on.
+"""One launch for many tensors: each program finds its work in a table on the device.
 
-A table has a row of int64 a tensor; the tensors' first programs are in an array of their own,
-which every program searches. A single tensor's row is passed as arguments: no table, no copy.
+A table has one row of int64 per tensor. The index of each tensor's first program is in a separate
+array, which every program searches for its own index. For a single tensor, the row is passed as
+arguments, without a table.
 
-The host fills a table while the device waits: rows are made once for each kind of tensor (shape,
-strides, dtype) and then gathered, with no Python for each number.
+The device is idle while the host fills a table. To save time, a row is made once for each kind of
+tensor (shape, strides, dtype), and the table is gathered from these.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import torch
 import triton
 import triton.language as tl
 
-RESERVE = 65536  # integers: the tables of a whole model's start, several times
-ALIGNMENT = 2  # integers: tables begin at multiples of 16 bytes, or a kernel is compiled twice
-_reserves: list[torch.Tensor] = []  # pinned; the last is what may be used, the others are in graphs
+RESERVE = 65536  # integers; several times the tables for initializing a whole model
+ALIGNMENT = 2  # integers, 16 bytes; with other alignments kernels would be compiled again
+_reserves: list[torch.Tensor] = []  # pinned; the last is free, CUDA graphs use the others
 
 
 def upload(device: torch.device, *tables: torch.Tensor) -> list[torch.Tensor]:
-    """The int64 tables, which are on the CPU, flat on the device by one copy, which is not waited
-    for, nor in a CUDA graph's way.
+    """Copy int64 tables from the CPU to the device, flattened, in one asynchronous copy that also
+    works in a CUDA graph.
     """
     sizes = [-(-table.numel() // ALIGNMENT) * ALIGNMENT for table in tables]
     memory = _pinned(sum(sizes)) if device.type == "cuda" else _plain(sum(sizes))
@@ -38,13 +39,13 @@ def upload(device: torch.device, *tables: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _plain(count: int, **options) -> torch.Tensor:
-    # On the CPU whatever the default device is.
+    # `device` is given because the default device may be another.
     return torch.empty(count, dtype=torch.int64, device="cpu", **options)
 
 
 def _pinned(count: int) -> torch.Tensor:
-    """Pinned memory for `count` integers; while a graph is captured out of what was set apart
-    before, as nothing may be pinned then, and no part twice, as every replay reads it again.
+    """Pinned memory for `count` integers. During the capture of a CUDA graph no memory can be
+    pinned, so it is taken from a reserve made earlier, and never reused, as every replay reads it.
     """
     capturing = torch.cuda.is_current_stream_capturing()
     if not capturing:
@@ -54,7 +55,7 @@ def _pinned(count: int) -> torch.Tensor:
         return _plain(count, pin_memory=True)
     if not _reserves or len(_reserves[-1]) < count:
         raise RuntimeError(
-            "lora_kernels: too little memory was set apart for this CUDA graph; run the same call "
+            "lora_kernels: not enough memory is reserved for this CUDA graph; run the same call "
             "once before the capture (a warm-up), and capture fewer weights at a time"
         )
     left = _reserves[-1]
@@ -63,12 +64,12 @@ def _pinned(count: int) -> torch.Tensor:
 
 
 def integers(values: Iterable[int]) -> torch.Tensor:
-    """[len] int64 on the CPU, of at least one value."""
+    """At least one value as an int64 tensor [len] on the CPU."""
     return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
 class Kind(NamedTuple):
-    """What tensors have in common; `is_aligned`: they begin at multiples of 16 bytes."""
+    """The properties that decide a table's row; `is_aligned`: the address is a multiple of 16."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -77,44 +78,44 @@ class Kind(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the host knows of some tensors: their kinds, the number of each's kind, its address."""
+    """Some tensors' distinct kinds and, for each tensor, the index of its kind and its address."""
 
     kinds: list[Kind]
     which: torch.Tensor  # [len] int64
     addresses: torch.Tensor  # [len] int64
 
     def rows(self, row: Callable[[Kind], Sequence[int]]) -> torch.Tensor:
-        """[len, fields]: `row(kind)` of each, which is called once for each kind."""
+        """The table [len, fields] of `row(kind)` for each tensor; it is called once per kind."""
         rows = torch.tensor([row(k) for k in self.kinds], dtype=torch.int64, device="cpu")
         return rows[self.which]
 
 
 def kind_of(tensor: torch.Tensor) -> Kind:
-    """Of one."""
+    """The kind of one tensor."""
     is_aligned = tensor.data_ptr() % 16 == 0
     return Kind(tensor.dtype, tensor.shape, tensor.stride(), is_aligned)
 
 
 def known(tensors: Sequence[torch.Tensor]) -> Known:
-    """Of at least one."""
+    """The kinds and addresses of at least one tensor."""
     which, addresses, firsts = torch.ops.lora._tensor_kinds(tensors)
     return Known([kind_of(tensors[k]) for k in firsts], which, addresses)
 
 
 def first_programs(programs: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(each tensor's first program, the number of all), from how many each has."""
+    """(the first program of each tensor, the total), from the number of programs of each."""
     ends = programs.cumsum(0)
     return ends - programs, int(ends[-1])
 
 
 def float_bits(value: float) -> int:
-    """A float64 as it goes into a table; `to_float` reads it."""
+    """The bits of a float64 as an integer, for a table; `to_float` converts them back."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 @functools.cache
 def anchor(device: torch.device) -> tuple[torch.Tensor, int]:
-    """A uint8 tensor at a multiple of 16 and its address, which `tensor_at` counts from."""
+    """A uint8 tensor and its address, a multiple of 16, relative to which tables give addresses."""
     with torch.inference_mode(False):
         base = torch.empty(16, dtype=torch.uint8, device=device)
     return base, base.data_ptr()
@@ -127,7 +128,7 @@ def slots(count: int) -> int:
 
 @triton.jit
 def find_job(firsts, count, program, SLOTS: tl.constexpr):
-    """-> the last row whose first program is <= `program`."""
+    """The last row whose first program is <= `program`."""
     k = tl.arange(0, SLOTS)
     first = tl.load(firsts + k, mask=k < count, other=9223372036854775807)
     return tl.sum((first <= program).to(tl.int32), 0) - 1
@@ -135,7 +136,7 @@ def find_job(firsts, count, program, SLOTS: tl.constexpr):
 
 @triton.jit
 def field(job, K: tl.constexpr, ONE: tl.constexpr):
-    """Field K of a job: a row of a table or, if there is but one, a tuple of arguments."""
+    """Field K of a job, which is a row of a table or, if ONE, a tuple of arguments."""
     if ONE:
         return job[K].to(tl.int64)
     else:
@@ -144,16 +145,16 @@ def field(job, K: tl.constexpr, ONE: tl.constexpr):
 
 @triton.jit
 def aligned(x, COUNT: tl.constexpr):
-    """x, which is a multiple of COUNT, so that the compiler knows it.
+    """Tell the compiler that x is a multiple of COUNT.
 
-    Arithmetic, because `tl.multiple_of` on an argument is lost when the function is inlined.
+    By arithmetic, because `tl.multiple_of` on an argument is lost when the function is inlined.
     """
     return x // COUNT * COUNT
 
 
 @triton.jit
 def tensor_at(base, offset, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The tensor that lies `offset` bytes from `base`, a uint8 pointer at a multiple of 16."""
+    """A pointer to the tensor `offset` bytes after `base`, a uint8 pointer at a multiple of 16."""
     if ALIGNED:
         offset = aligned(offset, 16)
     return (base + offset).to(tl.pointer_type(DTYPE), bitcast=True)
@@ -161,5 +162,5 @@ def tensor_at(base, offset, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def to_float(bits):
-    """The float64 of `float_bits`."""
+    """The float64 that `float_bits` converted."""
     return bits.to(tl.float64, bitcast=True)

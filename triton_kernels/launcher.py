@@ -1,8 +1,8 @@
-"""A kernel launch whose sizes are known beforehand, without Triton's binder.
+"""Repeated launches of a kernel with the same sizes, without Triton's binder.
 
-`kernel[grid](...)` inspects every argument at every call: 25 to 50 us, three times what a decode
-kernel runs. A `Launch` does that once for each set of dtypes and alignments, and then calls the
-compiled kernel as Triton itself does.
+`kernel[grid](...)` inspects every argument at every call, which takes 25 to 50 us, three times as
+long as a decode kernel runs. A `Launch` does this once for each set of dtypes and alignments; then
+it calls the compiled kernel as Triton does.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Triton 3.6 to 3.9 launch like this, with all parameters, constants too, as the arguments. It is
-# no public interface: where it differs, every launch is an ordinary one, right but slow.
+# How Triton 3.6 to 3.9 launch a kernel, with all parameters, also constants, as arguments. This is
+# not a public interface: if it differs, all launches go through the binder, correct but slower.
 _LAUNCH = (
     "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, "
     "launch_metadata, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, "
@@ -36,15 +36,14 @@ DIRECT = _launches_as_known()
 
 
 class Launch:
-    """`kernel` over `grid`, with everything that its machine code depends on but what the tensors
-    and scalars of a call say.
+    """Launches of `kernel` on `grid` that differ only in their tensors and scalars.
 
     Args:
         kernel: a `triton.jit` function whose parameters are, in this order, tensors, sizes,
             scalars, constants.
         grid: one to three integers.
-        sizes: the integers; they are specialised on as Triton does.
-        blocks: the first tensors are passed as descriptors of these block shapes.
+        sizes: the integer arguments, on which the kernel is specialized as usual.
+        blocks: the block shapes of the first tensors, which are passed as tensor descriptors.
         constants: the `tl.constexpr` parameters, and options such as `num_warps`.
 
     """
@@ -74,15 +73,15 @@ class Launch:
         self.constants = constants
         self._grid3 = (*self.grid, 1, 1)[:3]
         self._tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
-        self._direct = DIRECT and isinstance(kernel, JITFunction)  # else it is interpreted
+        self._direct = DIRECT and isinstance(kernel, JITFunction)  # false in the interpreter
         self._compiled: dict[tuple, tuple] = {}
 
     def __call__(
         self, tensors: Sequence[torch.Tensor], scalars: Sequence[float | int] = ()
     ) -> None:
-        """Launch on the current device, where all `tensors` are, and on its current stream.
+        """Launch on the current stream of the current device, on which all `tensors` must be.
 
-        A scalar is a float, or an integer whose parameter is not specialised and fits 32 bits.
+        A scalar is a float, or a 32-bit integer whose parameter is not specialized.
         """
         if not self._direct:
             self._launch_with_binder(tensors, scalars)
@@ -135,17 +134,17 @@ class Launch:
 
     @property
     def is_direct(self) -> bool:
-        """Whether a further call with the same dtypes and alignments passes the binder by."""
+        """Whether another call with the same dtypes and alignments bypasses the binder."""
         return bool(self._compiled)
 
 
 def _is_set(hook: Any) -> bool:
-    """Whether a profiler or a user asked to see launches: an empty `HookChain` is nobody."""
+    """Whether a launch hook is set, for instance by a profiler; an empty `HookChain` is not."""
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """As `from_tensor`, whose checks passed for this shape, these strides and this alignment."""
+    """Like `from_tensor` without its checks, which passed for the same shape and strides before."""
     descriptor = object.__new__(TensorDescriptor)
     descriptor.base, descriptor.block_shape = tensor, block
     descriptor.shape, descriptor.strides = tensor.shape, tensor.stride()

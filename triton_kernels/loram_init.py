@@ -1,8 +1,8 @@
-"""`lora::_loram_init_` on a GPU: any number of weights in half a dozen launches.
+"""`lora::_loram_init_` on a GPU: any number of weights in about six launches.
 
-Two reads and one write of each weight; β never leaves the device. The one wait is for the sums of
-squares that are checked before any weight is written: for their copy, not for what was launched
-after it, which the device has while the host checks. Without the check a CUDA graph can hold all.
+Each weight is read twice and written once, and β stays on the device. The host waits once, for the
+copy of the sums of squares, which are checked before any weight is written. The work launched after
+that copy keeps the device busy meanwhile. Without the check, a CUDA graph can contain everything.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ BLOCK = 256
 
 @triton.jit(do_not_specialize=["rank", "count"])
 def scales_kernel(stats, gains, scaling, beta, coefficients, rank, count, BLOCK: tl.constexpr):
-    """From the sums of squares ‖W‖² in `stats` [count, 2] and the Q in `gains` [count]:
-    β = (‖W‖ √(Q / rank))^½ and scaling · β².
+    """Write β = (‖W‖ √(Q / rank))^½ and scaling · β² for each weight, from ‖W‖² in column 1 of
+    `stats` [count, 2] and Q in `gains` [count].
     """
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = k < count
@@ -46,10 +46,10 @@ def loram_init_(
     limit: Callable[[torch.dtype, tuple[int, int]], float],
     refuse: Callable[[list[float]], None] | None,
 ) -> None:
-    """Writes A₀ = βΦᵀ, B₀ = βΦ and β, and subtracts scaling · B₀A₀ from each weight.
+    """Write A₀ = βΦᵀ, B₀ = βΦ and β, and subtract scaling · B₀A₀ from each weight.
 
-    `stats` are the `frobenius_stats` of the weights, `gain(shape)` the Q of β² = ‖W‖ √(Q / rank).
-    `refuse` gets the sums of squares and may raise, if one is not in (0, limit(dtype, shape)].
+    `stats` are the weights' `frobenius_stats`, `gain(shape)` is Q in β² = ‖W‖ √(Q / rank). If a sum
+    of squares is not in (0, limit(dtype, shape)], `refuse` is called with all sums and may raise.
     """
     device, count = beta.device, len(weights)
     if refuse is not None:
@@ -70,7 +70,7 @@ def loram_init_(
         enable_fp_fusion=False,
     )
     subtraction = Subtraction(weights, rank, tensors)
-    # One call a dtype: the factors' follow the weights'.
+    # One call per dtype of the factors.
     dtypes = [factor.dtype for factor in lora_A]
     for dtype in dict.fromkeys(dtypes):
         if dtypes.count(dtype) == count:
@@ -79,7 +79,7 @@ def loram_init_(
         members = [k for k in range(count) if dtypes[k] == dtype]
         scales = torch.stack([beta[k] for k in members])
         fill_factors([lora_A[k] for k in members], [lora_B[k] for k in members], scales)
-    if refuse is not None:  # last, while the device has all of this to do
+    if refuse is not None:  # as late as possible, while the device does the work above
         limits = [limit(kind.dtype, kind.shape) for kind in tensors.kinds]
         limits = torch.tensor(limits, dtype=torch.float64, device="cpu")[tensors.which]
         sums = sums.get()[:, 1]
@@ -89,7 +89,7 @@ def loram_init_(
 
 
 class _Awaited:
-    """A tensor on its way to the host, in line behind what computes it."""
+    """An asynchronous copy of a tensor to the host."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._copy, self._event = tensor, None
@@ -100,7 +100,7 @@ class _Awaited:
             self._event.record(torch.cuda.current_stream(tensor.device))
 
     def get(self) -> torch.Tensor:
-        """Waits for it, and not for what was launched since."""
+        """Wait for the copy, but not for work launched after it."""
         if self._event is not None:
             self._event.synchronize()
         return self._copy

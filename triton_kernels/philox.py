@@ -1,4 +1,4 @@
-"""The dropout mask from (row, column, seed), as `lora_kernels.ops.philox` draws it."""
+"""The dropout mask as a function of (row, column, seed), as in `lora_kernels.ops.philox`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BLOCK_ROWS, BLOCK_COLS = 16, 256
 
 @triton.jit
 def drop(x, seed, row, col_begin, threshold, keep_scale, COLS: tl.constexpr):
-    """x [ROWS, COLS] with its elements dropped or times `keep_scale`, rounded to x's dtype.
+    """x [ROWS, COLS] with each element set to zero or multiplied by `keep_scale`, in x's dtype.
 
-    `row` [ROWS] are the elements' rows, their columns begin at `col_begin`, a multiple of 4.
+    `row` [ROWS] are the row indices; the columns begin at `col_begin`, a multiple of 4.
     """
     quad = col_begin // 4 + tl.arange(0, COLS // 4)  # four columns share a counter
     zero = tl.zeros([x.shape[0], COLS // 4], tl.uint32)
@@ -57,20 +57,21 @@ def dropout_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def mask_arguments(p: float) -> tuple[int, float]:
-    """The largest dropped word + 1, and what the kept elements are multiplied with.
+    """(threshold, factor): elements whose random word is below the threshold are dropped, the
+    others are multiplied by the factor.
 
-    The word as the int32 of the same bits: from 2^31 on, p >= 0.5, Triton would take it for an
-    int64 and compile the kernel a second time.
+    The threshold is an int32 with the same bits: from 2^31 on (p >= 0.5), Triton would take it for
+    an int64 and compile the kernel a second time.
     """
     keep_scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
-    # As float32, which a kernel's float argument is.
+    # Rounded to float32, the type of a kernel's float argument.
     (keep_scale,) = struct.unpack("f", struct.pack("f", keep_scale))
     (word,) = struct.unpack("i", struct.pack("I", min(int(p * 2**32), 2**32 - 1)))
     return word, keep_scale
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """The rows x [M, K] with the mask of `seed` applied."""
+    """Dropout of x [M, K] with the mask of `seed`."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, cols = x.shape

@@ -1,4 +1,4 @@
-"""Sines of rational multiples of π from exact integers, with the bits of every other backend."""
+"""Sines of rational multiples of π from exact integers, bit for bit as in the other backends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import triton.language as tl
 def sin_pi(p, n):
     """sin(π p / n) in float64 for int64 p in [0, 2n), n <= 2^61.
 
-    The polynomials of `lora_kernels.ops.dst_basis` in the same order. Launch with
-    `enable_fp_fusion=False`: a fused multiply-add would round once where the others round twice.
+    The polynomials are those of `lora_kernels.ops.dst_basis`, in the same order. Launch with
+    `enable_fp_fusion=False`: a fused multiply-add rounds once where the other backends round twice.
     """
     negative = p > n
     p = tl.where(negative, p - n, p)
@@ -45,7 +45,7 @@ def sin_pi(p, n):
 
 @triton.jit
 def modulo(x, n):
-    """Remainder of x / n for int64 0 <= x < 2^52, in a tenth of the instructions of `%`."""
+    """x mod n for int64 0 <= x < 2^52, with a tenth of the instructions of `%`."""
     r = x - (x.to(tl.float64) / n.to(tl.float64)).to(tl.int64) * n
     r = tl.where(r < 0, r + n, r)
     return tl.where(r >= n, r - n, r)

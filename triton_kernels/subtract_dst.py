@@ -1,11 +1,11 @@
 """`lora::_subtract_dst_` on a GPU, for one weight or for those of a whole model.
 
-The entries of ΦₙΦₘᵀ by the Christoffel–Darboux identity, as `csrc/cpu/subtract_dst.cpp` has it:
+Computes the entries of ΦₙΦₘᵀ by the Christoffel–Darboux identity, like `csrc/cpu/subtract_dst.cpp`:
   Σₖ sin(ka) sin(kb) = [sin((r+1)a) sin(rb) − sin(ra) sin((r+1)b)] / (2 (cos a − cos b)).
-Numerator and denominator cancel near a = b, so they are float64: six float64 operations an entry at
-any rank, with the reciprocal from float32 and one Newton step. The column whose angle is nearest to
-the row's takes a value of its own, from the Dirichlet form on exact integers.
-Bytes: a reading and a writing of W; the tables, 24 bytes a row and column, stay in the caches.
+Numerator and denominator cancel near a = b, so they are computed in float64: six float64 operations
+per entry at any rank, with a reciprocal from float32 and one Newton step. In each row, the column
+with the nearest angle gets a value computed separately, by Dirichlet kernels of exact integers.
+Bytes: W is read and written once; the tables, 24 bytes per row and column, stay in the caches.
 """
 
 from __future__ import annotations
@@ -19,21 +19,37 @@ import triton
 import triton.language as tl
 
 from .dst_basis import TRITON_DTYPES, dst_basis_
-from .jobs import Kind, Known, aligned, anchor, field, find_job, first_programs, float_bits, integers, kind_of, slots, tensor_at, to_float, upload
+from .jobs import (
+    Kind,
+    Known,
+    aligned,
+    anchor,
+    field,
+    find_job,
+    first_programs,
+    float_bits,
+    integers,
+    kind_of,
+    slots,
+    tensor_at,
+    to_float,
+    upload,
+)
 from .sine import cos_pi, sin_pi
 
 AXIS_FIELDS = tl.constexpr(7)
 FIELDS = tl.constexpr(11)
 AXIS_BLOCK = 128
 BLOCK_COLS, GROUP, STAGES = 512, 4, 4
-# Rows of a program: it reads 24 bytes a column first, 12 KB; of a single weight enough programs.
+# Rows per program. Many, as it first reads 24 bytes per column, 12 KB; few, if there would be too
+# few programs otherwise.
 FEW_ROWS, MANY_ROWS = 32, 128
 ENOUGH_PROGRAMS = 4096
 FLOAT64_ROWS = 1024  # rows of Φ in memory at a time, for float64 weights
 
 
 class Placement(NamedTuple):
-    """Where a tensor lies in the whole (perhaps sharded) weight."""
+    """The position of a tensor in the whole weight, of which it may be a shard."""
 
     global_rows: int
     global_cols: int
@@ -41,13 +57,13 @@ class Placement(NamedTuple):
     col_offset: int = 0
 
     def transposed(self) -> Placement:
-        """Of the transposed tensor."""
+        """The position of the transposed tensor in the transposed weight."""
         return Placement(self.global_cols, self.global_rows, self.col_offset, self.row_offset)
 
 
 @triton.jit
 def _axis(axis, K: tl.constexpr, ONE: tl.constexpr):
-    """Field K of an axis; of one weight both axes are arguments, for a row of programs each."""
+    """Field K of an axis. If ONE, `axis` has the fields of both axes of one weight."""
     value = field(axis, K, ONE)
     if ONE:
         value = tl.where(tl.program_id(1) == 0, value, field(axis, K + AXIS_FIELDS, ONE))
@@ -56,8 +72,9 @@ def _axis(axis, K: tl.constexpr, ONE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["axes"])
 def axis_tables_kernel(tables, axes, ONE: tl.constexpr, BLOCK: tl.constexpr):
-    """For an axis of `size` at a = (i+1)π/(size+1): low = sin(ra), high = sin((r+1)a), cos a; then
-    the index on the other axis whose angle is nearest, and Σₖ sin(ka) sin(kb) there.
+    """Five values for each index i of an axis, with a = (i+1)π/(size+1): low = sin(ra),
+    high = sin((r+1)a), cos a, the index on the other axis whose angle b is nearest, and
+    Σₖ sin(ka) sin(kb) for that b.
     """
     axis = axes
     if not ONE:
@@ -72,10 +89,10 @@ def axis_tables_kernel(tables, axes, ONE: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + k, sin_pi((rank * i) % (2 * n), n), mask=mask)
     tl.store(out + length + k, sin_pi(((rank + 1) * i) % (2 * n), n), mask=mask)
     tl.store(out + 2 * length + k, cos_pi(i, n), mask=mask)
-    j = (2 * i * m + n) // (2 * n)  # rounded i m / n
+    j = (2 * i * m + n) // (2 * n)  # i m / n, rounded
     tl.store(out + 3 * length + k, (j - 1 - other_offset).to(tl.float64), mask=mask)
-    # u = (a − b) / 2 = π t / (2nm) exactly; v = (a + b) / 2 = a − u, so that no product here
-    # passes 2^62.
+    # u = (a − b) / 2 = π t / (2nm) exactly. v = (a + b) / 2 is computed as a − u, so that no
+    # product here exceeds 2^62.
     q = 2 * rank + 1
     t = i * m - j * n
     phase = (q * tl.abs(t)) % (4 * n * m)
@@ -107,7 +124,7 @@ def subtract_kernel(
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program takes `groups` times GROUP rows of BLOCK_COLS columns."""
+    """A program takes `groups` groups of GROUP rows, of BLOCK_COLS columns each."""
     chunk = tl.program_id(0)
     ONE: tl.constexpr = firsts is None
     job = jobs
@@ -148,8 +165,9 @@ def subtract_kernel(
         where = i[:, None] * row_stride + j[None, :] * col_stride  # [GROUP, BLOCK_COLS]
         mask = in_rows[:, None] & in_cols[None, :]
         before = tl.load(weight + where, mask=mask, other=0.0)
-        # A float32 reciprocal of the difference, as exact as float32 (the cosines come in two
-        # halves), doubled in digits by a Newton step: conversions cost four float64 operations.
+        # A float32 reciprocal of the difference, accurate to float32 because the cosines are split
+        # into two floats; a Newton step doubles the digits. Converting the difference from float64
+        # to float32 would cost four float64 operations.
         rough = (coarse_i[:, None] - coarse_j[None, :]) + (fine_i[:, None] - fine_j[None, :])
         is_nearest = j[None, :] == nearest[:, None]
         inverse = (1.0 / tl.where(is_nearest, 1.0, rough)).to(tl.float64)
@@ -163,14 +181,14 @@ def subtract_kernel(
 
 
 class Subtraction:
-    """W_k −= coefficients[k] · ΦₙΦₘᵀ, or the part of it that a weight sees, in two steps.
+    """W_k −= coefficients[k] · ΦₙΦₘᵀ, or the corresponding part for a shard, in two steps.
 
-    Making one has the tables of sines computed. `run` then writes the weights, all of one dtype and
-    layout in one launch.
+    The constructor launches the computation of the tables of sines. `run` then changes the weights,
+    with one launch per dtype and layout.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], rank: int, tensors: Known) -> None:
-        """Of whole weights, of which `tensors` are `known`."""
+        """For whole weights; `tensors` is `known(weights)`."""
         self.rank = rank
         self.products: list[tuple[int, torch.Tensor, Placement]] = []
         self.launches: list[_Launch] = []
@@ -185,7 +203,7 @@ class Subtraction:
 
     @classmethod
     def of_one(cls, weight: torch.Tensor, rank: int, place: Placement) -> Subtraction:
-        """Of one weight, which may be part of a larger one. No tables: arguments."""
+        """For one weight, which may be a shard. It is described by arguments instead of a table."""
         self = cls.__new__(cls)
         self.rank, self.products, self.launches = rank, [], []
         if weight.dtype == torch.float64:
@@ -207,7 +225,9 @@ class Subtraction:
         self.launches.append(_Launch(dtype, vector, programs, job, None, weight, 1, groups))
 
     def _prepare(self, device: torch.device, tensors: Known) -> None:
-        axes: dict[tuple[int, ...], int] = {}  # (length, offset, size, other, its offset) -> place
+        axes: dict[
+            tuple[int, ...], int
+        ] = {}  # (length, offset, size, other size, other offset) -> place in the tables
         groups: dict[tuple[torch.dtype, int], int] = {}
         end = 0
 
@@ -257,7 +277,7 @@ class Subtraction:
         )
 
     def run(self, coefficients: torch.Tensor) -> None:
-        """`coefficients` [len] are float64, on the device."""
+        """Subtract; `coefficients` [len] are float64 on the device."""
         for k, weight, place in self.products:
             _subtract_product(weight, coefficients[k], self.rank, place)
         for each in self.launches:
@@ -275,13 +295,13 @@ class Subtraction:
                 BLOCK_COLS=BLOCK_COLS,
                 GROUP=_group(each.vector),
                 STAGES=STAGES,
-                maxnreg=None if each.vector else 168,  # left to itself, ptxas spills for sm_80
+                maxnreg=None if each.vector else 168,  # by default ptxas spills for sm_80
                 enable_fp_fusion=True,
             )
 
 
 class _Launch(NamedTuple):
-    """What `subtract_kernel` is launched with."""
+    """The arguments of one launch of `subtract_kernel`."""
 
     dtype: torch.dtype
     vector: int
@@ -294,18 +314,19 @@ class _Launch(NamedTuple):
 
 
 def _group(vector: int) -> int:
-    """Rows of a program's step."""
-    return GROUP if vector else GROUP // 2  # or registers spill
+    """The number of rows that a program loads at a time."""
+    return GROUP if vector else GROUP // 2  # with GROUP, registers would spill
 
 
 def _rows_a_program(few: int) -> int:
-    """`few`: the number of programs if each took FEW_ROWS."""
+    """The rows per program; `few` is the number of programs with FEW_ROWS each."""
     return MANY_ROWS if few >= ENOUGH_PROGRAMS * MANY_ROWS // FEW_ROWS else FEW_ROWS
 
 
 def _job(kind: Kind, place: Placement) -> tuple:
-    """Both axes, what the table says of a weight or its transpose (but for its address, its axes'
-    tables and its coefficient's place; then its blocks of columns), and entries in 16 bytes.
+    """(row axis, column axis, job, entries per 16-byte access or 0) of a weight or its transpose.
+    The job has zeros for the address, the places of the axes' tables and the coefficient's index;
+    its last field is the number of blocks of columns.
     """
     _, shape, stride, is_aligned = kind
     if stride[0] < stride[1]:
@@ -313,7 +334,7 @@ def _job(kind: Kind, place: Placement) -> tuple:
     rows, cols = shape
     n, m, i, j = place.global_rows, place.global_cols, place.row_offset, place.col_offset
     norm = float_bits(2.0 / math.sqrt((n + 1) * (m + 1)))
-    # What the compiler needs for 16-byte accesses: every row begins and ends at a multiple of that.
+    # For 16-byte accesses, every row must begin and end at a multiple of 16 bytes.
     count = 16 // kind.dtype.itemsize
     fits = is_aligned and stride[1] == 1 and stride[0] % count == 0 and cols % count == 0
     job = [0, rows, cols, *stride, 0, 0, norm, 0, -(-cols // BLOCK_COLS)]
@@ -323,7 +344,7 @@ def _job(kind: Kind, place: Placement) -> tuple:
 def _subtract_product(
     weight: torch.Tensor, coefficient: torch.Tensor, rank: int, place: Placement
 ) -> None:
-    """Float64 weights want float64 corrections, whose digits only the product has near a = b."""
+    """For float64 weights, by a product: the identity loses float64 digits near a = b."""
     rows, cols = weight.shape
     options = {"dtype": torch.float64, "device": weight.device}
     right = torch.empty(cols, rank, **options)
@@ -344,6 +365,6 @@ def subtract_dst_(
     row_offset: int,
     col_offset: int,
 ) -> None:
-    """W −= coefficient · the part of ΦₙΦₘᵀ that starts at the offsets."""
+    """W −= coefficient · the part of ΦₙΦₘᵀ that begins at the offsets."""
     place = Placement(global_rows, global_cols, row_offset, col_offset)
     Subtraction.of_one(weight, rank, place).run(coefficient.reshape(1).to(torch.float64))

@@ -1,1 +1,1 @@
-"""One call on a machine with a GPU: `make gpu` and `make gpu-again`. Standard library only."""
+"""`make gpu` and `make gpu-again`: everything to do on a GPU in one call. Standard library only."""

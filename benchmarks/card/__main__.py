@@ -1,7 +1,7 @@
-"""Builds, tests and measures on a GPU: `python -m benchmarks.card first|again --out DIR`.
+"""Build, test and measure on a GPU: `python -m benchmarks.card first|again --out DIR`.
 
-Parts run in the order of their worth, each with a limit; none stops another. DIR has at most eight
-files, packed again every few seconds: what a run that is killed had found by then is in it.
+The most important parts run first. Each has a time limit, and none stops the others. DIR gets at
+most eight files, which are rewritten every few seconds, so that a killed run leaves its results.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.card", description=__doc__)
     parser.add_argument("call", choices=CALLS)
-    parser.add_argument("--out", type=Path, required=True, help="the folder for what is found")
-    parser.add_argument("--minutes", type=float, help="for the whole call (first 9, again 5)")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only")
-    parser.add_argument("--tests", type=Path, help="again: a file of test ids, one a line")
-    parser.add_argument("--python", default=sys.executable, help="the Python with a CUDA torch")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--minutes", type=float, help="limit for the whole call (first 9, again 5)")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="run only these parts")
+    parser.add_argument("--tests", type=Path, help="again: a file with one test id per line")
     parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks/results", help="the benchmarks' folder"
+        "--python", default=sys.executable, help="a Python with a CUDA build of torch"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks/results", help="folder of the results"
     )
     options = parser.parse_args(argv)
     names = CALLS[options.call].names
@@ -43,9 +44,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 if every part that could run passed, else 1."""
+    """Return 0 if every part that could run passed, else 1."""
     options = parse(argv)
-    # What ends a run by SIGTERM, as `timeout` does, sees the parts stopped and the table printed.
+    # After a SIGTERM, for instance from `timeout`, stop the parts and print the table.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
     work = Path(tempfile.mkdtemp(prefix="card-"))
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     status = 1
     try:
         for stage in definition.stages:
-            # All parts want the facts: where results go, whether tests can run in parallel.
+            # All parts need the facts: where results go, whether tests can run in parallel.
             only = {*options.only, "facts"} if options.only else definition.names
             wanted = [part for part in stage if part.name in only]
             runner.run_stage(wanted)

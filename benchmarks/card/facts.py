@@ -1,4 +1,4 @@
-"""One line: the card, the driver, the versions, where CUDA is. And the same as a JSON file."""
+"""The GPU, the driver, the versions and the place of CUDA, on one line and in a JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.card.names import slug
 
 
 def card() -> str:
-    """Name, memory and driver, of the tool that needs no torch."""
+    """Name, memory and driver from nvidia-smi, which needs no torch."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=15)
@@ -26,7 +26,7 @@ def card() -> str:
 
 
 def version(name: str) -> str:
-    """Of a module, or why there is none."""
+    """The version of a module, or the error of its import."""
     try:
         return importlib.import_module(name).__version__
     except Exception as error:
@@ -34,7 +34,7 @@ def version(name: str) -> str:
 
 
 def main(path: Path) -> int:
-    """0 if torch sees a CUDA GPU."""
+    """Return 0 if torch finds a CUDA GPU."""
     known = {
         "card": card(),
         "python": platform.python_version(),

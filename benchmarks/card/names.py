@@ -1,4 +1,4 @@
-"""The name of a folder of results."""
+"""The name of a GPU's folder of results."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What a call brings home: five files, each written beside its place and then put there.
+"""The output of a call, in five files that are each replaced in one step.
 
 report.txt   the table
-run.json     the same for a program
-failed.txt   the ids of the tests that failed: TESTS of the next call
-logs.tar.gz  what every part printed
-results.tar  the benchmarks' files: `tar xf` in the repository puts them where they belong
+run.json     the same for programs
+failed.txt   the ids of the failed tests, which `make gpu-again` takes as TESTS
+logs.tar.gz  the output of every part
+results.tar  the benchmarks' files; extract it in the root of the repository
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 EVERY = 5.0  # seconds
-LONGEST = 2**20  # bytes of a log; of a longer one the middle is left out
+LONGEST = 2**20  # bytes; the middle of a longer log is omitted
 
 
 class Pack:
-    """Collects `work`'s logs, and what is new in `results`, in `out`."""
+    """Packs the logs in `work` and the new files in `results` into `out`."""
 
     def __init__(self, out: Path, work: Path, results: Path) -> None:
         self.out, self.work, self.results = out, work, results
@@ -36,16 +36,16 @@ class Pack:
     def refresh(
         self, outcomes: Sequence, failing: Callable[[], list[str]], *, at_once: bool = False
     ) -> None:
-        """Packs if it is time to."""
+        """Pack if the last time was `EVERY` seconds ago, or `at_once`."""
         if at_once or time.monotonic() >= self._next:
             try:
                 self.write(None, outcomes, failing())
-            except OSError as error:  # a full disk, say: the parts go on
+            except OSError as error:  # for instance a full disk; the parts continue
                 print(f"not packed: {error}", flush=True)
             self._next = time.monotonic() + EVERY
 
     def write(self, text: str | None, outcomes: Sequence, failing: Sequence[str]) -> None:
-        """All files, as they are known now; `text` is the final table."""
+        """Write all files; `text` is the final table, or None before the end."""
         rows = [asdict(outcome) for outcome in outcomes]
         if text is None:
             text = "not finished\n" + "".join(f"{o.part}: {o.result}; {o.said}\n" for o in outcomes)
@@ -65,7 +65,7 @@ class Pack:
         }
 
     def _put(self, name: str, content: bytes) -> None:
-        """A reader finds the old file or the new one, never a part of it."""
+        """Replace a file in one step; a reader finds the old content or the new."""
         path, beside = self.out / name, self.out / f".packing-{name}"
         if path.is_file() and path.read_bytes() == content:
             return
@@ -74,7 +74,7 @@ class Pack:
 
 
 def read_facts(work: Path) -> dict:
-    """What `benchmarks.card.facts` wrote; nothing if it was stopped before it had."""
+    """The facts that `benchmarks.card.facts` wrote; empty if it has not finished."""
     try:
         return json.loads((work / "facts.json").read_text())
     except (OSError, ValueError):
@@ -82,13 +82,13 @@ def read_facts(work: Path) -> dict:
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
-    """Another one once a file has been written again."""
+    """A value that changes when a file is written again."""
     status = path.stat()
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def clipped(path: Path) -> bytes:
-    """A log's beginning and its end."""
+    """A log; of a long one, its beginning and its end."""
     content = path.read_bytes()
     if len(content) <= LONGEST:
         return content
@@ -96,7 +96,7 @@ def clipped(path: Path) -> bytes:
 
 
 def tar(files: dict[str, bytes]) -> bytes:
-    """Of files in memory; the time is left out, so that equal files are equal tars."""
+    """A tar archive of files in memory, without times, so that equal files give equal archives."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, content in files.items():

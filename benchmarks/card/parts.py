@@ -1,4 +1,4 @@
-"""The parts of both calls: what runs, for how long, and what runs beside it."""
+"""The parts of both calls: their commands, their time limits, and which run at the same time."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 from benchmarks.card.pack import read_facts
 
-# Tests that never touch the device, or want packages and files that such a machine lacks.
+# Tests that do not use the GPU, or need packages and files that a GPU machine may lack.
 ELSEWHERE = ("csrc", "peft", "files", "triton_kernels")
 AHEAD = "tests/triton_kernels/test_aot.py"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
-# What the bench needs after its last figure: the CSV, the picture, the end of the process.
+# Seconds that a benchmark needs after its last measurement, for the CSV file and the plot.
 CLOSING = 10.0
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the parts' commands are made of."""
+    """The values from which the commands of the parts are made."""
 
     python: str
     work: Path
@@ -30,21 +30,21 @@ class Call:
 
     @property
     def workers(self) -> int:
-        """For pytest-xdist: 12 of 16."""
+        """The number of pytest-xdist's workers: 12 on 16 cores."""
         return max(2, min(12, 3 * self.cpus // 4))
 
     @cached_property
     def facts(self) -> dict:
-        """What `benchmarks.card.facts` found, once it has run."""
+        """The facts from `benchmarks.card.facts`; the part `facts` has to run first."""
         return read_facts(self.work)
 
     @property
     def folder(self) -> Path:
-        """Of this card's results."""
+        """The folder of this GPU's results."""
         return self.results / self.facts.get("slug", "unknown-gpu")
 
     def headline(self) -> list[dict[str, str]]:
-        """The rows of headline.csv; none before the first part of the bench has ended."""
+        """The rows of headline.csv; none before the first benchmark has ended."""
         path = self.folder / "headline.csv"
         if not path.is_file():
             return []
@@ -52,17 +52,17 @@ class Call:
             return list(csv.DictReader(file))
 
     def pytest(self, *arguments: str, workers: int = 0) -> list[str]:
-        """A run that notes every test (`pytest_ids`), in workers where xdist is installed."""
+        """A pytest command that records every test; parallel if xdist is installed."""
         command = [self.python, "-m", "pytest", "-p", "benchmarks.card.pytest_ids", "-q", "-rfE"]
         command += ["--tb=short", "--durations=10", "-p", "no:cacheprovider"]
-        # The extension may still be in the making: pyproject.toml turns this warning into an error.
+        # The extension may not be built yet, and pyproject.toml turns this warning into an error.
         command += ["-W", "ignore:lora_kernels runs without its compiled:RuntimeWarning"]
         if self.facts.get("xdist"):
-            # Not --dist loadgroup: with it a run hangs once a worker has crashed (xdist 3.8).
+            # Not --dist loadgroup, with which a run hangs after a worker has crashed (xdist 3.8).
             parallel = ["-n", str(workers), "--dist", "load"]
             command += parallel if workers > 1 else ["-p", "no:xdist"]
             if workers > 1 and self.facts.get("pytest_timeout"):
-                # A kernel that hangs takes its worker with it, and xdist starts another.
+                # A kernel that hangs ends its worker, and xdist starts another.
                 command += ["--timeout", "75", "--timeout-method", "thread"]
         return [*command, *arguments]
 
@@ -72,25 +72,25 @@ Command = Callable[[Call, float], "list[str] | None"]
 
 @dataclass(frozen=True)
 class Part:
-    """`limit` is in seconds, of a call that takes the minutes it is meant to."""
+    """One part; `limit` is in seconds, for a call with the default number of minutes."""
 
     name: str
     limit: float
-    command: Command  # of the call and of the seconds that it has; None: nothing to do
+    command: Command  # takes the call and the seconds available; None means nothing to do
     environment: dict[str, str] = field(default_factory=dict)
-    needs: str = ""  # a program
+    needs: str = ""  # the name of a program
 
 
 @dataclass(frozen=True)
 class Definition:
-    """Stages follow each other; the parts of a stage run side by side."""
+    """One call. Its stages run one after another; the parts of a stage run at the same time."""
 
     minutes: float
     stages: tuple[tuple[Part, ...], ...]
 
     @property
     def names(self) -> list[str]:
-        """Of all parts."""
+        """The names of all parts."""
         return [part.name for stage in self.stages for part in stage]
 
 
@@ -99,22 +99,23 @@ ONE_THREAD = {
     "MKL_NUM_THREADS": "1",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
-# torch's cache hides the ends of tensors; measuring which way is fastest takes long.
+# torch's caching allocator would hide accesses past the end of a tensor, and measuring which
+# variant of a kernel is fastest takes long under a sanitizer.
 SANITIZED = {**ONE_THREAD, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "LORA_KERNELS_TUNE": "0"}
 
 
 def facts(call: Call, seconds: float) -> list[str]:
-    """The card, the versions."""
+    """Find the GPU and the versions."""
     return [call.python, "-m", "benchmarks.card.facts", str(call.work / "facts.json")]
 
 
 def build(call: Call, seconds: float) -> list[str]:
-    """In place; fails where CUDA is not found."""
+    """Build the extension in place; an error if CUDA is not found."""
     return [call.python, "setup.py", "--quiet", "build_ext", "--inplace"]
 
 
 def on_cuda(which: str) -> Command:
-    """The tests whose parameters name the device."""
+    """The tests selected by `-k which`, outside `ELSEWHERE`."""
 
     def command(call: Call, seconds: float) -> list[str]:
         ignored = [f"--ignore=tests/{name}" for name in ELSEWHERE]
@@ -124,22 +125,22 @@ def on_cuda(which: str) -> Command:
 
 
 def kernels(call: Call, seconds: float) -> list[str]:
-    """The Triton kernels' own tests."""
+    """The tests of the Triton kernels."""
     return call.pytest(f"--ignore={AHEAD}", "tests/triton_kernels", workers=call.workers)
 
 
 def ahead_of_time(call: Call, seconds: float) -> list[str]:
-    """In one process: its tests share what a fixture compiles."""
+    """The ahead-of-time tests, in one process because they share a fixture that compiles."""
     return call.pytest(AHEAD)
 
 
 def sanitize(tool: str, *selected: str) -> Command:
-    """Tests that are small enough, under one tool of compute-sanitizer."""
+    """The tests marked `sanitize`, under one tool of compute-sanitizer."""
 
     def command(call: Call, seconds: float) -> list[str]:
         sanitizer = ["compute-sanitizer", "--target-processes", "application-only"]  # not ptxas
         sanitizer += ["--tool", tool, "--error-exitcode", "86"]
-        # Calls that torch makes to see whether they fail are no errors of a kernel.
+        # torch makes some calls only to see whether they fail; those are not errors of a kernel.
         sanitizer += ["--report-api-errors", "no"] if tool == "memcheck" else []
         return [*sanitizer, *call.pytest("-m", "sanitize", *selected)]
 
@@ -147,7 +148,7 @@ def sanitize(tool: str, *selected: str) -> Command:
 
 
 def bench(section: str) -> Command:
-    """One section, told to end before it is stopped."""
+    """One part of `benchmarks.gpu`, which is told to end before its limit."""
 
     def command(call: Call, seconds: float) -> list[str]:
         minutes = max(seconds - CLOSING, seconds / 2) / 60
@@ -158,12 +159,12 @@ def bench(section: str) -> Command:
 
 
 def named_tests(call: Call, seconds: float) -> list[str] | None:
-    """Those of the file TESTS."""
+    """The tests named in the file TESTS."""
     return call.pytest(*call.tests, workers=call.workers) if call.tests else None
 
 
 def profile(call: Call, seconds: float) -> list[str]:
-    """Hardware counters of six kernels; the clocks stay as they are."""
+    """Hardware counters of six kernels, without changing the GPU's clocks."""
     call.folder.mkdir(parents=True, exist_ok=True)
     ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
     ncu += [word for name in SECTIONS for word in ("--section", name)]

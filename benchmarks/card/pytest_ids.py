@@ -1,5 +1,6 @@
-"""A plugin that writes down every test as it begins, ends and fails, so that a run that is killed
-leaves their names: `-p benchmarks.card.pytest_ids`, and the file's path in CARD_IDS.
+"""A pytest plugin that records every test that begins, ends or fails, in case the run is killed.
+
+Use `-p benchmarks.card.pytest_ids`, with the path of the file to write in CARD_IDS.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import pytest
 
 
 def note(event: str, test: str) -> None:
-    """One line, in the file as soon as it is known."""
+    """Append one line to the file at once."""
     if path := os.environ.get("CARD_IDS"):
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(f"{event}\t{test}\n")
 
 
 class Notes:
-    """Of the process that collects the reports: the workers' own are not written twice."""
+    """Registered only in the process that collects the reports of all workers."""
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         note("begin", nodeid)

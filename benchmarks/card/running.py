@@ -1,4 +1,4 @@
-"""Runs the parts of a stage side by side, each in a process group of its own with a limit."""
+"""Run the parts of a stage at the same time, each in its own process group with a time limit."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from benchmarks.card.pack import Pack
 from benchmarks.card.parts import Call, Part
 
 POLL = 0.1
-GRACE = 4.0  # seconds after SIGINT, in which pytest says what it had
-ENDING = 12.0  # seconds that are kept for the last pack and the table
-LEAST = 8.0  # a part that would have less is not begun
+GRACE = 4.0  # seconds from SIGINT to SIGKILL, in which pytest prints its summary
+ENDING = 12.0  # seconds reserved for the last packing and the table
+LEAST = 8.0  # seconds; a part that would have less is not started
 HEARTBEAT = 20.0
 
 
 @dataclass
 class Outcome:
-    """A part's line in the table."""
+    """The row of a part in the table."""
 
     part: str
     result: str
@@ -35,7 +35,7 @@ class Outcome:
 
 @dataclass
 class Running:
-    """A part's process; `limit` is a time of the monotonic clock."""
+    """The process of a part; `begin`, `limit` and `stopping` are times of the monotonic clock."""
 
     part: Part
     process: subprocess.Popen
@@ -47,7 +47,7 @@ class Running:
 
 
 class Runner:
-    """`outcomes` has a line for every part that has ended."""
+    """Runs parts; `outcomes` has a row for every part that has ended."""
 
     def __init__(self, call: Call, pack: Pack, root: Path, minutes: float, meant: float) -> None:
         self.call, self.pack, self.root = call, pack, root
@@ -60,11 +60,11 @@ class Runner:
 
     @property
     def failed(self) -> bool:
-        """Whether a part did not pass."""
+        """Whether any part failed."""
         return not all(outcome.good for outcome in self.outcomes)
 
     def run_stage(self, parts: list[Part]) -> None:
-        """Returns when all have ended."""
+        """Run parts at the same time, until all have ended."""
         for part in parts:
             self._start(part)
         while self._running:
@@ -76,7 +76,7 @@ class Runner:
         self.pack.refresh(self.outcomes, self.failing_tests, at_once=True)
 
     def stop(self) -> None:
-        """Ends what runs."""
+        """Kill all running parts."""
         for running in self._running:
             self._signal(running, signal.SIGKILL)
             running.process.wait()
@@ -84,7 +84,7 @@ class Runner:
         self._running.clear()
 
     def failing_tests(self) -> list[str]:
-        """What failed, and what was running when its part was stopped; in order, each once."""
+        """The tests that failed or were running when their part was stopped, without duplicates."""
         found: dict[str, None] = {}
         for path in sorted(self.call.work.glob("*.ids"), key=lambda p: p.stat().st_mtime):
             running: dict[str, None] = {}
@@ -116,7 +116,7 @@ class Runner:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
             try:
-                # A group, no session: what starts such calls can still find all its processes.
+                # A process group, not a session, so that the caller can still find all processes.
                 process = subprocess.Popen(
                     command, cwd=self.root, env=environment, stdin=subprocess.DEVNULL,
                     stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,
@@ -127,7 +127,7 @@ class Runner:
         self._running.append(Running(part, process, now, now + seconds, log, ids))
 
     def _command(self, part: Part, seconds: float) -> list[str] | Outcome:
-        """Or why it does not run."""
+        """The command of a part, or the reason why it does not run."""
         if part.needs and shutil.which(part.needs) is None:
             return Outcome(part.name, f"not run: no {part.needs} here")
         if seconds < LEAST * min(self.scale, 1.0):
@@ -141,7 +141,7 @@ class Runner:
     def _watch(self, running: Running) -> None:
         now, code = time.monotonic(), running.process.poll()
         if code is not None:
-            # Workers that outlived their parent would slow down what comes next.
+            # Workers that outlive their parent would slow down the next parts.
             self._signal(running, signal.SIGKILL)
             self._running.remove(running)
             if running.stopping is not None:
@@ -191,7 +191,7 @@ class Runner:
 
 
 def last_line(log: Path) -> str:
-    """What a part said last: pytest's count, what was built, the sanitizer's verdict."""
+    """The last line that a part printed, usually its result."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 8192))
         lines = file.read().decode(errors="replace").splitlines()

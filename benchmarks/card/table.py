@@ -1,11 +1,11 @@
-"""The tables that end a call: the parts, then the targets with what was measured."""
+"""The tables printed at the end of a call: the parts, then the targets with their measurements."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-SHOWN = 30  # failing tests; failed.txt has all
+SHOWN = 30  # failing tests that are printed; failed.txt lists all
 
 
 def report(
@@ -14,7 +14,7 @@ def report(
     failing: Sequence[str],
     started: datetime,
 ) -> str:
-    """Everything, the headline last."""
+    """The whole report, with the targets last."""
     lines = [f"failing: {test}" for test in failing[:SHOWN]]
     if len(failing) > SHOWN:
         lines.append(f"and {len(failing) - SHOWN} more: failed.txt has all")
@@ -29,7 +29,7 @@ def report(
 
 
 def targets(row: Mapping[str, str], started: str) -> tuple[str, ...]:
-    """A line of headline.csv; a figure of another day says so."""
+    """The cells of one row of headline.csv; the date is added to an earlier measurement."""
     measured, when = row.get("measured", ""), row.get("measured_on", "")
     try:
         measured = f"{float(measured):.4g}"
@@ -41,7 +41,7 @@ def targets(row: Mapping[str, str], started: str) -> tuple[str, ...]:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of text, as wide as they need to be."""
+    """The lines of a table of text."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
-"""Every GPU target, in parts: `python -m benchmarks.gpu [PART ...]`.
+"""Measure every target on a GPU, in parts: `python -m benchmarks.gpu [PART ...]`.
 
-Each part writes a CSV and a PNG to benchmarks/results/<gpu>/ and prints a table; headline.csv has
-every target with its aim, its prediction and what was measured. Of several parts each runs in a
-process of its own, so that an error which breaks one's CUDA context leaves the others alone.
+Each part writes a CSV and a PNG file to benchmarks/results/<gpu>/ and prints a table. headline.csv
+lists every target with its aim, its prediction and its measurement. Several parts each run in their
+own process, so that an error that breaks the CUDA context of one does not affect the others.
 `--predict` needs no GPU.
 """
 
@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.gpu import ceilings, decode, grid, init, layer, memory, operators, svd
+from benchmarks.common.report import RESULTS
 from benchmarks.gpu.headline import write_headline, write_prediction
-from benchmarks.gpu.plan import FULL, QUICK, Plan
+from benchmarks.gpu.parts import ceilings, decode, grid, init, layer, memory, operators, svd
 from benchmarks.gpu.session import Session, slug
-from benchmarks.report import RESULTS
+from benchmarks.gpu.targets.plan import FULL, QUICK, Plan
 
-# The targets first, then what may be cut short.
+# In order of importance: the last ones are skipped when the time is up.
 PARTS = {
     "ceilings": ceilings.run,
     "init": init.run,
@@ -40,20 +40,24 @@ PARTS = {
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all if none is named"
+        "parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)} (default: all)"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, a corner of the grid")
     parser.add_argument(
-        "--minutes", type=float, default=7.0, help="what is not begun by then is skipped (7)"
+        "--quick", action="store_true", help="fewer rounds, a small part of the grid"
     )
-    parser.add_argument("--out", type=Path, help="the folder to write to")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=7.0,
+        help="measurements not begun by then are skipped (default: 7)",
+    )
+    parser.add_argument("--out", type=Path, help="output folder")
     parser.add_argument(
         "--predict",
         action="store_true",
-        help="only predict the figures of an H200 and an H100; needs no GPU",
+        help="only write the predictions for an H200 and an H100; needs no GPU",
     )
     options = parser.parse_args(argv)
     unknown = [part for part in options.parts if part not in PARTS]
@@ -63,11 +67,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_parts(session: Session, parts: Sequence[str]) -> bool:
-    """True if none broke; one that breaks does not stop the others."""
+    """Run the parts; return whether all succeeded. An error in one does not stop the others."""
     good = True
     for part in parts:
         try:
-            gc.collect()  # it finds the device empty
+            gc.collect()  # so that the part begins with an empty device
             if session.device.type == "cuda":
                 torch.cuda.empty_cache()
             PARTS[part](session)
@@ -79,7 +83,7 @@ def run_parts(session: Session, parts: Sequence[str]) -> bool:
 
 
 def run_apart(parts: Sequence[str], options: argparse.Namespace) -> int:
-    """Each part in a process of its own, one after the other; 1 if one failed."""
+    """Run the parts one after another, each in its own process; return 1 if one failed."""
     end = time.monotonic() + 60 * options.minutes
     status = 0
     for part in parts:
@@ -97,10 +101,10 @@ def main(
     device: torch.device | None = None,
     plan: Plan | None = None,
 ) -> int:
-    """0, or 1 if a part broke, 2 without a GPU. `device` and `plan` are for the tests."""
+    """Return 0, 1 if a part failed, or 2 without a GPU. Tests set `device` and `plan`."""
     options = parse(argv)
     parts = [part for part in PARTS if part in (options.parts or PARTS)]
-    # A log file has no width of its own; the tables want more than the default of 80.
+    # The tables do not fit into 80 columns, the default where the output is a file.
     console = Console() if sys.stdout.isatty() else Console(width=150)
     plan = plan or (QUICK if options.quick else FULL)
     if options.predict:

@@ -1,4 +1,4 @@
-"""The targets in one table: aim, prediction and what was measured."""
+"""The targets in one table: aim, prediction and measurement."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.common.report import print_table, write_csv
 from benchmarks.gpu.pictures import Bar, aim_bars
-from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.predict import MACHINES, Line, lines
 from benchmarks.gpu.session import SKIPPED, Session, cell
-from benchmarks.report import print_table, write_csv
+from benchmarks.gpu.targets.costs import MACHINES
+from benchmarks.gpu.targets.plan import Plan
+from benchmarks.gpu.targets.predict import Line, lines
 
 HEADS = {
     "line": "line",
@@ -28,7 +29,7 @@ _KEPT = ("measured", "measured_ms", "met", "measured_on")
 
 
 def write_prediction(console: Console, out: Path, plan: Plan) -> None:
-    """<device>/predicted.csv of each known device: the measured columns are empty."""
+    """Write <device>/predicted.csv for each known device, with empty columns for measurements."""
     for machine in MACHINES:
         rows = [line.row() for line in lines(machine, plan)]
         write_csv(out / machine.name / "predicted.csv", rows)
@@ -36,9 +37,9 @@ def write_prediction(console: Console, out: Path, plan: Plan) -> None:
 
 
 def write_headline(session: Session) -> None:
-    """headline.csv and .png: this run's figures, and of an earlier one what this one skipped.
+    """Write headline.csv and .png. Targets that this run skipped keep their earlier measurements.
 
-    The predictions are made again from the ceilings of this run.
+    The predictions are computed from the ceilings measured in this run.
     """
     path, earlier = session.out / "headline.csv", session.earlier
     known = lines(session.machine, session.plan)
@@ -52,7 +53,7 @@ def write_headline(session: Session) -> None:
 
 
 def show(console: Console, title: str, rows: Iterable[dict[str, object]]) -> None:
-    """On the terminal."""
+    """Print a table."""
     cells = [{head: cell(row[key]) for key, head in HEADS.items()} for row in rows]
     print_table(console, title, cells)
 
@@ -71,7 +72,7 @@ def _row(session: Session, line: Line, earlier: dict[str, str]) -> dict[str, obj
 
 
 def _bars(known: Iterable[Line], rows: Iterable[dict[str, object]]) -> Iterable[Bar]:
-    """1 is the aim, more misses it, whichever way the aim is meant."""
+    """Bars in units of the aim: above 1 misses it, for upper and lower limits alike."""
     for line, row in zip(known, rows, strict=True):
         value = row["measured"]
         if not line.aim:

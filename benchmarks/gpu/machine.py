@@ -1,4 +1,4 @@
-"""What the device can do at best: the bandwidth of a copy, the rate of a large bf16 product."""
+"""The device's ceilings: the bandwidth of a copy and the speed of a large bf16 product."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.predict import Machine
+from benchmarks.gpu.targets.costs import Machine
+from benchmarks.gpu.targets.plan import Plan
 from benchmarks.gpu.timing import DEVICE, measure
 
 
 def measure_ceilings(device: torch.device, plan: Plan, name: str) -> Machine:
-    """The median of both, on random data: zeros would draw less power and run faster."""
+    """The medians of both, with random data: zeros would draw less power and run faster."""
     source = torch.randn(plan.copy_bytes // 4, device=device)
     target = torch.empty_like(source)
     copy = _median(device, plan, partial(target.copy_, source))

@@ -1,4 +1,4 @@
-"""The layers that are compared: bare, ours, and what others do."""
+"""The layers that are compared: the frozen linear layer alone, ours, and other implementations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.common.shapes import Shape
 from benchmarks.gpu.timing import rotating
-from benchmarks.shapes import Shape
 from lora_kernels import LoRALinear
 
 BARE, OURS, NAIVE, ADDMM, PEFT = "bare", "ours", "naive", "addmm_", "PEFT"
@@ -20,7 +20,7 @@ Layers = dict[str, list[nn.Module]]
 
 
 class Naive(nn.Module):
-    """LoRA as one writes it by hand, with fp32 factors cast to x's dtype."""
+    """LoRA written by hand with PyTorch operations; the fp32 factors are cast to x's dtype."""
 
     def __init__(self, linear: nn.Linear, r: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -35,17 +35,17 @@ class Naive(nn.Module):
         return functional.dropout(x, self.dropout) if self.dropout else x
 
     def forward(self, x: Tensor) -> Tensor:
-        """In x's dtype: y = x Wᵀ + s · ((x Aᵀ) Bᵀ)."""
+        """y = x Wᵀ + s · ((x Aᵀ) Bᵀ), computed in x's dtype."""
         lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return self.linear(x) + self.scaling * ((self.dropped(x) @ lora_A.T) @ lora_B.T)
 
 
 class Addmm(Naive):
-    """The best that plain torch gives: both products onto y and onto dx are added in place."""
+    """The fastest version in plain PyTorch: the rank terms are added to y and dx in place."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """In x's dtype: y = x Wᵀ, then y += s · z Bᵀ."""
-        if self.dropout:  # dx then passes the mask, so that autograd must add it
+        """y = x Wᵀ, then y += s · z Bᵀ, computed in x's dtype."""
+        if self.dropout:  # the rank term of dx is masked, so autograd has to add it
             y = self.linear(x)
             z = self.dropped(x) @ self.lora_A.to(x.dtype).T
             return y.addmm_(z, self.lora_B.to(x.dtype).T, alpha=self.scaling)
@@ -53,7 +53,7 @@ class Addmm(Naive):
 
 
 class _Addmm(torch.autograd.Function):
-    """Saves x and z only."""
+    """y = x Wᵀ + s · z Bᵀ; of the activations, x and z are saved."""
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, scaling):
@@ -76,7 +76,7 @@ class _Addmm(torch.autograd.Function):
 
 
 def peft_layer(linear: nn.Linear, r: int, dropout: float = 0.0) -> nn.Module:
-    """PEFT's layer with fp32 A and B, which `get_peft_model` gives by default."""
+    """PEFT's layer with fp32 A and B, the default of `get_peft_model`."""
     from peft import LoraConfig
     from peft.tuners import lora
 
@@ -84,7 +84,7 @@ def peft_layer(linear: nn.Linear, r: int, dropout: float = 0.0) -> nn.Module:
     config = LoraConfig(init_lora_weights="gaussian", **settings)
     try:
         layer = lora.Linear(linear, "default", config, **settings)
-    except TypeError:  # before 0.21 there is no `config`
+    except TypeError:  # PEFT before 0.21 has no argument `config`
         layer = lora.Linear(linear, "default", init_lora_weights="gaussian", **settings)
     for factors in (layer.lora_A, layer.lora_B):
         factors.float()
@@ -92,24 +92,24 @@ def peft_layer(linear: nn.Linear, r: int, dropout: float = 0.0) -> nn.Module:
 
 
 def frozen(shape: Shape, device: torch.device) -> nn.Linear:
-    """A bf16 layer without bias; W is random, as data decide what power a product draws."""
+    """A bf16 layer without bias. W is random, because the power a product draws depends on data."""
     n, k = shape
     linear = nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16)
     return linear.requires_grad_(False)
 
 
 def ours(linear: nn.Linear, r: int, dropout: float = 0.0) -> LoRALinear:
-    """Changes the linear's weight: it absorbs the start."""
+    """Our layer. LoRAM's factors are subtracted from the weight of `linear`."""
     return LoRALinear.from_linear(linear, r=r, lora_alpha=r, lora_dropout=dropout)
 
 
 def builders(r: int, dropout: float = 0.0) -> dict[str, Callable[[nn.Linear], nn.Module] | None]:
-    """By name; None: not installed."""
+    """The functions that create each kind of layer, by name; None where it is not installed."""
     try:
         import peft  # noqa: F401
 
         peft_builder = lambda linear: peft_layer(linear, r, dropout)  # noqa: E731
-    except Exception:  # a broken installation must not take the other layers with it
+    except Exception:  # a broken installation must not prevent measuring the other layers
         peft_builder = None
     return {
         BARE: lambda linear: linear,
@@ -121,7 +121,7 @@ def builders(r: int, dropout: float = 0.0) -> dict[str, Callable[[nn.Linear], nn
 
 
 def build(shape: Shape, r: int, dropout: float, copies: int, device: torch.device) -> Layers:
-    """`copies` layers of each kind, over weights of their own; ours over copies of these."""
+    """`copies` layers of each kind, each with a different W; ours have copies of these weights."""
     linears = [frozen(shape, device) for _ in range(copies)]
     layers: Layers = {}
     for name, builder in builders(r, dropout).items():
@@ -135,13 +135,13 @@ def build(shape: Shape, r: int, dropout: float, copies: int, device: torch.devic
 
 
 def forward(layers: list[nn.Module], x: Tensor) -> Callable[[], object]:
-    """As in inference: no graph. Each call takes the next layer."""
+    """A forward call without an autograd graph, as in inference; each call uses the next layer."""
     rotate = rotating([lambda layer=layer: layer(x) for layer in layers])
     return torch.no_grad()(rotate)
 
 
 def forward_backward(layers: list[nn.Module], x: Tensor, dy: Tensor) -> Callable[[], object]:
-    """Gradients of x and of whatever trains."""
+    """A call that computes the gradients of x and of all trainable parameters."""
     x = x.detach().requires_grad_()
 
     def call(layer: nn.Module) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""Pictures: bars with the aim marked on each, and the grid's map of ratios."""
+"""Plots: bars with their aims marked, and maps of ratios for the grid."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import COLOURS, short
+from benchmarks.common.report import COLOURS, short
 
 
 @dataclass(frozen=True)
 class Bar:
-    """NaN is drawn as a missing value."""
+    """One bar; a value of NaN is shown as missing."""
 
     label: str
     value: float
@@ -21,7 +21,7 @@ class Bar:
 
     @property
     def colour(self) -> str:
-        """The second colour if it misses its aim."""
+        """The second color if the bar misses its aim, else the first."""
         if self.aim is None:
             return COLOURS[0]
         good = self.value <= self.aim if self.sense == "≤" else self.value >= self.aim
@@ -37,9 +37,9 @@ def aim_bars(
     log: bool = False,
     longest: float = math.inf,
 ) -> None:
-    """Horizontal bars; a black tick marks the aim, another colour a missed one.
+    """Plot horizontal bars; a black tick marks the aim, and bars that miss it have another color.
 
-    Bars end at `longest`; the number beside them is always the whole value.
+    Bars longer than `longest` are cut off there; the number beside them is the true value.
     """
     plt = _pyplot()
     height = 0.28 * len(bars) + 1.3
@@ -70,7 +70,7 @@ def ratio_maps(
     *,
     columns: int = 3,
 ) -> None:
-    """A map per label, {(row, column): ratio}; 1 is white, NaN stays empty."""
+    """Plot one map per label, {(row, column): ratio}; 1 is white, NaN is left empty."""
     plt = _pyplot()
     count = math.ceil(len(maps) / columns)
     figure, axes = plt.subplots(

@@ -1,5 +1,6 @@
-"""Six kernels once each, for a profiler: `ncu --profile-from-start off python -m
-benchmarks.gpu.profile`. They run once before, which compiles them.
+"""Run six kernels once each under a profiler, after an unprofiled run that compiles them:
+
+ncu --profile-from-start off python -m benchmarks.gpu.profile
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Callable
 import torch
 
 import lora_kernels  # noqa: F401  (registers the operators)
-from benchmarks.gpu.plan import FULL, Plan
+from benchmarks.gpu.targets.plan import FULL, Plan
 
 
 def kernels(device: torch.device, plan: Plan, dtype: torch.dtype) -> dict[str, Callable]:
-    """By name, at the sizes of the headline."""
-    from lora_kernels.triton_kernels import linear_decode, linear_gemm, linear_grads, linear_shrink
+    """The kernels by name, with the sizes of the headline table."""
+    from lora_kernels.triton_kernels.linear import decode, gemm, grads, shrink
 
     (n, k), m, r = plan.layer_shape, plan.layer_tokens, plan.layer_cases[0][0]
 
@@ -28,23 +29,23 @@ def kernels(device: torch.device, plan: Plan, dtype: torch.dtype) -> dict[str, C
     on_gpu = device.type == "cuda"
     hopper = on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
     count = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2
-    config = next(iter(linear_gemm.CONFIGS))
+    config = next(iter(gemm.CONFIGS))
     found = {
-        "shrink": lambda: linear_shrink.shrink(x, A, None, 0.0, None),
-        "decode": lambda: linear_decode.decode(
+        "shrink": lambda: shrink.shrink(x, A, None, 0.0, None),
+        "decode": lambda: decode.decode(
             few, weight, None, A, B, 1.0, 0.0, None, None, None, hopper
         ),
-        "dz and dB": lambda: linear_grads.dz_dB(dy, B, None, z, 1.0, True),
-        "dA": lambda: linear_grads.dA(z, x, torch.float32, 0.0, None),
+        "dz and dB": lambda: grads.dz_dB(dy, B, None, z, 1.0, True),
+        "dA": lambda: grads.dA(z, x, torch.float32, 0.0, None),
         "subtract_dst_": lambda: torch.ops.lora.subtract_dst_(weight, coefficient, r),
     }
     if hopper or not on_gpu:
-        found["gemm"] = lambda: linear_gemm.gemm(config, count, x, weight, False, z, B, 1.0)
+        found["gemm"] = lambda: gemm.gemm(config, count, x, weight, False, z, B, 1.0)
     return found
 
 
 def main() -> int:
-    """0, or 2 without a GPU."""
+    """Return 0, 1 if a kernel failed, or 2 without a GPU."""
     if not torch.cuda.is_available():
         print("benchmarks.gpu.profile: no CUDA GPU here", file=sys.stderr)
         return 2
@@ -58,7 +59,7 @@ def main() -> int:
             run()
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
-        except Exception as error:  # the others are worth having
+        except Exception as error:  # profile the remaining kernels
             failed += 1
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
     print(f"{len(runs) - failed} of {len(runs)} kernels ran")

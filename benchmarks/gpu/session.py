@@ -1,4 +1,4 @@
-"""What the parts share: the device, the plan, the time that is left, the ceilings, the results."""
+"""State shared by the parts: the device, the plan, the time left, the ceilings, the results."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import torch
 from rich.console import Console
 
 from benchmarks.card.names import slug
+from benchmarks.common.harness import Timing, environment
+from benchmarks.common.report import print_table, short, write_csv
 from benchmarks.gpu.machine import measure_ceilings
-from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.predict import Machine
-from benchmarks.harness import Timing, environment
-from benchmarks.report import print_table, short, write_csv
+from benchmarks.gpu.targets.costs import Machine
+from benchmarks.gpu.targets.plan import Plan
 
 SKIPPED = "skipped: time budget"
 
 
 class Session:
-    """One run. `measured` holds, by line, the value in the aim's unit (or why there is none), and
-    the milliseconds.
+    """One run. `measured` maps a target's name to (the value in the aim's unit or the reason why
+    there is none, milliseconds).
     """
 
     def __init__(
@@ -38,27 +38,27 @@ class Session:
 
     @property
     def seconds_left(self) -> float:
-        """Of the budget; negative once it is spent."""
+        """Time left of the budget; negative once it is spent."""
         return self._deadline - time.monotonic()
 
     @property
     def over(self) -> bool:
-        """Whether what remains is to be skipped."""
+        """Whether the budget is spent, so that the remaining measurements are skipped."""
         return self.seconds_left <= 0
 
     @cached_property
     def environment(self) -> dict[str, str]:
-        """The columns of every CSV that say where it comes from."""
+        """The columns, in every CSV file, for the hardware and software versions and the plan."""
         return environment(self.device) | {"plan": self.plan.name}
 
     @cached_property
     def machine(self) -> Machine:
-        """The ceilings, measured when they are first asked for."""
+        """The ceilings, measured at first use."""
         return measure_ceilings(self.device, self.plan, slug(self.environment["device"]))
 
     @cached_property
     def earlier(self) -> dict[str, dict[str, str]]:
-        """The rows of the headline.csv that lay there before this run, by line."""
+        """The rows, by target, of the headline.csv that an earlier run wrote."""
         path = self.out / "headline.csv"
         if not path.is_file():
             return {}
@@ -66,19 +66,19 @@ class Session:
             return {row["line"]: row for row in csv.DictReader(file)}
 
     def milliseconds(self, line: str) -> float | None:
-        """What a line took in this run, or in an earlier one of another part."""
+        """The time of a target, measured in this run or an earlier one."""
         if line in self.measured:
             return self.measured[line][1]
         return float(self.earlier.get(line, {}).get("measured_ms") or 0) or None
 
     def record(self, line: str, value: float | str, milliseconds: float | None = None) -> None:
-        """The measured value of a target's line, or why there is none."""
+        """Store a target's measured value, or the reason why there is none."""
         if isinstance(value, float) and math.isnan(value):
             value = "no value"
         self.measured[line] = (value, milliseconds)
 
     def record_timing(self, line: str, timing: Timing, value: float) -> None:
-        """The same of a timing, which may have failed."""
+        """Store `value` for a target, or the reason why its timing failed."""
         if timing.failure:
             self.record(line, timing.failure)
         else:
@@ -91,16 +91,16 @@ class Session:
         rows: Sequence[Mapping[str, object]],
         shown: Mapping[str, str],
     ) -> None:
-        """Writes `<name>.csv` and prints the columns in `shown`, {column: its heading}."""
+        """Write `<name>.csv` and print the columns in `shown`, {column: its heading}."""
         self.save(name, rows)
         cells = [{head: cell(row.get(key, "")) for key, head in shown.items()} for row in rows]
         print_table(self.console, title, cells)
 
     def save(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
-        """The CSV only."""
+        """Write `<name>.csv`."""
         write_csv(self.out / f"{name}.csv", [{**row, **self.environment} for row in rows])
 
 
 def cell(value: object) -> str:
-    """A table's text: floats to three digits, NaN empty."""
+    """The text of a table's cell: floats with three digits, NaN as an empty string."""
     return short(value) if isinstance(value, float) else str(value)

@@ -1,8 +1,8 @@
-"""Device time by CUDA events, in the same interleaved rounds as the CPU benchmarks.
+"""Times measured with CUDA events, in interleaved rounds like those of the CPU benchmarks.
 
-Two clocks. "as called": the calls follow each other as a program makes them, so that a small
-layer's time is the host's time to launch it. "device": the GPU is kept busy until the host has
-queued all calls, so that only the GPU's own time counts.
+There are two clocks. "as called": calls follow each other as in a program, so the time of a small
+layer is the host's time to launch it. "device": the GPU is kept busy until the host has queued all
+calls, so that only the time on the GPU counts.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from itertools import cycle
 
 import torch
 
-from benchmarks.harness import UNSUPPORTED, Timing, Variant, interleave
+from benchmarks.common.harness import UNSUPPORTED, Timing, Variant, interleave
 
 AS_CALLED, DEVICE = "as called", "device"
 CLOCKS = (AS_CALLED, DEVICE)
 MAX_CALLS = 30  # the driver's launch queue holds about 1000 kernels
-_CYCLES_PER_SECOND = 2e9  # about the SM clock; a slower one only waits longer
-_LONGEST_WAIT = 0.2  # seconds
-_MARGIN = 50e-6  # seconds
+_CYCLES_PER_SECOND = 2e9  # about the GPU's clock rate; on a slower GPU the wait is longer
+_LONGEST_WAIT, _MARGIN = 0.2, 50e-6  # seconds
 
 
 class Clock:
-    """Runs a variant `calls` times in a row and gives the seconds of one call."""
+    """Runs a variant `calls` times in a row and returns the seconds per call."""
 
     def __init__(self, device: torch.device, calls: int = 1, kind: str = AS_CALLED) -> None:
         self.device, self.calls, self.kind = device, calls, kind
-        self._host: dict[int, float] = {}  # the fastest that the host queued each variant
+        self._host: dict[int, float] = {}  # the host's shortest time to queue each variant
 
     def __call__(self, variant: Variant) -> float:
-        """Any error that a kernel's compiler may raise becomes a RuntimeError."""
+        """Time `variant`; any error not in `UNSUPPORTED` becomes a RuntimeError."""
         arguments = () if variant.prepare is None else (variant.prepare(),)
         try:
             measure = self._on_gpu if self.device.type == "cuda" else self._on_cpu
@@ -71,13 +70,13 @@ class Clock:
 
 
 def rotating(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """Takes the next of `calls` each time: other buffers, which the L2 does not hold any more."""
+    """A function that makes the next of `calls`, whose buffers the L2 cache no longer contains."""
     following = cycle(calls)
     return lambda: next(following)()
 
 
 def buffers(device: torch.device, bytes_each: int) -> int:
-    """How many such buffers are more than three times the L2; two at least."""
+    """The number of buffers that exceed three times the size of the L2 cache; at least two."""
     if device.type != "cuda":
         return 2
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
@@ -93,11 +92,11 @@ def measure(
     multiple: int = 1,
     kind: str = AS_CALLED,
 ) -> list[Timing]:
-    """Interleaved medians; all variants make the same number of calls per round.
+    """Interleaved timings; all variants make the same number of calls per round.
 
-    The first variant, which is the baseline of the ratios, sets that number so that they take
-    about `burst_ms`; it is a multiple of `multiple`, the number of buffers that a variant rotates
-    among.
+    The number is chosen so that the calls of the first variant, the baseline of the ratios, take
+    about `burst_ms`. It is a multiple of `multiple`, the number of buffers that a variant uses in
+    turn.
     """
     first = next(iter(variants.values()))
     calls = _calls_for(device, first, burst_ms, multiple) if burst_ms else multiple
@@ -111,6 +110,6 @@ def _calls_for(device: torch.device, run, burst_ms: float, multiple: int) -> int
         clock(variant)  # compiles
         seconds = clock(variant)
     except UNSUPPORTED:
-        return multiple  # the rounds will say why
+        return multiple  # the same error in the rounds is reported
     bursts = burst_ms / 1e3 / max(seconds * multiple, 1e-9)
     return multiple * max(1, min(math.ceil(bursts), MAX_CALLS // multiple))

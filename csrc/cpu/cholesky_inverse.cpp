@@ -9,9 +9,9 @@
 namespace lora {
 namespace {
 
-// X with X^T G X = 1, upper triangular; a column whose pivot is not above the tolerance is dropped.
+// Upper-triangular X with X^T G X = 1. A column whose pivot is not above the tolerance is dropped.
 void invert_cholesky(const double* gram, int64_t b, double tolerance, double* inverse) {
-  std::vector<double> factor(gram, gram + b * b);  // becomes R, row by row
+  std::vector<double> factor(gram, gram + b * b);  // overwritten by R, row by row
   std::fill(inverse, inverse + b * b, 0.0);
   std::vector<double> pivot(b, 0.0);
   for (int64_t k = 0; k < b; ++k) {
@@ -31,7 +31,7 @@ void invert_cholesky(const double* gram, int64_t b, double tolerance, double* in
       }
     }
   }
-  // Row i of X is what R X = 1 leaves for it, from the last row up.
+  // Solves R X = 1 for the rows of X, from the last to the first.
   for (int64_t i = b - 1; i >= 0; --i) {
     if (pivot[i] == 0.0) {
       continue;

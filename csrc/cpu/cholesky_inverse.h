@@ -5,7 +5,7 @@
 
 namespace lora {
 
-// [count, b, b] float64 on any device, by way of the host; the result is where `gram` is.
+// [count, b, b] float64 on any device; computed on the host, and returned on the device of `gram`.
 at::Tensor cholesky_inverse_on_host(const at::Tensor& gram, double tolerance);
 
 }  // namespace lora

@@ -1,4 +1,4 @@
-// The operators of the LoRAM path on a CPU: what each kernel of the dispatch table does.
+// The operators for LoRAM on a CPU, as the dispatch table calls them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,16 +10,16 @@
 
 namespace lora {
 
-// out [length, rank] of any strides <- scale * rows [offset, offset + length) of the DST-I basis of
-// `size`.
+// out [length, rank], of any strides, = scale * rows [offset, offset + length) of the DST-I basis
+// of `size`.
 void fill_dst_basis(
     const at::Tensor& out, int64_t size, int64_t offset, std::optional<double> scale,
     SineTables& tables);
 
-// -> [len, 2] float64: sum and sum of squares of each weight.
+// Returns the sum and the sum of squares of each weight, [len, 2] in float64.
 at::Tensor frobenius_stats(at::TensorList weights);
 
-// The part of W -= coefficient * Phi_rows Phi_cols^T that one tensor sees of a (sharded) weight.
+// W -= coefficient * Phi_rows Phi_cols^T, for one tensor that may be a shard of the weight.
 struct DstPlacement {
   int64_t global_rows, global_cols;
   int64_t row_offset, col_offset;

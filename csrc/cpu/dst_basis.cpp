@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "dst.h"
-#include "kernels.h"
+#include "simd/kernels.h"
 #include "sine.h"
 
 namespace lora {
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kRowGrainElements = 1 << 14;
 
-// The table index (i+1)(j+1) mod 2n is an exact integer, stepped along the row.
+// The table index (i+1)(j+1) mod 2n is an exact integer, advanced along the row.
 template <typename T>
 void fill_row(
     T* out, int64_t stride, const std::vector<T>& table, int64_t row, int64_t first_col,
@@ -50,7 +50,7 @@ void fill_dst_basis(
       const double value = norm * sines[p];
       table[p] = static_cast<scalar_t>(scale ? value * *scale : value);
     }
-    // Rows along the faster dimension: entry (i, j) is symmetric in i + 1 and j + 1.
+    // Fills along the faster dimension; entry (i, j) is symmetric in i + 1 and j + 1.
     const bool tall = out.stride(0) >= out.stride(1);
     const int64_t rows = tall ? out.size(0) : out.size(1);
     const int64_t cols = tall ? out.size(1) : out.size(0);

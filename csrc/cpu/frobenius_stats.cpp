@@ -3,13 +3,13 @@
 #include <torch/library.h>
 
 #include "dst.h"
-#include "kernels.h"
+#include "simd/kernels.h"
 #include "weight_view.h"
 
 namespace lora {
 namespace {
 
-// Dense memory is one long row, cut at fixed places.
+// Dense memory is one long row, divided at fixed places.
 WeightView flattened(const at::Tensor& weight) {
   WeightView view(weight);
   if (view.col_stride == 1 && view.row_stride == view.cols && view.rows > 0) {
@@ -56,7 +56,7 @@ at::Tensor frobenius_stats(at::TensorList weights) {
     result[2 * items[k].index] += partial[k].sum;
     result[2 * items[k].index + 1] += partial[k].sum_of_squares;
   }
-  for (size_t index = 0; index < views.size(); ++index) {  // what the whole rows left over
+  for (size_t index = 0; index < views.size(); ++index) {  // the part after the last whole row
     const auto& view = views[index];
     const int64_t done = view.rows * view.cols;
     const int64_t rest = weights[index].numel() - done;

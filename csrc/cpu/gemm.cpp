@@ -9,20 +9,20 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "simd/kernels.h"
 #include "weight_view.h"
 
 namespace lora {
 namespace {
 
-// A tile of 96 rows (192 columns, for a transposed A) by 256 floats or pairs stays in a core's L2
-// cache beside the part of B that it meets; on Zen 4 better than 192 x 256 and 96 x 128. Both
-// counts are multiples of kStripRows.
+// A tile of 96 rows (192 columns for a transposed A) by 256 floats or pairs fits in a core's L2
+// cache together with the part of B that it is multiplied by. On Zen 4 this is faster than 192 x
+// 256 and 96 x 128. Both counts are multiples of kStripRows.
 constexpr int64_t kRowTile = 96, kColumnTile = 192, kMaxDepth = 256;
-// Columns of out at once: their sums stay in the L2 cache too.
+// Columns of out that are computed together: their sums fit in the L2 cache too.
 constexpr int64_t kMaxColumns = 256;
 constexpr int64_t kLine = 64;
-constexpr int64_t kPad = 16;  // scalars between the rows of a tile, off the powers of two
+constexpr int64_t kPad = 16;  // scalars added to the row stride of a tile, to avoid powers of two
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
@@ -64,7 +64,8 @@ void copy_strided(const void* source, int64_t stride, int64_t count, Out* out) {
   }
 }
 
-// `count` <= kMaxDepth entries from `source` on, `stride` apart, times `factor`.
+// Converts `count` <= kMaxDepth entries from `source`, `stride` apart, and multiplies them by
+// `factor`.
 template <typename Out>
 void pack_row(
     const char* source, c10::ScalarType dtype, int64_t stride, double factor, int64_t count,
@@ -89,12 +90,12 @@ void pack_row(
   }
   if (factor != 1.0) {
     for (int64_t j = 0; j < count; ++j) {
-      out[j] = static_cast<Out>(out[j] * factor);  // the factor may leave float32's range
+      out[j] = static_cast<Out>(out[j] * factor);  // the factor may exceed float32's range
     }
   }
 }
 
-// tile[i][k] = A(row + i, term k); with pairs, term k is the entries 2k and 2k + 1.
+// tile[i][k] = A(row + i, term k); with pairs, term k consists of the entries 2k and 2k + 1.
 template <typename Form>
 void pack_rows(
     const WeightView& a, double factor, int64_t row, int64_t rows, int64_t term, int64_t terms,
@@ -112,7 +113,7 @@ void pack_rows(
   }
 }
 
-// tile[k][j] = A(term k, column + j); with pairs, term k is the rows 2k and 2k + 1.
+// tile[k][j] = A(term k, column + j); with pairs, term k consists of the rows 2k and 2k + 1.
 template <typename Form>
 void pack_columns(
     const WeightView& a, double factor, int64_t column, int64_t columns, int64_t term,
@@ -131,16 +132,16 @@ void pack_columns(
   }
 }
 
-// B as strips read it: [group][term][width], a group being one or two lines of columns, with zeros
-// beyond the last column.
+// B in the order in which strips read it: [group][term][width]. A group is one or two lines of
+// columns, with zeros after the last column.
 template <typename Form>
 class Operand {
  public:
   using A = typename Form::A;
   static constexpr int64_t kLineColumns = kLine / sizeof(A);
 
-  const int64_t terms, columns, padded;  // padded: the columns with the zeros
-  const int64_t group;                   // columns, of all groups but a narrower last one
+  const int64_t terms, columns, padded;  // padded: the number of columns including the zeros
+  const int64_t group;                   // columns per group; the last group may have fewer
 
   explicit Operand(const at::Tensor& b)
       : terms((b.size(0) + Form::kPerTerm - 1) / Form::kPerTerm),
@@ -158,7 +159,7 @@ class Operand {
     }
   }
 
-  // Of the group that begins at `column`.
+  // The packed group that begins at `column`.
   int lines(int64_t column) const {
     return static_cast<int>(std::min(group, padded - column) / kLineColumns);
   }
@@ -189,20 +190,20 @@ class Operand {
 
   A* data() const { return static_cast<A*>(packed_.data_ptr()); }
 
-  at::Tensor packed_;  // for its alignment: a vector of b should not lie across two cache lines
+  at::Tensor packed_;  // a tensor for its alignment: no vector of b should cross two cache lines
 };
 
 template <typename Form>
 struct Job {
   WeightView a;
-  bool by_columns;  // sums run down A's columns as they lie in memory
+  bool by_columns;  // sums are over A's columns, as stored in memory
   const Operand<Form>& b;
   typename Form::C* out;
   int64_t out_row;
   GemmOptions options;
 };
 
-// What the tile after this one will be packed from.
+// Prefetches the memory from which the next tile will be packed.
 template <typename Form>
 Prefetch next_tile(const Job<Form>& job, int64_t first, int64_t term) {
   Prefetch next;
@@ -225,7 +226,7 @@ Prefetch next_tile(const Job<Form>& job, int64_t first, int64_t term) {
   return next;
 }
 
-// `count` rows of out from `first` on, its columns from `left` on.
+// Computes `count` rows of out from `first` on, for its columns from `left` on.
 template <typename Form>
 void multiply_tile(const Job<Form>& job, int64_t first, int64_t count, int64_t left) {
   using A = typename Form::A;
@@ -275,7 +276,8 @@ void run(
   const Job<Form> job{view,          options.transpose != view.transposed,
                       operand,       out.mutable_data_ptr<typename Form::C>(),
                       out.stride(0), options};
-  // Cut by size alone. A short output is cut smaller, so that there is work for eight threads.
+  // Divided by size alone, so that the bits do not depend on the number of threads. A short output
+  // is divided further, into work for eight threads.
   const int64_t size = out.size(0), largest = job.by_columns ? kColumnTile : kRowTile;
   const int64_t tile = std::min(largest, round_up((size + 7) / 8, kStripRows));
   std::vector<std::pair<int64_t, int64_t>> tiles;  // first row, first column

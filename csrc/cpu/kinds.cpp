@@ -21,7 +21,8 @@ bool is_same_kind(const at::Tensor& tensor, bool is_aligned, const Kind& kind) {
          tensor.device() == other.device();
 }
 
-// See lora_kernels/ops/_kinds.py. Models have a handful of kinds, so they are searched one by one.
+// See lora_kernels/ops/_backends/tensor_kinds.py. A model has few kinds, so a linear search is fast
+// enough.
 std::tuple<at::Tensor, at::Tensor, std::vector<int64_t>> tensor_kinds(at::TensorList tensors) {
   const auto count = static_cast<int64_t>(tensors.size());
   auto numbers = at::empty({count}, at::TensorOptions(at::kCPU).dtype(at::kLong));

@@ -1,7 +1,7 @@
-// y = x W^T + b + s drop(x) A^T R^T B^T - s x A0^T B0^T (R may be absent), and its gradients. The
-// GEMMs are the library's where it has quick ones (product.h): at ranks up to 128 its thin products
-// run at 150-800 GF/s, so that a rank-16 forward costs 1-2 % over the base product. What is fused
-// is the update of y and of dx in place (beta = 1).
+// y = x W^T + b + s drop(x) A^T R^T B^T - s x A0^T B0^T (R is optional), and its gradients. The
+// products are torch's where it has fast ones (product.h): at ranks up to 128 its thin products run
+// at 150-800 GF/s, so that a forward at rank 16 takes 1-2 % longer than the product with W alone.
+// What is fused is adding to y and dx in place (beta = 1).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -9,8 +9,8 @@
 #include <cmath>
 #include <tuple>
 
-#include "kernels.h"
 #include "product.h"
+#include "simd/kernels.h"
 
 namespace lora {
 namespace {
@@ -23,7 +23,7 @@ struct Dropout {
 
   bool active() const { return p > 0.0; }
 
-  // x [M, K] with the mask of (row, column, seed) applied: the same mask at every call.
+  // x [M, K] with the mask of (row, column, seed) applied, the same at every call.
   at::Tensor operator()(const at::Tensor& x) const {
     const auto source = x.contiguous();
     auto out = at::empty_like(source);
@@ -57,7 +57,7 @@ at::Tensor as_rows(const at::Tensor& x) {
   return x.reshape({count, x.size(-1)});
 }
 
-// z R^T, what B is multiplied with.
+// z R^T, which is multiplied by B^T.
 at::Tensor through_R(const at::Tensor& z, const OptionalTensor& lora_R) {
   return lora_R ? product(z, lora_R->to(z.scalar_type()).t()) : z;
 }
@@ -75,7 +75,7 @@ std::tuple<at::Tensor, at::Tensor> linear_forward(
   const auto into_B = through_R(z, lora_R);                          // [M, r]
   auto y = base_product(rows, weight, bias);                         // [M, N]
   if (start_A) {
-    // One product of rank 2r: start and adapter cancel before y is rounded.
+    // One product of rank 2r, so that A, B and A0, B0 cancel before y is rounded.
     const auto z0 = product(rows, start_A->to(dtype).t());
     add_product_(
         y, at::cat({into_B, z0}, 1), at::cat({B, start_B->to(dtype).neg()}, 1).t(), scaling);
@@ -84,7 +84,7 @@ std::tuple<at::Tensor, at::Tensor> linear_forward(
   }
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
-  return {at::_unsafe_view(y, shape), z};  // no view: a user may write into y in place
+  return {at::_unsafe_view(y, shape), z};  // not a view, so that a user may write to y in place
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward(
@@ -135,7 +135,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   return {dx, dweight, dbias, dA, dB, dR};
 }
 
-// linear_forward without dropout: ATen's calls alone, on whatever device.
+// linear_forward without dropout, with ATen's operations only, on any device.
 std::tuple<at::Tensor, at::Tensor> linear_plain(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
     const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling,

@@ -12,7 +12,8 @@
 namespace lora {
 namespace {
 
-// Q[r] = ln r / ln min(n, m), with Q[1] taken as Q[2]: rank 1 would start at zero and never train.
+// Q[r] = ln r / ln min(n, m), with Q[1] set to Q[2]: else rank 1 would start at zero and never
+// train.
 double log_gain(int64_t rows, int64_t cols, int64_t rank) {
   const int64_t full = std::min(rows, cols);
   if (full <= 2) {

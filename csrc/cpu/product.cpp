@@ -1,7 +1,7 @@
-// torch multiplies 16-bit matrices scalar by scalar where oneDNN has no kernel for them: x W with
-// 64 tokens and 4096^2 takes 7.7 s in bfloat16 below AVX-512, and 7.4 s in float16 without
-// AVX512-FP16, where float32 takes 0.017 s (2 threads of Zen 4). There the larger matrix is widened
-// by tiles (gemm.h): no float32 copy of W is made.
+// Where oneDNN has no kernel for a 16-bit dtype, torch multiplies scalar by scalar: x W with 64
+// tokens and 4096^2 takes 7.7 s in bfloat16 below AVX-512, and 7.4 s in float16 without
+// AVX512-FP16, compared with 0.017 s in float32 (2 threads of Zen 4). In those cases the larger
+// matrix is converted to float32 tile by tile (gemm.h), without a float32 copy of W.
 #include "product.h"
 
 #include <ATen/ATen.h>
@@ -9,15 +9,16 @@
 #include <algorithm>
 
 #include "gemm.h"
-#include "kernels.h"
+#include "simd/kernels.h"
 
 namespace lora {
 namespace {
 
-// Of a product's float32 form at once: 16 MB, but enough rows for many threads.
+// The size of a product in float32 that is computed at a time: 16 MB, but enough rows for many
+// threads.
 constexpr int64_t kEntries = 1 << 22, kLeastRows = 4096;
 
-// Calls take(part, begin) for the float32 rows of a b from `begin` on.
+// Calls take(part, begin) with the float32 rows of a b from `begin` on.
 template <typename Take>
 void widened_rows(const at::Tensor& a, const at::Tensor& b, const Take& take) {
   const auto operand = b.to(at::kFloat).contiguous();
@@ -31,8 +32,8 @@ void widened_rows(const at::Tensor& a, const at::Tensor& b, const Take& take) {
   }
 }
 
-// Calls take(where, part): out's entries `where` are those of a b in `part`, in float32. The larger
-// factor is the one that is not copied.
+// Calls take(where, part): `part` has the entries `where` of a b, in float32. The larger factor is
+// the one that is not copied.
 template <typename Take>
 void widened(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const Take& take) {
   if (a.numel() >= b.numel()) {
@@ -46,8 +47,8 @@ void widened(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, co
   }
 }
 
-// Few rows by columns that lie in memory one after the other: torch has quick inner products, 1.6
-// ms a row of 4096^2 where a strip of 16 takes 10 (1 thread, AVX2).
+// Few rows times a matrix whose columns are contiguous: torch has fast inner products, 1.6 ms per
+// row of 4096^2, where a strip of 16 rows takes 10 (1 thread, AVX2).
 constexpr int64_t kInnerProducts = 4;
 
 bool widens(const at::Tensor& a, const at::Tensor& b) {

@@ -1,4 +1,4 @@
-// Products of the layer's matrices, of dtypes of 16 bits as well where torch has no quick ones.
+// Products of the layer's matrices, also for 16-bit dtypes for which torch has no fast ones.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,7 +10,7 @@ namespace lora {
 // a b in their common dtype, summed in float32 (float64 for float64).
 at::Tensor product(const at::Tensor& a, const at::Tensor& b);
 
-// x W^T + bias, rounded once; the bias may be absent.
+// x W^T + bias, rounded once; the bias is optional.
 at::Tensor base_product(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 

@@ -1,4 +1,4 @@
-// Holds MKL to one thread in this thread: its results depend on the number of threads.
+// Limits MKL to one thread within this thread, because its results depend on the number of threads.
 #pragma once
 
 namespace lora {

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 
-// Every multiply and add rounds on its own: that is what makes the bits the same on every device.
+// Every multiplication and addition is rounded separately, so that all devices give the same bits.
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
@@ -50,7 +50,7 @@ double dirichlet(int64_t q, int64_t numerator, int64_t denominator) {
     return static_cast<double>(q);
   }
   int64_t product;
-  if (__builtin_mul_overflow(q, numerator, &product)) {  // only past 2^40 elements at rank 2^21
+  if (__builtin_mul_overflow(q, numerator, &product)) {  // only above 2^40 elements at rank 2^21
     product = static_cast<int64_t>(static_cast<__int128>(q) * numerator % (2 * denominator));
   }
   return sin_pi(product, denominator) / sin_pi(numerator, denominator);

@@ -10,12 +10,12 @@
 
 namespace lora {
 
-// sin(pi * numerator / denominator), numerator >= 0, denominator > 0.
-// Reduced to [0, pi/4] in integers first: within 2 ulp for any numerator, and the same bits as the
-// Python reference (the polynomial is evaluated without fused multiply-adds).
+// sin(pi * numerator / denominator), numerator >= 0, denominator > 0. The argument is reduced to
+// [0, pi/4] in integers, so the result is within 2 ulp for any numerator, and has the same bits as
+// the Python reference (the polynomial is evaluated without fused multiply-adds).
 double sin_pi(int64_t numerator, int64_t denominator);
 
-// On whole cache lines: the vector loops read 64 bytes at a time.
+// Aligned to cache lines, because the vector loops read 64 bytes at a time.
 template <typename T>
 struct LineAllocator {
   using value_type = T;
@@ -37,7 +37,7 @@ struct AxisFactors {
   AlignedDoubles cosine;  // cos(a)
 };
 
-// The tables of one call, each computed once however many layers share a size.
+// The tables of one call; layers of equal sizes share them.
 class SineTables {
  public:
   // sin(pi * p / n) for p in [0, 2n).
@@ -49,8 +49,8 @@ class SineTables {
   std::map<std::array<int64_t, 4>, AxisFactors> axes_;
 };
 
-// sum_{k=1..rank} sin(k a_row) sin(k b_col) by the Dirichlet-kernel form, whose removable
-// singularity (a = b) is met exactly because both arguments are integers over one denominator.
+// sum_{k=1..rank} sin(k a_row) sin(k b_col) by Dirichlet kernels. Their removable singularity at a
+// = b is handled exactly, because both arguments are integers over one denominator.
 double sine_product_sum(int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t rank);
 
 }  // namespace lora

@@ -1,11 +1,11 @@
-// W -= coefficient * Phi_rows Phi_cols^T with Phi never in memory, at a cost independent of the
+// W -= coefficient * Phi_rows Phi_cols^T, without Phi in memory and at a cost independent of the
 // rank.
 //
-// An entry is a sum of sines over k <= rank, which the Christoffel-Darboux identity closes:
+// An entry is a sum of sines over k <= rank, for which the Christoffel-Darboux identity gives
 //   sum_k sin(k a) sin(k b) = [sin((r+1)a) sin(r b) - sin(r a) sin((r+1)b)] / (2 (cos a - cos b)).
-// In float64 that is exact enough everywhere but at the one column of a row whose angle is nearest
-// to the row's: any other is at least half a grid step away. Those few are taken from the
-// Dirichlet form on exact integers (sine_product_sum).
+// In float64 this is accurate enough except, in each row, at the column whose angle is nearest to
+// the row's; all others are at least half a grid step away. Those few entries are computed by
+// Dirichlet kernels of exact integers (sine_product_sum).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -13,14 +13,14 @@
 #include <cmath>
 
 #include "dst.h"
-#include "kernels.h"
+#include "simd/kernels.h"
 #include "sine.h"
 #include "weight_view.h"
 
 namespace lora {
 namespace {
 
-constexpr int64_t kColumnBlock = 1024;  // its tables (24 KB) stay in the L1 cache
+constexpr int64_t kColumnBlock = 1024;  // its tables (24 KB) fit in the L1 cache
 
 struct PreparedDst {
   WeightView view;
@@ -54,7 +54,7 @@ struct PreparedDst {
     return out;
   }
 
-  // The local column whose angle (j+1)/(cols+1) is nearest to the row's (i+1)/(rows+1).
+  // The column of this tensor whose angle (j+1)/(cols+1) is nearest to the row's (i+1)/(rows+1).
   int64_t nearest_column(int64_t local_row) const {
     const int64_t n = placement.global_rows + 1, m = placement.global_cols + 1;
     const int64_t i = placement.row_offset + local_row + 1;
@@ -73,8 +73,8 @@ struct PreparedDst {
 
   template <typename T>
   void run(int64_t begin, int64_t end) const {
-    T before[kRowGroup][kColumnBlock];  // what the vector loop must not be trusted with
-    T copy[kRowGroup][kColumnBlock];    // strided rows, and the missing ones of the last group
+    T before[kRowGroup][kColumnBlock];  // the entries for which the vector loop is not accurate
+    T copy[kRowGroup][kColumnBlock];    // strided rows, and rows missing in the last group
     for (int64_t i = begin; i < end; i += kRowGroup) {
       const int64_t count = std::min<int64_t>(end - i, kRowGroup);
       const RowGroup group = row_group(i, count);
@@ -130,8 +130,8 @@ struct PreparedDst {
   }
 };
 
-// float64 weights want float64 corrections: the closed form loses digits near the diagonal, the
-// product does not. By blocks of rows, so that no second matrix is formed.
+// float64 weights need float64 corrections, which the identity does not give near the diagonal, but
+// the product does. Block by block of rows, so that no second matrix is allocated.
 void subtract_double(const DstSubtraction& job, SineTables& tables) {
   constexpr int64_t block = 256;
   const auto& place = job.placement;

@@ -56,7 +56,7 @@ class CpuEngine final : public Engine {
 
   at::Tensor weight_gram() const override {
     auto out = at::zeros({1, m, m}, wide());
-    // By blocks of rows: a second copy of all of W, widened, is never made.
+    // Block by block of rows, to avoid a converted copy of all of W.
     constexpr int64_t kRows = 1024;
     for (int64_t begin = 0; begin < n; begin += kRows) {
       const auto rows = weight_.narrow(0, begin, std::min(kRows, n - begin));
@@ -131,7 +131,7 @@ class CpuEngine final : public Engine {
 
   bool factorize(double shift) override {
     if (n == m) {
-      // The factor itself may leave float32's range.
+      // The factor may exceed float32's range.
       lu_ = std::make_unique<LuFactors>(
           factor_ == 1.0 ? weight_ : wide_weight()[0].to(options.dtype()));
       return true;
@@ -164,12 +164,13 @@ class CpuEngine final : public Engine {
   }
 
   at::Tensor leading_vectors(const at::Tensor& matrices, int64_t r) const override {
-    // MKL's ssyevd fails on some forms of a low rank ("too many repeated eigenvalues"): a rank of 1
-    // with 84 of 112 columns dropped.
+    // MKL's ssyevd fails on some matrices of low rank ("too many repeated eigenvalues"), for
+    // instance of rank 1 with 84 of 112 columns dropped.
     const auto diagonal = matrices.diagonal(0, -2, -1);
     const bool full = diagonal.min().item<double>() > 1e-6 * diagonal.max().item<double>();
     if (options.dtype() == at::kFloat && full) {
-      // Half the time. Its vectors are off by 1e-6 of largest over smallest value wanted.
+      // Takes half the time. Its vectors have an error of 1e-6 times the largest value over the
+      // smallest one needed.
       const auto [values, vectors] = at::linalg_eigh(matrices.to(at::kFloat));
       const int64_t size = values.size(-1);
       if (values[0][size - r].item<double>() > 1e-2 * values[0][size - 1].item<double>()) {
@@ -197,7 +198,7 @@ class CpuEngine final : public Engine {
 
   at::Tensor weight_;  // [n, m], a view
   std::unique_ptr<LuFactors> lu_;
-  at::Tensor gram_;  // W^T W, kept for a second shift
+  at::Tensor gram_;  // W^T W, stored for a second shift
   std::unique_ptr<Triangle> cholesky_factor_;
   bool pairs_;
   double factor_ = 1.0;

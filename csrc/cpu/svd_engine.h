@@ -1,4 +1,4 @@
-// The SVD engine on a CPU: one weight at a time, on this package's GEMM.
+// The SVD engine on a CPU: one weight at a time, using the products of gemm.h.
 #pragma once
 
 #include <memory>

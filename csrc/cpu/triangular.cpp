@@ -28,7 +28,8 @@ at::Tensor block(const at::Tensor& x, int64_t row, int64_t rows, int64_t col, in
   return x.narrow(0, row, rows).narrow(1, col, cols);
 }
 
-// Of a block, in float64 so that it is as good as a solution in the block's own dtype.
+// The inverse of a diagonal block, computed in float64 so that it is as accurate as solving in the
+// block's own dtype.
 at::Tensor inverse_of(const at::Tensor& triangle, bool lower, bool unit) {
   const auto eye = at::eye(triangle.size(0), triangle.options().dtype(at::kDouble));
   return at::linalg_solve_triangular(
@@ -37,7 +38,8 @@ at::Tensor inverse_of(const at::Tensor& triangle, bool lower, bool unit) {
       .contiguous();
 }
 
-// Exchanges rows as LAPACK's pivots (from 1) say: row i with row pivots[i] - 1, in that order.
+// Exchanges rows as LAPACK's pivots (counted from 1) specify: row i with row pivots[i] - 1, in
+// order.
 void exchange_rows(at::Tensor rows, const at::Tensor& pivots, at::Tensor& order) {
   const auto* p = pivots.const_data_ptr<int32_t>();
   auto* at_row = order.mutable_data_ptr<int64_t>();

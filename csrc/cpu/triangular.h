@@ -1,19 +1,19 @@
-// Triangular factors of large matrices on this package's GEMM, and solutions with many right-hand
-// sides: the same bits on any number of threads.
+// Triangular factors of large matrices, and solutions with many right-hand sides, using the
+// products of gemm.h: the bits do not depend on the number of threads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace lora {
 
-// A triangular matrix [n, n] with the inverses of its diagonal blocks, so that a solution is
+// A triangular matrix [n, n] with the inverses of its diagonal blocks, so that solving consists of
 // products only.
 class Triangle {
  public:
   static constexpr int64_t kBlock = 128;
 
-  // `matrix` is read on and below its diagonal (lower), or on and above (upper), with ones in the
-  // place of its diagonal if `unit`.
+  // `matrix` is read on and below its diagonal (lower) or on and above (upper); if `unit`, ones are
+  // used instead of the diagonal.
   Triangle(at::Tensor matrix, bool lower, bool unit);
 
   // T^-1 x or T^-T x, for x [n, b].
@@ -25,8 +25,8 @@ class Triangle {
   at::Tensor inverses_;  // [blocks, kBlock, kBlock]
 };
 
-// W = P^T L U by partial pivoting; W [n, n] is copied. A pivot that vanishes is replaced by the
-// rounding of W's largest entry: a singular W is solved as one next to it.
+// W = P^T L U with partial pivoting; W [n, n] is copied. A zero pivot is replaced by the rounding
+// error of W's largest entry, so that a singular W is solved like a regular matrix next to it.
 class LuFactors {
  public:
   explicit LuFactors(const at::Tensor& weight);
@@ -41,8 +41,8 @@ class LuFactors {
   Triangle lower_, upper_;
 };
 
-// The lower Cholesky factor of `matrix` [n, n] (its lower half is read), in its place; false if it
-// is not positive definite.
+// Replaces `matrix` [n, n], of which the lower half is read, by its lower Cholesky factor; false if
+// it is not positive definite.
 bool cholesky_(at::Tensor& matrix);
 
 }  // namespace lora

@@ -1,4 +1,5 @@
-// A 2-D weight as the kernels walk it, and its work cut into equal items.
+// A 2-D weight in the order in which the kernels go through it, and its division into equal items
+// of work.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +10,8 @@
 
 namespace lora {
 
-// Rows are the slow dimension in memory: a transposed weight is seen transposed, without a copy.
+// The rows are the slow dimension in memory: a transposed weight is viewed as its transpose,
+// without a copy.
 struct WeightView {
   char* data;
   c10::ScalarType dtype;
@@ -38,8 +40,8 @@ struct WeightView {
   }
 };
 
-// Rows [begin, end) of weight `index`. Cut by size alone, never by thread count, so that every
-// result has the same bits on any number of threads.
+// Rows [begin, end) of weight `index`. The work is divided by size alone, not by the number of
+// threads, so that the bits of a result do not depend on it.
 struct WorkItem {
   int64_t index;
   int64_t begin, end;

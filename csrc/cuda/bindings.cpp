@@ -1,5 +1,5 @@
-// Puts the kernels of this folder into the table that the SVD driver reads: the one file here that
-// knows torch.
+// Adds the kernels of this folder to the table that the SVD driver reads. The only file here that
+// uses torch.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -35,7 +35,7 @@ void gaussian(const at::Tensor& out, uint64_t seed) {
   }
 }
 
-// `matrices` as the kernels take them: [batch, size, size], contiguous.
+// `matrices` as the kernels expect them: [batch, size, size], contiguous.
 at::Tensor square_batch(const at::Tensor& matrices, const char* name) {
   TORCH_CHECK(
       matrices.dim() == 3 && matrices.size(1) == matrices.size(2) &&

@@ -3,15 +3,16 @@
 #include "kernels.h"
 #include "launch.h"
 
-// One block of threads a matrix. The lower triangle S starts as that of G and ends as L^-1, where
-// G = L L^T, by one elimination of [G | I] in place: column k of G is used up just when column k of
-// L^-1 begins. A step is the scaling of row and column k and one rank-1 update of all rows below,
-// two barriers in all.
+// One block of threads per matrix. The lower triangle S begins as that of G and ends as L^-1, where
+// G = L L^T, by one elimination of [G | I] in place: column k of G is no longer needed when column
+// k of L^-1 begins. A step scales row and column k and makes one rank-1 update of all rows below,
+// with two barriers.
 //
-// Floor, for 128 columns: b^3 / 3 updates of 24 bytes of shared memory at 128 a clock, 131,000
-// clocks, 70 us at 1.9 GHz, and 128 steps of about 300 clocks of latency, 20 us; for 64 columns 9
-// us and 10 us. All matrices of a batch of up to 132 at once. The packed triangle takes 66 KB at
-// 128 columns and is the whole of what is asked for besides one row: 99 KB hold up to 156 columns.
+// Lower bound on the time for 128 columns: b^3 / 3 updates of 24 bytes of shared memory at 128
+// bytes per clock are 131,000 clocks, 70 us at 1.9 GHz, and 128 steps have about 300 clocks of
+// latency each, 20 us; for 64 columns 9 us and 10 us. All matrices of a batch of up to 132 run at
+// the same time. The packed triangle takes 66 KB at 128 columns, and the only other shared memory
+// is one row: 99 KB are enough for up to 156 columns.
 
 namespace lora {
 namespace cuda {
@@ -23,7 +24,7 @@ size_t packed_bytes(int size) {
   return sizeof(double) * (static_cast<size_t>(size) * (size + 1) / 2);
 }
 
-// kPacked: S lies in shared memory; otherwise in the lower triangle of the result.
+// kPacked: S is in shared memory; otherwise it is in the lower triangle of the result.
 template <bool kPacked>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     invert_factor(const double* __restrict__ gram, double* inverse, int size, double tolerance) {
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     for (int j = thread; j < size; j += threads) {
       const double value = j == k ? scale : (j < k ? row(k)[j] : row(j)[k]) * scale;
       step[j] = value;
-      // Below k an Inf or NaN spoils row j and column j alone, and their own pivot.
+      // Below k, an Inf or NaN affects only row j, column j and their pivot.
       unfit |= j <= k && !isfinite(value);
     }
     const bool dropped = __syncthreads_or(unfit);
@@ -111,7 +112,7 @@ cudaError_t launch_cholesky_inverse(
   if (error != cudaSuccess) {
     return error;
   }
-  // A warp takes a row: no more warps than rows, and a few rows each once there are many.
+  // Each warp takes a row: not more warps than rows, and several rows per warp if there are many.
   const int threads = std::min(kMaxThreads, kWarp * std::max(1, (size + 3) / 4));
   LORA_LAUNCH(
       kernel, static_cast<unsigned>(batch), threads, bytes, stream, gram, inverse, size, tolerance);

@@ -3,17 +3,18 @@
 #include "kernels.h"
 #include "launch.h"
 
-// One thread, one quad of columns. Philox is 80 integer instructions a quad, Box and Muller about
-// 250 of float64: on an H200 (132 SMs, 64 float64 lanes, 1.98 GHz) the arithmetic sets the floor,
-// 15 ps a quad against 5 ps for its 16 bytes. 32 sketches of 4096 x 64: predicted 35 us.
+// One thread computes four columns. Philox takes 80 integer instructions for them, the Box-Muller
+// transform about 250 float64 ones. On an H200 (132 SMs, 64 float64 lanes, 1.98 GHz) arithmetic is
+// the limit: 15 ps for four columns, compared with 5 ps for their 16 bytes. 32 sketches of 4096 x
+// 64: predicted 35 us.
 
 namespace lora {
 namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 4096;  // beyond some 30 an SM more blocks only cost their start
-constexpr uint32_t kSketch = 1;       // the counter's second word; the dropout mask's is 0
+constexpr int64_t kMaxBlocks = 4096;  // starting more than about 30 per SM only costs time
+constexpr uint32_t kSketch = 1;       // the counter's second word, which is 0 in a dropout mask
 
 struct Words {
   uint32_t w[4];
@@ -37,7 +38,7 @@ __device__ Words philox(uint32_t quad, int64_t row, uint64_t seed) {
   return {{c0, c1, c2, c3}};
 }
 
-// Two normals from a radius's word, taken as (0, 1], and an angle's.
+// Two normal numbers from a word for the radius, converted to (0, 1], and one for the angle.
 __device__ void box_muller(uint32_t radius, uint32_t angle, float& first, float& second) {
   constexpr double kUnit = 1.0 / 4294967296.0;  // 2^-32
   const double r = sqrt(-2.0 * log((radius + 1.0) * kUnit));
@@ -50,7 +51,7 @@ __device__ void box_muller(uint32_t radius, uint32_t angle, float& first, float&
 __device__ void store(float value, float* out) {
   *out = value;
 }
-__device__ void store(float value, uint16_t* out) {  // to nearest even; the value is finite
+__device__ void store(float value, uint16_t* out) {  // rounds to nearest even; the value is finite
   const uint32_t bits = __float_as_uint(value);
   *out = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }

@@ -5,59 +5,62 @@
 #include "launch.h"
 
 // One-sided Jacobi on a pivoted Cholesky factor (Veselic and Hari 1989; Drmac and Veselic 2008):
-//   1. factor:  A = L L^T, pivoted by the largest remaining diagonal.
+//   1. factor:  A = L L^T, with the largest remaining diagonal entry as pivot.
 //   2. sweep:   rotate the columns of L until they are orthogonal, L V = U S. Then A = U S^2 U^T,
-//               and U is the columns over their lengths: V is never formed.
-//   3. finish:  lengths squared, sorted; vectors.
-// A two-sided Jacobi would move A and V, three times the bytes, and one-sided on A itself needs
-// more sweeps: with the pivoting L's columns are graded and nearly orthogonal. Sweeps seen in the
-// tests' emulation: 7 to 11 at l = 64 to 256, 3 for D H D with a well-conditioned H and any
-// diagonal D, and up to 17 where half of the spectrum is one cluster 1e-5 below the other, or zero.
+//               and U is the columns divided by their lengths: V is not needed.
+//   3. finish:  squared lengths, sorted; vectors.
+// A two-sided Jacobi would move A and V, three times the bytes, and one-sided Jacobi on A itself
+// needs more sweeps: with pivoting, L's columns are graded and nearly orthogonal. Numbers of sweeps
+// in the tests' emulation: 7 to 11 at l = 64 to 256, 3 for D H D with a well-conditioned H and any
+// diagonal D, and up to 17 where half of the spectrum is one cluster 1e-5 below the other half, or
+// zero.
 //
-// A column is never split: two blocks of columns lie in one CTA's shared memory and are rotated
-// there against each other, all blocks of a matrix pairwise at once, in rounds of the circle
-// method. A round is a launch, which is what orders the rounds: no grid-wide barrier. A sweep that
-// had nothing to rotate is seen on the device, and what was launched after it returns at once. Up
-// to 64 columns are one CTA's and one launch.
+// A column is never split. Two blocks of columns are loaded into the shared memory of one CTA and
+// rotated against each other; all blocks of a matrix are paired at the same time, in rounds by the
+// circle method. Each round is a launch, which orders the rounds without a grid-wide barrier. When
+// a sweep had nothing to rotate, the launches after it find this on the device and return at once.
+// Up to 64 columns are handled by one CTA and one launch.
 //
-// Floor. A sweep is l - 1 inner rounds with one barrier each; in one, a CTA reads and writes its
-// two blocks of w columns of l: 32 w l bytes of shared memory at 128 a clock against 7 w l fused
-// multiply-adds on 64 lanes, so the memory sets it. H200, 132 SMs, 1.9 GHz, 32 matrices:
-//   l = 256: 8 blocks of 32, 4 x 32 CTAs, one an SM. 2048 clocks an inner round and about 600 of
-//            latency, 255 rounds, 0.36 ms a sweep; 7 launches a sweep, each 131 KB in and out of L2
-//            and a start, 0.05 ms. 9 sweeps 3.7 ms, factor 0.4 ms, launches that find nothing to do
-//            0.25 ms: predicted 4.4 ms.
+// Lower bound on the time. A sweep is l - 1 inner rounds with one barrier each. In one round, a CTA
+// reads and writes its two blocks of w columns of length l: 32 w l bytes of shared memory at 128
+// bytes per clock, compared with 7 w l fused multiply-adds on 64 lanes, so memory is the limit.
+// H200, 132 SMs, 1.9 GHz, 32 matrices:
+//   l = 256: 8 blocks of 32, 4 x 32 CTAs, one per SM. 2048 clocks per inner round and about 600 of
+//            latency, 255 rounds: 0.36 ms per sweep. 7 launches per sweep, each 131 KB from and to
+//            L2 and a start: 0.05 ms. 9 sweeps 3.7 ms, factor 0.4 ms, launches that find nothing to
+//            do 0.25 ms: predicted 4.4 ms.
 //   l = 96:  4 blocks of 24, 2 x 32 CTAs. 576 + 500 clocks, 95 rounds, and 3 launches of 5 us: 0.07
-//            ms a sweep. 8 sweeps 0.55 ms, factor 0.07 ms, idle launches 0.1 ms: predicted 0.7 ms.
+//            ms per sweep. 8 sweeps 0.55 ms, factor 0.07 ms, idle launches 0.1 ms: predicted 0.7
+//            ms.
 
 namespace lora {
 namespace cuda {
 namespace {
 
-constexpr int kLanes = 16;         // of a pair of columns: 16 doubles are one access of 128 bytes
+constexpr int kLanes = 16;         // per pair of columns: 16 doubles are one access of 128 bytes
 constexpr int kBlockColumns = 32;  // two blocks are 32 pairs, the half-warps of kMaxThreads
 constexpr int kMaxThreads = 512;
 constexpr int kMaxSweeps = 32;
 
 constexpr double kEpsilon = 2.220446049250313e-16;  // 2^-52
-// The matrix is scaled by a power of two to a largest diagonal entry in [1, 2). Pivots below
-// kSmallest, and those that rounding hides, are replaced: by kFill^2, so far below all others that
-// they change nothing, yet give their columns a direction. An eigenvalue below kZero is one of
-// them. The square of a product of two is still far from underflow.
+// The matrix is scaled by a power of two so that its largest diagonal entry is in [1, 2). Pivots
+// below kSmallest, and those that are smaller than rounding errors, are replaced by kFill^2: so far
+// below all others that they change nothing, but their columns get a direction. An eigenvalue below
+// kZero is one of these. The square of a product of two is still far from underflow.
 constexpr double kSmallest = 0x1p-200;
 constexpr double kFill = 0x1p-120;
 constexpr double kZero = 0x1p-220;
-// A pivot is hidden below this much of its diagonal entry: twice the rounding of 256 sums, whose
-// errors add up like their root.
+// A pivot below this fraction of its diagonal entry is smaller than rounding errors: twice the
+// error of 256 sums, which grows like the square root of their number.
 constexpr double kHidden = 8 * kEpsilon;
-// The squared Frobenius norm is the sum of the squared eigenvalues, unless the factor left a part
-// of the matrix out because it is not semi-definite.
+// The squared Frobenius norm equals the sum of the squared eigenvalues, unless the factor omitted a
+// part of the matrix because it is not semi-definite.
 constexpr double kIndefinite = 1e-6;
 
 struct Workspace {
-  double* columns;  // [batch, size, stride], each zero beyond `size`
+  double* columns;  // [batch, size, stride], zero beyond `size`
   double* norms;    // [batch], squared Frobenius norms of the scaled matrices
-  int* exponents;   // [batch], of the scale
+  int* exponents;   // [batch], exponents of the scales
   int* rotated;     // [batch, kMaxSweeps]: whether that sweep rotated anything
 };
 
@@ -65,7 +68,7 @@ int column_stride(int size) {
   return (size + kLanes - 1) / kLanes * kLanes;
 }
 
-// The first shuffle is with the nearest lane: every lane of the group gets the same bits.
+// The first shuffle is with the nearest lane, so that every lane of the group gets the same bits.
 template <int kGroup>
 __device__ double group_sum(double value) {
 #pragma unroll
@@ -75,8 +78,8 @@ __device__ double group_sum(double value) {
   return value;
 }
 
-// The sum over the block, in every thread, past a barrier; scratch, a double for each warp, is this
-// one's alone.
+// The sum over the block, in every thread, after a barrier. `scratch` has one double per warp and
+// is used by nothing else.
 __device__ double block_sum(double value, double* scratch) {
   value = group_sum<kWarp>(value);
   if (threadIdx.x % kWarp == 0) {
@@ -90,13 +93,13 @@ __device__ double block_sum(double value, double* scratch) {
   return total;
 }
 
-// The largest of values[0, size) and the first place that has it.
+// The largest of values[0, size) and the first index at which it occurs.
 struct Largest {
   double value;
   int at;
 };
 
-__device__ Largest largest(const double* values, int size) {  // every warp by itself
+__device__ Largest largest(const double* values, int size) {  // each warp computes it separately
   Largest best{-1.0, 0};
   for (int i = threadIdx.x % kWarp; i < size; i += kWarp) {
     if (values[i] > best.value) {
@@ -121,9 +124,9 @@ size_t factor_bytes(int size, int threads) {
 }
 
 // Left-looking: step k reads the k columns before it, k l doubles from L2, and writes one. Rows
-// stay where they are, only the columns come in the order of the pivots. What is left of the
-// diagonal says what a row is: positive while it may become a pivot, kDone after, kHiddenRow where
-// rounding hides it.
+// stay in place; only the columns are in the order of the pivots. The remaining diagonal also marks
+// the state of each row: positive while it may become a pivot, then kDone, or kHiddenRow if it is
+// smaller than rounding errors.
 __global__ void __launch_bounds__(kMaxThreads, 1)
     factor(const double* __restrict__ matrices, Workspace work, int size, int stride) {
   LORA_DYNAMIC_SHARED(double, shared);
@@ -179,7 +182,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (!(pivot.value > 0.0)) {
       break;
     }
-    const int part = thread / size;  // beyond `parts`: nothing to do
+    const int part = thread / size;  // threads beyond `parts` are idle
     if (part < parts) {
       const int from = static_cast<int64_t>(k) * part / parts;
       const int to = static_cast<int64_t>(k) * (part + 1) / parts;
@@ -219,7 +222,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     __syncthreads();
   }
 
-  for (int i = thread; i < size; i += threads) {  // the rows without a pivot take the columns left
+  for (int i = thread; i < size; i += threads) {  // rows without a pivot get the remaining columns
     if (left[i] != kDone) {
       int slot = k;
       for (int before = 0; before < i; ++before) {
@@ -237,7 +240,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
 }
 
-// Round `round` of the n - 1 in which n players (even) meet each other once; index < n / 2.
+// Round `round` of the n - 1 rounds in which n players (even) meet each other once; index < n / 2.
 struct Meeting {
   int a, b;
 };
@@ -250,9 +253,9 @@ __device__ Meeting meeting(int round, int index, int n) {
   return {a < n - 1 ? a : a - (n - 1), b < 0 ? b + (n - 1) : b};
 }
 
-// Makes two columns orthogonal; whether they were not. All lanes of a warp call it together, each
-// half with columns of its own, or with 0 chunks. kHeld chunks of each stay in registers, the rest
-// of a longer column is read twice.
+// Makes two columns orthogonal; returns whether they were not. All lanes of a warp call it
+// together, each half with its own columns, or with 0 chunks. kHeld chunks of each column stay in
+// registers; the rest of a longer column is read twice.
 template <int kHeld>
 __device__ bool rotate(double* x, double* y, int chunks, double tolerance) {
   const int lane = threadIdx.x % kLanes;
@@ -278,12 +281,13 @@ __device__ bool rotate(double* x, double* y, int chunks, double tolerance) {
   if (!(fabs(xy) > tolerance * sqrt(xx * yy))) {
     return false;
   }
-  // The smaller of the two angles that do it.
+  // The smaller of the two angles that make them orthogonal.
   const double zeta = (yy - xx) / (2.0 * xy);
   const double tangent = copysign(1.0 / (fabs(zeta) + sqrt(1.0 + zeta * zeta)), zeta);
   const double secant = sqrt(1.0 + tangent * tangent);
-  // By the tangent of half the angle, as a small correction to each entry: multiplying by a rounded
-  // cosine instead lets the lengths drift (eigenvalues 4e-14 off at l = 200, against 3e-15).
+  // Uses the tangent of half the angle, as a small correction to each entry: with a multiplication
+  // by a rounded cosine, the lengths drift (errors of 4e-14 in the eigenvalues at l = 200, instead
+  // of 3e-15).
   const double sine = tangent / secant, half = tangent / (1.0 + secant);
 #pragma unroll
   for (int c = 0; c < kHeld; ++c) {
@@ -300,8 +304,8 @@ __device__ bool rotate(double* x, double* y, int chunks, double tolerance) {
   return true;
 }
 
-// Block (matrix, index): the two blocks of columns that meet in `round`. In round 0 each also
-// rotates the pairs within its blocks. `sweeps` > 1 only where two blocks are all there are.
+// Block (matrix, index) takes the two blocks of columns that meet in `round`. In round 0 each also
+// rotates the pairs within its blocks. `sweeps` > 1 only if there are no more than two blocks.
 template <int kHeld>
 __global__ void __launch_bounds__(kMaxThreads, 1) sweep_columns(
     Workspace work, int size, int stride, int width, int blocks, int round, int first, int sweeps) {
@@ -338,7 +342,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sweep_columns(
   for (int sweep = first; sweep < first + sweeps; ++sweep) {
     bool any = false;
     for (int r = 0; r < rounds; ++r) {
-      // A warp's halves go round together, as they shuffle together.
+      // Both halves of a warp loop together, because they shuffle together.
       for (int base = thread / kWarp * 2; base < pairs; base += threads / kLanes) {
         const int index = base + thread / kLanes % 2;
         Meeting pair{};
@@ -362,7 +366,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sweep_columns(
     }
     changed = true;
     if (thread == 0) {
-      rotated[sweep] = 1;  // the same by every block that writes it
+      rotated[sweep] = 1;  // every block that writes it writes the same value
     }
   }
   if (changed) {
@@ -384,7 +388,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   LORA_DYNAMIC_SHARED(double, shared);
   const int thread = threadIdx.x, threads = blockDim.x;
   const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
-  double* const squares = shared;          // [size], of the columns' lengths
+  double* const squares = shared;          // [size], squared lengths of the columns
   double* const inverse = squares + size;  // [size], 1 / length of the column at that place
   double* const scratch = inverse + size;  // [warps]
   int* const order = reinterpret_cast<int*>(scratch + warps);  // [size], the column at that place

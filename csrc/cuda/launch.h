@@ -1,4 +1,4 @@
-// What every .cu file here launches its kernels with. tests/cuda/emulation/ has the other
+// Used by every .cu file here to launch its kernels. tests/csrc/cuda/emulation/ has other
 // definitions of the two macros, with which the same files run on a CPU.
 #pragma once
 
@@ -18,7 +18,7 @@ namespace cuda {
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kWarp = 32;
 
-// The most shared memory that a block may ask for on the current device.
+// The largest amount of shared memory for a block on the current device.
 inline cudaError_t shared_memory_limit(size_t& bytes) {
   int device = 0, limit = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -29,7 +29,7 @@ inline cudaError_t shared_memory_limit(size_t& bytes) {
   return error;
 }
 
-// More than 48 KB has to be asked for.
+// More than 48 KB has to be requested.
 template <typename... Arguments>
 cudaError_t allow_shared_memory(void (*kernel)(Arguments...), size_t bytes) {
   return cudaFuncSetAttribute(

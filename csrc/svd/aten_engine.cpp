@@ -10,7 +10,7 @@
 namespace lora {
 namespace {
 
-// Larger matrices are left to the library's solver, one after the other.
+// Larger matrices are given to the library's solver, one after another.
 constexpr int64_t kLargestJacobi = 512;
 
 class AtenEngine final : public Engine {
@@ -159,8 +159,8 @@ class AtenEngine final : public Engine {
   }
 
  private:
-  // op(W) x. A bfloat16 weight is multiplied as it is, into float32: with x rounded to bfloat16,
-  // or, if it has to be exact, with the three parts that its 24 bits fall into.
+  // op(W) x. A bfloat16 weight is multiplied unconverted, with a float32 result: x is rounded to
+  // bfloat16 or, for an exact product, split into three parts of 8 bits.
   at::Tensor pass(const at::Tensor& x, bool transpose, bool exact) const {
     const int64_t b = x.size(2);
     auto out = at::empty({count, transpose ? m : n, b}, options);

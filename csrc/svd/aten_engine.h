@@ -1,4 +1,4 @@
-// The SVD engine on torch's own operators: batches of weights on a GPU, cuBLAS for the products.
+// The SVD engine on torch's operators: batches of weights on a GPU, with cuBLAS for the products.
 #pragma once
 
 #include <memory>
@@ -9,8 +9,8 @@
 
 namespace lora {
 
-// `weights`: of one shape and dtype. `kernels`: what the device has for the small parts; for those
-// that it lacks torch's solvers, or the host, are used.
+// `weights` have one shape and dtype. `kernels` are the device's kernels for small matrices; where
+// one is missing, torch's solver or the host is used.
 std::unique_ptr<Engine> aten_engine(
     const std::vector<at::Tensor>& weights, const DeviceKernels& kernels);
 

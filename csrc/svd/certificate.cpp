@@ -47,7 +47,8 @@ Certificate::Certificate(const Engine& engine, const Ritz& ritz, int64_t r, doub
   }
 }
 
-// The largest c with which all r values are known to the tolerance; less than 0 if there is none.
+// The largest c for which all r values are known to within the tolerance; negative if there is
+// none.
 double Certificate::needed(const Values& of, int64_t k, double tolerance) const {
   auto scale = at::empty({k}, at::kDouble);
   auto* inverse = scale.mutable_data_ptr<double>();
@@ -68,7 +69,7 @@ double Certificate::needed(const Values& of, int64_t k, double tolerance) const 
 }
 
 bool Certificate::attainable(double tolerance) {
-  // More of the spare vectors than these differ little.
+  // Trying more numbers of spare vectors would change little.
   constexpr int64_t kChoices = 5;
   tolerance_ = tolerance;
   const auto size = static_cast<int64_t>(of_[0].theta.size());
@@ -79,7 +80,7 @@ bool Certificate::attainable(double tolerance) {
     double ratio = std::numeric_limits<double>::infinity();
     for (const auto& of : of_) {
       if (!of.zero()) {
-        // Nothing is known of what lies below the last value.
+        // Nothing is known about the values below the last one.
         const double next = square(of.theta[std::min(k, size - 1)]);
         ratio = std::min(ratio, needed(of, k, tolerance) / std::max(next, 1e-300));
       }
@@ -96,7 +97,7 @@ bool Certificate::attainable(double tolerance) {
   return found;
 }
 
-// The least tolerance that a ceiling grants, to a tenth.
+// The smallest tolerance, to within a tenth, for which `ceiling` is low enough.
 double Certificate::error_below(const Values& of, double ceiling) const {
   double high = tolerance_, low = 0.5 * high;
   while (needed(of, k_, high) < ceiling) {
@@ -143,7 +144,7 @@ bool Certificate::proves(int64_t steps, uint64_t seed) {
       bound(probe);
       return true;
     }
-    // No further where the steps that are left would not do.
+    // Stop if the remaining steps will not be enough.
     const double rate = before - lacking;
     if (probe.steps() >= kFirst && !(lacking < 1.25 * rate * (steps - probe.steps()))) {
       return false;

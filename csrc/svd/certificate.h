@@ -1,4 +1,4 @@
-// What the leading singular values of a space are off by at most.
+// A bound on the errors of the leading singular values computed from a space.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,35 +10,39 @@
 
 namespace lora {
 
-// Values below this part of the largest are compared with it instead.
+// Errors of values smaller than this fraction of the largest are relative to that fraction instead.
 constexpr double kLeastValue = 1e-7;
 
-// Rayleigh and Ritz's triplets on a space, as products: W vectors = images, of length `values`.
+// Rayleigh-Ritz triplets on a space, with the singular values as lengths of the images: W vectors =
+// images.
 struct Ritz {
   at::Tensor values;   // wide [count, k], descending
-  at::Tensor vectors;  // [count, m, k] of the working dtype or wide, orthonormal; or zero columns
+  at::Tensor vectors;  // [count, m, k] of either dtype; orthonormal or zero columns
   at::Tensor images;   // [count, n, k], of the same dtype
-  at::Tensor left;     // the images' directions, orthonormal, where an SVD has given them
+  at::Tensor left;     // the directions of the images, orthonormal, if an SVD has computed them
 };
 
-// Ritz values are at most W's singular values, by Cauchy's interlacing. What W's may be more: with
-// V the k first vectors (the r wanted, and others that take what lies next out of the way), Theta
-// their values, B = (1 - V V^T) W^T W V and c a bound of W^T W beside V,
+// Ritz values are at most W's singular values, by Cauchy's interlacing theorem. How much larger W's
+// may be: let V be the first k vectors (the r wanted and some more, which separate them from the
+// next values), Theta their values, B = (1 - V V^T) W^T W V, and c a bound on W^T W restricted to
+// the complement of V. Then
 //     W^T W <= [Theta^2  B^T; B  c] <= [T  0; 0  t]   if  B^T B <= (t - c) (T - Theta^2)
-// for any diagonal T with t its least entry, and then T_i bounds the i-th squared value (Weyl). T
-// is here (1 + tolerance)^2 times the squared value. B is computed, c comes from a probe: with a
-// probability of at least 1 - 1e-8; a space that grows by half after each probe meets few of them.
+// for any diagonal T whose smallest entry is t, and by Weyl's inequality T_i bounds the i-th
+// squared value. Here T is (1 + tolerance)^2 times the squared values. B is computed; c comes from
+// a probe and holds with a probability of at least 1 - 1e-8. A space that grows by half after each
+// probe needs few of them.
 class Certificate {
  public:
-  // `fine`: the rounding of Ritz's values, relative to the largest one.
+  // `fine`: the rounding error of the Ritz values, relative to the largest one.
   Certificate(const Engine& engine, const Ritz& ritz, int64_t r, double fine);
 
-  // Whether the values would be known to the tolerance if nothing was missed but what the space
-  // knows of; chooses k.
+  // Whether the values would be known to within the tolerance if the space had missed nothing
+  // larger than its own smallest values. Chooses k.
   bool attainable(double tolerance);
-  // Whether they are, by at most that many steps of a probe with this seed.
+  // Whether they are known to within the tolerance, using at most that many steps of a probe with
+  // this seed.
   bool proves(int64_t steps, uint64_t seed);
-  // The bound, by that many steps, whatever it is.
+  // Computes the bound, whatever it is, with that many steps.
   void measure(int64_t steps, uint64_t seed);
 
   at::Tensor error() const;  // wide [count]: after proves() or measure()
@@ -46,9 +50,9 @@ class Certificate {
  private:
   struct Values {
     std::vector<double> theta;
-    at::Tensor coupling;   // B^T B, wide [k, k] on the host, with what rounding may have hidden
-    double fine;           // the rounding of each value, absolute
-    double ceiling = 0.0;  // c that is needed
+    at::Tensor coupling;   // B^T B, wide [k, k] on the host, plus a bound on its rounding error
+    double fine;           // the absolute rounding error of each value
+    double ceiling = 0.0;  // the c that is needed
     double error = 0.0;
     bool zero() const { return theta[0] == 0; }
     double least() const { return kLeastValue * theta[0]; }

@@ -1,19 +1,19 @@
-// The small, latency-bound parts of the SVD driver that a device may have kernels of its own for.
+// The small, latency-bound parts of the SVD driver for which a device may have its own kernels.
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <tuple>
 namespace lora {
 struct DeviceKernels {
-  // out [rows, cols] float32 or bfloat16, unit column stride: standard normals, a function of
-  // (seed, row, column).
+  // out [rows, cols] float32 or bfloat16, with a column stride of 1: standard normal numbers, as a
+  // function of (seed, row, column).
   void (*gaussian)(const at::Tensor& out, uint64_t seed) = nullptr;
-  // gram [batch, b, b] float64 -> the upper-triangular inverse Cholesky factors, dropped columns
-  // zero.
+  // From gram [batch, b, b] float64, the upper-triangular inverse Cholesky factors; dropped columns
+  // are zero.
   at::Tensor (*cholesky_inverse)(const at::Tensor& gram, double tolerance) = nullptr;
-  // matrices [batch, l, l] float64 symmetric -> (values descending [batch, l], vectors [batch, l,
-  // l] as columns).
+  // From symmetric matrices [batch, l, l] float64: values [batch, l], descending, and vectors
+  // [batch, l, l] as columns.
   std::tuple<at::Tensor, at::Tensor> (*eigh)(const at::Tensor& matrices) = nullptr;
 };
-DeviceKernels& cuda_kernels();  // what the CUDA build fills in when it is loaded; empty otherwise
+DeviceKernels& cuda_kernels();  // set when a CUDA build is loaded; otherwise empty
 }  // namespace lora

@@ -14,12 +14,12 @@ namespace lora {
 namespace {
 
 struct Plan {
-  int64_t block;     // columns that are multiplied at once
+  int64_t block;     // columns multiplied at a time
   int64_t subspace;  // of all blocks together
 };
 
-// Narrow blocks reach further for one dimension of the space, wide ones run at a higher rate. The
-// dimensions give the residual and the worst value of 16 subspace iterations, or better
+// Narrow blocks give more accuracy per dimension of the space, wide ones run faster. With these
+// dimensions the residual and the worst value are at least as good as with 16 subspace iterations
 // (benchmarks/results/svd.csv).
 Plan default_plan(int64_t r) {
   if (r <= 24) {
@@ -31,15 +31,17 @@ Plan default_plan(int64_t r) {
   return {64, (std::min(19 * r / 4, 11 * r / 4 + 256) + 31) / 32 * 32};
 }
 
-// Rounding to 8 bits leaves 2^-8 of the largest value in all directions: with one that stands out
-// further than this, the others would drown.
+// Rounding to 8 bits adds an error of 2^-8 of the largest value in all directions. If that value is
+// larger than the others by more than this factor, they would be lost in the error.
 constexpr double kSteepest = 64.0;
 
-// Triplets beside those wanted, at the least: what takes the next values out of a bound's way.
+// The smallest number of additional triplets, which separate the wanted ones from the next values
+// in the bound.
 constexpr int64_t kBesides = 32;
 
-// Below this tolerance vectors are not rounded to 8 bits: what that leaves of W^T W V beside V is
-// 1e-3 of it, and its square, over the gap and twice the tolerance, has to be small.
+// Below this tolerance vectors are not rounded to 8 bits. The rounding leaves a part of W^T W V
+// outside V that is 1e-3 of it; the square of that, over the gap and twice the tolerance, has to be
+// small.
 constexpr double kFinest = 1e-4;
 
 at::Tensor diagonal_of(const at::Tensor& matrices) {
@@ -50,8 +52,8 @@ at::Tensor first_columns(const at::Tensor& block, int64_t count) {
   return block.size(-1) <= count ? block : block.narrow(-1, 0, count).contiguous();
 }
 
-// The entry of largest magnitude of each [count], wide, on the host. Not a square, which might
-// underflow.
+// The largest magnitude of an entry, for each weight [count], wide, on the host. (Its square might
+// underflow.)
 at::Tensor largest_of(const at::Tensor& blocks) {
   return blocks.abs().amax({-2, -1}).to(at::kDouble).cpu();
 }
@@ -59,7 +61,7 @@ at::Tensor largest_of(const at::Tensor& blocks) {
 // The blocks of the Krylov space, and W's quadratic form on it.
 class Space {
  public:
-  // `wide_form`: the form's entries are summed in float64.
+  // `wide_form`: whether the entries of the form are summed in float64.
   Space(const Engine& engine, int64_t capacity, bool wide_form)
       : engine_(&engine),
         wide_form_(wide_form),
@@ -74,11 +76,12 @@ class Space {
 
   int64_t size() const { return size_; }
   at::Tensor basis() const { return filled(basis_); }
-  // What W was multiplied with to give the image: the basis, rounded where the engine does.
+  // The operand by which W was multiplied to give the image: the basis, rounded if the engine
+  // rounds.
   at::Tensor operand() const { return filled(rounded_.defined() ? rounded_ : basis_); }
   at::Tensor image() const { return filled(image_); }
 
-  // Takes an orthonormal block in; returns W times it.
+  // Adds an orthonormal block to the space; returns W times it.
   at::Tensor add(const at::Tensor& block) {
     const int64_t width = block.size(-1);
     basis_.narrow(-1, size_, width).copy_(block);
@@ -102,16 +105,16 @@ class Space {
     return image;
   }
 
-  // How far W's largest value stands out from the middle one of those that the first block meets.
+  // W's largest value divided by the median of the values seen by the first block.
   double steepness() const {
     const auto squares = diagonal_of(corner(form_));
     const auto middle = std::get<0>(squares.median(-1)).clamp_min(1e-300);
     return std::sqrt((squares.amax(-1) / middle).max().item<double>());
   }
 
-  // basis^T W^T W b for the last block b: what of W^T W b lies in the basis. Undefined where W^T
-  // met another, rounded, image, and where rounding of the largest value is more than that of W^T W
-  // b.
+  // basis^T W^T W b for the last block b: the part of W^T W b within the basis. Undefined if W^T
+  // was multiplied by a different, rounded image, or if the rounding error of the largest value
+  // exceeds that of W^T W b.
   at::Tensor inside() const {
     if (rounded_.defined() || wide_form_) {
       return {};
@@ -119,7 +122,7 @@ class Space {
     return steepness_of_last() > kSteepest ? at::Tensor() : columns_;
   }
 
-  // How far the largest value stands out from the middle one that the last block meets.
+  // The largest value divided by the median of the values seen by the last block.
   double steepness_of_last() const {
     const auto squares = diagonal_of(corner(form_));
     const auto own = squares.narrow(-1, size_ - columns_.size(-1), columns_.size(-1));
@@ -128,7 +131,7 @@ class Space {
     return std::sqrt((largest / at::where(middle > 0, middle, largest)).max().item<double>());
   }
 
-  // Whether all of these values, descending, are above the rounding of the form.
+  // Whether all of these values, in descending order, exceed the rounding error of the form.
   bool shows_all(const at::Tensor& values) const {
     return wide_form_ ||
            (kSteepest * values.select(-1, -1) > values.select(-1, 0)).all().item<bool>();
@@ -138,9 +141,9 @@ class Space {
     corner(form_).copy_(engine_->gram(image(), image()));
   }
 
-  // The form in orthonormal coordinates. Where W meets rounded vectors, their Gram matrix is 1 + E
-  // with E a few 1e-3, and (1 + E)^-1/2 is taken to first order: what is left, E^2, only turns the
-  // space that is chosen by as much, and its values by the square of that.
+  // The form in orthonormal coordinates. Where the basis is rounded, its Gram matrix is 1 + E with
+  // E about 1e-3, and (1 + E)^-1/2 is computed to first order. The error, E^2, rotates the selected
+  // space by that much and changes its values by the square of it.
   at::Tensor form() const {
     auto form = corner(form_).clone();
     if (excess_.defined()) {
@@ -150,8 +153,8 @@ class Space {
     return form;
   }
 
-  // The same with what is there raised by 1e-10 of the trace, so that columns that were dropped
-  // come last; the values are not W's any more.
+  // The form in orthonormal coordinates, with nonzero columns raised by 1e-10 of the trace, so that
+  // dropped columns come last; its values are no longer W's.
   at::Tensor raised_form() const {
     auto form = this->form();
     auto diagonal = diagonal_of(form);
@@ -174,16 +177,17 @@ class Space {
   const Engine* engine_;
   bool wide_form_;
   int64_t size_ = 0;
-  at::Tensor basis_;    // orthonormal, but for dropped columns, which are zero
+  at::Tensor basis_;    // orthonormal, except for dropped columns, which are zero
   at::Tensor rounded_;  // the basis in bfloat16, where the engine rounds
   at::Tensor image_;    // W operand
-  at::Tensor columns_;  // the last ones of the form
+  at::Tensor columns_;  // the last columns of the form
   at::Tensor form_;     // image^T image
   at::Tensor excess_;   // operand^T operand - 1, where the operand is rounded
 };
 
-// What orthonormalises `basis` under its Gram matrix, but for zero columns, and makes the images of
-// the result orthogonal: the squares of their lengths, descending, and the rotation. In float64.
+// Orthonormalizes `basis` by its Gram matrix, except for zero columns, and makes the images of the
+// result orthogonal. Returns the squared lengths of the images, descending, and the rotation, in
+// float64.
 std::tuple<at::Tensor, at::Tensor> ritz_rotation(
     const Engine& engine, const at::Tensor& basis, const at::Tensor& image) {
   auto mass = engine.gram(basis, basis);
@@ -199,7 +203,7 @@ std::tuple<at::Tensor, at::Tensor> ritz_rotation(
   return {squares.clamp_min(0), rotation};
 }
 
-// In a narrow range of values U and V are orthonormal as they come, to rounding.
+// If the range of the values is narrow, U and V are orthonormal to within rounding already.
 Triplets with_orthonormal(
     const Engine& engine, at::Tensor U, const at::Tensor& S, at::Tensor V, uint64_t seed) {
   if (!engine.host_sees_values() ||
@@ -210,9 +214,9 @@ Triplets with_orthonormal(
   return {U, S, V, {}};
 }
 
-// The rounding of values that are computed in this dtype, relative to the largest. In float64 it is
-// LAPACK's SVD, or cuSOLVER's by Jacobi rotations: in 15 sweeps over a space of 1000 dimensions
-// their roundings add up, like a random walk, to sqrt(15000) = 122 eps; twice that is allowed for.
+// The rounding error of values computed in this dtype, relative to the largest. In float64, of
+// LAPACK's SVD or of cuSOLVER's by Jacobi rotations: in 15 sweeps over a space of 1000 dimensions
+// their errors add up, like a random walk, to sqrt(15000) = 122 eps; the bound is twice that.
 double rounding_of(const Engine& engine, at::ScalarType dtype) {
   if (dtype != at::kDouble) {
     return 0x1p-20;
@@ -242,14 +246,14 @@ Triplets triplets_of(const Engine& engine, const Ritz& ritz, int64_t r, uint64_t
   return with_orthonormal(engine, U, S, V, seed);
 }
 
-// The largest of what bounds the values, relative to each.
+// The largest relative error of the values, given their upper bounds.
 at::Tensor relative_error(const at::Tensor& upper, const at::Tensor& values, double rounding) {
   const auto largest = values.narrow(-1, 0, 1).clamp_min(1e-300);
   const auto size = values.maximum(kLeastValue * largest);
   return (((upper - values).clamp_min(0) + rounding * largest) / size).amax(-1);
 }
 
-// The triplets of a weight that is small, or most of whose triplets are wanted. With a tolerance,
+// The triplets of a weight that is small, or of which most triplets are wanted. With a tolerance,
 // their error is bounded too.
 Triplets dense(const Engine& engine, int64_t r, uint64_t seed, double tolerance) {
   const auto exact = [&] {
@@ -267,8 +271,8 @@ Triplets dense(const Engine& engine, int64_t r, uint64_t seed, double tolerance)
   if (tolerance == 0) {
     return rayleigh_ritz(engine, basis, engine.exact_times(basis), seed);
   }
-  // The rounding of sums of up to n products and of LAPACK, with a margin: 128 eps of the largest
-  // eigenvalue.
+  // The rounding error of sums of up to n products and of LAPACK, with a margin: 128 eps of the
+  // largest eigenvalue.
   constexpr double kGramRounding = 0x1p-46;
   const auto ritz = ritz_on(engine, basis, engine.wide_times(basis));
   const auto upper =
@@ -302,10 +306,10 @@ Triplets rayleigh_ritz(
 
 namespace {
 
-// The `count` leading triplets of what the space holds.
+// The `count` leading triplets of the space.
 Ritz leading_ritz(const Engine& engine, Space& space, int64_t r, int64_t count, double tolerance) {
   if (engine.options.dtype() == at::kDouble) {
-    // Squares, as in the form, would lose what lies below 1e-8 of the largest value.
+    // The form has squares, which would lose values below 1e-8 of the largest.
     const auto [U, S, Qh] = at::linalg_svd(space.image(), /*full_matrices=*/false);
     const auto values = S.narrow(-1, 0, count), left = U.narrow(-1, 0, count);
     const auto turned = Qh.narrow(-2, 0, count).mT().contiguous();
@@ -323,7 +327,8 @@ Ritz leading_ritz(const Engine& engine, Space& space, int64_t r, int64_t count, 
       space.widen();
       continue;
     }
-    // Where float32 would be a good part of the tolerance, the last step is in float64.
+    // If the rounding error of float32 is a large part of the tolerance, the last step is in
+    // float64.
     if (rounding_of(engine, at::kFloat) > 0.25 * tolerance * part) {
       ritz = ritz_on(engine, basis, engine.wide_times(basis));
     }
@@ -350,7 +355,7 @@ Triplets leading_triplets(
   at::Tensor undo;
   auto sizes = largest_of(block);
   if (engine.host_sees_values() && engine.rounds_operand() && sizes.max().item<double>() == 0) {
-    // A processor's bfloat16 products take subnormal numbers for zero.
+    // A processor's bfloat16 products treat subnormal numbers as zero.
     sizes = largest_of(engine.exact_transposed_times(sketch));
   }
   const auto* size = sizes.const_data_ptr<double>();
@@ -363,7 +368,7 @@ Triplets leading_triplets(
       found.S = found.S * undo.unsqueeze(-1);
     }
     if (found.error.defined() && engine.options.dtype() != at::kDouble) {
-      // S is rounded to float32, of which the least number is 2^-149.
+      // S is rounded to float32, whose smallest number is 2^-149.
       const auto least = found.S.select(-1, -1).maximum(kLeastValue * found.S.select(-1, 0));
       const auto rounding = engine.epsilon() + 0x1p-150 / least;
       found.error = found.error + at::where(least > 0, rounding, 0);
@@ -371,14 +376,15 @@ Triplets leading_triplets(
     return found;
   };
 
-  // A space of two thirds of all dimensions costs more than all of them at once.
+  // A space of more than two thirds of all dimensions costs more than a whole decomposition.
   const int64_t room = std::min(limit, 2 * engine.m / 3);
   if (room < r || (room < limit && !bounded)) {
     return finish(dense(engine, r, seed, tolerance));
   }
-  // A GPU is asked only where it matters, and always sums in float64, so that the batch of a
-  // float32 weight changes its values by rounding only (its last bits it may: batched cuBLAS and
-  // cuSOLVER take other algorithms). A batch is as steep as its steepest weight.
+  // On a GPU the steepness is computed only where it is needed, as the host has to wait for it, and
+  // sums are always in float64: then the batch of a float32 weight affects its values by rounding
+  // only (the last bits may change, as batched cuBLAS and cuSOLVER use other algorithms). The
+  // steepness of a batch is that of its steepest weight.
   const bool host = engine.host_sees_values();
   block = first_columns(orthonormalized(engine, block), room);
   const auto start = block;
@@ -393,8 +399,8 @@ Triplets leading_triplets(
       image = space.add(block);
     }
   }
-  // An error in the basis turns the chosen space by as much; what that loses of the largest value
-  // has to stay below the others.
+  // An error in the basis rotates the selected space by as much; the part of the largest value that
+  // is lost by that has to remain below the other values.
   constexpr double kTurned = 3e-3;
   Orthogonality state{std::min(1e-4, kTurned / steep)};
   const auto grow = [&] {
@@ -408,7 +414,7 @@ Triplets leading_triplets(
   };
 
   if (bounded) {
-    // What rounding of the results leaves is not aimed below.
+    // The goal leaves room for the rounding of the results.
     const double goal = std::max(tolerance - engine.epsilon(), 0.5 * engine.epsilon());
     Settling settling(r, std::max(goal, 8 * engine.epsilon()));
     int64_t next_trial = r;
@@ -423,7 +429,7 @@ Triplets leading_triplets(
         const auto ritz = leading_ritz(engine, space, r, count, goal);
         Certificate certificate(engine, ritz, r, rounding_of(engine, ritz.images.scalar_type()));
         const int64_t steps = std::max<int64_t>(8, space.size() / kProbeWidth);
-        probe_seed += 0x9e3779b97f4a7c15;  // another stream of normals
+        probe_seed += 0x9e3779b97f4a7c15;  // another stream of random numbers
         const bool attainable = certificate.attainable(goal);
         if (full) {
           certificate.measure(steps, probe_seed);

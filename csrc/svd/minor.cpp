@@ -11,16 +11,16 @@
 namespace lora {
 namespace {
 
-// The inverse is run until its values move by less than this, relative to each.
+// The inverse is applied until its values change by less than this, relative to each.
 constexpr double kSettled = 3e-6;
-constexpr int64_t kSpare = 16;  // vectors beyond the r wanted: the last ones settle last
+constexpr int64_t kSpare = 16;  // additional vectors, as the last ones converge last
 constexpr int64_t kProbes = 4;
 
 int64_t block_of(int64_t r) {
   return r <= 24 ? 16 : r <= 96 ? 32 : 64;
 }
 
-// Columns [size - r, size) from the last to the first.
+// Columns [size - r, size) in reverse order.
 at::Tensor last_first(const at::Tensor& t, int64_t r) {
   return t.narrow(-1, t.size(-1) - r, r).flip(-1).contiguous();
 }
@@ -57,7 +57,7 @@ class InverseSpace {
     return (form + form.mT()) * 0.5;
   }
 
-  // The vectors of the inverse's `count` largest values.
+  // The vectors of the `count` largest values of the inverse.
   at::Tensor leading(int64_t count) const {
     const auto vectors = std::get<1>(engine_.eigh(form())).narrow(-1, 0, std::min(count, size_));
     return engine_.product(basis(), vectors.to(engine_.options.dtype()).contiguous());
@@ -72,9 +72,9 @@ class InverseSpace {
   at::Tensor basis_, form_, block_;
 };
 
-// With a shift just below the smallest eigenvalue of W^T W: the lower edge of a tall weight's
-// values is crowded, and without it the inverse hardly tells them apart (0.014 off after as many
-// steps as take it to 5e-7).
+// Uses a shift just below the smallest eigenvalue of W^T W: the smallest values of a tall weight
+// are close together, and without the shift the inverse hardly separates them (an error of 0.014
+// after as many steps as give 5e-7 with it).
 bool factorize_near_edge(Engine& engine, uint64_t seed) {
   if (!engine.factorize(0.0)) {
     return false;
@@ -83,7 +83,7 @@ bool factorize_near_edge(Engine& engine, uint64_t seed) {
   while (space.has_room()) {
     space.grow();
   }
-  // Not below the eigenvalue itself, as the inverse's values are taken from inside.
+  // Not the eigenvalue itself, because the inverse's values are estimated from below.
   const auto form = space.form();
   if (!form.isfinite().all().item<bool>()) {
     return false;
@@ -97,7 +97,7 @@ bool factorize_near_edge(Engine& engine, uint64_t seed) {
   return false;
 }
 
-// Two-sided Rayleigh-Ritz in float64 on orthonormal spaces: the r smallest, ascending.
+// Two-sided Rayleigh-Ritz in float64 on orthonormal spaces: the r smallest triplets, ascending.
 Triplets two_sided(
     const Engine& engine, const at::Tensor& left, const at::Tensor& right, int64_t r) {
   const auto form = engine.gram(left, engine.wide_times(right));
@@ -115,9 +115,9 @@ bool orthonormal(const Engine& engine, const at::Tensor& q) {
   return (gram - at::eye(q.size(-1), gram.options())).abs().max().item<double>() <= 1e-5;
 }
 
-// Whether W V = U S and W^T U = V S, as far as a space that has settled gives them, with U and V
-// orthonormal: a singular W's inverse may have left parallel columns, of which all but one were
-// dropped. `size` is ||W||.
+// Whether W V = U S and W^T U = V S to the accuracy of a converged space, with orthonormal U and V.
+// The inverse of a singular W may have given parallel columns, of which all but one were dropped.
+// `size` is ||W||.
 bool holds(const Engine& engine, const Triplets& found, double size) {
   if (!orthonormal(engine, found.U) || !orthonormal(engine, found.V)) {
     return false;
@@ -164,14 +164,15 @@ Triplets trailing_triplets(Engine& engine, int64_t r, uint64_t seed) {
     space.grow();
     const auto form = space.form();
     if (!form.isfinite().all().item<bool>()) {
-      break;  // so singular that the inverse overflows
+      break;  // W is so close to singular that the inverse overflows
     }
     settled = settling.settled(form);
   }
   if (!settled) {
     return finish(exact_trailing(engine, r));
   }
-  // One more half-step: W v / s from a v that has not had it is off by largest over smallest value.
+  // One more half-step: without it, W v / s would have an error of the largest over the smallest
+  // value.
   auto right = space.leading(r + kSpare);
   at::Tensor left;
   if (square) {

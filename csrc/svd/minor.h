@@ -1,4 +1,4 @@
-// Trailing singular triplets by block Krylov subspaces of the inverse.
+// The smallest singular triplets, by block Krylov subspaces of the inverse.
 #pragma once
 
 #include "krylov.h"

@@ -1,4 +1,4 @@
-// The operators: checks were made above, here each weight or batch meets its engine.
+// The operators. Arguments are checked in Python; here each weight or batch is given to its engine.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -22,8 +22,8 @@ namespace {
 
 using Factors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// U, S, V^T of the weights as they are, from those of the tall ones; the entry of largest magnitude
-// of each u is positive.
+// U, S, V^T of the original weights from those of the tall ones, with signs such that the entry of
+// largest magnitude of each u is positive.
 Factors oriented(const Engine& engine, const Triplets& found) {
   const auto& left = engine.flipped ? found.V : found.U;
   const auto& right = engine.flipped ? found.U : found.V;
@@ -54,7 +54,7 @@ Factors trailing(Engine& engine, int64_t rank, int64_t seed) {
   return oriented(engine, trailing_triplets(engine, rank, static_cast<uint64_t>(seed)));
 }
 
-// Tuples of tensors with a leading dimension, one a weight, joined along it.
+// Concatenates tuples of tensors along their leading dimension, which has one entry per weight.
 template <typename... T>
 std::tuple<T...> joined(const std::vector<std::tuple<T...>>& parts) {
   const auto member = [&](auto index) {
@@ -69,7 +69,7 @@ std::tuple<T...> joined(const std::vector<std::tuple<T...>>& parts) {
   }(std::index_sequence_for<T...>{});
 }
 
-// One weight after the other, each with all threads.
+// One weight after another, each with all threads.
 template <typename Run>
 auto for_each_weight(at::TensorList weights, const Run& run) {
   const SerialBlas serial;
@@ -81,11 +81,11 @@ auto for_each_weight(at::TensorList weights, const Run& run) {
   return joined(parts);
 }
 
-// Batches on a GPU, as many weights at once as `bytes` of work space each allow.
+// Batches on a GPU, with as many weights as fit into the work space at `bytes` each.
 template <typename Run>
 auto for_each_batch(at::TensorList weights, int64_t bytes, const Run& run) {
   constexpr int64_t kAtOnce = int64_t{4} << 30;
-  const at::NoTF32Guard exact;  // W in TF32's 11 bits would be another W
+  const at::NoTF32Guard exact;  // TF32 would round W to 11 bits
   const auto step = static_cast<size_t>(std::max<int64_t>(1, kAtOnce / bytes));
   std::vector<decltype(run(std::declval<Engine&>(), std::vector<at::Tensor>()))> parts;
   for (size_t begin = 0; begin < weights.size(); begin += step) {
@@ -100,7 +100,7 @@ auto for_each_batch(at::TensorList weights, int64_t bytes, const Run& run) {
   return joined(parts);
 }
 
-// Of a Krylov space: basis, operand and image, with a float64 copy while Gram matrices are formed.
+// The bytes of a Krylov space: basis, operand and image, and a float64 copy for Gram matrices.
 int64_t space_bytes(const at::Tensor& weight, int64_t rank, int64_t subspace) {
   const int64_t columns = subspace > 0 ? subspace : 6 * rank + 128;
   return 12 * (weight.size(0) + weight.size(1)) * columns + 1;
@@ -133,7 +133,7 @@ FactorsAndError randomized_svd_batched(
 }
 
 Factors minor_svd_batched(at::TensorList weights, int64_t rank, int64_t seed) {
-  // One at a time: a factorization of one weight fills the device.
+  // One at a time, because a factorization of one weight fills the device.
   constexpr auto kAll = std::numeric_limits<int64_t>::max();
   return for_each_batch(weights, kAll, [&](Engine& engine, const std::vector<at::Tensor>&) {
     return trailing(engine, rank, seed);
@@ -154,7 +154,7 @@ std::tuple<at::Tensor, at::Tensor> thin_qr_batched(at::TensorList weights, int64
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora, CPU, m) {
-  // The engine of GPUs on a CPU, without their kernels: so that it is tested where there is none.
+  // The GPU's engine on a CPU without its kernels, so that it is tested where there is no GPU.
   const char* engine = std::getenv("LORA_KERNELS_SVD_ENGINE");
   const bool batched = engine != nullptr && std::string_view(engine) == "aten";
   m.impl("_randomized_svd", batched ? randomized_svd_batched : randomized_svd_cpu);

@@ -9,8 +9,9 @@
 namespace lora {
 namespace {
 
-// Squared sines. A column at less than 1e-6 of its length from the others' span is rounding noise
-// in float32; in the second pass, one that loses most of its length again was noise already.
+// Squared sines. In float32, a column whose distance from the span of the others is less than 1e-6
+// of its length is rounding noise; in the second pass, so is a column that again loses most of its
+// length.
 constexpr double kIndependent = 1e-12, kStable = 0.25;
 
 constexpr int kRepeats = 3;
@@ -23,12 +24,13 @@ at::Tensor to_work(const Engine& engine, const at::Tensor& wide) {
   return wide.to(engine.options.dtype());
 }
 
-// By Householder's reflections: a Gram matrix in float64 hides sines below 1e-8, which are no noise
+// With Householder reflections: a float64 Gram matrix hides sines below 1e-8, which are not noise
 // in a float64 weight.
 at::Tensor reflected(const Engine& engine, at::Tensor block, const at::Tensor& basis) {
-  // The reflections would make axes of zeros, the same in every block: rounding that is random (of
-  // another seed in every block) gives columns that add nothing a direction of their own. It is
-  // noise after the first pass, partly within the basis again.
+  // From columns of zeros, the reflections would make unit vectors, the same in every block. Random
+  // noise of rounding size, with a different seed in every block, gives columns that add nothing
+  // their own directions. After the first pass it is a column of noise, partly within the basis
+  // again.
   constexpr int kPasses = 3;
   const auto lengths = at::linalg_vector_norm(block, 2, {-2}, /*keepdim=*/true);
   const auto noise = engine.gaussian(block.size(-2), block.size(-1), basis.size(-1));
@@ -103,14 +105,14 @@ at::Tensor completed(const Engine& engine, at::Tensor q, uint64_t seed) {
       return q;
     }
   }
-  // By blocks from the left: those on the right are the less certain ones.
+  // Block by block from the left, because the columns on the right are less certain.
   auto done = at::zeros_like(q);
   for (int64_t begin = 0; begin < rank; begin += kMaxBlock) {
     const int64_t width = std::min(kMaxBlock, rank - begin);
     const auto before = done.narrow(-1, 0, begin);
     Orthogonality exact;
     auto block = orthonormalized(engine, q.narrow(-1, begin, width).clone(), before, exact);
-    // A random direction may be dropped as well, where little of the space is left.
+    // A random direction may be dropped too, if the space is almost complete.
     for (int repeat = 0; repeat < kRepeats; ++repeat) {
       const auto missing = squared_lengths(engine.gram(block, block)) < 0.5;  // [count, width]
       if (engine.host_sees_values() && !missing.any().item<bool>()) {

@@ -1,5 +1,5 @@
-// Orthonormal bases by Cholesky factors of float64 Gram matrices: products instead of Householder's
-// reflections, and safe where columns depend on each other.
+// Orthonormal bases by Cholesky factors of float64 Gram matrices: products instead of Householder
+// reflections, and safe if columns are linearly dependent.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,26 +8,27 @@
 
 namespace lora {
 
-// How far a growing basis is from orthonormal, and may be. One pass leaves the error that is there
-// times the factor by which a column became shorter.
+// The deviation of a growing basis from orthonormal, and its limit. One pass leaves the existing
+// error times the factor by which a column became shorter.
 struct Orthogonality {
-  double tolerated = 0.0;  // a second pass follows where the first would leave more
+  double tolerated = 0.0;  // a second pass is made if the first would leave more
   double error = 0.0;
 };
 
-// An orthonormal basis of what `block` [count, m, b] adds to the span of `basis` [count, m, k]
-// (orthonormal, some columns perhaps zero; k may be 0). A column that adds nothing becomes zero;
-// in float64, some other direction outside that span.
-// `inside`: basis^T block where it is known already, to the rounding of block.
+// An orthonormal basis of the part of `block` [count, m, b] outside the span of `basis` [count, m,
+// k], which is orthonormal, except for zero columns; k may be 0. A column that adds nothing becomes
+// zero or, in float64, another direction outside that span. `inside` is basis^T block, if it is
+// known to the rounding error of block.
 at::Tensor orthonormalized(
     const Engine& engine, at::Tensor block, const at::Tensor& basis, Orthogonality& state,
     at::Tensor inside = {});
 
-// The same of columns alone, to rounding.
+// An orthonormal basis of the columns alone, to within rounding.
 at::Tensor orthonormalized(const Engine& engine, at::Tensor block);
 
-// `q` [count, p, r], whose columns are orthonormal but for rounding, zeros, and the last ones of a
-// rank-deficient weight, with all columns orthonormal: noise is orthogonalised, zeros are replaced.
+// Makes all columns of `q` [count, p, r] orthonormal. They are so already except for rounding, zero
+// columns, and the last ones of a rank-deficient weight: noise is orthogonalized, zeros are
+// replaced.
 at::Tensor completed(const Engine& engine, at::Tensor q, uint64_t seed);
 
 }  // namespace lora

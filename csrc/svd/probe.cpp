@@ -13,7 +13,7 @@ namespace {
 constexpr double kLeastSquare = 0.78;
 static_assert(kProbeWidth == 16);
 
-// x^T e_j g, the rounding of a step along one fixed direction, in units of the estimate in
+// x^T e_j g, the rounding error of a step along one fixed direction, in units of the estimate in
 // slip(): six of its standard deviations are 1.5.
 constexpr double kStepRounding = 8.0;
 
@@ -63,7 +63,7 @@ void Probe::step() {
       next[k].sub_(blocks_[blocks_.size() - 2][k], beta_.back()[k]);
     }
   }
-  // Where nothing but rounding is left, it is not blown up to a block of length 1.
+  // If only rounding errors are left, they are not scaled up to a block of length 1.
   const auto floor = least.to(alpha.device()) + engine_.epsilon() * alpha;
   const auto beta = at::maximum(frobenius(next), floor).clamp_min(1e-300);
   next.div_(beta.to(work));
@@ -72,9 +72,9 @@ void Probe::step() {
   blocks_.push_back(next);
 }
 
-// A sum of m products is off by eps sqrt(m / 2) of its partial sums, which are random walks as long
-// as |W v| or, where v is orthogonal to W's largest vectors, |W|_F / sqrt(m). Seen along one of the
-// 16 n directions, that is sqrt(16 n) times less; and the second pass is as the first.
+// The error of a sum of m products is eps sqrt(m / 2) of its partial sums, which are random walks
+// as long as |W v| or, if v is orthogonal to W's largest vectors, |W|_F / sqrt(m). Along one of 16
+// n directions it is smaller by sqrt(16 n). The second pass has the same error as the first.
 double Probe::slip(int64_t weight, double ceiling) const {
   const double beside = alpha_[0][weight] * static_cast<double>(engine_.m - space_.size(-1));
   const double random = std::sqrt((squares_[weight] + beside) / static_cast<double>(engine_.m));

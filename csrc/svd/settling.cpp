@@ -7,12 +7,12 @@
 namespace lora {
 namespace {
 
-constexpr double kSlowest = 0.9;  // of the ratios: what is not known yet, or is no decay at all
+constexpr double kSlowest = 0.9;  // the largest ratio, used if none is known or there is no decay
 
 }  // namespace
 
-// The changes fall about geometrically, so that what is still to come is the last change times
-// q / (1 - q), with q the ratio of the last two.
+// The changes decrease about geometrically, so the remaining change is the last one times q / (1 -
+// q), where q is the ratio of the last two.
 bool Settling::settled(const at::Tensor& form) {
   if (form.size(-1) < r_) {
     return false;

@@ -1,5 +1,5 @@
-// Watches the r leading values of a growing space, and guesses what they still lack: a sign that it
-// is time to bound it, no bound.
+// Estimates how far the r leading values of a growing space are from their limits. The estimate is
+// not a bound; it tells when it is worth computing one.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,8 +12,8 @@ class Settling {
  public:
   Settling(int64_t r, double tolerance) : r_(r), tolerance_(tolerance) {}
 
-  // Whether the r leading values, roots of the eigenvalues of `form` (wide [count, k, k]), are all
-  // settled to the tolerance, relative to each.
+  // Whether the r leading values, the roots of the eigenvalues of `form` (wide [count, k, k]), have
+  // converged to the tolerance, relative to each.
   bool settled(const at::Tensor& form);
 
  private:

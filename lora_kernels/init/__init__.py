@@ -1,4 +1,4 @@
-"""Initialisers: one file per family, one registry of names."""
+"""Initializers: one file per family of starts, one registry of names."""
 
 from .base import Initializer, get_initializer, initializer_names, register_initializer
 from .data_driven import LoRAGA, LoRAOne, LoRASB
@@ -6,7 +6,7 @@ from .loftq import LoftQ
 from .loram import LoRAM
 from .random import Gaussian, InitAB, InitABPlus, InitB, LoRA
 from .spectral import LoRAXS, MiLoRA, OLoRA, PiSSA
-from .start import Start
+from .start import Start, StartRequest
 
 __all__ = [
     "Gaussian",
@@ -25,6 +25,7 @@ __all__ = [
     "OLoRA",
     "PiSSA",
     "Start",
+    "StartRequest",
     "get_initializer",
     "initializer_names",
     "register_initializer",

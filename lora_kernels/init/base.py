@@ -1,30 +1,33 @@
-"""What an initializer is, a small frozen dataclass that turns a weight into initial factors; and
-the names of `init_lora_weights`.
+"""`Initializer`, which turns a weight into initial factors, and the registry of the names that
+`init_lora_weights` accepts.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from .._utils.errors import unknown_name
-from .start import Start, check_residual_fits, checked, subtract_start_
+from .start import Start, StartRequest, check_residual_fits, checked, subtract_start_
 
 
-class Initializer(ABC):
-    """Base of all initialisers; subclasses are frozen dataclasses whose fields are their options.
+class Initializer:
+    """Base class of all initializers; subclasses are frozen dataclasses whose fields are options.
 
-    Class attributes say what a layer has to know beforehand:
+    A subclass defines `make_start`. It may override `make_starts` if a batch is faster than one
+    start after another, and `absorb_` and `take_out_` if it makes its base in another way. A
+    subclass that overrides `__call__` instead of `make_start` works too.
 
-    - `changes_base`: whether s · B₀A₀ is not zero and has to be taken out of the layer, so that it
+    Class attributes tell a layer beforehand what to expect:
+
+    - `changes_base`: s · B₀A₀ is not zero and has to be subtracted from the base, so that the layer
       starts as the layer it adapts.
-    - `reads_weight`: whether the start depends on W's values.
-    - `needs_gradient`: whether it is made from the loss gradient of W.
-    - `grows_with_scaling`: whether s · B₀A₀ is of some size, and the larger the larger s is.
-    - `rewrites_base`: whether the base becomes something else than W − s · B₀A₀, so that it has to
-      be rewritten for the start to make sense.
+    - `reads_weight`: the start depends on W's values.
+    - `needs_gradient`: the start is made from the loss gradient of W.
+    - `grows_with_scaling`: s · B₀A₀ is not zero and grows with s.
+    - `rewrites_base`: the start only makes sense on a base with new values, which are not
+      W − s · B₀A₀; the base has to be writable.
     """
 
     changes_base: bool
@@ -34,18 +37,29 @@ class Initializer(ABC):
 
     @property
     def grows_with_scaling(self) -> bool:
-        """What holds of a start that is neither zero nor divided by s."""
+        """By default, true of every start that changes the base: override it if B₀A₀ is divided by
+        s, or if the base does not change although B₀A₀ is not zero.
+        """
         return self.changes_base
 
-    @abstractmethod
+    def make_start(self, request: StartRequest) -> Start:
+        """The start for one weight, which is only read."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define make_start(self, request) -> Start"
+        )
+
+    def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
+        """The starts for weights of one shape, dtype and device, with one r and one scaling.
+
+        By default one after the other; an override returns the same starts.
+        """
+        return [self(q.weight, q.r, q.scaling, q.gradient) for q in requests]
+
     def __call__(
         self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
     ) -> Start:
-        """The start for `weight` [out, in], which is only read.
-
-        `scaling` is the layer's s, for starts that are divided by it; `gradient` [out, in] that of
-        the loss, for starts that are made from it.
-        """
+        """`make_start` for these arguments, which `StartRequest` explains."""
+        return self.make_start(StartRequest(weight, r, scaling, gradient))
 
     def starts(
         self,
@@ -54,12 +68,10 @@ class Initializer(ABC):
         scaling: float = 1.0,
         gradients: Sequence[Tensor] | None = None,
     ) -> list[Start]:
-        """The starts of several weights of one shape, dtype and device, which are only read.
-
-        The same as one by one; overridden where they are made faster together.
-        """
+        """`make_starts` for several weights of one shape, dtype and device."""
         each = [None] * len(weights) if gradients is None else gradients
-        return [self(w, r, scaling, g) for w, g in zip(weights, each, strict=True)]
+        pairs = zip(weights, each, strict=True)
+        return self.make_starts([StartRequest(w, r, scaling, g) for w, g in pairs])
 
     def absorb_(
         self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
@@ -67,8 +79,8 @@ class Initializer(ABC):
         """The start, with weight ← weight − scaling · B₀A₀ in place if that is not zero.
 
         Raises:
-            ValueError: if W holds NaN or Inf, or has no room for the residual, beside what the call
-                raises. Nothing is written then.
+            ValueError: if W holds NaN or Inf or the residual could overflow, and whatever the start
+                itself raises. Nothing is written then.
 
         """
         start = checked(self(weight, r, scaling, gradient), weight, r)
@@ -78,16 +90,16 @@ class Initializer(ABC):
         return start
 
     def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
-        """Makes the base that goes with a start of `weight`, in place: weight − scaling · B₀A₀."""
+        """Make the base that goes with a start of `weight`, in place: weight − scaling · B₀A₀."""
         subtract_start_(weight, start, scaling)
 
 
 def refuse_implicit(initializer: Initializer, residual: str) -> None:
-    """Raises if the start needs a base that it rewrites, and that is to stay as it is."""
+    """Raise if the initializer rewrites the base but `residual` leaves the base unchanged."""
     if initializer.rewrites_base and residual != "absorb":
         raise ValueError(
             f"the start of {type(initializer).__name__} goes with a base that it rewrites, to "
-            "quantised values: it needs a float weight of its own and residual='absorb'"
+            "quantized values: it needs a float weight of its own and residual='absorb'"
         )
 
 
@@ -95,15 +107,15 @@ _REGISTRY: dict[str, Callable[[], Initializer]] = {}
 
 
 def register_initializer(name: str, factory: Callable[[], Initializer]) -> None:
-    """Makes `init_lora_weights=name` (in any case) mean `factory()`; a name can be taken once.
+    """Let `init_lora_weights=name`, in upper or lower case, mean `factory()`.
 
     Raises:
         ValueError: the name is taken.
-        TypeError: `name` is no string, or `factory` an object in place of its class.
+        TypeError: `name` is not a string, or `factory` is an object instead of its class.
 
     """
     if not isinstance(name, str):
-        raise TypeError(f"the name of an initialiser must be a string, got {type(name).__name__}")
+        raise TypeError(f"the name of an initializer must be a string, got {type(name).__name__}")
     if isinstance(factory, Initializer) or not callable(factory):
         raise TypeError(
             f"{name!r} needs a class or a function that makes an Initializer, got an object of "
@@ -111,7 +123,7 @@ def register_initializer(name: str, factory: Callable[[], Initializer]) -> None:
         )
     key = name.lower()
     if key in _REGISTRY:
-        raise ValueError(f"the initialiser name {key!r} is taken")
+        raise ValueError(f"the initializer name {key!r} is taken")
     _REGISTRY[key] = factory
 
 
@@ -121,7 +133,7 @@ def initializer_names() -> list[str]:
 
 
 def get_initializer(init_lora_weights: str | Initializer) -> Initializer:
-    """The initialiser of that name with its default options, or the object itself."""
+    """The initializer of that name with its default options, or the object itself."""
     if isinstance(init_lora_weights, Initializer):
         return init_lora_weights
     if isinstance(init_lora_weights, type) and issubclass(init_lora_weights, Initializer):

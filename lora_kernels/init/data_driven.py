@@ -1,7 +1,8 @@
 """Starts from the loss gradient of the weight, G [out, in]: LoRA-GA, LoRA-One, LoRA-SB.
 
-G is given in the call, and by `LoRALinear.from_linear(..., gradient=G)`. The factors have no
-recipe: a layer keeps them. All cost a truncated SVD of G, as PiSSA's does of W.
+G is `StartRequest.gradient`, given as `LoRALinear.from_linear(..., gradient=G)`. None has a recipe:
+the layer stores the initial factors. Each costs a truncated SVD of G, as PiSSA costs one of W.
+ValueError if G is zero, is not finite, or does not have W's shape.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from .._utils.checks import FLOATS, as_integer, check_positive
 from ..ops import svd
 from .base import Initializer, register_initializer
 from .spectral import refuse_small_rank
-from .start import Start
+from .start import Start, StartRequest
 
 
 @dataclass(frozen=True)
 class _DataDriven(Initializer):
-    """What they share: how G is checked, and the options of its SVD."""
+    """The options of G's SVD, and the checks of G."""
 
     method: str = "randomized"
     seed: int = 0
@@ -31,9 +32,9 @@ class _DataDriven(Initializer):
         svd.check_options(self.method)
         as_integer(self.seed, "seed")
 
-    def _checked(self, gradient: Tensor | None, weight: Tensor) -> Tensor:
-        """G on W's device."""
-        name = type(self).__name__
+    def _gradient(self, request: StartRequest) -> Tensor:
+        """G [out, in], checked and on W's device."""
+        weight, gradient, name = request.weight, request.gradient, type(self).__name__
         if gradient is None:
             raise ValueError(
                 f"{name} starts from the loss gradient of the weight: give gradient=G [out, in]"
@@ -54,8 +55,8 @@ class _DataDriven(Initializer):
             raise ValueError("gradient holds NaN or Inf")
         if not bool(gradient.any()):
             raise ValueError(
-                f"gradient is zero, so {name} has no direction to start in: was the layer used, "
-                "and the loss not constant?"
+                f"gradient is zero, so {name} has no direction to start in: did the loss depend "
+                "on this layer?"
             )
         return gradient
 
@@ -68,9 +69,10 @@ class _DataDriven(Initializer):
 class LoRAGA(_DataDriven):
     """B = c·U[:, r:2r], A = c·V[:, :r]ᵀ of G = USVᵀ, c = n^{1/4} / √γ with n = out_features.
 
-    Wang et al., arXiv 2407.05000, and their code's defaults: B from the second r left singular
-    vectors, A from the first r right ones, "stable" scale with n the rows of W (the scale of the
-    output) and γ = `gamma` = 16. No singular value enters, and s does not. W changes (W − s·BA).
+    Wang et al., arXiv 2407.05000, with the defaults of their code: B from left singular vectors r
+    to 2r, A from the first r right ones, and their "stable" scale with n the rows of W and
+    γ = `gamma` = 16. Depends neither on the singular values nor on s. W changes (W − s·BA).
+    ValueError if 2r > min(n, m).
     """
 
     gamma: float = 16.0
@@ -80,12 +82,9 @@ class LoRAGA(_DataDriven):
         super().__post_init__()
         check_positive(self.gamma, "gamma")
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The start; ValueError if G does not fit, is zero or not finite, or if 2r > min(n, m)."""
-        rows, cols = weight.shape
-        gradient = self._checked(gradient, weight)
+    def make_start(self, request: StartRequest) -> Start:
+        (rows, cols), r = request.shape, request.r
+        gradient = self._gradient(request)
         if 2 * r > min(rows, cols):
             raise ValueError(
                 f"LoRAGA takes 2r = {2 * r} singular vectors, more than min(n, m) = "
@@ -93,15 +92,16 @@ class LoRAGA(_DataDriven):
             )
         U, _, Vh = self._triplets(gradient, 2 * r)
         scale = rows**0.25 / math.sqrt(self.gamma)
-        return Start(scale * Vh[:r], scale * U[:, r:])
+        return Start(scale * Vh[:r], scale * U[:, r:])  # [r, m], [n, r]
 
 
 @dataclass(frozen=True)
 class LoRAOne(_DataDriven):
     """B = U_r √(S_r / (σ₁γ)), A = √(S_r / (σ₁γ)) V_rᵀ of −G = USVᵀ: s·BA is a gradient step.
 
-    Zhang et al., arXiv 2502.01235, algorithm 1, in their code's form with γ = `gamma` = 128. Not
-    divided by s. W does not change: training starts from W + s·BA.
+    Zhang et al., arXiv 2502.01235, algorithm 1, in the form of their code with γ = `gamma` = 128.
+    Not divided by s. W does not change: training starts from W + s·BA. ValueError if G has a rank
+    less than r: the components beyond its rank would be zero in A and in B, and never train.
     """
 
     gamma: float = 128.0
@@ -112,14 +112,9 @@ class LoRAOne(_DataDriven):
         super().__post_init__()
         check_positive(self.gamma, "gamma")
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The start; ValueError if G does not fit, is zero or not finite, or has a rank less than
-        r: what lies beyond it would be zero in A and in B, where both gradients vanish.
-        """
-        gradient = self._checked(gradient, weight)
-        U, S, Vh = self._triplets(gradient, r)
+    def make_start(self, request: StartRequest) -> Start:
+        gradient = self._gradient(request)
+        U, S, Vh = self._triplets(gradient, request.r)
         refuse_small_rank(S, gradient, "gradient", "LoRAOne")
         root = (S / (S[0] * self.gamma)).sqrt()
         return Start(root[:, None] * Vh, -U * root)  # the minus of −G
@@ -129,10 +124,11 @@ class LoRAOne(_DataDriven):
 class LoRASB(_DataDriven):
     """B = U_r, A = V_rᵀ of −η·sign(G) = USVᵀ, both frozen; only R = S_r / s [r, r] trains.
 
-    Ponkshe et al., arXiv 2411.19557, section 3: y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ. −η·sign(G) is the first
-    step of Adam from a sum G of gradients (25 to 50 samples do), and η = `learning_rate` that of
-    this step: with a warm-up, the first of it. The default is that of the authors' arithmetic runs,
-    1e-4 after 333 steps. W does not change: training starts from W and the truncated step.
+    Ponkshe et al., arXiv 2411.19557, section 3: y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ. −η·sign(G) is Adam's first
+    step for a sum G of gradients (25 to 50 samples suffice), and η = `learning_rate` is the rate of
+    that step: with a warm-up, its first rate. The default is the first rate of the authors'
+    arithmetic runs, which warm up to 1e-4 in 333 steps. W does not change: training starts from W
+    plus this step truncated to rank r.
     """
 
     learning_rate: float = 3e-7
@@ -142,13 +138,10 @@ class LoRASB(_DataDriven):
         super().__post_init__()
         check_positive(self.learning_rate, "learning_rate")
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The start; ValueError if G does not fit, is zero or not finite, or s is not positive."""
-        check_positive(scaling, "scaling")
-        U, S, Vh = self._triplets(self._checked(gradient, weight).sign(), r)
-        return Start(Vh, -U, lora_R=torch.diag(self.learning_rate / scaling * S))
+    def make_start(self, request: StartRequest) -> Start:
+        check_positive(request.scaling, "scaling")
+        U, S, Vh = self._triplets(self._gradient(request).sign(), request.r)
+        return Start(Vh, -U, lora_R=torch.diag(self.learning_rate / request.scaling * S))
 
 
 register_initializer("lora_ga", LoRAGA)

@@ -1,4 +1,4 @@
-"""LoftQ: a quantised base, and the factors that make up for what the quantiser took (Li et al.,
+"""LoftQ: a quantized base, and factors that compensate for its quantization error (Li et al.,
 "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv 2310.08659).
 """
 
@@ -16,29 +16,31 @@ from ..ops import svd
 from .base import Initializer, register_initializer
 from .quantizers import Quantizer, check_quantizer, quantized
 from .spectral import refuse_small_rank, split
-from .start import Start, subtract_factors_
+from .start import Start, StartRequest, subtract_factors_
 
 
 @dataclass(frozen=True)
 class LoftQ(Initializer):
-    """W ← Q_T of Q_t = q(W − s·B_{t−1}A_{t−1}), s·B_tA_t = the best of rank r of W − Q_t, B₀A₀ = 0.
+    """W ← Q_T of Q_t = q(W − s·B_{t−1}A_{t−1}), where s·B_tA_t is the best approximation of W − Q_t
+    of rank r and B₀A₀ = 0.
 
-    Li et al., arXiv 2310.08659, algorithm 1, with T = `iterations` (5, the paper's) and q =
-    `quantizer`, a name of `lora_kernels.init.quantizers.quantized` or a function W → quantised and
-    dequantised W. Half of each σ / s is in A and half in B, as in PiSSA. Cost: T times a truncated
-    SVD and a pass of the quantiser. There is no recipe: the factors are kept.
+    Li et al., arXiv 2310.08659, algorithm 1, with T = `iterations` (5, as in the paper) and q =
+    `quantizer`: a name that `lora_kernels.init.quantizers.quantized` knows, or a function from W to
+    its quantized and dequantized values. A and B each get a factor √(σ / s), as in PiSSA. Cost: T
+    truncated SVDs and T passes of the quantizer. No recipe: the layer stores the initial factors.
 
-    ‖W − Q_t − s·B_tA_t‖ falls from step to step while r is small beside W's sizes. At r = 64 of a
-    random 256 × 192 it rises from the third step on: take fewer there.
+    ‖W − Q_t − s·B_tA_t‖ falls with every step while r is small relative to W's sizes. At r = 64 and
+    a random W of 256 × 192 it rises from the third step on: use fewer steps there.
 
-    W becomes its quantised values in W's own dtype, and the layer starts as Q_T + s·BA ≈ W.
-    Quantising that base with the same quantiser, later or elsewhere, gives Q_T again: an adapter
-    that is saved is one of Q_T, and the model has to be saved with it. The layer without its
-    adapter is Q_T + s·B₀A₀, W but for what r components could not make up for.
+    W becomes its quantized values, in W's own dtype, and the layer starts as Q_T + s·BA ≈ W.
+    Quantizing that base again with the same quantizer gives Q_T. A saved adapter belongs to Q_T, so
+    the model has to be saved with it. Without its adapter the layer is Q_T + s·B₀A₀: W, except for
+    the part of the quantization error that rank r cannot represent.
 
-    A base that is quantised already keeps its bits: the start for it is `toward`'s.
+    A base that is quantized already stays as it is: `toward` makes the start for it.
 
-    `method` and `seed` are those of `lora_kernels.svd.truncated`.
+    `method` and `seed` are those of `lora_kernels.svd.truncated`. ValueError if W holds NaN or Inf,
+    if it holds the quantizer's values already, or if W − Q has a rank less than r.
     """
 
     quantizer: str | Quantizer = "nf4"
@@ -57,31 +59,25 @@ class LoftQ(Initializer):
         svd.check_options(self.method)
         as_integer(self.seed, "seed")
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The start, which belongs to the base that `take_out_` makes of `weight`.
-
-        ValueError if W holds NaN or Inf, or its quantiser's values already, or if W − Q has a rank
-        less than r.
-        """
+    def make_start(self, request: StartRequest) -> Start:
+        weight, r, scaling = request.weight, request.r, request.scaling
         if not math.isfinite(float(torch.linalg.vector_norm(weight, math.inf))):
             raise ValueError("weight holds NaN or Inf")
         start = None
         for _ in range(self.iterations):
-            earlier, base = start, self._quantised(weight, start, scaling)
+            earlier, base = start, self._quantized(weight, start, scaling)
             start = _best(weight, base, r, scaling, method=self.method, seed=self.seed)
         return replace(start, rewritten=True, earlier=earlier)
 
     def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
-        """weight ← Q_T in place, q(weight − scaling · B_{T−1}A_{T−1}) again."""
-        weight.copy_(self._quantised(weight, start.earlier, scaling))
+        """weight ← Q_T = q(weight − scaling · B_{T−1}A_{T−1}) in place."""
+        weight.copy_(self._quantized(weight, start.earlier, scaling))
 
-    def _quantised(self, weight: Tensor, start: Start | None, scaling: float) -> Tensor:
+    def _quantized(self, weight: Tensor, start: Start | None, scaling: float) -> Tensor:
         """q(W − s·BA) in W's dtype.
 
-        Of values in W's dtype, too: a scale that is the largest entry of its block is then exact in
-        it, and quantising the result changes nothing.
+        W − s·BA is rounded to W's dtype before it is quantized: each scale, the largest entry of
+        its block, is then exact in that dtype, and quantizing the result again changes nothing.
         """
         target = weight
         if start is not None:
@@ -90,21 +86,22 @@ class LoftQ(Initializer):
         return quantized(target, self.quantizer).to(weight.dtype)
 
     def toward(self, original: Callable[[], Tensor]) -> Initializer:
-        """The start for a base that is quantised already, Q, and was made from what `original()`
-        gives, W [out, in]: s·BA = the best of rank r of W − Q, Q unchanged. The quantiser and the
-        iterations play no part.
+        """The start for a base Q that is quantized already, where `original()` returns the weight W
+        [out, in] that Q was made from: s·BA is the best approximation of W − Q of rank r, and Q
+        does not change. `quantizer` and `iterations` have no effect on it.
         """
-        return QuantizationError(original, self.method, self.seed)
+        return _QuantizedBaseLoftQ(original, self.method, self.seed)
 
 
 @dataclass(frozen=True)
-class QuantizationError(Initializer):
-    """s·BA = the best of rank r of W − Q, where W = `original()` [out, in], and the weight that is
-    given is Q, quantised and unchanged.
+class _QuantizedBaseLoftQ(Initializer):
+    """s·BA is the best approximation of rank r of W − Q, where W = `original()` [out, in] and Q is
+    the weight in the request, dequantized.
 
-    LoftQ (arXiv 2310.08659) with its base fixed; PEFT's `replace_lora_weights_loftq`. Nothing is
-    subtracted: training starts from Q + s·BA ≈ W, and Q is the layer without its adapter. W is
-    asked for when the start is made, and not kept.
+    LoftQ (arXiv 2310.08659) with a fixed base; PEFT's `replace_lora_weights_loftq`. Nothing is
+    subtracted: training starts from Q + s·BA ≈ W, and without its adapter the layer is Q.
+    `original` is called when the start is made, and W is not kept. ValueError if the shapes differ,
+    or if W − Q is zero or has a rank less than r.
     """
 
     original: Callable[[], Tensor]
@@ -113,39 +110,29 @@ class QuantizationError(Initializer):
     changes_base = False
     reads_weight = True
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The start; ValueError if the two do not fit, or if W − Q is zero or has a rank less than
-        r.
-        """
+    def make_start(self, request: StartRequest) -> Start:
+        weight = request.weight
         original = self.original().detach().to(weight.device)
         if original.shape != weight.shape:
             raise ValueError(
                 f"the original weight has shape {list(original.shape)}, this one "
                 f"{list(weight.shape)}"
             )
-        return _best(original, weight, r, scaling, method=self.method, seed=self.seed)
+        options = {"method": self.method, "seed": self.seed}
+        return _best(original, weight, request.r, request.scaling, **options)
 
-    def starts(
-        self,
-        weights: Sequence[Tensor],
-        r: int,
-        scaling: float = 1.0,
-        gradients: Sequence[Tensor] | None = None,
-    ) -> list[Start]:
-        """That of one weight: `original` is one layer's."""
-        if len(weights) != 1:
-            raise ValueError(f"one original weight makes one start, not {len(weights)}")
-        return [self(weights[0], r, scaling)]
+    def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
+        if len(requests) != 1:
+            raise ValueError(f"one original weight makes one start, not {len(requests)}")
+        return super().make_starts(requests)
 
 
 def _best(original: Tensor, Q: Tensor, r: int, scaling: float, **options) -> Start:
-    """A and B with s·BA the best approximation of original − Q of rank r."""
+    """A and B where s·BA is the best approximation of original − Q of rank r."""
     dtype = factor_dtype(original.dtype)
     error = original.to(dtype) - Q.to(dtype)
     U, S, Vh, _ = svd.truncated(error, r, **options)
-    refuse_small_rank(S, error, "the quantisation error W − Q", "LoftQ")
+    refuse_small_rank(S, error, "the quantization error W − Q", "LoftQ")
     return split(U, S, Vh, scaling)
 
 

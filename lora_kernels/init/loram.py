@@ -11,19 +11,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._utils.checks import as_integer, factor_dtype
+from .._utils.checks import as_integer
 from .._utils.errors import unknown_name
 from ..ops import svd
 from ..ops.loram_init import log_gain
 from ..ops.svd._matrices import names
 from .base import Initializer, get_initializer, register_initializer
-from .start import Start
+from .start import Start, StartRequest, batched
 
 BASES = ("dst", "orthogonal", "gaussian")
 GAINS = ("log", "log_half", "exact")
 STATISTICS = ("mean_square", "variance")
 
-_SIGMA_TOLERANCE = 1e-3  # of each σ that gain="exact" adds up: half as much in β
+_SIGMA_TOLERANCE = 1e-3  # of each σ that gain="exact" sums: half as much in β
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,23 @@ class LoRAM(Initializer):
     arXiv 2507.06558, algorithm 1. With the default options Φ is the DST-I basis and
     β² = ‖W‖_F √(Q/r), Q = ln r / ln min(n, m). W changes (W − s·B₀A₀); β does not depend on s.
     Cost: two reads and one write of W, at any rank; gain="exact" adds PiSSA's SVD, `track` the
-    other start. The start is made again from one number, β, if the basis is the DST; the others are
-    kept as factors.
+    other start. If the basis is the DST, the recipe is the one number β; for the other bases the
+    layer stores the initial factors. ValueError if W is zero or holds NaN or Inf, or if what is
+    tracked has no magnitude.
 
     The options are the paper's ablations:
 
     - `basis`: "dst"; "orthogonal", random orthonormal columns; or "gaussian", entries ~ N(0, 1).
-      The random ones come from a generator of their own with `seed`; "dst" has no use for it.
-    - `gain`: "log", as above, where rank 1 takes Q[2] as Q[1] = 0 would never train; "log_half",
-      ln(r/2) / ln min(n, m), for r > 2; or "exact", the spectral gain that they approximate,
-      Q[r] = ρ[r] · r / rank(W) with ρ[r] = (mean of the r largest σ)² / mean(σ²) over the rank(W)
-      σ that are not zero: (σ₁ + … + σ_r)² / (r ‖W‖²_F), from `lora_kernels.svd.truncated`,
-      each σ to 1e-3 of itself.
+      The random bases come from a generator of their own, seeded with `seed`, which "dst" ignores.
+    - `gain`: "log", as above, where rank 1 uses Q[2], because with Q[1] = 0 it would never train;
+      "log_half", ln(r/2) / ln min(n, m), for r > 2; or "exact", the spectral gain that both
+      approximate: Q[r] = ρ[r] · r / rank(W), where ρ[r] = (mean of the r largest σ)² / mean(σ²),
+      over the rank(W) nonzero σ. That is (σ₁ + … + σ_r)² / (r ‖W‖²_F), from
+      `lora_kernels.svd.truncated` with each σ accurate to 1e-3.
     - `statistic`: ν is the "mean_square", as in the paper, or the unbiased "variance", as in the
       authors' code: β is then 10 % larger at r = 2 and 1.5 % at r = 16.
-    - `track`: another initialiser, a name or an object: the magnitude of its start takes the place
-      of Q[r] · ν[W], so that ν[B₀A₀] is ν of its B A.
+    - `track`: another initializer, a name or an object, whose B A sets the magnitude: ν of that
+      product replaces Q[r] · ν[W], so that ν[B₀A₀] equals it.
     """
 
     basis: str = "dst"
@@ -68,104 +69,81 @@ class LoRAM(Initializer):
         if self.track is None:
             return
         if isinstance(get_initializer(self.track), LoRAM):
-            raise ValueError("track is another initialiser, whose magnitude LoRAM takes: not LoRAM")
+            raise ValueError(
+                "track must be an initializer other than LoRAM, which takes its magnitude"
+            )
         if self.gain != "log":
             raise ValueError(
                 f"gain={self.gain!r} has no effect with track, which takes the magnitude of "
-                "another start: give one of them"
+                "another start: give only one of the two"
             )
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether the start that is tracked is made from one."""
+        """Whether the tracked start needs one."""
         return self.track is not None and get_initializer(self.track).needs_gradient
 
     @property
     def grows_with_scaling(self) -> bool:
-        """Not if it tracks a start that is divided by s."""
+        """True unless the tracked start is divided by s."""
         return self.track is None or get_initializer(self.track).grows_with_scaling
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The start; ValueError if W is zero or holds NaN or Inf, or if it or what is tracked has
-        no magnitude.
-        """
-        bases = self._random_bases(weight, r)
+    def make_start(self, request: StartRequest) -> Start:
+        weight = request.weight
+        bases = self._random_bases(request)
         total, squares = torch.ops.lora.frobenius_stats([weight])[0]
         _check_magnitude(float(squares), "weight")
-        size, gain = self._wanted(weight, r, scaling, gradient, total, squares)
-        beta = (size * (gain / self._size_of_bases(weight, r, bases))) ** 0.25
+        size, gain = self._wanted(request, total, squares)
+        beta = (size * (gain / self._size_of_bases(request, bases))) ** 0.25
         if bases is None:
-            return self._dst_start(weight, r, beta, squares)
-        dtype = factor_dtype(weight.dtype)
-        left, right = ((beta * base).to(dtype) for base in bases)
+            return _dst_start(request, beta, squares)
+        left, right = ((beta * base).to(request.factor_dtype) for base in bases)
         return Start(right.T.contiguous(), left, weight_norm=squares.sqrt())
 
-    def starts(
-        self,
-        weights: Sequence[Tensor],
-        r: int,
-        scaling: float = 1.0,
-        gradients: Sequence[Tensor] | None = None,
-    ) -> list[Start]:
-        """The starts; of the default options with one pass over all weights, and one wait."""
+    def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
+        """With the default options, one pass over all weights and one wait for the device."""
         if not self._is_default():
-            return super().starts(weights, r, scaling, gradients)
-        squares = torch.ops.lora.frobenius_stats(list(weights))[:, 1]
+            return super().make_starts(requests)
+        weights, r, _ = batched(requests)
+        squares = torch.ops.lora.frobenius_stats(weights)[:, 1]
         for name, value in zip(names(weights), squares.tolist(), strict=True):
             _check_magnitude(value, name)
-        gain = log_gain(r, *weights[0].shape)
-        betas = (squares * (gain / r)) ** 0.25
-        return [
-            self._dst_start(weight, r, beta, square)
-            for weight, beta, square in zip(weights, betas, squares, strict=True)
-        ]
+        betas = (squares * (log_gain(r, *requests[0].shape) / r)) ** 0.25
+        return list(map(_dst_start, requests, betas, squares))
 
     def absorb_(
         self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
     ) -> Start:
-        """The same start and the subtraction; as one operator with the default options."""
+        """The start and the subtraction, in one operator with the default options."""
         if self._is_default():
             return Start(*torch.ops.lora.loram_init(weight, r, scaling))
         return super().absorb_(weight, r, scaling, gradient)
 
     def _is_default(self) -> bool:
-        """Whether it is the paper's algorithm 1, which has kernels of its own."""
+        """Whether this is the paper's algorithm 1, which has its own kernels."""
         return replace(self, seed=0) == LoRAM()
 
-    def _dst_start(self, weight: Tensor, r: int, beta: Tensor, squares: Tensor) -> Start:
-        rows, cols = weight.shape
-        options = {"dtype": factor_dtype(weight.dtype), "device": weight.device, "scale": beta}
-        lora_A = torch.ops.lora.dst_basis(cols, r, **options).T.contiguous()
-        lora_B = torch.ops.lora.dst_basis(rows, r, **options)
-        return Start(lora_A, lora_B, beta, weight_norm=squares.sqrt())
-
-    def _random_bases(self, weight: Tensor, r: int) -> tuple[Tensor, Tensor] | None:
-        """[n, r] and [m, r] float64, one after the other from one generator; None for the DST."""
+    def _random_bases(self, request: StartRequest) -> tuple[Tensor, Tensor] | None:
+        """[n, r] and [m, r] float64, in this order from one generator; None for the DST."""
         if self.basis == "dst":
             return None
-        generator = torch.Generator(weight.device).manual_seed(int(self.seed))
-        options = {"dtype": torch.float64, "device": weight.device, "generator": generator}
-        left, right = (torch.randn(size, r, **options) for size in weight.shape)
+        device = request.weight.device
+        generator = torch.Generator(device).manual_seed(int(self.seed))
+        options = {"dtype": torch.float64, "device": device, "generator": generator}
+        left, right = (torch.randn(size, request.r, **options) for size in request.shape)
         if self.basis == "gaussian":
             return left, right
         return _orthonormal(left), _orthonormal(right)
 
     def _wanted(
-        self,
-        weight: Tensor,
-        r: int,
-        scaling: float,
-        gradient: Tensor | None,
-        total: Tensor,
-        squares: Tensor,
+        self, request: StartRequest, total: Tensor, squares: Tensor
     ) -> tuple[Tensor, Tensor | float]:
-        """The size that B₀A₀ is to have, as a size and a factor to it, from the sums over W."""
+        """The size that B₀A₀ is to have, as (size, factor), from the sums over W."""
+        weight = request.weight
         if self.track is None:
-            return self._size(total, squares, weight, "weight"), self._gain(weight, r, squares)
+            return self._size(total, squares, weight, "weight"), self._gain(request, squares)
         tracked = get_initializer(self.track)
-        start = tracked(weight, r, scaling, gradient)
+        start = tracked(weight, request.r, request.scaling, request.gradient)
         total, squares = _product_sums(start.lora_B, start.right())
         if not bool(squares > 0):
             raise ValueError(
@@ -173,47 +151,60 @@ class LoRAM(Initializer):
             )
         return self._size(total, squares, weight, "the start that is tracked"), 1.0
 
-    def _gain(self, weight: Tensor, r: int, squares: Tensor) -> Tensor | float:
+    def _gain(self, request: StartRequest, squares: Tensor) -> Tensor | float:
         """Q[r]."""
+        r = request.r
         if self.gain == "log":
-            return log_gain(r, *weight.shape)
+            return log_gain(r, *request.shape)
         if self.gain == "exact":
-            sigma = svd.truncated(weight, r, tol=_SIGMA_TOLERANCE).S.double()
+            sigma = svd.truncated(request.weight, r, tol=_SIGMA_TOLERANCE).S.double()
             return sigma.sum() ** 2 / (r * squares)
         if r <= 2:
             raise ValueError(
                 f"gain='log_half' is ln(r/2) / ln min(n, m), which is not positive for r = {r}; "
                 "take r > 2 or gain='log'"
             )
-        return math.log(r / 2) / math.log(min(weight.shape))
+        return math.log(r / 2) / math.log(min(request.shape))
 
     def _size_of_bases(
-        self, weight: Tensor, r: int, bases: tuple[Tensor, Tensor] | None
+        self, request: StartRequest, bases: tuple[Tensor, Tensor] | None
     ) -> Tensor | int:
-        """That of ΦₙΦₘᵀ, which is not formed."""
+        """The size of ΦₙΦₘᵀ, without forming this product."""
+        r, weight = request.r, request.weight
         if bases is None:
             if self.statistic == "mean_square":
                 return r  # the columns are orthonormal
             options = {"dtype": torch.float64, "device": weight.device}
-            bases = tuple(torch.ops.lora.dst_basis(size, r, **options) for size in weight.shape)
-        return self._size(*_product_sums(bases[0], bases[1].T), weight, "the product of the bases")
+            left, right = (torch.ops.lora.dst_basis(size, r, **options) for size in request.shape)
+        else:
+            left, right = bases
+        return self._size(*_product_sums(left, right.T), weight, "the product of the bases")
 
     def _size(self, total: Tensor, squares: Tensor, weight: Tensor, name: str) -> Tensor:
-        """ν of a matrix of `weight`'s shape, but for the division by the number of entries, which
-        cancels, from the sum of its entries and that of their squares.
+        """ν times the number of entries, which cancels, of a matrix of `weight`'s shape with this
+        sum and sum of squares of its entries.
         """
         if self.statistic == "mean_square":
             return squares
         size = squares - total**2 / weight.numel()
-        if not bool(size > 1e-12 * squares):  # rounding
+        if not bool(size > 1e-12 * squares):  # zero up to rounding
             raise ValueError(
                 f"{name} has variance zero, which gives no scale; take statistic='mean_square'"
             )
         return size
 
 
+def _dst_start(request: StartRequest, beta: Tensor, squares: Tensor) -> Start:
+    rows, cols = request.shape
+    device = request.weight.device
+    options = {"dtype": request.factor_dtype, "device": device, "scale": beta}
+    lora_A = torch.ops.lora.dst_basis(cols, request.r, **options).T.contiguous()  # [r, m]
+    lora_B = torch.ops.lora.dst_basis(rows, request.r, **options)  # [n, r]
+    return Start(lora_A, lora_B, beta, weight_norm=squares.sqrt())
+
+
 def _check_magnitude(squares: float, name: str) -> None:
-    """Raises unless the sum of squares gives a scale."""
+    """Raise unless the sum of squares of a weight is finite and not zero."""
     if not math.isfinite(squares):
         raise ValueError(f"{name} holds NaN or Inf: it has no magnitude to start from")
     if squares == 0:
@@ -221,13 +212,15 @@ def _check_magnitude(squares: float, name: str) -> None:
 
 
 def _product_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum and the sum of squares of the entries of left [n, r] · right [r, m], unformed."""
+    """The sum and the sum of squares of the entries of left [n, r] · right [r, m], which is not
+    formed.
+    """
     left, right = left.double(), right.double()
     return left.sum(0) @ right.sum(1), ((left.T @ left) * (right @ right.T)).sum()
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Q of the QR with R's diagonal positive: uniformly distributed if the columns are normal."""
+    """Q of the QR whose R has a positive diagonal: uniformly distributed for normal columns."""
     Q, R = torch.linalg.qr(columns)
     return Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype)
 

@@ -1,6 +1,6 @@
-"""Quantisers by name: a weight, quantised and dequantised again, with bitsandbytes' bits.
+"""Quantizers by name: each returns a weight quantized and dequantized again.
 
-bitsandbytes itself is not needed.
+The values are bitsandbytes' bit for bit, without needing bitsandbytes.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
-# A sign, two bits of exponent and one of mantissa, over the largest of them.
+# A sign, two bits of exponent and one of mantissa, divided by the largest value.
 _FP4 = tuple(sign * code / 12 for sign in (1, -1) for code in (0, 0.0625, 8, 12, 4, 6, 2, 3))
-_SMALLEST = 1e-38  # bitsandbytes' least divisor
+_SMALLEST = 1e-38  # bitsandbytes' smallest divisor
 
 
 @torch.no_grad()
 def quantized(weight: Tensor, quantizer: str | Quantizer = "nf4") -> Tensor:
-    """The values [out, in] that are left of `weight` once it is quantised, float32 if by name.
+    """`weight` [out, in], quantized and dequantized. The named quantizers return float32.
 
-    - "nf4", "fp4": bitsandbytes' 4 bits in blocks of 64 consecutive entries, whose scale is the
-      block's largest entry and is not quantised itself.
-    - "int8": bitsandbytes' 8 bits (LLM.int8), round(127 w / c) · c / 127 with c the row's largest;
-      w is rounded to float16 before.
+    - "nf4", "fp4": bitsandbytes' 4-bit types, in blocks of 64 consecutive entries. A block's scale
+      is its largest magnitude, and is not quantized itself.
+    - "int8": bitsandbytes' 8-bit type (LLM.int8), round(127 w / c) · c / 127 where c is the row's
+      largest magnitude; w is first rounded to float16.
     - A function of the weight that returns such values.
 
     Raises:
-        ValueError: an unknown name, or a function that gives another shape, NaN or Inf.
-        TypeError: neither a name nor a function, or one that gives no float tensor.
+        ValueError: an unknown name, or a function that returns another shape, NaN or Inf.
+        TypeError: neither a name nor a function, or a function that returns no float tensor.
 
     """
     check_quantizer(quantizer)
@@ -59,23 +59,23 @@ def quantized(weight: Tensor, quantizer: str | Quantizer = "nf4") -> Tensor:
     values = (QUANTIZERS[quantizer.lower()] if known else quantizer)(weight.detach())
     if not isinstance(values, Tensor) or not values.is_floating_point():
         what = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"the quantizer must return a float tensor, dequantised; got {what}")
+        raise TypeError(f"the quantizer must return a float tensor, dequantized; got {what}")
     if values.shape != weight.shape:
         raise ValueError(
-            f"the quantizer gave shape {list(values.shape)} for a weight {list(weight.shape)}"
+            f"the quantizer returned shape {list(values.shape)} for a weight {list(weight.shape)}"
         )
     if not bool(values.isfinite().all()):
-        raise ValueError("the quantizer gave NaN or Inf")
+        raise ValueError("the quantizer returned NaN or Inf")
     return values
 
 
 def check_quantizer(quantizer: str | Quantizer) -> None:
-    """Raises unless it is a known name or a function."""
+    """Raise unless it is a known name or a function."""
     if callable(quantizer):
         return
     if not isinstance(quantizer, str):
         raise TypeError(
-            "quantizer must be a name or a function W -> quantised and dequantised W, got "
+            "quantizer must be a name or a function W -> quantized and dequantized W, got "
             f"{type(quantizer).__name__}"
         )
     if quantizer.lower() not in QUANTIZERS:
@@ -88,9 +88,9 @@ def _four_bits(codes: tuple[float, ...]) -> Quantizer:
         whole = len(flat) - len(flat) % BLOCK_SIZE
         table = torch.tensor(sorted(codes), device=weight.device)
         bounds = (table[:-1] + table[1:]) / 2
-        blocks = flat[:whole].view(-1, BLOCK_SIZE)
-        scale = blocks.abs().amax(dim=1, keepdim=True)
-        # A multiplication by the inverse here, a division below: bitsandbytes' bits.
+        blocks = flat[:whole].view(-1, BLOCK_SIZE)  # [block, 64]
+        scale = blocks.abs().amax(dim=1, keepdim=True)  # [block, 1]
+        # bitsandbytes multiplies by the inverse here and divides below: the bits depend on it.
         scaled = (blocks * (1.0 / scale.clamp(min=_SMALLEST))).clamp_(-1, 1)
         values = table[torch.bucketize(scaled, bounds, out_int32=True)].mul_(scale).view(-1)
         rest = flat[whole:]
@@ -105,7 +105,7 @@ def _four_bits(codes: tuple[float, ...]) -> Quantizer:
 
 def _eight_bits(weight: Tensor) -> Tensor:
     rows = weight.half().float()
-    scale = rows.abs().amax(dim=1, keepdim=True)
+    scale = rows.abs().amax(dim=1, keepdim=True)  # [out, 1]
     codes = (rows * (127.0 / scale.clamp(min=_SMALLEST))).round_()
     return codes.mul_(scale).mul_(7.874015718698502e-3)  # bitsandbytes' 1 / 127
 

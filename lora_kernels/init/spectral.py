@@ -1,47 +1,47 @@
-"""Starts from a factorisation of the weight: PiSSA, MiLoRA, OLoRA, LoRA-XS.
+"""Starts from a factorization of the weight: PiSSA, MiLoRA, OLoRA, LoRA-XS.
 
-All but LoRA-XS take s·BA out of the weight. The factors have no recipe: a layer keeps them, so that
-its base and a reload are exact, whatever an SVD would give the next time.
+All but LoRA-XS change W to W − s·BA. None has a recipe: the layer stores the initial factors, so
+that its base can be restored and a saved layer reloaded exactly, although an SVD may give other
+bits the next time.
 """
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .._utils.checks import as_integer, check_finite, check_positive
+from .._utils.checks import as_integer, check_positive
 from ..ops import svd
 from ..ops.svd._matrices import names
 from ..ops.svd.randomized_svd import check_tolerance
 from .base import Initializer, register_initializer
-from .start import Start
+from .start import Start, StartRequest, batched
 
-# Against the largest entry. A and B are its root: a millionth of the usual, which trains no more.
+# A σ below this share of W's largest entry counts as zero: A and B are roots of σ, so they would be
+# a millionth of their usual size and would not train.
 _ZERO = 1e-12
 
 
-class _Spectral(Initializer):
-    """Starts that are made of many weights at once as well: a GPU factorises them as a batch."""
+class _Factorization(Initializer):
+    """Starts that subclasses make in batches, because a GPU factorizes many weights at once."""
 
     reads_weight = True
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The start of one weight, with the errors that its class tells of."""
-        return self.starts([weight], r, scaling)[0]
+    def make_start(self, request: StartRequest) -> Start:
+        return self.make_starts([request])[0]
 
 
 @dataclass(frozen=True)
-class _Leading(_Spectral):
-    """What starts from the largest singular triplets share: the options of
-    `lora_kernels.svd.truncated`. ValueError if a weight holds NaN or Inf, or has a rank less than
-    r: what lies beyond it would be zero in A, and never train.
+class _LargestTriplets(_Factorization, ABC):
+    """Starts from the r largest singular triplets. Options: those of `lora_kernels.svd.truncated`.
+
+    ValueError if a weight holds NaN or Inf, or has a rank less than r: the components beyond its
+    rank would be zero in A and in B, and never train.
     """
 
     method: str = "randomized"
@@ -58,30 +58,24 @@ class _Leading(_Spectral):
 
     @abstractmethod
     def _start(self, U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Start:
-        """From the r largest triplets of a weight."""
+        """From the r largest triplets of one weight: U [n, r], S [r], Vh [r, m]."""
 
-    def starts(
-        self,
-        weights: Sequence[Tensor],
-        r: int,
-        scaling: float = 1.0,
-        gradients: Sequence[Tensor] | None = None,
-    ) -> list[Start]:
-        """The starts of weights of one shape, dtype and device."""
+    def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
+        weights, r, scaling = batched(requests)
         options = {"tol": self.tol, "subspace": self.subspace, "seed": self.seed}
-        U, S, Vh, _ = svd.truncated(list(weights), r, self.method, **options)
+        U, S, Vh, _ = svd.truncated(weights, r, self.method, **options)
         for name, weight, values in zip(names(weights), weights, S, strict=True):
             refuse_small_rank(values, weight, name, type(self).__name__)
         return [self._start(*triplets, scaling) for triplets in zip(U, S, Vh, strict=True)]
 
 
 @dataclass(frozen=True)
-class PiSSA(_Leading):
+class PiSSA(_LargestTriplets):
     """B = U_r √(S_r / s), A = √(S_r / s) V_rᵀ of the r largest singular triplets of W = USVᵀ.
 
     Meng et al., arXiv 2404.02948, equations 2 and 3; s·BA is the best approximation of W of rank r.
     W changes (W − s·BA). Cost: some ten products of W with r columns; with `method="exact"` a full
-    SVD, 12 to 40 s for 4096 × 4096 on 2 cores. There is no recipe: the factors are kept.
+    SVD, 12 to 40 s for 4096 × 4096 on 2 cores. No recipe: the layer stores the initial factors.
 
     `method`, `seed`, `subspace` and `tol` are those of `lora_kernels.svd.truncated`.
     """
@@ -93,15 +87,15 @@ class PiSSA(_Leading):
 
 
 @dataclass(frozen=True)
-class MiLoRA(_Spectral):
-    """PiSSA's formula on the r smallest singular triplets, the largest of them first.
+class MiLoRA(_Factorization):
+    """PiSSA's formula for the r smallest singular triplets, in descending order.
 
-    Wang et al., arXiv 2406.09044, section 3. W changes, as little as it can at this rank
-    (W − s·BA). Cost: a factorisation of W (square) or of WᵀW (not square) in float64 and some
-    solves; with `method="exact"` a full SVD. There is no recipe: the factors are kept.
+    Wang et al., arXiv 2406.09044, section 3. W changes (W − s·BA), by its r smallest components.
+    Cost: a factorization of W (square) or of WᵀW (not square) in float64 and some solves; with
+    `method="exact"` a full SVD. No recipe: the layer stores the initial factors.
 
-    A singular value that is zero but for rounding gives small factors, which train; one that is
-    zero gives none, which never would, and is an error.
+    A singular value that is zero up to rounding gives small factors, which train. ValueError if one
+    is less than 1e-12 of W's largest entry, which would never train, or if W holds NaN or Inf.
 
     `method` and `seed` are those of `lora_kernels.svd.minor`.
     """
@@ -115,23 +109,15 @@ class MiLoRA(_Spectral):
         svd.check_options(self.method)
         as_integer(self.seed, "seed")
 
-    def starts(
-        self,
-        weights: Sequence[Tensor],
-        r: int,
-        scaling: float = 1.0,
-        gradients: Sequence[Tensor] | None = None,
-    ) -> list[Start]:
-        """The starts of weights of one shape, dtype and device; ValueError if one holds NaN or Inf,
-        or if one of its r smallest singular values is zero (less than 1e-12 of its largest entry).
-        """
+    def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
+        weights, r, scaling = batched(requests)
         largest = [float(torch.linalg.vector_norm(weight, math.inf)) for weight in weights]
         for name, value in zip(names(weights), largest, strict=True):
             if value == 0:
                 raise ValueError(
                     f"{name} is zero: MiLoRA would start A and B at zero and never train"
                 )
-        U, S, Vh, _ = svd.minor(list(weights), r, self.method, seed=self.seed)
+        U, S, Vh, _ = svd.minor(weights, r, self.method, seed=self.seed)
         for name, values, value in zip(names(weights), S, largest, strict=True):
             zeros = int(torch.le(values, _ZERO * value).sum())
             if zeros:
@@ -147,43 +133,35 @@ class MiLoRA(_Spectral):
 
 
 @dataclass(frozen=True)
-class OLoRA(_Spectral):
-    """B = Q[:, :r], A = R[:r] of W = QR, with the signs that make R's diagonal positive.
+class OLoRA(_Factorization):
+    """B = Q[:, :r], A = R[:r] of W = QR, with signs that make the diagonal of R positive.
 
-    Büyükakyüz, arXiv 2406.01775. Deterministic; not divided by s. W changes
-    (W − s·BA). Cost: a QR of W's first r columns and one product of W with r columns. There is no
-    recipe: the factors are kept.
+    Büyükakyüz, arXiv 2406.01775. Deterministic; not divided by s. W changes (W − s·BA). Cost: a QR
+    of W's first r columns and one product of W with r columns. No recipe: the layer stores the
+    initial factors. ValueError if W holds NaN or Inf.
 
-    B is orthonormal whatever W is, so that every component trains, those that start at zero too
-    (W of a rank less than r, or zero).
+    B is orthonormal for every W. So every component trains, also where A starts at zero because W
+    has a rank less than r.
     """
 
     changes_base = True
 
-    def starts(
-        self,
-        weights: Sequence[Tensor],
-        r: int,
-        scaling: float = 1.0,
-        gradients: Sequence[Tensor] | None = None,
-    ) -> list[Start]:
-        """The starts of weights of one shape, dtype and device; ValueError if one holds NaN or
-        Inf.
-        """
-        Q, R = torch.ops.lora.thin_qr_foreach(list(weights), r)
+    def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
+        weights, r, _ = batched(requests)
+        Q, R = torch.ops.lora.thin_qr_foreach(weights, r)  # [k, n, r], [k, r, m]
         return [Start(right, left) for left, right in zip(Q, R, strict=True)]
 
 
 @dataclass(frozen=True)
-class LoRAXS(_Leading):
+class LoRAXS(_LargestTriplets):
     """B = U_r, A = S_r V_rᵀ of W = USVᵀ, both frozen; only R ~ N(0, `sigma`²) [r, r] trains.
 
     Bałazy et al., arXiv 2405.17604, section 3: y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ. The paper's s is 1:
-    `lora_alpha` = r. W does not change: s·B R A is some 1e-5 of W. Cost: that of PiSSA. There is no
-    recipe: A and B are kept.
+    `lora_alpha` = r. W does not change: s·B R A is about 1e-5 of W. Cost: that of PiSSA. No recipe:
+    the layer stores A and B.
 
-    `method`, `subspace` and `tol` are those of `lora_kernels.svd.truncated`; `seed` is its seed and
-    that of R's own generator.
+    `method`, `subspace` and `tol` are those of `lora_kernels.svd.truncated`. `seed` seeds the SVD,
+    and R's own generator.
     """
 
     sigma: float = 1e-5
@@ -201,8 +179,8 @@ class LoRAXS(_Leading):
 
 
 def refuse_small_rank(S: Tensor, matrix: Tensor, name: str, method: str) -> None:
-    """Raises if one of `matrix`'s singular values S, the largest first, is zero but for rounding:
-    a few eps of the largest, which grow slowly with the size.
+    """Raise if one of `matrix`'s singular values S, in descending order, is zero up to rounding: a
+    few eps of the largest one, growing with the root of the matrix's size.
     """
     noise = 4 * math.sqrt(max(matrix.shape)) * torch.finfo(S.dtype).eps * float(S[0])
     r, rank = len(S), int(torch.gt(S, noise).sum())
@@ -216,10 +194,8 @@ def refuse_small_rank(S: Tensor, matrix: Tensor, name: str, method: str) -> None
 
 
 def split(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Start:
-    """A and B with s·BA = U S Vᵀ, half of S / s in each."""
-    check_finite(scaling, "scaling")
-    if scaling <= 0:
-        raise ValueError(f"scaling must be positive, got {scaling}")
+    """A [r, m] and B [n, r] with s·BA = U S Vᵀ; each gets a factor √(S / s)."""
+    check_positive(scaling, "scaling")
     root = (S / scaling).sqrt()
     return Start(root[:, None] * Vh, U * root)
 

@@ -1,8 +1,11 @@
-"""`Start`: the factors that an adapter starts from, and how they are taken out of a weight."""
+"""`StartRequest` and `Start`: what an initializer is asked for, the initial factors it returns, and
+how those are subtracted from a weight.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,15 +14,61 @@ from torch import Tensor
 from .._utils.checks import factor_dtype
 
 
+@dataclass(frozen=True, eq=False)
+class StartRequest:
+    """The weight W [out, in] to make a start for, which is only read, and the rank r.
+
+    `scaling` is the layer's s, for starts that are divided by it; `gradient` [out, in] is the loss
+    gradient of W, for starts that are made from it.
+    """
+
+    weight: Tensor
+    r: int
+    scaling: float = 1.0
+    gradient: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, cols = self.weight.shape
+        return rows, cols
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype of A and B: float32, or float64 for a float64 weight."""
+        return factor_dtype(self.weight.dtype)
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialized factor, in `factor_dtype` on the weight's device."""
+        return torch.empty(*shape, dtype=self.factor_dtype, device=self.weight.device)
+
+
+def batched(requests: Sequence[StartRequest]) -> tuple[list[Tensor], int, float]:
+    """The weights of requests that share r and scaling, then those two."""
+    if not requests:
+        raise ValueError("there is no weight to make a start for")
+    first = requests[0]
+    if any((other.r, other.scaling) != (first.r, first.scaling) for other in requests):
+        raise ValueError("starts that are made together need the same r and the same scaling")
+    return [request.weight for request in requests], first.r, first.scaling
+
+
 @dataclass(frozen=True)
 class Start:
-    """Where an adapter starts.
+    """The initial factors of an adapter.
 
-    `lora_A` [r, in] and `lora_B` [out, r]; `beta`, the DST scale if the factors are β times DST
-    bases (0-dim float64), from which they can be made again; `lora_R` [r, r] if that is what trains
-    between a frozen A and B, which the layer then multiplies as B R A; `weight_norm`, ‖W‖_F (0-dim
-    float64) if the initialiser has measured it on the way. LoftQ's base is another than
-    W − s · B₀A₀: `rewritten`, and made from the start of the step before, `earlier`.
+    Attributes:
+        lora_A: [r, in].
+        lora_B: [out, r].
+        beta: β (0-dim float64) if A and B are β times DST bases. This one number is their recipe:
+            they can be recomputed from it.
+        lora_R: [r, r] if A and B are frozen and only this matrix between them trains: the layer
+            multiplies B R A.
+        weight_norm: ‖W‖_F (0-dim float64) if the initializer has measured it anyway.
+        rewritten: whether the base that goes with this start is not W − s · B₀A₀, but new values
+            (LoftQ's quantized weight).
+        earlier: the start of the step before, from which those values are made.
+
     """
 
     lora_A: Tensor
@@ -31,14 +80,14 @@ class Start:
     earlier: Start | None = None
 
     def right(self) -> Tensor:
-        """A, or R A if there is an R, in float32 or wider: s · B₀A₀ is s · `lora_B` times this."""
+        """A, or R A if there is an R, [r, in] in float32 or wider: B₀A₀ is `lora_B` times this."""
         work = torch.promote_types(self.lora_A.dtype, torch.float32)
         lora_A = self.lora_A.to(work)
         return lora_A if self.lora_R is None else self.lora_R.to(work) @ lora_A
 
 
 def checked(start: Start, weight: Tensor, r: int) -> Start:
-    """The start with factors of its own, in the dtype that goes with `weight`.
+    """The start with its factors copied, in the dtype that goes with `weight`.
 
     Raises:
         ValueError: if a factor does not fit the weight and the rank, or is not finite.
@@ -53,20 +102,20 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
             continue
         if tuple(factor.shape) != shape:
             raise ValueError(
-                f"the initialiser gave {name} of shape {list(factor.shape)}; a weight "
+                f"the initializer returned {name} of shape {list(factor.shape)}; a weight "
                 f"[{rows}, {cols}] at rank {r} needs {list(shape)}"
             )
         if not factor.is_meta and not bool(factor.isfinite().all()):
-            raise ValueError(f"the initialiser gave a {name} that holds NaN or Inf")
-        # A copy: it may be a view of W or G, what the initialiser keeps, or expanded.
+            raise ValueError(f"the initializer returned a {name} that holds NaN or Inf")
+        # A copy: the factor may be a view of W or G, expanded, or kept by the initializer.
         factors[name] = torch.empty(shape, dtype=dtype, device=weight.device).copy_(factor.detach())
     return replace(start, **factors)
 
 
 def check_residual_fits(weight: Tensor, start: Start, scaling: float) -> None:
-    """Raises if W holds NaN or Inf, or if W − s·B₀A₀ could overflow."""
+    """Raise if W holds NaN or Inf, or if W − s·B₀A₀ could overflow."""
     room = torch.finfo(weight.dtype).max - abs(scaling) * _largest_entry(start)
-    # ‖W‖_F is an upper bound that may be known already: no pass over W then.
+    # ‖W‖_F bounds every entry of W; where it is known and small enough, W is not read.
     if start.weight_norm is not None and float(start.weight_norm) <= room:
         return
     largest = float(torch.linalg.vector_norm(weight, math.inf))
@@ -93,7 +142,7 @@ _ROW_BLOCK = 256
 
 
 def subtract_start_(weight: Tensor, start: Start, scaling: float) -> None:
-    """Takes scaling · B₀A₀ out of `weight` in place, by the recipe if the start has one."""
+    """weight ← weight − scaling · B₀A₀ in place, by the recipe if the start has one."""
     if start.beta is not None:
         subtract_recipe_(weight, start.beta, start.lora_A.shape[0], scaling)
     else:
@@ -101,19 +150,20 @@ def subtract_start_(weight: Tensor, start: Start, scaling: float) -> None:
 
 
 def subtract_recipe_(weight: Tensor, beta: Tensor, r: int, scaling: float) -> None:
-    """Takes scaling · β²ΦₙΦₘᵀ out of `weight` in place; a negative scaling adds it."""
+    """weight ← weight − scaling · β²ΦₙΦₘᵀ in place; a negative scaling restores it."""
     coefficient = (scaling * beta.to(torch.float64) ** 2).to(weight.device)
     torch.ops.lora.subtract_dst_(weight, coefficient, r)
 
 
 def subtract_factors_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-    """Takes scaling · BA out of `weight` in place; a negative scaling adds it.
+    """weight ← weight − scaling · BA in place; a negative scaling restores it.
 
-    In float32 or wider and rounded once, by blocks of rows: no second matrix is formed.
+    Computed in float32 or wider and rounded once, by blocks of rows, so that no second matrix of
+    W's size is allocated.
     """
     work = torch.promote_types(weight.dtype, torch.float32)
-    lora_A = lora_A.to(work)
+    lora_A = lora_A.to(work)  # [r, in]
     for begin in range(0, weight.shape[0], _ROW_BLOCK):
-        block = weight[begin : begin + _ROW_BLOCK]
-        rows_B = lora_B[begin : begin + _ROW_BLOCK].to(work)
+        block = weight[begin : begin + _ROW_BLOCK]  # [block, in]
+        rows_B = lora_B[begin : begin + _ROW_BLOCK].to(work)  # [block, r]
         block.copy_(torch.addmm(block.to(work), rows_B, lora_A, alpha=-scaling))

@@ -1,1 +1,1 @@
-"""One layer with adapters."""
+"""One layer with adapters: `LoRALinear`, its kin, and what they are made over."""

@@ -1,28 +1,158 @@
-"""`LoRALinear`: a linear layer with a low-rank adapter, in the place of `nn.Linear`."""
+"""`LoRALinear` and `LoRAConv1D`: layers with adapters in the place of `nn.Linear` and of GPT-2's
+Conv1D, over the same weight.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import is_parametrized
 
-from .._utils.checks import check_weight
+from .._utils.checks import check_rank, check_weight
 from ..init import Initializer, get_initializer
-from ..init.start import Start, checked
-from .base import AdaptedMatrix, refuse_unfit
+from ..init.start import checked, subtract_factors_, subtract_recipe_
+from ..ops.philox import dropout_seed
+from .adapted import AdaptedLayer, transplant
+from .adapter import Adapter
+from .kinds import check_adaptable
 from .options import AdapterOptions
-from .transplant import transplant
+
+ABSORBED = "_lora_absorbed"  # set on a Parameter from which a start was subtracted
 
 
-class LoRALinear(AdaptedMatrix, nn.Linear):
+class AdaptedFloatLayer(AdaptedLayer):
+    """An adapted layer that has W itself, in floating point, and may rewrite it.
+
+    `weight` is W [out, in], or [in, out] where `transposed`; `bias` [out] or None.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    transposed = False
+
+    def matrix(self) -> Tensor:
+        """W [out, in], a view; without the start that was absorbed."""
+        return self.weight.T if self.transposed else self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] → [..., out_features], in x's dtype."""
+        if not self.adapter_enabled:
+            return nn.functional.linear(x, self.base_weight(), self.bias)
+        adapter = self.active()
+        p = adapter.lora_dropout if self.training else 0.0
+        return torch.ops.lora.linear(
+            x,
+            self.matrix(),
+            self.bias,
+            adapter.lora_A,
+            adapter.lora_B,
+            adapter.scaling,
+            p,
+            dropout_seed(x.device) if p else None,
+            *adapter.implicit_start(),
+            adapter.lora_R,
+        )
+
+    def freeze(self) -> None:
+        """Sets `requires_grad` of W and the bias to False, and marks a W that lacks a start."""
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        if self.absorbed:
+            setattr(self.weight, ABSORBED, True)
+
+    @torch.no_grad()
+    def base_linear(self) -> nn.Module:
+        """A new layer of the kind that was adapted, as it was before.
+
+        W is what it was, bit for bit if the residual is implicit or the start was zero, else to one
+        rounding of its dtype.
+        """
+        return self._copied(self.base_weight().detach().clone())
+
+    @torch.no_grad()
+    def restore_(self) -> nn.Module:
+        """The layer that was adapted, with this one's own parameters; a start that was absorbed is
+        added to W in place. This layer must not be used afterwards.
+        """
+        if self.absorbed:
+            self._add_start_(self.matrix().detach())
+            vars(self.weight).pop(ABSORBED, None)
+        return self._plain(self.weight, self.bias)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Module:
+        """A new layer of the kind that was adapted, with the active adapter merged:
+        W + s·(BA − B₀A₀), with BRA for BA if there is an R, summed in float32 or wider and rounded
+        once.
+        """
+        adapter = self.active()
+        right, left = adapter.merge_factors()
+        matrix = self.matrix().detach().to(right.dtype, copy=True)
+        merged = matrix.addmm_(left, right, alpha=adapter.scaling)
+        return self._copied(merged.to(self.weight.dtype))
+
+    def base_weight(self) -> Tensor:
+        """W [out, in] as it was before: itself, or a copy to which the absorbed start is added."""
+        if not self.absorbed:
+            return self.matrix()
+        matrix = self.matrix().detach().clone()
+        self._add_start_(matrix)
+        return matrix
+
+    def _add_start_(self, matrix: Tensor) -> None:
+        """Adds the start that was absorbed to `matrix` in place."""
+        adapter = self.adapter(self.absorbed)
+        if adapter.beta is not None:
+            subtract_recipe_(matrix, adapter.beta, adapter.r, -adapter.absorbed_scaling)
+        else:
+            subtract_factors_(matrix, adapter.start_A, adapter.start_B, -adapter.absorbed_scaling)
+
+    def _copied(self, matrix: Tensor) -> nn.Module:
+        """A new layer with W = `matrix` [out, in] and a copy of the bias."""
+        weight = matrix.T.contiguous() if self.transposed else matrix
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return self._plain(nn.Parameter(weight), bias)
+
+    def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
+        """The layer without adapters, with these parameters."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
+        own = (f"{prefix}adapters.", f"{prefix}_extra_state")
+        is_base = f"{prefix}weight" in state_dict and not any(
+            key.startswith(own) for key in state_dict
+        )
+        if self.absorbed and is_base:
+            errors.append(
+                f"{prefix}weight is a base's, but this layer's lacks the start that its adapter "
+                "absorbed: load the base first and adapt it then"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
+
+    def extra_repr(self) -> str:
+        """The sizes and the active adapter's settings."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, r={self.r}, scaling={self.scaling:g}, "
+            f"lora_dropout={self.lora_dropout:g}, residual={self.residual!r}"
+        )
+
+
+class LoRALinear(AdaptedFloatLayer, nn.Linear):
     """y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ with W, b frozen and A [r, in], B [out, r] trained.
 
     With a start that has an R [r, r], LoRA-XS's or LoRA-SB's, y = x Wᵀ + b + s · drop(x) Aᵀ Rᵀ Bᵀ
-    and only R, `lora_R`, is trained; A and B are parameters that need no gradient. Else `lora_R`
-    is None.
+    and only R, `lora_R`, is trained; A and B are parameters that need no gradient. Otherwise
+    `lora_R` is None.
 
-    An adapter that does not start at zero must be taken out of the layer once:
+    An adapter that does not start at zero must be subtracted from the layer once:
 
     - `residual="absorb"`: W ← W − s·B₀A₀ in place. The forward costs what LoRA costs.
     - `residual="implicit"`: W keeps its bits, the forward subtracts the constant s·B₀A₀ itself
@@ -33,7 +163,7 @@ class LoRALinear(AdaptedMatrix, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         r: rank, 1 ≤ r ≤ min(in_features, out_features).
-        lora_alpha: what `scaling` makes s from; 8 by default, 256 for "alpha_sqrt".
+        lora_alpha: what `scaling` computes s from; 8 by default, 256 for "alpha_sqrt".
         init_lora_weights: a name ("loram", "pissa" ...) or an object of `lora_kernels.init`.
         use_rslora: PEFT's spelling of scaling="rslora".
         scaling: the rule of s: "lora" (the default), s = lora_alpha / r; "rslora" or "alpha_sqrt"
@@ -41,7 +171,7 @@ class LoRALinear(AdaptedMatrix, nn.Linear):
             is the layer's `scaling_rule`; its `scaling` is the number s.
         lora_dropout: probability of dropping an element of x on its way to A, while training.
         residual: "absorb" or "implicit".
-        gradient: [out, in], the loss gradient of W, for the starts that are made from it.
+        gradient: [out, in], the loss gradient of W, for the starts that are computed from it.
 
     Raises:
         ValueError: a value out of range, an unknown name, a weight that is zero or not finite.
@@ -67,8 +197,13 @@ class LoRALinear(AdaptedMatrix, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        options = (r, lora_alpha, use_rslora, scaling, lora_dropout, residual)
-        self._adapt(init_lora_weights, gradient, *options)
+        self._begin()
+        initializer = get_initializer(init_lora_weights)
+        rule = {"use_rslora": use_rslora, "scaling": scaling}
+        options = AdapterOptions.checked(
+            initializer, r, lora_alpha, lora_dropout=lora_dropout, residual=residual, **rule
+        )
+        self._adapt(initializer, options, gradient)
 
     @classmethod
     def from_linear(
@@ -88,89 +223,56 @@ class LoRALinear(AdaptedMatrix, nn.Linear):
 
         No second copy of W is made: with `residual="absorb"`, `linear.weight` changes with it.
         """
+        if isinstance(linear, AdaptedLayer):
+            raise TypeError(
+                "this layer is adapted already; take layer.to_linear() or base_linear()"
+            )
         check_adaptable(linear)
-        layer = cls._over(linear)
-        options = (r, lora_alpha, use_rslora, scaling, lora_dropout, residual)
-        layer._adapt(init_lora_weights, gradient, *options)
+        initializer = get_initializer(init_lora_weights)
+        rule = {"use_rslora": use_rslora, "scaling": scaling}
+        options = AdapterOptions.checked(
+            initializer, r, lora_alpha, lora_dropout=lora_dropout, residual=residual, **rule
+        )
+        layer = cls.over(linear)
+        layer._adapt(initializer, options, gradient)
         transplant(linear, layer)
         return layer
 
     @classmethod
-    def _over(cls, linear: nn.Linear) -> LoRALinear:
+    def over(cls, linear: nn.Linear) -> LoRALinear:
         """A layer that has the linear's parameters, and no adapter yet."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.training = linear.training
+        layer._begin()
         return layer
 
-    @classmethod
-    def from_start(
-        cls,
-        linear: nn.Linear,
-        start: Start,
-        options: AdapterOptions,
-        changes_base: bool,
-        adapter_name: str = "default",
-    ) -> LoRALinear:
-        """The adapted layer with a start that is made already. Nothing of `linear` changes: where
-        `residual="absorb"`, its weight is to have the start taken out by the caller.
-        """
-        layer = cls._over(linear)
-        layer._begin_as(adapter_name, options, start, changes_base)
-        transplant(linear, layer)
-        return layer
-
+    @torch.no_grad()
     def _adapt(
-        self, init_lora_weights: str | Initializer, gradient: Tensor | None, *options
+        self, initializer: Initializer, options: AdapterOptions, gradient: Tensor | None
     ) -> None:
+        """Makes the start of this layer's first adapter and attaches it."""
         check_weight(self.weight)
-        initializer = get_initializer(init_lora_weights)
-        options = AdapterOptions.checked(initializer, *options)
-        refuse_unfit(self.weight, self.weight, options.r, initializer)
+        check_startable(self.weight, self.weight, options.r, initializer)
         if gradient is not None and not initializer.needs_gradient:
             raise ValueError(f"{type(initializer).__name__} has no use for a gradient")
         r, scaling = options.r, options.scaling
-        with torch.no_grad():
-            if options.residual == "absorb":
-                start = initializer.absorb_(self.weight, r, scaling, gradient)
-            else:
-                start = checked(initializer(self.weight, r, scaling, gradient), self.weight, r)
-        self._begin_as("default", options, start, initializer.changes_base)
-        self._freeze()
+        if options.residual == "absorb":
+            start = initializer.absorb_(self.weight, r, scaling, gradient)
+        else:
+            start = checked(initializer(self.weight, r, scaling, gradient), self.weight, r)
+        self.attach("default", Adapter(options, start, initializer.changes_base))
+        self.freeze()
 
     def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
         linear.weight, linear.bias = weight, bias
         return linear.train(self.training)
 
-    def extra_repr(self) -> str:
-        """`nn.Linear`'s, and the adapter's settings."""
-        return (
-            f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, "
-            f"lora_dropout={self.lora_dropout:g}, residual={self.residual!r}"
-        )
 
-
-def check_adaptable(linear: nn.Module) -> None:
-    """Raises TypeError unless it is an `nn.Linear` with a weight and the forward of its own."""
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"from_linear takes an nn.Linear, got {type(linear).__name__}")
-    if isinstance(linear, LoRALinear):
-        raise TypeError("this layer is adapted already; take layer.to_linear() or base_linear()")
-    if type(linear).forward is not nn.Linear.forward or isinstance(
-        linear, NonDynamicallyQuantizableLinear
-    ):
-        # The latter is nn.MultiheadAttention's out_proj, whose forward is never called.
-        raise TypeError(f"{type(linear).__name__} does not compute as nn.Linear does")
-    if "forward" in vars(linear) and not hasattr(linear, "_hf_hook"):
-        raise TypeError("the forward of this nn.Linear is replaced; undo that first")
-    if not isinstance(linear.weight, nn.Parameter) or is_parametrized(linear):
-        raise TypeError("the weight is computed; remove its parametrization first")
-
-
-class LoRAConv1D(AdaptedMatrix):
+class LoRAConv1D(AdaptedFloatLayer):
     """transformers' `Conv1D` with an adapter: `LoRALinear` with W stored as [in, out].
 
     `weight` and `bias` are the Conv1D's own, frozen; `nx` is in_features and `nf` out_features.
@@ -179,22 +281,14 @@ class LoRAConv1D(AdaptedMatrix):
     transposed = True
 
     @classmethod
-    def from_start(
-        cls,
-        conv: nn.Module,
-        start: Start,
-        options: AdapterOptions,
-        changes_base: bool,
-        adapter_name: str = "default",
-    ) -> LoRAConv1D:
-        """As `LoRALinear.from_start`."""
+    def over(cls, conv: nn.Module) -> LoRAConv1D:
+        """A layer that has the Conv1D's parameters, and no adapter yet."""
         layer = cls()
         layer.nx, layer.nf = layer.in_features, layer.out_features = conv.weight.shape
         layer.weight, layer.bias = conv.weight, conv.bias
         layer.training = conv.training
-        layer._class = type(conv)
-        layer._begin_as(adapter_name, options, start, changes_base)
-        transplant(conv, layer)
+        layer._class: Any = type(conv)
+        layer._begin()
         return layer
 
     def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
@@ -203,10 +297,19 @@ class LoRAConv1D(AdaptedMatrix):
         conv.weight, conv.bias = weight, bias
         return conv.train(self.training)
 
-    def extra_repr(self) -> str:
-        """The sizes and the adapter's settings."""
-        return (
-            f"in_features={self.nx}, out_features={self.nf}, r={self.r}, "
-            f"scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, "
-            f"residual={self.residual!r}"
+
+def check_startable(matrix: Tensor, weight: Tensor, r: int, initializer: Initializer) -> None:
+    """Raises ValueError unless an adapter of rank r can start from W [out, in], a view of `weight`:
+    r does not fit, another adapter's start was subtracted from it, or it is on the meta device.
+    """
+    check_rank(r, *matrix.shape)
+    if getattr(weight, ABSORBED, False):
+        raise ValueError(
+            "another adapter's initial factors were already subtracted from this weight "
+            "(residual='absorb'); adapt it with residual='implicit' if several adapters share it"
+        )
+    if (initializer.changes_base or initializer.reads_weight) and weight.is_meta:
+        raise ValueError(
+            f"{type(initializer).__name__} reads the weight, which is on the meta device: "
+            "load it first"
         )

@@ -89,6 +89,7 @@ class AdapterOptions:
         initializer: Initializer,
         r: int,
         lora_alpha: float | None,
+        *,
         use_rslora: bool,
         scaling: str | None,
         lora_dropout: float,

@@ -1,6 +1,6 @@
-"""An adapter on its own, without a model: what is trained, and what was taken out of the base.
+"""An adapter of one layer without the layer: what was trained, and what was subtracted.
 
-What a model's layers give (`lora_kernels.model.lora`) and what adapter files hold meet here.
+A model's layers produce it, adapter files hold it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B")  # an adapter's t
 class LayerState:
     """The adapter of one linear layer, W_base + s·(BA − B₀A₀), with BRA for BA if there is an R.
 
-    `lora_A` [r, in], `lora_B` [out, r], `lora_R` [r, r] or None; s = `scaling`. The start that is
-    taken out, s·B₀A₀, is the DST start of scale `beta` (A₀ = βΦᵀ, B₀ = βΦ, in A's dtype), or
+    `lora_A` [r, in], `lora_B` [out, r], `lora_R` [r, r] or None; s = `scaling`. The start s·B₀A₀
+    that is subtracted is the DST start of scale `beta` (A₀ = βΦᵀ, B₀ = βΦ, in A's dtype), or
     `start_A` [r, in] and `start_B` [out, r], or nothing if all three are None. `residual` says
-    whether the layer has absorbed it ("absorb") or subtracts it ("implicit").
+    whether the base's weight has absorbed it ("absorb") or the forward subtracts it ("implicit").
 
-    `weight_norm` is ‖W_base‖_F, by which a base that is not the adapter's is recognised; None if
-    nobody knows.
+    `weight_norm` is ‖W_base‖_F, by which another base is recognized; None if it is unknown.
     """
 
     lora_A: Tensor
@@ -44,12 +43,12 @@ class LayerState:
 
     @property
     def changes_base(self) -> bool:
-        """Whether a start is taken out: then A and B alone, on the original base, are wrong."""
+        """Whether a start is subtracted: then A and B alone, on the original base, are wrong."""
         return self.beta is not None or self.start_A is not None
 
     @torch.no_grad()
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
-        """A₀ [r, in] and B₀ [out, r] that are taken out, the kept ones or made again from β."""
+        """A₀ [r, in] and B₀ [out, r] that are subtracted: stored, or computed from β."""
         if self.start_A is not None:
             return self.start_A, self.start_B
         if self.beta is None:
@@ -59,17 +58,33 @@ class LayerState:
     @torch.no_grad()
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """A' [k, in] and B' [out, k] with s·B'A' the change of the original base, in float32 or
-        wider: k = r, or 2r if a start is taken out.
+        wider: k = r, or 2r if a start is subtracted.
         """
-        work = torch.promote_types(self.lora_A.dtype, torch.float32)
-        right, left = self.lora_A.to(work), self.lora_B.to(work)
-        if self.lora_R is not None:
-            right = self.lora_R.to(work) @ right
-        start = self.start_factors()
-        if start is None:
-            return right, left
-        A0, B0 = (factor.to(work) for factor in start)
-        return torch.cat([right, A0]), torch.cat([left, -B0], dim=1)
+        return product_factors(self.lora_A, self.lora_B, self.lora_R, self.start_factors())
+
+
+def product_factors(
+    lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None, start: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """[RA; A₀] [k, in] and [B, −B₀] [out, k], whose product is BRA − B₀A₀, in float32 or wider.
+
+    k = r, or 2r if there is a start.
+    """
+    work = torch.promote_types(lora_A.dtype, torch.float32)
+    right = lora_A.to(work) if lora_R is None else lora_R.to(work) @ lora_A.to(work)
+    return with_start(right, lora_B.to(work), start)
+
+
+def with_start(
+    lora_A: Tensor, lora_B: Tensor, start: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """[A; A₀] [2r, in] and [B, −B₀] [out, 2r], whose product is BA − B₀A₀, in the dtypes of A and
+    B; A and B themselves without a start.
+    """
+    if start is None:
+        return lora_A, lora_B
+    start_A, start_B = start
+    return torch.cat([lora_A, start_A.to(lora_A)]), torch.cat([lora_B, -start_B.to(lora_B)], dim=1)
 
 
 def dst_start(lora_A: Tensor, lora_B: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:

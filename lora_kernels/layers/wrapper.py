@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..init.start import Start
-from . import kinds
-from .base import AdaptedLayer
-from .options import AdapterOptions
+from .adapted import AdaptedLayer
+from .adapter import Adapter
+from .dequantize import dequantized_weight, frozen_forward, keep_unpacked, passes_gradient
 
 
 class LoRAWrapper(AdaptedLayer):
-    """y = base_layer(x) + s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ), for quantised layers above all.
+    """y = base_layer(x) + s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ), for quantized layers above all.
 
-    The start is always subtracted ("implicit"): at the start y is base_layer(x) to the last bit,
-    while no dropout is drawn. Attributes that it does not have are the base layer's.
+    The forward always subtracts the start ("implicit"): at the start y is base_layer(x) to the last
+    bit, unless dropout is drawn. Attributes that the wrapper does not have are the base layer's.
     """
 
+    base_layer: nn.Module
+
     @classmethod
-    def from_start(
-        cls,
-        base_layer: nn.Module,
-        start: Start,
-        options: AdapterOptions,
-        changes_base: bool,
-        adapter_name: str = "default",
-    ) -> LoRAWrapper:
-        """The wrapped layer with a start that is made already. Hooks stay where they are."""
-        if options.residual != "implicit":
-            raise ValueError("a wrapped layer is not rewritten: residual must be 'implicit'")
+    def over(cls, base_layer: nn.Module) -> LoRAWrapper:
+        """A wrapper around the layer, without an adapter yet. The layer keeps its hooks."""
         layer = cls()
+        layer._begin()
         layer.base_layer = base_layer
-        layer._differentiable = kinds.passes_gradient(base_layer)
-        kinds.keep_unpacked(base_layer)
+        layer._differentiable = passes_gradient(base_layer)
+        keep_unpacked(base_layer)
         layer.training = base_layer.training
-        layer._begin_as(adapter_name, options, start, changes_base)
         return layer
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -46,27 +40,38 @@ class LoRAWrapper(AdaptedLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    def _freeze(self) -> None:
+    def attach(self, name: str, adapter: Adapter) -> None:
+        """Adds an adapter, which must be "implicit"."""
+        if adapter.residual != "implicit":
+            raise ValueError("a wrapped layer's base is not rewritten: set residual='implicit'")
+        super().attach(name, adapter)
+
+    def freeze(self) -> None:
+        """Sets the base layer's `requires_grad` to False."""
         self.base_layer.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features], in the dtype of the base layer's output."""
-        y = kinds.frozen_forward(self.base_layer, x, self._differentiable)
+        y = frozen_forward(self.base_layer, x, self._differentiable)
         return y + self._update(x).to(y.dtype) if self.adapter_enabled else y
 
     def _update(self, x: Tensor) -> Tensor:
         """s·(B drop(x)A − B₀ x A₀), as (B − B₀) z + B₀ (z − z₀): both are zero at the start."""
         adapter = self.active()
         dropped = nn.functional.dropout(x, adapter.lora_dropout, self.training)
-        z = nn.functional.linear(dropped, adapter.lora_A.to(x.dtype))
+        z = nn.functional.linear(dropped, adapter.lora_A.to(x.dtype))  # [..., r]
         if adapter.lora_R is not None:
             z = nn.functional.linear(z, adapter.lora_R.to(x.dtype))
-        start_A, start_B = adapter._implicit_start()
+        start_A, start_B = adapter.implicit_start()
         if start_A is None:
             return nn.functional.linear(z, adapter.lora_B.to(x.dtype)) * adapter.scaling
-        z0 = nn.functional.linear(x, start_A.to(x.dtype))
+        z0 = nn.functional.linear(x, start_A.to(x.dtype))  # [..., r]
         moved = nn.functional.linear(z, (adapter.lora_B - start_B).to(x.dtype))
         return (moved + nn.functional.linear(z - z0, start_B.to(x.dtype))) * adapter.scaling
+
+    def base_weight(self) -> Tensor:
+        """W [out, in], dequantized."""
+        return dequantized_weight(self.base_layer)
 
     def base_linear(self) -> nn.Module:
         """The base layer itself."""
@@ -78,12 +83,11 @@ class LoRAWrapper(AdaptedLayer):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A new `nn.Linear` in floating point, the dequantised weight and the active adapter."""
+        """A new `nn.Linear` in floating point: the dequantized weight and the active adapter."""
         adapter = self.active()
-        matrix = kinds.dequantized_weight(self.base_layer)
+        matrix = dequantized_weight(self.base_layer)
         dtype = matrix.dtype
-        right, left = adapter.layer_state().update_factors()
-        right, left = right.to(matrix.device), left.to(matrix.device)
+        right, left = (factor.to(matrix.device) for factor in adapter.merge_factors())
         merged = matrix.to(right.dtype).addmm(left, right, alpha=adapter.scaling).to(dtype)
         bias = getattr(self.base_layer, "bias", None)
         rows, cols = merged.shape
@@ -94,5 +98,5 @@ class LoRAWrapper(AdaptedLayer):
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        """The adapter's settings."""
+        """The active adapter's settings."""
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
-from .._utils.checks import as_integer, check_positive, check_probability
+from .._utils.checks import as_integer, check_positive
 from .._utils.errors import did_you_mean, unknown_name
 from .._utils.names import ALL_LINEAR, pattern_matches
 from .._utils.peft_names import (
@@ -18,7 +18,7 @@ from .._utils.peft_names import (
     TASK_TYPES,
 )
 from ..init import Initializer, get_initializer
-from ..layers.options import DEFAULT_ALPHA, check_start, lora_scaling, resolve_rule
+from ..layers.options import DEFAULT_ALPHA, AdapterOptions, lora_scaling, resolve_rule
 from ..layers.state import LayerState
 
 RESIDUALS = ("auto", "absorb", "implicit")
@@ -97,10 +97,6 @@ class LoRAConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        as_integer(self.r, "r", minimum=1)
-        check_probability(self.lora_dropout, "lora_dropout")
-        if self.lora_alpha is not None:
-            check_positive(self.lora_alpha, "lora_alpha")
         if self.bias not in BIASES:
             raise unknown_name("bias", self.bias, BIASES)
         if self.residual not in RESIDUALS:
@@ -124,7 +120,7 @@ class LoRAConfig:
         for index in self.layer_indices() or ():
             as_integer(index, "layers_to_transform", minimum=0)
         self._check_patterns()
-        check_start(self.scaling_rule, self.layer_scaling(""), self.initializer)
+        self._options(self.r, self.lora_alpha, self.initializer, "absorb")
 
     @property
     def initializer(self) -> Initializer:
@@ -156,12 +152,34 @@ class LoRAConfig:
         """s of the layer of that name."""
         return lora_scaling(self.layer_alpha(name), self.layer_rank(name), self.scaling_rule)
 
+    def layer_options(self, name: str, initializer: Initializer, residual: str) -> AdapterOptions:
+        """The options of the layer of that name, for a start of that initializer.
+
+        Raises:
+            ValueError, TypeError: as `AdapterOptions.checked`.
+
+        """
+        return self._options(self.layer_rank(name), self.layer_alpha(name), initializer, residual)
+
     def layer_indices(self) -> tuple[int, ...] | None:
         """The numbers of the blocks to adapt; None for all."""
         layers = self.layers_to_transform
         if layers is None or isinstance(layers, Sequence):
             return None if not layers else tuple(layers)
         return (layers,)
+
+    def _options(
+        self, r: int, lora_alpha: float | None, initializer: Initializer, residual: str
+    ) -> AdapterOptions:
+        return AdapterOptions.checked(
+            initializer,
+            r,
+            lora_alpha,
+            use_rslora=self.use_rslora,
+            scaling=self.scaling,
+            lora_dropout=self.lora_dropout,
+            residual=residual,
+        )
 
     def _check_names(self, option: str) -> None:
         value = getattr(self, option)

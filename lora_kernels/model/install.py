@@ -7,50 +7,50 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..layers.base import AdaptedLayer, AdaptedMatrix
-from ..layers.kinds import FLOAT_KINDS
-from ..layers.transplant import transplant
+from ..layers.adapted import AdaptedLayer, transplant
+from ..layers.linear import AdaptedFloatLayer
 from .plan import LayerPlan
-from .saved_modules import TrainedTensors
+from .saved_modules import SavedTensors
 from .selection import output_head
 
 
 def install(
     model: nn.Module,
-    trained: TrainedTensors,
+    saved: SavedTensors,
     plans: Sequence[LayerPlan],
     tracked_plans: Iterable[LayerPlan],
     adapter_name: str,
 ) -> None:
-    """Does what was planned. It can fail for want of memory only, or be interrupted: what was done
-    is undone then, to one rounding where a start had been absorbed (LoftQ's base stays quantised).
+    """Puts the planned layers into the model. This fails only for lack of memory or by an
+    interrupt; what was done is undone then, to one rounding where a start had been absorbed
+    (LoftQ's base stays quantized).
     """
     layers: list[AdaptedLayer] = []
     try:
         for plan in tracked_plans:
-            layers.append(plan.built(adapter_name))
-            plan.take_out_()
+            layers.append(plan.adapted(adapter_name))
+            plan.subtract_()
             plan.start = plan.trained = None
-            _put(model, trained, plan, plan.module, layers[-1])
+            _put(model, saved, plan, plan.base.module, layers[-1])
     except BaseException:
         for plan, layer in zip(plans, layers, strict=False):
             plan.undo_(layer, adapter_name)
-            _put(model, trained, plan, layer, plan.module)
+            _put(model, saved, plan, layer, plan.base.module)
         raise
     for layer in layers:
-        layer._freeze()
+        layer.freeze()
 
 
 def _put(
-    model: nn.Module, trained: TrainedTensors, plan: LayerPlan, old: nn.Module, new: nn.Module
+    model: nn.Module, saved: SavedTensors, plan: LayerPlan, old: nn.Module, new: nn.Module
 ) -> None:
-    """Puts a layer into the place of another, under all its names."""
+    """Replaces one layer by another, under all its names."""
     if new is old:
         return
     for name in (plan.name, *plan.aliases):
         set_module(model, name, new)
-    if plan.kind in FLOAT_KINDS:  # a wrapped layer keeps its tensors
-        trained.moved(old, new)
+    if plan.base.rewritable:  # a wrapped layer keeps its tensors
+        saved.moved(old, new)
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -74,7 +74,8 @@ def layers_with_names(model: nn.Module) -> list[tuple[list[str], AdaptedLayer]]:
 
 
 def put_back(model: nn.Module, names: Sequence[str], layer: AdaptedLayer, plain: nn.Module) -> None:
-    if isinstance(layer, AdaptedMatrix):
+    """Replaces an adapted layer by a plain one, which takes over its hooks, under all its names."""
+    if isinstance(layer, AdaptedFloatLayer):
         transplant(layer, plain)
     for name in names:
         set_module(model, name, plain)

@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from .._utils.errors import unknown_name
 from .._utils.names import without_wrappers
 from .._utils.progress import tracked
-from ..layers.base import AdaptedLayer, AdaptedMatrix
-from ..layers.kinds import kind_of
+from ..layers.base import base_of
+from ..layers.wrapper import LoRAWrapper
 from .config import AdapterState, LoRAConfig
 from .install import (
     Setting,
@@ -28,11 +28,10 @@ from .install import (
     unwrapped,
 )
 from .originals import OriginalWeights
-from .plan import LayerPlan, plan_layers, plan_states
+from .plan import LayerPlan, check_norms, plan_layers, plan_starts, plan_states
 from .report import LoRAReport, make_report
-from .saved_modules import TrainedTensors, extra_slots, saved_slots, trained_biases
+from .saved_modules import SavedTensors, extra_places, saved_places, trained_biases
 from .selection import select_layers, with_task_head
-from .starts import check_norms, make_starts
 
 _RECORD = "_lora_adapters"
 
@@ -44,7 +43,7 @@ class ModelAdapters:
 
     def __init__(self) -> None:
         self.configs: dict[str, LoRAConfig] = {}
-        self.trained = TrainedTensors()
+        self.saved = SavedTensors()
         self.active = ""
         self.enabled = True
         self.settings: list[Setting] = []
@@ -92,18 +91,18 @@ def add_lora(
     record = _record(model) or ModelAdapters()
     _check_name(adapter_name, record)
     config = with_task_head(model, config)
-    selection = select_layers(model, config, is_adaptable)
-    saved = saved_slots(model, config.modules_to_save)
+    selection = select_layers(model, config)
+    saved = saved_places(model, config.modules_to_save)
     originals = None if original_weights is None else OriginalWeights(original_weights)
     plans = plan_layers(model, selection, config, originals)
     _check_weights(plans, record)
-    slots = {**saved, **trained_biases(model, config.bias, plans)}
+    places = {**saved, **trained_biases(model, config.bias, plans)}
     with _all_or_nothing(model, record, adapter_name), torch.no_grad():
-        make_starts(plans, config.initializer, gradients, progress)
-        record.trained.add(adapter_name, slots)
-        install(model, record.trained, plans, plans, adapter_name)
+        plan_starts(plans, config.initializer, gradients, progress)
+        record.saved.add(adapter_name, places)
+        install(model, record.saved, plans, plans, adapter_name)
     _activate_new(model, record, config, adapter_name)
-    return make_report(model, adapter_name, plans, selection, slots, time.perf_counter() - began)
+    return make_report(model, adapter_name, plans, selection, places, time.perf_counter() - began)
 
 
 def merge_lora(
@@ -124,20 +123,18 @@ def merge_lora(
     """
     record = _needed_record(model)
     name = _known_name(record, adapter_name)
-    layers = adapted_layers(model)
     wrapped = [
-        n
-        for n, layer in layers.items()
-        if name in layer.adapter_names and not isinstance(layer, AdaptedMatrix)
+        path
+        for path, layer in adapted_layers(model).items()
+        if name in layer.adapter_names and isinstance(layer, LoRAWrapper)
     ]
     if wrapped and not dequantize:
         raise ValueError(
-            f"{len(wrapped)} layers are quantised ({wrapped[0]} ...), and merging would round the "
-            "update away: load the base in floating point and load_adapter there, or pass "
+            f"{len(wrapped)} layers are quantised ({wrapped[0]} ...), and rounding would erase the "
+            "update: load the base in floating point and load_adapter there, or pass "
             "dequantize=True to turn them into nn.Linear"
         )
     set_adapter(model, name)
-    del layers
     adapted = layers_with_names(model)
     while adapted:  # each W is freed once there is a merged one
         paths, layer = adapted.pop()
@@ -155,7 +152,7 @@ def unload_lora(model: nn.Module) -> nn.Module:
     Bit for bit, but for layers that absorbed a start: these to one rounding of their dtype.
     """
     record = _needed_record(model)
-    record.trained.activate(None)
+    record.saved.activate(None)
     for paths, layer in layers_with_names(model):
         put_back(model, paths, layer, layer.restore_())
     _forget(model, record)
@@ -172,7 +169,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         for name in layer.adapter_names:
             layer.adapter(name).set_trainable(name == adapter_name)
     for name in record.configs:
-        record.trained.set_trainable(name, name == adapter_name)
+        record.saved.set_trainable(name, name == adapter_name)
 
 
 class disable_adapters(AbstractContextManager):  # noqa: N801  (used as a function, as torch.no_grad)
@@ -222,7 +219,7 @@ def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterS
     }
     extra = {
         without_wrappers(path): tensor.detach().to("cpu", copy=True)
-        for path, tensor in record.trained.tensors(name).items()
+        for path, tensor in record.saved.tensors(name).items()
     }
     config = getattr(model, "config", None)
     base = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
@@ -249,25 +246,20 @@ def apply_state(
     _check_model(model)
     record = _record(model) or ModelAdapters()
     _check_name(adapter_name, record)
-    plans, selection = plan_states(model, state, is_adaptable)
+    plans, selection = plan_states(model, state)
     _check_weights(plans, record)
-    slots = extra_slots(model, state)
+    places = extra_places(model, state)
     with _all_or_nothing(model, record, adapter_name), torch.no_grad():
         check_norms(plans)
-        record.trained.add(adapter_name, slots, state.extra)
-        install(model, record.trained, plans, tracked(plans, "loading", progress), adapter_name)
+        record.saved.add(adapter_name, places, state.extra)
+        install(model, record.saved, plans, tracked(plans, "loading", progress), adapter_name)
     _activate_new(model, record, state.config, adapter_name)
     if not is_trainable:
         for layer in adapted_layers(model).values():
             if adapter_name in layer.adapter_names:
                 layer.adapter(adapter_name).set_trainable(False)
-        record.trained.set_trainable(adapter_name, False)
-    return make_report(model, adapter_name, plans, selection, slots, time.perf_counter() - began)
-
-
-def is_adaptable(module: nn.Module) -> bool:
-    """Whether `add_lora` can adapt this module, or has done so."""
-    return isinstance(module, AdaptedLayer) or kind_of(module) is not None
+        record.saved.set_trainable(adapter_name, False)
+    return make_report(model, adapter_name, plans, selection, places, time.perf_counter() - began)
 
 
 @contextmanager
@@ -275,11 +267,11 @@ def _all_or_nothing(model: nn.Module, record: ModelAdapters, adapter_name: str) 
     """The originals of what other adapters train in full are in their places. After an error the
     record is what it was.
     """
-    record.trained.activate(None)
+    record.saved.activate(None)
     try:
         yield
     except BaseException:
-        record.trained.remove(adapter_name)
+        record.saved.remove(adapter_name)
         _apply(model, record)
         raise
 
@@ -296,7 +288,7 @@ def _activate_new(
 
 
 def _freeze_base(model: nn.Module, record: ModelAdapters) -> None:
-    own = {id(p) for layer in adapted_layers(model).values() for p in layer.adapter_parameters()}
+    own = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
@@ -309,13 +301,13 @@ def _apply(model: nn.Module, record: ModelAdapters) -> None:
         if has_it:
             layer.active_adapter = record.active
         layer.adapter_enabled = record.enabled and has_it
-    record.trained.activate(record.active if record.enabled else None)
+    record.saved.activate(record.active if record.enabled else None)
 
 
 def _check_weights(plans: Sequence[LayerPlan], record: ModelAdapters) -> None:
     """Raises ValueError for a layer whose weight another adapter trains in full."""
     for plan in plans:
-        owner = record.trained.owner(plan.module, "weight")
+        owner = record.saved.owner(plan.base.module, "weight")
         if owner is not None:
             raise ValueError(
                 f"{plan.name} is trained in full by adapter {owner!r} (modules_to_save): leave it "
@@ -360,7 +352,7 @@ def _check_model(model: nn.Module) -> None:
         )
     if unwrapped(model) is not model:
         raise TypeError(f"adapt the model before it is wrapped in {type(model).__name__}")
-    if isinstance(model, AdaptedLayer) or kind_of(model) is not None:
+    if base_of(model) is not None:
         raise TypeError(f"the model is a single {type(model).__name__}: use LoRALinear.from_linear")
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError("the model has lazy layers without a shape: call it once first")

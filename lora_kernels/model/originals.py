@@ -1,4 +1,4 @@
-"""The weights that a quantised model was made from, one at a time."""
+"""The weights that a quantized model was made from, one at a time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._utils.checks import check_weight
 from .._utils.model_files import stored_tensors
-from ..layers.kinds import is_conv1d, linear_shape
+from ..layers.base import BaseLayer
 
 
 class OriginalWeights:
@@ -35,7 +35,7 @@ class OriginalWeights:
                 f"{type(source).__name__}"
             )
 
-    def weight(self, name: str, module: nn.Module) -> Tensor:
+    def weight(self, name: str, base: BaseLayer) -> Tensor:
         """W [out, in] that the layer of that name was made from.
 
         Names may lack a prefix or have another one, as those of a model without its head do, if
@@ -49,11 +49,11 @@ class OriginalWeights:
         key = self.find(name)
         weight = self._loaders[key]()
         check_weight(weight, key)
-        weight = weight.T if is_conv1d(module) else weight
-        if tuple(weight.shape) != linear_shape(module):
+        weight = weight.T if base.transposed else weight
+        if tuple(weight.shape) != base.shape:
             raise ValueError(
                 f"the original weight {key!r} is {list(weight.shape)}, the layer {name!r} is "
-                f"{list(linear_shape(module))}"
+                f"{list(base.shape)}"
             )
         return weight
 

@@ -1,9 +1,11 @@
-"""What is to be done to each layer, worked out and checked before the first one is changed."""
+"""What `add_lora` and `load_adapter` will do to each layer, worked out and checked before the first
+layer is changed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,78 +15,64 @@ from .._utils.checks import factor_dtype, overlaps
 from .._utils.names import nearest, without_wrappers
 from ..init import Initializer, LoftQ
 from ..init.start import Start, subtract_start_
-from ..layers import kinds
-from ..layers.adapter import stand_alone
-from ..layers.base import ABSORBED, AdaptedLayer, AdaptedMatrix
-from ..layers.kinds import FLOAT_KINDS
-from ..layers.linear import LoRAConv1D, LoRALinear
+from ..layers.adapted import AdaptedLayer
+from ..layers.adapter import Adapter
+from ..layers.base import BaseLayer
+from ..layers.linear import ABSORBED
 from ..layers.options import AdapterOptions
 from ..layers.state import LayerState
-from ..layers.wrapper import LoRAWrapper
 from .config import AdapterState, LoRAConfig
 from .originals import OriginalWeights
 from .selection import Selection, find_candidates
+from .starts import StartJob, make_starts, matched_gradients, naming
+
+# 4-bit rounding changes a norm by less than 1 %; subtracting a start, by more than 2 %.
+_NORM_TOLERANCE = 0.02
 
 
 @dataclass
 class LayerPlan:
-    """One layer: what it is, what it is to become, and its start once that is made.
+    """One layer: what it is, what it will become, and its start once that is computed.
 
-    `note` says why its start is not absorbed, `kind` is `kinds.kind_of`'s; `initializer` makes the
-    start, unless it comes from a file: then `trained` are A, B and R.
+    `note` says why its start is not absorbed; `initializer` computes the start, unless it comes
+    from a file: then `trained` are A, B and R.
     """
 
     name: str
-    module: nn.Module
+    base: BaseLayer
     options: AdapterOptions
-    kind: str
     aliases: list[str] = field(default_factory=list)
     note: str = ""
     changes_base: bool = False
     initializer: Initializer | None = None
     start: Start | None = None
     trained: tuple[Tensor, Tensor, Tensor | None] | None = None
-    taken_out: bool = False
+    subtracted: bool = False
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return _shape(self.module)
+    def absorbs(self) -> bool:
+        """Whether the start will be subtracted from the weight."""
+        return self.changes_base and self.options.residual == "absorb"
 
-    def matrix(self) -> Tensor:
-        """W [out, in] without other adapters' updates: a view, or dequantised."""
-        if isinstance(self.module, AdaptedMatrix):
-            return self.module._matrix().detach()
-        return kinds.dequantized_weight(_base(self.module))
-
-    def built(self, adapter_name: str) -> AdaptedLayer:
-        """The layer with its adapter, its base still as it was."""
-        if isinstance(self.module, AdaptedLayer):
-            adapter = stand_alone(self.options, self.start, self.changes_base)
-        else:
-            layer_class = {"linear": LoRALinear, "conv1d": LoRAConv1D}.get(self.kind, LoRAWrapper)
-            adapter = layer_class.from_start(
-                self.module, self.start, self.options, self.changes_base, adapter_name
-            )
+    def adapted(self, adapter_name: str) -> AdaptedLayer:
+        """The layer with its adapter, its weight still as it was."""
+        adapter = Adapter(self.options, self.start, self.changes_base)
         if self.trained is not None:
             adapter.load_factors(*self.trained)
-        if isinstance(adapter, AdaptedLayer):
-            return adapter
-        self.module.attach(adapter_name, adapter)
-        return self.module
+        return self.base.adapted(adapter, adapter_name)
 
-    def take_out_(self) -> None:
-        """Takes the start out of the base, if it is to be absorbed."""
-        if self.changes_base and self.options.residual == "absorb":
-            take_out = subtract_start_ if self.initializer is None else self.initializer.take_out_
-            take_out(self.matrix(), self.start, self.options.scaling)
-            self.taken_out = True
+    def subtract_(self) -> None:
+        """Subtracts the start from the weight, if it is to be absorbed."""
+        if self.absorbs:
+            subtract = subtract_start_ if self.initializer is None else self.initializer.take_out_
+            subtract(self.base.weight(), self.start, self.options.scaling)
+            self.subtracted = True
 
     def undo_(self, layer: AdaptedLayer, adapter_name: str) -> None:
-        """Takes the adapter off the layer that was `built`, and puts back what was taken out."""
-        if layer is self.module:
+        """Removes the adapter from the layer that `adapted` gave, and restores the weight."""
+        if layer is self.base.module:
             layer.detach(adapter_name)
-        elif self.taken_out:
+        elif self.subtracted:
             layer.restore_()
 
 
@@ -103,9 +91,9 @@ def plan_layers(
     """
     owners = _owners(model)
     plans = []
-    for name, module in selection.layers.items():
-        kind = _checked_kind(name, module)
-        rows, cols = _shape(module)
+    for name, base in selection.layers.items():
+        base.refuse_sharded(name)
+        rows, cols = base.shape
         r = config.layer_rank(name)
         if r > min(rows, cols):
             raise ValueError(
@@ -113,36 +101,57 @@ def plan_layers(
                 f"{cols}]: give it a smaller one in rank_pattern, or leave it out with "
                 "exclude_modules"
             )
-        residual, note = _residual(name, module, kind, config.residual, owners)
-        initializer = _initializer(name, module, kind, config.initializer, originals)
-        with _naming(name):
-            options = AdapterOptions.checked(
-                initializer,
-                r,
-                config.layer_alpha(name),
-                config.use_rslora,
-                config.scaling,
-                config.lora_dropout,
-                residual,
-            )
-        plan = LayerPlan(name, module, options, kind, selection.aliases[name], note)
+        residual, note = _residual(name, base, config.residual, owners)
+        initializer = _initializer(name, base, config.initializer, originals)
+        with naming(name):
+            options = config.layer_options(name, initializer, residual)
+        plan = LayerPlan(name, base, options, selection.aliases[name], note)
         plan.changes_base, plan.initializer = initializer.changes_base, initializer
         plans.append(plan)
-    if originals is not None and not any(plan.kind not in FLOAT_KINDS for plan in plans):
+    if originals is not None and all(plan.base.rewritable for plan in plans):
         raise ValueError("original_weights are for quantised layers, of which there are none here")
     return plans
 
 
-def plan_states(
-    model: nn.Module, state: AdapterState, adaptable: Callable[[nn.Module], bool]
-) -> tuple[list[LayerPlan], Selection]:
+def plan_starts(
+    plans: Sequence[LayerPlan],
+    initializer: Initializer,
+    gradients: Mapping[str, Tensor] | None,
+    progress: bool,
+) -> None:
+    """Computes the start of every plan; weights are only read.
+
+    Raises:
+        ValueError: a gradient is missing or of no use, or a weight cannot be started from; the
+            layer is named.
+
+    """
+    matched = matched_gradients({p.name: p.aliases for p in plans}, initializer, gradients)
+    jobs = [
+        StartJob(
+            plan.name,
+            plan.base,
+            plan.initializer,
+            plan.options.r,
+            plan.options.scaling,
+            plan.absorbs,
+            matched[plan.name],
+        )
+        for plan in plans
+    ]
+    starts = make_starts(jobs, progress)
+    for plan in plans:
+        plan.start = starts[plan.name]
+
+
+def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan], Selection]:
     """A plan for each layer of a saved adapter, with its start.
 
     Raises:
         ValueError: the model has no such layer, or one of another shape.
 
     """
-    candidates, aliases = find_candidates(model, adaptable)
+    candidates, aliases = find_candidates(model)
     places = {without_wrappers(name): name for name in candidates}
     for name in state.layers:
         if name not in places:
@@ -156,104 +165,99 @@ def plan_states(
     owners = _owners(model)
     plans = []
     for name, layer in layers.items():
-        module = candidates[name]
-        kind = _checked_kind(name, module)
-        rows, cols = _shape(module)
-        if layer.lora_B.shape[0] != rows or layer.lora_A.shape[1] != cols:
+        base = candidates[name]
+        base.refuse_sharded(name)
+        shape = (layer.lora_B.shape[0], layer.lora_A.shape[1])
+        if shape != base.shape:
             raise ValueError(
-                f"the adapter's {name} is for a weight [{layer.lora_B.shape[0]}, "
-                f"{layer.lora_A.shape[1]}], this model has [{rows}, {cols}]"
+                f"the adapter's {name} is for a weight {list(shape)}, this model has "
+                f"{list(base.shape)}"
             )
         wanted = "auto" if layer.residual == "absorb" else layer.residual
-        residual, note = _residual(name, module, kind, wanted, owners)
-        options = AdapterOptions(
-            layer.r,
-            layer.lora_alpha,
-            state.config.scaling_rule,
-            state.config.lora_dropout,
-            residual,
-        )
-        plan = LayerPlan(name, module, options, kind, selection.aliases[name], note)
+        residual, note = _residual(name, base, wanted, owners)
+        rule, dropout = state.config.scaling_rule, state.config.lora_dropout
+        options = AdapterOptions(layer.r, layer.lora_alpha, rule, dropout, residual)
+        plan = LayerPlan(name, base, options, selection.aliases[name], note)
         plan.changes_base = layer.changes_base
-        plan.start, plan.trained = _start_of(layer, _base(module), kind)
+        plan.start, plan.trained = _placed(layer, base)
         plans.append(plan)
     return plans, selection
 
 
+def check_norms(plans: Sequence[LayerPlan]) -> None:
+    """Warns, by the weights' norms, of a base that is not the one on which an adapter was made."""
+    for plan in plans:
+        expected = None if plan.start is None else plan.start.weight_norm
+        if expected is None or float(expected) == 0:
+            continue
+        found = float(torch.ops.lora.frobenius_stats([plan.base.weight()])[0, 1].sqrt())
+        if abs(found / float(expected) - 1) > _NORM_TOLERANCE:
+            warnings.warn(
+                f"the norm of {plan.name} is {found:.4g}, but {float(expected):.4g} where this "
+                "adapter was made: another base, or one from which a start was subtracted already? "
+                "The adapter's update is added to it as it is",
+                stacklevel=4,
+            )
+            return
+
+
 def _initializer(
-    name: str,
-    module: nn.Module,
-    kind: str,
-    initializer: Initializer,
-    originals: OriginalWeights | None,
+    name: str, base: BaseLayer, initializer: Initializer, originals: OriginalWeights | None
 ) -> Initializer:
-    """The layer's own: LoftQ's of a quantised base makes up for what the original lost."""
+    """The layer's own: on a quantized base, LoftQ approximates what the quantization lost."""
     if originals is not None and not isinstance(initializer, LoftQ):
         raise ValueError(f"{type(initializer).__name__} has no use for original_weights")
-    if kind in FLOAT_KINDS or not isinstance(initializer, LoftQ):
+    if base.rewritable or not isinstance(initializer, LoftQ):
         return initializer
     if originals is None:
         raise ValueError(
-            f"{name} is quantised already ({kind}): without the weight that it was made from there "
-            "is no error for LoftQ to make up for. Pass original_weights=, the folder or the "
-            "state_dict of the model that was quantised, or adapt that model"
+            f"{name} is quantised already ({base.kind}): without the weight that it was made from, "
+            "LoftQ has no quantisation error to compensate for. Pass original_weights=, the folder "
+            "or the state_dict of the model that was quantised, or adapt that model"
         )
     originals.find(name)
-    return initializer.toward(lambda: originals.weight(name, _base(module)))
-
-
-def _checked_kind(name: str, module: nn.Module) -> str:
-    base = _base(module)
-    if isinstance(module, AdaptedMatrix):
-        return "conv1d" if isinstance(module, LoRAConv1D) else "linear"
-    kinds.refuse_sharded(name, base)
-    return kinds.kind_of(base)
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features)."""
-    if isinstance(module, AdaptedMatrix):
-        return tuple(module._matrix().shape)
-    return kinds.linear_shape(_base(module))
-
-
-def _base(module: nn.Module) -> nn.Module:
-    """Of a wrapped layer, the layer."""
-    return module.base_layer if isinstance(module, LoRAWrapper) else module
+    return initializer.toward(lambda: originals.weight(name, base))
 
 
 def _residual(
-    name: str, module: nn.Module, kind: str, wanted: str, owners: Mapping[object, list[str]]
+    name: str, base: BaseLayer, wanted: str, owners: Mapping[object, list[str]]
 ) -> tuple[str, str]:
-    """The residual of a layer, and why it is not absorbed."""
-    if kind not in ("linear", "conv1d"):
-        reason = f"its base ({kind}) cannot be rewritten"
-    elif isinstance(module, AdaptedLayer):
-        if module.absorbed:
-            raise ValueError(
-                f"the base of {name} lacks the start of adapter {module.adapter_name!r}, which "
-                "absorbed it: add that one with residual='implicit', so that several adapters "
-                "can share the base"
-            )
-        reason = "its base has other adapters"
-    elif len(owners[_memory(module.weight)]) > 1:
-        others = [n for n in owners[_memory(module.weight)] if n != f"{name}.weight"]
-        reason = f"its weight is {others[0]} too"
-    elif getattr(module.weight, ABSORBED, False):
-        raise ValueError(f"the weight of {name} lacks the start of another adapter")
-    elif overlaps(module.weight):
-        reason = "its weight is an expanded or overlapping view"
-    else:
+    """The residual of a layer, and why its start is not absorbed."""
+    reason = _why_not_absorbed(name, base, owners)
+    if reason is None:
         return ("implicit" if wanted == "implicit" else "absorb"), ""
     if wanted == "absorb":
         raise ValueError(
-            f"{name} cannot absorb its start, {reason}: take residual='implicit' or 'auto'"
+            f"{name} cannot absorb its start, {reason}: set residual='implicit' or 'auto'"
         )
     return "implicit", reason
 
 
+def _why_not_absorbed(name: str, base: BaseLayer, owners: Mapping[object, list[str]]) -> str | None:
+    if not base.rewritable:
+        return f"its base ({base.kind}) cannot be rewritten"
+    if isinstance(base.module, AdaptedLayer):
+        if base.module.absorbed:
+            raise ValueError(
+                f"adapter {base.module.absorbed!r} of {name} was added with residual='absorb': its "
+                "start was subtracted from the weight. To attach several adapters to one base, "
+                "set residual='implicit' for all of them, including the first"
+            )
+        return "its base has other adapters"
+    weight = base.layer.weight
+    names = owners[_memory(weight)]
+    if len(names) > 1:
+        return f"its weight is {next(n for n in names if n != f'{name}.weight')} too"
+    if getattr(weight, ABSORBED, False):
+        raise ValueError(
+            f"another adapter's initial factors were already subtracted from the weight of {name} "
+            "(residual='absorb')"
+        )
+    return "its weight is an expanded or overlapping view" if overlaps(weight) else None
+
+
 def _owners(model: nn.Module) -> dict[object, list[str]]:
-    """The names under which each parameter is found in different modules, by `_memory`."""
+    """The names of each parameter, in all the modules that have it, by `_memory`."""
     owners: dict[object, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -269,20 +273,18 @@ def _memory(parameter: nn.Parameter) -> object:
     return parameter.device, parameter.data_ptr()
 
 
-def _start_of(
-    layer: LayerState, base: nn.Module, kind: str
+def _placed(
+    layer: LayerState, base: BaseLayer
 ) -> tuple[Start, tuple[Tensor, Tensor, Tensor | None]]:
-    """What is to be taken out of the base, and the trained factors: on the layer's device, in the
-    dtype that goes with it.
+    """The start that is subtracted, and the trained factors: on the layer's device, in the dtype
+    that goes with it.
     """
-    weight = base.weight if kind in ("linear", "conv1d") else None
-    dtype = factor_dtype(kinds.compute_dtype(base) if weight is None else weight.dtype)
-    device = kinds.device_of(base) if weight is None else weight.device
+    dtype, device = factor_dtype(base.dtype), base.device
 
     def placed(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device, dtype, copy=True).contiguous()
 
-    trained = tuple(placed(t) for t in (layer.lora_A, layer.lora_B, layer.lora_R))
+    trained = placed(layer.lora_A), placed(layer.lora_B), placed(layer.lora_R)
     if not layer.changes_base:
         return Start(*trained[:2], lora_R=trained[2]), trained
     numbers = [
@@ -291,12 +293,3 @@ def _start_of(
     ]
     A0, B0 = (placed(factor) for factor in layer.start_factors())
     return Start(A0, B0, numbers[0], weight_norm=numbers[1]), trained
-
-
-@contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    """Puts the layer's name before an error."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{layer}: {error}") from error

@@ -85,8 +85,8 @@ def make_report(
     rows = tuple(
         AdaptedRow(
             plan.name,
-            *plan.shape,
-            plan.kind,
+            *plan.base.shape,
+            plan.base.kind,
             plan.options.r,
             plan.options.lora_alpha,
             plan.options.scaling,

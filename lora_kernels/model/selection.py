@@ -1,17 +1,19 @@
-"""Which layers of a model a `LoRAConfig` means, and why the others are left alone."""
+"""Which layers of a model are meant, by a `LoRAConfig` or by `targets`, and why others are not."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from .._utils.names import ALL_LINEAR, _filled, match_names, nearest, pattern_matches
+from .._utils.names import ALL_LINEAR, match_names, nearest, pattern_matches
 from .._utils.peft_names import TASK_HEADS
-from ..layers.kinds import is_linear
+from ..layers.base import BaseLayer, base_of
 from .config import LoRAConfig
+
+Targets = str | Sequence[str] | Mapping[str, nn.Module] | Sequence[nn.Module]
 
 
 @dataclass
@@ -22,14 +24,12 @@ class Selection:
     other linear layer why it is not adapted.
     """
 
-    layers: dict[str, nn.Module] = field(default_factory=dict)
+    layers: dict[str, BaseLayer] = field(default_factory=dict)
     aliases: dict[str, list[str]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def select_layers(
-    model: nn.Module, config: LoRAConfig, adaptable: Callable[[nn.Module], bool]
-) -> Selection:
+def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
     """PEFT's rules: `target_modules`, less `exclude_modules`, `modules_to_save` and other layers
     than `layers_to_transform`.
 
@@ -39,7 +39,7 @@ def select_layers(
         TypeError: a target is no layer that can be adapted.
 
     """
-    candidates, aliases = find_candidates(model, adaptable)
+    candidates, aliases = find_candidates(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = set(_targeted(config, modules, candidates, aliases))
     names = {*candidates, *(alias for others in aliases.values() for alias in others)}
@@ -77,13 +77,11 @@ def with_task_head(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     return replace(config, modules_to_save=saved + heads) if heads else config
 
 
-def find_candidates(
-    model: nn.Module, adaptable: Callable[[nn.Module], bool]
-) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """The layers that could be adapted, by the first name of each; and their other names."""
+def find_candidates(model: nn.Module) -> tuple[dict[str, BaseLayer], dict[str, list[str]]]:
+    """The layers that can be adapted, by the first name of each; and their other names."""
     first: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
-    candidates: dict[str, nn.Module] = {}
+    candidates: dict[str, BaseLayer] = {}
     last = None
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in first:
@@ -93,8 +91,8 @@ def find_candidates(
         first[id(module)] = name
         # What lies inside one, as the quantised layer in its wrapper, is a part of it.
         inside = last is not None and name.startswith(f"{last}.")
-        if name and not inside and adaptable(module):
-            last, candidates[name], aliases[name] = name, module, []
+        if name and not inside and (base := base_of(module)) is not None:
+            last, candidates[name], aliases[name] = name, base, []
     return candidates, aliases
 
 
@@ -121,12 +119,12 @@ def _is_part(name: str, candidates: Collection[str]) -> bool:
 def _targeted(
     config: LoRAConfig,
     modules: Mapping[str, nn.Module],
-    candidates: Mapping[str, nn.Module],
+    candidates: Mapping[str, BaseLayer],
     aliases: Mapping[str, Sequence[str]],
 ) -> Iterable[str]:
     """The candidates that `target_modules` means."""
     targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+    if _is_all_linear(targets):
         return candidates
     found = match_names([n for n in modules if n], targets, candidates, option="target_modules")
     first = {alias: name for name, others in aliases.items() for alias in (name, *others)}
@@ -138,17 +136,17 @@ def _targeted(
             raise TypeError(
                 f"target_modules names {name!r}, a {type(modules[name]).__name__}, which {what}"
             )
-        if reason := _why_passed_by(modules, name):
+        if reason := _why_bypassed(modules, name):
             raise ValueError(f"target_modules names {name!r}, but {reason}")
     return [first[name] for name in found]
 
 
-def _why_passed_by(modules: Mapping[str, nn.Module], name: str) -> str | None:
-    """Why an adapter there would not count, if so: its block multiplies with the weight itself."""
+def _why_bypassed(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Why an adapter of this layer would have no effect: its block reads the weight directly."""
     parent, _, key = name.rpartition(".")
     block = type(modules[parent]).__name__
     if key in ("x_proj", "dt_proj", "out_proj") and re.search("Mamba|Bamba|FalconH1Mixer", block):
-        return f"its {block} reads the weight past the layer"
+        return f"its {block} reads the weight directly, without calling the layer"
     return None
 
 
@@ -161,13 +159,8 @@ def _left_out(
 ) -> dict[str, str]:
     """Names of candidates that are targeted perhaps, but not adapted, with the reason."""
     reasons: dict[str, str] = {}
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        head, modules = output_head(model), dict(model.named_modules(remove_duplicate=False))
-        for name in candidates:
-            if head is not None and modules[name] is head:
-                reasons[name] = "the output head, which 'all-linear' leaves out"
-            elif reason := _why_passed_by(modules, name):
-                reasons[name] = reason
+    if _is_all_linear(config.target_modules):
+        reasons |= _not_in_all_linear(model, candidates)
     indices = config.layer_indices()
     if indices is not None:
         blocks = {name: _block_index(name, config.layers_pattern) for name in candidates}
@@ -204,7 +197,7 @@ def _block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int |
     return None
 
 
-def _check_patterns(config: LoRAConfig, layers: Mapping[str, nn.Module]) -> None:
+def _check_patterns(config: LoRAConfig, layers: Collection[str]) -> None:
     """Raises for a pattern that no layer matches: PEFT ignores it, and a misspelt one with it."""
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):
@@ -214,56 +207,77 @@ def _check_patterns(config: LoRAConfig, layers: Mapping[str, nn.Module]) -> None
                 )
 
 
-Targets = str | Sequence[str] | Mapping[str, nn.Module] | Sequence[nn.Module]
-
-
-def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, nn.Module]:
-    """The targeted linear layers by name, in the model's order.
+def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, BaseLayer]:
+    """The targeted linear layers by name, in the model's order; adapted and quantized ones too.
 
     Args:
         model: what is searched. A module that appears under several names counts under each.
-        targets: "all-linear", every linear layer but the output head; another string, a regular
-            expression that matches the whole name; a list of names or of their last parts
+        targets: "all-linear", the layers that `add_lora` adapts by this name; another string, a
+            regular expression that matches the whole name; a list of names or of their last parts
             ("q_proj", "mlp.up_proj"); a list of the modules themselves, or a dict {name: module}.
 
     Raises:
         ValueError: nothing matches, or an entry of the list matches nothing (the nearest name is
             given), or a module is not in the model.
-        TypeError: a target is no linear layer.
+        TypeError: a target is no linear layer that can be adapted.
 
     """
+    if not targets:
+        raise ValueError("targets is empty: give names, or 'all-linear'")
     if isinstance(targets, Mapping):
-        return {name: _checked(name, module) for name, module in _filled(targets).items()}
+        return {name: _checked(name, module) for name, module in targets.items()}
     modules = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(targets, str) and any(isinstance(t, nn.Module) for t in targets):
         return _names_of(modules, targets)
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        head = output_head(model)
-        found = [n for n, m in modules.items() if is_linear(m) and m is not head]
-        if not found:
-            raise ValueError(f"{type(model).__name__} has no linear layer")
-        return {name: modules[name] for name in found}
-    linear = [name for name, module in modules.items() if is_linear(module)]
-    return {n: _checked(n, modules[n]) for n in match_names(list(modules), targets, linear)}
+    candidates, aliases = find_candidates(model)
+    bases = {name: base for first, base in candidates.items() for name in (first, *aliases[first])}
+    if (root := base_of(model)) is not None:
+        bases[""] = root
+    bases = {name: bases[name] for name in modules if name in bases}  # in the model's order
+    if not _is_all_linear(targets):
+        names = match_names(list(modules), targets, list(bases))
+        return {name: bases.get(name) or _checked(name, modules[name]) for name in names}
+    left_out = _not_in_all_linear(model, bases)
+    found = {name: base for name, base in bases.items() if name not in left_out}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no linear layer")
+    return found
 
 
-def _checked(name: str, module: nn.Module) -> nn.Module:
-    if not is_linear(module):
+def _is_all_linear(targets: object) -> bool:
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def _not_in_all_linear(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Those of the linear layers that "all-linear" leaves out, with the reason."""
+    head, modules = output_head(model), dict(model.named_modules(remove_duplicate=False))
+    reasons: dict[str, str] = {}
+    for name in names:
+        if head is not None and modules[name] is head:
+            reasons[name] = "the output head, which 'all-linear' leaves out"
+        elif reason := _why_bypassed(modules, name):
+            reasons[name] = reason
+    return reasons
+
+
+def _checked(name: str, module: nn.Module) -> BaseLayer:
+    base = base_of(module)
+    if base is None:
         raise TypeError(
-            f"{name!r} is {type(module).__name__}; a target must be an nn.Linear or a Conv1D"
+            f"{name!r} is {type(module).__name__}; a target must be a linear layer that computes "
+            "x Wᵀ + b from a weight of its own"
         )
-    return module
+    return base
 
 
 def _names_of(
     modules: Mapping[str, nn.Module], targets: Sequence[nn.Module]
-) -> dict[str, nn.Module]:
+) -> dict[str, BaseLayer]:
     wanted = {id(target): target for target in targets}
     found = {name: _checked(name, m) for name, m in modules.items() if id(m) in wanted}
-    missing = wanted.keys() - {id(module) for module in found.values()}
+    missing = wanted.keys() - {id(base.module) for base in found.values()}
     if missing:
-        strange = wanted[missing.pop()]
-        what = type(strange).__name__
+        what = type(wanted[missing.pop()]).__name__
         raise ValueError(f"a target, {what}, is no module of this model")
     return found
 

@@ -1,133 +1,153 @@
-"""Makes the starts of many layers, those of one shape together."""
+"""Computes the initial factors of many layers, those of one shape together: for `add_lora` and for
+`lora_kernels.peft.initialize`.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .._utils.checks import check_rank
 from .._utils.names import nearest
 from .._utils.progress import tracked
 from ..init.base import Initializer
 from ..init.start import Start, check_residual_fits, checked
-from ..layers.base import AdaptedMatrix, refuse_unfit
-from .plan import LayerPlan, _base, _naming
+from ..layers.base import BaseLayer
+from ..layers.linear import check_startable
 
-# 4-bit rounding changes a norm by less than 1 %; what a start takes out, by more than 2 %.
-_NORM_TOLERANCE = 0.02
-
-
-_BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # started together
+_BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # weights in one call
 
 
-def make_starts(
-    plans: list[LayerPlan],
-    initializer: Initializer,
-    gradients: Mapping[str, Tensor] | None,
-    progress: bool,
-) -> None:
-    """Makes the start of every plan, those of one shape together; weights are only read.
+@dataclass(frozen=True)
+class StartJob:
+    """One layer's start that is to be computed, at rank `r` and s = `scaling`.
+
+    `absorb` says whether it will be subtracted from the weight, which must have room for that.
+    """
+
+    name: str
+    base: BaseLayer
+    initializer: Initializer
+    r: int
+    scaling: float
+    absorb: bool = False
+    gradient: Tensor | None = None
+
+
+@torch.no_grad()
+def make_starts(jobs: Sequence[StartJob], progress: bool) -> dict[str, Start]:
+    """The start of every job by its name; weights are only read.
+
+    Starts that change the base know the weight's norm.
 
     Raises:
-        ValueError: a gradient is missing or of no use, or a weight cannot be started from; the
-            layer is named.
+        ValueError, TypeError: a start cannot be computed or does not fit; the layer is named.
 
     """
-    gradients = _matched_gradients(plans, initializer, gradients)
-    batches = list(_batches(plans))
-    for batch in tracked(batches, type(initializer).__name__, progress):
-        first = batch[0].options
-        given = [gradients[plan.name] for plan in batch] if gradients is not None else None
-        matrices = [plan.matrix() for plan in batch]
-        for plan, matrix in zip(batch, matrices, strict=True):
-            if isinstance(plan.module, (nn.Linear, AdaptedMatrix)) or plan.kind == "conv1d":
-                with _naming(plan.name):
-                    refuse_unfit(matrix, _base(plan.module).weight, first.r, initializer)
-        try:
-            starts = batch[0].initializer.starts(matrices, first.r, first.scaling, given)
-        except (ValueError, TypeError):
-            for k, plan in enumerate(batch):  # which one was it?
-                with _naming(plan.name):
-                    plan.initializer(matrices[k], first.r, first.scaling, given and given[k])
-            raise
-        for plan, matrix, start in zip(batch, matrices, starts, strict=True):
-            with _naming(plan.name):
-                start = checked(start, matrix, first.r)
-                if plan.changes_base:
-                    start = _measured(start, matrix)
-                    if plan.options.residual == "absorb":
-                        check_residual_fits(matrix, start, first.scaling)
-            plan.start = start
+    starts: dict[str, Start] = {}
+    title = type(jobs[0].initializer).__name__ if jobs else ""
+    for batch in tracked(list(_batches(jobs)), title, progress):
+        starts |= _batch_starts(batch)
+    return {job.name: starts[job.name] for job in jobs}
 
 
-def _measured(start: Start, matrix: Tensor) -> Start:
-    if start.weight_norm is not None:
-        return start
-    squares = torch.ops.lora.frobenius_stats([matrix])[0, 1]
-    return replace(start, weight_norm=squares.sqrt())
+def matched_gradients(
+    layers: Mapping[str, Sequence[str]],
+    initializer: Initializer,
+    gradients: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor | None]:
+    """The gradient of each of `layers`, {name: its other names}; None where none is needed.
 
+    Raises:
+        ValueError: a gradient is missing, or the start is not computed from gradients.
 
-def check_norms(plans: list[LayerPlan]) -> None:
-    """Warns of a base that is not the one on which an adapter was made, by the weights' norms."""
-    for plan in plans:
-        expected = None if plan.start is None else plan.start.weight_norm
-        if expected is None or float(expected) == 0:
-            continue
-        found = float(torch.ops.lora.frobenius_stats([plan.matrix()])[0, 1].sqrt())
-        if abs(found / float(expected) - 1) > _NORM_TOLERANCE:
-            warnings.warn(
-                f"the norm of {plan.name} is {found:.4g}, but {float(expected):.4g} where this "
-                "adapter was made: another base, or one that lacks a start already? The adapter's "
-                "update is added to it as it is",
-                stacklevel=4,
-            )
-            return
-
-
-def _matched_gradients(
-    plans: list[LayerPlan], initializer: Initializer, gradients: Mapping[str, Tensor] | None
-) -> dict[str, Tensor] | None:
-    """The gradients by the plans' names."""
-    name = type(initializer).__name__
+    """
+    title = type(initializer).__name__
     if not initializer.needs_gradient:
         if gradients is not None:
-            raise ValueError(f"{name} has no use for gradients")
-        return None
+            raise ValueError(f"{title} has no use for gradients")
+        return dict.fromkeys(layers)
     if gradients is None:
         raise ValueError(
-            f"{name} starts from the gradients of the weights: pass gradients="
+            f"{title} starts from the gradients of the weights: pass gradients="
             "capture_gradients(model, batches)"
         )
-    found = {}
-    for plan in plans:
-        names = [n for n in (plan.name, *plan.aliases) if n in gradients]
+    found: dict[str, Tensor | None] = {}
+    for name, aliases in layers.items():
+        names = [n for n in (name, *aliases) if n in gradients]
         if not names:
-            raise ValueError(f"gradients has none for {plan.name}{nearest(plan.name, gradients)}")
-        found[plan.name] = gradients[names[0]]
+            raise ValueError(f"gradients has none for {name}{nearest(name, gradients)}")
+        found[name] = gradients[names[0]]
     return found
 
 
-def _batches(plans: list[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """Plans of one shape, dtype, device, rank and s; quantised layers one at a time, so that one
-    dequantised weight is there at once.
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Puts the layer's name before an error's text."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{layer}: {error}") from error
+
+
+def _batch_starts(batch: Sequence[StartJob]) -> dict[str, Start]:
+    weights = [_checked_weight(job) for job in batch]
+    first = batch[0]
+    gradients = [job.gradient for job in batch] if first.initializer.needs_gradient else None
+    try:
+        starts = first.initializer.starts(weights, first.r, first.scaling, gradients)
+    except (ValueError, TypeError):
+        for job, weight in zip(batch, weights, strict=True):  # which one was it?
+            with naming(job.name):
+                job.initializer(weight, job.r, job.scaling, job.gradient)
+        raise
+    found = {}
+    for job, weight, start in zip(batch, weights, starts, strict=True):
+        with naming(job.name):
+            found[job.name] = _finished(job, weight, start)
+    return found
+
+
+def _checked_weight(job: StartJob) -> Tensor:
+    """W [out, in], from which the start can be computed."""
+    with naming(job.name):
+        if job.base.rewritable:
+            check_startable(job.base.weight(), job.base.layer.weight, job.r, job.initializer)
+        else:
+            check_rank(job.r, *job.base.shape)
+        return job.base.weight()
+
+
+def _finished(job: StartJob, weight: Tensor, start: Start) -> Start:
+    start = checked(start, weight, job.r)
+    if not job.initializer.changes_base:
+        return start
+    if start.weight_norm is None:
+        squares = torch.ops.lora.frobenius_stats([weight])[0, 1]
+        start = replace(start, weight_norm=squares.sqrt())
+    if job.absorb:
+        check_residual_fits(weight, start, job.scaling)
+    return start
+
+
+def _batches(jobs: Sequence[StartJob]) -> Iterator[list[StartJob]]:
+    """Jobs over weights of one shape, dtype and device, with one rank and s. Quantized layers come
+    one at a time, so that only one dequantized weight is in memory.
     """
-    groups: dict[tuple, list[LayerPlan]] = {}
-    for plan in plans:
-        if not _has_matrix(plan):
-            yield [plan]
+    groups: dict[tuple, list[StartJob]] = {}
+    for job in jobs:
+        base = job.base
+        if not base.rewritable:
+            yield [job]
             continue
-        weight = _base(plan.module).weight
-        key = (plan.shape, plan.kind, weight.dtype, weight.device, plan.options)
-        groups.setdefault(key, []).append(plan)
+        key = (base.shape, base.transposed, base.dtype, base.device, job.r, job.scaling, job.absorb)
+        groups.setdefault(key, []).append(job)
     for group in groups.values():
-        weight = _base(group[0].module).weight
+        weight = group[0].base.layer.weight
         size = max(1, min(_BATCH_LAYERS, _BATCH_BYTES // (weight.numel() * weight.element_size())))
         for begin in range(0, len(group), size):
             yield group[begin : begin + size]
-
-
-def _has_matrix(plan: LayerPlan) -> bool:
-    return isinstance(plan.module, AdaptedMatrix) or plan.kind in ("linear", "conv1d")

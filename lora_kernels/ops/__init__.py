@@ -1,5 +1,5 @@
-"""The operators `torch.ops.lora.*`. Importing this package registers them; the compiled kernels
-override the references where they were built.
+"""The operators `torch.ops.lora.*`. Importing this package registers them; compiled kernels, where
+they were built, replace the references.
 """
 
 from . import dst_basis, frobenius_stats, linear, loram_init, subtract_dst

@@ -1,8 +1,9 @@
-"""The one place where `torch.ops.lora.*` is declared: a schema, a reference, a fake per operator.
+"""Declares the operators `torch.ops.lora.*`: each has a schema, a reference and a fake.
 
-An operator that a user calls is either a kernel itself or a thin composite over a kernel whose name
-begins with an underscore. Composites hold what is the same on every device: checks and allocation.
-Kernels get a reference for every device here; the extension and Triton override dispatch keys.
+An operator that users call is either a kernel or a thin composite over a kernel whose name begins
+with an underscore. Composites do what is the same on every device: checks and allocation. Each
+kernel's reference, in plain torch, runs on every device; the C++ extension and Triton override it
+for the dispatch keys that they support.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ LIBRARY = Library("lora", "DEF")
 
 
 def define_composite(schema: str, function: Callable) -> None:
-    """Declares an operator that is plain Python over other operators, on every device."""
+    """Declare an operator that is plain Python over other operators, on every device."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, function, "CompositeImplicitAutograd")
 
 
 def define_kernel(schema: str, reference: Callable, fake: Callable) -> None:
-    """Declares a functional kernel with its reference implementation and its fake."""
+    """Declare a functional kernel with its reference and its fake."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
@@ -31,10 +32,10 @@ def define_kernel(schema: str, reference: Callable, fake: Callable) -> None:
 
 
 def define_constant_kernel(schema: str, function: Callable, fake: Callable) -> None:
-    """Declares a kernel in plain Python, on every device, whose results carry no gradient.
+    """Declare a kernel in plain Python, for every device, whose results carry no gradient.
 
-    Not a composite, for one whose checks read values: `torch.compile` looks into a composite, and
-    cannot follow such a check.
+    For functions whose checks read values. They cannot be composites: `torch.compile` traces into a
+    composite and cannot trace such a check.
     """
     name = schema.partition("(")[0]
     define_kernel(schema, function, fake)
@@ -50,11 +51,11 @@ def define_constant_kernel(schema: str, function: Callable, fake: Callable) -> N
 def define_mutating_kernel(
     schema: str, reference: Callable, mutated: Callable[..., list[torch.Tensor]]
 ) -> None:
-    """Declares a kernel that writes its arguments and returns nothing.
+    """Declare a kernel that writes into its arguments and returns nothing.
 
-    Only that form is functionalised by every supported torch: one that returns its argument, or a
-    list, is not. `mutated` picks the written tensors out of the arguments, whose version counters
-    are then raised: kernels write through raw pointers, which autograd cannot see.
+    Every supported torch can functionalize only this form; not a kernel that returns its argument,
+    or a list. `mutated` selects the written tensors from the arguments. Their version counters are
+    incremented here, because kernels write through raw pointers, which autograd does not see.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -66,7 +67,7 @@ def define_mutating_kernel(
         written = mutated(*args)
         try:
             torch.autograd.graph.increment_version(written)
-        except RuntimeError:  # inference tensors have no version
+        except RuntimeError:  # inference tensors have no version counter
             kept = [t for t in written if not t.is_inference()]
             torch.autograd.graph.increment_version(kept)
         with torch._C._AutoDispatchBelowADInplaceOrView():

@@ -10,8 +10,8 @@ from .._utils.checks import FLOATS, check_size
 from ._library import define_composite, define_mutating_kernel
 
 # Minimax polynomials of sine and cosine on [0, pi/4] (fdlibm's, error < 2^-57), highest power
-# first. Evaluated with separately rounded multiplies and adds, in this order, on every device: that
-# is what makes the bits the same.
+# first. Every device evaluates them in this order, rounding each multiplication and each addition,
+# so that all devices produce the same bits.
 _SINE = (
     1.58969099521155010221e-10,
     -2.50507602534068634195e-08,
@@ -46,7 +46,7 @@ def sin_pi(numerator: torch.Tensor, denominator: int) -> torch.Tensor:
     negative = p > denominator
     p = torch.where(negative, p - denominator, p)
     p = torch.where(2 * p > denominator, denominator - p, p)
-    # As a tensor: CUDA divides by a Python number with its rounded reciprocal.
+    # A tensor: CUDA divides by a Python number by multiplying with its rounded reciprocal.
     span = torch.full((), 2.0 * denominator, dtype=torch.float64, device=p.device)
     by_cosine = 4 * p > denominator
     reduced = torch.where(by_cosine, denominator - 2 * p, 2 * p)
@@ -63,12 +63,12 @@ def sin_pi(numerator: torch.Tensor, denominator: int) -> torch.Tensor:
 def dst_basis_ref(
     out: torch.Tensor, size: int, offset: int, scale: torch.Tensor | None = None
 ) -> None:
-    """Writes rows [offset, offset + len(out)) of the basis of `size` into `out` [length, rank]."""
+    """Write rows [offset, offset + len(out)) of the basis of `size` into `out` [length, rank]."""
     length, rank = out.shape
     n = size + 1
     i = torch.arange(offset + 1, offset + length + 1, device=out.device)  # [length]
     j = torch.arange(1, rank + 1, device=out.device)  # [rank]
-    table = math.sqrt(2.0 / n) * sin_pi(torch.arange(2 * n, device=out.device), n)
+    table = math.sqrt(2.0 / n) * sin_pi(torch.arange(2 * n, device=out.device), n)  # [2n]
     if scale is not None:
         table = table * scale
     out.copy_(table[(i[:, None] * j) % (2 * n)])

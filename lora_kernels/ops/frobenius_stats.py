@@ -9,7 +9,7 @@ from ._library import define_composite, define_kernel
 
 
 def frobenius_stats_ref(weights: list[torch.Tensor]) -> torch.Tensor:
-    """[len, 2] float64. One weight at a time: only a float64 copy of one of them ever exists."""
+    """[len(weights), 2] float64. One weight at a time, so that at most one float64 copy exists."""
     rows = []
     for weight in weights:
         wide = weight.to(torch.float64)

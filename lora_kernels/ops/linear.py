@@ -1,11 +1,11 @@
 """`lora::linear`: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ (Hu et al., arXiv 2106.09685, eq. 3), with its
-backward. With `lora_R` it is s · drop(x) Aᵀ Rᵀ Bᵀ (LoRA-XS, arXiv 2405.17604); with `start_A`,
-`start_B` (the implicit residual) also − s · x A₀ᵀ B₀ᵀ, constant.
+backward. With `lora_R` the last term is s · drop(x) Aᵀ Rᵀ Bᵀ (LoRA-XS, arXiv 2405.17604). With
+`start_A` and `start_B` (the implicit residual), the constant s · x A₀ᵀ B₀ᵀ is subtracted.
 
 Shapes: x [..., K], weight [N, K], bias [N], lora_A and start_A [r, K], lora_B and start_B [N, r],
-lora_R [r, r]. It computes in x's dtype; A, B and R may be kept wider (fp32 masters) and get their
-gradients so. Saved for backward: x and z = drop(x) Aᵀ [M, r]. The dropout mask is drawn again from
-`seed`.
+lora_R [r, r]; M is the number of rows of x. The computation is in x's dtype. A, B and R may have a
+wider dtype (fp32 masters), in which they receive their gradients. Saved for the backward: x and
+z = drop(x) Aᵀ [M, r]. The dropout mask is computed again from `seed`.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def linear_forward_ref(
     if start_A is None:
         y.addmm_(into_B, B.T, alpha=scaling)
     else:
-        # One product of rank 2r: start and adapter cancel before y is rounded.
-        z0 = rows @ start_A.to(x.dtype).T
-        factors = torch.cat([B, -start_B.to(x.dtype)], 1)
+        # One product of rank 2r, so that start and adapter cancel before y is rounded.
+        z0 = rows @ start_A.to(x.dtype).T  # [M, r]
+        factors = torch.cat([B, -start_B.to(x.dtype)], 1)  # [N, 2r]
         y.addmm_(torch.cat([into_B, z0], 1), factors.T, alpha=scaling)
-    # No view: a user may write into y in place.
+    # Not a view, because a user may write into y in place.
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), z
 
 
@@ -113,7 +113,7 @@ def linear_backward_ref(
         dz = dz @ R
     if needs_x:
         dx = dy @ weight
-        through_A = dz @ A
+        through_A = dz @ A  # [M, K]
         dx += drop_elements(through_A, dropout, seed) if dropout > 0 else through_A
         if start_A is not None:
             dx -= (dy @ start_B.to(x.dtype)) * scaling @ start_A.to(x.dtype)
@@ -133,7 +133,7 @@ def linear_backward_ref(
 def linear_backward_fake(
     grad, x, weight, lora_A, lora_B, z, scaling, dropout, seed, start_A, start_B, lora_R, needs
 ) -> tuple[Tensor, ...]:
-    R = x if lora_R is None else lora_R  # needed only if there is one
+    R = x if lora_R is None else lora_R  # any tensor will do if there is no R
     shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape, R.shape)
     dtypes = (x.dtype, x.dtype, x.dtype, lora_A.dtype, lora_B.dtype, R.dtype)
     return tuple(
@@ -143,7 +143,7 @@ def linear_backward_fake(
 
 
 class _Linear(torch.autograd.Function):
-    """Forward and backward kernel, tied together."""
+    """The forward kernel and its backward."""
 
     @staticmethod
     def forward(
@@ -161,7 +161,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, lora_A, lora_B, z, *extras = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
-        # Autocast has done its part in the forward: here it would cast what the kernel multiplies.
+        # The forward ran with autocast applied; here it would cast the kernel's operands again.
         with torch.amp.autocast(grad.device.type, enabled=False):
             grads = torch.ops.lora.linear_backward(
                 grad, x, weight, lora_A, lora_B, z, ctx.scaling, ctx.dropout, *extras, needs
@@ -195,8 +195,8 @@ def linear(
 def _check(
     x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, lora_R
 ) -> None:
-    """Raises if the arguments do not fit. Plain comparisons: it runs at every call of a layer, and
-    torch._check with its closures took 20 us, as long as a small layer itself.
+    """Raise if the arguments do not fit together. Plain comparisons, because every call of a layer
+    runs this: torch._check and its closures took 20 us, as long as a small layer itself.
     """
     if not math.isfinite(scaling):
         raise ValueError(f"scaling must be finite, got {scaling}")
@@ -248,7 +248,7 @@ def _check_operand(name, tensor, shape, x, weight, r) -> None:
 
 
 def _autocast_to(device_type: str):
-    """x, W and b as torch.autocast casts them for nn.Linear; A, B and R stay as they are."""
+    """`linear` with x, W and b cast as torch.autocast does for nn.Linear, and A, B and R uncast."""
 
     def linear_autocast(x, weight, bias, *args, **kwargs):
         dtype = torch.get_autocast_dtype(device_type)
@@ -270,8 +270,8 @@ define_kernel(
     linear_forward_ref,
     linear_forward_fake,
 )
-# The forward without dropout in ATen's calls alone, which C++ makes in half the time that Python
-# does: for a GPU that has little to do.
+# The forward without dropout consists of ATen calls only. C++ issues them in half the time that
+# Python needs, which matters when the GPU has little to do.
 define_kernel(
     "_linear_plain(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
     "float scaling, Tensor? start_A, Tensor? start_B, Tensor? lora_R) -> (Tensor y, Tensor z)",

@@ -34,7 +34,7 @@ def log_gain(rank: int, rows: int, cols: int) -> float:
 
 
 def check_distinct(weights: list[torch.Tensor]) -> None:
-    """Raises if a weight is in the list twice: it would have its start subtracted twice."""
+    """Raise if a weight is in the list twice: its start would be subtracted twice."""
     addresses = [weight.data_ptr() for weight in weights]
     if len(set(addresses)) == len(weights):
         return
@@ -50,7 +50,7 @@ def check_distinct(weights: list[torch.Tensor]) -> None:
 def refuse_unfit(
     weights: list[torch.Tensor], sums_of_squares: list[float], rank: int, scaling: float
 ) -> None:
-    """Raises if a weight has no finite, non-zero magnitude, or no room for the residual."""
+    """Raise if a weight's magnitude is zero or not finite, or if its residual could overflow."""
     for k, value in enumerate(sums_of_squares):
         if not math.isfinite(value):
             raise ValueError(
@@ -73,18 +73,20 @@ def refuse_unfit(
 
 @functools.lru_cache(maxsize=4096)
 def largest_sum(rank: int, scaling: float, dtype: torch.dtype, shape: tuple[int, int]) -> float:
-    """A finite sum of squares up to which `refuse_unfit`, which takes its time with each weight,
-    need not be asked whether the residual fits: the device may wait for the answer.
+    """A sum of squares up to which the residual of every weight of this shape fits.
+
+    Weights below it skip `refuse_unfit`, which takes time for each one while the device may wait.
     """
     rows, cols = shape
     share = 2 * rank / math.sqrt((rows + 1) * (cols + 1))
     times_norm = 1 + abs(scaling) * math.sqrt(log_gain(rank, rows, cols) / rank) * share
     norm = torch.finfo(dtype).max / times_norm
-    return min(0.99 * norm * norm, torch.finfo(torch.float64).max)  # 0.99: its own roundings
+    # 0.99 covers the rounding errors of this function.
+    return min(0.99 * norm * norm, torch.finfo(torch.float64).max)
 
 
 def _residual_fits(weight: torch.Tensor, norm: float, coefficient: float, rank: int) -> bool:
-    """An entry of the subtracted product is at most |coefficient| 2r / √((n+1)(m+1))."""
+    """Each entry of the subtracted product is at most |coefficient| 2r / √((n+1)(m+1))."""
     rows, cols = weight.shape
     bound = abs(coefficient) * 2 * rank / math.sqrt((rows + 1) * (cols + 1))
     limit = torch.finfo(weight.dtype).max
@@ -101,7 +103,7 @@ def loram_init_ref(
     check: bool,
     stats: torch.Tensor | None = None,
 ) -> None:
-    """`stats` are the weights' `frobenius_stats`, if they are known."""
+    """`stats` are the weights' `frobenius_stats`, if already known."""
     check_distinct(weights)
     sum_of_squares = (frobenius_stats_ref(weights) if stats is None else stats)[:, 1]
     if check:
@@ -118,9 +120,9 @@ def loram_init_ref(
 def empty_factors_ref(
     weights: list[torch.Tensor], rank: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """A [rank, m] and B [n, rank] for each weight [n, m], of memory of their own.
+    """Uninitialized A [rank, m] and B [n, rank] for each weight [n, m], each with its own memory.
 
-    In C++ 448 of them take a third of the time.
+    C++ allocates 448 of them in a third of this time.
     """
     lora_A, lora_B = [], []
     for weight in weights:
@@ -135,7 +137,7 @@ _kind = attrgetter("dtype", "shape", "layout")
 
 
 def _are_readable(weights: list[torch.Tensor]) -> bool:
-    """Whether a kernel may read these; if not, `check_weight` says why. 0.05 ms for 224 weights."""
+    """Whether kernels can read these weights; if not, `check_weight` says why. 0.05 ms for 224."""
     return all(
         dtype in FLOATS and ndim == 2 and layout == torch.strided
         for dtype, ndim, layout in set(map(_memory, weights))
@@ -143,13 +145,12 @@ def _are_readable(weights: list[torch.Tensor]) -> bool:
 
 
 def _are_fit(weights: list[torch.Tensor], rank: int) -> bool:
-    """Whether none of the checks below would raise; False too if that takes longer to find out.
-
-    A model has a handful of kinds of weights, and the device may wait for this.
+    """Whether none of the checks in `_check_weights` would raise; False also if that is not quickly
+    known. Fast, because a model has only a handful of kinds of weights: the device may wait.
     """
     try:
         kinds = set(map(_kind, weights))
-    except TypeError:  # symbolic sizes have no hash
+    except TypeError:  # symbolic sizes cannot be hashed
         return False
     return all(
         dtype in FLOATS and len(shape) == 2 and 1 <= rank <= min(shape) and layout == torch.strided
@@ -176,7 +177,7 @@ def loram_init_foreach(
     check_same_device(weights)
     device = weights[0].device
     with torch.no_grad():
-        # Before the other checks, so that a GPU has something to do while the host makes them.
+        # Launched before the other checks, so that a GPU works while the host makes them.
         if not _are_readable(weights):
             _check_weights(weights, rank)
         stats = torch.ops.lora._frobenius_stats(weights)

@@ -1,7 +1,7 @@
 """Random numbers as functions of (row, column, seed): Philox4x32-10 (Salmon et al., SC'11).
 
-A dropout mask that is regenerated is never stored; every backend draws the same one, and the same
-Gaussian sketch for an SVD.
+A dropout mask is computed again from its seed instead of being stored. Every backend computes the
+same mask, and the same Gaussian sketch for an SVD.
 """
 
 from __future__ import annotations
@@ -12,13 +12,20 @@ import torch
 
 _LOW = 0xFFFFFFFF
 
-# The second word of the counter: what is drawn with one seed for different ends is independent.
+# The second word of the counter, which makes the numbers of one seed independent between purposes.
 _DROPOUT = 0
 _GAUSSIAN = 1
 
 
+def dropout_seed(device: torch.device) -> torch.Tensor:
+    """A seed for `dropout` (0-dim int64), drawn from torch's global generator of `device`, so that
+    `torch.manual_seed` determines it and activation checkpointing repeats it.
+    """
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
 def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low word of a 32 x 32 bit product held in int64, whose wrap-around is harmless."""
+    """High and low word of a 32 × 32-bit product; in int64 it may turn negative, with all bits."""
     product = a * b
     return (product >> 32) & _LOW, product & _LOW
 
@@ -40,9 +47,11 @@ def philox_words(rows: int, cols: int, seed: torch.Tensor, purpose: int = _DROPO
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """The rows x [M, K], each element dropped with probability p, the rest times 1 / (1 − p)."""
+    """The rows x [M, K]: each element is zeroed with probability p, the others are multiplied by
+    1 / (1 − p).
+    """
     threshold = min(int(p * 2**32), 2**32 - 1)
-    keep = philox_words(*x.shape, seed) >= threshold
+    keep = philox_words(*x.shape, seed) >= threshold  # [M, K]
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
     work = x if x.dtype == torch.float64 else x.float()
     factor = torch.tensor(scale, dtype=torch.float32, device=x.device).to(work.dtype)
@@ -52,11 +61,13 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
 def gaussian(rows: int, cols: int, seed: int) -> torch.Tensor:
     """[rows, cols] float32 of standard normals, by Box and Muller (1958) in float64.
 
-    Words w0, w1 of a quad give r cos θ and r sin θ of its first two columns, r² = −2 ln u,
-    u = (w0 + 1) / 2³² in (0, 1], θ = 2π w1 / 2³²; its last two come from w2, w3. `seed`: any int64.
+    Words w0 and w1 of each quad of columns give r cos θ and r sin θ for its first two columns, with
+    r² = −2 ln u, u = (w0 + 1) / 2³² in (0, 1] and θ = 2π w1 / 2³². The last two come from w2 and
+    w3. `seed` is any int64.
     """
     words = philox_words(rows, (cols + 3) // 4 * 4, torch.tensor(seed), _GAUSSIAN).double()
     radius = (-2.0 * ((words[:, ::2] + 1.0) * 2.0**-32).log()).sqrt()
     angle = words[:, 1::2] * (2.0 * math.pi * 2.0**-32)
+    # [rows, pairs, 2]
     normals = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
     return normals.flatten(1)[:, :cols].float()

@@ -20,10 +20,10 @@ def subtract_dst_ref(
     row_offset: int,
     col_offset: int,
 ) -> None:
-    """The product itself, in float64 and by blocks of rows: slow, and plainly right."""
+    """The product itself, in float64 and by blocks of rows: slow but simple."""
     rows, cols = weight.shape
     options = {"dtype": torch.float64, "device": weight.device}
-    right = dst_basis(global_cols, rank, offset=col_offset, length=cols, **options)
+    right = dst_basis(global_cols, rank, offset=col_offset, length=cols, **options)  # [cols, rank]
     for begin in range(0, rows, _ROW_BLOCK):
         block = weight[begin : begin + _ROW_BLOCK]  # [block, cols]
         left = dst_basis(global_rows, rank, offset=row_offset + begin, length=len(block), **options)

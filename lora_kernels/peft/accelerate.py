@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._utils.checks import FLOATS
 from ..layers.kinds import is_conv1d
+from ..ops.philox import dropout_seed
 from .layers import check_model, described, lora_layers
 from .patch import is_replaced, replace_method, restore_method
 from .variant import StartVariant, start_of
@@ -81,11 +82,7 @@ def fused_forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
     if adapter is None:
         return type(layer).forward(layer, x, *args, **kwargs)
     base, dropout = layer.base_layer, layer.lora_dropout[adapter]
-    probability, seed = 0.0, None
-    if dropout.training and type(dropout) is nn.Dropout and dropout.p > 0:
-        # From the global generator, so that manual_seed and checkpointing govern it.
-        probability = dropout.p
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+    p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
     return torch.ops.lora.linear(
         x,
         base.weight.T if layer.fan_in_fan_out else base.weight,
@@ -93,8 +90,8 @@ def fused_forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
         layer.lora_A[adapter].weight,
         layer.lora_B[adapter].weight,
         layer.scaling[adapter],
-        probability,
-        seed,
+        p,
+        dropout_seed(x.device) if p > 0 else None,
         *(start_of(layer, adapter) or (None, None)),
     )
 

@@ -11,13 +11,10 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
-from .._utils.checks import check_rank
-from .._utils.errors import unknown_name
-from .._utils.progress import tracked
 from ..init import Initializer, Start, get_initializer
 from ..init.base import refuse_implicit
-from ..init.start import checked
-from ..layers import kinds
+from ..layers.base import base_of
+from ..model.starts import StartJob, make_starts, matched_gradients, naming
 from .layers import (
     PREFIX,
     adapter_of,
@@ -121,7 +118,6 @@ def initialize(
     init_lora_weights: str | Initializer = "loram",
     *,
     adapter_name: str | None = None,
-    residual: str = "implicit",
     gradients: Mapping[str, Tensor] | None = None,
     progress: bool = True,
 ) -> InitializeReport:
@@ -154,7 +150,6 @@ def initialize(
         init_lora_weights: a name or an object of `lora_kernels.init`. Those that train an R between
             A and B do not fit PEFT's layers.
         adapter_name: None, the active adapter.
-        residual: "implicit".
         gradients: {layer: G [out, in]}, for starts from the loss gradient; layers by their names in
             the base model or in the PEFT model, as `capture_gradients` gives them.
         progress: a bar, where rich is installed and standard error is a terminal.
@@ -164,22 +159,20 @@ def initialize(
 
     Raises:
         TypeError: not a `PeftModel`, or not of LoRA adapters; a weight that cannot be read.
-        ValueError: an unknown adapter or method; a method with an R; a residual that is not
-            "implicit"; a start that cannot be made, with the layer's name; a base that another
-            adapter of the model has changed ("pissa", "olora" ... of PEFT).
+        ValueError: an unknown adapter or method; a method with an R; a start that cannot be
+            computed, with the layer's name; a base that another adapter of the model has changed
+            ("pissa", "olora" ... of PEFT).
         RuntimeError: an adapter is merged.
 
     """
     began = time.perf_counter()
     check_model(peft_model)
     initializer = get_initializer(init_lora_weights)
-    _check_residual(residual)
-    refuse_implicit(initializer, residual)
+    refuse_implicit(initializer, "implicit")
     adapter = adapter_of(peft_model, adapter_name)
     _refuse_changed_base(peft_model)
     _refuse_merged(peft_model)
     layers, left = _linear_layers(peft_model, adapter)
-    gradients = _by_base_name(gradients, initializer)
     starts = _all_starts(layers, adapter, initializer, gradients, progress)
     before = {name: _Snapshot.of(layer, adapter) for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -217,17 +210,6 @@ def _refuse_merged(peft_model: peft.PeftModel) -> None:
         )
 
 
-def _check_residual(residual: str) -> None:
-    if residual == "absorb":
-        raise ValueError(
-            "residual='absorb' would rewrite base_layer.weight: PEFT's disable_adapter(), unload() "
-            "and every other adapter would see the changed weights and not the base; take "
-            "'implicit', or lora_kernels.add_lora"
-        )
-    if residual != "implicit":
-        raise unknown_name("residual", residual, ["implicit"])
-
-
 def _refuse_changed_base(peft_model: peft.PeftModel) -> None:
     for name, config in peft_model.peft_config.items():
         method = config.init_lora_weights
@@ -261,20 +243,6 @@ def _linear_layers(
     return layers, left
 
 
-def _by_base_name(
-    gradients: Mapping[str, Tensor] | None, initializer: Initializer
-) -> dict[str, Tensor] | None:
-    if gradients is None:
-        return None
-    if not initializer.needs_gradient:
-        raise ValueError(f"{type(initializer).__name__} has no use for gradients")
-    return {
-        name.removeprefix(PREFIX).removesuffix(".base_layer"): gradient
-        for name, gradient in gradients.items()
-    }
-
-
-@torch.no_grad()
 def _all_starts(
     layers: Mapping[str, LoraLayer],
     adapter: str,
@@ -282,60 +250,32 @@ def _all_starts(
     gradients: Mapping[str, Tensor] | None,
     progress: bool,
 ) -> dict[str, Start]:
-    """Every layer's start, checked. Those of one shape are made together, unless they have to be
-    dequantised: then there is one matrix of floats at a time.
-    """
-    groups: dict[tuple, list[str]] = {}
-    for name, layer in layers.items():
-        base, key = layer.get_base_layer(), (name,)
-        kinds.refuse_sharded(name, base)
-        if kinds.kind_of(base) in ("linear", "conv1d"):
-            weight = base.weight
-            key = (weight.shape, weight.dtype, weight.device, layer.fan_in_fan_out)
-            key += (layer.r[adapter], layer.scaling[adapter])
-        groups.setdefault(key, []).append(name)
-    starts = {}
-    for names in tracked(list(groups.values()), "initialising", progress):
-        group = {name: layers[name] for name in names}
-        try:
-            starts |= _starts(group, adapter, initializer, gradients)
-        except (TypeError, ValueError):
-            # Which one was it?
-            for name in names:
-                try:
-                    _starts({name: layers[name]}, adapter, initializer, gradients)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{name}: {error}") from error
-            raise
-    return {name: starts[name] for name in layers}
-
-
-def _starts(
-    layers: Mapping[str, LoraLayer],
-    adapter: str,
-    initializer: Initializer,
-    gradients: Mapping[str, Tensor] | None,
-) -> dict[str, Start]:
-    """The starts of layers that have shape, dtype, device, rank and scaling in common."""
-    weights = [kinds.dequantized_weight(layer.get_base_layer()) for layer in layers.values()]
-    first = next(iter(layers.values()))
-    r, scaling = first.r[adapter], first.scaling[adapter]
-    for layer, weight in zip(layers.values(), weights, strict=True):
-        check_rank(r, *weight.shape)
-        if any(factor.is_meta for factor in _factors(layer, adapter)):
-            raise ValueError("its lora_A and lora_B are on the meta device: load them first")
+    """Every layer's start, checked."""
     if gradients is not None:
-        if missing := layers.keys() - gradients.keys():
-            raise ValueError(f"gradients has none for {min(missing)!r}")
-        gradients = [gradients[name] for name in layers]
-    starts = initializer.starts(weights, r, scaling, gradients)
-    if any(start.lora_R is not None for start in starts):
+        gradients = {
+            name.removeprefix(PREFIX).removesuffix(".base_layer"): gradient
+            for name, gradient in gradients.items()
+        }
+    matched = matched_gradients(dict.fromkeys(layers, ()), initializer, gradients)
+    jobs = []
+    for name, layer in layers.items():
+        base = base_of(layer.get_base_layer())
+        with naming(name):
+            if base is None:
+                kind = type(layer.get_base_layer()).__name__
+                raise TypeError(f"{kind} is no linear layer that can be adapted")
+            if any(factor.is_meta for factor in _factors(layer, adapter)):
+                raise ValueError("its lora_A and lora_B are on the meta device: load them first")
+        base.refuse_sharded(name)
+        r, scaling = layer.r[adapter], layer.scaling[adapter]
+        jobs.append(StartJob(name, base, initializer, r, scaling, gradient=matched[name]))
+    starts = make_starts(jobs, progress)
+    if any(start.lora_R is not None for start in starts.values()):
         raise ValueError(
             f"{type(initializer).__name__} trains an R between a frozen A and B, for which PEFT's "
             "layer has no place: use lora_kernels.add_lora"
         )
-    checks = zip(layers, starts, weights, strict=True)
-    return {name: checked(start, weight, r) for name, start, weight in checks}
+    return starts
 
 
 def _factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .._utils.checks import check_weight, factor_dtype
 from .._utils.names import ALL_LINEAR
 from .._utils.progress import tracked
-from ..layers.kinds import is_conv1d
+from ..layers.base import BaseLayer
 from ..model.selection import Targets, find_targets
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -64,8 +64,8 @@ def capture_gradients(
         raise RuntimeError("torch.inference_mode records no gradients: call this outside of it")
     if isinstance(model, DistributedDataParallel):
         raise TypeError("model is wrapped in DistributedDataParallel: pass model.module")
-    modules = find_targets(model, targets)
-    sums = _Sums(modules, device)
+    bases = find_targets(model, targets)
+    sums = _Sums(bases, device)
     if dist.is_available() and dist.is_initialized():
         with _failing_together(next(iter(sums.names)).device):
             _run(model, sums, batches, loss or _model_loss, progress)
@@ -73,19 +73,24 @@ def capture_gradients(
     else:
         _run(model, sums, batches, loss or _model_loss, progress)
     sums.check()
-    return {name: sums.of(module.weight) for name, module in modules.items()}
+    return {name: sums.of(base.module.weight) for name, base in bases.items()}
 
 
 class _Sums:
     """A running sum for every distinct weight, and how often it grew."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device | str | None) -> None:
+    def __init__(self, bases: Mapping[str, BaseLayer], device: torch.device | str | None) -> None:
         self.names: dict[nn.Parameter, str] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._counts: dict[nn.Parameter, int] = {}
         self._transposed: set[nn.Parameter] = set()
-        for name, module in modules.items():
-            weight = module.weight
+        for name, base in bases.items():
+            if not base.rewritable:
+                raise TypeError(
+                    f"the weight of {name!r} is quantised ({base.kind}) and has no gradient: load "
+                    "the model in floating point"
+                )
+            weight = base.module.weight
             if not isinstance(weight, nn.Parameter) or not weight.is_leaf:
                 raise TypeError(
                     f"the weight of {name!r} is computed; remove its parametrization first"
@@ -100,13 +105,11 @@ class _Sums:
                 raise ValueError(f"{name}.weight is on the meta device: load it first")
             if weight in self.names:
                 continue
-            shape = weight.shape
-            if is_conv1d(module):
-                shape = shape[::-1]
+            if base.transposed:
                 self._transposed.add(weight)
             self.names[weight] = name
             self._sums[weight] = torch.zeros(
-                shape, dtype=factor_dtype(weight.dtype), device=device or weight.device
+                base.shape, dtype=factor_dtype(weight.dtype), device=device or weight.device
             )
             self._counts[weight] = 0
 

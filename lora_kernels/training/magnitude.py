@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import as_integer, check_finite, check_weight, factor_dtype
+from .._utils.checks import as_integer, check_finite, check_positive, check_weight, factor_dtype
 from .._utils.names import ALL_LINEAR
 from .._utils.progress import tracked
-from ..layers.kinds import is_conv1d
-from ..layers.linear import LoRALinear
+from ..layers.adapted import AdaptedLayer
 from ..model.selection import Targets, find_targets
 from ..ops import svd
 from ..ops.loram_init import log_gain
@@ -112,7 +111,7 @@ def product_mean_square(lora_A: Tensor, lora_B: Tensor) -> float:
 
 
 @torch.no_grad()
-def update_mean_square(layer: LoRALinear) -> float:
+def update_mean_square(layer: AdaptedLayer) -> float:
     """ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀), without forming a product of W's size; s·BRA
     if the layer trains an R between the two.
 
@@ -198,11 +197,10 @@ def measure(
 
 
 def measure_layer(
-    layer: LoRALinear, *, method: str = "exact", seed: int = 0, name: str = ""
+    layer: AdaptedLayer, *, method: str = "exact", seed: int = 0, name: str = ""
 ) -> LayerMagnitude:
     """The magnitudes of an adapted layer: of its base weight, its own start, and its update."""
-    base = layer.base_linear().weight
-    row = measure(base, layer.r, layer.scaling, method=method, seed=seed, name=name)
+    row = measure(layer.base_weight(), layer.r, layer.scaling, method=method, seed=seed, name=name)
     start, ratio = layer.start_factors(), 0.0
     if start is not None:
         nu = product_mean_square(*start)
@@ -222,7 +220,7 @@ def inspect_model(
 ) -> list[LayerMagnitude]:
     """A row for every target of a model, one after the other.
 
-    `r` and `scaling` are those of layers that are not adapted yet; a `LoRALinear` has its own.
+    `r` and `scaling` are those of layers that are not adapted yet; adapted layers have their own.
     `targets` as in `lora_kernels.model.selection.find_targets`, the rest and what is raised as in
     `measure`. A weight that several modules share has a row for each.
     """
@@ -230,13 +228,11 @@ def inspect_model(
     _checked(r, scaling)
     options = {"method": method, "seed": seed}
     rows = []
-    modules = find_targets(model, targets)
-    for name, module in tracked(modules.items(), "layers", progress):
-        if isinstance(module, LoRALinear):
-            rows.append(measure_layer(module, name=name, **options))
+    for name, base in tracked(find_targets(model, targets).items(), "layers", progress):
+        if isinstance(base.module, AdaptedLayer):
+            rows.append(measure_layer(base.module, name=name, **options))
         else:
-            weight = module.weight.T if is_conv1d(module) else module.weight
-            rows.append(measure(weight, r, scaling, name=name, **options))
+            rows.append(measure(base.weight(), r, scaling, name=name, **options))
     return rows
 
 
@@ -274,9 +270,7 @@ def _checked(r: int, scaling: float) -> int:
     r = as_integer(r, "r")
     if r < 1:
         raise ValueError(f"r must be at least 1, got {r}")
-    check_finite(scaling, "scaling")
-    if scaling <= 0:
-        raise ValueError(f"scaling must be positive, got {scaling}")
+    check_positive(scaling, "scaling")
     return r
 
 

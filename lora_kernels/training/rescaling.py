@@ -1,7 +1,7 @@
-"""Scaling equivalence: different s, magnitudes and learning rates that train alike.
+"""Scaling equivalence: setups that differ in s, magnitude and learning rates, but train alike.
 
 LoRAM (arXiv 2507.06558), proposition 1: what an adapter learns does not depend on s, on the size of
-its start and on the learning rates one by one, but on how they go together.
+its initial factors and on the learning rates separately, but only on how they combine.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .._utils.checks import check_positive
 from .._utils.errors import unknown_name
-from ..init import Initializer, Start, get_initializer
+from ..init import Initializer, Start, StartRequest, get_initializer
 from ..layers.linear import LoRALinear
 
-# By how much the gradient's natural step grows when a factor is multiplied by α: the powers of α
-# that go into the learning rate, eps and the weight decay. The gradient itself goes with 1 / α.
+# When a factor is multiplied by α, its gradient is multiplied by 1 / α. These are the powers of α
+# by which the learning rate, eps and the weight decay are multiplied to compensate.
 _POWERS = {
     "sgd": (2, 0, -2),
     "adam": (1, -1, -2),
@@ -31,13 +31,13 @@ class Setup:
 
     Attributes:
         optimizer: "sgd" (with any momentum), "adam" or "adamw".
-        lora_alpha: of the layers.
-        lr_A, lr_B: learning rates.
-        eps_A, eps_B: Adam's; it has to be scaled with the gradient, or the equivalence is lost
+        lora_alpha: that of the layers.
+        lr_A, lr_B: learning rates of A and of B.
+        eps_A, eps_B: Adam's eps; it has to scale with the gradient, or the equivalence is lost
             where gradients are small.
-        weight_decay_A, weight_decay_B: as torch's optimiser of that name takes it, in the gradient
-            ("sgd", "adam") or decoupled ("adamw").
-        alpha_A, alpha_B: what the start's A and B are multiplied by.
+        weight_decay_A, weight_decay_B: as torch's optimizer of that name defines it: added to the
+            gradient ("sgd", "adam") or decoupled ("adamw").
+        alpha_A, alpha_B: α_A and α_B, by which the initial A and B are multiplied.
 
     """
 
@@ -59,16 +59,16 @@ class Setup:
         check_positive(self.alpha_B, "alpha_B")
 
     def initializer(self, init_lora_weights: str | Initializer = "loram") -> ScaledStart:
-        """That start with its factors multiplied: the `init_lora_weights` of the layers."""
+        """The `init_lora_weights` for the layers: that start, multiplied by α_A and α_B."""
         return ScaledStart(get_initializer(init_lora_weights), self.alpha_A, self.alpha_B)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups for the optimiser, of A and of B of all adapted layers."""
+        """Two parameter groups for the optimizer: the A and the B of all adapted layers."""
         layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
         if not layers:
             raise ValueError(f"{type(model).__name__} has no LoRALinear")
         if any(layer.lora_R is not None for layer in layers):
-            raise ValueError("a layer trains R between a frozen A and B: there is none to rescale")
+            raise ValueError("a layer trains R between a frozen A and B, which cannot be rescaled")
         groups = []
         for half in "AB":
             group = {
@@ -83,18 +83,19 @@ class Setup:
 
 
 def rescaled(setup: Setup, alpha_A: float, alpha_B: float) -> Setup:
-    """The set-up in which A is α_A times and B is α_B times as large, and BA·s learns the same.
+    """The setup in which A is α_A times and B is α_B times as large, and s·BA trains the same.
 
-    s → s / (α_Aα_B). The gradient of A is then divided by α_A, its steps have to be multiplied by
-    it: the learning rate goes with α_A² for SGD, and with α_A for Adam, whose steps do not depend
-    on the gradient's size, if eps goes with 1 / α_A. The same for B. Weight decay goes with
-    1 / α_A² where it is added to the gradient, with 1 / α_A where it is decoupled.
+    s becomes s / (α_Aα_B). This divides the gradient of A by α_A, while its steps have to become
+    α_A times as large. So the learning rate is multiplied by α_A² for SGD. For Adam, whose steps do
+    not depend on the gradient's size if eps is divided by α_A, it is multiplied by α_A. Weight
+    decay is divided by α_A² where it is added to the gradient, and by α_A where it is decoupled.
+    The same holds for B.
 
-    Clipping by a norm of all gradients together is not equivalent.
+    Clipping gradients by their common norm breaks the equivalence.
 
     Raises:
-        ValueError: a factor that is not positive and finite.
-        TypeError: one that is no number.
+        ValueError: an α that is not positive and finite.
+        TypeError: an α that is not a number.
 
     """
     check_positive(alpha_A, "alpha_A")
@@ -116,9 +117,10 @@ def rescaled(setup: Setup, alpha_A: float, alpha_B: float) -> Setup:
 
 @dataclass(frozen=True)
 class ScaledStart(Initializer):
-    """Another start with A multiplied by α_A and B by α_B.
+    """Another initializer's start, with A multiplied by α_A and B by α_B.
 
-    It is told that start's own s, α_Aα_B times the layer's: s·B₀A₀ is the same.
+    That start is made for α_Aα_B times the layer's s, so that s·B₀A₀ is the same. It has no recipe,
+    because β no longer gives the factors.
     """
 
     start: Initializer
@@ -127,7 +129,6 @@ class ScaledStart(Initializer):
 
     @property
     def changes_base(self) -> bool:
-        """That of the start, as are the others."""
         return self.start.changes_base
 
     @property
@@ -146,17 +147,14 @@ class ScaledStart(Initializer):
     def rewrites_base(self) -> bool:
         return self.start.rewrites_base
 
-    def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
-    ) -> Start:
-        """The scaled start, kept as factors: it has no β."""
-        own = scaling * self.alpha_A * self.alpha_B
-        start = self.start(weight, r, own, gradient)
+    def make_start(self, request: StartRequest) -> Start:
+        scaling = request.scaling * self.alpha_A * self.alpha_B
+        start = self.start(request.weight, request.r, scaling, request.gradient)
         A, B = start.lora_A * self.alpha_A, start.lora_B * self.alpha_B
         return replace(start, lora_A=A, lora_B=B, beta=None)
 
     def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
-        """What the start does; a base that is not rewritten lacks s·B₀A₀ as always."""
+        """As the start does if it rewrites the base, otherwise by subtracting s·B₀A₀."""
         if not self.rewrites_base:
             return super().take_out_(weight, start, scaling)
         return self.start.take_out_(weight, start, scaling * self.alpha_A * self.alpha_B)

@@ -261,7 +261,7 @@ def test_facts_are_one_line_and_a_file(stand_ins, tmp_path):
 
 def test_tests_run_while_the_extension_is_being_built(tmp_path):
     call = Call(sys.executable, tmp_path, tmp_path, (), 2)
-    options = call.pytest("tests/test_scaling.py", "-k", "not gpu")[3:]
+    options = call.pytest("tests/layers/test_options.py", "-k", "not gpu")[3:]
     program = "import sys, pytest; sys.modules['lora_kernels._C'] = None; "
     program += f"sys.exit(pytest.main({options!r}))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -13,13 +13,15 @@ import torch
 for package in ("rich", "matplotlib"):
     pytest.importorskip(package, reason="the benchmarks need what `make test` installs")
 
-from benchmarks.gpu import costs, peers  # noqa: E402
+from benchmarks.common.harness import Timing  # noqa: E402
+from benchmarks.gpu import peers  # noqa: E402
 from benchmarks.gpu.__main__ import PARTS, main  # noqa: E402
-from benchmarks.gpu.grid import to_best_peer  # noqa: E402
-from benchmarks.gpu.plan import FULL  # noqa: E402
-from benchmarks.gpu.predict import H200, lines  # noqa: E402
+from benchmarks.gpu.parts.grid import to_best_peer  # noqa: E402
 from benchmarks.gpu.session import slug  # noqa: E402
-from benchmarks.harness import Timing  # noqa: E402
+from benchmarks.gpu.targets import costs  # noqa: E402
+from benchmarks.gpu.targets.costs import H200  # noqa: E402
+from benchmarks.gpu.targets.plan import FULL  # noqa: E402
+from benchmarks.gpu.targets.predict import lines  # noqa: E402
 
 TINY = replace(
     FULL,

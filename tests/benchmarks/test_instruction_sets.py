@@ -11,13 +11,9 @@ for package in ("rich", "matplotlib", "sklearn", "peft"):
 
 import torch  # noqa: E402
 
-from benchmarks import instruction_sets  # noqa: E402
-from benchmarks.harness import environment  # noqa: E402
-from lora_kernels.ops import (  # noqa: E402
-    cpu_capabilities,
-    cpu_capability,
-    set_cpu_capability,
-)
+from benchmarks.common.harness import environment  # noqa: E402
+from benchmarks.cpu import instruction_sets  # noqa: E402
+from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capability  # noqa: E402
 
 
 @pytest.mark.parametrize("capability", cpu_capabilities())

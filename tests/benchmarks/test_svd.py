@@ -11,7 +11,7 @@ import torch
 for package in ("rich", "matplotlib", "sklearn"):
     pytest.importorskip(package, reason="the benchmarks need what `make test` installs")
 
-from benchmarks import svd  # noqa: E402
+from benchmarks.cpu import svd  # noqa: E402
 
 
 def test_files(tmp_path):

@@ -1,4 +1,4 @@
-"""The start of every initialiser: what the layer computes first is its base, as each promises."""
+"""The start of every initializer: what the layer computes first is its base, as each promises."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check_absorbed(layer: LoRALinear, W: np.ndarray) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("initializer", STARTS, ids=str)
 def test_absorbed_start_is_the_base(initializer, dtype, device):
-    """Largest error measured, over the initialisers: 0.46 to 0.50 ulps for bfloat16 and float16,
+    """Largest error measured, over the initializers: 0.46 to 0.50 ulps for bfloat16 and float16,
     the one rounding of W_res; 0.8 to 2.1 for float32, 1.4 to 2.4 for float64, whose products round
     too.
     """

@@ -87,7 +87,7 @@ def test_lora_sb(shape, scaling, method, device):
     for gram in (A @ A.T, B.T @ B):
         assert np.abs(gram - np.eye(r)).max() <= 1e-5
     assert (np.diag(np.diag(R)) == R).all()
-    if method == "exact":  # σ of random signs lie close: a randomised SVD leaves as little only
+    if method == "exact":  # σ of random signs lie close: a randomized SVD leaves as little only
         # Products at a gap of σ of 1e-2 of it are off by float32's rounding over that.
         assert np.abs(scaling * B @ R @ A - U[:, :r] * S[:r] @ Vh[:r]).max() <= 1e-3 * eta
         np.testing.assert_allclose(np.diag(R), S[:r] / scaling, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""LoftQ: the alternation against float64 NumPy, the quantisers against bitsandbytes."""
+"""LoftQ: the alternation against float64 NumPy, the quantizers against bitsandbytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from lora_kernels import LoRALinear
 from lora_kernels.init import LoftQ, Start, get_initializer
 from lora_kernels.init.quantizers import quantized
-from lora_kernels.layers.kinds import dequantized_weight
+from lora_kernels.layers.base import base_of
 from lora_kernels.model.originals import OriginalWeights
 
 from ..support.oracle import ROUNDING, to_numpy
@@ -28,11 +28,11 @@ def best(matrix: np.ndarray, r: int) -> np.ndarray:
     return U[:, :r] * S[:r] @ Vh[:r]
 
 
-def alternation(W: np.ndarray, r: int, iterations: int, quantise=quantize_4bit):
+def alternation(W: np.ndarray, r: int, iterations: int, quantize=quantize_4bit):
     """Algorithm 1: [(Q_t, s·B_tA_t)] in float64."""
     steps, low_rank = [], np.zeros_like(W)
     for _ in range(iterations):
-        Q = quantise(W - low_rank)
+        Q = quantize(W - low_rank)
         low_rank = best(W - Q, r)
         steps.append((Q, low_rank))
     return steps
@@ -45,8 +45,8 @@ def error_of(layer: LoRALinear, W: np.ndarray) -> float:
 
 
 def start_of(module: nn.Module, original: torch.Tensor, **options) -> Start:
-    """Of rank 8 and s = 2, for a quantised layer."""
-    base = dequantized_weight(module)
+    """Of rank 8 and s = 2, for a quantized layer."""
+    base = base_of(module).weight()
     return LoftQ(**options).toward(lambda: original)(base, 8, 2.0)
 
 
@@ -76,7 +76,7 @@ class TestAlternation:
         # Half of each σ on either side.
         assert np.linalg.norm(A, axis=1) == pytest.approx(np.linalg.norm(B, axis=0), rel=1e-5)
 
-    def test_the_randomised_svd_does_as_well(self, device):
+    def test_the_randomized_svd_does_as_well(self, device):
         linear = nn.Linear(300, 200).to(device)
         W = to_numpy(linear.weight)
         exact = error_of(adapted(linear, method="exact"), W)
@@ -84,7 +84,7 @@ class TestAlternation:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_the_error_falls(self, dtype, device):
-        """Below that of the quantiser alone at once, and by every further step or nearly so, where
+        """Below that of the quantizer alone at once, and by every further step or nearly so, where
         r is small beside W's sizes (at r = 64 of 192 the oracle's too rises from the third on).
         """
         linear = nn.Linear(256, 192, dtype=dtype).to(device)
@@ -125,7 +125,7 @@ class TestBase:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("quantizer", ["nf4", "fp4", "int8"])
-    def test_quantising_it_again_changes_nothing(self, quantizer, dtype, device):
+    def test_quantizing_it_again_changes_nothing(self, quantizer, dtype, device):
         layer = adapted(nn.Linear(128, 96, dtype=dtype).to(device), quantizer=quantizer)
         again = quantized(layer.weight, quantizer)
         assert layer.weight.dtype == dtype
@@ -138,15 +138,15 @@ class TestBase:
     @needs_bitsandbytes
     @pytest.mark.parametrize("dtype", DTYPES[1:])
     def test_bitsandbytes_makes_the_same_of_it(self, dtype):
-        """Saved, loaded and quantised by bitsandbytes, the base is what it was trained with."""
+        """Saved, loaded and quantized by bitsandbytes, the base is what it was trained with."""
         layer = adapted(nn.Linear(128, 96, dtype=dtype))
         loaded = nn.Linear(128, 96, dtype=dtype)
         loaded.load_state_dict(layer.state_dict(), strict=False)
-        theirs = dequantized_weight(linear_4bit(loaded))
+        theirs = base_of(linear_4bit(loaded)).weight()
         assert torch.equal(theirs.to(dtype), layer.weight)
 
     def test_without_the_adapter(self, device):
-        """W to the quantisation error, also after training and from a file."""
+        """W to the quantization error, also after training and from a file."""
         linear = nn.Linear(128, 96).to(device)
         layer = adapted(linear)
         W = to_numpy(linear.weight)
@@ -217,9 +217,7 @@ class TestQuantizers:
     @pytest.mark.parametrize("dtype", DTYPES[1:])
     def test_int8_of_bitsandbytes(self, dtype):
         linear = nn.Linear(96, 40, dtype=dtype)
-        assert torch.equal(
-            quantized(linear.weight, "int8"), dequantized_weight(linear_8bit(linear))
-        )
+        assert torch.equal(quantized(linear.weight, "int8"), base_of(linear_8bit(linear)).weight())
 
     def test_oracle_without_bitsandbytes(self, device):
         weight = torch.randn(40, 96).to(device)
@@ -235,10 +233,10 @@ class TestQuantizers:
         [
             ("nf5", ValueError, "unknown quantizer 'nf5': .*did you mean 'nf4'"),
             (4, TypeError, "quantizer must be a name or a function"),
-            (lambda W: W[:2], ValueError, r"gave shape \[2, 64\] for a weight \[48, 64\]"),
+            (lambda W: W[:2], ValueError, r"returned shape \[2, 64\] for a weight \[48, 64\]"),
             (lambda W: W.to(torch.int8), TypeError, "must return a float tensor.*int8"),
             (lambda W: None, TypeError, "must return a float tensor.*NoneType"),
-            (lambda W: W * torch.nan, ValueError, "the quantizer gave NaN or Inf"),
+            (lambda W: W * torch.nan, ValueError, "the quantizer returned NaN or Inf"),
         ],
     )
     def test_bad(self, quantizer, error, match, device):
@@ -275,8 +273,8 @@ class TestErrors:
         "change,match",
         [
             (lambda W: W.mul_(torch.nan), "weight holds NaN or Inf"),
-            (lambda W: W.zero_(), r"quantisation error W − Q is zero: LoftQ would start at zero"),
-            (lambda W: W.copy_(quantized(W)), r"quantisation error W − Q is zero"),
+            (lambda W: W.zero_(), r"quantization error W − Q is zero: LoftQ would start at zero"),
+            (lambda W: W.copy_(quantized(W)), r"quantization error W − Q is zero"),
             (lambda W: W[1:].zero_(), r"W − Q has numerical rank 1, less than r = 4"),
         ],
     )
@@ -290,7 +288,7 @@ class TestErrors:
         assert torch.equal(linear.weight.nan_to_num(), before.nan_to_num())
 
 
-class TestQuantisedBase:
+class TestQuantizedBase:
     """Q is fixed: s·BA = the best of rank r of W − Q."""
 
     @needs_bitsandbytes
@@ -303,13 +301,13 @@ class TestQuantisedBase:
         start = start_of(module, linear.weight, method="exact")
         assert torch.equal(module.weight.data, before)
         assert start.lora_A.dtype == start.lora_B.dtype == torch.float32
-        want = best(to_numpy(linear.weight) - to_numpy(dequantized_weight(module)), 8)
+        want = best(to_numpy(linear.weight) - to_numpy(base_of(module).weight()), 8)
         got = 2 * to_numpy(start.lora_B) @ to_numpy(start.lora_A)
         assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want)
 
     @needs_bitsandbytes
     def test_as_good_as_the_first_iteration(self):
-        """One iteration quantises W itself, as loading a quantised model does."""
+        """One iteration quantizes W itself, as loading a quantized model does."""
         linear = nn.Linear(128, 96)
         start = start_of(linear_4bit(linear), linear.weight, method="exact")
         layer = adapted(linear, iterations=1, method="exact")
@@ -320,36 +318,36 @@ class TestQuantisedBase:
     def test_nothing_to_make_up_for(self):
         module = linear_4bit(nn.Linear(128, 96))
         with pytest.raises(ValueError, match=r"W − Q is zero: LoftQ would start at zero"):
-            start_of(module, dequantized_weight(module))
+            start_of(module, base_of(module).weight())
         with pytest.raises(ValueError, match=r"shape \[96, 64\], this one \[96, 128\]"):
             start_of(module, torch.ones(96, 64))
 
 
 class TestOriginals:
     def test_dict(self):
-        linear, weight = nn.Linear(5, 3), torch.randn(3, 5)
+        base, weight = base_of(nn.Linear(5, 3)), torch.randn(3, 5)
         for source in ({"a.q.weight": weight, "b.q.weight": weight + 1}, {"a.q": weight}):
-            assert torch.equal(OriginalWeights(source).weight("a.q", linear), weight)
+            assert torch.equal(OriginalWeights(source).weight("a.q", base), weight)
 
     def test_another_prefix(self):
         """A checkpoint of the model without its head, or with it."""
-        linear, weight = nn.Linear(5, 3), torch.randn(3, 5)
+        base, weight = base_of(nn.Linear(5, 3)), torch.randn(3, 5)
         stored = OriginalWeights({"layers.0.q.weight": weight, "layers.1.q.weight": weight + 1})
-        assert torch.equal(stored.weight("model.layers.0.q", linear), weight)
+        assert torch.equal(stored.weight("model.layers.0.q", base), weight)
         stored = OriginalWeights({"model.layers.0.q.weight": weight})
-        assert torch.equal(stored.weight("layers.0.q", linear), weight)
+        assert torch.equal(stored.weight("layers.0.q", base), weight)
         stored = OriginalWeights({"a.q.weight": weight, "b.q.weight": weight})
         with pytest.raises(ValueError, match=r"several .* 'q'.*: a\.q\.weight, b\.q\.weight"):
-            stored.weight("q", linear)
+            stored.weight("q", base)
 
     def test_errors(self, tmp_path):
-        linear = nn.Linear(5, 3)
+        base = base_of(nn.Linear(5, 3))
         with pytest.raises(ValueError, match=r"no weight of 'a\.q'; the nearest is 'a\.k\.weight'"):
-            OriginalWeights({"a.k.weight": torch.ones(3, 5)}).weight("a.q", linear)
+            OriginalWeights({"a.k.weight": torch.ones(3, 5)}).weight("a.q", base)
         with pytest.raises(ValueError, match=r"'q' is \[5, 3\], the layer 'q' is \[3, 5\]"):
-            OriginalWeights({"q": torch.ones(5, 3)}).weight("q", linear)
+            OriginalWeights({"q": torch.ones(5, 3)}).weight("q", base)
         with pytest.raises(TypeError, match=r"q has dtype torch\.uint8"):
-            OriginalWeights({"q": torch.ones(3, 5).byte()}).weight("q", linear)
+            OriginalWeights({"q": torch.ones(3, 5).byte()}).weight("q", base)
         with pytest.raises(TypeError, match="dict of tensors or the path of a checkpoint, got int"):
             OriginalWeights(3)
         with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -361,7 +359,7 @@ class TestOriginals:
 
         tensors = {"model.q.weight": torch.randn(3, 5), "model.k.weight": torch.randn(3, 5)}
         save_file(tensors, tmp_path / "model.safetensors")
-        got = OriginalWeights(str(tmp_path)).weight("model.q", nn.Linear(5, 3))
+        got = OriginalWeights(str(tmp_path)).weight("model.q", base_of(nn.Linear(5, 3)))
         assert torch.equal(got, tensors["model.q.weight"])
 
 
@@ -388,6 +386,6 @@ def test_no_worse_than_peft(iterations, monkeypatch):
     monkeypatch.undo()
     theirs = np.linalg.norm(W - to_numpy(Q) - to_numpy(B) @ to_numpy(A)) / np.linalg.norm(W)
     options = {"r": 16, "iterations": iterations}
-    # 1 %: a randomised SVD against LAPACK's. Exact against exact: the same but for ties.
+    # 1 %: a randomized SVD against LAPACK's. Exact against exact: the same but for ties.
     assert error_of(adapted(linear, **options), W) <= 1.01 * theirs
     assert error_of(adapted(linear, method="exact", **options), W) <= 1.0001 * theirs

@@ -158,7 +158,9 @@ class TestOptions:
         layer = LoRALinear.from_linear(
             nn.Linear(60, 40).to(device), r=8, init_lora_weights=loram, gradient=G
         )
-        assert layer.lora_R is None and layer.get_extra_state().numel() == 2  # by its recipe
+        assert (
+            layer.lora_R is None and layer.active().get_extra_state().numel() == 2
+        )  # by its recipe
 
     @needs_real_model
     @pytest.mark.parametrize("gain", GAINS)
@@ -181,8 +183,8 @@ class TestBadOptions:
             (lambda: LoRAM(gain="log2"), ValueError, "unknown gain 'log2'.*did you mean 'log'"),
             (lambda: LoRAM(statistic="var"), ValueError, "unknown statistic 'var'"),
             (lambda: LoRAM(seed=0.5), TypeError, "seed must be an integer"),
-            (lambda: LoRAM(track="loram"), ValueError, "track is another initialiser"),
-            (lambda: LoRAM(track=LoRAM(gain="exact")), ValueError, "track is another initialiser"),
+            (lambda: LoRAM(track="loram"), ValueError, "must be an initializer other"),
+            (lambda: LoRAM(track=LoRAM(gain="exact")), ValueError, "must be an initializer other"),
             (lambda: LoRAM(track="pisa"), ValueError, "did you mean 'pissa'"),
             (lambda: LoRAM(track=3), TypeError, "name or an Initializer"),
             (lambda: LoRAM(track="pissa", gain="exact"), ValueError, "no effect with track"),

@@ -7,17 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import LoRALinear
+from lora_kernels import LoRAConfig, LoRALinear, add_lora
 from lora_kernels.init import (
     Initializer,
     LoRA,
     LoRAM,
     Start,
+    StartRequest,
     base,
     get_initializer,
     initializer_names,
     register_initializer,
 )
+from lora_kernels.training.rescaling import ScaledStart
 
 from ..support.oracle import ROUNDING
 
@@ -37,21 +39,88 @@ def test_names():
     assert get_initializer(LoRA(seed=1)) == LoRA(seed=1)
 
 
-def test_a_user_registers_one(monkeypatch, device):
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+@dataclass(frozen=True)
+class Halves(Initializer):
+    changes_base = False
 
-    @dataclass(frozen=True)
-    class Halves(Initializer):
+    def make_start(self, request):
+        rows, cols = request.shape
+        return Start(torch.full((request.r, cols), 0.5), torch.zeros(rows, request.r))
+
+
+@dataclass(frozen=True)
+class CalledHalves(Initializer):
+    """Overrides `__call__`, as starts did before there were requests."""
+
+    changes_base = False
+
+    def __call__(self, weight, r, scaling=1.0, gradient=None):
+        rows, cols = weight.shape
+        return Start(torch.full((r, cols), 0.5), torch.zeros(rows, r))
+
+
+@pytest.mark.parametrize("kind", [Halves, CalledHalves])
+class TestOwnStart:
+    """A start that a user writes, by either method."""
+
+    @pytest.fixture(autouse=True)
+    def registered(self, kind, monkeypatch):
+        monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+        register_initializer("Halves", kind)
+
+    @pytest.mark.parametrize("by_name", [False, True])
+    @pytest.mark.parametrize("residual", ["absorb", "implicit"])
+    def test_layer(self, kind, residual, by_name, device):
+        start = "halves" if by_name else kind()
+        options = {"r": 2, "init_lora_weights": start, "residual": residual, "device": device}
+        assert (LoRALinear(6, 4, **options).lora_A == 0.5).all()
+
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_model(self, kind, by_name, device):
+        """Two layers of one shape, which are started together."""
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)).to(device)
+        config = LoRAConfig(r=2, init_lora_weights="halves" if by_name else kind())
+        add_lora(model, config)
+        assert all((layer.lora_A == 0.5).all() for layer in model)
+
+    def test_called(self, kind):
+        """One, several, absorbed, scaled and tracked."""
+        weights = [torch.randn(6, 4) for _ in range(2)]
+        starts = [kind()(weights[0], 2), *kind().starts(weights, 2, 3.0)]
+        starts += kind().make_starts([StartRequest(weights[1], 2)])
+        starts.append(kind().absorb_(weights[0].clone(), 2, 1.0))
+        assert all((start.lora_A == 0.5).all() for start in starts)
+        assert (ScaledStart(kind(), 4.0, 1.0)(weights[0], 2).lora_A == 2).all()
+        with pytest.raises(ValueError, match="starts at zero"):
+            LoRAM(track=kind())(weights[0], 2)
+
+    def test_name_is_taken(self, kind):
+        with pytest.raises(ValueError, match="taken"):
+            register_initializer("halves", kind)
+
+
+def test_a_start_that_defines_nothing():
+    class Nothing(Initializer):
         changes_base = False
 
-        def __call__(self, weight, r, scaling=1.0, gradient=None):
-            return Start(torch.full((r, weight.shape[1]), 0.5), torch.zeros(weight.shape[0], r))
+    with pytest.raises(NotImplementedError, match=r"Nothing must define make_start\(self, request"):
+        Nothing()(torch.ones(4, 4), 2)
 
-    register_initializer("Halves", Halves)
-    layer = LoRALinear(6, 4, r=2, init_lora_weights="halves", device=device)
-    assert (layer.lora_A == 0.5).all()
-    with pytest.raises(ValueError, match="taken"):
-        register_initializer("halves", Halves)
+
+@pytest.mark.parametrize("name", ["pissa", "milora", "olora", "loram"])
+def test_a_batch_of_unlike_requests(name):
+    weight = torch.randn(8, 8)
+    for other in (StartRequest(weight, 3), StartRequest(weight, 2, 2.0)):
+        with pytest.raises(ValueError, match="need the same r and the same scaling"):
+            get_initializer(name).make_starts([StartRequest(weight, 2), other])
+    with pytest.raises(ValueError, match="no weight"):
+        get_initializer(name).make_starts([])
+
+
+def test_request():
+    request = StartRequest(torch.ones(4, 6, dtype=torch.bfloat16), 2)
+    assert request.shape == (4, 6) and request.scaling == 1.0 and request.gradient is None
+    assert request.empty(2, 6).dtype == request.factor_dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -63,10 +132,9 @@ def test_a_start_without_a_recipe(dtype, residual, device):
     class Random(Initializer):
         changes_base = True
 
-        def __call__(self, weight, r, scaling=1.0, gradient=None):
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            rows, cols = weight.shape
-            return Start(torch.randn(r, cols, dtype=wide), torch.randn(rows, r, dtype=wide))
+        def make_start(self, request):
+            (rows, cols), r, dtype = request.shape, request.r, request.factor_dtype
+            return Start(torch.randn(r, cols, dtype=dtype), torch.randn(rows, r, dtype=dtype))
 
     linear = nn.Linear(40, 600, dtype=dtype).to(device)
     original = copy.deepcopy(linear).double().requires_grad_(False)
@@ -108,8 +176,9 @@ def test_a_start_that_does_not_fit(change, match, residual, device):
     class Broken(Initializer):
         changes_base = True
 
-        def __call__(self, weight, r, scaling=1.0, gradient=None):
-            return Start(*change(torch.ones(r, weight.shape[1]), torch.ones(weight.shape[0], r)))
+        def make_start(self, request):
+            (rows, cols), r = request.shape, request.r
+            return Start(*change(torch.ones(r, cols), torch.ones(rows, r)))
 
     linear = nn.Linear(40, 600).to(device)
     before = linear.weight.detach().clone()
@@ -123,7 +192,8 @@ def test_factors_are_float32_and_their_own(device):
     class View(Initializer):
         changes_base = False
 
-        def __call__(self, weight, r, scaling=1.0, gradient=None):
+        def make_start(self, request):
+            weight, r = request.weight, request.r
             return Start(weight[:r], weight.new_zeros(weight.shape[0], r))
 
     options = {"r": 2, "init_lora_weights": View(), "device": device}
@@ -134,15 +204,16 @@ def test_factors_are_float32_and_their_own(device):
 
 
 def test_factors_are_nobody_else_s(device):
-    """Expanded, or kept by the initialiser for all layers: training writes into neither."""
+    """Expanded, or kept by the initializer for all layers: training writes into neither."""
     kept = torch.randn(2, 8).to(device)
 
     @dataclass(frozen=True)
     class Kept(Initializer):
         changes_base = False
 
-        def __call__(self, weight, r, scaling=1.0, gradient=None):
-            return Start(kept, torch.ones(1, 1, device=device).expand(weight.shape[0], r))
+        def make_start(self, request):
+            ones = torch.ones(1, 1, device=device)
+            return Start(kept, ones.expand(request.shape[0], request.r))
 
     before = kept.clone()
     for residual in ("absorb", "implicit"):

@@ -280,7 +280,7 @@ def test_peft_on_real_weights(name, init, real_linears, device):
         layer = LoRALinear.from_linear(ours, r=16, lora_alpha=32, init_lora_weights=init)
         A, B = to_numpy(layer.lora_A), to_numpy(layer.lora_B)
         got, got_residual = layer.scaling * B @ A, to_numpy(layer.weight)
-        if init == PiSSA():  # a randomised one can only promise to leave as little
+        if init == PiSSA():  # a randomized one can only promise to leave as little
             for residual in (W - got, got_residual):
                 assert np.linalg.norm(residual) <= 1.001 * np.linalg.norm(W - want)
             continue

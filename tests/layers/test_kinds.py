@@ -14,16 +14,9 @@ from torch import nn
 from torch.nn.utils.prune import random_unstructured
 
 from lora_kernels import LoRALinear
-from lora_kernels.layers.kinds import (
-    compute_dtype,
-    dequantized_weight,
-    device_of,
-    frozen_forward,
-    kind_of,
-    linear_shape,
-    passes_gradient,
-    refuse_sharded,
-)
+from lora_kernels.layers.base import base_of
+from lora_kernels.layers.dequantize import frozen_forward, passes_gradient
+from lora_kernels.layers.kinds import kind_of, refuse_sharded
 
 from ..support.oracle import ROUNDING, to_numpy
 from ..support.packages import needs_bitsandbytes, needs_torchao, needs_transformers
@@ -76,8 +69,8 @@ class TestKinds:
         from transformers.pytorch_utils import Conv1D
 
         module = Conv1D(5, 3)
-        assert kind_of(module) == "conv1d" and linear_shape(module) == (5, 3)
-        weight = dequantized_weight(module)
+        assert kind_of(module) == "conv1d" and base_of(module).shape == (5, 3)
+        weight = base_of(module).weight()
         assert weight.data_ptr() == module.weight.data_ptr()
         assert torch.equal(weight, module.weight.T) and not weight.requires_grad
 
@@ -92,7 +85,7 @@ class TestKinds:
 
     def test_only_a_forward(self):
         module = OnlyForward(torch.randn(5, 3), None, torch.float32)
-        assert kind_of(module) == "forward" and linear_shape(module) == (5, 3)
+        assert kind_of(module) == "forward" and base_of(module).shape == (5, 3)
 
         class Wrapper(nn.Module):
             """As PEFT's layers are."""
@@ -117,20 +110,26 @@ class TestKinds:
 
         assert kind_of(Fourier()) is None
 
-    def test_others_are_errors(self):
-        for ask in (linear_shape, dequantized_weight, compute_dtype, device_of, passes_gradient):
-            with pytest.raises(TypeError, match="LayerNorm is no linear layer"):
-                ask(nn.LayerNorm(3))
+    def test_others_have_no_base(self):
+        assert kind_of(nn.LayerNorm(3)) is None and base_of(nn.LayerNorm(3)) is None
+
+    def test_adapted_layers_keep_their_kind(self):
+        linear = nn.Linear(3, 5)
+        layer = LoRALinear.from_linear(linear, r=2, residual="implicit")
+        base = base_of(layer)
+        assert (base.kind, base.shape, base.rewritable) == ("linear", (5, 3), True)
+        assert torch.equal(base.weight(), linear.weight) and base.module is layer
 
     def test_no_package_is_imported(self):
         """Each takes seconds to import, and may be broken where it is not used."""
         code = """
 import sys
 import torch
-from lora_kernels.layers.kinds import dequantized_weight, kind_of
+from lora_kernels.layers.base import base_of
+from lora_kernels.layers.kinds import kind_of
 from tests.support.quantized import OnlyForward
 for module in (torch.nn.Linear(3, 4), OnlyForward(torch.ones(4, 3), None, torch.float32)):
-    kind_of(module), dequantized_weight(module)
+    kind_of(module), base_of(module).weight()
 assert not {"bitsandbytes", "torchao", "transformers"} & sys.modules.keys()
 """
         subprocess.run([sys.executable, "-c", code], check=True)
@@ -139,7 +138,7 @@ assert not {"bitsandbytes", "torchao", "transformers"} & sys.modules.keys()
 class TestDequantizedWeight:
     def test_float(self):
         linear = nn.Linear(3, 4, dtype=torch.bfloat16)
-        weight = dequantized_weight(linear)
+        weight = base_of(linear).weight()
         assert weight.data_ptr() == linear.weight.data_ptr() and not weight.requires_grad
 
     @needs_bitsandbytes
@@ -153,10 +152,10 @@ class TestDequantizedWeight:
         want = quantize_4bit(to_numpy(linear.weight), quant_type)
         module = linear_4bit(linear, quant_type=quant_type)
         check = unchanged(module)
-        got = dequantized_weight(module)
+        got = base_of(module).weight()
         check()
         assert got.dtype == torch.float32  # the codes' product is not rounded to 16 bits
-        assert compute_dtype(module) == dtype and device_of(module).type == "cpu"
+        assert base_of(module).dtype == dtype and base_of(module).device.type == "cpu"
         noise = 4 * ROUNDING[torch.float32]  # 1 / absmax, the product, the code, the product
         W, got = to_numpy(linear.weight), to_numpy(got)
         other = np.abs(got - want) > noise * np.abs(want)
@@ -176,12 +175,12 @@ class TestDequantizedWeight:
         linear = nn.Linear(256, 96, dtype=dtype)
         module = linear_4bit(linear, nested=True)
         check = unchanged(module)
-        got = dequantized_weight(module)
+        got = base_of(module).weight()
         check()
         theirs = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         assert got.dtype == torch.float32 and theirs.dtype == dtype
         assert torch.equal(got.to(dtype), theirs)
-        plain = dequantized_weight(linear_4bit(linear))
+        plain = base_of(linear_4bit(linear)).weight()
         assert 0 < (got - plain).norm() < 0.02 * plain.norm()
 
     @needs_bitsandbytes
@@ -192,11 +191,11 @@ class TestDequantizedWeight:
         """
         linear = nn.Linear(128, 64)
         module = linear_4bit(linear, nested=nested).eval()
-        before = dequantized_weight(module)
+        before = base_of(module).weight()
         with torch.no_grad():
             y = module(torch.eye(128)) - module.bias
         data = module.weight.data.clone()
-        after = dequantized_weight(module)
+        after = base_of(module).weight()
         assert torch.equal(module.weight.data, data)
         # Scale and product are rounded to bfloat16.
         assert ((after - before).abs() <= 3 * ROUNDING[torch.bfloat16] * before.abs()).all()
@@ -218,7 +217,7 @@ class TestDequantizedWeight:
         exact = W * (127 / largest)
         module = linear_8bit(linear, threshold)
         check = unchanged(module)
-        got = dequantized_weight(module)
+        got = base_of(module).weight()
         check()
         codes = to_numpy(got) * 127 / largest
         noise = 127 * ROUNDING[torch.float32] * 4
@@ -227,7 +226,7 @@ class TestDequantizedWeight:
         module(torch.randn(3, 96, dtype=dtype))
         assert module.weight.SCB is None and module.state.SCB is not None
         check = unchanged(module)
-        assert torch.equal(dequantized_weight(module), got)
+        assert torch.equal(base_of(module).weight(), got)
         check()
 
     @needs_torchao
@@ -238,8 +237,8 @@ class TestDequantizedWeight:
         W = to_numpy(linear.weight)
         module = torchao_linear(linear, kind)
         weight = module.weight
-        got = dequantized_weight(module)
-        assert module.weight is weight and compute_dtype(module) == dtype
+        got = base_of(module).weight()
+        assert module.weight is weight and base_of(module).dtype == dtype
         assert got.dtype == torch.float32 and type(got) is torch.Tensor
         levels = 127.5 if kind != "int4" else 7.5
         step = np.abs(W).max(axis=1, keepdims=True) / levels
@@ -260,9 +259,9 @@ class TestDequantizedWeight:
         added = None if bias is None else torch.randn(40) * bias
         module = OnlyForward(linear.weight.detach(), added, dtype)
         check = unchanged(module)
-        got = dequantized_weight(module)
+        got = base_of(module).weight()
         check()
-        assert got.dtype == torch.float32 and compute_dtype(module) == dtype
+        assert got.dtype == torch.float32 and base_of(module).dtype == dtype
         want = module.oracle()
         assert (np.abs(to_numpy(got) - want) <= ROUNDING[dtype] * np.abs(want)).all()
 
@@ -272,7 +271,7 @@ class TestDequantizedWeight:
                 return super().forward(x) + 1
 
         module = Shifted(torch.randn(8, 16), None, torch.float32)
-        got = to_numpy(dequantized_weight(module))
+        got = to_numpy(base_of(module).weight())
         assert np.abs(got - module.oracle()).max() <= 4 * ROUNDING[torch.float32] * 8
 
     @pytest.mark.parametrize("change", [torch.sin, torch.abs, lambda y: y * torch.nan])
@@ -282,12 +281,12 @@ class TestDequantizedWeight:
                 return change(super().forward(x))
 
         with pytest.raises(ValueError, match="Changed computes no linear function of its input"):
-            dequantized_weight(Changed(torch.randn(8, 16), None, torch.float32))
+            base_of(Changed(torch.randn(8, 16), None, torch.float32)).weight()
 
     def test_hooks_do_not_see_the_identity(self):
         module = OnlyForward(torch.randn(8, 16), None, torch.float32)
         module.register_forward_hook(lambda *_: pytest.fail("the hook was called"))
-        dequantized_weight(module)
+        base_of(module).weight()
 
     def test_not_quantised_yet(self):
         class Wants3D(OnlyForward):
@@ -295,7 +294,7 @@ class TestDequantizedWeight:
                 raise RuntimeError("3-D only")
 
         with pytest.raises(ValueError, match=r"Wants3D does not take inputs \[n, 3\].*3-D only"):
-            dequantized_weight(Wants3D(torch.randn(5, 3), None, torch.float32))
+            base_of(Wants3D(torch.randn(5, 3), None, torch.float32)).weight()
 
     @needs_bitsandbytes
     def test_bitsandbytes_not_quantised_yet(self):
@@ -304,7 +303,7 @@ class TestDequantizedWeight:
         layers = (bnb.nn.Linear4bit(64, 32), bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False))
         for layer in layers:
             with pytest.raises(ValueError, match=r"not quantised yet: .*model.to\(device\)"):
-                dequantized_weight(layer)
+                base_of(layer).weight()
 
 
 class TestGradient:
@@ -312,7 +311,7 @@ class TestGradient:
 
     def check(self, module: nn.Module, passes: bool, noise: float) -> None:
         assert passes_gradient(module) == passes
-        weight = to_numpy(dequantized_weight(module))
+        weight = to_numpy(base_of(module).weight())
         for shape in [(5,), (2, 3)]:
             x = torch.randn(*shape, module.in_features).requires_grad_()
             with torch.no_grad():
@@ -424,5 +423,5 @@ class TestSharded:
 def test_copies(device):
     """A copied model is dequantised as the first."""
     module = OnlyForward(torch.randn(8, 16), None, torch.float32).to(device)
-    assert device_of(module).type == device
-    assert torch.equal(dequantized_weight(copy.deepcopy(module)), dequantized_weight(module))
+    assert base_of(module).device.type == device
+    assert torch.equal(base_of(copy.deepcopy(module)).weight(), base_of(module).weight())

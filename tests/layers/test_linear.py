@@ -60,7 +60,7 @@ def test_life_of_a_layer(method, residual, dtype, device):
     # twice W), and the product of A and B as often again.
     close(layer(x), y, dtype, 16)
     trained = [n for n, p in layer.named_parameters() if p.requires_grad]
-    assert trained == ["lora_A", "lora_B"]
+    assert trained == ["adapters.default.lora_A", "adapters.default.lora_B"]
     assert layer.lora_A.shape == (8, 48) and layer.lora_B.shape == (40, 8)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert layer.lora_A.dtype == layer.lora_B.dtype == expected
@@ -303,7 +303,7 @@ def test_a_weight_is_absorbed_once(device):
     first = LoRALinear.from_linear(linear, r=4)
     before = linear.weight.detach().clone()
     for residual in RESIDUALS:
-        with pytest.raises(ValueError, match="start of another adapter"):
+        with pytest.raises(ValueError, match="another adapter's initial factors were already"):
             LoRALinear.from_linear(linear, r=4, residual=residual)
     assert torch.equal(linear.weight, before)
     LoRALinear.from_linear(first.base_linear(), r=4)

@@ -78,7 +78,9 @@ def test_life_of_a_layer(method, residual, dtype, device):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert layer.lora_A.dtype == layer.lora_B.dtype == layer.lora_R.dtype == wide
     assert layer.lora_R.shape == (8, 8)
-    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_R"]
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == [
+        "adapters.default.lora_R"
+    ]
     start = product_of(layer) if method.changes_base else None
     x = torch.randn(5, 7, 48, dtype=dtype).to(device)
     want, size = expected(layer, original, x, start)
@@ -119,9 +121,10 @@ def test_copies(method, residual, device):
         layer.lora_R.add_(0.1)
     x = torch.randn(3, 48).to(device)
     y, base = layer(x), layer.base_linear()
-    names = {"weight", "bias", "lora_A", "lora_B", "lora_R", "_extra_state"}
-    kept = {"start_A", "start_B"} if method.changes_base else set()
-    assert set(layer.state_dict()) == names | kept
+    names = {"lora_A", "lora_B", "lora_R", "_extra_state"}
+    names |= {"start_A", "start_B"} if method.changes_base else set()
+    own = {f"adapters.default.{name}" for name in names}
+    assert set(layer.state_dict()) == {"weight", "bias"} | own
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
@@ -138,7 +141,7 @@ def test_copies(method, residual, device):
 
 def test_a_layer_without_r_has_none(device):
     layer = LoRALinear(48, 40, r=4, device=device)
-    assert layer.lora_R is None and "lora_R" not in layer.state_dict()
+    assert layer.lora_R is None and "adapters.default.lora_R" not in layer.state_dict()
     other, _ = make(METHODS[0], device=device)
     plain = LoRALinear(48, 40, r=8, lora_alpha=16, init_lora_weights="lora", device=device)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*lora_R"):

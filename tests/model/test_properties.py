@@ -35,7 +35,7 @@ from lora_kernels import (
     unload_lora,
 )
 from lora_kernels.init import LoRA, LoRAM, get_initializer, initializer_names
-from lora_kernels.layers.base import AdaptedLayer
+from lora_kernels.layers.adapted import AdaptedLayer
 from lora_kernels.layers.kinds import is_conv1d
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_names, adapter_state, apply_state

@@ -21,7 +21,7 @@ from lora_kernels import (
     unload_lora,
 )
 from lora_kernels.init import LoftQ
-from lora_kernels.layers.kinds import dequantized_weight
+from lora_kernels.layers.base import base_of
 from lora_kernels.layers.wrapper import LoRAWrapper
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.training.trainer import accepted_by_trainer
@@ -142,7 +142,7 @@ def test_first_loss_training_and_the_base(kind, start):
 @pytest.mark.parametrize("kind", KINDS)
 def test_beta_is_that_of_the_dequantised_weight(kind):
     model = quantise(Block(), kind)
-    weights = {name: to_numpy(dequantized_weight(getattr(model, name))) for name in TARGETS}
+    weights = {name: to_numpy(base_of(getattr(model, name)).weight()) for name in TARGETS}
     add_lora(model, config())
     for name, layer in adapted_layers(model).items():
         beta = layer.layer_state().beta
@@ -174,7 +174,7 @@ def test_gradients_through_the_base(kind):
     plain = copy.deepcopy(model)
     for name in TARGETS:
         layer = getattr(plain, name)
-        weight, bias = dequantized_weight(layer), getattr(layer, "bias", None)
+        weight, bias = base_of(layer).weight(), getattr(layer, "bias", None)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
         linear.weight.data.copy_(weight)
         if bias is not None:
@@ -287,7 +287,7 @@ class TestLoftQ:
         assert (start - exact).norm() < part * (base - exact).norm()
         for name, layer in adapted_layers(model).items():
             W = to_numpy(getattr(original, name).weight)
-            error = W - to_numpy(dequantized_weight(layer.base_layer))
+            error = W - to_numpy(base_of(layer.base_layer).weight())
             rest = error - layer.scaling * to_numpy(layer.lora_B) @ to_numpy(layer.lora_A)
             sigma = np.linalg.svd(error, compute_uv=False)
             assert np.linalg.norm(rest) <= 1.02 * np.linalg.norm(sigma[32:])
@@ -364,8 +364,8 @@ class TestLoftQ:
         refused("no weight of 'gate'; the nearest", {"gates.weight": state["gate.weight"]})
         refused(r"'up\.weight' is \[3, 3\]", {**state, "up.weight": torch.ones(3, 3)})
         refused("for quantised layers, of which there are none", state, model=original)
-        dequantised = {f"{n}.weight": dequantized_weight(getattr(model, n)) for n in TARGETS}
-        refused(r"gate: the quantisation error W − Q is zero", dequantised)
+        dequantised = {f"{n}.weight": base_of(getattr(model, n)).weight() for n in TARGETS}
+        refused(r"gate: the quantization error W − Q is zero", dequantised)
 
 
 @pytest.fixture(scope="module")
@@ -471,7 +471,7 @@ class TestTransformers:
         )
         load_adapter(quantised, tmp_path / "adapter")
         for name, layer in adapted_layers(quantised).items():
-            base = dequantized_weight(layer.base_layer).to(dtype)
+            base = base_of(layer.base_layer).weight().to(dtype)
             assert torch.equal(base, model.get_submodule(name).weight)
         with torch.no_grad():
             got = quantised(input_ids=ids).logits
@@ -520,5 +520,5 @@ class TestTransformers:
             assert torch.equal(one.lora_B, runs[1][name].lora_B)
             assert not torch.equal(one.lora_B, one.start_B)
             # The base is what was loaded, after evaluations and checkpoints.
-            base = dequantized_weight(one.base_layer)
-            assert torch.equal(base, dequantized_weight(fresh.get_submodule(name)))
+            base = base_of(one.base_layer).weight()
+            assert torch.equal(base, base_of(fresh.get_submodule(name)).weight())

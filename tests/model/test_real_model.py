@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import smollm2
+from benchmarks.common import smollm2
 from lora_kernels import LoRALinear
 
 from ..support import ROOT
@@ -94,7 +94,7 @@ def test_bf16_model_with_fp32_adapters(real_model, ids, device):
 @needs_demo
 def test_the_demo_runs(tmp_path):
     """`make demo` in small: two blocks, two steps; the reloaded logits agree, and nothing warns."""
-    command = [sys.executable, "-m", "benchmarks.demo", "--quick", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "examples.demo", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""

@@ -131,14 +131,14 @@ class TestErrorsHalfWay:
     @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
     def test_a_first_adapter(self, model, init, error, monkeypatch):
         base, before = model(X).detach(), dict(model.named_modules())
-        from_start = LoRALinear.from_start
+        over = LoRALinear.over
 
-        def stops(linear, *args):
+        def stops(linear):
             if linear is before["head"]:
                 raise error
-            return from_start(linear, *args)
+            return over(linear)
 
-        monkeypatch.setattr(LoRALinear, "from_start", stops)
+        monkeypatch.setattr(LoRALinear, "over", stops)
         with pytest.raises(error):
             quiet(model, r=2, init_lora_weights=init, bias="all")
         assert dict(model.named_modules()) == before and adapter_names(model) == []

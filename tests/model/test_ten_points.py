@@ -267,7 +267,10 @@ def test_04_adapters_share_the_original_base(tmp_path):
 
     for init in CHANGING:
         model = ours(llama(), init)
-        with pytest.raises(ValueError, match=r"lacks the start of adapter 'default'.*'implicit'"):
+        with pytest.raises(
+            ValueError,
+            match=r"'default' of .* with residual='absorb'.*'implicit'",
+        ):
             add_lora(model, LoRAConfig(r=4), adapter_name="second", progress=False)
         model = ours(llama(), init, residual="implicit")
         train(model)
@@ -604,9 +607,9 @@ def test_10_what_the_benchmark_times_is_the_same(residual, dtype):
     cores: fp32 r=16 1.19 × fwd, 1.28 × fwd+bwd (the extra arithmetic is 0.8 % / 1.2 %); bf16 with
     its default fp32 adapters 1.81 × / 1.87 ×.
 
-    Times are those of `python -m benchmarks.layer`. Here only: its two layers compute the same.
+    Times are those of `python -m benchmarks.cpu.layer`. Here only: its two layers compute the same.
     """
-    layers = pytest.importorskip("benchmarks.layer", exc_type=ImportError)
+    layers = pytest.importorskip("benchmarks.cpu.layer", exc_type=ImportError)
     rows, cols, r, tokens = 96, 80, 8, 24
     linear = nn.Linear(cols, rows, bias=False, dtype=dtype).requires_grad_(False)
     options = {"r": r, "lora_alpha": r, "init_lora_weights": "lora", "residual": residual}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lora_kernels.ops.philox import dropout, gaussian, philox_words
+from lora_kernels.ops.philox import dropout, dropout_seed, gaussian, philox_words
 
 
 def words_at(row: int, quad: int, seed: int, device: str) -> list[int]:
@@ -46,6 +46,15 @@ def test_kernel_draws_the_same_mask(dtype, cols, device):
     eye, B = torch.eye(cols, dtype=dtype, device=device), zero.clone()
     _, z = torch.ops.lora.linear_forward(x, zero, None, eye, B, 1.0, 0.3, seed, None, None, None)
     assert torch.equal(z, dropout(x, 0.3, seed))
+
+
+def test_seed_is_the_global_generator_s(device):
+    """`torch.manual_seed` determines it, as does the state that checkpointing restores."""
+    torch.manual_seed(3)
+    first, second = dropout_seed(device), dropout_seed(device)
+    torch.manual_seed(3)
+    assert dropout_seed(device) == first != second
+    assert first.dtype == torch.int64 and first.dim() == 0 and first.device.type == device
 
 
 def test_rate_and_expectation(device):

@@ -151,7 +151,7 @@ def test_opcheck(device):
     opcheck(op, (torch.randn(9, 7).to(device).T, coefficient, 3, 20, 30, 1, 2))
 
 
-def test_compile_functionalises(device):
+def test_compile_functionalizes(device):
     def step(weight, coefficient):
         return op(weight * 1.0, coefficient, 3) + 1
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels.layers import kinds
+from lora_kernels.layers.base import base_of
 
 from ..support.packages import needs_peft
 from .models import adapted, close, linear_layers, llama, logits, move
@@ -87,7 +87,7 @@ def test_the_start_is_that_of_the_dequantised_weight(quantise):
     model = adapted(quantise(llama(intermediate_size=128)))
     initialize(model, "loram")
     layer = linear_layers(model)["model.layers.0.mlp.up_proj"]
-    start = LoRAM()(kinds.dequantized_weight(layer.get_base_layer()), 4)
+    start = LoRAM()(base_of(layer.get_base_layer()).weight(), 4)
     assert torch.equal(layer.lora_A["default"].weight, start.lora_A)
 
 
@@ -100,9 +100,9 @@ def test_merge_gives_what_peft_merges(quantise):
     initialize(model, "loram")
     move(model, 0.001)
     layer = linear_layers(model)["model.layers.0.mlp.up_proj"]
-    want = float64(kinds.dequantized_weight(layer.get_base_layer())) + update_of(layer)
+    want = float64(base_of(layer.get_base_layer()).weight()) + update_of(layer)
     layer.merge()
-    got = float64(kinds.dequantized_weight(layer.get_base_layer()))
+    got = float64(base_of(layer.get_base_layer()).weight())
     # Half a step between two of nf4's values is 15 % of the block's largest, of int8's 0.4 %.
     step = 0.16 if quantise is bnb_4bit else 0.005
     assert abs(got - want).max() <= step * abs(want).max()

@@ -336,13 +336,15 @@ class TestWhatRaises:
     def test_bad_weights(self):
         model = Stack()
         nn.utils.parametrizations.weight_norm(model.blocks[0])
-        with pytest.raises(TypeError, match=r"'blocks.0' is computed; remove its parametrization"):
-            capture_gradients(model, batches_of(), loss=mean_square)
+        with pytest.raises(TypeError, match=r"'blocks.0' is ParametrizedLinear; a target must be"):
+            capture_gradients(model, batches_of(), ["blocks.0"], loss=mean_square)
+        found = capture_gradients(model, batches_of(), loss=mean_square)  # as add_lora
+        assert list(found) == ["blocks.1", "blocks.2", "blocks.3", "head"]
         model = Stack()
         sharded = type("Sharded", (torch.Tensor,), {})
         model.head.weight = nn.Parameter(torch.randn(3, SIZE).as_subclass(sharded))
-        with pytest.raises(TypeError, match=r"head.weight is a Sharded: gather"):
-            capture_gradients(model, batches_of(), loss=mean_square)
+        with pytest.raises(TypeError, match=r"'head' is Linear; a target must be .* of its own"):
+            capture_gradients(model, batches_of(), ["head"], loss=mean_square)
         with pytest.raises(ValueError, match="on the meta device: load it first"):
             capture_gradients(Stack().to("meta"), batches_of(), loss=mean_square)
 

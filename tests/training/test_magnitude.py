@@ -133,7 +133,7 @@ class TestMeasure:
             ({"r": 2.5}, TypeError, "r must be an integer"),
             ({"seed": 0.5}, TypeError, "seed must be an integer"),
             ({"scaling": 0.0}, ValueError, "scaling must be positive"),
-            ({"scaling": math.nan}, ValueError, "scaling must be finite"),
+            ({"scaling": math.nan}, ValueError, "scaling must be positive and finite, got nan"),
             ({"weight": torch.zeros(3)}, ValueError, "must be 2-D"),
             ({"weight": torch.zeros(0, 3)}, ValueError, "weight is empty"),
             ({"weight": torch.zeros(0, 3), "name": "a.b"}, ValueError, "a.b is empty"),

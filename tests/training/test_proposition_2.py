@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import smollm2
+from benchmarks.common import smollm2
 from lora_kernels import LoRALinear, capture_gradients
 from lora_kernels.training.magnitude import growth, mean_square, measure, update_mean_square
 

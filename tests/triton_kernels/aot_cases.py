@@ -9,11 +9,7 @@ import torch
 from lora_kernels.triton_kernels import (
     dst_basis,
     frobenius_stats,
-    linear_decode,
-    linear_expand,
-    linear_gemm,
-    linear_grads,
-    linear_shrink,
+    linear,
     loram_init,
     philox,
     subtract_dst,
@@ -74,15 +70,15 @@ def dropout(arch: int) -> None:
 def shrink(arch: int) -> None:
     for r, start, dtype in itertools.product(RANKS, (False, True), (FP32, BF16)):
         A, _ = factors(r, dtype=dtype)
-        linear_shrink.shrink(of(8192, 256), A, A if start else None, 0.0, SEED)
+        linear.shrink.shrink(of(8192, 256), A, A if start else None, 0.0, SEED)
     A, _ = factors(16)
-    linear_shrink.shrink(of(512, 256), A, None, 0.0, SEED)  # in parts
+    linear.shrink.shrink(of(512, 256), A, None, 0.0, SEED)  # in parts
 
 
 def shrink_dropped(arch: int) -> None:
     for r, start, dtype in itertools.product(RANKS, (False, True), (FP32, BF16)):
         A, _ = factors(r, dtype=dtype)
-        linear_shrink.shrink(of(8192, 256), A, A if start else None, 0.1, SEED)
+        linear.shrink.shrink(of(8192, 256), A, A if start else None, 0.1, SEED)
 
 
 def expand(arch: int) -> None:
@@ -90,21 +86,21 @@ def expand(arch: int) -> None:
         _, B = factors(r)
         z = of(128, r)
         extra = (z, B, -1.0) if start else ()
-        linear_expand.expand(z, B, 1.0, of(256), *extra)
-        linear_expand.expand(z, B, 1.0, None, *(extra or (None, None, 0.0)), p, SEED)
+        linear.expand.expand(z, B, 1.0, of(256), *extra)
+        linear.expand.expand(z, B, 1.0, None, *(extra or (None, None, 0.0)), p, SEED)
 
 
 def decode(arch: int) -> None:
     for M, r, start in itertools.product((1, 32, 64), (16, 64, 128), (False, True)):
         A, B = factors(r, 4096, 4096)
         starts = (A, B) if start else (None, None)
-        linear_decode.decode(
+        linear.decode.decode(
             of(M, 4096), of(4096, 4096), of(4096), A, B, 1.0, 0.0, SEED, *starts, arch >= 90
         )
     x, W = of(1, 4096), of(14336, 4096)  # enough programs for a shorter pipeline
     for dtype in (FP32, BF16):
         A, B = factors(16, 4096, 14336, dtype)
-        linear_decode.decode(x, W, None, A, B, 1.0, 0.0, SEED, None, None, arch >= 90)
+        linear.decode.decode(x, W, None, A, B, 1.0, 0.0, SEED, None, None, arch >= 90)
 
 
 def gemm(arch: int) -> None:
@@ -115,10 +111,10 @@ def gemm(arch: int) -> None:
         z, (_, B), W = of(256, r), factors(r), of(256, 256)
         extra = (z, B, -1.0) if start else ()
         bias = of(256) if r <= 32 else None
-        for config in linear_gemm.offered(r, start, arch < 100):
-            linear_gemm.gemm(config, 132, W, W, w_is_kn, z, B, 1.0, bias, *extra)
+        for config in linear.gemm.offered(r, start, arch < 100):
+            linear.gemm.gemm(config, 132, W, W, w_is_kn, z, B, 1.0, bias, *extra)
             if r == 16:
-                linear_gemm.gemm(config, 132, W, W, w_is_kn, z, B.bfloat16(), 1.0, bias, *extra)
+                linear.gemm.gemm(config, 132, W, W, w_is_kn, z, B.bfloat16(), 1.0, bias, *extra)
 
 
 def overlapped(arch: int) -> None:
@@ -128,16 +124,16 @@ def overlapped(arch: int) -> None:
     for r, p, bias in ((16, 0.0, None), (16, 0.1, of(256)), (24, 0.0, None), (32, 0.0, of(256))):
         A, B = factors(r)
         x, W = of(8192, 256), of(256, 256)
-        linear_gemm.overlapped(132, x, W, False, A, B, 1.0, bias, p, SEED, True)
+        linear.gemm.overlapped(132, x, W, False, A, B, 1.0, bias, p, SEED, True)
 
 
 def grads(arch: int) -> None:
     dtypes = (FP32, BF16)
     for (r, start), dtype in itertools.product(((16, False), (16, True), (32, False)), dtypes):
         _, B = factors(r, dtype=dtype)
-        linear_grads.dz_dB(of(512, 256), B, B if start else None, of(512, r), 1.0, True)
+        linear.grads.dz_dB(of(512, 256), B, B if start else None, of(512, r), 1.0, True)
     for r, p in itertools.product(RANKS, (0.0, 0.1)):
-        linear_grads.dA(of(512, r), of(512, 256), FP32, p, SEED)
+        linear.grads.dA(of(512, r), of(512, 256), FP32, p, SEED)
 
 
 def odd_sizes(arch: int) -> None:
@@ -145,13 +141,13 @@ def odd_sizes(arch: int) -> None:
     for r in (1, 12, 61):
         A, B = factors(r)
         for M in (64, 8192):
-            linear_shrink.shrink(of(M, 256), A, A, 0.1, SEED)
-        linear_expand.expand(of(128, r), B, 1.0, of(256), of(128, r), B, -1.0, 0.1, SEED)
+            linear.shrink.shrink(of(M, 256), A, A, 0.1, SEED)
+        linear.expand.expand(of(128, r), B, 1.0, of(256), of(128, r), B, -1.0, 0.1, SEED)
         x, W = of(64, 256), of(256, 256)
-        linear_decode.decode(x, W, of(256), A, B, 1.0, 0.0, SEED, A, B, arch >= 90)
-        linear_grads.dA(of(512, r), of(512, 256), FP32, 0.1, SEED)
-        if linear_grads.is_worth_it(r, True):
-            linear_grads.dz_dB(of(512, 256), B, B, of(512, r), 1.0, True)
+        linear.decode.decode(x, W, of(256), A, B, 1.0, 0.0, SEED, A, B, arch >= 90)
+        linear.grads.dA(of(512, r), of(512, 256), FP32, 0.1, SEED)
+        if linear.grads.is_worth_it(r, True):
+            linear.grads.dz_dB(of(512, 256), B, B, of(512, r), 1.0, True)
 
 
 CASES = {

@@ -15,9 +15,10 @@ import torch
 import triton
 from triton import knobs
 
-from benchmarks.host import as_on_a_gpu
-from benchmarks.stand_in import Seen, stand_in
-from lora_kernels.triton_kernels import integers, launcher, linear_gemm, linear_rank, linear_shrink
+from benchmarks.cpu.host import as_on_a_gpu
+from benchmarks.cpu.stand_in import Seen, stand_in
+from lora_kernels.triton_kernels import integers, launcher
+from lora_kernels.triton_kernels.linear import gemm, rank, shrink
 
 BF16 = torch.bfloat16
 FIRST_TENSOR = 9  # after grid, stream, function, metadata and hooks
@@ -58,7 +59,7 @@ def layer(way: str, tokens: int, sizes: int = 512) -> dict[str, object]:
 
 def reduction() -> launcher.Launch:
     """A small kernel's launch that has launched nothing yet: of 4 parts [600]."""
-    return linear_rank._reduction.__wrapped__(4, 600)
+    return rank._reduction.__wrapped__(4, 600)
 
 
 def arguments() -> dict[str, object]:
@@ -72,7 +73,7 @@ def arguments() -> dict[str, object]:
         a, W, bias = (torch.empty(256, 256, dtype=BF16) for _ in range(3))
         z, B = torch.empty(256, 16, dtype=BF16), torch.empty(256, 16)
         for _ in range(2):
-            linear_gemm.gemm("fused", 132, a, W, False, z, B, 0.5, bias[0])
+            gemm.gemm("fused", 132, a, W, False, z, B, 0.5, bias[0])
     for (name, bound), (_, direct) in zip(seen.arguments[::2], seen.arguments[1::2], strict=True):
         if len(bound) != len(direct):
             different.append((name, "count"))
@@ -100,10 +101,10 @@ def specialisation() -> dict[str, object]:
     A, seed = torch.empty(16, 256), torch.zeros((), dtype=torch.int64)
 
     def compilations(*calls) -> int:
-        linear_shrink._plan.cache_clear()
+        shrink._plan.cache_clear()
         with stand_in() as seen:
             for x, A_, p in calls:
-                linear_shrink.shrink_parts(x, A_, None, p, seed)
+                shrink.shrink_parts(x, A_, None, p, seed)
         return seen.compiled.total()
 
     memory = torch.empty(256 * 256 + 8, dtype=BF16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import LoRALinear
-from lora_kernels.triton_kernels import choice, linear, linear_gemm
+from lora_kernels.triton_kernels.linear import choice, gemm, operator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ops = torch.ops.lora
@@ -124,7 +124,7 @@ def test_decode_is_at_most_two_kernels(monkeypatch):
 
 
 @pytest.mark.skipif(
-    not (torch.cuda.is_available() and linear._is_hopper(torch.device("cuda", 0))),
+    not (torch.cuda.is_available() and operator._is_hopper(torch.device("cuda", 0))),
     reason="needs Hopper or later",
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -139,8 +139,8 @@ def test_the_overlapped_product_waits_for_z(M, dropout):
     for _ in range(20):
         A.normal_(std=1 / 64)
         arguments = (programs, x, W, False, A, B, 2.0, None, dropout, seed)
-        y, z = linear_gemm.overlapped(*arguments, True)
-        want_y, want_z = linear_gemm.overlapped(*arguments, False)  # one after the other
+        y, z = gemm.overlapped(*arguments, True)
+        want_y, want_z = gemm.overlapped(*arguments, False)  # one after the other
         assert torch.equal(z, want_z) and torch.equal(y, want_y)
         del y, z, want_y, want_z
 

@@ -7,12 +7,13 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from lora_kernels.ops.philox import dropout as drop_ref
-from lora_kernels.triton_kernels import choice, linear, linear_gemm, linear_rank, philox
+from lora_kernels.triton_kernels import philox
 from lora_kernels.triton_kernels.integers import next_power_of_2
+from lora_kernels.triton_kernels.linear import choice, gemm, operator, rank
 
 from ..ops.test_linear import check, inputs
 
-CONFIGS = list(linear_gemm.CONFIGS)
+CONFIGS = list(gemm.CONFIGS)
 SHAPES = [  # rows, N, K, r
     ((1,), 48, 40, 3),
     ((2, 3), 96, 200, 16),
@@ -34,14 +35,14 @@ def force(monkeypatch, device):
             taken.append(name)
             return ways[name]()
 
-        monkeypatch.setattr(linear, "fastest", chosen)
+        monkeypatch.setattr(operator, "fastest", chosen)
         if device == "cpu":  # the interpreter knows the tensor memory accelerator too
-            monkeypatch.setattr(linear, "_is_hopper", lambda device: True)
-            monkeypatch.setattr(linear, "_multiprocessors", lambda device: 3)
+            monkeypatch.setattr(operator, "_is_hopper", lambda device: True)
+            monkeypatch.setattr(operator, "_multiprocessors", lambda device: 3)
         # The kernels take sizes, and without a GPU a dtype, that are left to the library else.
-        halves = linear.HALVES if device == "cuda" else (*linear.HALVES, torch.float32)
+        halves = operator.HALVES if device == "cuda" else (*operator.HALVES, torch.float32)
         monkeypatch.setattr(
-            linear, "_thin", lambda a, *o: a.dtype in halves and all(t.numel() for t in (a, *o))
+            operator, "_thin", lambda a, *o: a.dtype in halves and all(t.numel() for t in (a, *o))
         )
         return taken
 
@@ -66,14 +67,14 @@ def test_every_way(ways, lead, n, k, r, dropout, start, device, dtypes, force):
         seed = torch.tensor(2**33 + 5, device=device) if dropout else None
         taken = force(*ways)
         check(t, 0.7, dropout, seed)
-    names = linear_gemm.offered(r, start, linear._capability(t["x"].device)[0] < 10)
+    names = gemm.offered(r, start, operator._capability(t["x"].device)[0] < 10)
     offered = {
         "decode": t["x"].numel() // k <= 64,
         "overlapped": t["x"].numel() // k > 64
-        and linear._is_hopper(t["x"].device)
-        and linear_gemm.overlaps(r, dropout > 0)
+        and operator._is_hopper(t["x"].device)
+        and gemm.overlaps(r, dropout > 0)
         and not start,
-    } | {config: linear._is_hopper(t["x"].device) and config in names for config in CONFIGS}
+    } | {config: operator._is_hopper(t["x"].device) and config in names for config in CONFIGS}
     assert (ways[-1] in taken) == offered.get(ways[-1], True)
 
 
@@ -132,7 +133,7 @@ def test_sums_of_parts(parts, length, count, device):
         (torch.randn(parts + i, length + 4 * i, device=device), dtype, 0.5 - i)
         for i, dtype in enumerate(dtypes)
     ]
-    for got, (each, dtype, scale) in zip(linear_rank.reduce_all(sums), sums, strict=True):
+    for got, (each, dtype, scale) in zip(rank.reduce_all(sums), sums, strict=True):
         want = (scale * each.double().sum(0)).to(dtype)
         assert got.dtype == dtype
         # One rounding to the result, or the float32 sum of up to 21 numbers of size 1.
@@ -162,7 +163,7 @@ def test_a_transposed_weight_takes_the_fused_way(config, device, force):
     t = inputs((70,), 64, 80, 8, torch.float16, device=device)
     t["weight"] = t["weight"].detach().T.contiguous().T
     check(t, 0.5)
-    if linear._is_hopper(t["x"].device):
+    if operator._is_hopper(t["x"].device):
         assert taken.count(config) == 2  # y and dx
 
 
@@ -297,9 +298,9 @@ def test_a_way_that_fails_is_left_out_and_told_once(times):
 @pytest.mark.parametrize("M", [1, 2, 16, 17, 31, 32, 33, 63, 64])
 def test_rows_that_share_a_choice_share_the_kernels(M):
     """Of decode: a block of rows is a power of two, and a choice holds for one block."""
-    key, block = linear._key(torch.empty(M, 16), torch.empty(16, 16), 4)[2], next_power_of_2(M)
+    key, block = operator._key(torch.empty(M, 16), torch.empty(16, 16), 4)[2], next_power_of_2(M)
     assert 2**key == block
-    assert linear._key(torch.empty(block, 16), torch.empty(16, 16), 4)[2] == key
+    assert operator._key(torch.empty(block, 16), torch.empty(16, 16), 4)[2] == key
 
 
 def test_the_dropout_threshold_is_one_type_for_every_probability():

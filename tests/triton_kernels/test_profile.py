@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.gpu.plan import FULL
 from benchmarks.gpu.profile import kernels
+from benchmarks.gpu.targets.plan import FULL
 
 TINY = replace(FULL, layer_shape=(48, 32), layer_tokens=24, layer_cases=((8, 0.0),))
 

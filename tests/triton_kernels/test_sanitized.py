@@ -9,8 +9,8 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from lora_kernels import triton_kernels
-from lora_kernels.triton_kernels import linear_gemm
+from lora_kernels.triton_kernels import linear
+from lora_kernels.triton_kernels.linear import gemm
 
 from ..ops.test_linear import check, inputs
 from .test_linear import force  # noqa: F401  (a fixture)
@@ -19,7 +19,7 @@ from .test_linear import force  # noqa: F401  (a fixture)
 SIZES = [((2, 3), 96, 200, 16), ((200,), 24, 344, 8)]
 WAYS = [
     *(("kernel", "decode"), ("kernel", "steps", "reversed")),
-    *(("kernel", "steps", config) for config in linear_gemm.CONFIGS),
+    *(("kernel", "steps", config) for config in gemm.CONFIGS),
 ]
 
 
@@ -45,14 +45,12 @@ def test_no_kernel_of_the_layer_is_left_out(device, force, monkeypatch):  # noqa
     if device != "cpu":
         pytest.skip("launches are counted in the interpreter")
     kernels = set()
-    for found in pkgutil.iter_modules(triton_kernels.__path__):
-        module = importlib.import_module(f"{triton_kernels.__name__}.{found.name}")
+    for found in pkgutil.iter_modules(linear.__path__):
+        module = importlib.import_module(f"{linear.__name__}.{found.name}")
         kernels |= {
             name
             for name, value in vars(module).items()
-            if found.name.startswith("linear_")
-            and name.endswith("_kernel")
-            and value.fn.__module__ == module.__name__
+            if name.endswith("_kernel") and value.fn.__module__ == module.__name__
         }
     launched, launch = set(), interpreter.GridExecutor.__call__
 

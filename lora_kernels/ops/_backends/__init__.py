@@ -1,1 +1,5 @@
-"""Which kernels run where."""
+"""Which kernels run where.
+
+`extension` loads the compiled CPU kernels, `cpu_capability` chooses their instruction set, `triton`
+registers the GPU kernels, and `tensor_kinds` describes lists of tensors for them.
+"""

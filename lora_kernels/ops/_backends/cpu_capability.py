@@ -1,13 +1,14 @@
 """The instruction set that the compiled CPU kernels run with.
 
-Each set has kernels of its own: baseline (SSE2 on x86, NEON on Arm), avx2, avx512, and avx512bf16,
-which multiplies bfloat16 weights as they are. The best one of the processor is in use from the
-start; LORA_KERNELS_CPU_CAPABILITY, read when the package is imported, or `set_cpu_capability`
-choose a lower one. PyTorch's own kernels are not affected (they have ATEN_CPU_CAPABILITY).
+Each set has its own kernels: baseline (SSE2 on x86, NEON on Arm), avx2, avx512, and avx512bf16,
+which multiplies bfloat16 weights without converting them. By default the best set that the
+processor supports is used. The environment variable LORA_KERNELS_CPU_CAPABILITY, read when the
+package is imported, or `set_cpu_capability` choose a lower one. PyTorch's own kernels are not
+affected (they follow ATEN_CPU_CAPABILITY).
 
-Between the sets, results differ in rounding only. The same in all: shapes, dtypes, errors, accuracy
-and the independence of the number of threads; and, bit for bit, `dst_basis`, `frobenius_stats` and
-the dropout mask.
+Results differ between sets by rounding only. Shapes, dtypes, errors and accuracy are the same, and
+no result depends on the number of threads. `dst_basis`, `frobenius_stats` and the dropout mask are
+the same bit for bit.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ _extension = importlib.import_module("lora_kernels._C") if load_extension() else
 
 
 def cpu_capability() -> str:
-    """The name of the set in use; "reference" where the extension was not built."""
+    """The name of the set in use; "reference" if the extension was not built."""
     return _extension.cpu_capability() if _extension else REFERENCE
 
 
 def cpu_capabilities() -> list[str]:
-    """All that this processor has, ascending; empty where the extension was not built."""
+    """The sets that this processor supports, ascending; empty if the extension was not built."""
     return _extension.cpu_capabilities() if _extension else []
 
 
 def set_cpu_capability(name: str) -> None:
-    """Chooses the instruction set of all CPU kernels from now on, in all threads.
+    """Choose the instruction set of all CPU kernels from now on, in all threads.
 
     Raises:
-        ValueError: an unknown name, or a set that this processor does not have; nothing changes.
+        ValueError: an unknown name, or a set that this processor does not support; nothing changes.
         RuntimeError: the extension was not built.
 
     """
@@ -57,7 +58,7 @@ def _set(name: str, option: str) -> None:
 
 
 def apply_setting() -> None:
-    """Takes LORA_KERNELS_CPU_CAPABILITY over, if it is set and there are kernels to choose from."""
+    """Apply LORA_KERNELS_CPU_CAPABILITY, if it is set and the extension was built."""
     name = os.environ.get(SETTING)
     if name and _extension:
         _set(name, SETTING)

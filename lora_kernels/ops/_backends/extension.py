@@ -7,13 +7,13 @@ import warnings
 
 
 def load_extension() -> bool:
-    """True if the compiled kernels are in; otherwise one warning says what that costs."""
+    """Whether the compiled kernels were loaded; if not, warn once of what that costs."""
     try:
         importlib.import_module("lora_kernels._C")
     except ImportError as error:
         warnings.warn(
-            "lora_kernels runs without its compiled CPU kernels, on the plain-torch references: "
-            "results are the same, initialisation is many times slower. To build them: "
+            "lora_kernels runs without its compiled CPU kernels, on plain-torch references: the "
+            "results are the same, but initialization is many times slower. To build them: "
             f"pip install --no-build-isolation . (needs a C++20 compiler and ninja). [{error}]",
             RuntimeWarning,
             stacklevel=2,

@@ -1,7 +1,7 @@
-"""`lora::_tensor_kinds`: what the host has to know of many tensors before it launches a kernel.
+"""`lora::_tensor_kinds`: what the host has to know about many tensors before it launches a kernel.
 
-A model's weights are of a handful of kinds; what follows from a kind is then found out once. In
-C++ (csrc/cpu/kinds.cpp) 224 weights take a tenth of the time, in which a GPU would wait.
+A model's weights are of a handful of kinds, so what depends on the kind is computed once for each.
+The GPU waits meanwhile: for 224 weights, C++ (csrc/cpu/kinds.cpp) needs a tenth of Python's time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def tensor_kinds_ref(
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """(the number of each tensor's kind, each tensor's address, the first tensor of each kind).
 
-    Tensors of a kind have one dtype, shape, strides and device, and begin at a multiple of 16
-    bytes or do not. Both tensors are int64 on the CPU.
+    Tensors of one kind agree in dtype, shape, strides and device, and in whether their address is a
+    multiple of 16 bytes. Both returned tensors are int64 on the CPU.
     """
     kinds: dict[tuple, int] = {}
     numbers, addresses, firsts = [], [], []
@@ -34,7 +34,7 @@ def tensor_kinds_ref(
 
 
 def _fake(tensors):
-    raise NotImplementedError("lora::_tensor_kinds is for kernels, which have real tensors")
+    raise NotImplementedError("lora::_tensor_kinds needs real tensors: only kernels call it")
 
 
 define_kernel("_tensor_kinds(Tensor[] tensors) -> (Tensor, Tensor, int[])", tensor_kinds_ref, _fake)

@@ -1,4 +1,4 @@
-"""Puts the Triton kernels under the CUDA key. Triton itself is imported at the first call."""
+"""Registers the Triton kernels for CUDA tensors. Triton itself is imported at the first call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .._library import LIBRARY
 from ..loram_init import check_distinct, largest_sum, log_gain, refuse_unfit
 
 
-@functools.cache  # `import_module` takes 1 us
+@functools.cache  # `import_module` takes 1 us a call
 def _module(name: str):
     return importlib.import_module(f"lora_kernels.triton_kernels.{name}")
 
@@ -69,7 +69,7 @@ KERNELS = {
 
 
 def _on_its_device(kernel: Callable) -> Callable:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """The kernel, run on its tensors' device: Triton launches on the current device instead."""
 
     def run(first, *args):
         tensor = first[0] if isinstance(first, (list, tuple)) else first
@@ -80,13 +80,13 @@ def _on_its_device(kernel: Callable) -> Callable:
 
 
 def register_triton() -> None:
-    """One warning instead, if this is a GPU build of torch that the kernels cannot be used in."""
+    """Register all kernels; on a GPU build of torch that cannot run them, warn instead."""
     missing = importlib.util.find_spec("triton") is None
     if missing or torch.version.hip is not None:
         if torch.version.cuda is not None or torch.version.hip is not None:
             warnings.warn(
                 "lora_kernels runs its plain-torch references on GPU tensors: the results are the "
-                "same, everything is slower. The kernels are for NVIDIA GPUs and need Triton "
+                "same, but everything is slower. The kernels are for NVIDIA GPUs and need Triton "
                 "(pip install triton)",
                 RuntimeWarning,
                 stacklevel=2,

@@ -1,4 +1,4 @@
-"""Singular triplets and thin QR: the operators, and the functions over them that users call."""
+"""Singular triplets and thin QR: the operators, and `truncated` and `minor` for users."""
 
 from .triplets import METHODS, TruncatedSVD, check_options, minor, truncated
 

@@ -1,4 +1,4 @@
-"""What the operators that factorise weights share: checks of a list, exact SVDs, fixed signs."""
+"""Shared by the operators that factorize weights: checks of a list, exact SVDs, fixed signs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..._utils.checks import check_rank, check_same_device, check_weight, factor
 
 
 def check_matrices(weights: list[Tensor], rank: int) -> None:
-    """Raises unless these are matrices of one shape, dtype and device that have this rank."""
+    """Raise unless these are matrices of one shape, dtype and device, for which `rank` is valid."""
     if not weights:
-        raise ValueError("there is no weight to factorise: the list or the batch is empty")
+        raise ValueError("there is no weight to factorize: the list or the batch is empty")
     for name, weight in zip(names(weights), weights, strict=True):
         check_weight(weight, name)
         for what in ("shape", "dtype"):
@@ -31,9 +31,9 @@ def check_matrices(weights: list[Tensor], rank: int) -> None:
 
 
 def refuse_not_finite(weights: list[Tensor]) -> None:
-    """Raises if a weight holds NaN or Inf, or is so large that its σ may overflow their dtype.
+    """Raise if a weight holds NaN or Inf, or is so large that its σ may overflow their dtype.
 
-    One pass over all of them, and one wait for the device.
+    One pass over all weights, and one wait for the device.
     """
     dtype = factor_dtype(weights[0].dtype)
     sums = torch.ops.lora.frobenius_stats(weights)[:, 1].tolist()
@@ -50,8 +50,8 @@ def refuse_not_finite(weights: list[Tensor]) -> None:
 
 
 def exact_svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """LAPACK's (cuSOLVER's) thin SVD [n, k], [k], [k, m] of one weight, σ descending; 16-bit
-    weights in float32. Signs are fixed.
+    """LAPACK's or cuSOLVER's thin SVD [n, k], [k], [k, m] of one weight, σ descending, with fixed
+    signs; in float32 for 16-bit weights.
     """
     U, S, Vh = torch.linalg.svd(weight.to(factor_dtype(weight.dtype)), full_matrices=False)
     sign = pivot_sign(U)
@@ -59,20 +59,20 @@ def exact_svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pivot_sign(U: Tensor) -> Tensor:
-    """[r], ±1: the sign of the entry of largest magnitude in each column of U [n, r]; of the first
-    one, if several are as large.
+    """The sign, ±1, of the entry of largest magnitude in each column of U [n, r]; of the first such
+    entry, if there are several. [r].
     """
     pivot = U.gather(0, U.abs().argmax(0, keepdim=True))[0]
     return torch.where(pivot < 0, -1.0, 1.0).to(U.dtype)
 
 
 def stacked(factors: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """One tuple of contiguous tensors with a leading dimension, from one tuple per weight."""
+    """The tuples of all weights stacked into one, along a new leading dimension."""
     return tuple(torch.stack(column) for column in zip(*factors, strict=True))
 
 
 def empty_svd(weights: list[Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U [k, n, rank], S [k, rank], Vh [k, rank, m] with nothing in them, for fakes."""
+    """Uninitialized U [k, n, rank], S [k, rank] and Vh [k, rank, m], for fakes."""
     (rows, cols), k = weights[0].shape, len(weights)
     shapes = ((k, rows, rank), (k, rank), (k, rank, cols))
     U, S, Vh = (weights[0].new_empty(s, dtype=factor_dtype(weights[0].dtype)) for s in shapes)
@@ -80,5 +80,5 @@ def empty_svd(weights: list[Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def names(weights: list[Tensor]) -> list[str]:
-    """What errors call them."""
+    """The names that errors use for the weights."""
     return ["weight"] if len(weights) == 1 else [f"weights[{k}]" for k in range(len(weights))]

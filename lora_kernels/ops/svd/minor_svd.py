@@ -1,5 +1,5 @@
-"""`lora::minor_svd` and `lora::minor_svd_foreach`: the bottom singular triplets, which MiLoRA
-starts from (arXiv 2406.09044, section 3); by inverse iteration where a compiled kernel has it.
+"""`lora::minor_svd` and `lora::minor_svd_foreach`: the smallest singular triplets, from which
+MiLoRA starts (arXiv 2406.09044, section 3). Compiled kernels find them by inverse iteration.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from ._matrices import check_matrices, empty_svd, exact_svd, refuse_not_finite, 
 def minor_triplets(
     factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The last `rank` of a thin SVD, turned round: σ ascending."""
+    """The last `rank` triplets of a thin SVD in reverse order: σ ascending."""
     U, S, Vh = factors
     last = slice(len(S) - rank, None)
     return U[:, last].flip(1), S[last].flip(0), Vh[last].flip(0)
 
 
 def minor_svd_ref(weights: list[torch.Tensor], rank: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """The last `rank` triplets of the exact SVD, one weight after the other; the seed plays no
-    part.
-    """
+    """From the exact SVD, one weight after the other; the seed has no effect."""
     return stacked([minor_triplets(exact_svd(weight), rank) for weight in weights])
 
 

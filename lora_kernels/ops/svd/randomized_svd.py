@@ -1,5 +1,5 @@
-"""`lora::randomized_svd` and `lora::randomized_svd_foreach`: the top singular triplets, by block
-Krylov iteration (Musco and Musco, arXiv 1504.05477, algorithm 2) where a compiled kernel has it.
+"""`lora::randomized_svd` and `lora::randomized_svd_foreach`: the largest singular triplets.
+Compiled kernels find them by block Krylov iteration (Musco and Musco, arXiv 1504.05477, alg. 2).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ._matrices import check_matrices, empty_svd, exact_svd, refuse_not_finite, 
 
 
 def check_subspace(subspace: int | None, rank: int, rows: int, cols: int) -> None:
-    """Raises unless `subspace` is None or lies between the rank and min(rows, cols)."""
+    """Raise unless `subspace` is None or lies between the rank and min(rows, cols)."""
     if subspace is not None and not rank <= subspace <= min(rows, cols):
         raise ValueError(
             f"subspace must be in [rank, min(n, m)] = [{rank}, {min(rows, cols)}], got {subspace}"
@@ -20,7 +20,7 @@ def check_subspace(subspace: int | None, rank: int, rows: int, cols: int) -> Non
 
 
 def check_tolerance(tol: float) -> None:
-    """Raises unless `tol` is finite and not negative."""
+    """Raise unless `tol` is finite and not negative."""
     check_finite(tol, "tol")
     if tol < 0:
         raise ValueError(f"tol must not be negative, got {tol}")
@@ -29,8 +29,8 @@ def check_tolerance(tol: float) -> None:
 def randomized_svd_ref(
     weights: list[torch.Tensor], rank: int, subspace: int, seed: int, tol: float
 ) -> tuple[torch.Tensor, ...]:
-    """The first `rank` triplets of the exact SVD, one weight after the other; the seed plays no
-    part. The error is 0, that of an SVD which is not iterated; NaN if none was asked for.
+    """From the exact SVD, one weight after the other; the seed has no effect. The error is 0,
+    because nothing is iterated, or NaN if `tol` is 0.
     """
     factors = [(U[:, :rank], S[:rank], Vh[:rank]) for U, S, Vh in map(exact_svd, weights)]
     error = torch.full((len(weights),), 0.0 if tol > 0 else torch.nan, dtype=torch.float64)

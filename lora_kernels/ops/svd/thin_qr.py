@@ -1,5 +1,5 @@
-"""`lora::thin_qr` and `lora::thin_qr_foreach`: the first columns of Q and rows of R of a weight's
-QR, which OLoRA starts from (arXiv 2406.01775), without the rest of either.
+"""`lora::thin_qr` and `lora::thin_qr_foreach`: the first columns of Q and the first rows of R of a
+weight's QR, from which OLoRA starts (arXiv 2406.01775), without computing the rest.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from ._matrices import check_matrices, refuse_not_finite, stacked
 
 
 def leading_qr(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q [n, rank] from the QR of W[:, :rank] and R [rank, m] = QᵀW, whose first columns are that
-    QR's own triangle; the diagonal of R is not negative.
+    """Q [n, rank] from the QR of W[:, :rank], and R [rank, m] = QᵀW, whose first columns are the
+    triangle of that QR. The diagonal of R is not negative.
     """
     wide = weight.to(factor_dtype(weight.dtype))
     Q, triangle = torch.linalg.qr(wide[:, :rank])
@@ -23,7 +23,6 @@ def leading_qr(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def thin_qr_ref(weights: list[torch.Tensor], rank: int) -> tuple[torch.Tensor, ...]:
-    """One weight after the other."""
     return stacked([leading_qr(weight, rank) for weight in weights])
 
 

@@ -1,4 +1,4 @@
-"""Singular triplets of a weight, or of many of one shape at once: the largest or the smallest."""
+"""The largest or smallest singular triplets of a weight, or of many weights of one shape."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ METHODS = ("randomized", "exact")
 
 
 class TruncatedSVD(NamedTuple):
-    """r singular triplets of W [n, m]; for a batch of k weights, k leads every shape.
+    """r singular triplets of W [n, m]; a batch of k weights adds a leading k to every shape.
 
-    `U` [n, r] and `Vh` [r, m] have orthonormal columns and rows, `S` [r] is not negative; all in
-    float32, or float64 for float64 weights. In each column of U the entry of largest magnitude is
-    positive. `error`: a bound of the largest error of S (0-dim float64; [k] for a batch), relative
-    to each value or to 1e-7 of the largest, whichever is more; None if none was asked for.
+    U has orthonormal columns, Vh has orthonormal rows, and S is not negative; all are float32, or
+    float64 for float64 weights. In each column of U the entry of largest magnitude is positive.
+
+    Attributes:
+        U: [n, r].
+        S: [r].
+        Vh: [r, m].
+        error: a bound of the largest error of S (0-dim float64; [k] for a batch), relative to the
+            value itself or to 1e-7 of the largest, whichever is more; None without `tol`.
+
     """
 
     U: Tensor
@@ -45,30 +51,30 @@ def truncated(
 
     Args:
         weight: [n, m], a batch [k, n, m], or a list of k weights of one shape, dtype and device;
-            float64, float32, bfloat16 or float16, with any strides. It is only read.
+            float64, float32, bfloat16 or float16, with any strides. Only read.
         r: 1 ≤ r ≤ min(n, m).
         method: "randomized", block Krylov iteration, as good as `torch.svd_lowrank` with niter=16
-            on slowly decaying spectra; or "exact", LAPACK's or cuSOLVER's full SVD cut to r.
+            on slowly decaying spectra; or "exact", LAPACK's or cuSOLVER's full SVD truncated to r.
         tol: the iteration stops once every σ is known to this relative error (see below). None:
-            the dimension of the space is fixed, and nothing is known of the error.
-        subspace: dimension of the Krylov space, r ≤ subspace ≤ min(n, m); with `tol`, the largest
-            it may have, and then `error` may be more than `tol`. None: chosen.
-        seed: of the randomised start. The same seed gives the same bits on one device.
+            the dimension of the space is fixed, and the error is not estimated.
+        subspace: the dimension of the Krylov space, r ≤ subspace ≤ min(n, m); with `tol`, its
+            maximum, so that `error` may exceed `tol`. None: chosen automatically.
+        seed: of the random start block. The same seed gives the same bits on one device.
 
-    With `tol`, `error` is a bound and not a guess: with a probability of more than 1 - 1e-6 over
-    the seeds, for each weight, no σ is off by more. What the space gives is never too large
-    (Cauchy's interlacing theorem). How much too small it may be follows from what W does to the
-    vectors that were found, and from the largest singular value beside them, which a random block
-    of another seed bounds from above (as Kuczyński and Woźniakowski, SIAM J. Matrix Anal. Appl. 13,
+    With `tol`, `error` is a bound, not an estimate: for each weight, with probability more than
+    1 - 1e-6 over the seeds, no σ is off by more. The computed σ are never too large (Cauchy's
+    interlacing theorem). How much too small they may be follows from the residuals of W on the
+    vectors found and from the largest singular value on their complement. A random block of another
+    seed bounds that value from above (as Kuczyński and Woźniakowski, SIAM J. Matrix Anal. Appl. 13,
     1992, bound Lanczos's error for a random start; for the block matrix, Lehmann's bounds: Parlett,
-    The Symmetric Eigenvalue Problem, chapter 10). Rounding is counted by its usual size, with a
-    margin. Where the bound would take more than two thirds of all dimensions (hundreds of values
-    that agree to less than `tol`), the weight is decomposed completely. `error` is at most `tol`
-    unless `subspace` forbids it or rounding is more: 1.2e-7 of each σ for results in float32.
+    The Symmetric Eigenvalue Problem, chapter 10). Rounding errors are counted at their usual size,
+    with a margin. Where the bound would need more than two thirds of all dimensions (hundreds of
+    values that differ by less than `tol`), the full SVD is computed. `error` is at most `tol`
+    unless `subspace` prevents it or rounding is larger: 1.2e-7 of each σ for results in float32.
 
     Raises:
-        ValueError: a value out of range, an unknown method, weights that are empty, unlike, or hold
-            NaN or Inf; an option of "randomized" given to "exact".
+        ValueError: a value out of range, an unknown method, weights that are empty, that differ in
+            shape or dtype, or that hold NaN or Inf; an option of "randomized" given to "exact".
         TypeError: an argument or a weight of the wrong type.
 
     """
@@ -88,8 +94,8 @@ def minor(
 ) -> TruncatedSVD:
     """The r smallest singular triplets, σ ascending.
 
-    `method` is "randomized", inverse iteration from a random start, or "exact"; arguments, results
-    and errors are those of `truncated`. Nothing is estimated.
+    `method` is "randomized", inverse iteration from a random start block, or "exact". Arguments,
+    results and errors are those of `truncated`, but there is no bound of the error.
     """
     check_options(method)
     r, seed = as_integer(r, "r"), as_integer(seed, "seed")
@@ -100,7 +106,7 @@ def minor(
 
 
 def check_options(method: str, tol: float | None = None, subspace: int | None = None) -> None:
-    """Raises for an unknown method, or an option that it does not have."""
+    """Raise for an unknown method, or for an option that the method does not have."""
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     if subspace is not None:
@@ -124,16 +130,16 @@ def _as_list(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return weights
 
 
-def _exact(weights: list[Tensor], r: int, cut: Callable[..., tuple[Tensor, ...]]):
+def _exact(weights: list[Tensor], r: int, select: Callable[..., tuple[Tensor, ...]]):
     check_matrices(weights, r)
     refuse_not_finite(weights)
-    return stacked([cut(*exact_svd(weight)) for weight in weights])
+    return stacked([select(*exact_svd(weight)) for weight in weights])
 
 
 def _shaped_as(
     weight: Tensor | Sequence[Tensor], U: Tensor, S: Tensor, Vh: Tensor, error: Tensor | None = None
 ) -> TruncatedSVD:
-    """Without the leading dimension if `weight` was a single matrix."""
+    """The result, without its leading dimension if `weight` was a single matrix."""
     if not isinstance(weight, Tensor) or weight.dim() == 3:
         return TruncatedSVD(U, S, Vh, error)
     return TruncatedSVD(U[0], S[0], Vh[0], None if error is None else error[0])

@@ -366,7 +366,9 @@ class TestModels:
         other = copy.deepcopy(tiny_model("llama"))
         with torch.no_grad():
             other.get_submodule(LLAMA_LAYERS[0]).weight.mul_(0.97)
-        with pytest.warns(UserWarning, match="another base, or one that lacks a start"):
+        with pytest.warns(
+            UserWarning, match="another base, or one from which a start was subtracted"
+        ):
             load_adapter(other, tmp_path)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

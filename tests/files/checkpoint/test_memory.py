@@ -20,7 +20,7 @@ CODE = """
 import sys
 from pathlib import Path
 import numpy as np, torch
-from benchmarks.memory import PeakGrowth
+from benchmarks.common.memory import PeakGrowth
 from lora_kernels.model.config import LoRAConfig
 from lora_kernels.files.checkpoint.initialize import initialize
 from tests.files.checkpoint.folders import random_tensor, write_model

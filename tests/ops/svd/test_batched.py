@@ -20,7 +20,7 @@ def test_batched_engine(operator):
     # LAPACK's bits depend on the number of threads; this engine does not hold them.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not threads and not compile"]
     done = subprocess.run(
-        [*command, f"tests/ops/test_{operator}.py"],
+        [*command, f"tests/ops/svd/test_{operator}.py"],
         cwd=ROOT,
         env={**os.environ, "LORA_KERNELS_SVD_ENGINE": "aten"},
         capture_output=True,

@@ -1,0 +1,1 @@
+"""Timing, tables, pictures, and a real pretrained model."""

@@ -1,0 +1,1 @@
+"""Benchmarks that need no GPU: `python -m benchmarks.cpu.<name>`."""

@@ -1,0 +1,1 @@
+"""The parts of `python -m benchmarks.gpu`; `run` of each writes a CSV and a picture."""

@@ -1,0 +1,10 @@
+#include "includes.h"
+
+#define LORA_ISA baseline
+#include "float_strips.h"
+#include "rows.h"
+#include "table.h"
+
+const lora::Kernels& lora::kernels_baseline() {
+  return baseline::table;
+}

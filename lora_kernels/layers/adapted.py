@@ -1,0 +1,176 @@
+"""`AdaptedLayer`: what layers with adapters share, and what a layer takes over from the one that
+it replaces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._utils.errors import unknown_name
+from .adapter import Adapter
+from .state import LayerState
+
+_FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B", "_extra_state")
+
+
+def _of_active(name: str) -> Any:
+    """A property that reads an attribute of the active adapter."""
+    return property(lambda layer: getattr(layer.active(), name))
+
+
+class AdaptedLayer(nn.Module):
+    """A layer with one or more adapters over the same base; one of them is active.
+
+    The forward uses the adapter named `active_adapter`, unless `adapter_enabled` is False: then the
+    layer computes as its base. `lora_A`, `scaling` and the like are those of the active adapter.
+    """
+
+    adapters: nn.ModuleDict
+    active_adapter: str
+    adapter_enabled: bool
+
+    lora_A = _of_active("lora_A")  # [r, in]
+    lora_B = _of_active("lora_B")  # [out, r]
+    lora_R = _of_active("lora_R")  # [r, r] or None
+    start_A = _of_active("start_A")
+    start_B = _of_active("start_B")
+    options = _of_active("options")
+    r = _of_active("r")
+    scaling = _of_active("scaling")
+    lora_dropout = _of_active("lora_dropout")
+    residual = _of_active("residual")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            setattr(self.active(), name, value)  # nn.Module would register a parameter here
+        else:
+            super().__setattr__(name, value)
+
+    def _begin(self) -> None:
+        """The layer has no adapter yet: the first one that is attached becomes active."""
+        self.adapters = nn.ModuleDict()
+        self.active_adapter, self.adapter_enabled = "", True
+
+    @property
+    def lora_alpha(self) -> float:
+        """Of the active adapter."""
+        return self.options.lora_alpha
+
+    @property
+    def scaling_rule(self) -> str:
+        """Of the active adapter: "lora", "rslora" or "alpha_sqrt"."""
+        return self.options.scaling_rule
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """In the order in which the adapters were attached."""
+        return list(self.adapters)
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of that name."""
+        if name not in self.adapters:
+            raise unknown_name("adapter", name, self.adapter_names)
+        return self.adapters[name]
+
+    def active(self) -> Adapter:
+        """The active adapter."""
+        return self.adapters[self.active_adapter]
+
+    def attach(self, name: str, adapter: Adapter) -> None:
+        """Adds an adapter, which is active if it is the first."""
+        if not self.adapters:
+            self.active_adapter = name
+        self.adapters[name] = adapter.train(self.training)
+
+    def detach(self, name: str) -> None:
+        """Removes an adapter that is not active."""
+        del self.adapters[name]
+
+    @property
+    def absorbed(self) -> str | None:
+        """The name of the adapter whose start was subtracted from the base's weight."""
+        held = (n for n, adapter in self.adapters.items() if adapter.absorbed_scaling is not None)
+        return next(held, None)
+
+    def start_factors(self) -> tuple[Tensor, Tensor] | None:
+        """As `Adapter.start_factors`, of the active adapter."""
+        return self.active().start_factors()
+
+    def layer_state(self) -> LayerState:
+        """As `Adapter.layer_state`, of the active adapter."""
+        return self.active().layer_state()
+
+    def freeze(self) -> None:
+        """Sets the base's `requires_grad` to False."""
+        raise NotImplementedError
+
+    def base_weight(self) -> Tensor:
+        """W [out, in] as it was before the layer was adapted."""
+        raise NotImplementedError
+
+    def base_linear(self) -> nn.Module:
+        """The layer as it was before it was adapted."""
+        raise NotImplementedError
+
+    def restore_(self) -> nn.Module:
+        """The layer that was adapted, with this one's own parameters."""
+        raise NotImplementedError
+
+    def to_linear(self) -> nn.Module:
+        """A layer with the active adapter merged."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Until version 0.1 the first adapter's tensors were the layer's own.
+        for name in _FACTORS if self.adapters else ():
+            if prefix + name in state_dict:
+                new = f"{prefix}adapters.{self.adapter_names[0]}.{name}"
+                state_dict[new] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+)
+_FOREIGN = "_lora_foreign"  # the names of the attributes that an adapted layer was given
+_CLASS = "_lora_class"  # the class of the layer that it replaced
+# What holds the old module's forward: accelerate's hook, and `module.compile()`.
+_BOUND = ("_hf_hook", "_old_forward", "forward", "_compiled_call_impl")
+
+
+def transplant(old: nn.Module, new: nn.Module) -> None:
+    """Gives `new` the hooks of `old`, the same dicts, so that handles still remove them, and those
+    of its attributes that are not of its class: `_hf_*`, what users have set. accelerate's hook,
+    which wraps a module's forward, is put around the new one's.
+
+    From an adapted layer back to a plain one, these are the attributes that the adapted layer was
+    given, and the class of the layer that it had replaced, a subclass of `nn.Linear` perhaps.
+    """
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    foreign = vars(old).get(_FOREIGN)
+    if foreign is None:
+        known = {n for n in dir(type(new)) if isinstance(getattr(type(new), n), property)}
+        known.update(vars(new), _BOUND)
+        foreign = [n for n in vars(old) if n not in known]
+        object.__setattr__(new, _FOREIGN, foreign)
+        object.__setattr__(new, _CLASS, type(old))
+    else:
+        new.__class__ = vars(old)[_CLASS]
+    for name in foreign:
+        object.__setattr__(new, name, vars(old)[name])
+    if "_hf_hook" in vars(old):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, old._hf_hook)

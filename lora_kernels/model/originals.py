@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .._utils.checks import check_weight
-from .._utils.safetensors import stored_tensors
+from .._utils.model_files import stored_tensors
 from ..layers.base import BaseLayer
 
 

@@ -9,10 +9,9 @@ from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from torch import nn
 
 from .._utils.errors import unknown_name
+from .._utils.peft_names import PREFIX as PREFIX
 from .variant import StartVariant, start_of
 
-# The model inside the PeftModel and its LoraModel.
-PREFIX = "base_model.model."
 # The layers of PEFT, beside those derived from Linear, that know variants.
 _QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from torch import nn
 
 from .._utils.errors import unknown_name
-from .._utils.peft_names import PREFIX as PREFIX
+from .._utils.peft_names import PREFIX
 from .variant import StartVariant, start_of
 
 # The layers of PEFT, beside those derived from Linear, that know variants.

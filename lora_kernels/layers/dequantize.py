@@ -226,8 +226,8 @@ def _check_linear(
     want = x.float() @ weight.T + constant
     if not (forward(x) - want).norm() <= _NONLINEAR * want.norm():
         raise ValueError(
-            f"{type(module).__name__} computes no linear function of its input, or NaN: leave it "
-            "out with exclude_modules"
+            f"{type(module).__name__} computes no linear function of its input, or NaN: exclude it "
+            "with exclude_modules"
         )
 
 

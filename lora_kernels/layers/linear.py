@@ -238,7 +238,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         """
         if isinstance(linear, AdaptedLayer):
             raise TypeError(
-                "this layer is adapted already; take layer.to_linear() or base_linear()"
+                "this layer is adapted already: pass layer.to_linear() or layer.base_linear()"
             )
         check_adaptable(linear)
         initializer = get_initializer(init_lora_weights)

@@ -65,9 +65,9 @@ def check_start(rule: str, scaling: float, initializer: Initializer) -> None:
     if rule == "alpha_sqrt" and initializer.grows_with_scaling:
         raise ValueError(
             f"scaling='alpha_sqrt' multiplies the start of {type(initializer).__name__} by "
-            f"s = {scaling:g}: s·B₀A₀ would dwarf the weight, and its rounding or noise swamp it. "
-            "Take a start with B = 0 ('lora', 'gaussian'), one that is divided by s ('pissa', "
-            "LoRAM(track='pissa')), or another scaling"
+            f"s = {scaling:g}: s·B₀A₀ would dwarf the weight, and rounding errors would swamp the "
+            "weight. Use a start with B = 0 ('lora', 'gaussian'), a start that is divided by s "
+            "('pissa', LoRAM(track='pissa')), or another scaling"
         )
 
 

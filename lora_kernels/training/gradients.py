@@ -98,7 +98,7 @@ class _Sums:
             check_weight(weight, f"{name}.weight")
             if type(weight.data) is not Tensor:
                 raise TypeError(
-                    f"{name}.weight is a {type(weight.data).__name__}: gather a sharded weight, "
+                    f"{name}.weight is a {type(weight.data).__name__}: gather a sharded weight or "
                     "dequantise a quantised one first"
                 )
             if weight.is_meta:
@@ -140,7 +140,7 @@ class _Sums:
             raise ValueError(
                 f"no gradient reached {len(missed)} of {len(self.names)} targets "
                 f"({', '.join(missed[:3])}{' ...' if len(missed) > 3 else ''}): the loss does not "
-                "depend on them, or reentrant checkpointing cut them off (take use_reentrant=False)"
+                "depend on them, or reentrant checkpointing cut them off (set use_reentrant=False)"
             )
         for weight, total in self._sums.items():
             if not bool(torch.isfinite(torch.ops.lora.frobenius_stats([total])[0, 1])):

@@ -255,7 +255,8 @@ def measure_adapter(name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -
     (r, m), (n, r_B) = lora_A.shape, lora_B.shape
     if r != r_B or not r * m * n:
         raise ValueError(
-            f"{name}: lora_A {[r, m]} and lora_B {[n, r_B]} do not make a product B·A of some rank"
+            f"{name}: lora_A {[r, m]} and lora_B {[n, r_B]} do not make a product B·A: "
+            "their ranks differ, or a size is 0"
         )
     nu = scaling**2 * product_mean_square(lora_A, lora_B)
     return AdapterMagnitude(

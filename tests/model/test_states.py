@@ -253,7 +253,7 @@ class TestLayers:
         """It would be taken for what lacks a start, and no key of it is missing that counts."""
         base = copy.deepcopy(model.state_dict())
         quiet(model, r=2)
-        with pytest.raises(RuntimeError, match=r"a\.weight is a base's, .*adapt it then"):
+        with pytest.raises(RuntimeError, match=r"a\.weight is an original weight, .*adapt it then"):
             model.load_state_dict(base, strict=False)
         unload_lora(model)
         quiet(model, **IMPLICIT)

@@ -295,7 +295,7 @@ def test_report():
     assert report.layers == ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]
     assert str(report) == (
         "fused forward in 2 of 3 LoRA layers\n"
-        "  left 1: PEFT's Embedding is not over a plain linear layer (transformer.wte)"
+        "  skipped 1: PEFT's Embedding is not over a plain linear layer (transformer.wte)"
     )
 
 
@@ -309,9 +309,9 @@ class _Odd(nn.Linear):
 @pytest.mark.parametrize(
     "change, options, reason",
     [
-        (None, {"use_dora": True}, "it is PEFT's DoraLinearVariant and no plain LoRA"),
+        (None, {"use_dora": True}, "it is PEFT's DoraLinearVariant, not plain LoRA"),
         (None, {"lora_bias": True}, "its lora_B has a bias"),
-        ("class", {}, "its base is _Odd and no plain linear layer"),
+        ("class", {}, "its base is _Odd, not a plain linear layer"),
         ("hook", {}, "its base has hooks or a wrapped forward"),
     ],
 )

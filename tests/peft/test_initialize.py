@@ -391,7 +391,7 @@ def test_report():
     assert list(report.left) == ["transformer.wte"]
     text = str(report)
     assert "PiSSA start of adapter 'default': 2 layers, s·B₀A₀ subtracted" in text
-    assert "left 1: PEFT's Embedding is no linear layer" in text
+    assert "skipped 1: PEFT's Embedding is no linear layer" in text
 
 
 def test_names_of_gradients():
@@ -478,7 +478,7 @@ def test_peft_is_imported_at_first_use():
 def test_what_cannot_be_initialised():
     model = adapted(llama(), use_dora=True)
     with pytest.raises(
-        ValueError, match="no linear layer to initialise: left 14: it is PEFT's Dora"
+        ValueError, match="no linear layer to initialise: skipped 14: it is PEFT's Dora"
     ):
         initialize(model)
     model = adapted(llama(), init_lora_weights="olora")

@@ -16,7 +16,6 @@ from lora_kernels import (
     LoRAConfig,
     LoRALinear,
     adapter_names,
-    add_lora,
     capture_gradients,
     disable_adapters,
     enable_adapters,
@@ -30,8 +29,9 @@ from lora_kernels.init import LoRAM, get_initializer, initializer_names
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_state, apply_state
 
+from ..support.models import logits, quiet, token_ids, train, training_arguments
 from ..support.packages import needs_transformers
-from ..support.tiny_models import VOCABULARY, gpt2, llama, logits, token_ids, train
+from ..support.tiny_models import bert, falcon, gpt2, llama, mamba
 
 pytestmark = needs_transformers
 
@@ -39,10 +39,6 @@ NAMES = [n for n in initializer_names() if n != "loftq"]
 STARTS_AS_BASE = [n for n in NAMES if n not in ("init_ab_plus", "lora_one", "lora_sb", "lora_xs")]
 # Float64 models: what is left is the rounding of some ten layers, on logits of size 1.
 TIGHT = 1e-11
-
-
-def quiet(model, config=None, **kwargs):
-    return add_lora(model, config, progress=False, **kwargs)
 
 
 def gradients_for(model, config):
@@ -576,22 +572,6 @@ def test_disable_is_a_switch_and_a_block():
 
 
 class TestWithTransformers:
-    def arguments(self, folder, **options):
-        from transformers import TrainingArguments
-
-        return TrainingArguments(
-            output_dir=str(folder),
-            max_steps=4,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            save_steps=2,
-            logging_steps=1,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            **options,
-        )
-
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_trainer_trains_and_resumes(self, checkpointing, tmp_path):
         pytest.importorskip("accelerate")
@@ -603,7 +583,7 @@ class TestWithTransformers:
         for resume in (None, str(tmp_path / "checkpoint-2")):
             model = llama()
             quiet(model, config)
-            options = self.arguments(tmp_path, gradient_checkpointing=checkpointing)
+            options = training_arguments(tmp_path, gradient_checkpointing=checkpointing)
             trainer = Trainer(model, options, train_dataset=data)
             trainer.train(resume_from_checkpoint=resume)
             runs.append(model)
@@ -644,10 +624,7 @@ class TestPeculiarModels:
 
     def test_falcon(self):
         """FalconLinear has a forward of its own, which is that of nn.Linear."""
-        from transformers import FalconConfig, FalconForCausalLM
-
-        size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-        model = FalconForCausalLM(FalconConfig(vocab_size=VOCABULARY, **size)).double().eval()
+        model = falcon(torch.float64)
         base = logits(model)
         assert len(quiet(model, LoRAConfig(r=4)).adapted) == 8
         assert (logits(model) - base).abs().max() <= TIGHT
@@ -658,10 +635,7 @@ class TestPeculiarModels:
 
     def test_mamba(self):
         """Its mixer reads the weights of some layers past them."""
-        from transformers import MambaConfig, MambaForCausalLM
-
-        size = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
-        model = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, **size)).double().eval()
+        model = mamba(torch.float64)
         base = logits(model)
         with pytest.raises(
             ValueError, match=r"dt_proj', but its MambaMixer reads the weight directly"
@@ -676,11 +650,7 @@ class TestPeculiarModels:
     def test_the_head_of_a_task(self, explicit, tmp_path):
         """It trains in full, as with PEFT, which takes the adapter."""
         peft = pytest.importorskip("peft")
-        from transformers import BertConfig, BertForSequenceClassification
-
-        size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        config = BertConfig(vocab_size=VOCABULARY, intermediate_size=48, num_labels=3, **size)
-        model = BertForSequenceClassification(config).eval()
+        model = bert()
         fresh = copy.deepcopy(model)
         saved = ["classifier"] if explicit else None
         report = quiet(model, LoRAConfig(r=4, task_type="SEQ_CLS", modules_to_save=saved))

@@ -26,6 +26,7 @@ from lora_kernels.layers.wrapper import LoRAWrapper
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.training.trainer import accepted_by_trainer
 
+from ..support.models import training_arguments
 from ..support.oracle import loram_beta, to_numpy
 from ..support.packages import (
     needs_bitsandbytes,
@@ -34,6 +35,7 @@ from ..support.packages import (
     needs_transformers,
 )
 from ..support.quantized import ForInference, OnlyForward, linear_4bit, linear_8bit
+from ..support.tiny_models import llama
 
 KINDS = [
     pytest.param("nf4", marks=needs_bitsandbytes),
@@ -371,13 +373,8 @@ class TestLoftQ:
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory):
     """The folder of a saved two-block Llama, random."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
     folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(LlamaConfig(**size, **heads)).save_pretrained(folder)
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
     return folder
 
 
@@ -485,21 +482,12 @@ class TestTransformers:
         refused as ever.
         """
         pytest.importorskip("accelerate")
-        from transformers import Trainer, TrainingArguments
+        from transformers import Trainer
 
         rows = torch.randint(96, (16, 16))
         data = [{"input_ids": row, "labels": row} for row in rows]
-        options = TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=4,
-            save_steps=2,
-            eval_steps=1,
-            eval_strategy="steps",
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
+        options = training_arguments(
+            tmp_path, eval_steps=1, eval_strategy="steps", per_device_train_batch_size=4
         )
         with pytest.raises(ValueError, match="has no adapters: add_lora first"):
             accepted_by_trainer(self.load(tiny_llama, bits)).__enter__()

@@ -33,12 +33,12 @@ from lora_kernels.init import InitAB, Initializer, PiSSA, get_initializer, initi
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_names
 
-from ..peft.models import llama as llama_64
 from ..support.adapters import write_plain
+from ..support.models import logits, token_ids, train
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_bitsandbytes, needs_peft
 from ..support.quantized import linear_4bit, linear_8bit
-from ..support.tiny_models import llama, logits, token_ids, train
+from ..support.tiny_models import llama
 
 pytestmark = needs_peft
 
@@ -452,7 +452,8 @@ def test_07_ranks_start_alike(init):
 @pytest.fixture(scope="module")
 def fitted() -> nn.Module:
     """A Llama that has learnt `token_ids()` by heart: a loss that a wrong start is seen in."""
-    model = llama_64(intermediate_size=128)  # rows of whole blocks for bitsandbytes
+    # Rows of whole blocks for bitsandbytes.
+    model = llama(hidden_size=64, intermediate_size=128, seed=1)
     ids = token_ids()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(40):

@@ -10,18 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from ..support.models import close, logits, move, token_ids
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_peft
-from .models import MODELS, adapted, close, gpt2, linear_layers, llama, logits, move, tokens
-from .test_initialize import initialize
+from ..support.peft_models import MODELS, accelerate, adapted, initialize, linear_layers
+from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_peft
-
-
-def accelerate(model: nn.Module):
-    from lora_kernels.peft import accelerate
-
-    return accelerate(model)
 
 
 def trained(model: nn.Module, steps: int = 3) -> tuple[list, dict]:
@@ -31,7 +26,7 @@ def trained(model: nn.Module, steps: int = 3) -> tuple[list, dict]:
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
-        batch = tokens(seed=step)
+        batch = token_ids(seed=step)
         loss = model(batch, labels=batch).loss
         loss.backward()
         optimizer.step()
@@ -99,7 +94,7 @@ def test_bfloat16_base_with_float32_adapters():
     """PEFT multiplies A and B in float32, we round them to bfloat16: A, B and x Aᵀ once each, for
     the adapter and for the start, and y.
     """
-    model = adapted(llama(torch.bfloat16))
+    model = adapted(llama(dtype=torch.bfloat16))
     initialize(model)
     move(model)
     accelerate(model)
@@ -126,10 +121,10 @@ def test_bfloat16_base_with_float32_adapters():
         assert y.dtype == torch.bfloat16
         assert bool(((y.double() - want).abs() <= bound).all())
     # A start that is implicit cancels within the product: the base but for y's rounding.
-    start = adapted(llama(torch.bfloat16))
+    start = adapted(llama(dtype=torch.bfloat16))
     initialize(start)
     accelerate(start)
-    want = logits(llama(torch.bfloat16)).double()
+    want = logits(llama(dtype=torch.bfloat16)).double()
     assert float((logits(start).double() - want).abs().max() / want.abs().max()) <= 8 * rounding
 
 
@@ -214,7 +209,7 @@ def test_all_other_calls_are_peft_s(monkeypatch):
         layer.get_base_layer().register_forward_hook(lambda *args: None)
     same(logits(model), logits(twin))
     with pytest.raises(RuntimeError, match="dtype"):
-        next(iter(linear_layers(model).values()))(torch.ones(1, 64, dtype=torch.float64))
+        next(iter(linear_layers(model).values()))(torch.ones(1, 32, dtype=torch.float64))
 
 
 def test_merging_saving_and_switching_go_on(tmp_path):

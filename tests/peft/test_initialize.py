@@ -17,20 +17,18 @@ from lora_kernels.init import LoRAM, PiSSA
 from lora_kernels.init.base import get_initializer, initializer_names
 
 from ..support import ROOT
+from ..support.models import close, logits, move, same_bits, token_ids, weights_of
 from ..support.packages import needs_peft
-from .models import (
+from ..support.peft_models import (
     MODELS,
     adapted,
-    close,
-    gpt2,
+    base_weight,
+    float64,
+    initialize,
     linear_layers,
-    llama,
-    logits,
-    move,
-    same_bits,
-    tokens,
-    weights_of,
+    update_of,
 )
+from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_peft
 
@@ -38,36 +36,10 @@ WITH_R = ("lora_sb", "lora_xs")
 METHODS = [n for n in initializer_names() if n not in (*WITH_R, "loftq")]
 
 
-def initialize(*args, **kwargs):
-    from lora_kernels.peft import initialize
-
-    return initialize(*args, progress=False, **kwargs)
-
-
 def gradients_of(model: nn.Module, method: str) -> dict | None:
     if not get_initializer(method).needs_gradient:
         return None
-    return capture_gradients(model, [tokens(seed=5)], progress=False)
-
-
-def float64(tensor) -> np.ndarray:
-    return tensor.detach().double().numpy()
-
-
-def update_of(layer, adapter: str = "default") -> np.ndarray:
-    """s·(BA − B₀A₀) [out, in], in float64."""
-    A, B = (float64(getattr(layer, f"lora_{part}")[adapter].weight) for part in "AB")
-    update = B @ A
-    if hasattr(layer, "lora_start_A") and adapter in layer.lora_start_A:
-        A0, B0 = (float64(getattr(layer, f"lora_start_{part}")[adapter]) for part in "AB")
-        update = update - B0 @ A0
-    return layer.scaling[adapter] * update
-
-
-def base_weight(layer) -> np.ndarray:
-    """W [out, in], in float64."""
-    weight = float64(layer.get_base_layer().weight)
-    return weight.T if layer.fan_in_fan_out else weight
+    return capture_gradients(model, [token_ids(seed=5)], progress=False)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -182,7 +154,7 @@ def test_merge(kind, safe):
 
 
 def test_merged_bfloat16_is_rounded_once():
-    model = adapted(llama(torch.bfloat16))
+    model = adapted(llama(dtype=torch.bfloat16))
     initialize(model, "loram")
     move(model)
     layer = linear_layers(model)["model.layers.0.mlp.down_proj"]
@@ -269,7 +241,7 @@ def test_copies_and_pickles():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype, wide):
     """Start and adapter are of one dtype, whatever it is, and cancel."""
-    base = llama(dtype)
+    base = llama(dtype=dtype)
     model = adapted(base, autocast_adapter_dtype=wide)
     initialize(model, "loram")
     assert torch.equal(logits(model), logits(base))
@@ -304,7 +276,7 @@ def test_state_dict_is_complete():
 
 def loss_and_gradients(model) -> tuple[torch.Tensor, list[torch.Tensor]]:
     model.zero_grad()
-    loss = model(tokens(), labels=tokens()).loss
+    loss = model(token_ids(), labels=token_ids()).loss
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     return loss.detach(), gradients
@@ -397,7 +369,7 @@ def test_report():
 def test_names_of_gradients():
     """As `capture_gradients` gives them, from the base model and from the PEFT model."""
     base = llama()
-    gradients = capture_gradients(base, [tokens()], ["q_proj"], progress=False)
+    gradients = capture_gradients(base, [token_ids()], ["q_proj"], progress=False)
     inside = {f"base_model.model.{n}.base_layer": g for n, g in gradients.items()}
     for given in (gradients, inside, gradients | {"model.of.another": torch.ones(2, 2)}):
         model = adapted(base, target_modules=["q_proj"])
@@ -447,8 +419,8 @@ def test_a_bad_weight_is_named_and_nothing_changes(value, method, match):
 
 def test_a_rank_that_does_not_fit():
     """FACTS 6: PEFT takes any."""
-    model = adapted(llama(), r=40, target_modules=["q_proj", "k_proj"])
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj: rank 40 is larger than"):
+    model = adapted(llama(), r=20, target_modules=["q_proj", "k_proj"])
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj: rank 20 is larger than"):
         initialize(model)
 
 

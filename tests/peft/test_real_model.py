@@ -7,8 +7,7 @@ import copy
 import torch
 
 from ..support.packages import needs_peft, needs_real_model
-from .test_accelerate import accelerate
-from .test_initialize import initialize
+from ..support.peft_models import accelerate, initialize
 
 
 @needs_real_model

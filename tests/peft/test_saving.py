@@ -10,20 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from ..support.models import close, logits, move, same_bits, weights_of
 from ..support.packages import needs_peft
-from .models import (
-    MODELS,
-    adapted,
-    close,
-    gpt2,
-    linear_layers,
-    llama,
-    logits,
-    move,
-    same_bits,
-    weights_of,
-)
-from .test_initialize import float64, initialize, update_of
+from ..support.peft_models import MODELS, adapted, float64, initialize, linear_layers, update_of
+from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_peft
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from ..support.models import close, logits, same_bits, token_ids, training_arguments, weights_of
 from ..support.packages import needs_trainer, needs_trl
-from .models import VOCABULARY, adapted, close, llama, logits, same_bits, tokens, weights_of
-from .test_accelerate import accelerate
-from .test_initialize import initialize
+from ..support.peft_models import accelerate, adapted, initialize
+from ..support.tiny_models import VOCABULARY, llama
 
 STEPS = 6
 PAIRS = [("the", "rank"), ("one", "svd"), ("train", "sines"), ("and", "matrix")]
@@ -36,21 +36,11 @@ def model_to_train(dropout: float = 0.1) -> nn.Module:
 
 
 def trainer(model: nn.Module, folder, **options):
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=16, seed=4)]
-    arguments = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        max_steps=STEPS,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_steps=3,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        **options,
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(16, seed=4)]
+    arguments = training_arguments(
+        folder, max_steps=STEPS, logging_steps=1, save_steps=3, **options
     )
     return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4])
 

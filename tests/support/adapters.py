@@ -21,6 +21,7 @@ from lora_kernels.layers.state import LayerState
 from lora_kernels.model.config import AdapterState, LoRAConfig
 
 from .oracle import to_numpy
+from .tiny_models import bert, gpt2, llama
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -156,42 +157,12 @@ def train(model, steps, optimizer=None):
 
 @functools.cache
 def tiny_model(kind: str):
-    """A Llama, a GPT-2 or a BERT that classifies, of two blocks with weights of a usual size, so
-    that logits depend on all of them. Not to be changed.
-    """
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(1)
-    if kind == "llama":
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                vocab_size=64,
-                max_position_embeddings=32,
-                initializer_range=0.1,
-            )
-        )
-    elif kind == "bert":
-        model = transformers.BertForSequenceClassification(
-            transformers.BertConfig(
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                vocab_size=64,
-                initializer_range=0.1,
-            )
-        )
-    else:
-        model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                n_embd=64, n_layer=2, n_head=4, vocab_size=64, n_positions=32, initializer_range=0.1
-            )
-        )
-    return model.eval()
+    """A shared model, not to be changed, with weights large enough for logits to depend on all."""
+    pytest.importorskip("transformers")
+    if kind == "gpt2":
+        return gpt2(seed=1, n_embd=64, initializer_range=0.1)
+    make = {"llama": llama, "bert": bert}[kind]
+    return make(seed=1, hidden_size=64, intermediate_size=96, initializer_range=0.1)
 
 
 def write_plain(folder, tensors=None, **options) -> None:

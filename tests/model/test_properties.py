@@ -40,9 +40,9 @@ from lora_kernels.layers.kinds import is_conv1d
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_names, adapter_state, apply_state
 
-from ..support.models import token_ids
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_transformers
+from ..support.running import token_ids
 from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_transformers

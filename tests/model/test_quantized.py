@@ -26,7 +26,6 @@ from lora_kernels.layers.wrapper import LoRAWrapper
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.training.trainer import accepted_by_trainer
 
-from ..support.models import training_arguments
 from ..support.oracle import loram_beta, to_numpy
 from ..support.packages import (
     needs_bitsandbytes,
@@ -35,6 +34,7 @@ from ..support.packages import (
     needs_transformers,
 )
 from ..support.quantized import ForInference, OnlyForward, linear_4bit, linear_8bit
+from ..support.running import training_arguments
 from ..support.tiny_models import llama
 
 KINDS = [

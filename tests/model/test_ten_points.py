@@ -9,10 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import json
-import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import pytest
@@ -34,10 +31,11 @@ from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_names
 
 from ..support.adapters import write_plain
-from ..support.models import logits, token_ids, train
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_bitsandbytes, needs_peft
+from ..support.peft_today import holds, loaded_by_peft, peft_model, peft_raises
 from ..support.quantized import linear_4bit, linear_8bit
+from ..support.running import logits, token_ids, train
 from ..support.tiny_models import llama
 
 pytestmark = needs_peft
@@ -55,48 +53,6 @@ CHANGING = [
 RANDOM = PiSSA(subspace=8)
 # Two blocks in float32: some ten layers with roundings of 6e-8, on logits and through the norms.
 CLOSE = 1e-5
-
-
-def holds(fact: bool, what: str) -> None:
-    """What PEFT does today; fails with plain words where it does so no more."""
-    if not fact:
-        import peft
-
-        pytest.fail(f"PEFT {peft.__version__} has changed, for the better perhaps: not {what}")
-
-
-@contextmanager
-def peft_raises(error: type[Exception], message: str) -> Iterator[None]:
-    """PEFT's error of today."""
-    what = f"{error.__name__}({message!r}) any more"
-    try:
-        yield
-    except Exception as raised:
-        holds(isinstance(raised, error) and re.search(message, str(raised)) is not None, what)
-    else:
-        holds(False, what)
-
-
-def peft_model(model: nn.Module, init: str | bool, seed: int = 2, **options) -> nn.Module:
-    """With PEFT's adapter, s = 1."""
-    import peft
-
-    r = options.pop("r", 4)
-    options = {"r": r, "lora_alpha": r, "target_modules": "all-linear", **options}
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = peft.LoraConfig(init_lora_weights=init, **options)
-        return peft.get_peft_model(model, config).eval()
-
-
-def loaded_by_peft(model: nn.Module, folder, seed: int = 3) -> nn.Module:
-    import peft
-
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(model, folder).eval()
 
 
 def ours(model: nn.Module, init: str | Initializer, **options) -> nn.Module:

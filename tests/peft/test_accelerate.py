@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from ..support.models import close, logits, move, token_ids
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_peft
 from ..support.peft_models import MODELS, accelerate, adapted, initialize, linear_layers
+from ..support.running import close, logits, move, token_ids
 from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_peft

@@ -17,7 +17,6 @@ from lora_kernels.init import LoRAM, PiSSA
 from lora_kernels.init.base import get_initializer, initializer_names
 
 from ..support import ROOT
-from ..support.models import close, logits, move, same_bits, token_ids, weights_of
 from ..support.packages import needs_peft
 from ..support.peft_models import (
     MODELS,
@@ -28,6 +27,7 @@ from ..support.peft_models import (
     linear_layers,
     update_of,
 )
+from ..support.running import close, logits, move, same_bits, token_ids, weights_of
 from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_peft

@@ -11,10 +11,10 @@ from torch import nn
 
 from lora_kernels.layers.base import base_of
 
-from ..support.models import close, logits, move
 from ..support.packages import needs_bitsandbytes, needs_peft, needs_torchao
 from ..support.peft_models import accelerate, adapted, float64, initialize, linear_layers, update_of
 from ..support.quantized import linear_4bit, linear_8bit
+from ..support.running import close, logits, move
 from ..support.tiny_models import llama
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from ..support.models import close, logits, move, same_bits, weights_of
 from ..support.packages import needs_peft
 from ..support.peft_models import MODELS, adapted, float64, initialize, linear_layers, update_of
+from ..support.running import close, logits, move, same_bits, weights_of
 from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_peft

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from ..support.models import close, logits, same_bits, token_ids, training_arguments, weights_of
 from ..support.packages import needs_trainer, needs_trl
 from ..support.peft_models import accelerate, adapted, initialize
+from ..support.running import close, logits, same_bits, token_ids, training_arguments, weights_of
 from ..support.tiny_models import VOCABULARY, llama
 
 STEPS = 6

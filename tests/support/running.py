@@ -1,11 +1,11 @@
-"""What tests do with whole models: run, train and compare them."""
+"""Run, train and compare whole models."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import LoRAConfig, add_lora
+from lora_kernels import LoRAConfig, add_lora, capture_gradients
 from lora_kernels.model.report import LoRAReport
 
 from .tiny_models import VOCABULARY
@@ -27,6 +27,15 @@ def logits(model: nn.Module, ids: Tensor | None = None, **options) -> Tensor:
 def quiet(model: nn.Module, config: LoRAConfig | None = None, **options) -> LoRAReport:
     """`add_lora` without a progress bar."""
     return add_lora(model, config, progress=False, **options)
+
+
+def gradients_for(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor] | None:
+    """What `add_lora` needs for that start, from one batch of random tokens."""
+    if not config.initializer.needs_gradient:
+        return None
+    ids = token_ids().to(next(model.parameters()).device)
+    batches = [{"input_ids": ids, "labels": ids}]
+    return capture_gradients(model, batches, progress=False)
 
 
 def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, seed: int = 2) -> list[float]:

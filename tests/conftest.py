@@ -1,4 +1,4 @@
-"""Shared fixtures: every device there is, and weights of a real model."""
+"""Shared fixtures: the available devices, and the weights of a real model."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _device_stays_usable(request) -> Iterator[None]:
-    """A kernel's error shows at the next call that waits: it belongs to the test that launched it,
-    not to the one after it.
+    """A kernel's error only shows at the next synchronization: synchronize after each test, so that
+    the error is reported by the test that launched the kernel.
     """
     yield
     if "cuda" in DEVICES and torch.cuda.is_initialized():

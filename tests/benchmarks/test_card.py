@@ -107,7 +107,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def rows_of(output: str, head: str) -> dict[str, list[str]]:
-    """A printed table's rows, by their first cell."""
+    """The rows of a printed table, by their first cell."""
     lines = output.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith(head))
     rows = {}

@@ -24,13 +24,13 @@ METHODS = ["randomized", "exact"]
 
 
 def stepped(n: int, m: int, steps: int) -> torch.Tensor:
-    """σ all apart, so that each vector is determined but for its sign."""
+    """The σ are well separated, so that each vector is determined up to its sign."""
     k = min(n, m)
     return with_sigma(n, m, np.concatenate([np.linspace(9, 3, steps), np.full(k - steps, 0.1)]))
 
 
 def up_to_signs(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest difference of columns, each with the better sign."""
+    """The largest difference between columns, each with the sign that fits better."""
     sign = np.sign((got * want).sum(0))
     return float(np.abs(got * sign - want).max())
 
@@ -39,8 +39,8 @@ def up_to_signs(got: np.ndarray, want: np.ndarray) -> float:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lora_ga(shape, method, gradient_dtype, device):
-    """B = c U[:, r:2r] and A = c V[:, :r]ᵀ, c = n^(1/4)/√γ with n the rows of W, as the authors'
-    code has it for `direction="ArB2r"`, `scale="stable"`.
+    """B = c U[:, r:2r] and A = c V[:, :r]ᵀ with c = n^(1/4)/√γ and n the rows of W, as in the
+    authors' code for `direction="ArB2r"`, `scale="stable"`.
     """
     r, gamma = 8, 5.0
     G = stepped(*shape, 2 * r).to(device, gradient_dtype)
@@ -58,7 +58,9 @@ def test_lora_ga(shape, method, gradient_dtype, device):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lora_one(shape, method, device):
-    """BA = U_r (S_r / σ₁) V_rᵀ / γ of −G, half of the root in each; a step downhill."""
+    """BA = U_r (S_r / σ₁) V_rᵀ / γ of −G, with the root of S_r / σ₁ in each factor: a step
+    downhill.
+    """
     r, gamma = 8, 20.0
     G = stepped(*shape, 2 * r).to(device, torch.float32)
     start = LoRAOne(gamma=gamma, method=method)(torch.randn(*shape).to(device), r, 0.3, G)
@@ -141,7 +143,7 @@ def test_seed_and_generator(kind, device):
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
 @pytest.mark.parametrize("kind", [LoRAGA, LoRAOne, LoRASB])
 def test_gradients_of_any_size(kind, scale, device):
-    """Only the direction counts: their squares, which leave float32, do not."""
+    """Only the direction of G counts, although its squares over- or underflow float32."""
     weight, G = torch.randn(50, 40).to(device), stepped(50, 40, 16).float().to(device)
     for got, want in zip(
         *(

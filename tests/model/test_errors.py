@@ -1,4 +1,4 @@
-"""Calls that are refused, and leave the model as it was."""
+"""Invalid calls raise an error and leave the model unchanged."""
 
 from __future__ import annotations
 

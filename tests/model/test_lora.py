@@ -38,7 +38,7 @@ TIGHT = 1e-11
 
 
 def everything(model) -> dict:
-    """All that an error must leave as it was."""
+    """What must not change when a call raises."""
     return {
         "modules": {n: type(m) for n, m in model.named_modules()},
         "tensors": {n: t.detach().clone() for n, t in model.state_dict().items()},
@@ -59,7 +59,9 @@ def assert_unchanged(model, before) -> None:
 @pytest.mark.parametrize("residual", ["auto", "implicit"])
 @pytest.mark.parametrize("name", NAMES)
 def test_life_of_a_model(make, residual, name, tmp_path, device):
-    """Start, train, off, on, save, load, merge, unload: all against the base and each other."""
+    """Initialize, train, disable, enable, save, load, merge and unload, compared with the base and
+    with each other.
+    """
     model = make(dtype=torch.float64).to(device)
     base = logits(model)
     config = LoRAConfig(r=4, lora_alpha=6, init_lora_weights=name, residual=residual)
@@ -181,7 +183,7 @@ def test_report():
 
 
 def test_a_base_that_lacks_its_start_is_noticed(tmp_path):
-    """An adapter on the base of another one, which PEFT takes without a word."""
+    """Loading an adapter onto the residual of another one, which PEFT does silently."""
     model = llama()
     quiet(model, LoRAConfig(r=8, init_lora_weights="pissa"))
     save_adapter(model, tmp_path)
@@ -204,7 +206,7 @@ def test_starts_of_a_model_are_those_of_its_layers():
         torch.testing.assert_close(layer.weight, one.weight, rtol=0, atol=1e-7)
 
 
-def test_every_name_is_an_initialiser_of_the_config():
+def test_every_name_is_an_initializer_of_the_config():
     for name in initializer_names():
         assert LoRAConfig(init_lora_weights=name).initializer == get_initializer(name)
     assert LoRAConfig(init_lora_weights=True).initializer == get_initializer("lora")

@@ -27,7 +27,7 @@ TIGHT = 1e-11
 
 
 class Twice(nn.Module):
-    """One layer under two names, two layers with one weight, and one block in two places."""
+    """A layer with two names, two layers with the same weight, and a block in two places."""
 
     def __init__(self) -> None:
         super().__init__()

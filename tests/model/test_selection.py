@@ -46,7 +46,7 @@ RULES = {
 
 
 def only_what_is_there(rule, model) -> dict:
-    """Without the entries of the other family, which PEFT passes over and we refuse."""
+    """Without entries for the other model family, which PEFT ignores and `add_lora` refuses."""
     names = [n for n, _ in model.named_modules()]
     rule = copy.deepcopy(rule)
     for key, value in rule.items():

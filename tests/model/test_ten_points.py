@@ -1,7 +1,7 @@
-"""Ten things that users of PEFT 0.21 suffer, each shown on PEFT itself and not to be had here.
+"""Ten problems of PEFT 0.21, each demonstrated on PEFT itself and then absent here.
 
-Every test measures PEFT first, on the model on which it then tests this package. If PEFT has
-changed, the test says so: the claim is to be taken back then, and no code here is at fault.
+Every test first measures PEFT, on the model that it then uses to test this package. If PEFT has
+changed, the test says so: then the claim has to be withdrawn, and no code here is at fault.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ..support.tiny_models import llama
 pytestmark = needs_peft
 
 LAYERS = 14  # linear layers of the tiny Llama's blocks
-# LoftQ's base is another one on purpose: test_loftq.py and test_quantised_models.py have its own.
+# LoftQ's base is another one on purpose: test_loftq.py and test_quantized_models.py have its own.
 CHANGING = [
     name
     for name in initializer_names()
@@ -56,7 +56,7 @@ CLOSE = 1e-5
 
 
 def ours(model: nn.Module, init: str | Initializer, **options) -> nn.Module:
-    """With this package's adapter, s = 1."""
+    """The model with this package's adapter, s = 1."""
     r = options.pop("r", 4)
     config = LoRAConfig(r=r, lora_alpha=r, init_lora_weights=init, **options)
     add_lora(model, config, progress=False)
@@ -81,14 +81,14 @@ class Terminal(io.StringIO):
         return True
 
 
-class FactorisedError(Exception):
+class FactorizedError(Exception):
     pass
 
 
 def test_01_starts_take_no_svd_and_show_progress(monkeypatch):
     """pissa takes 12–40 s per 4096² layer on 2 cores, hours on a 7B–70B model; no progress bar.
 
-    LoRAM does without any factorisation. How long all starts take is measured by `make bench`.
+    LoRAM needs no factorization. `make bench` measures how long all starts take.
     """
     pytest.importorskip("rich")
 
@@ -96,7 +96,7 @@ def test_01_starts_take_no_svd_and_show_progress(monkeypatch):
     base, other = peft_model(llama(), True).unload(), llama()
 
     def refuse(*args: object, **options: object) -> None:
-        raise FactorisedError
+        raise FactorizedError
 
     with monkeypatch.context() as patch:
         for owner, names in (
@@ -109,7 +109,7 @@ def test_01_starts_take_no_svd_and_show_progress(monkeypatch):
         try:
             peft_model(base, "pissa")
             holds(False, "an SVD of every weight")
-        except FactorisedError:
+        except FactorizedError:
             pass
         assert len(adapted_layers(ours(other, "loram"))) == LAYERS
 
@@ -134,8 +134,8 @@ def test_01_starts_take_no_svd_and_show_progress(monkeypatch):
 
 
 def test_02_a_random_start_reloads_as_it_was(tmp_path):
-    """pissa_niter_N reloads wrong: loading redoes an unseeded random SVD; output error 7–29 % where
-    the true update is 0.2–0.7 %.
+    """pissa_niter_N reloads wrong: loading repeats an unseeded random SVD; the output error is
+    7–29 % where the true update is 0.2–0.7 %.
     """
     model = peft_model(llama(), "pissa_niter_4")
     start = logits(model)
@@ -164,7 +164,7 @@ def test_02_a_random_start_reloads_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("init", CHANGING)
 def test_03_disabled_and_unloaded_are_the_base(init):
-    """disable_adapter()/unload() give the residual base, not the base: 37–51 % output error."""
+    """disable_adapter() and unload() give the residual base, not the base: 37–51 % output error."""
     base = logits(llama())
     if init in ("pissa", "olora"):
         model = peft_model(llama(), init)
@@ -186,7 +186,7 @@ def test_03_disabled_and_unloaded_are_the_base(init):
 
 def served(base: nn.Module, folder) -> Tensor:
     """The logits of a serving engine, which reads r, lora_alpha and the tensors, and adds s·BA to
-    the original weights, whatever `init_lora_weights` says.
+    the original weights whatever `init_lora_weights` says.
     """
     from safetensors.torch import load_file
 
@@ -201,8 +201,8 @@ def served(base: nn.Module, folder) -> Tensor:
 
 
 def test_04_adapters_share_the_original_base(tmp_path):
-    """A second adapter on a changed base is silently garbage. Serving engines load adapters on the
-    *original* base, so residual-writing inits break there.
+    """A second adapter on a changed base silently computes garbage. Serving engines load adapters
+    onto the *original* base, so starts that write a residual fail there.
     """
     import peft
 
@@ -241,8 +241,8 @@ def test_04_adapters_share_the_original_base(tmp_path):
 
 
 def test_05_plain_lora_needs_no_second_folder_and_keeps_all(tmp_path):
-    """Converting to plain LoRA needs the untrained adapter saved beforehand, doubles r and α, and
-    drops modules_to_save.
+    """Converting to plain LoRA requires the untrained adapter saved beforehand, doubles r and α,
+    and drops modules_to_save.
     """
     model = peft_model(llama(), "pissa", modules_to_save=["lm_head"])
     model.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it
@@ -278,7 +278,7 @@ def test_05_plain_lora_needs_no_second_folder_and_keeps_all(tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_06_a_rank_too_large_is_refused(init):
-    """r > min(n, m): silently builds a smaller rank."""
+    """For r > min(n, m) PEFT silently builds a smaller rank."""
     model = peft_model(llama(), init, r=20)
     ranks = {m.lora_A["default"].weight.shape[0] for m in model.modules() if hasattr(m, "lora_A")}
     holds(ranks == {16, 20}, "a smaller rank in silence")
@@ -291,10 +291,10 @@ def test_06_a_rank_too_large_is_refused(init):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_06_a_bfloat16_start_is_the_base(init):
-    """bf16: `linalg.svd`/`qr` fail or the start point shifts by 0.35–0.40 %.
+    """bf16: `linalg.svd`/`qr` fail, or the start shifts by 0.35–0.40 %.
 
-    PEFT factorises in float32 by now, but rounds A and B after it has subtracted their product.
-    Here W_res + s·BA is W to the one rounding of W_res, or, implicitly, to the last bit.
+    PEFT now factorizes in float32, but rounds A and B after subtracting their product. Here W_res +
+    s·BA is W to the one rounding of W_res, or, with residual="implicit", to the last bit.
     """
     base = llama(dtype=torch.bfloat16)
     want = logits(base)
@@ -325,7 +325,7 @@ def test_06_a_bfloat16_start_is_the_base(init):
 def test_07_zero_3_is_told(init):
     """ZeRO-3 / FSDP / TP shards: "linalg.svd: input tensor A must have at least 2 dimensions".
 
-    Stand-ins for DeepSpeed's parameters between uses: empty, with their shape beside them.
+    Stand-ins for DeepSpeed's parameters between uses: empty, with their shape as an attribute.
     """
 
     def partitioned() -> nn.Module:
@@ -348,7 +348,7 @@ def test_07_zero_3_is_told(init):
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_07_shards_are_told(tmp_path):
-    """ZeRO-3 / FSDP / TP shards. A real DTensor, in a group of one."""
+    """ZeRO-3 / FSDP / TP shards: a real DTensor, in a group of one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -379,9 +379,9 @@ def test_07_shards_are_told(tmp_path):
 
 @pytest.mark.parametrize("init", CHANGING)
 def test_07_ranks_start_alike(init):
-    """... per-rank SVD sign flips break BA + residual.
+    """Sign flips of the SVD on each rank break BA + residual.
 
-    Two ranks whose generators have drawn differently, of which one has the first's residual.
+    Two ranks whose random generators differ; the second gets the residual of the first.
     """
     if init == "pissa":
         models = (peft_model(llama(), "pissa_niter_4", seed=seed).base_model for seed in (1, 2))
@@ -407,7 +407,7 @@ def test_07_ranks_start_alike(init):
 
 @pytest.fixture(scope="module")
 def fitted() -> nn.Module:
-    """A Llama that has learnt `token_ids()` by heart: a loss that a wrong start is seen in."""
+    """A Llama that has memorized `token_ids()`, so that a wrong start shows in the loss."""
     # Rows of whole blocks for bitsandbytes.
     model = llama(hidden_size=64, intermediate_size=128, seed=1)
     ids = token_ids()
@@ -421,39 +421,39 @@ def fitted() -> nn.Module:
 
 @torch.no_grad()
 def first_loss(model: nn.Module) -> float:
-    """Of the first step: in evaluation mode bitsandbytes packs its layers for good."""
+    """In training mode: in evaluation mode bitsandbytes packs its layers permanently."""
     ids = token_ids()
     return float(model.train()(input_ids=ids, labels=ids).loss)
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("quantise", [linear_4bit, linear_8bit])
-def test_08_quantised_bases_start_where_they_are(quantise, fitted, tmp_path):
-    """Quantised bases: PiSSA raises, or starts at loss 5 instead of 1.
+@pytest.mark.parametrize("quantize", [linear_4bit, linear_8bit])
+def test_08_quantized_bases_start_where_they_are(quantize, fitted, tmp_path):
+    """Quantized bases: PiSSA raises, or starts at loss 5 instead of 1.
 
-    It raises on the quantised base; made on the float base by PEFT's guide, and loaded onto the
-    quantised one, it starts elsewhere.
+    It raises on the quantized base. Made on the float base following PEFT's guide and loaded onto
+    the quantized one, it starts elsewhere.
     """
 
-    def quantised() -> nn.Module:
+    def quantized() -> nn.Module:
         model = copy.deepcopy(fitted)
         for name, module in list(model.model.named_modules()):
             if isinstance(module, nn.Linear):
-                model.model.set_submodule(name, quantise(module))
+                model.model.set_submodule(name, quantize(module))
         return model
 
-    want = first_loss(quantised())
+    want = first_loss(quantized())
     assert want == pytest.approx(first_loss(copy.deepcopy(fitted)), rel=0.1)
     with peft_raises(TypeError, "initialize PiSSA under float32"):
-        peft_model(quantised(), "pissa")
+        peft_model(quantized(), "pissa")
     model = peft_model(copy.deepcopy(fitted), "pissa", r=16)
     model.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it
     model.save_pretrained(tmp_path / "theirs")
-    loss = first_loss(loaded_by_peft(quantised(), tmp_path / "theirs"))
+    loss = first_loss(loaded_by_peft(quantized(), tmp_path / "theirs"))
     holds(loss > 3 * want, f"a first loss of {loss:.3g} for {want:.3g}")
 
     for init in CHANGING:
-        model = quantised()
+        model = quantized()
         weights = {n: t.clone() for n, t in model.state_dict().items() if "lora" not in n}
         ours(model, init, r=16)
         assert first_loss(model) == want
@@ -463,7 +463,7 @@ def test_08_quantised_bases_start_where_they_are(quantise, fitted, tmp_path):
         assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
         assert first_loss(model) == want
     save_adapter(ours(copy.deepcopy(fitted), "pissa", r=16), tmp_path / "ours")
-    model = quantised()
+    model = quantized()
     load_adapter(model, tmp_path / "ours", progress=False)
     assert first_loss(model) == want
 
@@ -493,7 +493,7 @@ PASSED_OVER = [
 
 @pytest.mark.parametrize("options,hint", PASSED_OVER)
 def test_09_no_option_is_passed_over(options, hint):
-    """Options silently ignored ..."""
+    """PEFT silently ignores options that match nothing."""
     holds(not peft_complains(**options), f"{options} in silence")
     model = llama()
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -503,9 +503,11 @@ def test_09_no_option_is_passed_over(options, hint):
 
 
 def test_09_every_other_option_of_peft_is_refused(tmp_path):
-    """Options silently ignored ... What we do not have is named, by `LoRAConfig` and for a folder.
+    """PEFT options that are not implemented here are named, by `LoRAConfig` and when loading a
+    folder.
 
-    A folder may say where an adapter comes from and how it started: that changes nothing any more.
+    A folder may say where an adapter comes from and how it was initialized: that no longer changes
+    anything.
     """
     import peft
 
@@ -539,7 +541,7 @@ def test_09_every_other_option_of_peft_is_refused(tmp_path):
 
 
 def test_09_misspelt_names_get_a_suggestion():
-    """... a misspelt init says only "Unknown initialization"."""
+    """For a misspelled start PEFT only says "Unknown initialization"."""
     import peft
 
     with peft_raises(ValueError, r"^Unknown initialization init_lora_weights='pisa'$"):
@@ -561,10 +563,11 @@ def test_09_misspelt_names_get_a_suggestion():
 @pytest.mark.parametrize("residual", ["absorb", "implicit"])
 def test_10_what_the_benchmark_times_is_the_same(residual, dtype):
     """Forward + backward of `peft.tuners.lora.Linear` over a frozen nn.Linear, 512 tokens, 4096², 2
-    cores: fp32 r=16 1.19 × fwd, 1.28 × fwd+bwd (the extra arithmetic is 0.8 % / 1.2 %); bf16 with
-    its default fp32 adapters 1.81 × / 1.87 ×.
+    cores: fp32 r=16 1.19 × fwd, 1.28 × fwd+bwd (the extra arithmetic is 0.8 % / 1.2 %); bf16
+    with its default fp32 adapters 1.81 × / 1.87 ×.
 
-    Times are those of `python -m benchmarks.cpu.layer`. Here only: its two layers compute the same.
+    `python -m benchmarks.cpu.layer` measures the times. Tested here: its two layers compute the
+    same.
     """
     layers = pytest.importorskip("benchmarks.cpu.layer", exc_type=ImportError)
     rows, cols, r, tokens = 96, 80, 8, 24

@@ -113,7 +113,7 @@ class TestWhatSurvives:
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_torchs_encoder_does_not_pass_the_adapters_by(mask):
-    """Its fast path reads the weights themselves, in eval mode without gradients."""
+    """Its fast path reads the weights directly, in eval mode without gradients."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
@@ -188,10 +188,10 @@ class TestWithTransformers:
 
 
 class TestPeculiarModels:
-    """Of transformers, where a layer is not what its class says."""
+    """Models of transformers whose layers differ from what their class suggests."""
 
     def test_falcon(self):
-        """FalconLinear has a forward of its own, which is that of nn.Linear."""
+        """FalconLinear has its own forward, which computes what nn.Linear computes."""
         model = falcon(torch.float64)
         base = logits(model)
         assert len(quiet(model, LoRAConfig(r=4)).adapted) == 8
@@ -202,7 +202,7 @@ class TestPeculiarModels:
         assert type(model.transformer.h[0].mlp.dense_h_to_4h).__name__ == "FalconLinear"
 
     def test_mamba(self):
-        """Its mixer reads the weights of some layers past them."""
+        """Its mixer reads the weights of some layers directly."""
         model = mamba(torch.float64)
         base = logits(model)
         with pytest.raises(
@@ -216,7 +216,7 @@ class TestPeculiarModels:
 
     @pytest.mark.parametrize("explicit", [False, True])
     def test_the_head_of_a_task(self, explicit, tmp_path):
-        """It trains in full, as with PEFT, which takes the adapter."""
+        """It trains in full, as in PEFT, which can load the adapter."""
         peft = pytest.importorskip("peft")
         model = bert()
         fresh = copy.deepcopy(model)

@@ -1,10 +1,10 @@
-"""Every operator's tests at every instruction set that this processor has, in one process.
+"""Run every operator's tests with every instruction set of this processor, in one process.
 
 A test that takes `device` runs as `cpu-baseline`, `cpu-avx2` ... and, with the best set, as `cpu`;
-one that does not, as `baseline`, `avx2` ... The best set runs everything. A lower one leaves out
-what does not depend on it, draws fewer of hypothesis's examples, and of a sweep of many parameters
-takes about every fourth combination, each set other ones; LORA_KERNELS_TEST_ALL=1 makes it run
-all of them.
+any other test as `baseline`, `avx2` ... The best set runs everything. A lower one skips tests that
+do not depend on it, draws fewer hypothesis examples, and of a sweep over many parameters takes
+about every fourth combination, a different selection for each set; LORA_KERNELS_TEST_ALL=1 runs all
+of them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def device(request) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def instruction_set(request) -> str | None:
-    """Of a test without `device`."""
+    """For tests without `device`."""
     return getattr(request, "param", None)
 
 
@@ -69,14 +69,14 @@ def pytest_generate_tests(metafunc) -> None:
 
 
 def lower_set_of(item) -> str | None:
-    """The set that this test runs with, if it is not the best one."""
+    """The instruction set of this test, if it is not the best one."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     name = params.get("device", params.get("instruction_set", "")).removeprefix("cpu-")
     return name if name in LOWER else None
 
 
 def part_of(item) -> int:
-    """A number below PART that only the combination decides, mixed over all its parameters."""
+    """A number below PART that depends only on the combination, mixed over all its parameters."""
     values = {k: v for k, v in item.callspec.indices.items() if k not in SET_PARAMETERS}
     return zlib.crc32(repr(sorted(values.items())).encode()) % PART
 

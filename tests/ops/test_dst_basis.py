@@ -34,7 +34,7 @@ def test_matches_scipy(device, sr):
 
 @pytest.mark.parametrize("size", [11008, 14336, 49152])
 def test_large_sizes_keep_full_precision(size, device):
-    """Against exact rational reduction and mpmath-free long double at random places."""
+    """Against exact rational reduction and long double, at random places."""
     rng = np.random.default_rng(0)
     basis = to_numpy(op(size, 64, dtype=torch.float64, device=device))
     i, j = rng.integers(0, size, 500), rng.integers(0, 64, 500)

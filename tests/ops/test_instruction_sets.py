@@ -1,5 +1,5 @@
-"""What must not differ between the instruction sets: the bits of `dst_basis`, `frobenius_stats` and
-the dropout mask, and that no result depends on the number of threads.
+"""What must be equal for all instruction sets: the bits of `dst_basis`, `frobenius_stats` and the
+dropout mask. And no result may depend on the number of threads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`lora_kernels.peft.accelerate`: PEFT's layers by our operator, and PEFT itself where not."""
+"""`lora_kernels.peft.accelerate`: our operator in PEFT's layers, else PEFT's own forward."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = needs_peft
 
 
 def trained(model: nn.Module, steps: int = 3) -> tuple[list, dict]:
-    """Losses of AdamW's steps, and all parameters' last gradients."""
+    """The losses of AdamW's steps, and the last gradients of all parameters."""
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3)
     losses = []
@@ -35,7 +35,7 @@ def trained(model: nn.Module, steps: int = 3) -> tuple[list, dict]:
 
 
 def fused_calls(monkeypatch) -> list:
-    """Grows by one whenever a layer takes our operator."""
+    """A list that grows by one whenever a layer uses our operator."""
     # The package has the function under the name of its module.
     module = importlib.import_module("lora_kernels.peft.accelerate")
     calls, find = [], module._fusable_adapter
@@ -76,7 +76,7 @@ def test_trains_as_peft_does(kind, method, monkeypatch):
 
 
 def test_gradients_reach_a_base_that_trains():
-    """As `capture_gradients` or bias="all" want them."""
+    """As `capture_gradients` or bias="all" need them."""
     model = adapted(gpt2(), bias="all")
     initialize(model)
     move(model)
@@ -142,7 +142,7 @@ def test_autocast(monkeypatch):
 
 
 def test_dropout():
-    """In training only, of x on its way to A only, and governed by the global seed."""
+    """In training only, only for the x that A multiplies, and governed by the global seed."""
     model = adapted(llama(), lora_dropout=0.5)
     initialize(model)
     move(model)
@@ -273,7 +273,7 @@ def test_undo_and_repeated_calls():
 
 
 def test_initialized_afterwards(monkeypatch):
-    """The start is looked up at each call, and gone when it is undone."""
+    """The start is looked up at each call, and no longer found once it is undone."""
     model = adapted(llama())
     accelerate(model)
     report = initialize(model, "pissa")
@@ -295,7 +295,7 @@ def test_report():
 
 
 class _Odd(nn.Linear):
-    """Not what accelerate may compute by itself."""
+    """A layer that accelerate must not compute by itself."""
 
     def forward(self, x):
         return super().forward(x) + 1

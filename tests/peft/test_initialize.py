@@ -45,7 +45,7 @@ def gradients_of(model: nn.Module, method: str) -> dict | None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_method_starts_as_it_says(kind, method):
-    """A and B are the initialiser's for W and s; what it takes out cancels to the last bit."""
+    """A and B are the initializer's for W and s; a subtracted start cancels to the last bit."""
     base = MODELS[kind]()
     gradients = gradients_of(base, method)
     model = adapted(base)
@@ -99,7 +99,7 @@ def test_forward_against_float64(kind):
 
 
 def test_dropout_meets_the_adapter_only():
-    """What is taken out belongs to the base, and no element of it is dropped."""
+    """The subtracted start belongs to the base: dropout does not affect it."""
     model = adapted(llama(), lora_dropout=0.5)
     initialize(model, "loram")
     move(model)
@@ -117,7 +117,7 @@ def test_dropout_meets_the_adapter_only():
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_disabled_is_the_base(kind):
-    """FACTS 3: with PEFT's own PiSSA it is 40 % off."""
+    """With PEFT's own PiSSA it is 40 % off."""
     base = MODELS[kind]()
     want = logits(base)
     model = adapted(base)
@@ -166,7 +166,7 @@ def test_merged_bfloat16_is_rounded_once():
 
 
 def test_two_adapters_share_one_base():
-    """FACTS 4: each is its own start and update on the same W; together they add up."""
+    """Each is its own start and update on the same W; together they add up."""
     from peft import LoraConfig
 
     base = llama()
@@ -203,7 +203,7 @@ def test_two_adapters_share_one_base():
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_adapter_with_the_same_configuration(kind):
-    """How TRL makes a reference model: a new adapter, into which A and B are copied by name."""
+    """TRL's reference model is a new adapter, into which A and B are copied by name."""
     model = adapted(MODELS[kind]())
     report = initialize(model, "pissa")
     base = logits(MODELS[kind]())
@@ -240,7 +240,7 @@ def test_copies_and_pickles():
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype, wide):
-    """Start and adapter are of one dtype, whatever it is, and cancel."""
+    """Start and adapter have the same dtype, whichever it is, and cancel."""
     base = llama(dtype=dtype)
     model = adapted(base, autocast_adapter_dtype=wide)
     initialize(model, "loram")
@@ -312,7 +312,7 @@ def test_compiles_in_one_graph():
 
 
 def test_scale_scales_the_start_too():
-    """PEFT's adapter_scale: at 0 the layer is the base, whatever it subtracts."""
+    """With PEFT's adapter_scale at 0, the layer is the base, whatever it subtracts."""
     base = llama()
     model = adapted(base)
     initialize(model, "loram")
@@ -367,7 +367,7 @@ def test_report():
 
 
 def test_names_of_gradients():
-    """As `capture_gradients` gives them, from the base model and from the PEFT model."""
+    """As named by `capture_gradients`, for the base model and for the PEFT model."""
     base = llama()
     gradients = capture_gradients(base, [token_ids()], ["q_proj"], progress=False)
     inside = {f"base_model.model.{n}.base_layer": g for n, g in gradients.items()}
@@ -404,7 +404,7 @@ def test_bad_arguments(arguments, error, match):
     [(0.0, "loram", "zero"), (float("nan"), "loram", "NaN"), (0.0, "pissa", "zero")],
 )
 def test_a_bad_weight_is_named_and_nothing_changes(value, method, match):
-    """Among others of its shape, which are initialised together with it."""
+    """Among other weights of its shape, which are initialized together with it."""
     base = llama()
     with torch.no_grad():
         base.model.layers[1].mlp.up_proj.weight.fill_(value)
@@ -418,7 +418,7 @@ def test_a_bad_weight_is_named_and_nothing_changes(value, method, match):
 
 
 def test_a_rank_that_does_not_fit():
-    """FACTS 6: PEFT takes any."""
+    """PEFT accepts any rank."""
     model = adapted(llama(), r=20, target_modules=["q_proj", "k_proj"])
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj: rank 20 is larger than"):
         initialize(model)
@@ -436,7 +436,7 @@ def test_not_a_peft_model():
 
 
 def test_peft_is_imported_at_first_use():
-    """And where it is missing, the message says what to install."""
+    """If it is missing, the message says what to install."""
     code = (
         "import sys, lora_kernels; assert 'peft' not in sys.modules; sys.modules['peft'] = None;"
         "lora_kernels.peft"
@@ -447,7 +447,7 @@ def test_peft_is_imported_at_first_use():
     assert "lora_kernels.peft needs the package peft: pip install" in last
 
 
-def test_what_cannot_be_initialised():
+def test_what_cannot_be_initialized():
     model = adapted(llama(), use_dora=True)
     with pytest.raises(
         ValueError, match="no linear layer to initialise: left 14: it is PEFT's Dora"

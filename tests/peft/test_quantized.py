@@ -1,4 +1,4 @@
-"""`initialize` on bases that cannot be rewritten: FACTS 8."""
+"""`initialize` on quantized bases, which cannot be rewritten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, TRL's SFTTrainer and DPOTrainer over a model that was initialised."""
+"""Hugging Face's Trainer, and TRL's SFTTrainer and DPOTrainer, on an initialized model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXTS = ["the rank of a matrix", "a basis of sines", "one norm and no svd", "tra
 
 
 class _Losses:
-    """What a Trainer logs."""
+    """The losses logged by a Trainer."""
 
     def __init__(self, trainer) -> None:
         self.steps = {
@@ -72,7 +72,9 @@ def test_checkpoints_are_adapters_for_plain_peft(tmp_path):
 
 @needs_trainer
 def test_best_model_at_the_end(tmp_path):
-    """The best is said to be the one with the largest loss, the first; it comes back whole."""
+    """The best model is defined as the one with the largest loss, the first; it is restored
+    completely.
+    """
     run = trainer(
         model_to_train(0.0),
         tmp_path,
@@ -108,7 +110,7 @@ def tokenizer():
 
 @needs_trl
 def test_sft_trainer(tmp_path, tokenizer):
-    """One line more in a user's script; the losses are those without our forward."""
+    """One more line in a user's script; the losses are those without our forward."""
     from datasets import Dataset
     from peft import PeftModel
     from trl import SFTConfig, SFTTrainer

@@ -1,4 +1,4 @@
-"""Adapters of single layers and of tiny models, with their true ΔW in float64."""
+"""Trained adapters of single layers and of tiny models, with their true ΔW in float64."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def one_layer(rows=40, cols=48, **options):
 
 
 def assert_same(got: AdapterState, want: AdapterState) -> None:
-    """Bit for bit, the dtypes too."""
+    """Bit for bit, including dtypes."""
     assert got.config == want.config and got.base_model == want.base_model
     assert list(got.layers) == list(want.layers) and got.extra.keys() == want.extra.keys()
     for name, tensor in want.extra.items():
@@ -93,7 +93,7 @@ def peft_config(folder) -> dict:
 
 
 def logits_64(model, deltas: dict[str, np.ndarray], ids, extra=None):
-    """What the model computes with W + ΔW in float64."""
+    """The logits of the model with W + ΔW, in float64."""
     model = copy.deepcopy(model).double()
     with torch.no_grad():
         for name, delta in deltas.items():
@@ -123,7 +123,7 @@ def adapt_model(model, names, config):
 
 
 def peft_logits(model, folder, strict=True):
-    """The model with the adapter, loaded by PEFT, and its logits; `strict`: without a warning."""
+    """(the model as loaded by PEFT, its logits); `strict` turns warnings into errors."""
     peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         # PEFT warns of keys and options that it passes over.
@@ -141,7 +141,7 @@ def assert_agree(got, want) -> None:
 
 
 def train(model, steps, optimizer=None):
-    """The model, some steps further, and its optimiser."""
+    """Train for some steps, continuing from the state `optimizer`; returns the new state."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     fresh = torch.optim.AdamW(parameters, lr=1e-2)
     if optimizer is not None:
@@ -166,7 +166,7 @@ def tiny_model(kind: str):
 
 
 def write_plain(folder, tensors=None, **options) -> None:
-    """An adapter of one layer as PEFT writes it."""
+    """An adapter of one layer, as PEFT writes it."""
     folder.mkdir(exist_ok=True)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q"], **options}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Packages that a machine without network, such as a rented GPU, may lack."""
+"""Markers for packages that a machine without network access, such as a rented GPU, may lack."""
 
 from __future__ import annotations
 

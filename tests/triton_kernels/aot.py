@@ -1,12 +1,12 @@
-"""Ahead-of-time compile gate: what the Python wrappers launch, compiled without a GPU.
+"""Ahead-of-time compile gate: the launches of the Python wrappers, compiled without a GPU.
 
-No signature is written down twice: `record` runs the real wrappers, takes down the launches they
-make instead of executing them, and `compile_launch` turns each into a cubin and reports on it.
+No signature is written down twice: `record` runs the real wrappers and records their launches
+instead of executing them, and `compile_launch` compiles each to a cubin and reports on it.
 
     python -m tests.triton_kernels.aot [CASES_MODULE] [--arch 80 90 100] [--jobs 2] [--cache FOLDER]
-    python -m tests.triton_kernels.aot --table  # writes resources.csv anew
+    python -m tests.triton_kernels.aot --table  # rewrites resources.csv
 
-`CASES_MODULE` has `CASES`, name -> callable taking the arch, and may have `EXPECTS`,
+`CASES_MODULE` has `CASES`, name -> callable that takes the arch, and may have `EXPECTS`,
 "case:kernel" -> {arch: instructions that every launch of that kernel in that case must contain}.
 """
 
@@ -43,7 +43,7 @@ ARCHS = (80, 90, 100)
 
 
 class _Device:
-    """As much of a driver as a launch asks before it compiles; its number is its arch."""
+    """What a launch asks of a driver before it compiles; its number is its arch."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -59,10 +59,10 @@ class _Device:
 
 
 def record(function: Callable[[], Any], arch: int = 90) -> list[Launch]:
-    """Run `function` and return the distinct launches it makes on `arch`; none is executed.
+    """Run `function` and return its distinct launches on `arch`, without executing them.
 
-    Triton itself binds and specialises the arguments, so the rules are those of its version.
-    Tensors may be on the CPU or on "meta", where large ones cost nothing.
+    Triton itself binds and specializes the arguments, so the rules are those of the installed
+    version. Tensors may be on the CPU, or on "meta", where large ones cost no memory.
     """
     launches: dict[tuple[str, int, str], Launch] = {}
 
@@ -88,7 +88,7 @@ copyreg.pickle(JITFunction, lambda fn: (_find, (fn.__module__, fn.__qualname__))
 
 
 def _attempt(function: Callable[..., Any], *args: Any) -> Any:
-    """The function's value, or what went wrong as a string."""
+    """The function's value, or its error as a string."""
     try:
         return function(*args)
     except Exception as error:
@@ -101,7 +101,7 @@ def _attempt(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _compile_and_keep(launch: Launch, cache: Cache) -> Report:
-    """In a worker: what is compiled is kept, even if the run is stopped."""
+    """In a worker: results are kept even if the run is stopped."""
     report = compile_launch(launch)
     cache.write(launch, asdict(report))
     return report
@@ -130,7 +130,7 @@ def _compile_all(launches: list[Launch], jobs: int, cache: Cache) -> list[Report
 
 
 def _compile_new(launches: list[Launch], jobs: int, cache: Cache) -> list[Report | str]:
-    """As `_compile_all`, of those only that the cache does not know."""
+    """Like `_compile_all`, but only for launches that are not in the cache."""
     known = [cache.read(launch) for launch in launches]
     new = [launch for launch, report in zip(launches, known, strict=True) if report is None]
     compiled = iter(_compile_all(new, jobs, cache) if new else ())

@@ -1,4 +1,4 @@
-"""The operators over the Triton kernels: compiled on a GPU, else interpreted on CPU tensors."""
+"""Run the operators on the Triton kernels: compiled on a GPU, else interpreted on the CPU."""
 
 from __future__ import annotations
 
@@ -37,14 +37,16 @@ def device() -> Iterator[str]:
 
 @pytest.fixture(scope="package")
 def dtypes() -> tuple[torch.dtype, ...]:
-    """Triton's interpreter takes the bits of bfloat16 for integers."""
+    """Without bfloat16 where Triton's interpreter treats its bits as integers."""
     halves = (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float16,)
     return (torch.float32, *halves)
 
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch, request) -> None:
-    """What a kernel forgets to write is NaN; but where launches are counted or captured."""
+    """Fill new memory with NaN, so that entries a kernel does not write show; except where launches
+    are counted or captured.
+    """
     if request.module.__name__.endswith("test_gpu"):
         return
     empty, empty_like = torch.empty, torch.empty_like

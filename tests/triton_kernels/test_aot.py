@@ -1,6 +1,6 @@
-"""Every kernel compiles for every arch, without spills, within its shared memory (`aot`).
+"""Every kernel compiles for every arch, without spills and within its shared memory (`aot`).
 
-What is compiled is kept in `.cache/triton-aot`: a second run compiles only what has changed.
+Results are kept in `.cache/triton-aot`: a second run compiles only what has changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ARCHS = sorted(SHARED_LIMIT)
 
 
 def _own_archs() -> list[int]:
-    """On a GPU its own, for which its own Triton compiles; without one Hopper's, or all of them."""
+    """On a GPU its own arch, for which its Triton compiles; otherwise Hopper's, or all of them."""
     if not torch.cuda.is_available():
         return ARCHS if EXHAUSTIVE else [90]
     major, minor = torch.cuda.get_device_capability()
@@ -69,7 +69,7 @@ def probes() -> list[dict]:
 
 
 def _faults(reports: list[dict]) -> list[dict]:
-    """The reports that something is wrong with, less what is in order."""
+    """The faulty reports, and what is wrong with them."""
     faults = []
     for report in reports:
         aspects = ("error", "missing", "stack", "remarks")
@@ -189,7 +189,7 @@ def test_a_second_run_compiles_nothing(probes):
     assert _reports("tests.triton_kernels.aot_probes", ARCHS) == probes
 
 
-def test_arguments_are_specialised_as_at_run_time(probes):
+def test_arguments_are_specialized_as_at_run_time(probes):
     arguments = _probe(probes, "arguments")[80]["arguments"]
     assert arguments["size"] == "i32/16"
     assert arguments["one"] == "1"

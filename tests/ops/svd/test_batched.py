@@ -1,4 +1,4 @@
-"""The SVD engine of GPUs, on torch's own operators, put through the operators' tests on a CPU."""
+"""The SVD engine for GPUs, built on torch's own operators, in the operators' tests on a CPU."""
 
 from __future__ import annotations
 

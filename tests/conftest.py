@@ -37,7 +37,7 @@ settings.register_profile("tests", deadline=None, max_examples=40, derandomize=T
 settings.register_profile("gpu", settings.get_profile("tests"), max_examples=10)
 settings.load_profile("gpu" if "cuda" in DEVICES else "tests")
 
-# The tolerances are those of float32 products, and of sums accumulated in float32.
+# Tolerances assume float32 products, and sums accumulated in float32.
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -50,7 +50,7 @@ def pytest_configure(config) -> None:
     )
 
 
-# Hypothesis refuses fixtures that are made anew for every test, hence the scope.
+# Hypothesis refuses function-scoped fixtures.
 @pytest.fixture(scope="session", params=DEVICES)
 def device(request) -> str:
     return request.param

@@ -18,7 +18,7 @@ from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capabilit
 
 from .support import ROOT
 
-# What each process computes: every operator, and the layer's gradients.
+# Each process computes every operator, and the layer's gradients.
 PROGRAM = """
 import sys, warnings
 import torch
@@ -90,7 +90,7 @@ def test_every_instruction_set(tmp_path, capability, fastest):
     lower = run(tmp_path / "lower.pt", capability)
     assert lower["name"] == capability
     agree(lower, fastest)
-    # Sums of float32 and narrower weights are the same bits on all of them.
+    # Sums over float32 and narrower weights have the same bits on all of them.
     assert all(torch.equal(lower["out"][k], fastest["out"][k]) for k in (0, 5, 10))
 
 

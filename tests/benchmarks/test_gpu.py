@@ -49,7 +49,7 @@ TINY = replace(
     grid_burst_ms=0.1,
 )
 CPU = torch.device("cpu")
-# By part: the files that it leaves, with columns of each.
+# The files written by each part, with their columns.
 FILES = {
     "ceilings": {"ceilings": {"ceiling", "measured", "unit", "h200_earlier"}},
     "operators": {"operators": {"shape", "dtype", "median_ms", "gb_per_s", "share_of_copy", "aim"}},

@@ -53,7 +53,7 @@ def test_binding_compiles(source, tmp_path):
     stand_in = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
-    # After torch's own folders: a CUDA build has the real one.
+    # After torch's own folders, since a CUDA build has the real header.
     folders = [str(CSRC), *include_paths(), str(tmp_path)]
     command = [NVCC, "-std=c++20", "-Xcompiler=-Wall,-Werror=return-type"]
     command += [flag for folder in folders for flag in ("-I", folder)]
@@ -82,7 +82,7 @@ void launch_scale(float* out, const float* in, float factor, int count, cudaStre
 }
 """
 
-# 96 values that live until all are read, in the 32 registers that two blocks of 1024 leave each.
+# 96 live values in 32 registers a thread, all that two blocks of 1024 threads leave.
 SPILLS = """
 __global__ void __launch_bounds__(1024, 2) reverse(float* out, const float* in) {
   float values[96];

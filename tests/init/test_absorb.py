@@ -17,7 +17,7 @@ from ..support.packages import needs_real_model
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 STARTS = [
-    # LoftQ's base is another than W, on purpose: test_loftq.py has what it promises.
+    # LoftQ changes the base on purpose, and is tested in test_loftq.py.
     *(name for name in initializer_names() if not get_initializer(name).rewrites_base),
     LoRAM(basis="orthogonal"),
     LoRAM(basis="gaussian"),
@@ -57,13 +57,13 @@ def check_absorbed(layer: LoRALinear, W: np.ndarray) -> float:
     base are as large as the first, (r + 4) / 2 in all.
     """
     dtype = layer.weight.dtype
-    B, A = (f.astype(np.longdouble) for f in factors(layer))  # finer than what it measures
+    B, A = (f.astype(np.longdouble) for f in factors(layer))  # finer than the errors it measures
     size = np.abs(W) + layer.scaling * np.abs(B) @ np.abs(A)
     error = np.abs(to_numpy(layer.weight) + layer.scaling * B @ A - W)
     ulp = 2 * ROUNDING[dtype] * size
     roundings = ROUNDING[dtype] + (layer.r + 3) * ROUNDING[layer.lora_A.dtype]
     assert (error <= roundings * size + TINY[dtype]).all()
-    # Where W and the start are zero, there is no ulp, and above no error.
+    # Where W and the start are zero there is no ulp, and the error is zero.
     return float((error[ulp > 0] / ulp[ulp > 0]).max())
 
 
@@ -134,7 +134,7 @@ def test_the_base_comes_back(initializer, residual, device):
     untouched = residual == "implicit" or not get_initializer(initializer).changes_base
     for one in (layer, loaded):
         base = to_numpy(one.base_linear().weight)
-        # As many roundings there and back as `check_absorbed` counts for one way.
+        # Subtracting and adding back: each has the roundings that `check_absorbed` counts.
         room = 0.0 if untouched else 2 * (layer.r + 4) * ROUNDING[torch.float32]
         assert (np.abs(base - W) <= room * size).all()
         merged = one.to_linear()(x)

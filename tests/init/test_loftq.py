@@ -131,7 +131,7 @@ class TestBase:
         again = quantized(layer.weight, quantizer)
         assert layer.weight.dtype == dtype
         if quantizer == "int8" and dtype in (torch.float64, torch.float32):
-            # 127 c / 127 is c but for float32's rounding.
+            # 127 c / 127 is c up to float32's rounding.
             assert (again - layer.weight).norm() <= 4 * ROUNDING[torch.float32] * again.norm()
         else:
             assert torch.equal(again.to(dtype), layer.weight)
@@ -389,6 +389,6 @@ def test_no_worse_than_peft(iterations, monkeypatch):
     monkeypatch.undo()
     theirs = np.linalg.norm(W - to_numpy(Q) - to_numpy(B) @ to_numpy(A)) / np.linalg.norm(W)
     options = {"r": 16, "iterations": iterations}
-    # 1 %: a randomized SVD against LAPACK's. Exact against exact: the same but for ties.
+    # 1 %: a randomized SVD against LAPACK's. Exact against exact: equal except for ties.
     assert error_of(adapted(linear, **options), W) <= 1.01 * theirs
     assert error_of(adapted(linear, method="exact", **options), W) <= 1.0001 * theirs

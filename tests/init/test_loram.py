@@ -162,7 +162,7 @@ class TestOptions:
         )
         assert (
             layer.lora_R is None and layer.active().get_extra_state().numel() == 2
-        )  # by its recipe
+        )  # from its recipe
 
     @needs_real_model
     @pytest.mark.parametrize("gain", GAINS)

@@ -53,7 +53,7 @@ def test_init_b_is_kaiming_s(device):
 
 @needs_real_model
 @pytest.mark.parametrize("init,ours", [(True, LoRA()), ("gaussian", Gaussian())])
-def test_peft_s_own_numbers(init, ours, real_linears, device):
+def test_same_numbers_as_peft(init, ours, real_linears, device):
     """PEFT's own layer over real weights, from the same state of the generator."""
     peft = pytest.importorskip("peft")
     for linear in real_linears:
@@ -82,7 +82,7 @@ def test_peft_s_own_numbers(init, ours, real_linears, device):
             for factor in ("lora_A", "lora_B")
         ),
     ],
-    # Of a function the name only: repr holds its address, and processes must name tests alike.
+    # A function's repr contains its address, but test names must agree between processes.
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_law(initializer, factor, law, device):

@@ -146,7 +146,7 @@ def test_a_start_without_a_recipe(dtype, residual, device):
     assert ((layer.weight.double() + lacking - original.weight).abs() <= bound).all()
 
     with torch.no_grad():
-        layer.lora_B.mul_(0.5)  # as if trained: what gives the base back must not move with it
+        layer.lora_B.mul_(0.5)  # as if trained: the stored factors must not change with it
     options = {"dtype": dtype, "device": device}
     loaded = LoRALinear(40, 600, r=4, init_lora_weights=Random(), residual=residual, **options)
     loaded.load_state_dict(layer.state_dict())
@@ -203,7 +203,7 @@ def test_factors_are_float32_and_their_own(device):
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
 
 
-def test_factors_are_nobody_else_s(device):
+def test_factors_are_not_shared(device):
     """Factors that the initializer expands or keeps for all layers: training must not write into
     them.
     """

@@ -24,7 +24,7 @@ STARTS = [
     PiSSA(),
     PiSSA(method="exact"),
     PiSSA(subspace=24),
-    PiSSA(tol=1e-8),  # of σ: a product is off by its square root
+    PiSSA(tol=1e-8),  # relative to σ; a product's error is its square root
     MiLoRA(),
     MiLoRA(method="exact"),
     OLoRA(),
@@ -43,7 +43,7 @@ def stepped(n: int, m: int, r: int) -> torch.Tensor:
 
 def product_of(initializer, weight: np.ndarray, r: int) -> np.ndarray:
     """s·BA by the paper's formula, from float64 LAPACK."""
-    if isinstance(initializer, OLoRA):  # times s: the one that is not divided by it
+    if isinstance(initializer, OLoRA):  # times s, because it is not divided by s
         Q, R = np.linalg.qr(weight)
         return Q[:, :r] @ R[:r]
     U, S, Vh = np.linalg.svd(weight, full_matrices=False)
@@ -66,7 +66,7 @@ def test_formula(initializer, dtype, shape, device):
     assert A.shape == (r, shape[1]) and B.shape == (shape[0], r)
     want = product_of(initializer, to_numpy(weight), r)
     times = 1.0 if isinstance(initializer, OLoRA) else s
-    # The minor part is small, and off by what rounding leaves of the largest σ.
+    # The minor part is small, and its error is rounding relative to the largest σ.
     size = np.linalg.norm(to_numpy(weight), 2)
     assert np.abs(times * B @ A - want).max() <= 10 * noise_of(weight) * size
     if not isinstance(initializer, OLoRA):  # half of S / s in each, largest first
@@ -213,7 +213,7 @@ def test_life_of_a_layer(name, residual, dtype, device):
     layer = LoRALinear.from_linear(linear, **options)
     x = torch.randn(5, 96, dtype=dtype).to(device)
     y, eps = original(x).double(), ROUNDING[dtype]
-    # W, W_res and s·BA are all of W's size here: each rounds a few times, OLoRA's twice over (s).
+    # W, W_res and s·BA all have W's size here: each rounds a few times, OLoRA's twice as often (s).
     assert (layer(x).double() - y).norm() <= 32 * eps * y.norm()
     A0, B0 = (p.detach().double().clone() for p in (layer.lora_A, layer.lora_B))
     W, W_res = original.weight.double(), layer.weight.double()
@@ -280,7 +280,7 @@ def test_peft_on_real_weights(name, init, real_linears, device):
         layer = LoRALinear.from_linear(ours, r=16, lora_alpha=32, init_lora_weights=init)
         A, B = to_numpy(layer.lora_A), to_numpy(layer.lora_B)
         got, got_residual = layer.scaling * B @ A, to_numpy(layer.weight)
-        if init == PiSSA():  # a randomized one can only promise to leave as little
+        if init == PiSSA():  # a randomized SVD only guarantees the error
             for residual in (W - got, got_residual):
                 assert np.linalg.norm(residual) <= 1.001 * np.linalg.norm(W - want)
             continue

@@ -159,7 +159,7 @@ class TestDequantizedWeight:
         noise = 4 * ROUNDING[torch.float32]  # 1 / absmax, the product, the code, the product
         W, got = to_numpy(linear.weight), to_numpy(got)
         other = np.abs(got - want) > noise * np.abs(want)
-        # 16-bit entries lie halfway between two codes now and then.
+        # 16-bit entries are sometimes halfway between two codes.
         assert other.mean() < (0.001 if dtype == torch.float32 else 0.05)
         largest = np.repeat(np.abs(W.reshape(-1, 64)).max(axis=1), 64).reshape(W.shape)
         assert (np.abs(np.abs(got - W) - np.abs(want - W)) <= noise * largest).all()
@@ -211,7 +211,7 @@ class TestDequantizedWeight:
         bitsandbytes has moved the scales.
         """
         linear = nn.Linear(96, 40, dtype=dtype)
-        # bitsandbytes rounds the weight to float16 first.
+        # bitsandbytes first rounds the weight to float16.
         W = to_numpy(linear.weight.to(torch.float16))
         largest = np.abs(W).max(axis=1, keepdims=True)
         # In float16: an entry within its rounding (127 · 2⁻¹¹) of a tie may go either way.

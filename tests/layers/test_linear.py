@@ -70,7 +70,7 @@ def test_life_of_a_layer(method, residual, dtype, device):
     assert not torch.equal(layer.lora_B, before)
     assert layer.weight.grad is None and layer.bias.grad is None
 
-    # Off: the original layer, now and after training; exact where W was not rewritten.
+    # Disabled: the original layer, now and after training; exact where W was not rewritten.
     layer.adapter_enabled = False
     base = layer.base_linear()
     if residual == "implicit" or method == "lora":
@@ -147,7 +147,7 @@ def test_moves_to_another_dtype(residual, device):
     layer.to(torch.bfloat16)
     x = torch.randn(4, 48).to(device, torch.bfloat16)
     y = original.to(torch.bfloat16)(x)
-    # A and B are bfloat16 now too: three rounded factors, of a product larger than W.
+    # A and B are now bfloat16 too: three rounded factors of a product larger than W.
     close(layer(x), y, torch.bfloat16, 16)
     close(layer.base_linear().weight, original.weight, torch.bfloat16, 4)
 
@@ -309,7 +309,7 @@ def test_a_weight_is_absorbed_once(device):
             LoRALinear.from_linear(linear, r=4, residual=residual)
     assert torch.equal(linear.weight, before)
     LoRALinear.from_linear(first.base_linear(), r=4)
-    shared = nn.Linear(48, 40).to(device)  # many adapters on one base: what implicit is for
+    shared = nn.Linear(48, 40).to(device)  # many adapters on one base need implicit
     x = torch.randn(2, 48).to(device)
     y = shared(x)
     for _ in range(2):

@@ -38,7 +38,7 @@ class Core(Initializer):
         return Start(A, B, lora_R=R)
 
 
-# What is large enough to be seen: LoRA-XS's own R is 1e-5.
+# Large enough to be visible: LoRA-XS's own R is 1e-5.
 METHODS = [LoRAXS(sigma=0.3), LoRASB(learning_rate=3e-3), Core()]
 
 
@@ -156,7 +156,7 @@ def test_by_name(name, device):
     x = torch.randn(3, 48).to(device)
     y = linear(x)
     layer = LoRALinear.from_linear(linear, r=4, init_lora_weights=name, gradient=gradient)
-    assert (layer(x) - y).abs().max() <= 1e-3 * y.abs().max()  # both start with little
+    assert (layer(x) - y).abs().max() <= 1e-3 * y.abs().max()  # both start close to W
     layer(x).square().sum().backward()
     assert layer.lora_R.grad.abs().max() > 0
     built = LoRALinear(48, 40, r=4, init_lora_weights=name, gradient=gradient, device=device)

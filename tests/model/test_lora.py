@@ -131,7 +131,7 @@ class TestSeveralAdapters:
         set_adapter(together, "second")
         assert (logits(merge_lora(together)) - alone["second"]).abs().max() <= TIGHT
 
-    def test_a_base_that_lacks_a_start_takes_no_other(self):
+    def test_a_residual_takes_no_implicit_adapter(self):
         model = llama()
         quiet(model, LoRAConfig(r=4))
         before = everything(model)
@@ -182,7 +182,7 @@ def test_report():
     assert report.skipped["model.layers.1.mlp.up_proj"] == "in exclude_modules"
 
 
-def test_a_base_that_lacks_its_start_is_noticed(tmp_path):
+def test_loading_onto_a_residual_warns(tmp_path):
     """Loading an adapter onto the residual of another one, which PEFT does silently."""
     model = llama()
     quiet(model, LoRAConfig(r=8, init_lora_weights="pissa"))

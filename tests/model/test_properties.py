@@ -56,7 +56,7 @@ examples = settings(
 )
 
 NAMES = [name for name in initializer_names() if name != "loftq"]
-# These add something at the start on purpose.
+# These change the function at the start on purpose.
 _ADDING = ("init_ab_plus", "lora_one", "lora_sb", "lora_xs")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -130,7 +130,7 @@ class Case:
         try:
             add_lora(model, self.config, gradients=gradients, progress=False, **options)
         except ValueError as error:
-            # Gradients of a few tokens may have no direction for every component.
+            # Gradients of a few tokens may have too low a rank.
             assume("numerical rank" not in str(error))
             raise
 
@@ -216,7 +216,7 @@ def configs(draw: Callable, family: str, options: tuple) -> LoRAConfig:
         r=draw(st.integers(1, 5)),
         target_modules=targets,
         exclude_modules=excluded,
-        # 256, the default of "alpha_sqrt", moves these models too far in one step.
+        # The default of "alpha_sqrt", 256, changes these models too much in one step.
         lora_alpha=draw(alphas if scaling == "alpha_sqrt" else st.none() | alphas),
         scaling=scaling,
         lora_dropout=draw(st.sampled_from([0.0, 0.0, 0.1])),
@@ -367,7 +367,7 @@ def test_files_give_it_back(case):
         for kind in ("native", "peft", "compressed"):
             fresh = case.model()
             load_adapter(fresh, folder / kind, progress=False)
-            # R has no place in PEFT's format: its product with A is rounded.
+            # PEFT's format has no R: the rounded R A is stored.
             folded = any(layer.lora_R is not None for layer in state.layers.values())
             if kind == "native" or (kind == "peft" and not folded):
                 assert torch.equal(case.logits(fresh), trained)
@@ -470,7 +470,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(case, data):
 
 @given(cases(), st.data())
 @examples
-def test_several_adapters_do_not_meet(case, data):
+def test_several_adapters_do_not_interact(case, data):
     """On a shared base each computes what it computes alone, bit for bit, in any order of adding
     and training.
     """
@@ -482,7 +482,7 @@ def test_several_adapters_do_not_meet(case, data):
         wanted[name] = case.logits(alone.trained())
         try:
             alone.trained(together, adapter_name=name)
-        except ValueError as error:  # what one adapts and the other trains in full is refused
+        except ValueError as error:  # one may adapt a layer that the other trains in full
             assert "trained in full" in str(error) or "modules_to_save" in str(error)
             reject()
         assert torch.equal(case.logits(together), wanted[name])

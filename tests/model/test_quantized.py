@@ -250,7 +250,7 @@ def test_merge_into_floating_point(kind):
         merge_lora(model)
     merge_lora(model, dequantize=True)
     assert all(type(getattr(model, name)) is nn.Linear for name in TARGETS)
-    # Where x is quantized too, 8 bits of it.
+    # Where x is quantized too, it has 8 bits.
     room = 0.05 if kind in ("int8", "torchao_int8_dynamic") else 1e-5
     assert (model(IDS) - want).norm() <= room * want.norm()
 
@@ -433,7 +433,7 @@ class TestTransformers:
             config = LoRAConfig(r=32, lora_alpha=32, init_lora_weights="loftq")
             add_lora(model, config, original_weights=tiny_llama)
             start = model(input_ids=ids).logits
-            # bitsandbytes' 8-bit layers round x as well, which nothing makes up for.
+            # bitsandbytes' 8-bit layers also round x, which no adapter compensates for.
             part = 0.8 if bits == 4 else 1.0
             assert (start - exact).norm() < part * (base - exact).norm()
             with disable_adapters(model):
@@ -473,7 +473,7 @@ class TestTransformers:
             assert torch.equal(base, model.get_submodule(name).weight)
         with torch.no_grad():
             got = quantized(input_ids=ids).logits
-        # bfloat16 sums are rounded in another order in either.
+        # The two round their bfloat16 sums in different orders.
         room = 1e-5 if dtype == torch.float32 else 2e-2
         assert (got - want).norm() <= room * want.norm()
 
@@ -508,6 +508,6 @@ class TestTransformers:
             assert torch.equal(one.lora_A, runs[1][name].lora_A)
             assert torch.equal(one.lora_B, runs[1][name].lora_B)
             assert not torch.equal(one.lora_B, one.start_B)
-            # The base is what was loaded, after evaluations and checkpoints.
+            # After evaluations and checkpoints the base is still the one that was loaded.
             base = base_of(one.base_layer).weight()
             assert torch.equal(base, base_of(fresh.get_submodule(name)).weight())

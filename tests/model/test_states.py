@@ -64,7 +64,7 @@ def off_by(model, want) -> float:
     return float((model(X) - want).detach().abs().max())
 
 
-class TestAdaptersThatMeet:
+class TestSeveralAdapters:
     def test_biases_of_one_and_layers_of_another(self, model):
         """The second adapter starts from the base, not from the biases of the first."""
         base = model(X).detach()

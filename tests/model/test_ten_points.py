@@ -41,7 +41,7 @@ from ..support.tiny_models import llama
 pytestmark = needs_peft
 
 LAYERS = 14  # linear layers of the tiny Llama's blocks
-# LoftQ's base is another one on purpose: test_loftq.py and test_quantized_models.py have its own.
+# LoftQ changes the base on purpose: tested in test_loftq.py and test_quantized.py.
 CHANGING = [
     name
     for name in initializer_names()
@@ -49,7 +49,7 @@ CHANGING = [
     and not get_initializer(name).needs_gradient
     and not get_initializer(name).rewrites_base
 ]
-# A space so small that its SVD is random, as PEFT's; the default holds all of such small weights.
+# So small a subspace that the SVD is random, like PEFT's; the default spans these small weights.
 RANDOM = PiSSA(subspace=8)
 # Two blocks in float32: some ten layers with roundings of 6e-8, on logits and through the norms.
 CLOSE = 1e-5
@@ -92,7 +92,7 @@ def test_01_starts_take_no_svd_and_show_progress(monkeypatch):
     """
     pytest.importorskip("rich")
 
-    # Made here: to import them with torch's functions replaced would leave traces of that.
+    # Made here: importing them while torch's functions are replaced would leave traces.
     base, other = peft_model(llama(), True).unload(), llama()
 
     def refuse(*args: object, **options: object) -> None:
@@ -113,7 +113,7 @@ def test_01_starts_take_no_svd_and_show_progress(monkeypatch):
             pass
         assert len(adapted_layers(ours(other, "loram"))) == LAYERS
 
-    # What rich takes for a terminal, on a machine that has none.
+    # rich then assumes a terminal, where there is none.
     monkeypatch.setenv("TERM", "xterm-256color")
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
@@ -245,7 +245,7 @@ def test_05_plain_lora_needs_no_second_folder_and_keeps_all(tmp_path):
     and drops modules_to_save.
     """
     model = peft_model(llama(), "pissa", modules_to_save=["lm_head"])
-    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it
+    model.peft_config["default"].init_lora_weights = True  # as in PEFT's guide
     model.save_pretrained(tmp_path / "start")
     model.peft_config["default"].init_lora_weights = "pissa"
     train(model)
@@ -306,7 +306,7 @@ def test_06_a_bfloat16_start_is_the_base(init):
         def within_a_rounding(residual, B, A, W=W) -> bool:
             residual = residual.detach().double()
             shift = (residual + B.detach().double() @ A.detach().double() - W).abs()
-            # And the float32 sum of W and r products before it.
+            # Plus the float32 sum of W and r products before it.
             noise = 8 * ROUNDING[torch.float32] * W.abs().max()
             return bool((shift <= ROUNDING[torch.bfloat16] * residual.abs() + noise).all())
 
@@ -322,7 +322,7 @@ def test_06_a_bfloat16_start_is_the_base(init):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_07_zero_3_is_told(init):
+def test_07_zero_3_raises(init):
     """ZeRO-3 / FSDP / TP shards: "linalg.svd: input tensor A must have at least 2 dimensions".
 
     Stand-ins for DeepSpeed's parameters between uses: empty, with their shape as an attribute.
@@ -347,7 +347,7 @@ def test_07_zero_3_is_told(init):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-def test_07_shards_are_told(tmp_path):
+def test_07_shards_raise(tmp_path):
     """ZeRO-3 / FSDP / TP shards: a real DTensor, in a group of one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -394,7 +394,7 @@ def test_07_ranks_start_alike(init):
         torch.manual_seed(rank_seed)
         return list(adapted_layers(ours(model, initializer)).values())
 
-    # A start from the global generator is to be given a seed, unless all ranks' are in one state.
+    # A start from the global generator needs a seed, unless all ranks' generators agree.
     initializer = {"pissa": RANDOM, "init_ab": InitAB(seed=0)}.get(init, get_initializer(init))
     first, second = starts(initializer, 1), starts(initializer, 2)
     for one, two in zip(first, second, strict=True):
@@ -447,7 +447,7 @@ def test_08_quantized_bases_start_where_they_are(quantize, fitted, tmp_path):
     with peft_raises(TypeError, "initialize PiSSA under float32"):
         peft_model(quantized(), "pissa")
     model = peft_model(copy.deepcopy(fitted), "pissa", r=16)
-    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it
+    model.peft_config["default"].init_lora_weights = True  # as in PEFT's guide
     model.save_pretrained(tmp_path / "theirs")
     loss = first_loss(loaded_by_peft(quantized(), tmp_path / "theirs"))
     holds(loss > 3 * want, f"a first loss of {loss:.3g} for {want:.3g}")
@@ -481,7 +481,7 @@ def peft_complains(**options) -> bool:
     return any(issubclass(w.category, UserWarning) for w in told)
 
 
-PASSED_OVER = [
+IGNORED_BY_PEFT = [
     ({"rank_pattern": {"q_porj": 2}}, "q_proj"),
     ({"alpha_pattern": {"donw_proj": 2}}, "down_proj"),
     ({"exclude_modules": ["v_proj", "q_porj"]}, "q_proj"),
@@ -491,8 +491,8 @@ PASSED_OVER = [
 ]
 
 
-@pytest.mark.parametrize("options,hint", PASSED_OVER)
-def test_09_no_option_is_passed_over(options, hint):
+@pytest.mark.parametrize("options,hint", IGNORED_BY_PEFT)
+def test_09_no_option_is_silently_ignored(options, hint):
     """PEFT silently ignores options that match nothing."""
     holds(not peft_complains(**options), f"{options} in silence")
     model = llama()
@@ -540,7 +540,7 @@ def test_09_every_other_option_of_peft_is_refused(tmp_path):
             load_adapter(nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(6, 5)})}), folder)
 
 
-def test_09_misspelt_names_get_a_suggestion():
+def test_09_misspelled_names_get_a_suggestion():
     """For a misspelled start PEFT only says "Unknown initialization"."""
     import peft
 
@@ -585,7 +585,7 @@ def test_10_what_the_benchmark_times_is_the_same(residual, dtype):
     for make in (lambda layer: (layers.forward(layer, x)(),), layers_with_gradients(layers, x, dy)):
         for got, want in zip(make(mine), make(theirs), strict=True):
             assert got.dtype == want.dtype and got.shape == want.shape
-            # A few roundings on either side: of y, and of z and dz in x's dtype.
+            # A few roundings on both sides: of y, and of z and dz in x's dtype.
             assert error(got, want) <= 8 * ROUNDING[dtype]
 
 

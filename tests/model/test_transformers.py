@@ -112,7 +112,7 @@ class TestWhatSurvives:
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_torchs_encoder_does_not_pass_the_adapters_by(mask):
+def test_torchs_encoder_does_not_bypass_the_adapters(mask):
     """Its fast path reads the weights directly, in eval mode without gradients."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
@@ -187,7 +187,7 @@ class TestWithTransformers:
         assert losses[0] == pytest.approx(losses[2], rel=1e-6)
 
 
-class TestPeculiarModels:
+class TestUnusualLayers:
     """Models of transformers whose layers differ from what their class suggests."""
 
     def test_falcon(self):

@@ -21,12 +21,12 @@ from ..support.devices import DEVICES
 from ..support.exhaustive import EXHAUSTIVE
 
 SETS = cpu_capabilities()
-# torch's engine for the batches of a GPU has no instruction sets of ours.
+# The engine for batches on a GPU, built on torch, does not use our instruction sets.
 LOWER = [] if os.environ.get("LORA_KERNELS_SVD_ENGINE") == "aten" else SETS[:-1]
 SWEEP, PART, EXAMPLES = 8, 4, 10
 SET_PARAMETERS = ("device", "instruction_set")
 
-# What is decided before a kernel runs, or is about PyTorch, or about the reference.
+# Tests of code before a kernel runs, of PyTorch, or of the reference.
 INDEPENDENT = (
     *("opcheck", "compile", "meta", "bad_argument", "bad_input", "bad_number", "bad_tolerance"),
     *("reference", "inference", "no_weight", "unlike", "empty_list", "defaults", "refused"),
@@ -41,7 +41,7 @@ INDEPENDENT = (
     ),
 )
 
-# Functions over the operators, whose own tests run at every set.
+# Functions on top of the operators, whose own tests run with every set.
 FUNCTIONS = ("test_triplets",)
 
 

@@ -28,7 +28,7 @@ def size_and_rank(draw):
 def test_matches_scipy(device, sr):
     size, rank = sr
     got = to_numpy(op(size, rank, dtype=torch.float64, device=device))
-    # SciPy's FFT is itself only good to a few eps of the largest entry.
+    # SciPy's FFT itself is accurate to a few eps of the largest entry.
     assert np.abs(got - oracle(size, rank)).max() <= 8 * 2**-52
 
 

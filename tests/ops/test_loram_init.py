@@ -38,7 +38,7 @@ def check_start(before, after, lora_A, lora_B, beta, rank, scaling) -> None:
     # A, B and the correction once each. Float64: they share the sines, but not β (A, B, β² twice,
     # s β², its product: 6), and `rank` additions in the product, which add up like √rank / 3 (their
     # partial sums grow to the whole one): 6 times that.
-    # Checked in long double, so that float64's own rounding can be seen.
+    # Checked in long double, so that float64's own rounding is visible.
     A, B = to_numpy(lora_A).astype(np.longdouble), to_numpy(lora_B).astype(np.longdouble)
     product = scaling * (B @ A)
     roundings = 6 + 2 * math.sqrt(rank) if before.dtype == torch.float64 else 4

@@ -106,7 +106,7 @@ class TestGaussian:
         for power, mean, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
             assert abs((x**power).mean() - mean) < 5 * (variance / n) ** 0.5
         assert stats.kstest(x, "norm").pvalue > 0.01
-        assert np.abs(x).max() > 4.0  # the tails are there: 16 are expected beyond
+        assert np.abs(x).max() > 4.0  # the tails exist: 16 are expected beyond
 
     def test_columns_and_rows_do_not_correlate(self):
         x = gaussian(4000, 48, 12).double().numpy()

@@ -42,7 +42,7 @@ def correction_of(n: int, m: int, rank: int, coefficient: float) -> np.ndarray:
 @st.composite
 def cases(draw):
     n, m = draw(st.integers(1, 160)), draw(st.integers(1, 160))
-    if draw(st.booleans()):  # n + 1 and m + 1 sharing factors: where arguments coincide
+    if draw(st.booleans()):  # n + 1 and m + 1 share factors, so that arguments coincide
         k = draw(st.integers(1, 20))
         n, m = k * draw(st.integers(1, 8)), k * draw(st.integers(1, 8))
         n, m = max(n - 1, 1), max(m - 1, 1)

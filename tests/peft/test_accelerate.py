@@ -36,7 +36,7 @@ def trained(model: nn.Module, steps: int = 3) -> tuple[list, dict]:
 
 def fused_calls(monkeypatch) -> list:
     """A list that grows by one whenever a layer uses our operator."""
-    # The package has the function under the name of its module.
+    # In the package, the module's name is that of the function.
     module = importlib.import_module("lora_kernels.peft.accelerate")
     calls, find = [], module._fusable_adapter
 
@@ -70,7 +70,7 @@ def test_trains_as_peft_does(kind, method, monkeypatch):
     for got, peft_loss, want in zip(losses, peft_losses, true_losses, strict=True):
         assert abs(got - want) <= 4e-6 and abs(peft_loss - want) <= 4e-6
     for name, want in true_gradients.items():
-        # After two steps of Adam, which divides by the gradient's size; PEFT's own are as far.
+        # After two steps of Adam, which divides by the gradient's size; PEFT's own differ as much.
         assert close(gradients[name], want, 1024), name
         assert close(peft_gradients[name], want, 1024), name
 
@@ -120,7 +120,7 @@ def test_bfloat16_base_with_float32_adapters():
         bound = 1.01 * rounding * (want.abs() + 3 * 2 * sizes)
         assert y.dtype == torch.bfloat16
         assert bool(((y.double() - want).abs() <= bound).all())
-    # A start that is implicit cancels within the product: the base but for y's rounding.
+    # An implicit start cancels within the product: only y's rounding remains.
     start = adapted(llama(dtype=torch.bfloat16))
     initialize(start)
     accelerate(start)
@@ -159,7 +159,7 @@ def test_dropout():
     assert torch.equal(run(3), run(3)) and not close(run(3), run(4))
     mean = torch.stack([run(seed) for seed in range(2000)]).mean(0)
     want = layer.eval()(x).detach()
-    # The mask's standard error: the adapter's part, as large as its own, over √2000.
+    # The mask's standard error: the size of the adapter's part over √2000.
     spread = (want - layer.get_base_layer()(x)).detach().std() + x.std()
     assert float((mean - want).abs().max()) <= 6 * float(spread) / 2000**0.5
 
@@ -199,7 +199,7 @@ def test_all_other_calls_are_peft_s(monkeypatch):
         each.base_model.set_adapter(["default", "second"])
     want = logits(twin)
     assert close(logits(model), want)
-    assert len(calls) == 10  # the layers that have one of the two
+    assert len(calls) == 10  # the layers with one of the two adapters
     del calls[:]
     for each in (model, twin):
         each.base_model.set_adapter("second")
@@ -310,7 +310,7 @@ class _Odd(nn.Linear):
         ("hook", {}, "its base has hooks or a wrapped forward"),
     ],
 )
-def test_layers_that_are_left(change, options, reason):
+def test_layers_that_are_skipped(change, options, reason):
     base = llama()
     layer = base.model.layers[0].mlp.up_proj
     if change == "class":

@@ -161,7 +161,7 @@ def test_merged_bfloat16_is_rounded_once():
     want = torch.tensor(base_weight(layer) + update_of(layer))
     layer.merge()
     error = (layer.get_base_layer().weight.double() - want).abs()
-    # Half a unit of bfloat16, and a trace for the float32 update before it.
+    # Half an ulp of bfloat16, plus a little for the float32 update before it.
     assert bool((error <= 2**-8 * want.abs() * 1.001 + 1e-7).all())
 
 
@@ -197,7 +197,7 @@ def test_two_adapters_share_one_base():
     model.delete_adapter("default")
     assert torch.equal(logits(model), second)
     assert all("default" not in key for key in model.state_dict())
-    model.delete_adapter("second")  # the PeftModel itself does not go on without any
+    model.delete_adapter("second")  # the PeftModel itself does not work without any
     assert torch.equal(logits(model.base_model.model), logits(base))
 
 

@@ -171,7 +171,7 @@ def test_loads_as_another_adapter(tmp_path):
     assert other.peft_config["loaded"].r == 4 and not other.training
     other.set_adapter("loaded")
     assert torch.equal(logits(other), logits(model))
-    # The loaded one needs them still.
+    # The loaded adapter still needs them.
     report.undo()
     assert "save_pretrained" in vars(other)
     other.save_pretrained(tmp_path / "again", selected_adapters=["loaded"])

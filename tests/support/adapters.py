@@ -126,7 +126,7 @@ def peft_logits(model, folder, strict=True):
     """(the model as loaded by PEFT, its logits); `strict` turns warnings into errors."""
     peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
-        # PEFT warns of keys and options that it passes over.
+        # PEFT warns about keys and options that it ignores.
         warnings.simplefilter("error" if strict else "ignore")
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
@@ -136,7 +136,7 @@ def peft_logits(model, folder, strict=True):
 
 
 def assert_agree(got, want) -> None:
-    # A model of two blocks in float32, against one in float64: some roundings of the largest logit.
+    # Two blocks in float32 against float64: some roundings of the largest logit.
     assert (got.double() - want).abs().max() <= 3e-5 * want.abs().max()
 
 
@@ -145,7 +145,7 @@ def train(model, steps, optimizer=None):
     parameters = [p for p in model.parameters() if p.requires_grad]
     fresh = torch.optim.AdamW(parameters, lr=1e-2)
     if optimizer is not None:
-        fresh.load_state_dict(copy.deepcopy(optimizer))  # it takes the tensors over
+        fresh.load_state_dict(copy.deepcopy(optimizer))  # it keeps the tensors themselves
     model.train()
     for _ in range(steps):
         fresh.zero_grad()

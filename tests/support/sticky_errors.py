@@ -28,5 +28,5 @@ def end_if_broken(config: pytest.Config, test: str, synchronize: Callable[[], ob
         if not hasattr(config, "workerinput"):
             pytest.exit(message, returncode=1)
         print(message, file=sys.__stderr__, flush=True)
-        os._exit(1)  # an ordinary exit would wait for the device
+        os._exit(1)  # a regular exit would wait for the device
     pytest.fail(f"{test} left an error on the device: {first}")

@@ -102,7 +102,7 @@ def test_sums(checkpointing, where, device):
         assert gradient.dtype == torch.float32 and not gradient.requires_grad
         assert gradient.device.type == (where or device)
         reference = want[f"{name}.weight"].to(gradient.device)
-        # Each entry is a float32 sum of a few products, through at most four layers.
+        # Each entry is a float32 sum of a few products, after at most four layers.
         assert (gradient - reference).norm() <= 64 * ROUNDING[torch.float32] * reference.norm()
 
 
@@ -251,7 +251,7 @@ class TestWhatRaises:
         with pytest.raises(KeyError, match=where):
             capture_gradients(model, batches(), loss=loss)
         assert_untouched(model, before)
-        # And it can be used again.
+        # It can be used again.
         capture_gradients(model, batches_of(device=device), loss=mean_square)
 
     def test_unreached_target(self):

@@ -20,7 +20,7 @@ OPTIMIZERS = {
     "adam": (torch.optim.Adam, {}),
     "adamw": (torch.optim.AdamW, {}),
 }
-# eps as large as the gradients, so that one that is not scaled is seen; both weight decays.
+# eps as large as the gradients, so that leaving it unscaled shows; both kinds of weight decay.
 SETUPS = {
     "sgd": Setup("sgd", 16, 3e-3, 1e-3, weight_decay_A=0.01, weight_decay_B=0.02),
     "adam": Setup("adam", 16, 1e-3, 4e-3, 1e-2, 1e-3, 0.01, 0.02),

@@ -68,7 +68,7 @@ def record(function: Callable[[], Any], arch: int = 90) -> list[Launch]:
 
     def take_down(fn, key, signature, device, constexprs, options, attrs, warmup) -> None:
         launch = Launch(fn, arch, key, signature, constexprs, attrs, dict(options.__dict__))
-        # Returning no kernel makes `JITFunction.run` return before it launches anything.
+        # When it gets no kernel, `JITFunction.run` returns before launching.
         launches.setdefault(launch.identity, launch)
 
     with (
@@ -83,7 +83,7 @@ def _find(module: str, name: str) -> JITFunction:
     return attrgetter(name)(importlib.import_module(module))
 
 
-# Kernels travel to the worker processes by name.
+# Kernels are passed to the worker processes by name.
 copyreg.pickle(JITFunction, lambda fn: (_find, (fn.__module__, fn.__qualname__)))
 
 
@@ -96,7 +96,7 @@ def _attempt(function: Callable[..., Any], *args: Any) -> Any:
         causes = [error]
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
-        # A failing ptxas brings all of its input along.
+        # The error of a failing ptxas contains all of its input.
         return "\ncaused by ".join(f"{type(each).__name__}: {each}"[:2000] for each in causes)
 
 
@@ -119,7 +119,7 @@ def _compile_all(launches: list[Launch], jobs: int, cache: Cache) -> list[Report
             futures.append(workers.submit(_attempt, _compile_and_keep, launch, cache))
     results = []
     for launch, future in itertools.zip_longest(launches, futures):
-        # LLVM aborts rather than raises, and takes the launches of others along.
+        # LLVM aborts instead of raising, and other launches in the process are lost.
         if future is None or isinstance(future.exception(), BrokenProcessPool):
             with pool(1) as worker:
                 future = worker.submit(_attempt, _compile_and_keep, launch, cache)
@@ -169,7 +169,7 @@ def check(
             missing = [each for each in wanted if each not in result.instructions]
             reports.append({**asdict(result), "case": case, "missing": missing})
     if set(archs) != set(ARCHS):
-        return reports  # what follows may be about the others
+        return reports  # further faults may concern the others
     for case in module.CASES:
         if not any(recorded[case, arch] for arch in archs):
             error = "the case launches no kernel on any arch"
@@ -196,7 +196,7 @@ def main() -> None:
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with output, tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # the workers inherit it: nothing stale is read
+        os.environ["TRITON_CACHE_DIR"] = cache  # inherited by workers: nothing is stale
         module = importlib.import_module(arguments.cases_module)
         reports = check(module, archs, arguments.jobs, arguments.cache)
         if arguments.table:

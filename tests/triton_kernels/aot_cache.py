@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_key
 
-UNUSED_FOR = 30 * 24 * 3600  # seconds, after which an entry goes
+UNUSED_FOR = 30 * 24 * 3600  # seconds until an entry is deleted
 REPORTER = Path(__file__).with_name("aot_compile.py").read_text()
 
 
@@ -48,7 +48,7 @@ class Cache:
             entry = self._entry(launch)
             part = entry.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(report))
-            part.replace(entry)  # another process never sees half of it
+            part.replace(entry)  # other processes never see an incomplete file
 
     def _entry(self, launch) -> Path:
         source = ASTSource(launch.fn, launch.signature, launch.constexprs, launch.attrs)

@@ -104,7 +104,7 @@ def decode(arch: int) -> None:
 
 
 def gemm(arch: int) -> None:
-    if arch < 90:  # the tensor memory accelerator is younger
+    if arch < 90:  # older GPUs have no tensor memory accelerator
         return
     ranks = itertools.product((8, 16, 24, 32, 40, 64, 128), (False, True))
     for (r, start), w_is_kn in itertools.product(ranks, (False, True)):
@@ -170,7 +170,7 @@ CASES = {
 }
 WAIT = "griddepcontrol.wait"
 EXPECTS = {
-    # Memory-bound: 16-byte accesses, and several of them under way.
+    # Memory-bound: 16-byte accesses, several in flight.
     "stats:stats_kernel": {arch: ["ld.global.128"] for arch in (80, 90)},
     "init:subtract_kernel": {arch: ["cp.async", "st.global.128"] for arch in (80, 90, 100)},
     "decode:decode_kernel": {80: ["cp.async"], 90: ["cp.async", WAIT], 100: ["cp.async", WAIT]},

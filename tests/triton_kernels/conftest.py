@@ -27,7 +27,7 @@ def device() -> Iterator[str]:
     if not on_gpu and old_triton and new_numpy:
         pytest.skip("the interpreter of triton < 3.7 does not know NumPy >= 2.4")
     library = torch.library.Library("lora", "IMPL")
-    # In Python, where `_poisoned` sees to what has memory.
+    # In Python, where `_poisoned` replaces the functions that allocate.
     kernels = {"_empty_factors": empty_factors_ref, **({} if on_gpu else backend.KERNELS)}
     for name, kernel in kernels.items():
         library.impl(name, kernel, "CUDA" if on_gpu else "CPU", allow_override=True)

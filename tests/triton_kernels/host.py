@@ -28,7 +28,7 @@ WAYS = {
     "fused": 2048,
     "fused pair": 2048,
     "overlapped": 2048,
-}  # way: tokens
+}  # implementation: tokens
 
 
 def layer(way: str, tokens: int, sizes: int = 512) -> dict[str, object]:
@@ -44,7 +44,7 @@ def layer(way: str, tokens: int, sizes: int = 512) -> dict[str, object]:
         mock.patch.object(triton, "cdiv", slow),
         mock.patch.object(triton, "next_power_of_2", slow),
     ):
-        for scaling in (1.0, 2.0, 2.0):  # the scaling is in no plan
+        for scaling in (1.0, 2.0, 2.0):  # no plan contains the scaling
             before = Seen(seen.launches.copy(), seen.binder.copy(), seen.compiled.copy())
             torch.ops.lora.linear(x, W, None, A, B, scaling)
             counts.append(
@@ -83,7 +83,7 @@ def arguments() -> dict[str, object]:
             elif isinstance(theirs, torch.Tensor):
                 same = ours == theirs.data_ptr()
             elif hasattr(theirs, "block_shape"):
-                # The third is the result's, another tensor in each call.
+                # The third belongs to the result, a new tensor in each call.
                 same = type(ours) is type(theirs) and all(
                     list(getattr(ours, field)) == list(getattr(theirs, field))
                     for field in ("shape", "strides", "block_shape", "padding")

@@ -37,7 +37,7 @@ def test_init_in_a_graph():
         out["start"] = ops.loram_init_foreach(weights, 8, check=False)
 
     graph = captured(run)
-    for factor in (1.0, 3.0):  # what the weights hold when it is replayed counts
+    for factor in (1.0, 3.0):  # a replay uses the weights of that moment
         for source in pristine:
             source.mul_(factor)
         graph.replay()
@@ -105,7 +105,7 @@ def test_layer_in_a_graph(M, dtype):
         graph = captured(lambda: out.update(y=layer(x)))
         x.normal_()
         graph.replay()
-        # Two ways to y may meet: a few roundings of bfloat16 (2^-8), beside sums of size 1.
+        # Two implementations of y may differ by a few roundings of bfloat16, for sums of size 1.
         torch.testing.assert_close(out["y"], layer(x), rtol=2e-2, atol=2e-2)
 
 
@@ -197,7 +197,7 @@ def test_backward_of_a_training_step_is_the_same_bits_twice(r, dtype):
     A = (torch.randn(r, 512, device="cuda") / 20).requires_grad_()
     B = (torch.randn(768, r, device="cuda") / 20).requires_grad_()
     runs = []
-    for _ in range(3):  # the first measures the ways
+    for _ in range(3):  # the first call times the implementations
         y = ops.linear(x, W, None, A, B, 0.5)
         runs.append((y, *torch.autograd.grad(y, (x, A, B), torch.ones_like(y))))
     assert all(torch.equal(a, b) for a, b in zip(*runs[1:], strict=True))

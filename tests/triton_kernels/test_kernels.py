@@ -65,7 +65,7 @@ def test_round_apart_is_whether_the_conversions_differ(device):
     round_apart_kernel[(count // 128,)](low, high, out, BLOCK=128)
     differ = low.float() != high.float()
     assert 0.2 < differ.float().mean() < 0.8
-    # An end that is half-way itself is as near as the errors get, and may be either.
+    # An end that is halfway itself is the closest case, and may go either way.
     ends = torch.stack([low, high]).view(torch.int64)
     inside = ((ends & (2**29 - 1)) != 2**28).all(0)
     assert inside.float().mean() > 0.9
@@ -210,7 +210,7 @@ def test_loram_init(scaling, device, dtypes):
         )
         want_beta = torch.empty_like(beta)
         loram_init_ref(want, want_A, want_B, want_beta, 8, scaling, True)
-        # The sums of squares are added in another order: an ulp of them, and what it is rounded to.
+        # The sums of squares are added in a different order: an ulp of them, and its rounding.
         torch.testing.assert_close(beta, want_beta, rtol=1e-14, atol=0)
         for k, weight in enumerate(weights):
             tight = {"rtol": 2e-7 if dtype != torch.float64 else 1e-13, "atol": 0}
@@ -306,7 +306,7 @@ def test_what_a_model_launches_and_when(device, monkeypatch):
     ops.loram_init_foreach(weights, 4, check=False)
     others = ["scales_kernel", "axis_tables_kernel", *["dst_fill_kernel"] * 2, "subtract_kernel"]
     assert log == ["stats_kernel", "factors", *others]
-    # A single weight takes arguments instead of tables: no copy to the device.
+    # A single weight is passed as arguments instead of tables, without a copy to the device.
     monkeypatch.setattr(jobs, "upload", None)
     log.clear()
     ops.frobenius_stats(weights[:1])

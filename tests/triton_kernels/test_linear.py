@@ -36,10 +36,10 @@ def force(monkeypatch, device):
             return ways[name]()
 
         monkeypatch.setattr(operator, "fastest", chosen)
-        if device == "cpu":  # the interpreter knows the tensor memory accelerator too
+        if device == "cpu":  # the interpreter supports the tensor memory accelerator too
             monkeypatch.setattr(operator, "_is_hopper", lambda device: True)
             monkeypatch.setattr(operator, "_multiprocessors", lambda device: 3)
-        # The kernels take sizes, and without a GPU a dtype, that are left to the library else.
+        # Also sizes, and without a GPU a dtype, that would be left to the library.
         halves = operator.HALVES if device == "cuda" else (*operator.HALVES, torch.float32)
         monkeypatch.setattr(
             operator, "_thin", lambda a, *o: a.dtype in halves and all(t.numel() for t in (a, *o))
@@ -87,7 +87,7 @@ def test_with_R(way, lead, n, k, r, dropout, start, device, dtypes, force):
         t = inputs(lead, n, k, r, dtype, start=start, core=True, device=device)
         taken = force("kernel", "steps", way)
         check(t, 0.7, dropout, torch.tensor(9, device=device) if dropout else None)
-        assert "decode" not in taken  # its kernels have no place for R
+        assert "decode" not in taken  # its kernels do not support R
 
 
 @pytest.mark.parametrize("start", [False, True])
@@ -138,7 +138,7 @@ def test_sums_of_parts(parts, length, count, device):
     for got, (each, dtype, scale) in zip(rank.reduce_all(sums), sums, strict=True):
         want = (scale * each.double().sum(0)).to(dtype)
         assert got.dtype == dtype
-        # One rounding to the result, or the float32 sum of up to 21 numbers of size 1.
+        # One rounding of the result, or the float32 sum of up to 21 numbers of size 1.
         rtol, atol = (2**-10, 1e-6) if dtype == torch.float16 else (0.0, 21 * 2**-22)
         torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
@@ -177,7 +177,7 @@ def test_expanded_gradient_and_bias(device, force):
     y = torch.ops.lora.linear(t["x"], t["weight"], bias, t["lora_A"], t["lora_B"], 0.5)
     got = torch.autograd.grad(y.sum(), leaves)  # of stride 0
     plain = t["x"] @ t["weight"].T + bias + 0.5 * t["x"] @ t["lora_A"].T @ t["lora_B"].T
-    # Float32 sums of 48 products, and for the gradients of 70 · 32, in another order.
+    # Float32 sums of 48 products, and for gradients of 70 · 32, in a different order.
     torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got, torch.autograd.grad(plain.sum(), leaves), rtol=1e-4, atol=1e-4)
 
@@ -276,7 +276,7 @@ def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch, times):
     monkeypatch.setattr(choice, "_can_measure", lambda device: False)
     assert choice.fastest(("another key",), ways, CPU) == "slow"
     assert list(choice.CHOSEN) == [("key", *times)]
-    # Among other ways the choice is another.
+    # With other implementations to choose from, the choice differs.
     monkeypatch.setattr(choice, "_can_measure", lambda device: True)
     del ways["fast"]
     assert choice.fastest(("key",), ways, CPU) == "middling"
@@ -291,7 +291,7 @@ def test_a_way_that_fails_is_left_out_and_told_once(times):
     with pytest.warns(RuntimeWarning, match="'broken'.*ptxas failed") as caught:
         assert choice.fastest(("key",), ways, CPU) == "good"
         assert choice.fastest(("another key",), ways, CPU) == "good"
-    assert len(caught) == 1  # nor of a GPU that is only small
+    assert len(caught) == 1  # the one that is too large warns of nothing
     del ways["good"]
     with pytest.raises(OutOfResources):
         choice.fastest(("none is left",), ways, CPU)

@@ -34,7 +34,7 @@ class CudaError(RuntimeError):
 
 def build(sources: list[Path], library: Path) -> ctypes.CDLL:
     """Compiles `sources` into `library` and loads it; RuntimeError with the compiler's errors."""
-    # Without the fortified longjmp, which takes a switch of stacks for a mistake.
+    # The fortified longjmp would report the switching of stacks as an error.
     command = [COMPILER, "-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
     command += ["-I", str(EMULATION), "-I", str(CSRC), "-x", "c++", *map(str, sources)]
     done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)

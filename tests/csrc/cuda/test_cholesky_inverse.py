@@ -54,7 +54,7 @@ def test_makes_columns_orthonormal(emulator):
     Z[:, 40] = Z[:, 3] + 1e-3 * Z[:, 40]
     gram = Z.T @ Z
     (X,) = emulator.cholesky_inverse(gram[None], 1e-12)
-    bound = 8 * EPS * np.linalg.cond(gram)  # what rounding the Gram matrix loses; LAPACK too
+    bound = 8 * EPS * np.linalg.cond(gram)  # lost by rounding the Gram matrix; LAPACK too
     assert np.abs((Z @ X).T @ (Z @ X) - np.eye(64)).max() < bound < 2e-8
 
 

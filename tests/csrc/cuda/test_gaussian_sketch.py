@@ -17,7 +17,7 @@ def test_matches_the_reference(emulator, rows, cols, ld, seed):
     # sincospi is exact in the angle, 2π w rounds it: 2^-52 of 2π, times r < 6.7. Then a float32
     # rounding, which may fall to the other side.
     np.testing.assert_allclose(out[:, :cols], want, rtol=2.0**-23, atol=1e-14)
-    assert np.isnan(out[:, cols:]).all()  # the gap between rows is not touched
+    assert np.isnan(out[:, cols:]).all()  # the gap between rows stays untouched
 
 
 def test_bfloat16_is_the_rounded_float32(emulator):

@@ -67,7 +67,7 @@ def test_anything(device, n, m, data, spectrum, dtype, layout, seed):
     assert torch.equal(weight, before)
     if subspace is None or subspace == min(n, m):
         check_top(weight, rank, U, S, Vh, exact=subspace is not None)
-    else:  # as good as that space allows, and never better than the best
+    else:  # as good as that space allows, and never better than the optimum
         W, P = to_numpy(weight), to_numpy(U) * to_numpy(S) @ to_numpy(Vh)
         assert np.linalg.norm(W - P) <= (1 + 1e-5) * np.linalg.norm(W)
 
@@ -222,7 +222,7 @@ def test_tolerance(tol, device):
     for k, weight in enumerate(weights):
         sigma = np.linalg.svd(to_numpy(weight), compute_uv=False)[:8]
         assert (np.abs(to_numpy(S[k]) - sigma) <= max(tol, 1e-5) * sigma).all()
-    _, S, _, error = foreach(weights, 8, 8, 0, tol)  # a space that small may not reach it
+    _, S, _, error = foreach(weights, 8, 8, 0, tol)  # so small a space may not reach it
     assert (error >= 0).all() and S.shape == (2, 8)
 
 
@@ -313,7 +313,7 @@ def test_opcheck(device):
     opcheck(op, (torch.randn(9, 7).to(device), 3))
     opcheck(op, (torch.randn(9, 7).to(device).requires_grad_(), 3, 5, 1))
     weights = [torch.randn(9, 7).to(device), torch.randn(7, 9).to(device).T]
-    # With a tolerance: without one the error is NaN, which opcheck takes for unequal to itself.
+    # With a tolerance: otherwise the error is NaN, which opcheck finds unequal to itself.
     opcheck(foreach, (weights, 3, None, 0, 0.1))
     opcheck(torch.ops.lora._randomized_svd, (weights, 3, 5, 0, 0.1))
 

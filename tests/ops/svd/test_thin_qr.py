@@ -116,7 +116,7 @@ def test_foreach_is_each(dtype, device):
     for k, weight in enumerate(weights):
         if device == "cpu":
             assert all(map(torch.equal, (Q[k], R[k]), op(weight, 6)))
-        else:  # a batch takes another of the library's algorithms
+        else:  # the library uses a different algorithm for a batch
             check_qr(weight, 6, Q[k], R[k])
 
 

@@ -49,7 +49,7 @@ class LayerState:
     @torch.no_grad()
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
         """A₀ [r, in] and B₀ [out, r] that are subtracted: stored, or computed from β."""
-        if self.start_A is not None:
+        if self.start_A is not None and self.start_B is not None:
             return self.start_A, self.start_B
         if self.beta is None:
             return None

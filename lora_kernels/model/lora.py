@@ -172,7 +172,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         record.saved.set_trainable(name, name == adapter_name)
 
 
-class disable_adapters(AbstractContextManager):  # noqa: N801  (used as a function, as torch.no_grad)
+class disable_adapters(AbstractContextManager["disable_adapters"]):  # noqa: N801  (used as a function, as torch.no_grad)
     """The model is its base from here on, or within `with disable_adapters(model):`.
 
     Bit for bit, but for layers that absorbed a start: these to one rounding of their dtype, and

@@ -106,7 +106,7 @@ def make_report(
 
 def _grouped(rows: Sequence[AdaptedRow]) -> list[list[AdaptedRow]]:
     """Rows that differ in the numbers of their names only."""
-    groups: dict[tuple, list[AdaptedRow]] = {}
+    groups: dict[tuple[object, ...], list[AdaptedRow]] = {}
     for row in rows:
         shape = (row.out_features, row.in_features)
         numbers = (row.r, row.scaling, row.residual, _pattern(row.note))

@@ -52,7 +52,7 @@ class SavedTensors:
     def activate(self, adapter: str | None) -> None:
         """Puts that adapter's tensors into the modules; None: the originals."""
         self._collect()
-        own = self._copies.get(adapter, {})
+        own = {} if adapter is None else self._copies.get(adapter, {})
         for name, (module, key) in self._places.items():
             current, wanted = getattr(module, key), own.get(name, self._base[name])
             if wanted is not current:
@@ -92,7 +92,7 @@ class SavedTensors:
         `load_state_dict(assign=True)` other parameters. What is aside follows the model to another
         dtype, but float32, which trainers give to what they train alone.
         """
-        own = self._copies.get(self._active, {})
+        own = {} if self._active is None else self._copies.get(self._active, {})
         for name, (module, key) in self._places.items():
             current = getattr(module, key)
             (own if name in own else self._base)[name] = current

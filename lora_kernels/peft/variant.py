@@ -37,7 +37,7 @@ class StartVariant(LoraVariant):
         to the bit: both parts are the same two products.
         """
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        start_A, start_B = start_of(module, active_adapter)
+        start_A, start_B = module.lora_start_A[active_adapter], module.lora_start_B[active_adapter]
         adapter = lora_B(lora_A(module.lora_dropout[active_adapter](x)))
         start = linear(linear(x, start_A), start_B)  # no dropout: it belongs to the base
         return result + (adapter - start) * module.scaling[active_adapter]

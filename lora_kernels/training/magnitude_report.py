@@ -8,11 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from .._utils.extras import needed
 from .magnitude import AdapterMagnitude, LayerMagnitude
 
-Rows = Sequence[LayerMagnitude] | Sequence[AdapterMagnitude]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+Rows = Sequence[LayerMagnitude | AdapterMagnitude]  # all of one kind
 
 # Column titles of the table, and what they show.
 _LAYER_COLUMNS = {
@@ -39,7 +44,7 @@ _ADAPTER_COLUMNS = {
 _BLUE, _ORANGE, _GREY = "#0b6e99", "#e07a1f", "#7a7a7a"
 
 
-def make_table(rows: Rows, title: str = ""):
+def make_table(rows: Rows, title: str = "") -> Table:
     """A `rich.table.Table` with a line per layer and their medians; columns without any value are
     left out.
 
@@ -96,21 +101,21 @@ def draw(path: str | Path, rows: Rows, title: str = "") -> None:
 
     values = _columns(rows)
     panels = _panels(rows, values)
-    weights = isinstance(rows[0], LayerMagnitude)
+    weights = [row for row in rows if isinstance(row, LayerMagnitude)]
     height = 2.1 * len(panels) + (3.2 if weights else 0)
     figure, axes = plt.subplots(
-        len(panels) + weights,
+        len(panels) + bool(weights),
         figsize=(10, height + 0.6),
         squeeze=False,
         layout="constrained",
-        height_ratios=[2.1] * len(panels) + [3.2] * weights,
+        height_ratios=[2.1] * len(panels) + [3.2] * bool(weights),
     )
     try:
         for axis, panel in zip(axes.flat, panels, strict=False):
             _draw_bars(axis, panel)
         axes.flat[len(panels) - 1].set_xlabel(f"{len(rows)} layers, in the order of the table")
         if weights:
-            _draw_gains(axes.flat[-1], rows)
+            _draw_gains(axes.flat[-1], weights)
         figure.suptitle(title, fontsize=11)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,24 +145,24 @@ def _panels(rows: Rows, values: dict[str, list[float | None]]) -> list[_Panel]:
     return panels
 
 
-def _draw_bars(axis, panel: _Panel) -> None:
+def _draw_bars(axis: Axes, panel: _Panel) -> None:
     positions = range(len(panel.bars))
-    heights = [math.nan if value is None else value for value in panel.bars]
+    heights = _numbers(panel.bars)
     axis.bar(positions, heights, width=0.8, color=_BLUE, label="exact" if panel.line else None)
     # Zeros, and what is not finite, have no place on a logarithmic axis.
     if panel.log and any(0 < height < math.inf for height in heights):
         axis.set_yscale("log")
     if panel.line is not None:
         label, line = panel.line
-        axis.plot(positions, line, ".", color=_ORANGE, markersize=5, label=label)
+        axis.plot(positions, _numbers(line), ".", color=_ORANGE, markersize=5, label=label)
         axis.legend(frameon=False, fontsize=8, ncols=2)
     axis.set_title(panel.title, fontsize=10, loc="left")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params(axis="x", integer=True)
     axis.margins(x=0.01)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_gains(axis, rows: Sequence[LayerMagnitude]) -> None:
+def _draw_gains(axis: Axes, rows: Sequence[LayerMagnitude]) -> None:
     """All layers in grey, their median in blue, and LoRAM's logarithm for each size."""
     curves = [dict(row.gains) for row in rows if row.gains]
     for curve in curves:
@@ -185,6 +190,10 @@ def _columns(rows: Rows) -> dict[str, list[float | None]]:
         raise ValueError("there are no rows to show")
     columns = _LAYER_COLUMNS if isinstance(rows[0], LayerMagnitude) else _ADAPTER_COLUMNS
     return {head: [getattr(row, name) for row in rows] for head, name in columns.items()}
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def _median(values: Sequence[float | None]) -> float | None:

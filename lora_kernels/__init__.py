@@ -1,4 +1,4 @@
-"""LoRA with its kernels: operators, initializers, the layer, and whole models."""
+"""LoRA with kernels of its own: operators, starts, layers, whole models, files, PEFT models."""
 
 import sys
 from importlib import import_module
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if find_spec("lora_kernels.triton_kernels") is None:
-    # Used from a checkout that is not installed, where that package is the folder beside this one.
+    # In a checkout that is not installed, that package is the folder beside this one.
     __path__.append(str(Path(__file__).parents[1]))
 
 from . import init as init
@@ -32,7 +32,7 @@ from .training import trainer as trainer
 from .training.gradients import capture_gradients as capture_gradients
 from .training.optim import lora_plus_groups as lora_plus_groups
 
-# Public modules that live in a room: `import lora_kernels.svd` finds them here.
+# Public modules inside sub-packages; this makes `import lora_kernels.svd` work.
 for _module in (svd, magnitude, optim, rescaling, trainer):
     sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 del _module
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        """`lora_kernels.peft`, imported at its first use: it imports PEFT."""
+        """Imports `lora_kernels.peft` at its first use, because it imports PEFT."""
         if name == "peft":
             return import_module(".peft", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,1 @@
-"""One layer with adapters: `LoRALinear`, its kin, and what they are made over."""
+"""One linear layer with adapters: `LoRALinear`, `LoRAConv1D` and `LoRAWrapper`."""

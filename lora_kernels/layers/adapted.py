@@ -1,5 +1,5 @@
-"""`AdaptedLayer`: what layers with adapters share, and what a layer takes over from the one that
-it replaces.
+"""`AdaptedLayer`: the base class of layers with adapters. `transplant`: moves hooks and attributes
+from a layer to the one that replaces it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def _of_active(name: str) -> Any:
 class AdaptedLayer(nn.Module):
     """A layer with one or more adapters over the same base; one of them is active.
 
-    The forward uses the adapter named `active_adapter`, unless `adapter_enabled` is False: then the
-    layer computes as its base. `lora_A`, `scaling` and the like are those of the active adapter.
+    The forward uses the adapter named `active_adapter`. If `adapter_enabled` is False, the layer
+    computes what its base computes. `lora_A`, `scaling` and the like belong to the active adapter.
     """
 
     adapters: nn.ModuleDict
@@ -35,8 +35,8 @@ class AdaptedLayer(nn.Module):
     lora_A: nn.Parameter = _of_active("lora_A")  # [r, in]
     lora_B: nn.Parameter = _of_active("lora_B")  # [out, r]
     lora_R: nn.Parameter | None = _of_active("lora_R")  # [r, r]
-    start_A: Tensor | None = _of_active("start_A")
-    start_B: Tensor | None = _of_active("start_B")
+    start_A: Tensor | None = _of_active("start_A")  # [r, in]
+    start_B: Tensor | None = _of_active("start_B")  # [out, r]
     options: AdapterOptions = _of_active("options")
     r: int = _of_active("r")
     scaling: float = _of_active("scaling")
@@ -50,39 +50,44 @@ class AdaptedLayer(nn.Module):
             super().__setattr__(name, value)
 
     def _begin(self) -> None:
-        """The layer has no adapter yet: the first one that is attached becomes active."""
+        """Sets the attributes of a layer that has no adapters yet."""
         self.adapters = nn.ModuleDict()
         self.active_adapter, self.adapter_enabled = "", True
 
     @property
     def lora_alpha(self) -> float:
-        """Of the active adapter."""
+        """`lora_alpha` of the active adapter."""
         return self.options.lora_alpha
 
     @property
     def scaling_rule(self) -> str:
-        """Of the active adapter: "lora", "rslora" or "alpha_sqrt"."""
+        """The active adapter's rule for s: "lora", "rslora" or "alpha_sqrt"."""
         return self.options.scaling_rule
 
     @property
     def adapter_names(self) -> list[str]:
-        """In the order in which the adapters were attached."""
+        """The adapters' names, in the order in which they were attached."""
         return list(self.adapters)
 
     def adapter(self, name: str) -> Adapter:
-        """The adapter of that name."""
+        """The adapter named `name`.
+
+        Raises:
+            ValueError: the layer has no adapter of that name.
+
+        """
         if name not in self.adapters:
             raise unknown_name("adapter", name, self.adapter_names)
         adapter: Any = self.adapters[name]  # nn.ModuleDict does not know its modules' type
         return adapter
 
     def active(self) -> Adapter:
-        """The active adapter."""
+        """The active adapter's module."""
         adapter: Any = self.adapters[self.active_adapter]
         return adapter
 
     def attach(self, name: str, adapter: Adapter) -> None:
-        """Adds an adapter, which is active if it is the first."""
+        """Adds an adapter; the layer's first adapter becomes active."""
         if not self.adapters:
             self.active_adapter = name
         self.adapters[name] = adapter.train(self.training)
@@ -93,16 +98,16 @@ class AdaptedLayer(nn.Module):
 
     @property
     def absorbed(self) -> str | None:
-        """The name of the adapter whose start was subtracted from the base's weight."""
-        held = (n for n, adapter in self.adapters.items() if adapter.absorbed_scaling is not None)
-        return next(held, None)
+        """The name of the adapter whose initial factors were subtracted from the base's weight."""
+        names = (n for n, adapter in self.adapters.items() if adapter.absorbed_scaling is not None)
+        return next(names, None)
 
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
-        """As `Adapter.start_factors`, of the active adapter."""
+        """`Adapter.start_factors` of the active adapter: A₀ [r, in] and B₀ [out, r], or None."""
         return self.active().start_factors()
 
     def layer_state(self) -> LayerState:
-        """As `Adapter.layer_state`, of the active adapter."""
+        """`Adapter.layer_state` of the active adapter."""
         return self.active().layer_state()
 
     def freeze(self) -> None:
@@ -110,19 +115,19 @@ class AdaptedLayer(nn.Module):
         raise NotImplementedError
 
     def base_weight(self) -> Tensor:
-        """W [out, in] as it was before the layer was adapted."""
+        """W [out, in] of the layer before it was adapted."""
         raise NotImplementedError
 
     def base_linear(self) -> nn.Module:
-        """The layer as it was before it was adapted."""
+        """The layer before it was adapted; its tensors may be copies."""
         raise NotImplementedError
 
     def restore_(self) -> nn.Module:
-        """The layer that was adapted, with this one's own parameters."""
+        """The original layer, with this layer's own parameters, not copies of them."""
         raise NotImplementedError
 
     def to_linear(self) -> nn.Module:
-        """A layer with the active adapter merged."""
+        """A new layer without adapters, whose weight is W + s·(BA − B₀A₀)."""
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -146,19 +151,20 @@ _HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
 )
-_FOREIGN = "_lora_foreign"  # the names of the attributes that an adapted layer was given
-_CLASS = "_lora_class"  # the class of the layer that it replaced
-# What holds the old module's forward: accelerate's hook, and `module.compile()`.
+_FOREIGN = "_lora_foreign"  # names of the attributes that were copied to an adapted layer
+_CLASS = "_lora_class"  # the class of the layer that the adapted layer replaced
+# Attributes bound to the old module's forward, by accelerate's hook or `module.compile()`.
 _BOUND = ("_hf_hook", "_old_forward", "forward", "_compiled_call_impl")
 
 
 def transplant(old: nn.Module, new: nn.Module) -> None:
-    """Gives `new` the hooks of `old`, the same dicts, so that handles still remove them, and those
-    of its attributes that are not of its class: `_hf_*`, what users have set. accelerate's hook,
-    which wraps a module's forward, is put around the new one's.
+    """Gives `new` the hooks of `old` and the attributes that others have set on `old` (`_hf_*`).
 
-    From an adapted layer back to a plain one, these are the attributes that the adapted layer was
-    given, and the class of the layer that it had replaced, a subclass of `nn.Linear` perhaps.
+    `new` shares the dicts of hooks, so that existing handles still remove them. accelerate's hook,
+    which wraps a module's forward, is added to `new` and wraps its forward.
+
+    If `old` is an adapted layer, `new` gets the attributes that were once copied to `old`, and the
+    class of the layer that `old` had replaced, which may be a subclass of `nn.Linear`.
     """
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))

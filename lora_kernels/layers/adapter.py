@@ -1,4 +1,4 @@
-"""`Adapter`: the factors of one adapter of one layer, and what restores the base."""
+"""`Adapter`: the factors of one adapter of one layer, and the data that restore its base."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from .state import LayerState, dst_start, product_factors
 
 
 class Adapter(nn.Module):
-    """A [r, in], B [out, r] and, for some starts, R [r, r]; s; and the start that was subtracted.
+    """A [r, in], B [out, r] and, for some starts, R [r, r]; s; and the initial factors A₀ and B₀.
 
-    The base is restored from β where the start is a DST start, else from its factors. A layer that
-    subtracts the start in its forward ("implicit") keeps the factors in any case.
+    A₀ and B₀ are needed to restore the base. Those of a DST start are computed from β; those of
+    other starts are stored. A layer that subtracts s·B₀A₀ in its forward ("implicit") always stores
+    them. A, B and R are float32, or float64 over a float64 base.
     """
 
     lora_A: nn.Parameter  # [r, in]
@@ -28,8 +29,9 @@ class Adapter(nn.Module):
     def __init__(self, options: AdapterOptions, start: Start, changes_base: bool) -> None:
         super().__init__()
         self.options = options
-        # Read at every call, so not computed there.
+        # Stored, because every forward reads them.
         self.scaling, self.lora_dropout = options.scaling, options.lora_dropout
+        self.residual = options.residual
         lora_R = None if start.lora_R is None else nn.Parameter(start.lora_R)
         self.lora_A = nn.Parameter(start.lora_A, requires_grad=lora_R is None)
         self.lora_B = nn.Parameter(start.lora_B, requires_grad=lora_R is None)
@@ -40,7 +42,7 @@ class Adapter(nn.Module):
         self.register_buffer("start_A", start_A if keep else None)
         self.register_buffer("start_B", start.lora_B.clone() if keep else None)
         self.beta = start.beta if changes_base else None
-        # s, if the start was subtracted from the base's weight.
+        # s, if s·B₀A₀ was subtracted from the base's weight.
         self.absorbed_scaling = options.scaling if absorbed else None
         self._weight_norm = start.weight_norm if changes_base else None
         self._rewritten = start.rewritten
@@ -50,34 +52,29 @@ class Adapter(nn.Module):
         """The rank."""
         return self.options.r
 
-    @property
-    def residual(self) -> str:
-        """Of the start, "absorb" or "implicit"."""
-        return self.options.residual
-
     def load_factors(self, lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None) -> None:
-        """Replaces the initial factors by trained ones, which are not copied."""
+        """Replaces A [r, in], B [out, r] and R [r, r] by trained ones, which are not copied."""
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.lora_R = None if lora_R is None else nn.Parameter(lora_R)
         self.set_trainable(True)
 
     def set_trainable(self, trainable: bool) -> None:
-        """Sets `requires_grad` of what this adapter trains: R if there is one, else A and B."""
+        """Sets `requires_grad` of the trained factors: R if there is one, else A and B."""
         self.lora_A.requires_grad_(trainable and self.lora_R is None)
         self.lora_B.requires_grad_(trainable and self.lora_R is None)
         if self.lora_R is not None:
             self.lora_R.requires_grad_(trainable)
 
     def implicit_start(self) -> tuple[Tensor | None, Tensor | None]:
-        """The factors A₀ and B₀ that the forward subtracts."""
+        """A₀ [r, in] and B₀ [out, r] if the forward subtracts s·B₀A₀, else (None, None)."""
         return (self.start_A, self.start_B) if self.residual == "implicit" else (None, None)
 
     @torch.no_grad()
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
-        """A₀ [r, in] and B₀ [out, r] that were or are subtracted: stored, or computed from β.
+        """The initial factors A₀ [r, in] and B₀ [out, r], stored or computed from β.
 
-        None if nothing is subtracted: the start was zero, or is left in.
+        None if s·B₀A₀ is not subtracted: it is zero, or changes the model on purpose.
         """
         if self.start_A is not None and self.start_B is not None:
             return self.start_A, self.start_B
@@ -96,9 +93,9 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def merge_factors(self) -> tuple[Tensor, Tensor]:
-        """A' [k, in] and B' [out, k] with s·B'A' what the forward adds to W, in float32 or wider.
+        """A' [k, in] and B' [out, k], in float32 or wider: the forward adds s·B'A' to W.
 
-        k = r, or 2r if the forward subtracts a start.
+        k = r, or 2r if the forward subtracts s·B₀A₀.
         """
         start = self.start_factors() if self.residual == "implicit" else None
         return product_factors(self.lora_A, self.lora_B, self.lora_R, start)
@@ -107,8 +104,8 @@ class Adapter(nn.Module):
     def layer_state(self) -> LayerState:
         """Copies of the adapter's tensors on the CPU, and its numbers.
 
-        Where the start came with a rewritten base (LoftQ), the state is that of an adapter of this
-        rewritten base: nothing is subtracted from it.
+        If the start rewrote the base (LoftQ), the state describes an adapter of the rewritten base,
+        from which nothing is subtracted.
         """
 
         def copied(tensor: Tensor) -> Tensor:
@@ -133,10 +130,10 @@ class Adapter(nn.Module):
         )
 
     def get_extra_state(self) -> Tensor:
-        """What restores the base beside the factors, in float64 and not changed by `.to(dtype)`.
+        """The numbers that restore the base, in float64, which `.to(dtype)` does not change.
 
-        [s] if a start was absorbed, [s, β] if it is a DST start, [NaN, β] if a DST start is
-        subtracted in the forward, [] otherwise.
+        [s] if initial factors were absorbed, [s, β] if those of a DST start were, [NaN, β] if the
+        forward subtracts a DST start, [] otherwise.
         """
         scaling = self.absorbed_scaling
         if scaling is None and self.beta is None:
@@ -147,22 +144,22 @@ class Adapter(nn.Module):
         return torch.cat([state, self.beta.detach().cpu().reshape(1)])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes what `get_extra_state` gave.
+        """Restores the numbers that `get_extra_state` returned.
 
         Raises:
-            ValueError: the saved adapter was absorbed with another s than this one's, or one of the
-                two was absorbed and the other is subtracted in the forward.
+            ValueError: the saved adapter has another `residual` than this one, or its initial
+                factors were absorbed with another s.
 
         """
         values = state.detach().cpu().to(torch.float64)
         absorbed = values.numel() > 0 and not math.isnan(float(values[0]))
         scaling = float(values[0]) if absorbed else None
-        # Where nothing was absorbed, start factors are there only to be subtracted.
+        # If nothing was absorbed, A₀ and B₀ are stored only for a forward that subtracts them.
         saved = "implicit" if scaling is None and self.start_A is not None else "absorb"
         if self.residual != saved and (scaling is not None or self.start_A is not None):
             raise ValueError(
-                f"the saved layer has residual={saved!r}, this one {self.residual!r}: its weight "
-                "and its start do not go together; construct it with the same residual"
+                f"the saved layer has residual={saved!r}, this one {self.residual!r}: the saved "
+                "weight and start do not fit this layer; construct it with the same residual"
             )
         if scaling is not None and scaling != self.scaling:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""`BaseLayer`: a linear layer as adapters see it, whatever it is. What it is is found out once."""
+"""`BaseLayer`: one interface to every kind of linear layer; the kind is found out once."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ _OVER: dict[str, Callable[[ForeignLayer], AdaptedLayer]] = {
 class BaseLayer:
     """A linear layer that can be adapted, or has been.
 
-    `module` is the layer in the model, `layer` the same without a wrapper around it; `kind` is what
-    `layers.kinds.kind_of` calls it; `rewritable` says whether its weight is in floating point and
-    its own, so that a start can be subtracted from it; `transposed` whether it is stored as
-    [in, out].
+    Attributes:
+        module: the layer in the model.
+        layer: the layer inside a `LoRAWrapper`; otherwise `module` itself.
+        kind: the name that `layers.kinds.kind_of` returns.
+        rewritable: whether the layer has a floating-point weight of its own, from which initial
+            factors can be subtracted.
+        transposed: whether the weight is stored as [in, out].
+
     """
 
     def __init__(self, module: nn.Module, kind: str) -> None:
@@ -47,12 +51,12 @@ class BaseLayer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the layer computes in, as far as it tells."""
+        """The dtype that the layer computes in, by its weight or by `compute_dtype`."""
         return self.stored_weight.dtype if self.rewritable else compute_dtype(self.layer)
 
     @property
     def device(self) -> torch.device:
-        """Where the layer's tensors are."""
+        """The device of the layer's tensors."""
         return self.stored_weight.device if self.rewritable else device_of(self.layer)
 
     @property
@@ -61,11 +65,11 @@ class BaseLayer:
         return cast(Tensor, self.layer.weight)
 
     def weight(self) -> Tensor:
-        """W [out, in] without adapters: a view if it is `rewritable`, else a new float32 matrix,
-        dequantized.
+        """W [out, in] without adapters: a view if the layer is `rewritable`, else a new float32
+        matrix, dequantized.
 
         Raises:
-            ValueError: the layer is not quantized yet, or does not take the inputs that it should.
+            ValueError: the layer is not quantized yet, rejects inputs [n, in], or is not linear.
 
         """
         if not self.rewritable:
@@ -74,25 +78,25 @@ class BaseLayer:
         return weight.T if self.transposed else weight
 
     def refuse_sharded(self, name: str) -> None:
-        """Raises ValueError, with the layer's name, if its tensors are shards or not loaded."""
+        """Raises ValueError, which names the layer, if its tensors are shards or not loaded."""
         if not isinstance(self.module, AdaptedFloatLayer):
             refuse_sharded(name, self.layer)
 
     def adapted(self, adapter: Adapter, adapter_name: str) -> AdaptedLayer:
-        """The layer with this adapter beside those that it has; its weight is not changed."""
+        """The adapted layer, with this adapter added; the weight is not changed."""
         layer: AdaptedLayer
         if isinstance(self.module, AdaptedLayer):
             layer = self.module
         else:
             layer = _OVER.get(self.kind, LoRAWrapper.over)(self.module)
-            if self.rewritable:  # a wrapped layer keeps its hooks
+            if self.rewritable:  # hooks stay on a layer inside a wrapper
                 transplant(self.module, layer)
         layer.attach(adapter_name, adapter)
         return layer
 
 
 def base_of(module: nn.Module) -> BaseLayer | None:
-    """The module as a base layer; None if it is no linear layer that can be adapted."""
+    """The `BaseLayer` of a module; None if the module is not a linear layer that can be adapted."""
     kind: str | None
     if isinstance(module, LoRALinear):
         kind = "linear"

@@ -1,7 +1,7 @@
-"""Layers whose weight cannot be rewritten, quantized or known only through their forward: their W,
-their dtype, and a forward that autograd goes through.
+"""For layers whose weight cannot be rewritten (quantized, or accessible only through forward): W,
+the dtype, and a forward that autograd can differentiate.
 
-A quantizer's package is imported only for a layer of its own.
+A quantization package is imported only when one of its layers is met.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from .._utils.checks import FLOATS
 from .._utils.extras import needed
 from .kinds import ForeignLayer, kind_of
 
-_ROW_BLOCK = 256  # rows of the identity that a layer is given at once
-_NONLINEAR = 0.1  # relative; inputs rounded to 8 bits cause 0.01
+_ROW_BLOCK = 256  # rows of the identity matrix in one forward
+_NONLINEAR = 0.1  # relative error; rounding the inputs to 8 bits causes 0.01
 
 
 @torch.no_grad()
 def dequantized_weight(module: nn.Module) -> Tensor:
-    """W [out, in] as the layer multiplies with it, a new matrix in float32. It is not rounded to
-    the dtype that the layer computes in, unless only the layer's forward gives W.
+    """The W [out, in] that the layer multiplies by, as a new float32 matrix.
+
+    W is rounded to the layer's compute dtype only if it had to be read through the forward.
 
     Raises:
-        ValueError: the layer is not quantised yet, or does not take the inputs that it should.
+        ValueError: the layer is not quantized yet, rejects inputs [n, in], or is not linear.
 
     """
     return _WEIGHTS[kind_of(module) or "forward"](module)
 
 
 def compute_dtype(module: ForeignLayer) -> torch.dtype:
-    """The dtype that the layer computes in, as far as it tells: that of its weight, or its
-    `compute_dtype`, or that of its bias or scales; float32 if nothing does.
+    """The dtype that the layer computes in: its weight's, its `compute_dtype` attribute, or the
+    dtype of its bias or scales; float32 if there is none of these.
     """
     kind = kind_of(module)
     if kind == "torchao":
@@ -53,7 +54,12 @@ def compute_dtype(module: ForeignLayer) -> torch.dtype:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the layer's tensors are, and its inputs should be."""
+    """The device of the layer's tensors, where its inputs must be too.
+
+    Raises:
+        ValueError: the layer has no tensors.
+
+    """
     tensors = [*module.parameters(), *module.buffers()]
     if not tensors:
         raise ValueError(f"{type(module).__name__} has no tensor that tells its device")
@@ -63,8 +69,8 @@ def device_of(module: nn.Module) -> torch.device:
 def passes_gradient(module: ForeignLayer) -> bool:
     """Whether autograd reaches the layer's input from its output.
 
-    It does not through torchao's layers that quantize their input, nor through kernels that were
-    written for inference. These are tried with a row of zeros; bitsandbytes' layers are known to.
+    torchao's layers that quantize their input, and kernels written for inference, may block it.
+    Such layers are tried with one row of zeros; bitsandbytes' layers are known to pass gradients.
     """
     if kind_of(module) not in ("torchao", "forward"):
         return True
@@ -82,11 +88,11 @@ def passes_gradient(module: ForeignLayer) -> bool:
 
 
 def frozen_forward(module: nn.Module, x: Tensor, differentiable: bool = True) -> Tensor:
-    """`module(x)`, with a gradient for x and a bias whatever the layer is.
+    """`module(x)` [..., in] → [..., out], with gradients for x and the bias for every layer.
 
-    `differentiable` is what `passes_gradient` returned. If it is False the gradient is that of
-    x Wᵀ with the dequantized W (straight through a quantization of x, as in bitsandbytes' 8 bits);
-    the same for bitsandbytes' 4-bit layers that are packed for inference.
+    `differentiable` is the result of `passes_gradient`. If it is False, or if the layer is a 4-bit
+    layer of bitsandbytes packed for inference, the gradient is that of x Wᵀ with the dequantized W
+    (straight through a quantization of x, as in bitsandbytes' 8-bit layers).
     """
     if torch.is_grad_enabled() and x.requires_grad and not (differentiable and not _packed(module)):
         return _StraightThrough.apply(x, getattr(module, "bias", None), module)
@@ -94,12 +100,12 @@ def frozen_forward(module: nn.Module, x: Tensor, differentiable: bool = True) ->
 
 
 def keep_unpacked(module: ForeignLayer) -> None:
-    """Keeps a 4-bit layer of bitsandbytes as it is, where it would change under training.
+    """Keeps a 4-bit layer of bitsandbytes from packing its weight for inference.
 
-    On a CPU with AVX512-BF16 its first forward in eval mode packs the weight for inference for
-    good: it computes in bfloat16 from then on, has no gradient, and bitsandbytes 0.50's
-    `state_dict()`, which unpacks it, misplaces the scales (the weight is off by 2 %). Warns of a
-    layer that is packed already.
+    On a CPU with AVX512-BF16 the layer's first forward in eval mode packs the weight for good: from
+    then on the layer computes in bfloat16 and has no gradient, and bitsandbytes 0.50's
+    `state_dict()`, which unpacks the weight, misplaces the scales (the weight is off by 2 %). A
+    layer that is packed already causes a warning.
     """
     if kind_of(module) != "bnb_4bit":
         return
@@ -136,7 +142,7 @@ def _weight_4bit(module: ForeignLayer) -> Tensor:
     state = _state_4bit(module)
     if state is None:
         raise _not_quantized(module)
-    if _packed(module):  # in an order of its own, with scales rounded to bfloat16
+    if _packed(module):  # reordered, with scales rounded to bfloat16
         return _weight_through_forward(module)
     state = copy.copy(state)
     state.dtype = torch.float32
@@ -144,7 +150,7 @@ def _weight_4bit(module: ForeignLayer) -> Tensor:
 
 
 def _state_4bit(module: ForeignLayer) -> Any:
-    """bitsandbytes' QuantState; on the module where a wrapper has replaced the weight."""
+    """bitsandbytes' QuantState or None; it is on the module if a wrapper replaced the weight."""
     state = getattr(module.weight, "quant_state", None)
     return getattr(module, "quant_state", None) if state is None else state
 
@@ -174,16 +180,16 @@ def _not_quantized(module: nn.Module) -> ValueError:
 
 def _weight_torchao(module: ForeignLayer) -> Tensor:
     weight = module.weight
-    if type(weight).dequantize is Tensor.dequantize:  # packed for a kernel, and nothing unpacks it
+    if type(weight).dequantize is Tensor.dequantize:  # packed for a kernel; cannot be unpacked
         return _weight_through_forward(module)
     return weight.detach().dequantize().float()
 
 
 def _weight_through_forward(module: ForeignLayer) -> Tensor:
-    """W from the layer's output for the identity matrix, a block of rows at a time."""
+    """W [out, in] from the layer's output for the identity matrix, a block of rows at a time."""
     rows, cols = module.out_features, module.in_features
     empty = torch.empty(0, dtype=compute_dtype(module), device=device_of(module))
-    # The sum would round W to the bias' precision, which may be a hundred times as large.
+    # Without a bias, because a bias a hundred times as large would round W to its own precision.
     bias = getattr(module, "bias", None)
     without: dict[str, Tensor] = {}
     if isinstance(bias, Tensor) and "bias" in {**module._parameters, **module._buffers}:
@@ -197,11 +203,11 @@ def _weight_through_forward(module: ForeignLayer) -> Tensor:
                 f"{type(module).__name__} does not take inputs [n, {cols}] in {x.dtype}: {error}"
             ) from error
 
-    constant = forward(empty.new_zeros(1, cols))
-    weight = torch.empty(rows, cols, device=empty.device)
+    constant = forward(empty.new_zeros(1, cols))  # [1, out]
+    weight = torch.empty(rows, cols, device=empty.device)  # [out, in]
     for begin in range(0, cols, _ROW_BLOCK):
         size = min(_ROW_BLOCK, cols - begin)
-        block = empty.new_zeros(size, cols)
+        block = empty.new_zeros(size, cols)  # [size, in]
         block[:, begin : begin + size].fill_diagonal_(1.0)
         weight[:, begin : begin + size] = (forward(block) - constant).T
     _check_linear(module, forward, weight, constant, empty)
@@ -221,13 +227,13 @@ def _check_linear(
     want = x.float() @ weight.T + constant
     if not (forward(x) - want).norm() <= _NONLINEAR * want.norm():
         raise ValueError(
-            f"{type(module).__name__} computes no linear function of its input, or NaN: leave it "
-            "out with exclude_modules"
+            f"{type(module).__name__} computes no linear function of its input, or NaN: exclude it "
+            "with exclude_modules"
         )
 
 
 class _Forward(nn.Module):
-    """A layer's forward without the hooks that others have put on it."""
+    """A layer's forward without its hooks."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which sort of linear layer a module is, told without importing the package that it comes from."""
+"""The kind of a linear layer, found without importing the package that defines the layer."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ ForeignLayer: TypeAlias = Any
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The sort of linear layer, without adapters, that can be adapted; None for other modules.
+    """The kind of a linear layer without adapters; None if the module cannot be adapted.
 
-    - "linear": an `nn.Linear` that computes as such, with a float64 ... float16 weight of its own.
-    - "conv1d": GPT-2's, whose weight is [in, out].
+    - "linear": an `nn.Linear` with the usual forward and a floating-point weight of its own
+      (float64, float32, bfloat16 or float16).
+    - "conv1d": GPT-2's `Conv1D`, whose weight is [in, out].
     - "bnb_4bit", "bnb_8bit": bitsandbytes' `Linear4bit` and `Linear8bitLt`.
     - "torchao": an `nn.Linear` whose weight is one of torchao's tensors.
-    - "forward": any other with integers `in_features` and `out_features`, no float weight, and a
-      tensor of codes: GPTQ's, AWQ's, HQQ's.
+    - "forward": any other layer with integers `in_features` and `out_features`, no floating-point
+      weight, and a tensor of codes: GPTQ's, AWQ's, HQQ's.
 
-    A layer whose weight is sharded has the kind that it had before: see `refuse_sharded`.
+    A sharded weight does not change the kind: see `refuse_sharded`.
     """
-    return next((name for name, owns in _KINDS.items() if owns(module)), None)
+    return next((kind for kind, matches in _KINDS.items() if matches(module)), None)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is GPT-2's linear layer, whose weight is [in, out]."""
+    """Whether the module is GPT-2's `Conv1D`, a linear layer whose weight is [in, out]."""
     return any(
         cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
         for cls in type(module).__mro__
@@ -54,7 +55,7 @@ def check_adaptable(linear: nn.Module) -> None:
 
 
 def refuse_sharded(name: str, module: nn.Module) -> None:
-    """Raises ValueError if the tensors of the layer of that name are shards, or not loaded."""
+    """Raises ValueError if the tensors of the layer `name` are shards, or not loaded."""
     for key, tensor in _tensors(module):
         what = f"{name}.{key}"
         if hasattr(tensor, "ds_id") and tensor.numel() == 0:
@@ -91,7 +92,9 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _is_a(module: object, package: str, *names: str) -> bool:
-    """Whether a class of that package, of one of the names if any are given, is among its bases."""
+    """Whether the module's class derives from a class of that package, with one of `names` if any
+    are given.
+    """
     return any(
         cls.__module__.partition(".")[0] == package and (not names or cls.__name__ in names)
         for cls in type(module).__mro__
@@ -99,8 +102,8 @@ def _is_a(module: object, package: str, *names: str) -> bool:
 
 
 def _has_float_weight(module: nn.Module) -> bool:
-    """Whether the weight is a float Parameter, perhaps sharded, and no computed tensor
-    (parametrized, hooked), and the bias is none either.
+    """Whether the weight is a floating-point Parameter, sharded or not, and neither the weight nor
+    the bias is a computed tensor (parametrized, hooked).
     """
     weight = module._parameters.get("weight")
     if weight is None:
@@ -115,8 +118,8 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 
 def _is_flattened(module: nn.Module) -> bool:
-    """Whether FSDP has replaced all Parameters by views of a flat one; unlike weight_norm and
-    pruning, which leave some Parameters.
+    """Whether FSDP has replaced all Parameters by views of a flat one; weight_norm and pruning
+    replace only some of them.
     """
     return (
         (_is_plain(module) or is_conv1d(module))
@@ -134,19 +137,21 @@ def _why_not_plain(linear: nn.Linear) -> str | None:
     kind = type(linear)
     # transformers' FalconLinear computes x Wᵀ + b in two steps.
     falcon = kind.__name__ == "FalconLinear" and kind.__module__.startswith("transformers.")
-    # nn.MultiheadAttention's out_proj is one whose forward is never called.
+    # The class of nn.MultiheadAttention's out_proj, whose forward is never called.
     uncalled = isinstance(linear, NonDynamicallyQuantizableLinear)
     if (kind.forward is not nn.Linear.forward and not falcon) or uncalled:
         return f"{kind.__name__} does not compute as nn.Linear does"
     if _forward_is_replaced(linear):
         return "the forward of this nn.Linear is replaced; undo that first"
-    if is_parametrized(linear):  # perhaps only the bias
+    if is_parametrized(linear):  # the weight or the bias
         return "the weight is computed; remove its parametrization first"
     return None
 
 
 def _forward_is_replaced(module: nn.Module) -> bool:
-    """On the instance, by something else than accelerate's hook, which calls the class's."""
+    """Whether the instance has a forward of its own, other than accelerate's hook, which calls the
+    forward of the class.
+    """
     return "forward" in vars(module) and not hasattr(module, "_hf_hook")
 
 
@@ -160,11 +165,11 @@ def _is_forward_only(module: nn.Module) -> bool:
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     if not any(tensor.dim() >= 2 and tensor.dtype not in FLOATS for tensor in own):
         return False
-    # A wrapper around a layer, PEFT's for one, is not the layer, and a block of layers is none.
+    # A wrapper around a layer, such as PEFT's, or a block of layers is not a linear layer itself.
     return not any(kind_of(part) for part in module.modules() if part is not module)
 
 
-# The first that owns a module names its kind.
+# The first predicate that is true gives the kind.
 _KINDS: dict[str, Callable[[nn.Module], bool]] = {
     "bnb_4bit": lambda m: _is_a(m, "bitsandbytes", "Linear4bit"),
     "bnb_8bit": lambda m: _is_a(m, "bitsandbytes", "Linear8bitLt"),

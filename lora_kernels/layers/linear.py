@@ -1,5 +1,5 @@
-"""`LoRALinear` and `LoRAConv1D`: layers with adapters in the place of `nn.Linear` and of GPT-2's
-Conv1D, over the same weight.
+"""`LoRALinear` and `LoRAConv1D`: layers with adapters that replace an `nn.Linear` or a `Conv1D` of
+GPT-2 and use its weight.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .adapter import Adapter
 from .kinds import ForeignLayer, check_adaptable
 from .options import AdapterOptions
 
-ABSORBED = "_lora_absorbed"  # set on a Parameter from which a start was subtracted
+ABSORBED = "_lora_absorbed"  # set on a Parameter from which initial factors were subtracted
 
 
 class AdaptedFloatLayer(AdaptedLayer):
-    """An adapted layer that has W itself, in floating point, and may rewrite it.
+    """An adapted layer with a floating-point W of its own, which it may rewrite.
 
-    `weight` is W [out, in], or [in, out] where `transposed`; `bias` [out] or None.
+    `weight` is W [out, in], or Wᵀ [in, out] if `transposed`; `bias` is [out] or None.
     """
 
     weight: nn.Parameter
@@ -34,30 +34,30 @@ class AdaptedFloatLayer(AdaptedLayer):
     transposed = False
 
     def matrix(self) -> Tensor:
-        """W [out, in], a view; without the start that was absorbed."""
+        """A view of the stored weight as [out, in]; absorbed initial factors are not added back."""
         return self.weight.T if self.transposed else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] → [..., out_features], in x's dtype."""
+        """y [..., out_features] of x [..., in_features], in x's dtype."""
         if not self.adapter_enabled:
             return nn.functional.linear(x, self.base_weight(), self.bias)
         adapter = self.active()
         p = adapter.lora_dropout if self.training else 0.0
         return torch.ops.lora.linear(
             x,
-            self.matrix(),
-            self.bias,
-            adapter.lora_A,
-            adapter.lora_B,
+            self.matrix(),  # [out, in]
+            self.bias,  # [out]
+            adapter.lora_A,  # [r, in]
+            adapter.lora_B,  # [out, r]
             adapter.scaling,
             p,
             dropout_seed(x.device) if p else None,
-            *adapter.implicit_start(),
-            adapter.lora_R,
+            *adapter.implicit_start(),  # [r, in], [out, r]
+            adapter.lora_R,  # [r, r]
         )
 
     def freeze(self) -> None:
-        """Sets `requires_grad` of W and the bias to False, and marks a W that lacks a start."""
+        """Sets `requires_grad` of W and the bias to False, and marks a W with absorbed factors."""
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -66,17 +66,17 @@ class AdaptedFloatLayer(AdaptedLayer):
 
     @torch.no_grad()
     def base_linear(self) -> nn.Module:
-        """A new layer of the kind that was adapted, as it was before.
+        """A copy of the original layer.
 
-        W is what it was, bit for bit if the residual is implicit or the start was zero, else to one
-        rounding of its dtype.
+        W is exact if the residual is implicit or the initial B₀A₀ was zero; otherwise adding s·B₀A₀
+        back costs one rounding to W's dtype.
         """
         return self._copied(self.base_weight().detach().clone())
 
     @torch.no_grad()
     def restore_(self) -> nn.Module:
-        """The layer that was adapted, with this one's own parameters; a start that was absorbed is
-        added to W in place. This layer must not be used afterwards.
+        """The original layer, with this layer's own parameters: absorbed initial factors are added
+        to W in place. This layer must not be used afterwards.
         """
         if self.absorbed:
             self.adapter(self.absorbed).add_absorbed_(self.matrix().detach())
@@ -85,18 +85,19 @@ class AdaptedFloatLayer(AdaptedLayer):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Module:
-        """A new layer of the kind that was adapted, with the active adapter merged:
-        W + s·(BA − B₀A₀), with BRA for BA if there is an R, summed in float32 or wider and rounded
-        once.
+        """A new layer of the original kind, with the active adapter merged.
+
+        Its weight is W + s·(BA − B₀A₀), with BRA for BA if there is an R; the sum is computed in
+        float32 or wider and rounded once.
         """
         adapter = self.active()
-        right, left = adapter.merge_factors()
+        right, left = adapter.merge_factors()  # [k, in], [out, k]
         matrix = self.matrix().detach().to(right.dtype, copy=True)
         merged = matrix.addmm_(left, right, alpha=adapter.scaling)
         return self._copied(merged.to(self.weight.dtype))
 
     def base_weight(self) -> Tensor:
-        """W [out, in] as it was before: itself, or a copy to which the absorbed start is added."""
+        """The original W [out, in]: a view, or a copy to which absorbed factors were added back."""
         if not self.absorbed:
             return self.matrix()
         matrix = self.matrix().detach().clone()
@@ -135,8 +136,8 @@ class AdaptedFloatLayer(AdaptedLayer):
         )
         if self.absorbed and is_base:
             errors.append(
-                f"{prefix}weight is a base's, but this layer's lacks the start that its adapter "
-                "absorbed: load the base first and adapt it then"
+                f"{prefix}weight is an original weight, but this layer's adapter subtracted its "
+                "start from the weight (residual='absorb'): load the base first and adapt it then"
             )
             return
         super()._load_from_state_dict(
@@ -153,36 +154,36 @@ class AdaptedFloatLayer(AdaptedLayer):
 
 
 class LoRALinear(AdaptedFloatLayer, nn.Linear):
-    """y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ with W, b frozen and A [r, in], B [out, r] trained.
+    """y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, with W [out, in] and b [out] frozen, and A [r, in] and
+    B [out, r] trained (LoRA: Hu et al., arXiv 2106.09685, equation 3).
 
-    With a start that has an R [r, r], LoRA-XS's or LoRA-SB's, y = x Wᵀ + b + s · drop(x) Aᵀ Rᵀ Bᵀ
-    and only R, `lora_R`, is trained; A and B are parameters that need no gradient. Otherwise
-    `lora_R` is None.
+    LoRA-XS and LoRA-SB add an R [r, r], `lora_R`: y = x Wᵀ + b + s · drop(x) Aᵀ Rᵀ Bᵀ. Then only R
+    is trained, and A and B need no gradient. For other starts `lora_R` is None.
 
-    An adapter that does not start at zero must be subtracted from the layer once:
+    If the initial B₀A₀ is not zero, the layer subtracts it, so that training begins at W:
 
-    - `residual="absorb"`: W ← W − s·B₀A₀ in place. The forward costs what LoRA costs.
-    - `residual="implicit"`: W keeps its bits, the forward subtracts the constant s·B₀A₀ itself
-      (one product of rank 2r), so that many adapters can share the base.
+    - `residual="absorb"`: W ← W − s·B₀A₀ in place, once. The forward costs what LoRA costs.
+    - `residual="implicit"`: W does not change; every forward subtracts s·B₀A₀ (one product of rank
+      2r), so that many adapters can share the base.
 
     A, B and R are float32 (float64 over a float64 base) whatever W is; the output has x's dtype.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         r: rank, 1 ≤ r ≤ min(in_features, out_features).
-        lora_alpha: what `scaling` computes s from; 8 by default, 256 for "alpha_sqrt".
+        lora_alpha: the α from which `scaling` computes s; 8 by default, 256 for "alpha_sqrt".
         init_lora_weights: a name ("loram", "pissa" ...) or an object of `lora_kernels.init`.
         use_rslora: PEFT's spelling of scaling="rslora".
-        scaling: the rule of s: "lora" (the default), s = lora_alpha / r; "rslora" or "alpha_sqrt"
-            (LoRA-α), s = lora_alpha / √r, the latter for starts that do not grow with s. The rule
-            is the layer's `scaling_rule`; its `scaling` is the number s.
+        scaling: the rule for s: "lora" (the default), s = lora_alpha / r; "rslora" or "alpha_sqrt"
+            (LoRA-α), s = lora_alpha / √r. "alpha_sqrt" is only for starts whose s·B₀A₀ does not
+            grow with s. The layer's attribute `scaling_rule` is the rule, and `scaling` is s.
         lora_dropout: probability of dropping an element of x on its way to A, while training.
         residual: "absorb" or "implicit".
-        gradient: [out, in], the loss gradient of W, for the starts that are computed from it.
+        gradient: ∂loss/∂W [out, in], for the starts that are computed from it.
 
     Raises:
         ValueError: a value out of range, an unknown name, a weight that is zero or not finite.
-        TypeError: an argument or a weight of the wrong type. Nothing is changed then.
+        TypeError: an argument or a weight of the wrong type.
 
     """
 
@@ -234,13 +235,18 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         residual: str = "absorb",
         gradient: Tensor | None = None,
     ) -> LoRALinear:
-        """The adapted layer over the linear's own weight and bias, which it takes over and freezes.
+        """An adapted layer that uses the weight and bias of `linear` and freezes them.
 
-        No second copy of W is made: with `residual="absorb"`, `linear.weight` changes with it.
+        W is not copied: with `residual="absorb"`, `linear.weight` changes. The arguments and errors
+        are those of `LoRALinear`; after an error `linear` is unchanged.
+
+        Raises:
+            TypeError: `linear` is adapted already, or is not a plain `nn.Linear`.
+
         """
         if isinstance(linear, AdaptedLayer):
             raise TypeError(
-                "this layer is adapted already; take layer.to_linear() or base_linear()"
+                "this layer is adapted already: pass layer.to_linear() or layer.base_linear()"
             )
         check_adaptable(linear)
         initializer = get_initializer(init_lora_weights)
@@ -260,7 +266,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
 
     @classmethod
     def over(cls, linear: nn.Linear) -> LoRALinear:
-        """A layer that has the linear's parameters, and no adapter yet."""
+        """A layer with the parameters of `linear`, and no adapter yet."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -293,9 +299,9 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
 
 
 class LoRAConv1D(AdaptedFloatLayer):
-    """transformers' `Conv1D` with an adapter: `LoRALinear` with W stored as [in, out].
+    """transformers' `Conv1D` with adapters: `LoRALinear` with W stored as [in, out].
 
-    `weight` and `bias` are the Conv1D's own, frozen; `nx` is in_features and `nf` out_features.
+    `weight` and `bias` are those of the `Conv1D`, frozen; `nx` is in_features, `nf` out_features.
     """
 
     transposed = True
@@ -305,7 +311,7 @@ class LoRAConv1D(AdaptedFloatLayer):
 
     @classmethod
     def over(cls, conv: ForeignLayer) -> LoRAConv1D:
-        """A layer that has the Conv1D's parameters, and no adapter yet."""
+        """A layer with the parameters of `conv`, and no adapter yet."""
         layer = cls()
         layer.nx, layer.nf = layer.in_features, layer.out_features = conv.weight.shape
         layer._class = type(conv)
@@ -320,8 +326,9 @@ class LoRAConv1D(AdaptedFloatLayer):
 
 
 def check_startable(matrix: Tensor, weight: Tensor, r: int, initializer: Initializer) -> None:
-    """Raises ValueError unless an adapter of rank r can start from W [out, in], a view of `weight`:
-    r does not fit, another adapter's start was subtracted from it, or it is on the meta device.
+    """Raises ValueError if initial factors of rank r cannot be computed from W = `matrix`
+    [out, in], a view of `weight`: r is too large, another adapter's initial factors were subtracted
+    from W, or W is needed and on the meta device.
     """
     check_rank(r, *matrix.shape)
     if getattr(weight, ABSORBED, False):

@@ -1,11 +1,11 @@
-"""Scaling rules: the multiplier s of s · B A from `lora_alpha` and r."""
+"""`AdapterOptions`, and the rules that compute s, the multiplier of BA, from `lora_alpha` and r."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from .._utils.checks import as_integer, check_number, check_positive
+from .._utils.checks import as_integer, check_positive, check_probability
 from .._utils.errors import unknown_name
 from ..init import Initializer
 from ..init.base import refuse_implicit
@@ -15,11 +15,11 @@ RULES = tuple(DEFAULT_ALPHA)
 
 
 def resolve_rule(scaling: str | None, use_rslora: bool) -> str:
-    """The name of the rule, given in any case; `use_rslora` is PEFT's spelling of "rslora".
+    """The name of the rule for s, in lower case; `use_rslora` is PEFT's spelling of "rslora".
 
     Raises:
-        ValueError: an unknown name, or one that `use_rslora=True` contradicts.
-        TypeError: no name: s itself for one.
+        ValueError: an unknown name, or one that contradicts `use_rslora=True`.
+        TypeError: `scaling` is not a string, for example the number s itself.
 
     """
     if scaling is None:
@@ -41,16 +41,17 @@ def resolve_rule(scaling: str | None, use_rslora: bool) -> str:
 
 
 def lora_scaling(lora_alpha: float, r: int, rule: str = "lora") -> float:
-    """s by the rule:
+    """s, with α = `lora_alpha`:
 
-    - "lora": α / r (Hu et al., arXiv 2106.09685, section 4.1).
-    - "rslora": α / √r (Kalajdzievski, arXiv 2312.03732).
-    - "alpha_sqrt": C / √r, where `lora_alpha` is C: LoRA-α's α = C√r over r (arXiv 2606.12883,
-      which finds C = 256, and wants a zero-B start and the learning rates of full fine-tuning).
+    - "lora": s = α / r (Hu et al., arXiv 2106.09685, section 4.1).
+    - "rslora": s = α / √r (Kalajdzievski, arXiv 2312.03732).
+    - "alpha_sqrt": s = C / √r, where `lora_alpha` is C. It is LoRA-α's α = C√r, divided by r
+      (arXiv 2606.12883; the paper finds C = 256, and uses B₀ = 0 and the learning rates of full
+      fine-tuning).
 
     Raises:
         ValueError: an unknown rule, or a `lora_alpha` that is not positive and finite.
-        TypeError: a `lora_alpha` that is no number.
+        TypeError: a `lora_alpha` that is not a number.
 
     """
     check_positive(lora_alpha, "lora_alpha")
@@ -60,13 +61,13 @@ def lora_scaling(lora_alpha: float, r: int, rule: str = "lora") -> float:
 
 
 def check_start(rule: str, scaling: float, initializer: Initializer) -> None:
-    """Raises if the rule's s, some tens, meets a start that is multiplied by it as it is."""
+    """Raises ValueError if "alpha_sqrt", whose s is tens, meets a start that grows with s."""
     if rule == "alpha_sqrt" and initializer.grows_with_scaling:
         raise ValueError(
             f"scaling='alpha_sqrt' multiplies the start of {type(initializer).__name__} by "
-            f"s = {scaling:g}: s·B₀A₀ would dwarf the weight, and its rounding or noise swamp it. "
-            "Take a start with B = 0 ('lora', 'gaussian'), one that is divided by s ('pissa', "
-            "LoRAM(track='pissa')), or another scaling"
+            f"s = {scaling:g}: s·B₀A₀ would dwarf the weight, and rounding errors would swamp the "
+            "weight. Use a start with B = 0 ('lora', 'gaussian'), a start that is divided by s "
+            "('pissa', LoRAM(track='pissa')), or another scaling"
         )
 
 
@@ -75,7 +76,7 @@ RESIDUALS = ("absorb", "implicit")
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """The numbers of an adapter, checked: rank, alpha, the rule of s, dropout, the residual."""
+    """The settings of an adapter: rank, α, the rule for s, dropout and residual."""
 
     r: int
     lora_alpha: float
@@ -95,24 +96,20 @@ class AdapterOptions:
         lora_dropout: float,
         residual: str,
     ) -> AdapterOptions:
-        """The options, for a start of that initialiser.
+        """Checked options of an adapter whose factors `initializer` computes.
 
         Raises:
-            ValueError: a value out of range, an unknown name, a rule that does not go with the
-                start.
+            ValueError: a value out of range, an unknown name, or a rule for s or a residual that
+                this initializer does not support.
             TypeError: a value of the wrong type.
 
         """
-        r = as_integer(r, "r")
-        if r < 1:
-            raise ValueError(f"r must be at least 1, got {r}")
+        r = as_integer(r, "r", minimum=1)
         rule = resolve_rule(scaling, use_rslora)
         if residual not in RESIDUALS:
             raise unknown_name("residual", residual, RESIDUALS)
         refuse_implicit(initializer, residual)
-        check_number(lora_dropout, "lora_dropout")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+        check_probability(lora_dropout, "lora_dropout")
         lora_alpha = DEFAULT_ALPHA[rule] if lora_alpha is None else lora_alpha
         options = cls(r, lora_alpha, rule, lora_dropout, residual)
         check_start(rule, options.scaling, initializer)
@@ -120,5 +117,5 @@ class AdapterOptions:
 
     @property
     def scaling(self) -> float:
-        """s."""
+        """s, the multiplier of BA."""
         return lora_scaling(self.lora_alpha, self.r, self.scaling_rule)

@@ -1,7 +1,4 @@
-"""An adapter of one layer without the layer: what was trained, and what was subtracted.
-
-A model's layers produce it, adapter files hold it.
-"""
+"""`LayerState`: one layer's adapter without the layer, as adapter files store it."""
 
 from __future__ import annotations
 
@@ -17,12 +14,13 @@ FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B")  # an adapter's t
 class LayerState:
     """The adapter of one linear layer, W_base + s·(BA − B₀A₀), with BRA for BA if there is an R.
 
-    `lora_A` [r, in], `lora_B` [out, r], `lora_R` [r, r] or None; s = `scaling`. The start s·B₀A₀
-    that is subtracted is the DST start of scale `beta` (A₀ = βΦᵀ, B₀ = βΦ, in A's dtype), or
-    `start_A` [r, in] and `start_B` [out, r], or nothing if all three are None. `residual` says
-    whether the base's weight has absorbed it ("absorb") or the forward subtracts it ("implicit").
+    `lora_A` [r, in], `lora_B` [out, r], `lora_R` [r, r] or None; s = `scaling`. The initial factors
+    are those of a DST start of scale `beta` (A₀ = βΦₘᵀ, B₀ = βΦₙ, in the dtypes of A and B), or
+    `start_A` [r, in] and `start_B` [out, r]; if all three are None, nothing is subtracted.
+    `residual` says whether s·B₀A₀ was subtracted from the base's weight ("absorb") or is subtracted
+    in every forward ("implicit").
 
-    `weight_norm` is ‖W_base‖_F, by which another base is recognized; None if it is unknown.
+    `weight_norm` is ‖W_base‖_F, which tells whether another base is the same; None if unknown.
     """
 
     lora_A: Tensor
@@ -43,12 +41,12 @@ class LayerState:
 
     @property
     def changes_base(self) -> bool:
-        """Whether a start is subtracted: then A and B alone, on the original base, are wrong."""
+        """Whether s·B₀A₀ is subtracted, so that A and B alone, on the original base, are wrong."""
         return self.beta is not None or self.start_A is not None
 
     @torch.no_grad()
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
-        """A₀ [r, in] and B₀ [out, r] that are subtracted: stored, or computed from β."""
+        """The initial factors A₀ [r, in] and B₀ [out, r], stored or computed from β, or None."""
         if self.start_A is not None and self.start_B is not None:
             return self.start_A, self.start_B
         if self.beta is None:
@@ -57,8 +55,8 @@ class LayerState:
 
     @torch.no_grad()
     def update_factors(self) -> tuple[Tensor, Tensor]:
-        """A' [k, in] and B' [out, k] with s·B'A' the change of the original base, in float32 or
-        wider: k = r, or 2r if a start is subtracted.
+        """A' [k, in] and B' [out, k], in float32 or wider: s·B'A' is the update of the original
+        base. k = r, or 2r if s·B₀A₀ is subtracted.
         """
         return product_factors(self.lora_A, self.lora_B, self.lora_R, self.start_factors())
 
@@ -68,7 +66,7 @@ def product_factors(
 ) -> tuple[Tensor, Tensor]:
     """[RA; A₀] [k, in] and [B, −B₀] [out, k], whose product is BRA − B₀A₀, in float32 or wider.
 
-    k = r, or 2r if there is a start.
+    k = r if `start` is None, else 2r.
     """
     work = torch.promote_types(lora_A.dtype, torch.float32)
     right = lora_A.to(work) if lora_R is None else lora_R.to(work) @ lora_A.to(work)
@@ -79,7 +77,7 @@ def with_start(
     lora_A: Tensor, lora_B: Tensor, start: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """[A; A₀] [2r, in] and [B, −B₀] [out, 2r], whose product is BA − B₀A₀, in the dtypes of A and
-    B; A and B themselves without a start.
+    B. If `start` is None, A and B are returned as they are.
     """
     if start is None:
         return lora_A, lora_B

@@ -1,4 +1,4 @@
-"""`LoRAWrapper`: an adapter around a layer whose weight cannot be rewritten, or not even read."""
+"""`LoRAWrapper`: adapters around a layer whose weight cannot be rewritten, or not even read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .dequantize import dequantized_weight, frozen_forward, keep_unpacked, passe
 
 
 class LoRAWrapper(AdaptedLayer):
-    """y = base_layer(x) + s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ), for quantized layers above all.
+    """y = base_layer(x) + s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ), mostly for quantized layers.
 
-    The forward always subtracts the start ("implicit"): at the start y is base_layer(x) to the last
-    bit, unless dropout is drawn. Attributes that the wrapper does not have are the base layer's.
+    The residual is always "implicit": before the first step y equals base_layer(x) bit for bit,
+    unless dropout is drawn. The wrapper passes unknown attributes on to the base layer.
     """
 
     base_layer: nn.Module
@@ -24,7 +24,7 @@ class LoRAWrapper(AdaptedLayer):
 
     @classmethod
     def over(cls, base_layer: nn.Module) -> LoRAWrapper:
-        """A wrapper around the layer, without an adapter yet. The layer keeps its hooks."""
+        """A wrapper around the layer, without adapters yet. Hooks stay on the layer."""
         layer = cls()
         layer._begin()
         layer.base_layer = base_layer
@@ -42,7 +42,12 @@ class LoRAWrapper(AdaptedLayer):
             return getattr(self.base_layer, name)
 
     def attach(self, name: str, adapter: Adapter) -> None:
-        """Adds an adapter, which must be "implicit"."""
+        """Adds an adapter.
+
+        Raises:
+            ValueError: the adapter's residual is not "implicit".
+
+        """
         if adapter.residual != "implicit":
             raise ValueError("a wrapped layer's base is not rewritten: set residual='implicit'")
         super().attach(name, adapter)
@@ -52,14 +57,16 @@ class LoRAWrapper(AdaptedLayer):
         self.base_layer.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] → [..., out_features], in the dtype of the base layer's output."""
-        y = frozen_forward(self.base_layer, x, self._differentiable)
+        """y [..., out_features] of x [..., in_features], in the base layer's output dtype."""
+        y = frozen_forward(self.base_layer, x, self._differentiable)  # [..., out]
         return y + self._update(x).to(y.dtype) if self.adapter_enabled else y
 
     def _update(self, x: Tensor) -> Tensor:
-        """s·(B drop(x)A − B₀ x A₀), as (B − B₀) z + B₀ (z − z₀): both are zero at the start."""
+        """s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ) [..., out], as s · (z (B − B₀)ᵀ + (z − z₀) B₀ᵀ), whose
+        two terms are both exactly zero before the first step.
+        """
         adapter = self.active()
-        dropped = nn.functional.dropout(x, adapter.lora_dropout, self.training)
+        dropped = nn.functional.dropout(x, adapter.lora_dropout, self.training)  # [..., in]
         z = nn.functional.linear(dropped, adapter.lora_A.to(x.dtype))  # [..., r]
         if adapter.lora_R is not None:
             z = nn.functional.linear(z, adapter.lora_R.to(x.dtype))
@@ -67,11 +74,11 @@ class LoRAWrapper(AdaptedLayer):
         if start_A is None or start_B is None:
             return nn.functional.linear(z, adapter.lora_B.to(x.dtype)) * adapter.scaling
         z0 = nn.functional.linear(x, start_A.to(x.dtype))  # [..., r]
-        moved = nn.functional.linear(z, (adapter.lora_B - start_B).to(x.dtype))
-        return (moved + nn.functional.linear(z - z0, start_B.to(x.dtype))) * adapter.scaling
+        trained = nn.functional.linear(z, (adapter.lora_B - start_B).to(x.dtype))  # [..., out]
+        return (trained + nn.functional.linear(z - z0, start_B.to(x.dtype))) * adapter.scaling
 
     def base_weight(self) -> Tensor:
-        """W [out, in], dequantized."""
+        """W [out, in], dequantized, in float32."""
         return dequantized_weight(self.base_layer)
 
     def base_linear(self) -> nn.Module:
@@ -84,10 +91,11 @@ class LoRAWrapper(AdaptedLayer):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A new `nn.Linear` in floating point: the dequantized weight and the active adapter."""
+        """A new `nn.Linear`: the dequantized weight with the active adapter merged, in float32."""
         adapter = self.active()
         matrix = dequantized_weight(self.base_layer)
         dtype = matrix.dtype
+        # [k, in], [out, k]
         right, left = (factor.to(matrix.device) for factor in adapter.merge_factors())
         merged = matrix.to(right.dtype).addmm(left, right, alpha=adapter.scaling).to(dtype)
         bias = getattr(self.base_layer, "bias", None)

@@ -1,1 +1,1 @@
-"""Whole models with adapters."""
+"""Whole models with adapters: add them, switch between them, merge them, unload them."""

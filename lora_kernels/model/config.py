@@ -1,4 +1,4 @@
-"""`LoRAConfig`: what a whole model is adapted with, in PEFT's words."""
+"""`LoRAConfig`: how a model is adapted, in PEFT's words. `AdapterState`: a model's adapter."""
 
 from __future__ import annotations
 
@@ -9,59 +9,19 @@ from dataclasses import dataclass, field, fields
 from torch import Tensor
 
 from .._utils.checks import as_integer, check_positive
-from .._utils.errors import nearest_name, unknown_name
+from .._utils.errors import did_you_mean, unknown_name
 from .._utils.names import ALL_LINEAR, pattern_matches
+from .._utils.peft_names import (
+    BIASES,
+    OPTIONS_OF_VARIANTS,
+    OPTIONS_WITHOUT_EFFECT,
+    TASK_TYPES,
+)
 from ..init import Initializer, get_initializer
 from ..layers.options import DEFAULT_ALPHA, AdapterOptions, lora_scaling, resolve_rule
 from ..layers.state import LayerState
 
-BIASES = ("none", "all", "lora_only")
 RESIDUALS = ("auto", "absorb", "implicit")
-TASK_TYPES = (
-    "SEQ_CLS",
-    "SEQ_2_SEQ_LM",
-    "CAUSAL_LM",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
-)
-# The heads that PEFT trains in full with these tasks, and cannot load an adapter without.
-TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-# PEFT 0.21's others: variants of LoRA, which compute something else, and what its files say.
-_PEFT_ONLY = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "kasa_config",
-    "layer_replication",
-    "loftq_config",
-    "lora_bias",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "monteclora_config",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
-)
 
 
 @dataclass(frozen=True)
@@ -73,32 +33,35 @@ class LoRAConfig:
         target_modules: "all-linear", every linear layer but the output head; another string, a
             regular expression that matches the whole name; or a list of names or of their last
             parts.
-        exclude_modules: a regular expression or a list as above, of layers to leave alone.
-        lora_alpha: what the scaling rule makes s from; 8 by default, 256 for "alpha_sqrt".
+        exclude_modules: a regular expression or a list as above, of layers not to adapt.
+        lora_alpha: the α from which the scaling rule computes s; 8 by default, 256 for
+            "alpha_sqrt".
         lora_dropout: probability of dropping an element of x on its way to A, while training.
-        bias: which biases train too: "none", "all" of the model, or those of adapted layers,
-            "lora_only".
+        bias: which biases are trained: "none", "all" of the model, or "lora_only", those of the
+            adapted layers.
         use_rslora: PEFT's spelling of scaling="rslora".
-        scaling: the rule of s: "lora", "rslora" or "alpha_sqrt" (see `LoRALinear`).
-        init_lora_weights: a name, an object of `lora_kernels.init`, or PEFT's True, which is
+        scaling: the rule for s: "lora", "rslora" or "alpha_sqrt" (see `LoRALinear`).
+        init_lora_weights: a name, an object of `lora_kernels.init`, or PEFT's True, which means
             "lora".
-        residual: how a start that is not zero is taken out of a layer: "absorb", W ← W − s·B₀A₀;
-            "implicit", the layer subtracts it itself; "auto", absorb where the weight can be
-            rewritten, else implicit (quantised, or tied to another module).
+        residual: how a layer subtracts a non-zero s·B₀A₀: "absorb", W ← W − s·B₀A₀ once;
+            "implicit", in every forward; "auto", "absorb" if the weight can be rewritten, else
+            "implicit" (the weight is quantized, or tied to another module). To attach several
+            adapters to one base, set "implicit" for all of them, including the first.
         modules_to_save: names or last parts of modules that are trained in full, as copies.
-        layers_to_transform: number or numbers of the blocks to adapt, all if None.
-        layers_pattern: name or names of the list of blocks ("layers", "h"), if they have to be
-            told from other numbers in the names.
-        rank_pattern: {name, ending or regular expression: r} of the layers with another rank.
-        alpha_pattern: {...: lora_alpha} of the layers with another alpha.
-        task_type: PEFT's ("CAUSAL_LM" ...), which is written to the adapter's files. As in PEFT the
-            head of "SEQ_CLS" and "TOKEN_CLS" ("classifier", "score") and of "QUESTION_ANS"
-            ("qa_outputs") counts among `modules_to_save`, unless it is among the targets.
+        layers_to_transform: the number or numbers of the blocks to adapt; all blocks if None.
+        layers_pattern: the name or names of the list of blocks ("layers", "h"), needed if layer
+            names contain other numbers too.
+        rank_pattern: {name, ending or regular expression: r} for layers with another rank.
+        alpha_pattern: {name, ending or regular expression: lora_alpha} for layers with another
+            lora_alpha.
+        task_type: PEFT's task type ("CAUSAL_LM" ...), which is written to the adapter's files. As
+            in PEFT, the head of "SEQ_CLS" and "TOKEN_CLS" ("classifier", "score") and of
+            "QUESTION_ANS" ("qa_outputs") is added to `modules_to_save`, unless it is a target.
 
     Raises:
         ValueError: a value out of range or an unknown name.
-        TypeError: a value of the wrong type, or an option that there is not, PEFT's others
-            included: none is passed over.
+        TypeError: a value of the wrong type, an unknown option, or a PEFT option that is not
+            implemented here (never silently ignored).
 
     """
 
@@ -120,16 +83,18 @@ class LoRAConfig:
     task_type: str | None = None
 
     def __new__(cls, *args: object, **options: object) -> LoRAConfig:
-        """Refuses unknown options with the nearest name, or the reason, which Python has not."""
+        """Raises TypeError for unknown options, with a reason or the nearest name."""
         known = [f.name for f in fields(cls)]
         for name in options:
-            if name in _PEFT_ONLY:
+            if name in OPTIONS_OF_VARIANTS + OPTIONS_WITHOUT_EFFECT:
                 raise TypeError(
                     f"LoRAConfig has no {name!r}: what PEFT does with it is not implemented here, "
                     "or needs no option"
                 )
             if name not in known:
-                raise TypeError(f"LoRAConfig has no option {name!r}{nearest_name(name, known)}")
+                raise TypeError(
+                    f"LoRAConfig has no option {name!r}{did_you_mean(name.lower(), known)}"
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -154,14 +119,18 @@ class LoRAConfig:
         if isinstance(self.layers_to_transform, Sequence):
             object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         for index in self.layer_indices() or ():
-            if as_integer(index, "layers_to_transform") < 0:
-                raise ValueError(f"layers_to_transform must not be negative, got {index}")
+            as_integer(index, "layers_to_transform", minimum=0)
         self._check_patterns()
         self._options(self.r, self.lora_alpha, self.initializer, "absorb")
 
     @property
     def initializer(self) -> Initializer:
-        """The object that `init_lora_weights` names."""
+        """The initializer that `init_lora_weights` names.
+
+        Raises:
+            ValueError: an unknown name, or False.
+
+        """
         if self.init_lora_weights is True:
             return get_initializer("lora")
         if self.init_lora_weights is False:
@@ -173,24 +142,24 @@ class LoRAConfig:
 
     @property
     def scaling_rule(self) -> str:
-        """The name of the rule of s."""
+        """The name of the rule for s: "lora", "rslora" or "alpha_sqrt"."""
         return resolve_rule(self.scaling, self.use_rslora)
 
     def layer_rank(self, name: str) -> int:
-        """r of the layer of that name."""
+        """The rank r of the layer `name`."""
         return int(_matched(self.rank_pattern, name, self.r))
 
     def layer_alpha(self, name: str) -> float:
-        """lora_alpha of the layer of that name."""
+        """`lora_alpha` of the layer `name`."""
         default = DEFAULT_ALPHA[self.scaling_rule] if self.lora_alpha is None else self.lora_alpha
         return _matched(self.alpha_pattern, name, default)
 
     def layer_scaling(self, name: str) -> float:
-        """s of the layer of that name."""
+        """s of the layer `name`."""
         return lora_scaling(self.layer_alpha(name), self.layer_rank(name), self.scaling_rule)
 
     def layer_options(self, name: str, initializer: Initializer, residual: str) -> AdapterOptions:
-        """The options of the layer of that name, for a start of that initializer.
+        """The options of the layer `name`, whose factors `initializer` computes.
 
         Raises:
             ValueError, TypeError: as `AdapterOptions.checked`.
@@ -199,7 +168,7 @@ class LoRAConfig:
         return self._options(self.layer_rank(name), self.layer_alpha(name), initializer, residual)
 
     def layer_indices(self) -> tuple[int, ...] | None:
-        """The numbers of the blocks to adapt; None for all."""
+        """The numbers of the blocks to adapt; None for all blocks."""
         layers = self.layers_to_transform
         if layers is None or isinstance(layers, Sequence):
             return None if not layers else tuple(layers)
@@ -226,7 +195,7 @@ class LoRAConfig:
             isinstance(name, str) for name in value
         ):
             raise TypeError(f"{option} must be a string or a list of names, got {value!r}")
-        # PEFT's files give sets: in an order of their own, so that a config has one spelling.
+        # PEFT's files contain sets; sorted, equal configurations have equal tuples.
         names = sorted(value) if isinstance(value, (set, frozenset)) else value
         object.__setattr__(self, option, tuple(names))
 
@@ -240,9 +209,9 @@ class LoRAConfig:
                 raise TypeError(f"{option} must be a dict, got {type(patterns).__name__}")
             for key, value in patterns.items():
                 _check_expression(option, key)
-                if option == "rank_pattern" and as_integer(value, f"{option}[{key!r}]") < 1:
-                    raise ValueError(f"{option}[{key!r}] must be at least 1, got {value}")
-                if option == "alpha_pattern":
+                if option == "rank_pattern":
+                    as_integer(value, f"{option}[{key!r}]", minimum=1)
+                else:
                     check_positive(value, f"{option}[{key!r}]")
             object.__setattr__(self, option, dict(patterns))
 
@@ -251,7 +220,7 @@ def _check_expression(option: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise ValueError(f"{option} has {pattern!r}, no regular expression: {error}") from None
+        raise ValueError(f"{option} has {pattern!r}, not a regular expression: {error}") from None
 
 
 def _matched(patterns: Mapping[str, float], name: str, default: float) -> float:
@@ -263,9 +232,8 @@ def _matched(patterns: Mapping[str, float], name: str, default: float) -> float:
 class AdapterState:
     """The adapter of a model: a `LayerState` for each layer, by its name in the base model.
 
-    `extra` are the tensors that are trained in full, those of `modules_to_save` and biases, by
-    their names in the base model's state_dict. `base_model` is the base's name or path, if it has
-    one.
+    `extra` holds the tensors that are trained in full (`modules_to_save` and biases), by their
+    names in the base model's state_dict. `base_model` is the base model's name or path, if known.
     """
 
     config: LoRAConfig

@@ -1,4 +1,4 @@
-"""Puts planned layers into a model, and takes them out again if that cannot be finished."""
+"""Replaces a model's layers by adapted ones, and restores all of them if an error occurs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ def install(
     tracked_plans: Iterable[LayerPlan],
     adapter_name: str,
 ) -> None:
-    """Puts the planned layers into the model. This fails only for lack of memory or by an
-    interrupt; what was done is undone then, to one rounding where a start had been absorbed
-    (LoftQ's base stays quantized).
+    """Puts the adapted layers of `plans` into the model.
+
+    `tracked_plans` yields the same plans, perhaps with a progress bar. Only a lack of memory or an
+    interrupt can make this fail. Then all changes are undone; a weight from which s·B₀A₀ had been
+    subtracted is restored to one rounding, and a base that LoftQ had rewritten stays quantized.
     """
     layers: list[AdaptedLayer] = []
     try:
@@ -44,23 +46,23 @@ def install(
 def _put(
     model: nn.Module, saved: SavedTensors, plan: LayerPlan, old: nn.Module, new: nn.Module
 ) -> None:
-    """Replaces one layer by another, under all its names."""
+    """Replaces the layer `old` by `new` under all its names."""
     if new is old:
         return
     for name in (plan.name, *plan.aliases):
         set_module(model, name, new)
-    if plan.base.rewritable:  # a wrapped layer keeps its tensors
+    if plan.base.rewritable:  # tensors stay in a layer inside a wrapper
         saved.moved(old, new)
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Makes that the module of that name."""
+    """Makes `module` the model's module of that name."""
     parent, _, key = name.rpartition(".")
     setattr(model.get_submodule(parent), key, module)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The layers with adapters, by their names in the base model."""
+    """The layers with adapters, by the first name of each in the model without DDP or compile."""
     return {n: m for n, m in unwrapped(model).named_modules() if isinstance(m, AdaptedLayer)}
 
 
@@ -73,8 +75,10 @@ def layers_with_names(model: nn.Module) -> list[tuple[list[str], AdaptedLayer]]:
     return list(names.values())
 
 
-def put_back(model: nn.Module, names: Sequence[str], layer: AdaptedLayer, plain: nn.Module) -> None:
-    """Replaces an adapted layer by a plain one, which takes over its hooks, under all its names."""
+def replace_adapted(
+    model: nn.Module, names: Sequence[str], layer: AdaptedLayer, plain: nn.Module
+) -> None:
+    """Replaces an adapted layer by a plain one under all its names; hooks move to the plain one."""
     if isinstance(layer, AdaptedFloatLayer):
         transplant(layer, plain)
     for name in names:
@@ -82,8 +86,8 @@ def put_back(model: nn.Module, names: Sequence[str], layer: AdaptedLayer, plain:
 
 
 def untie_if_needed(model: nn.Module) -> None:
-    """Says in a Hugging Face model's config that its head has a weight of its own, if it has been
-    given one: saving would drop it otherwise.
+    """Sets a Hugging Face model's `tie_word_embeddings` to False if its output head now has its own
+    weight, which saving would otherwise drop.
     """
     model = unwrapped(model)
     config, head = getattr(model, "config", None), output_head(model)
@@ -97,7 +101,7 @@ def untie_if_needed(model: nn.Module) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`'s and DDP's wrappers."""
+    """The model inside the wrappers of `torch.compile` and `DistributedDataParallel`."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -110,9 +114,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 Setting = tuple[nn.Module, str, object]
 
 
-def leave_fast_path(model: nn.Module) -> list[Setting]:
-    """Keeps encoders with adapted layers off it, where in eval mode the adapters would not count:
-    by the attributes that torch itself asks. Returns what they were.
+def disable_fast_path(model: nn.Module) -> list[Setting]:
+    """Disables the fast path of torch's encoders that have adapted layers: in eval mode it reads
+    the weights directly and bypasses the adapters. Returns the attributes' previous values.
     """
     changed: list[Setting] = []
     for module in model.modules():

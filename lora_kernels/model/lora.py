@@ -1,4 +1,4 @@
-"""Whole models: `add_lora` and what undoes, switches and reads it."""
+"""`add_lora`, and functions that merge, unload, switch, read and load a model's adapters."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .config import AdapterState, LoRAConfig
 from .install import (
     Setting,
     adapted_layers,
+    disable_fast_path,
     install,
     layers_with_names,
-    leave_fast_path,
-    put_back,
+    replace_adapted,
     untie_if_needed,
     unwrapped,
 )
@@ -37,8 +37,8 @@ _RECORD = "_lora_adapters"
 
 
 class ModelAdapters:
-    """What a model knows of its adapters, beside its layers: their configurations, which one is
-    active, the tensors that are trained in full, and settings to put back at the end.
+    """The adapters' data that belong to the whole model, not to a layer: their configurations, the
+    active adapter's name, the tensors trained in full, and settings to restore on unloading.
     """
 
     def __init__(self) -> None:
@@ -60,27 +60,31 @@ def add_lora(
 ) -> LoRAReport:
     """Adapts a model in place: its layers are replaced, its other parameters frozen.
 
-    The model computes as before, but for rounding, and for starts that are left in on purpose. A
-    second call with another `adapter_name` adds a further adapter over the same base; the new one
-    is active.
+    The model's outputs do not change except for rounding, unless a start changes the model on
+    purpose. A second call with another `adapter_name` adds a further adapter to the same base and
+    activates it. To attach several adapters to one base, set residual="implicit" for all of them,
+    including the first.
+
+    A module that reads `.weight` directly, without calling the layer, bypasses the adapter.
 
     Args:
-        model: any `nn.Module`; not wrapped by DDP, FSDP or `torch.compile` yet.
-        config: `LoRAConfig()` if None.
-        adapter_name: what `set_adapter` and `save_adapter` call it.
-        gradients: {layer name: ∂loss/∂W [out, in]} for the starts that are made from them, as
-            `capture_gradients` gives it.
-        original_weights: of a quantised model, what it was quantised from, for LoftQ: a dict
-            {name: W}, or the folder of its checkpoint, of which one tensor at a time is read.
-        progress: whether a bar is shown, if standard error is a terminal.
+        model: any `nn.Module` that is not yet wrapped by DDP, FSDP or `torch.compile`.
+        config: how to adapt the model; None means `LoRAConfig()`.
+        adapter_name: the adapter's name for `set_adapter`, `save_adapter` and the like.
+        gradients: {layer name: ∂loss/∂W [out, in]} from `capture_gradients`, for starts that are
+            computed from gradients.
+        original_weights: the weights of a quantized model before quantization, for LoftQ: a dict
+            {name: W [out, in]}, or the path of a checkpoint, whose tensors are read one at a time.
+        progress: whether to show a bar; needs rich, and a terminal as standard error.
 
     Returns:
-        What was adapted, what was not and why; it prints well.
+        A report of the adapted layers, and of the others with the reasons. `print` it.
 
     Raises:
-        ValueError: nothing to adapt, a name that is not there, a rank that is too large, a weight
-            that cannot be started from (the layer is named). The model is unchanged then.
-        TypeError: a target of the wrong kind.
+        ValueError: nothing to adapt, an unknown name, a rank that is too large, or a weight for
+            which no start can be computed (the layer is named). The model is then unchanged.
+        TypeError: an argument of the wrong type, or a target that is not a linear layer. The model
+            is then unchanged.
 
     """
     began = time.perf_counter()
@@ -108,17 +112,23 @@ def add_lora(
 def merge_lora(
     model: nn.Module, adapter_name: str | None = None, *, dequantize: bool = False
 ) -> nn.Module:
-    """Merges an adapter, the active one by default, into the weights, in place: the layers are
-    what they were before `add_lora` again, with W + s·(BA − B₀A₀). Other adapters are dropped.
+    """Merges an adapter into the weights, in place, and removes all adapters.
+
+    The layers become what they were before `add_lora`, with the weight W + s·(BA − B₀A₀), summed in
+    float32 or wider and rounded once. All parameters are frozen afterwards.
 
     Args:
-        model: adapted by `add_lora` or `load_adapter`.
-        adapter_name: which of several.
-        dequantize: quantised layers have no room for the update; with True they become `nn.Linear`
-            in floating point, without it they are an error.
+        model: a model adapted by `add_lora` or `load_adapter`.
+        adapter_name: the adapter to merge; the active one if None.
+        dequantize: `merge_lora` raises an error for quantized layers, where rounding would erase
+            the update. True turns these layers into a float32 `nn.Linear` instead.
+
+    Returns:
+        The model itself.
 
     Raises:
-        ValueError: no adapter of that name, or quantised layers. The model is unchanged then.
+        ValueError: no adapter of that name, or quantized layers without `dequantize=True`. The
+            model is then unchanged.
 
     """
     record = _needed_record(model)
@@ -136,10 +146,10 @@ def merge_lora(
         )
     set_adapter(model, name)
     adapted = layers_with_names(model)
-    while adapted:  # each W is freed once there is a merged one
+    while adapted:  # frees each old W before the next layer is merged
         paths, layer = adapted.pop()
         plain = layer.to_linear() if name in layer.adapter_names else layer.restore_()
-        put_back(model, paths, layer, plain)
+        replace_adapted(model, paths, layer, plain)
     model.requires_grad_(False)
     untie_if_needed(model)
     _forget(model, record)
@@ -147,20 +157,34 @@ def merge_lora(
 
 
 def unload_lora(model: nn.Module) -> nn.Module:
-    """Takes all adapters off, in place: the model is its base again, frozen as it is.
+    """Removes all adapters in place and restores the base, whose parameters stay frozen.
 
-    Bit for bit, but for layers that absorbed a start: these to one rounding of their dtype.
+    The weights are restored bit for bit, or to one rounding where s·B₀A₀ had been subtracted from
+    them (residual="absorb").
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: the model has no adapters.
+
     """
     record = _needed_record(model)
     record.saved.activate(None)
     for paths, layer in layers_with_names(model):
-        put_back(model, paths, layer, layer.restore_())
+        replace_adapted(model, paths, layer, layer.restore_())
     _forget(model, record)
     return model
 
 
 def set_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Makes that adapter the one that counts and trains; layers it does not have are the base."""
+    """Activates an adapter: it is used in forward and is the one that trains. Layers without this
+    adapter compute what the base computes.
+
+    Raises:
+        ValueError: no adapter of that name.
+
+    """
     record = _needed_record(model)
     record.active = _known_name(record, adapter_name)
     record.enabled = True
@@ -172,11 +196,16 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         record.saved.set_trainable(name, name == adapter_name)
 
 
-class disable_adapters(AbstractContextManager["disable_adapters"]):  # noqa: N801  (used as a function, as torch.no_grad)
-    """The model is its base from here on, or within `with disable_adapters(model):`.
+class disable_adapters(AbstractContextManager["disable_adapters"]):  # noqa: N801  (used as a function)
+    """The model computes what its base computes, until `enable_adapters`, `set_adapter` or the end
+    of `with disable_adapters(model):`.
 
-    Bit for bit, but for layers that absorbed a start: these to one rounding of their dtype, and
-    with a pass over W for each call.
+    Layers that absorbed their initial factors (residual="absorb") match the base to one rounding of
+    their dtype and restore W in every forward; all other layers match it bit for bit.
+
+    Raises:
+        ValueError: the model has no adapters.
+
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -195,20 +224,30 @@ class disable_adapters(AbstractContextManager["disable_adapters"]):  # noqa: N80
 
 
 def enable_adapters(model: nn.Module) -> None:
-    """The active adapter counts again."""
+    """Switches the active adapter on again, after `disable_adapters`.
+
+    Raises:
+        ValueError: the model has no adapters.
+
+    """
     record = _needed_record(model)
     record.enabled = True
     _apply(model, record)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the model's adapters, in the order in which they came."""
+    """The names of the model's adapters, in the order in which they were added."""
     record = _record(model)
     return [] if record is None else list(record.configs)
 
 
 def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterState:
-    """A copy of an adapter, the active one by default, on the CPU."""
+    """A copy on the CPU of an adapter, the active one if `adapter_name` is None.
+
+    Raises:
+        ValueError: no adapter of that name.
+
+    """
     model = unwrapped(model)
     record = _needed_record(model)
     name = _known_name(record, adapter_name)
@@ -234,12 +273,14 @@ def apply_state(
     is_trainable: bool = True,
     progress: bool = True,
 ) -> LoRAReport:
-    """Puts an adapter onto a base, as `add_lora` had: absorbed starts are absorbed again, where the
-    base can be rewritten and has no other adapter, and subtracted by the layers elsewhere.
+    """Adds a saved adapter to its base.
+
+    s·B₀A₀ that was absorbed is subtracted from the weights again; layers whose weight cannot be
+    rewritten, or that have other adapters, subtract it in every forward instead.
 
     Raises:
-        ValueError: a layer or a tensor of the adapter is not in the model, or has another shape
-            there. The model is unchanged then.
+        ValueError: the model does not have a layer or tensor of the adapter, or has it in another
+            shape. The model is then unchanged.
 
     """
     began = time.perf_counter()
@@ -264,8 +305,8 @@ def apply_state(
 
 @contextmanager
 def _all_or_nothing(model: nn.Module, record: ModelAdapters, adapter_name: str) -> Iterator[None]:
-    """The originals of what other adapters train in full are in their places. After an error the
-    record is what it was.
+    """Inside the context, the modules hold the original tensors, not another adapter's trained
+    copies. After an error the record is restored.
     """
     record.saved.activate(None)
     try:
@@ -282,7 +323,7 @@ def _activate_new(
     if not record.configs:
         _freeze_base(model, record)
         setattr(unwrapped(model), _RECORD, record)
-    record.settings += leave_fast_path(model)
+    record.settings += disable_fast_path(model)
     record.configs[adapter_name] = config
     set_adapter(model, adapter_name)
 
@@ -295,7 +336,7 @@ def _freeze_base(model: nn.Module, record: ModelAdapters) -> None:
 
 
 def _apply(model: nn.Module, record: ModelAdapters) -> None:
-    """Switches layers and trained tensors to what the record says."""
+    """Activates the record's active adapter in all layers, and its tensors trained in full."""
     for layer in adapted_layers(model).values():
         has_it = record.active in layer.adapter_names
         if has_it:
@@ -358,8 +399,8 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("the model has lazy layers without a shape: call it once first")
     if _record(model) is None and (strange := next(iter(adapted_layers(model)), None)):
         raise ValueError(
-            f"{strange} is adapted already, on its own or as part of another model than this "
-            f"{type(model).__name__}: add further adapters there, or take that one off"
+            f"{strange} is adapted already, alone or as part of another model, not by add_lora on "
+            f"this {type(model).__name__}: add further adapters there, or unload that adapter first"
         )
 
 

@@ -1,8 +1,7 @@
-"""The weights that a quantized model was made from, one at a time."""
+"""`OriginalWeights`: the weights of a quantized model before quantization, read one at a time."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from .._utils.checks import check_weight
-from .._utils.safetensors import stored_tensors
+from .._utils.errors import did_you_mean
+from .._utils.model_files import stored_tensors
 from ..layers.base import BaseLayer
 
 
@@ -19,12 +19,12 @@ def _given(tensor: Tensor) -> Tensor:
 
 
 class OriginalWeights:
-    """Weights by the names of their layers: of a dict {name: tensor}, which may be a state_dict,
-    or of the safetensors file or folder of a checkpoint, of which one tensor at a time is read.
+    """Weights by layer name, from a dict {name: tensor}, such as a state_dict, or from a checkpoint
+    (a safetensors file or its folder), whose tensors are read one at a time.
 
     Raises:
         ValueError, FileNotFoundError: there is no such checkpoint, or it is damaged.
-        TypeError: neither a dict nor a path.
+        TypeError: `source` is neither a dict nor a path.
 
     """
 
@@ -41,14 +41,14 @@ class OriginalWeights:
             )
 
     def weight(self, name: str, base: BaseLayer) -> Tensor:
-        """W [out, in] that the layer of that name was made from.
+        """The original W [out, in] of the layer `name`.
 
-        Names may lack a prefix or have another one, as those of a model without its head do, if
-        only one is left that ends the same.
+        The stored name may have another prefix or none, as in a checkpoint without its head, if
+        exactly one stored name matches.
 
         Raises:
-            ValueError: there is none, or several, or it has another shape.
-            TypeError: it is no float tensor.
+            ValueError: no stored name matches, or several do, or the shape is another.
+            TypeError: the tensor is not floating-point.
 
         """
         key = self.find(name)
@@ -63,7 +63,12 @@ class OriginalWeights:
         return weight
 
     def find(self, name: str) -> str:
-        """What the weight of the layer of that name is called here."""
+        """The stored name of the weight of the layer `name`.
+
+        Raises:
+            ValueError: no stored name matches, or several do.
+
+        """
         for key in (f"{name}.weight", name):
             if key in self._loaders:
                 return key
@@ -72,7 +77,6 @@ class OriginalWeights:
         if len(near) == 1:
             return near[0]
         if near:
-            raise ValueError(f"several original weights may be {name!r}'s: {', '.join(near)}")
-        close = difflib.get_close_matches(f"{name}.weight", self._loaders, n=1)
-        hint = f"; the nearest is {close[0]!r}" if close else ""
+            raise ValueError(f"several original weights match {name!r}: {', '.join(near)}")
+        hint = did_you_mean(f"{name}.weight", self._loaders)
         raise ValueError(f"original_weights has no weight of {name!r}{hint}")

@@ -1,5 +1,5 @@
-"""What `add_lora` and `load_adapter` will do to each layer, worked out and checked before the first
-layer is changed.
+"""`LayerPlan`: what `add_lora` and `load_adapter` will do to a layer. All plans are checked before
+the first layer is changed.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from .originals import OriginalWeights
 from .selection import Selection, find_candidates
 from .starts import StartJob, make_starts, matched_gradients, naming
 
-# 4-bit rounding changes a norm by less than 1 %; subtracting a start, by more than 2 %.
+# Rounding to 4 bits changes a norm by less than 1 %; subtracting s·B₀A₀, by more than 2 %.
 _NORM_TOLERANCE = 0.02
 
 
 @dataclass
 class LayerPlan:
-    """One layer: what it is, what it will become, and its start once that is computed.
+    """The plan for one layer: the base, the adapter's options and, once computed, its start.
 
-    `note` says why its start is not absorbed; `initializer` computes the start, unless it comes
-    from a file: then `trained` are A, B and R.
+    `note` says why the initial factors are not absorbed. `initializer` computes the start; if the
+    adapter comes from a file, `initializer` is None and `trained` holds A, B and R. `changes_base`
+    says whether s·B₀A₀ is subtracted, `subtracted` whether `subtract_` has done so.
     """
 
     name: str
@@ -51,7 +52,7 @@ class LayerPlan:
 
     @property
     def absorbs(self) -> bool:
-        """Whether the start will be subtracted from the weight."""
+        """Whether s·B₀A₀ will be subtracted from the weight."""
         return self.changes_base and self.options.residual == "absorb"
 
     def _computed_start(self) -> Start:
@@ -60,21 +61,21 @@ class LayerPlan:
         return self.start
 
     def adapted(self, adapter_name: str) -> AdaptedLayer:
-        """The layer with its adapter, its weight still as it was."""
+        """The layer with its adapter; its weight is not changed yet."""
         adapter = Adapter(self.options, self._computed_start(), self.changes_base)
         if self.trained is not None:
             adapter.load_factors(*self.trained)
         return self.base.adapted(adapter, adapter_name)
 
     def subtract_(self) -> None:
-        """Subtracts the start from the weight, if it is to be absorbed."""
+        """If the plan absorbs, subtracts s·B₀A₀ from the weight, or rewrites it as LoftQ does."""
         if self.absorbs:
             subtract = subtract_start_ if self.initializer is None else self.initializer.take_out_
             subtract(self.base.weight(), self._computed_start(), self.options.scaling)
             self.subtracted = True
 
     def undo_(self, layer: AdaptedLayer, adapter_name: str) -> None:
-        """Removes the adapter from the layer that `adapted` gave, and restores the weight."""
+        """Removes the adapter from the layer that `adapted` returned, and restores the weight."""
         if layer is self.base.module:
             layer.detach(adapter_name)
         elif self.subtracted:
@@ -90,8 +91,8 @@ def plan_layers(
     """A plan for each selected layer, without its start.
 
     Raises:
-        ValueError: a rank is too large, or the residual cannot be had, or a layer has no original
-            weight; the layer is named.
+        ValueError: a rank is too large, a layer cannot have the wanted residual, or a layer's
+            original weight is missing; the layer is named.
 
     """
     owners = _owners(model)
@@ -124,11 +125,11 @@ def plan_starts(
     gradients: Mapping[str, Tensor] | None,
     progress: bool,
 ) -> None:
-    """Computes the start of every plan; weights are only read.
+    """Computes the start of every plan; no weight is changed.
 
     Raises:
-        ValueError: a gradient is missing or of no use, or a weight cannot be started from; the
-            layer is named.
+        ValueError: a gradient is missing or not used, or a start cannot be computed from a weight;
+            the layer is named.
 
     """
     matched = matched_gradients({p.name: p.aliases for p in plans}, initializer, gradients)
@@ -161,7 +162,7 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
     for name in state.layers:
         if name not in places:
             raise ValueError(
-                f"the adapter has a layer {name!r}, which is no linear layer of this "
+                f"the adapter contains a layer {name!r}, which is no linear layer of this "
                 f"{type(model).__name__}{nearest(name, places)}"
             )
     layers = {places[name]: layer for name, layer in state.layers.items()}
@@ -190,7 +191,7 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
 
 
 def check_norms(plans: Sequence[LayerPlan]) -> None:
-    """Warns, by the weights' norms, of a base that is not the one on which an adapter was made."""
+    """Warns if a weight's norm shows that an adapter was trained on another base."""
     for plan in plans:
         expected = None if plan.start is None else plan.start.weight_norm
         if expected is None or float(expected) == 0:
@@ -200,7 +201,7 @@ def check_norms(plans: Sequence[LayerPlan]) -> None:
             warnings.warn(
                 f"the norm of {plan.name} is {found:.4g}, but {float(expected):.4g} where this "
                 "adapter was made: another base, or one from which a start was subtracted already? "
-                "The adapter's update is added to it as it is",
+                "The adapter's update is added to this base without a correction",
                 stacklevel=4,
             )
             return
@@ -209,7 +210,9 @@ def check_norms(plans: Sequence[LayerPlan]) -> None:
 def _initializer(
     name: str, base: BaseLayer, initializer: Initializer, originals: OriginalWeights | None
 ) -> Initializer:
-    """The layer's own: on a quantized base, LoftQ approximates what the quantization lost."""
+    """The initializer for this layer: on a quantized base, LoftQ is given the original weight, so
+    that it can approximate the quantization error.
+    """
     if originals is not None and not isinstance(initializer, LoftQ):
         raise ValueError(f"{type(initializer).__name__} has no use for original_weights")
     if base.rewritable or not isinstance(initializer, LoftQ):
@@ -227,7 +230,7 @@ def _initializer(
 def _residual(
     name: str, base: BaseLayer, wanted: str, owners: Mapping[object, list[str]]
 ) -> tuple[str, str]:
-    """The residual of a layer, and why its start is not absorbed."""
+    """The layer's residual, and why its initial factors are not absorbed ("" if they are)."""
     reason = _why_not_absorbed(name, base, owners)
     if reason is None:
         return ("implicit" if wanted == "implicit" else "absorb"), ""
@@ -262,7 +265,7 @@ def _why_not_absorbed(name: str, base: BaseLayer, owners: Mapping[object, list[s
 
 
 def _owners(model: nn.Module) -> dict[object, list[str]]:
-    """The names of each parameter, in all the modules that have it, by `_memory`."""
+    """For each `_memory` key, the names of the parameters that use this memory."""
     owners: dict[object, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -272,7 +275,7 @@ def _owners(model: nn.Module) -> dict[object, list[str]]:
 
 
 def _memory(parameter: Tensor) -> object:
-    """The same for parameters that are one, or two over the same memory (`a.data = b.data`)."""
+    """A key that is equal for parameters that are one or share their memory (`a.data = b.data`)."""
     if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
         return id(parameter)
     return parameter.device, parameter.data_ptr()
@@ -281,8 +284,8 @@ def _memory(parameter: Tensor) -> object:
 def _placed(
     layer: LayerState, base: BaseLayer
 ) -> tuple[Start, tuple[Tensor, Tensor, Tensor | None]]:
-    """The start that is subtracted, and the trained factors: on the layer's device, in the dtype
-    that goes with it.
+    """The start that is subtracted, and the trained A [r, in], B [out, r] and R [r, r] or None, on
+    the layer's device and in the factors' dtype for this layer.
     """
     dtype, device = factor_dtype(base.dtype), base.device
 

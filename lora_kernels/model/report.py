@@ -1,4 +1,4 @@
-"""What `add_lora` and `load_adapter` say they did."""
+"""`LoRAReport`: which layers `add_lora` or `load_adapter` adapted, and which not, with reasons."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .selection import Selection
 
 @dataclass(frozen=True)
 class AdaptedRow:
-    """One adapted layer. `note` says why its start is not absorbed, if that is so."""
+    """One adapted layer. `note` says why its initial factors are not absorbed; else it is empty."""
 
     name: str
     out_features: int
@@ -30,10 +30,11 @@ class AdaptedRow:
 
 @dataclass(frozen=True)
 class LoRAReport:
-    """What was adapted, what was not and why, what trains, and how long it took. Prints well.
+    """The adapted layers, the skipped ones with reasons, and the numbers of parameters.
 
-    `adapted` has a row for each layer, `skipped` {name: reason} the other linear layers, `saved`
-    the names of tensors that are trained in full. `trainable` and `total` count parameters.
+    `adapted` has a row for each adapted layer, `skipped` is {name: reason} of the other linear
+    layers, and `saved` has the names of tensors that are trained in full. `trainable` and `total`
+    are numbers of parameters, `seconds` is the duration. `str()` gives a readable summary.
     """
 
     adapter_name: str
@@ -46,7 +47,7 @@ class LoRAReport:
 
     @property
     def trainable_share(self) -> float:
-        """Of all parameters, those that train."""
+        """The trainable share of all parameters, 0 to 1."""
         return self.trainable / max(self.total, 1)
 
     def __str__(self) -> str:
@@ -81,7 +82,7 @@ def make_report(
     saved: Iterable[str],
     seconds: float,
 ) -> LoRAReport:
-    """The report on a model as it is now."""
+    """The report on an adapted model; `saved` are the names of the tensors trained in full."""
     rows = tuple(
         AdaptedRow(
             plan.name,
@@ -105,7 +106,7 @@ def make_report(
 
 
 def _grouped(rows: Sequence[AdaptedRow]) -> list[list[AdaptedRow]]:
-    """Rows that differ in the numbers of their names only."""
+    """Groups of rows that differ only in the numbers of their names."""
     groups: dict[tuple[object, ...], list[AdaptedRow]] = {}
     for row in rows:
         shape = (row.out_features, row.in_features)
@@ -115,7 +116,7 @@ def _grouped(rows: Sequence[AdaptedRow]) -> list[list[AdaptedRow]]:
 
 
 def _pattern(name: str) -> str:
-    """With * for every number that stands alone."""
+    """The text with * for every number between dots."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 

@@ -1,4 +1,4 @@
-"""Tensors of the base that an adapter trains in full: those of `modules_to_save`, and biases."""
+"""`SavedTensors`: the base's tensors that adapters train in full (`modules_to_save`, biases)."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ from .config import AdapterState
 from .plan import LayerPlan
 from .selection import match_modules
 
-Place = tuple[nn.Module, str]  # whose tensor it is, and what it is called there
+Place = tuple[nn.Module, str]  # a module, and the name of its attribute that holds the tensor
 
 
 class SavedTensors:
-    """Copies of some of a model's tensors for each adapter, and the originals, which never change.
+    """Each adapter's trained copies of some of the model's tensors, and the untrained originals.
 
-    The module structure stays as it is: the tensors of the active adapter, or the originals, are
-    what the modules hold. A tied weight is tied again where the originals are back.
+    The modules hold either the active adapter's copies or the originals; the others are stored
+    here. The module structure does not change. Tied weights are tied again when the originals are
+    restored.
     """
 
     def __init__(self) -> None:
         self._places: dict[str, Place] = {}
         self._base: dict[str, Tensor] = {}
         self._copies: dict[str, dict[str, Tensor]] = {}
-        self._dtypes: dict[str, torch.dtype] = {}  # of what the modules were given
+        self._dtypes: dict[str, torch.dtype] = {}  # dtypes last seen in the modules
         self._active: str | None = None
 
     def add(
         self, adapter: str, places: Mapping[str, Place], values: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Copies for an adapter: of the originals, which are in their places, or of `values`."""
+        """Makes an adapter's copies from `values`, or from the originals if None. The modules must
+        hold the originals.
+        """
         copies = {}
         for name, (module, key) in places.items():
             base = getattr(module, key)
@@ -50,47 +53,47 @@ class SavedTensors:
         self._copies[adapter] = copies
 
     def activate(self, adapter: str | None) -> None:
-        """Puts that adapter's tensors into the modules; None: the originals."""
+        """Puts an adapter's tensors into the modules, or the originals if `adapter` is None."""
         self._collect()
         own = {} if adapter is None else self._copies.get(adapter, {})
         for name, (module, key) in self._places.items():
             current, wanted = getattr(module, key), own.get(name, self._base[name])
             if wanted is not current:
-                # What is aside does not follow the model from device to device.
+                # Stored tensors do not follow the model to another device.
                 wanted.data = wanted.data.to(current.device)
                 setattr(module, key, wanted)
                 self._dtypes[name] = wanted.dtype
         self._active = adapter
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
-        """`requires_grad` of that adapter's parameters."""
+        """Sets `requires_grad` of an adapter's parameters."""
         self._collect()
         for tensor in self._copies.get(adapter, {}).values():
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
                 tensor.requires_grad_(trainable)
 
     def tensors(self, adapter: str) -> dict[str, Tensor]:
-        """That adapter's tensors by name."""
+        """An adapter's tensors by name."""
         self._collect()
         return dict(self._copies.get(adapter, {}))
 
     def remove(self, adapter: str) -> None:
-        """Forgets an adapter that is not active."""
+        """Removes an adapter that is not active."""
         self._copies.pop(adapter, None)
 
     def moved(self, old: nn.Module, new: nn.Module) -> None:
-        """Says that `new` has the tensors of `old` from now on."""
+        """Records that the module `new` has replaced `old` and holds its tensors."""
         self._places = {n: (new if m is old else m, key) for n, (m, key) in self._places.items()}
 
     def owner(self, module: nn.Module, key: str) -> str | None:
-        """The first adapter that trains this tensor in full."""
+        """The first adapter that trains this tensor in full; None if there is none."""
         names = {name for name, (m, k) in self._places.items() if m is module and k == key}
         return next((a for a, copies in self._copies.items() if names & copies.keys()), None)
 
     def _collect(self) -> None:
-        """Takes note of what the modules hold: `.to(dtype)` puts other buffers there, and
-        `load_state_dict(assign=True)` other parameters. What is aside follows the model to another
-        dtype, but float32, which trainers give to what they train alone.
+        """Stores the modules' current tensors, because `.to(dtype)` replaces buffers and
+        `load_state_dict(assign=True)` replaces parameters. Stored copies follow the model to a new
+        dtype, except float32, to which trainers convert only the tensors that they train.
         """
         own = {} if self._active is None else self._copies.get(self._active, {})
         for name, (module, key) in self._places.items():
@@ -104,8 +107,11 @@ class SavedTensors:
 
 
 def module_places(name: str, module: nn.Module) -> dict[str, Place]:
-    """Where the parameters and buffers of a module lie, by the names in its model's state_dict."""
-    # Some wrappers keep their names out of it.
+    """The places of a module's parameters and buffers, by their names in the model's state_dict.
+
+    `name` is the module's name in the model.
+    """
+    # Some wrappers do not add their own names to the state_dict.
     saved = {without_wrappers(key) for key in module.state_dict()}
     places: dict[str, Place] = {}
     for prefix, part in module.named_modules():
@@ -118,7 +124,7 @@ def module_places(name: str, module: nn.Module) -> dict[str, Place]:
 
 
 def bias_places(modules: Mapping[str, nn.Module]) -> dict[str, Place]:
-    """Where the biases of these modules lie: parameters whose name says so, as in PEFT."""
+    """The places of these modules' biases: parameters with "bias" in their names, as in PEFT."""
     places: dict[str, Place] = {}
     for name, module in modules.items():
         for key, tensor in module._parameters.items():
@@ -128,7 +134,12 @@ def bias_places(modules: Mapping[str, nn.Module]) -> dict[str, Place]:
 
 
 def saved_places(model: nn.Module, modules_to_save: Sequence[str] | None) -> dict[str, Place]:
-    """Where the tensors of `modules_to_save` lie."""
+    """The places of the tensors of `modules_to_save`, by name.
+
+    Raises:
+        ValueError: a name matches no module, or a module has no tensors, is adapted or quantized.
+
+    """
     if not modules_to_save:
         return {}
     modules = {name: module for name, module in model.named_modules() if name}
@@ -138,7 +149,9 @@ def saved_places(model: nn.Module, modules_to_save: Sequence[str] | None) -> dic
             _check_saved(path, part)
         places |= module_places(name, module)
     if not places:
-        raise ValueError(f"modules_to_save names {', '.join(modules_to_save)}, without a tensor")
+        raise ValueError(
+            f"modules_to_save names {', '.join(modules_to_save)}, which has no tensors"
+        )
     return places
 
 
@@ -157,7 +170,7 @@ def _check_saved(name: str, module: nn.Module) -> None:
 
 
 def trained_biases(model: nn.Module, bias: str, plans: Sequence[LayerPlan]) -> dict[str, Place]:
-    """Where the biases that train lie, by their names in the base model."""
+    """The places of the biases that are trained, by their names in the base model."""
     if bias == "none":
         return {}
     modules = dict(model.named_modules())
@@ -170,15 +183,16 @@ def trained_biases(model: nn.Module, bias: str, plans: Sequence[LayerPlan]) -> d
 
 
 def _base_name(name: str) -> str:
-    """What a tensor of a wrapped layer was called before."""
+    """A tensor's name in the base model, without the wrapper's part."""
     return name.replace(".base_layer.", ".")
 
 
 def extra_places(model: nn.Module, state: AdapterState) -> dict[str, Place]:
-    """Where the tensors that an adapter brings in full lie.
+    """The places of a saved adapter's tensors that are trained in full, by name.
 
     Raises:
-        ValueError: the model has no such tensor, or one of another shape, or has adapted its layer.
+        ValueError: the model does not have such a tensor, or has it in another shape, or the
+            tensor's layer is adapted.
 
     """
     found: dict[str, Place] = {}

@@ -1,4 +1,4 @@
-"""Which layers of a model are meant, by a `LoRAConfig` or by `targets`, and why others are not."""
+"""Selects a model's layers by a `LoRAConfig` or by `targets`; gives reasons for the others."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .._utils.names import ALL_LINEAR, match_names, nearest, pattern_matches
+from .._utils.peft_names import TASK_HEADS
 from ..layers.base import BaseLayer, base_of
-from .config import TASK_HEADS, LoRAConfig
+from .config import LoRAConfig
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -23,8 +24,8 @@ Targets = str | Sequence[str] | Mapping[str, nn.Module] | Sequence[nn.Module]
 class Selection:
     """The layers to adapt by name, in the model's order.
 
-    `aliases` are their other names, of those that appear more than once; `skipped` tells of every
-    other linear layer why it is not adapted.
+    `aliases` has the further names of each layer that appears more than once; `skipped` has the
+    reason why each other linear layer is not adapted.
     """
 
     layers: dict[str, BaseLayer] = field(default_factory=dict)
@@ -33,24 +34,24 @@ class Selection:
 
 
 def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
-    """PEFT's rules: `target_modules`, less `exclude_modules`, `modules_to_save` and other layers
-    than `layers_to_transform`.
+    """Selects layers by PEFT's rules: those of `target_modules` that are in `layers_to_transform`,
+    and in neither `exclude_modules` nor `modules_to_save`.
 
     Raises:
-        ValueError: nothing is left, or an option names what is not there (the nearest name is
-            given).
-        TypeError: a target is no layer that can be adapted.
+        ValueError: no layer is selected, or an option contains a name that the model does not have
+            (the nearest name is given).
+        TypeError: a target is not a linear layer that can be adapted.
 
     """
     candidates, aliases = find_candidates(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = set(_targeted(config, modules, candidates, aliases))
     names = {*candidates, *(alias for others in aliases.values() for alias in others)}
-    left_out = _left_out(model, config, list(modules), list(candidates), aliases)
+    skip_reasons = _skip_reasons(model, config, list(modules), list(candidates), aliases)
     selection = Selection()
     for name in candidates:
-        if name in left_out:
-            selection.skipped[name] = left_out[name]
+        if name in skip_reasons:
+            selection.skipped[name] = skip_reasons[name]
         elif name not in chosen:
             selection.skipped[name] = "not among target_modules"
         else:
@@ -68,7 +69,7 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
 
 
 def with_task_head(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """The configuration with the head that its task trains in full among `modules_to_save`."""
+    """The configuration with the task's head added to `modules_to_save`, as PEFT does."""
     saved = tuple(config.modules_to_save or ())
     named = () if isinstance(config.target_modules, str) else config.target_modules
     endings = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -81,7 +82,7 @@ def with_task_head(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 
 def find_candidates(model: nn.Module) -> tuple[dict[str, BaseLayer], dict[str, list[str]]]:
-    """The layers that can be adapted, by the first name of each; and their other names."""
+    """The layers that can be adapted, by the first name of each, and their further names."""
     first: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
     candidates: dict[str, BaseLayer] = {}
@@ -92,7 +93,7 @@ def find_candidates(model: nn.Module) -> tuple[dict[str, BaseLayer], dict[str, l
                 aliases[first[id(module)]].append(name)
             continue
         first[id(module)] = name
-        # What lies inside one, as the quantised layer in its wrapper, is a part of it.
+        # A layer inside another one, such as the quantized layer in its wrapper, is a part of it.
         inside = last is not None and name.startswith(f"{last}.")
         if name and not inside and (base := base_of(module)) is not None:
             last, candidates[name], aliases[name] = name, base, []
@@ -102,19 +103,24 @@ def find_candidates(model: nn.Module) -> tuple[dict[str, BaseLayer], dict[str, l
 def match_modules(
     modules: Mapping[str, nn.Module], names: Sequence[str], option: str
 ) -> dict[str, nn.Module]:
-    """The outermost modules of these names or endings; ValueError if one of them is none."""
+    """The outermost modules with these names or endings.
+
+    Raises:
+        ValueError: a name matches no module; `option` is the option that contains it.
+
+    """
     found = match_names(modules, names, option=option)
     return {n: modules[n] for n in found if not any(n.startswith(f"{o}.") for o in found)}
 
 
 def _is_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module has the matrices of its experts in one parameter, as in transformers 5."""
+    """Whether a module stacks its experts' matrices in one parameter, as in transformers 5."""
     stacked = any(p is not None and p.dim() == 3 for p in module._parameters.values())
     return stacked and "expert" in f"{name} {type(module).__name__}".lower()
 
 
 def _is_part(name: str, candidates: Collection[str]) -> bool:
-    """Whether it is one of the candidates, or lies inside one."""
+    """Whether `name` is one of the candidates or of a module inside one."""
     parts = name.split(".")
     return any(".".join(parts[: k + 1]) in candidates for k in range(len(parts)))
 
@@ -153,14 +159,14 @@ def _why_bypassed(modules: Mapping[str, nn.Module], name: str) -> str | None:
     return None
 
 
-def _left_out(
+def _skip_reasons(
     model: nn.Module,
     config: LoRAConfig,
     names: Sequence[str],
     candidates: Sequence[str],
     aliases: Mapping[str, Sequence[str]],
 ) -> dict[str, str]:
-    """Names of candidates that are targeted perhaps, but not adapted, with the reason."""
+    """Candidates that an option excludes, whether targeted or not, with the reason."""
     reasons: dict[str, str] = {}
     if _is_all_linear(config.target_modules):
         reasons |= _not_in_all_linear(model, candidates)
@@ -191,7 +197,7 @@ def _left_out(
 
 
 def _block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
-    """The number of the block that a layer is in: the first one in its name, as in PEFT."""
+    """The number of a layer's block, the first number in the layer's name, as in PEFT."""
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or [r"[^.]*"]
     for pattern in patterns:
         match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name)
@@ -201,7 +207,9 @@ def _block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int |
 
 
 def _check_patterns(config: LoRAConfig, layers: Collection[str]) -> None:
-    """Raises for a pattern that no layer matches: PEFT ignores it, and a misspelt one with it."""
+    """Raises ValueError for a pattern that matches no layer, as a misspelt one would; PEFT ignores
+    such patterns.
+    """
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):
             if not any(pattern_matches(key, name) for name in layers):
@@ -214,15 +222,15 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, B
     """The targeted linear layers by name, in the model's order; adapted and quantized ones too.
 
     Args:
-        model: what is searched. A module that appears under several names counts under each.
+        model: the model. A module with several names is returned under each of them.
         targets: "all-linear", the layers that `add_lora` adapts by this name; another string, a
             regular expression that matches the whole name; a list of names or of their last parts
             ("q_proj", "mlp.up_proj"); a list of the modules themselves, or a dict {name: module}.
 
     Raises:
-        ValueError: nothing matches, or an entry of the list matches nothing (the nearest name is
+        ValueError: nothing matches, an entry of the list matches nothing (the nearest name is
             given), or a module is not in the model.
-        TypeError: a target is no linear layer that can be adapted.
+        TypeError: a target is not a linear layer that can be adapted.
 
     """
     if not targets:
@@ -240,8 +248,8 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, B
     if not _is_all_linear(targets):
         names = match_names(list(modules), targets, list(bases))
         return {name: bases.get(name) or _checked(name, modules[name]) for name in names}
-    left_out = _not_in_all_linear(model, bases)
-    found = {name: base for name, base in bases.items() if name not in left_out}
+    skip_reasons = _not_in_all_linear(model, bases)
+    found = {name: base for name, base in bases.items() if name not in skip_reasons}
     if not found:
         raise ValueError(f"{type(model).__name__} has no linear layer")
     return found
@@ -258,7 +266,7 @@ def _is_all_linear(targets: object) -> bool:
 
 
 def _not_in_all_linear(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Those of the linear layers that "all-linear" leaves out, with the reason."""
+    """The linear layers that "all-linear" does not select, with the reason."""
     head, modules = output_head(model), dict(model.named_modules(remove_duplicate=False))
     reasons: dict[str, str] = {}
     for name in names:
@@ -292,6 +300,6 @@ def _names_of(
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that a Hugging Face model calls its output embeddings."""
+    """A Hugging Face model's output embeddings; None if the model has none."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None

@@ -1,4 +1,4 @@
-"""Computes the initial factors of many layers, those of one shape together: for `add_lora` and for
+"""Computes the initial factors of many layers, in batches of one shape, for `add_lora` and
 `lora_kernels.peft.initialize`.
 """
 
@@ -19,14 +19,15 @@ from ..init.start import Start, check_residual_fits, checked
 from ..layers.base import BaseLayer
 from ..layers.linear import check_startable
 
-_BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # weights in one call
+_BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # at most so many weights and bytes of them in one call
 
 
 @dataclass(frozen=True)
 class StartJob:
-    """One layer's start that is to be computed, at rank `r` and s = `scaling`.
+    """A layer whose start is to be computed, with rank `r` and s = `scaling`.
 
-    `absorb` says whether it will be subtracted from the weight, which must have room for that.
+    `gradient` is ∂loss/∂W [out, in], for starts that need it. `absorb` says whether s·B₀A₀ will be
+    subtracted from the weight, whose dtype must then be able to hold the difference.
     """
 
     name: str
@@ -40,12 +41,13 @@ class StartJob:
 
 @torch.no_grad()
 def make_starts(jobs: Sequence[StartJob], progress: bool) -> dict[str, Start]:
-    """The start of every job by its name; weights are only read.
+    """The start of every job by the job's name; no weight is changed.
 
-    Starts that change the base know the weight's norm.
+    Starts that change the base have the weight's norm, `weight_norm`.
 
     Raises:
-        ValueError, TypeError: a start cannot be computed or does not fit; the layer is named.
+        ValueError, TypeError: a start cannot be computed or has the wrong shape or dtype, or the
+            weight's dtype cannot hold W − s·B₀A₀; the layer is named.
 
     """
     starts: dict[str, Start] = {}
@@ -60,10 +62,10 @@ def matched_gradients(
     initializer: Initializer,
     gradients: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor | None]:
-    """The gradient of each of `layers`, {name: its other names}; None where none is needed.
+    """The gradient [out, in] of each of `layers`, {name: further names}; None if not needed.
 
     Raises:
-        ValueError: a gradient is missing, or the start is not computed from gradients.
+        ValueError: a gradient is missing, or the initializer does not use gradients.
 
     """
     title = type(initializer).__name__
@@ -87,7 +89,7 @@ def matched_gradients(
 
 @contextmanager
 def naming(layer: str) -> Iterator[None]:
-    """Puts the layer's name before an error's text."""
+    """Adds the layer's name in front of the text of a ValueError or TypeError."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -101,7 +103,7 @@ def _batch_starts(batch: Sequence[StartJob]) -> dict[str, Start]:
     try:
         starts = first.initializer.starts(weights, first.r, first.scaling, gradients)
     except (ValueError, TypeError):
-        for job, weight in zip(batch, weights, strict=True):  # which one was it?
+        for job, weight in zip(batch, weights, strict=True):  # finds the layer that failed
             with naming(job.name):
                 job.initializer(weight, job.r, job.scaling, job.gradient)
         raise
@@ -113,7 +115,7 @@ def _batch_starts(batch: Sequence[StartJob]) -> dict[str, Start]:
 
 
 def _checked_weight(job: StartJob) -> Tensor:
-    """W [out, in], from which the start can be computed."""
+    """W [out, in], checked to be one from which the start can be computed."""
     with naming(job.name):
         if job.base.rewritable:
             check_startable(job.base.weight(), job.base.stored_weight, job.r, job.initializer)
@@ -135,8 +137,9 @@ def _finished(job: StartJob, weight: Tensor, start: Start) -> Start:
 
 
 def _batches(jobs: Sequence[StartJob]) -> Iterator[list[StartJob]]:
-    """Jobs over weights of one shape, dtype and device, with one rank and s. Quantized layers come
-    one at a time, so that only one dequantized weight is in memory.
+    """Batches of jobs with equal shape, dtype and device of the weight, equal r and equal s.
+
+    A quantized layer is a batch of its own, so that only one dequantized weight is in memory.
     """
     groups: dict[tuple[object, ...], list[StartJob]] = {}
     for job in jobs:

@@ -1,7 +1,7 @@
-"""Our starts and our fused layer inside PEFT's models: `initialize` and `accelerate`.
+"""Starts and the fused forward for PEFT's models: `initialize` and `accelerate`.
 
-Both change a `peft.PeftModel` in place and can be undone. PEFT stays the one who trains, saves,
-merges and switches adapters.
+Both change a `peft.PeftModel` in place and can be undone. PEFT still trains, saves, merges and
+switches the adapters.
 """
 
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""`accelerate`: one operator in place of the four of PEFT's LoRA layer."""
+"""`accelerate`: one fused operator instead of the four operators of PEFT's LoRA layer."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from .variant import StartVariant, start_of
 
 @dataclass
 class AccelerateReport:
-    """What `accelerate` did: the layers it took, and {name: reason} of those it left."""
+    """What `accelerate` did. `layers` are the names of the accelerated layers; `left` is
+    {name: reason} of the LoRA layers that were not accelerated.
+    """
 
     layers: list[str]
     left: dict[str, str]
-    _taken: list[LoraLayer] = field(repr=False)
+    _accelerated: list[LoraLayer] = field(repr=False)
 
     def undo(self) -> None:
-        """PEFT's own forward again, in all of these layers. A second call does nothing.
+        """Restores PEFT's own forward in all of these layers. A second call does nothing.
 
         Raises:
-            RuntimeError: another tool has wrapped a layer's forward since; nothing was undone.
+            RuntimeError: another tool has since wrapped a layer's forward; then nothing is undone.
 
         """
-        for name, layer in zip(self.layers, self._taken, strict=True):
+        for name, layer in zip(self.layers, self._accelerated, strict=True):
             wrapped = "forward" in layer.__dict__
             if wrapped and not is_replaced(layer, "forward", fused_forward):
                 raise RuntimeError(f"{name}: its forward was wrapped since: undo that first")
-        for layer in self._taken:
+        for layer in self._accelerated:
             restore_method(layer, "forward", fused_forward)
 
     def __str__(self) -> str:
@@ -47,37 +49,41 @@ class AccelerateReport:
 
 
 def accelerate(peft_model: peft.PeftModel) -> AccelerateReport:
-    """Computes the LoRA layers of a PEFT model by `torch.ops.lora.linear`, forward and backward.
+    """Makes a PEFT model's LoRA layers use `torch.ops.lora.linear`, in forward and backward.
 
-    The parameters stay PEFT's, so that optimisers, saving and all of PEFT's methods go on working.
-    Taken are layers over a plain `nn.Linear` or GPT-2's `Conv1D` of floats, and in them the calls
-    with one active adapter of plain LoRA, not merged and not disabled, with or without a start of
-    `initialize`. Every other call (merged, several adapters, mixed batches ...) is PEFT's own. It
-    is decided at each call.
+    The parameters remain PEFT's, so that optimizers, saving and all of PEFT's methods still work.
+    A layer is accelerated if its base is a plain `nn.Linear` or GPT-2's `Conv1D` with a
+    floating-point weight. In such a layer, a call is fused if exactly one adapter is active, it is
+    plain LoRA, with or without a start of `initialize`, and it is neither merged nor disabled. All
+    other calls (several adapters, mixed batches ...) use PEFT's own forward. Each call is checked
+    anew.
 
-    The results are PEFT's but for rounding, and but for the dropout mask, which is drawn from
-    another generator. The operator computes in x's dtype: with a bfloat16 base and PEFT's default
-    float32 adapters, A and B are rounded to bfloat16 for the product, which PEFT makes in float32.
+    The results equal PEFT's except for rounding and for the dropout mask, which comes from another
+    generator. The operator computes in x's dtype: with a bfloat16 base and PEFT's default float32
+    adapters, A and B are rounded to bfloat16, while PEFT multiplies in float32.
+
+    Returns:
+        A report, whose `undo()` restores PEFT's forward.
 
     Raises:
-        TypeError: not a `PeftModel`, or not of LoRA adapters.
+        TypeError: the model is not a `PeftModel`, or has adapters other than LoRA.
 
     """
     check_model(peft_model)
-    taken, left = {}, {}
+    accelerated, left = {}, {}
     for name, layer in lora_layers(peft_model).items():
         reason = _why_never(layer)
         if reason is None:
-            taken[name] = layer
+            accelerated[name] = layer
         else:
             left[name] = reason
-    for layer in taken.values():
+    for layer in accelerated.values():
         replace_method(layer, "forward", fused_forward)
-    return AccelerateReport(list(taken), left, list(taken.values()))
+    return AccelerateReport(list(accelerated), left, list(accelerated.values()))
 
 
 def fused_forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """[..., in] → [..., out], as PEFT's `Linear.forward`."""
+    """y [..., out] of x [..., in]; replaces PEFT's `Linear.forward` and calls it if need be."""
     adapter = None if args or kwargs else _fusable_adapter(layer, x)
     if adapter is None:
         return type(layer).forward(layer, x, *args, **kwargs)
@@ -85,25 +91,25 @@ def fused_forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
     return torch.ops.lora.linear(
         x,
-        base.weight.T if layer.fan_in_fan_out else base.weight,
-        base.bias,
-        layer.lora_A[adapter].weight,
-        layer.lora_B[adapter].weight,
+        base.weight.T if layer.fan_in_fan_out else base.weight,  # [out, in]
+        base.bias,  # [out]
+        layer.lora_A[adapter].weight,  # [r, in]
+        layer.lora_B[adapter].weight,  # [out, r]
         layer.scaling[adapter],
         p,
         dropout_seed(x.device) if p > 0 else None,
-        *(start_of(layer, adapter) or (None, None)),
+        *(start_of(layer, adapter) or (None, None)),  # [r, in], [out, r]
     )
 
 
 def _why_never(layer: LoraLayer) -> str | None:
-    """Why none of the layer's calls can be fused."""
+    """Why no call of the layer can ever be fused; None if some can."""
     if type(layer) is not Linear:
         return f"PEFT's {type(layer).__name__} is not over a plain linear layer"
     base = layer.base_layer
     conv1d = is_conv1d(base)
     if type(base) is not nn.Linear and not conv1d:
-        return f"its base is {type(base).__name__} and no plain linear layer"
+        return f"its base is {type(base).__name__}, not a plain linear layer"
     weight = base.weight
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}"
@@ -120,10 +126,10 @@ def _why_never(layer: LoraLayer) -> str | None:
 
 
 def _why_not(layer: Linear, adapter: str) -> str | None:
-    """Why calls with this adapter cannot be fused."""
+    """Why calls with this adapter cannot be fused; None if they can."""
     variant = layer.lora_variant.get(adapter)
     if variant is not None and type(variant) is not StartVariant:
-        return f"it is PEFT's {type(variant).__name__} and no plain LoRA"
+        return f"it is PEFT's {type(variant).__name__}, not plain LoRA"
     if layer.lora_bias[adapter]:
         return "its lora_B has a bias"
     if type(layer.lora_dropout[adapter]) not in (nn.Dropout, nn.Identity):
@@ -134,7 +140,7 @@ def _why_not(layer: Linear, adapter: str) -> str | None:
 
 
 def _fusable_adapter(layer: Linear, x: Tensor) -> str | None:
-    """The one adapter whose call is fused, if this one is."""
+    """The active adapter if this call can be fused, else None."""
     if layer.disable_adapters or layer.merged:
         return None
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
@@ -149,7 +155,7 @@ def _fusable_adapter(layer: Linear, x: Tensor) -> str | None:
 
 
 def _is_plain(module: nn.Module, kind: type = nn.Linear) -> bool:
-    """Whether calling the module does what its class says, and nothing else."""
+    """Whether the module is exactly a `kind`, without hooks or a replaced forward."""
     return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks

@@ -1,4 +1,4 @@
-"""`initialize`: any start of ours for the LoRA layers of a `PeftModel`."""
+"""`initialize`: any start of `lora_kernels.init` for the LoRA layers of a `PeftModel`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
+from .._utils.peft_names import PREFIX
 from ..init import Initializer, Start, get_initializer
 from ..init.base import refuse_implicit
 from ..layers.base import base_of
 from ..model.starts import StartJob, make_starts, matched_gradients, naming
 from .layers import (
-    PREFIX,
     adapter_of,
     check_model,
     described,
@@ -27,15 +27,20 @@ from .layers import (
 from .overrides import install, uninstall
 from .variant import drop_start, set_start, start_of
 
-# PEFT's own starts that are taken out of the base's weights when the adapter is made.
+# PEFT's own starts that are subtracted from the base's weights when PEFT makes the adapter.
 _REWRITE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# On the PeftModel: how often each adapter was initialised and not undone.
+# Attribute of the PeftModel: how often each adapter was initialized without being undone.
 _DEPTH = "_lora_kernels_depth"
 
 
 @dataclass
 class InitializeReport:
-    """What `initialize` did. `undo()` takes it back."""
+    """What `initialize` did; `undo()` reverts it.
+
+    `layers` are the names of the initialized layers, `left` is {name: reason} of the others that
+    have the adapter, `subtracted` says whether the layers subtract s·B₀A₀, `seconds` is the
+    duration.
+    """
 
     method: str
     adapter_name: str
@@ -49,13 +54,13 @@ class InitializeReport:
     _undone: bool = field(default=False, repr=False)
 
     def undo(self) -> None:
-        """A, B and what was subtracted as they were before, bit for bit, training since included.
+        """Restores A, B and the subtracted factors bit for bit; later training is lost.
 
-        A second call does nothing, nor does it after the adapter was deleted.
+        A second call does nothing; neither does a call after the adapter was deleted.
 
         Raises:
-            RuntimeError: the adapter was initialised again since, or is merged, or was replaced by
-                another of its name.
+            RuntimeError: the adapter was since initialized again, is merged, or was replaced by
+                another one of the same name.
 
         """
         if self._undone:
@@ -90,7 +95,7 @@ class InitializeReport:
 
 @dataclass
 class _Snapshot:
-    """A layer's adapter."""
+    """A copy of one layer's adapter: A [r, in], B [out, r], and A₀ and B₀ if there are any."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -121,47 +126,50 @@ def initialize(
     gradients: Mapping[str, Tensor] | None = None,
     progress: bool = True,
 ) -> InitializeReport:
-    """Starts an adapter of a PEFT model anew: `lora_A` and `lora_B` of every linear LoRA layer.
+    """Gives an adapter of a PEFT model new initial factors: `lora_A` [r, in] and `lora_B` [out, r]
+    of every linear LoRA layer are overwritten.
 
-    A start that is not zero is taken out of the layer, as `LoRALinear` does with
-    residual="implicit": the layer subtracts the constant s·B₀A₀ while the adapter is active, and
-    the base's weights stay as they are, bit for bit, for `disable_adapter`, for other adapters and
-    if they are quantised. Merging gives W + s·(BA − B₀A₀).
+    If the initial B₀A₀ is not zero, the layer subtracts it, like `LoRALinear` with
+    residual="implicit": while the adapter is active, every forward subtracts the constant s·B₀A₀.
+    The base's weights do not change, so that `disable_adapter`, other adapters and quantized bases
+    work as before. Merging gives W + s·(BA − B₀A₀).
 
     `save_pretrained` then writes an adapter of rank 2r, [A; A₀] and [B, −B₀], which plain PEFT
-    loads on the original base with the same outputs. `load_adapter` on a model that was
-    initialised, in this or a later process and by any method, takes such a folder back at rank r
-    and exactly: so `Trainer` resumes. It takes one of `lora_kernels.save_adapter` too, and
-    `lora_kernels.load_adapter` takes this one.
+    loads on the original base with the same outputs. On an initialized model, `load_adapter` reads
+    such a folder back exactly, at rank r, whichever start was used and also in a later process, so
+    that `Trainer` can resume. It also reads folders of `lora_kernels.save_adapter`, and
+    `lora_kernels.load_adapter` reads the folders written here.
 
-    `add_adapter` with the configuration object of an adapter that has a start gives the new one
-    that start: TRL makes its reference model so. `get_peft_model_state_dict` gives A and B at rank
-    r with A₀ and B₀ beside them, which plain PEFT passes over: use `save_pretrained`.
+    If `add_adapter` is given the configuration object of an adapter that subtracts A₀ and B₀, the
+    new adapter gets the same A₀ and B₀, as TRL's reference model needs. `get_peft_model_state_dict`
+    returns A and B of rank r, with A₀ and B₀ as additional tensors that plain PEFT ignores: use
+    `save_pretrained`.
 
-    A₀ and B₀ are buffers. `DistributedDataParallel` sends buffers around before every forward
-    unless it is told broadcast_buffers=False (`ddp_broadcast_buffers` of `TrainingArguments`): here
-    it can be.
+    A₀ and B₀ are buffers. `DistributedDataParallel` broadcasts buffers before every forward; these
+    buffers do not need that, so set broadcast_buffers=False (`ddp_broadcast_buffers` in
+    `TrainingArguments`).
 
-    All starts are computed before anything is changed; an error leaves the model as it was.
+    All starts are computed before anything is changed; after an error the model is unchanged.
 
     Args:
-        peft_model: what `get_peft_model` gave. LoRA layers over `nn.Linear`, GPT-2's `Conv1D` and
-            their quantised kin are initialised; the report says which were left, and why.
-        init_lora_weights: a name or an object of `lora_kernels.init`. Those that train an R between
-            A and B do not fit PEFT's layers.
-        adapter_name: None, the active adapter.
-        gradients: {layer: G [out, in]}, for starts from the loss gradient; layers by their names in
-            the base model or in the PEFT model, as `capture_gradients` gives them.
-        progress: a bar, where rich is installed and standard error is a terminal.
+        peft_model: the result of `get_peft_model`. LoRA layers over `nn.Linear`, GPT-2's `Conv1D`
+            and quantized linear layers are initialized; the report names the others, with reasons.
+        init_lora_weights: a name or an object of `lora_kernels.init`, except the starts that train
+            an R between A and B, which PEFT's layers do not have.
+        adapter_name: the adapter; the active one if None.
+        gradients: {layer: ∂loss/∂W [out, in]} from `capture_gradients`, for starts that are
+            computed from gradients; layers by their names in the base model or the PEFT model.
+        progress: whether to show a bar; needs rich, and a terminal as standard error.
 
     Returns:
-        The report, whose `undo()` gives A and B back.
+        A report, whose `undo()` restores A and B.
 
     Raises:
-        TypeError: not a `PeftModel`, or not of LoRA adapters; a weight that cannot be read.
-        ValueError: an unknown adapter or method; a method with an R; a start that cannot be
-            computed, with the layer's name; a base that another adapter of the model has changed
-            ("pissa", "olora" ... of PEFT).
+        TypeError: the model is not a `PeftModel`, or has adapters other than LoRA, or a weight
+            cannot be read.
+        ValueError: an unknown adapter or start; a start with an R; a start that cannot be computed
+            (the layer is named); a base whose weights another adapter has changed (PEFT's "pissa",
+            "olora" ...).
         RuntimeError: an adapter is merged.
 
     """
@@ -178,7 +186,7 @@ def initialize(
     for name, layer in layers.items():
         _write(layer, adapter, starts[name].lora_A, starts[name].lora_B)
         if initializer.changes_base:
-            # What A and B hold, in their dtypes: the forward's two parts cancel then.
+            # A and B as rounded to their dtypes, so that BA − B₀A₀ is exactly zero at first.
             set_start(layer, adapter, *_factors(layer, adapter))
         else:
             drop_start(layer, adapter)
@@ -202,7 +210,7 @@ def initialize(
 
 
 def _refuse_merged(peft_model: peft.PeftModel) -> None:
-    """Raises RuntimeError if A and B are in the base's weights, from which PEFT will take them."""
+    """Raises RuntimeError if an adapter is merged: PEFT will subtract its A and B on unmerging."""
     merged = {a for layer in lora_layers(peft_model).values() for a in layer.merged_adapters}
     if merged:
         raise RuntimeError(
@@ -216,14 +224,15 @@ def _refuse_changed_base(peft_model: peft.PeftModel) -> None:
         if isinstance(method, str) and method.lower().startswith(_REWRITE_BASE):
             raise ValueError(
                 f"adapter {name!r} was made with init_lora_weights={method!r}, for which PEFT has "
-                "rewritten the base's weights: make it with init_lora_weights=True, on a fresh base"
+                "rewritten the base's weights: load the base again, and make the adapter with "
+                "init_lora_weights=True"
             )
 
 
 def _linear_layers(
     peft_model: peft.PeftModel, adapter: str
 ) -> tuple[dict[str, LoraLayer], dict[str, str]]:
-    """The layers to initialise, and why others that have the adapter are left."""
+    """The layers to initialize, and {name: reason} of the others that have the adapter."""
     if getattr(peft_model.peft_config[adapter], "target_modules_to_tie", None):
         raise ValueError(f"adapter {adapter!r} ties layers to the embedding's adapter")
     layers, left = {}, {}
@@ -250,7 +259,7 @@ def _all_starts(
     gradients: Mapping[str, Tensor] | None,
     progress: bool,
 ) -> dict[str, Start]:
-    """Every layer's start, checked."""
+    """The start of every layer, by its name, checked."""
     if gradients is not None:
         gradients = {
             name.removeprefix(PREFIX).removesuffix(".base_layer"): gradient
@@ -272,8 +281,8 @@ def _all_starts(
     starts = make_starts(jobs, progress)
     if any(start.lora_R is not None for start in starts.values()):
         raise ValueError(
-            f"{type(initializer).__name__} trains an R between a frozen A and B, for which PEFT's "
-            "layer has no place: use lora_kernels.add_lora"
+            f"{type(initializer).__name__} trains an R between a frozen A and B, which PEFT's "
+            "layers do not have: use lora_kernels.add_lora"
         )
     return starts
 
@@ -284,6 +293,6 @@ def _factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _write(layer: LoraLayer, adapter: str, lora_A: Tensor, lora_B: Tensor) -> None:
-    """In place: an optimiser may know the parameters already."""
+    """Writes A [r, in] and B [out, r] in place, because an optimizer may hold the parameters."""
     for parameter, value in zip(_factors(layer, adapter), (lora_A, lora_B), strict=True):
         parameter.copy_(value)

@@ -9,16 +9,15 @@ from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from torch import nn
 
 from .._utils.errors import unknown_name
+from .._utils.peft_names import PREFIX
 from .variant import StartVariant, start_of
 
-# The model inside the PeftModel and its LoraModel.
-PREFIX = "base_model.model."
-# The layers of PEFT, beside those derived from Linear, that know variants.
-_QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
+# PEFT's layers that support a `LoraVariant`, other than those derived from Linear.
+_QUANTIZED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 
 
 def check_model(peft_model: object) -> None:
-    """Raises TypeError unless it is a `PeftModel` of LoRA adapters."""
+    """Raises TypeError unless the model is a `PeftModel` with LoRA adapters only."""
     if not isinstance(peft_model, peft.PeftModel):
         inner = getattr(peft_model, "_orig_mod", None) or getattr(peft_model, "module", None)
         hint = "; it is wrapped: pass the PeftModel inside" if isinstance(inner, nn.Module) else ""
@@ -28,12 +27,17 @@ def check_model(peft_model: object) -> None:
     other = {c.peft_type.value for c in peft_model.peft_config.values()} - {"LORA"}
     if other:
         raise TypeError(
-            f"peft_model has adapters of type {', '.join(sorted(other))}: LoRA is known"
+            f"peft_model has adapters of type {', '.join(sorted(other))}: only LoRA is supported"
         )
 
 
 def adapter_of(peft_model: peft.PeftModel, adapter_name: str | None) -> str:
-    """The name itself if there is such an adapter; the active one for None."""
+    """The name of an existing adapter; the active one if `adapter_name` is None.
+
+    Raises:
+        ValueError: no adapter of that name, or None while several adapters are active.
+
+    """
     if adapter_name is None:
         active = peft_model.active_adapters
         if len(active) != 1:
@@ -47,7 +51,7 @@ def adapter_of(peft_model: peft.PeftModel, adapter_name: str | None) -> str:
 
 
 def lora_layers(peft_model: nn.Module) -> dict[str, LoraLayer]:
-    """All LoRA layers, but for those inside an attention layer that is one itself."""
+    """All LoRA layers by name, except those inside PEFT's LoRA layer for MultiheadAttention."""
     found: dict[str, LoraLayer] = {}
     inside: tuple[str, ...] = ()
     for name, module in peft_model.named_modules():
@@ -60,12 +64,12 @@ def lora_layers(peft_model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def has_adapter(layer: LoraLayer, adapter: str) -> bool:
-    """Whether the layer, of any kind, has this adapter."""
+    """Whether the layer, linear or embedding, has this adapter."""
     return adapter in layer.lora_A or adapter in layer.lora_embedding_A
 
 
 def adapters_with_start(model: nn.Module) -> set[str]:
-    """The adapters that have a start in some layer."""
+    """The adapters that have initial factors to subtract in at least one layer."""
     return {
         adapter
         for layer in lora_layers(model).values()
@@ -75,23 +79,23 @@ def adapters_with_start(model: nn.Module) -> set[str]:
 
 
 def why_not_linear(layer: LoraLayer, adapter: str) -> str | None:
-    """Why the adapter of this layer cannot have a start of ours; None if it can."""
+    """Why this layer's adapter cannot be initialized by `initialize`; None if it can."""
     kind = type(layer).__name__
-    if not isinstance(layer, Linear) and kind not in _QUANTISED:
-        return f"PEFT's {kind} is no linear layer that we know"
+    if not isinstance(layer, Linear) and kind not in _QUANTIZED:
+        return f"PEFT's {kind} is no linear layer known to lora_kernels"
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, StartVariant):
-        return f"it is PEFT's {type(variant).__name__} and no plain LoRA"
+        return f"it is PEFT's {type(variant).__name__}, not plain LoRA"
     return None
 
 
 def described(left: Mapping[str, str], names: int = 3) -> list[str]:
-    """A line for each reason why layers were left, with the first of their names."""
+    """A line for each reason in `left`, {name: reason}, with the first `names` layers."""
     reasons: dict[str, list[str]] = {}
     for name, reason in left.items():
         reasons.setdefault(reason, []).append(name)
     return [
-        f"  left {len(found)}: {reason} ({', '.join(found[:names])}"
+        f"  skipped {len(found)}: {reason} ({', '.join(found[:names])}"
         f"{' ...' if len(found) > names else ''})"
         for reason, found in reasons.items()
     ]

@@ -1,4 +1,4 @@
-"""The methods of PEFT that have to know of starts, replaced on one model."""
+"""Replacements, on one model, for the methods of PEFT that must handle A₀ and B₀."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .variant import set_start, start_of
 
 
 def install(peft_model: peft.PeftModel) -> None:
-    """Puts these in place of the model's own."""
+    """Replaces the model's methods. Methods that are replaced already are not changed."""
     for owner, name, function in _methods(peft_model):
         if not is_replaced(owner, name, function):
             replace_method(owner, name, function)
 
 
 def uninstall(peft_model: peft.PeftModel) -> None:
-    """PEFT's own methods again, unless an adapter still has a start."""
+    """Restores PEFT's own methods, unless an adapter still subtracts initial factors."""
     if not adapters_with_start(peft_model):
         for owner, name, function in _methods(peft_model):
             restore_method(owner, name, function)
@@ -31,11 +31,12 @@ def uninstall(peft_model: peft.PeftModel) -> None:
 def add_adapter(
     peft_model: peft.PeftModel, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """PEFT's `add_adapter`. If the configuration is the very object of an adapter that subtracts a
-    start, the new one has that start too, and is the base as a new adapter should be.
+    """PEFT's `add_adapter`. If `peft_config` is the very object of an adapter that subtracts A₀ and
+    B₀, the new adapter has A₀ and B₀ as its factors and subtracts them too, so that at first the
+    model computes what its base computes.
 
-    TRL makes its reference model so ("ref" for DPO, GRPO, KTO and RLOO): it then copies A and B,
-    and without their start these would be another model.
+    TRL makes its reference model in this way ("ref" for DPO, GRPO, KTO and RLOO). TRL then copies A
+    and B into it, which without A₀ and B₀ would give another model.
     """
     started = [name for name, known in peft_model.peft_config.items() if known is peft_config]
     started = [name for name in started if name in adapters_with_start(peft_model)]
@@ -56,19 +57,21 @@ def add_weighted_adapter(
     combination_type: str = "svd",
     **kwargs: Any,
 ) -> None:
-    """PEFT's, where it combines s·(BA − B₀A₀): by SVD and of more than one adapter. Its other ways
-    combine A and B themselves.
+    """PEFT's `add_weighted_adapter`, refused where it would lose A₀ and B₀.
+
+    PEFT combines the updates s·(BA − B₀A₀) only if `combination_type` is an SVD one and there are
+    several adapters; otherwise it combines A and B themselves.
 
     Raises:
-        ValueError: another way, and one of the adapters subtracts a start.
+        ValueError: an adapter subtracts A₀ and B₀, which this combination would lose.
 
     """
     started = sorted(adapters_with_start(lora_model) & set(adapters))
     if started and (len(adapters) == 1 or not combination_type.endswith("svd")):
         raise ValueError(
             f"adapter {started[0]!r} subtracts a start, which combination_type="
-            f"{combination_type!r} of {len(adapters)} adapter(s) would lose: take 'svd' of two or "
-            "more, or save it and load it with plain PEFT"
+            f"{combination_type!r} of {len(adapters)} adapter(s) would lose: use 'svd' of two or "
+            "more adapters, or save the adapter and load it with plain PEFT"
         )
     type(lora_model).add_weighted_adapter(
         lora_model, adapters, weights, adapter_name, combination_type, **kwargs
@@ -76,7 +79,7 @@ def add_weighted_adapter(
 
 
 def _methods(peft_model: peft.PeftModel) -> list[tuple[Any, str, Any]]:
-    """(owner, name, what replaces it)."""
+    """(owner, method name, replacement) of each replaced method."""
     return [
         (peft_model, "save_pretrained", save_pretrained),
         (peft_model, "load_adapter", load_adapter),

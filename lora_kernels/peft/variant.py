@@ -1,9 +1,9 @@
 """The constant s·B₀A₀ that a layer of PEFT subtracts for an adapter: y = x Wᵀ + s·x (BA − B₀A₀)ᵀ.
 
-The factors are buffers of the layer, by the adapter's name, beside its `lora_A` and `lora_B`. They
-take part through PEFT's own hook, a `LoraVariant`, which its forward, mixed batches, merging and
-`delete_adapter` know, and through `get_delta_weight`, which torchao's merging and adapters weighted
-by SVD ask without it.
+A₀ and B₀ are buffers of the layer, by the adapter's name. They take effect in two places: in a
+`LoraVariant`, PEFT's extension point, which PEFT uses in forward, mixed batches, merging and
+`delete_adapter`; and in `get_delta_weight`, which PEFT calls without the variant to merge torchao
+layers and to combine adapters by SVD.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ _BUFFERS = ("lora_start_A", "lora_start_B")
 
 
 class StartVariant(LoraVariant):
-    """The adapter of a layer that subtracts its start."""
+    """How PEFT computes an adapter that subtracts s·B₀A₀."""
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """PEFT has just made the adapter anew: it has no start."""
+        """Removes old A₀ and B₀, because PEFT has just made the adapter anew."""
         drop_start(module, adapter_name)
 
     @staticmethod
     def forward(
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """`result`, the base's, with the adapter's part. Where A and B are the start, that is zero
-        to the bit: both parts are the same two products.
+        """`result` [..., out], the base's output, plus s·x (BA − B₀A₀)ᵀ.
+
+        While A = A₀ and B = B₀ the sum is exactly zero, because both products are the same.
         """
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         start_A, start_B = module.lora_start_A[active_adapter], module.lora_start_B[active_adapter]
-        adapter = lora_B(lora_A(module.lora_dropout[active_adapter](x)))
-        start = linear(linear(x, start_A), start_B)  # no dropout: it belongs to the base
+        adapter = lora_B(lora_A(module.lora_dropout[active_adapter](x)))  # [..., out]
+        start = linear(linear(x, start_A), start_B)  # [..., out]; no dropout, as for the base
         return result + (adapter - start) * module.scaling[active_adapter]
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """A new weight with the adapter in it."""
+        """A new weight with the adapter merged, in the layout of `orig_weight`."""
         return _sum(orig_weight, module.get_delta_weight(active_adapter), 1)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        """The same, into the weight."""
+        """Merges the adapter into the weight in place."""
         merged = _sum(orig_weight.data, module.get_delta_weight(active_adapter), 1)
         orig_weight.data.copy_(merged)
 
@@ -60,14 +61,14 @@ class StartVariant(LoraVariant):
 
 
 def _sum(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
-    """Weight ± delta, in the wider of their dtypes and rounded once to the weight's."""
+    """`weight` ± `delta`, computed in the wider of the dtypes and rounded once to the weight's."""
     return torch.add(weight, delta.to(weight.device), alpha=sign).to(weight.dtype)
 
 
 @torch.no_grad()
 def delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
-    """s·(BA − B₀A₀) as PEFT's `get_delta_weight` gives s·BA: in the weight's layout and B's dtype;
-    computed in float32 or wider, and rounded once.
+    """s·(BA − B₀A₀) in place of PEFT's `get_delta_weight`, in the weight's layout and B's dtype;
+    computed in float32 or wider and rounded once.
     """
     start = start_of(layer, adapter)
     if start is None:
@@ -80,7 +81,7 @@ def delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
 
 
 def start_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
-    """A₀ [r, in] and B₀ [out, r] that the layer subtracts, if it does."""
+    """A₀ [r, in] and B₀ [out, r] that the layer subtracts for the adapter; None if it does not."""
     if adapter not in getattr(layer, _BUFFERS[0], ()):
         return None
     return layer.lora_start_A[adapter], layer.lora_start_B[adapter]
@@ -89,13 +90,14 @@ def start_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
 def set_start(layer: LoraLayer, adapter: str, start_A: Tensor, start_B: Tensor) -> None:
     """Makes the layer subtract s·B₀A₀ while the adapter is active.
 
-    The factors are taken in the dtypes and to the devices of A and B, so that they cancel.
+    A₀ [r, in] and B₀ [out, r] are copied with the dtypes and devices of A and B, so that BA − B₀A₀
+    is exactly zero if A and B have the same values.
     """
     if not hasattr(layer, _BUFFERS[0]):
         for name in _BUFFERS:
-            # In the state_dict: a checkpoint of the whole model has to have them.
+            # Persistent, because a checkpoint of the whole model must contain them.
             setattr(layer, name, BufferDict(persistent=True))
-        # By these names PEFT finds what it has to move and to delete.
+        # PEFT moves and deletes the attributes with these names.
         layer.other_param_names = (*layer.other_param_names, *_BUFFERS)
         replace_method(layer, "get_delta_weight", delta_weight)
     for buffers, factor, like in (
@@ -107,7 +109,7 @@ def set_start(layer: LoraLayer, adapter: str, start_A: Tensor, start_B: Tensor) 
 
 
 def drop_start(layer: LoraLayer, adapter: str) -> None:
-    """The layer subtracts nothing for this adapter. Nothing happens where it did not."""
+    """Makes the layer subtract nothing for this adapter, and deletes A₀ and B₀ if it has them."""
     if start_of(layer, adapter) is None:
         return
     del layer.lora_start_A[adapter], layer.lora_start_B[adapter]
@@ -116,7 +118,7 @@ def drop_start(layer: LoraLayer, adapter: str) -> None:
         for name in _BUFFERS:
             delattr(layer, name)
         names = tuple(name for name in layer.other_param_names if name not in _BUFFERS)
-        del layer.other_param_names  # ours, over the class's
+        del layer.other_param_names  # the instance's, which hides the class's
         if names != layer.other_param_names:
             layer.other_param_names = names
         restore_method(layer, "get_delta_weight", delta_weight)

@@ -1,1 +1,1 @@
-"""What surrounds a training run."""
+"""Before, during and after a training run: gradients, optimizer groups, magnitudes, rescaling."""

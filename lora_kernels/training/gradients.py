@@ -1,4 +1,4 @@
-"""Gradients of the loss in the weights, which the data-driven starts are made from."""
+"""`capture_gradients`: gradients of the loss by the weights, for the data-driven starts."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ def capture_gradients(
     device: torch.device | str | None = "cpu",
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Σ over the batches of ∇_W L for every target, taken layer by layer inside the backward pass.
+    """The sum over the batches of ∇_W L for every target, collected during the backward pass.
 
-    Each gradient is added to its running sum and freed before the next layer's is made, so that
-    memory grows by the sums only (as LoRA-GA, arXiv 2407.05000, and LoRA-SB, arXiv 2411.19557, take
-    theirs). The model is left as it was, also if a batch raises: `.grad`, `requires_grad`, training
-    mode and hooks. Whether it trains (dropout, gradient checkpointing) or evaluates is up to its
-    mode. With `torch.distributed` initialised, the sums are those of all ranks, which have to be
-    called with the same targets.
+    Each gradient is added to its sum and freed before the backward pass reaches the next layer, so
+    that the sums are the only additional memory (the technique of LoRA-GA, arXiv 2407.05000, and
+    LoRA-SB, arXiv 2411.19557). Afterwards, also if a batch raises, the model's `.grad`,
+    `requires_grad` and hooks are the same as before. The training mode does not change: it decides
+    whether dropout and gradient checkpointing are active. If `torch.distributed` is initialized,
+    the gradients of all ranks are summed; every rank must pass the same targets.
 
     Args:
-        model: not wrapped in `DistributedDataParallel`. The weights may be frozen.
-        batches: dicts, whose loss is `model(**batch).loss` ("labels" among the keys), or integer
-            tensors, token ids [batch, length] that are their own labels; moved to the model's
-            device. Anything else needs `loss`.
+        model: a model not wrapped in `DistributedDataParallel`. Its weights may be frozen.
+        batches: dicts with "labels", whose loss is `model(**batch).loss`, or integer tensors of
+            token ids [batch, length], which are their own labels. They are moved to the model's
+            device. Other batches need `loss`.
         targets: as in `lora_kernels.model.selection.find_targets`.
-        loss: `loss(model, batch)`, a scalar.
-        device: where the sums are: "cpu", another device, or None, each beside its weight.
-        progress: a bar, where rich is installed and standard error is a terminal.
+        loss: a function `loss(model, batch)` that returns a scalar tensor.
+        device: the device of the sums: "cpu", another device, or None for each weight's own.
+        progress: whether to show a bar; needs rich, and a terminal as standard error.
 
     Returns:
-        {name: G [out, in]}, float32 (float64 for float64 weights), a Conv1D's transposed. The
-        gradient of a weight that several modules share is that of all its uses, and their names
-        share the tensor.
+        {name: G [out, in]} in float32, or float64 for float64 weights; also [out, in] for a
+        Conv1D. If several modules share a weight, the gradient covers all its uses, and all their
+        names have the same tensor.
 
     Raises:
-        ValueError: no batch; a loss that is no scalar, not finite, or does not depend on a target;
-            a sum that is not finite; a target that no batch reached; unknown targets.
+        ValueError: no batch; a loss that is not a scalar, not finite, or independent of the
+            targets; a sum that is not finite; a target that no batch reached; unknown targets.
         TypeError: a weight or a batch of the wrong type, a `DistributedDataParallel` model.
         RuntimeError: another rank failed, or `torch.inference_mode` is on.
 
@@ -77,7 +77,7 @@ def capture_gradients(
 
 
 class _Sums:
-    """A running sum for every distinct weight, and how often it grew."""
+    """The sum of the gradients of every distinct weight, and the number of gradients in it."""
 
     def __init__(self, bases: Mapping[str, BaseLayer], device: torch.device | str | None) -> None:
         self.names: dict[Tensor, str] = {}
@@ -98,7 +98,7 @@ class _Sums:
             check_weight(weight, f"{name}.weight")
             if type(weight.data) is not Tensor:
                 raise TypeError(
-                    f"{name}.weight is a {type(weight.data).__name__}: gather a sharded weight, "
+                    f"{name}.weight is a {type(weight.data).__name__}: gather a sharded weight or "
                     "dequantise a quantised one first"
                 )
             if weight.is_meta:
@@ -117,7 +117,7 @@ class _Sums:
         return self._sums[weight]
 
     def take(self, weight: Tensor) -> None:
-        """Adds `weight.grad` and lets go of it. A hook, called as soon as that is complete."""
+        """Adds `weight.grad` to the sum and frees it. Called as a hook when `.grad` is complete."""
         grad, weight.grad = weight.grad, None
         if grad is None:
             return
@@ -126,9 +126,9 @@ class _Sums:
         self._counts[weight] += 1
 
     def reduce(self) -> None:
-        """Sums over all ranks, one weight at a time, on its device: NCCL has no other."""
+        """Adds the sums of all ranks, one weight at a time, on its device, as NCCL requires."""
         for weight, total in self._sums.items():
-            shared = total.to(weight.device)
+            shared = total.to(weight.device)  # [out, in]
             dist.all_reduce(shared)
             total.copy_(shared)
         counts = torch.tensor(list(self._counts.values()), device=next(iter(self._sums)).device)
@@ -136,13 +136,13 @@ class _Sums:
         self._counts = dict(zip(self._counts, counts.tolist(), strict=True))
 
     def check(self) -> None:
-        """Raises if a weight took no part, or overflowed."""
+        """Raises ValueError if a weight had no gradient, or its sum overflowed."""
         missed = [self.names[weight] for weight, count in self._counts.items() if not count]
         if missed:
             raise ValueError(
                 f"no gradient reached {len(missed)} of {len(self.names)} targets "
                 f"({', '.join(missed[:3])}{' ...' if len(missed) > 3 else ''}): the loss does not "
-                "depend on them, or reentrant checkpointing cut them off (take use_reentrant=False)"
+                "depend on them, or reentrant checkpointing cut them off (set use_reentrant=False)"
             )
         for weight, total in self._sums.items():
             if not bool(torch.isfinite(torch.ops.lora.frobenius_stats([total])[0, 1])):
@@ -165,7 +165,9 @@ def _run(model: nn.Module, sums: _Sums, batches: Iterable[Any], loss: Loss, prog
 
 @contextmanager
 def _only_weights_of(model: nn.Module, sums: _Sums) -> Iterator[None]:
-    """Gradients flow into the targets' weights only, and from there into the sums."""
+    """Inside the context, autograd computes gradients of the targets' weights only, and hooks add
+    these to the sums.
+    """
     flags = {p: p.requires_grad for p in (*model.parameters(), *sums.names)}
     grads = {weight: weight.grad for weight in sums.names}
     hooks = []
@@ -187,7 +189,7 @@ def _only_weights_of(model: nn.Module, sums: _Sums) -> Iterator[None]:
 
 @contextmanager
 def _failing_together(device: torch.device) -> Iterator[None]:
-    """If a rank raises, all do: the others would wait for it in the reduction for ever."""
+    """If one rank raises, all ranks raise; otherwise they would wait for it forever in `reduce`."""
     failed = True
     try:
         yield
@@ -200,7 +202,7 @@ def _failing_together(device: torch.device) -> Iterator[None]:
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a Hugging Face model computes by itself."""
+    """The `.loss` of a Hugging Face model's output."""
     device = next(model.parameters()).device
     if isinstance(batch, Tensor) and not batch.is_floating_point():
         if batch.dim() != 2:

@@ -24,26 +24,27 @@ from ..ops.loram_init import log_gain
 
 @dataclass(frozen=True)
 class LayerMagnitude:
-    """One weight W [out, in] = [n, m], and what starts of rank r make of it.
+    """The magnitudes of one weight W [out, in] = [n, m], and of starts of rank r.
 
-    NaN where a value does not exist: a weight that is zero or not finite, or r > min(n, m).
+    A value is NaN if it is undefined: W is zero or not finite, or r > min(n, m).
 
     Attributes:
-        name, out_features, in_features, r: which layer, and at which rank.
+        name, out_features, in_features, r: the layer and the rank.
         scaling: s.
         nu_weight: ν[W].
-        rank: the number of singular values that are not zero but for rounding; min(n, m) if they
-            were not all computed.
+        rank: the numerical rank, the number of singular values σ above rounding errors; min(n, m)
+            if not all of them were computed.
         rho: ρ[r] = (mean of the r largest σ)² / (mean of all σ²).
-        gain: Q[r] = ρ[r] · r / rank, exact; (Σ of the r largest σ)² / (r ‖W‖_F²), so that no rank
-            has to be decided.
-        log_gain: ln r / ln min(n, m), with which LoRAM replaces it (Q[1] taken as Q[2]).
+        gain: the exact Q[r] = ρ[r] · r / rank, computed as (Σ of the r largest σ)² / (r ‖W‖_F²),
+            which does not depend on the numerical rank.
+        log_gain: ln r / ln min(n, m), LoRAM's approximation of Q[r] (Q[2] is used for r = 1).
         beta: LoRAM's β, β² = ‖W‖_F √(log_gain / r).
-        start_ratio: ‖s·B₀A₀‖_F / ‖W‖_F; of the layer's own start if it is adapted, else of LoRAM's.
-        k1_lora, k1_pissa, k1_loram: k₁ of proposition 2, `growth(ν[A₀], ν[B₀], n, m, r)`: r / 9m,
-            as PEFT's A ~ U(±1/√m) has a variance of 1 / 3m (the paper's r / m is that of 1 / m);
-            gain · (m + n) ν[W] / s², as PiSSA's factors are divided by √s; log_gain · (m + n) ν[W].
-        nu_update: ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀); None of any other.
+        start_ratio: ‖s·B₀A₀‖_F / ‖W‖_F, with the factors of an adapted layer, else LoRAM's.
+        k1_lora: k₁ of proposition 2, `growth(ν[A₀], ν[B₀], n, m, r)`, for LoRA: r / 9m, because
+            PEFT's A ~ U(±1/√m) has variance 1 / 3m (the paper's r / m assumes variance 1 / m).
+        k1_pissa: k₁ for PiSSA, whose factors are divided by √s: gain · (m + n) ν[W] / s².
+        k1_loram: k₁ for LoRAM: log_gain · (m + n) ν[W].
+        nu_update: ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀); None for other layers.
         gains: (k, exact Q[k]) for powers of two up to the number of σ that were computed.
 
     """
@@ -69,10 +70,10 @@ class LayerMagnitude:
 
 @dataclass(frozen=True)
 class AdapterMagnitude:
-    """One pair of an adapter: A [r, in], B [out, r] and their product.
+    """The magnitudes of one layer of an adapter: A [r, in], B [out, r] and their product.
 
-    `nu_A`, `nu_B` and `nu_update` are ν[A], ν[B] and ν[s·BA], `norm_update` is ‖s·BA‖_F. An adapter
-    that did not start at zero has moved from its start by less than s·BA.
+    `nu_A`, `nu_B` and `nu_update` are ν[A], ν[B] and ν[s·BA], `norm_update` is ‖s·BA‖_F. If the
+    initial B₀A₀ was not zero, the update of W is s·(BA − B₀A₀), not s·BA.
     """
 
     name: str
@@ -92,10 +93,10 @@ def mean_square(tensor: Tensor) -> float:
 
 
 def growth(nu_A: float, nu_B: float, out_features: int, in_features: int, r: int) -> float:
-    """k₁ = r(m ν[A]² + n ν[B]²), A [r, m], B [n, r] (arXiv 2507.06558, proposition 2).
+    """k₁ = r(m ν[A]² + n ν[B]²) for A [r, m] and B [n, r] (arXiv 2507.06558, proposition 2).
 
-    Under plain SGD at the learning rate η, ν[ΔW] grows by γk₁ a step, γ = η²s⁴ν[∇_W L], while A
-    and B are near their start, if the gradients are isotropic and independent of each other.
+    With plain SGD at the learning rate η, ν[ΔW] grows by γk₁ a step, γ = η²s⁴ν[∇_W L], while A and
+    B are near their initial values, if the gradients are isotropic and independent of each other.
     """
     return r * (in_features * nu_A**2 + out_features * nu_B**2)
 
@@ -106,17 +107,16 @@ def product_mean_square(lora_A: Tensor, lora_B: Tensor) -> float:
     ‖BA‖_F² = ⟨BᵀB, AAᵀ⟩.
     """
     A, B = lora_A.to(torch.float64), lora_B.to(torch.float64)
-    # Rounding may leave a negative zero of a sum of squares.
+    # Rounding may make this sum of squares slightly negative.
     return max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0) / (A.shape[1] * B.shape[0])
 
 
 @torch.no_grad()
 def update_mean_square(layer: AdaptedLayer) -> float:
-    """ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀), without forming a product of W's size; s·BRA
-    if the layer trains an R between the two.
+    """ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀), with BRA for BA if the layer trains an R.
 
-    As s((B − B₀)A + B₀(A − A₀)): the difference of the products themselves would cancel while the
-    update is small beside the start.
+    No matrix of W's size is formed. ΔW is computed as s((B − B₀)A + B₀(A − A₀)), because BA − B₀A₀
+    would lose digits by cancellation while the update is small compared with s·B₀A₀.
     """
     A, B = layer.lora_A.to(torch.float64), layer.lora_B.to(torch.float64)
     start, R = layer.start_factors(), layer.lora_R
@@ -124,7 +124,7 @@ def update_mean_square(layer: AdaptedLayer) -> float:
         A = R.to(torch.float64) @ A
     if start is not None:
         A0, B0 = (factor.to(torch.float64) for factor in start)
-        A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+        A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)  # [2r, in], [out, 2r]
     return layer.scaling**2 * product_mean_square(A, B)
 
 
@@ -138,20 +138,22 @@ def measure(
     seed: int = 0,
     name: str = "",
 ) -> LayerMagnitude:
-    """The magnitudes of one weight [out, in], which is only read.
+    """The magnitudes of one weight [out, in].
 
     Args:
-        weight: float64, float32, bfloat16 or float16; 16-bit ones are worked on in float32.
+        weight: a float64, float32, bfloat16 or float16 matrix; 16-bit weights are computed with in
+            float32.
         r: rank of the starts, at least 1.
         scaling: s, positive.
-        method: "exact", all singular values by LAPACK or cuSOLVER; or "randomized", the r largest
-            by `lora_kernels.svd.truncated`: never too large, and some per mille too small on slowly
-            decaying spectra.
-        seed: of "randomized".
-        name: the row's.
+        method: "exact" computes all singular values with LAPACK or cuSOLVER; "randomized" computes
+            the r largest with `lora_kernels.svd.truncated`, which are never too large, and a few
+            per mille too small if the singular values decay slowly.
+        seed: the seed of "randomized".
+        name: the name in the result and in error messages.
 
     Raises:
-        ValueError: an unknown method, a rank or scaling out of range, no matrix.
+        ValueError: an unknown method, a rank or scaling out of range, an empty weight or one that
+            is not a matrix.
         TypeError: an argument or a weight of the wrong type.
 
     """
@@ -176,7 +178,7 @@ def measure(
         if fits:
             gain = float(curve[r - 1])
             rho = gain * rank / r
-    start = log if real else math.nan  # ‖B₀A₀‖² / ‖W‖² of LoRAM
+    start = log if real else math.nan  # LoRAM's ‖B₀A₀‖_F² / ‖W‖_F²
     return LayerMagnitude(
         name=name,
         out_features=n,
@@ -200,7 +202,10 @@ def measure(
 def measure_layer(
     layer: AdaptedLayer, *, method: str = "exact", seed: int = 0, name: str = ""
 ) -> LayerMagnitude:
-    """The magnitudes of an adapted layer: of its base weight, its own start, and its update."""
+    """The magnitudes of an adapted layer: its base weight, its own initial factors, its update.
+
+    The arguments and errors are those of `measure`.
+    """
     row = measure(layer.base_weight(), layer.r, layer.scaling, method=method, seed=seed, name=name)
     start, ratio = layer.start_factors(), 0.0
     if start is not None:
@@ -219,11 +224,11 @@ def inspect_model(
     seed: int = 0,
     progress: bool = True,
 ) -> list[LayerMagnitude]:
-    """A row for every target of a model, one after the other.
+    """The magnitudes of every target of a model, in the model's order.
 
-    `r` and `scaling` are those of layers that are not adapted yet; adapted layers have their own.
-    `targets` as in `lora_kernels.model.selection.find_targets`, the rest and what is raised as in
-    `measure`. A weight that several modules share has a row for each.
+    `r` and `scaling` are for layers that are not adapted; adapted layers have their own. `targets`
+    is as in `lora_kernels.model.selection.find_targets`; the other arguments and the errors are as
+    in `measure`. A weight that several modules share has a row for each module.
     """
     svd.check_options(method)
     _checked(r, scaling)
@@ -237,10 +242,10 @@ def inspect_model(
 
 
 def measure_adapter(name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -> AdapterMagnitude:
-    """The magnitudes of one pair A [r, in], B [out, r].
+    """The magnitudes of A [r, in], B [out, r] and s·BA, with s = `scaling`.
 
     Raises:
-        ValueError: the two do not fit each other, or a scaling that is not finite.
+        ValueError: the shapes of A and B do not fit, or `scaling` is not finite.
         TypeError: a factor of the wrong type.
 
     """
@@ -250,7 +255,8 @@ def measure_adapter(name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -
     (r, m), (n, r_B) = lora_A.shape, lora_B.shape
     if r != r_B or not r * m * n:
         raise ValueError(
-            f"{name}: lora_A {[r, m]} and lora_B {[n, r_B]} do not make a product B·A of some rank"
+            f"{name}: lora_A {[r, m]} and lora_B {[n, r_B]} do not make a product B·A: "
+            "their ranks differ, or a size is 0"
         )
     nu = scaling**2 * product_mean_square(lora_A, lora_B)
     return AdapterMagnitude(
@@ -267,20 +273,18 @@ def measure_adapter(name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 
 
 def _checked(r: int, scaling: float) -> int:
-    r = as_integer(r, "r")
-    if r < 1:
-        raise ValueError(f"r must be at least 1, got {r}")
+    r = as_integer(r, "r", minimum=1)
     check_positive(scaling, "scaling")
     return r
 
 
 def _singular_values(weight: Tensor, r: int, method: str, seed: int) -> tuple[Tensor, int]:
-    """(σ descending, float64 on the CPU, all or the r largest; the rank)."""
+    """All σ or the r largest, descending, in float64 on the CPU; and the numerical rank."""
     if method == "randomized":
         sigma = svd.truncated(weight, r, seed=seed).S
         return sigma.to("cpu", torch.float64), min(weight.shape)
     sigma = torch.linalg.svdvals(weight.to(factor_dtype(weight.dtype)))
-    # NumPy's rule: what rounding may leave of a zero.
+    # NumPy's rule for a σ that is zero except for rounding.
     noise = max(weight.shape) * torch.finfo(sigma.dtype).eps * sigma[0]
     return sigma.to("cpu", torch.float64), int((sigma > noise).sum())
 

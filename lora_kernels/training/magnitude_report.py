@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Rows = Sequence[LayerMagnitude | AdapterMagnitude]  # all of one kind
 
-# Column titles of the table, and what they show.
+# The table's column titles, and the attributes that they show.
 _LAYER_COLUMNS = {
     "r": "r",
     "ν[W]": "nu_weight",
@@ -45,8 +45,7 @@ _BLUE, _ORANGE, _GREY = "#0b6e99", "#e07a1f", "#7a7a7a"
 
 
 def make_table(rows: Rows, title: str = "") -> Table:
-    """A `rich.table.Table` with a line per layer and their medians; columns without any value are
-    left out.
+    """A `rich.table.Table` with a row per layer and a row of medians, without empty columns.
 
     Raises:
         MissingExtraError: rich is not installed.
@@ -77,7 +76,12 @@ def make_table(rows: Rows, title: str = "") -> Table:
 
 
 def write_csv(path: str | Path, rows: Rows) -> None:
-    """A column for every attribute of the rows but the curve of gains; floats in full."""
+    """Writes a CSV file with a column for every attribute except `gains`; floats in full precision.
+
+    Raises:
+        ValueError: there are no rows.
+
+    """
     _columns(rows)
     names = [f.name for f in fields(rows[0]) if f.name != "gains"]
     path = Path(path)
@@ -89,11 +93,11 @@ def write_csv(path: str | Path, rows: Rows) -> None:
 
 
 def draw(path: str | Path, rows: Rows, title: str = "") -> None:
-    """Bars for every layer, and for weights the exact Q against its logarithm over r.
+    """Draws a bar for every layer; for weights also the exact Q and LoRAM's logarithm against r.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ValueError: there are no rows, or the ending of the file is no format of matplotlib's.
+        ValueError: there are no rows, or matplotlib does not know the file's extension.
 
     """
     needed("matplotlib", "the picture", "picture").use("Agg")
@@ -149,7 +153,7 @@ def _draw_bars(axis: Axes, panel: _Panel) -> None:
     positions = range(len(panel.bars))
     heights = _numbers(panel.bars)
     axis.bar(positions, heights, width=0.8, color=_BLUE, label="exact" if panel.line else None)
-    # Zeros, and what is not finite, have no place on a logarithmic axis.
+    # A logarithmic axis cannot show zero or non-finite values.
     if panel.log and any(0 < height < math.inf for height in heights):
         axis.set_yscale("log")
     if panel.line is not None:
@@ -163,7 +167,7 @@ def _draw_bars(axis: Axes, panel: _Panel) -> None:
 
 
 def _draw_gains(axis: Axes, rows: Sequence[LayerMagnitude]) -> None:
-    """All layers in grey, their median in blue, and LoRAM's logarithm for each size."""
+    """Draws all layers in grey, their median in blue, and LoRAM's logarithm for each size."""
     curves = [dict(row.gains) for row in rows if row.gains]
     for curve in curves:
         axis.plot(list(curve), list(curve.values()), color=_GREY, alpha=0.25, linewidth=0.7)
@@ -185,7 +189,7 @@ def _draw_gains(axis: Axes, rows: Sequence[LayerMagnitude]) -> None:
 
 
 def _columns(rows: Rows) -> dict[str, list[float | None]]:
-    """Values by column title."""
+    """The values of each column, by its title."""
     if not rows:
         raise ValueError("there are no rows to show")
     columns = _LAYER_COLUMNS if isinstance(rows[0], LayerMagnitude) else _ADAPTER_COLUMNS

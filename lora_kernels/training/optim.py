@@ -12,22 +12,22 @@ from .._utils.checks import check_positive
 def lora_plus_groups(
     model: nn.Module, lr: float, ratio: float = 16.0, **options: Any
 ) -> list[dict[str, Any]]:
-    """LoRA+ (Hayou et al., arXiv 2402.12354): B learns `ratio` times as fast as the rest.
+    """LoRA+ (Hayou et al., arXiv 2402.12354): B has `ratio` times the learning rate of the rest.
 
-    Two groups: everything that trains but B (A, R, whatever else of the model does) at `lr`, and B
-    at `ratio` · `lr`; a group that would be empty is left out. Frozen parameters are in none, a
-    shared one is in one. B is what has `lora_B` among the parts of its name: `LoRALinear`'s, and
-    PEFT's.
+    There are two parameter groups: B with the learning rate `ratio` · `lr`, and all other trainable
+    parameters (A, R, those of `modules_to_save`) with `lr`. A group without parameters is omitted.
+    Frozen parameters are in no group; a shared parameter is in one. A parameter belongs to B if
+    `lora_B` is a part of its name, in our layers and in PEFT's.
 
     Args:
         model: a module whose layers are adapted already.
-        lr: of the first group.
+        lr: the learning rate of all parameters except B.
         ratio: the paper's λ, about 16.
-        options: of both groups, `weight_decay=0.01` for one.
+        options: further options of both groups, for example `weight_decay=0.01`.
 
     Raises:
-        ValueError: if `lr` or `ratio` is not positive and finite, or nothing trains.
-        TypeError: if one of them is no number, or `params` is among the options.
+        ValueError: `lr` or `ratio` is not positive and finite, or no parameter is trainable.
+        TypeError: `lr` or `ratio` is not a number, or `params` is among the options.
 
     """
     if "params" in options:

@@ -1,7 +1,8 @@
-"""Scaling equivalence: setups that differ in s, magnitude and learning rates, but train alike.
+"""Scaling equivalence: setups that differ in s, in the initial factors' magnitude and in learning
+rates, but train the same.
 
-LoRAM (arXiv 2507.06558), proposition 1: what an adapter learns does not depend on s, on the size of
-its initial factors and on the learning rates separately, but only on how they combine.
+LoRAM (arXiv 2507.06558), proposition 1: what an adapter learns depends only on the combination of
+s, the magnitude of its initial factors and the learning rates, not on each of them separately.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ class Setup:
 
     Attributes:
         optimizer: "sgd" (with any momentum), "adam" or "adamw".
-        lora_alpha: that of the layers.
+        lora_alpha: `lora_alpha` of the layers.
         lr_A, lr_B: learning rates of A and of B.
-        eps_A, eps_B: Adam's eps; it has to scale with the gradient, or the equivalence is lost
-            where gradients are small.
-        weight_decay_A, weight_decay_B: as torch's optimizer of that name defines it: added to the
-            gradient ("sgd", "adam") or decoupled ("adamw").
+        eps_A, eps_B: Adam's eps; it must scale with the gradient, or the equivalence fails where
+            gradients are small.
+        weight_decay_A, weight_decay_B: weight decay as torch's optimizer of that name defines it:
+            added to the gradient ("sgd", "adam") or decoupled ("adamw").
         alpha_A, alpha_B: α_A and α_B, by which the initial A and B are multiplied.
 
     """
@@ -59,11 +60,18 @@ class Setup:
         check_positive(self.alpha_B, "alpha_B")
 
     def initializer(self, init_lora_weights: str | Initializer = "loram") -> ScaledStart:
-        """The `init_lora_weights` for the layers: that start, multiplied by α_A and α_B."""
+        """The `init_lora_weights` to pass to the layers: the given start, with A₀ multiplied by α_A
+        and B₀ by α_B.
+        """
         return ScaledStart(get_initializer(init_lora_weights), self.alpha_A, self.alpha_B)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Two parameter groups for the optimizer: the A and the B of all adapted layers."""
+        """Two parameter groups for the optimizer: the A and the B of all `LoRALinear` layers.
+
+        Raises:
+            ValueError: the model has no `LoRALinear`, or one of them trains an R.
+
+        """
         layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
         if not layers:
             raise ValueError(f"{type(model).__name__} has no LoRALinear")
@@ -83,19 +91,19 @@ class Setup:
 
 
 def rescaled(setup: Setup, alpha_A: float, alpha_B: float) -> Setup:
-    """The setup in which A is α_A times and B is α_B times as large, and s·BA trains the same.
+    """The equivalent setup in which A is α_A times and B is α_B times as large.
 
-    s becomes s / (α_Aα_B). This divides the gradient of A by α_A, while its steps have to become
-    α_A times as large. So the learning rate is multiplied by α_A² for SGD. For Adam, whose steps do
-    not depend on the gradient's size if eps is divided by α_A, it is multiplied by α_A. Weight
-    decay is divided by α_A² where it is added to the gradient, and by α_A where it is decoupled.
-    The same holds for B.
+    s becomes s / (α_Aα_B), so that s·BA is the same. This divides the gradient of A by α_A, while
+    the steps of A must become α_A times as large. So SGD's learning rate is multiplied by α_A².
+    Adam's is multiplied by α_A, because its steps do not depend on the gradient's size if eps is
+    divided by α_A. Weight decay that is added to the gradient is divided by α_A²; decoupled weight
+    decay is divided by α_A. The same holds for B.
 
     Clipping gradients by their common norm breaks the equivalence.
 
     Raises:
-        ValueError: an α that is not positive and finite.
-        TypeError: an α that is not a number.
+        ValueError: `alpha_A` or `alpha_B` is not positive and finite.
+        TypeError: `alpha_A` or `alpha_B` is not a number.
 
     """
     check_positive(alpha_A, "alpha_A")
@@ -117,10 +125,10 @@ def rescaled(setup: Setup, alpha_A: float, alpha_B: float) -> Setup:
 
 @dataclass(frozen=True)
 class ScaledStart(Initializer):
-    """Another initializer's start, with A multiplied by α_A and B by α_B.
+    """The initial factors of another initializer, with A₀ multiplied by α_A and B₀ by α_B.
 
-    That start is made for α_Aα_B times the layer's s, so that s·B₀A₀ is the same. It has no recipe,
-    because β no longer gives the factors.
+    The other initializer is given α_Aα_B times the layer's s, so that s·B₀A₀ is the same. The
+    result has no recipe, because the factors can no longer be computed from β.
     """
 
     start: Initializer
@@ -143,7 +151,9 @@ class ScaledStart(Initializer):
         return replace(start, lora_A=A, lora_B=B, beta=None)
 
     def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
-        """As the start does if it rewrites the base, otherwise by subtracting s·B₀A₀."""
+        """Rewrites the weight [out, in] in place, as the other initializer does if it rewrites the
+        base (LoftQ), else to W − s·B₀A₀.
+        """
         if not self.rewrites_base:
             return super().take_out_(weight, start, scaling)
         return self.start.take_out_(weight, start, scaling * self.alpha_A * self.alpha_B)

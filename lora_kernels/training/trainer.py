@@ -1,4 +1,4 @@
-"""transformers' Trainer over a quantised model."""
+"""`accepted_by_trainer`: lets transformers' `Trainer` take a quantized model with adapters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _ACCEPTED = "_hf_peft_config_loaded"
 
 @contextmanager
 def accepted_by_trainer(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it, transformers' `Trainer` takes a quantised model with adapters:
+    """A context in which transformers' `Trainer` can be constructed over a quantized model:
 
     `with accepted_by_trainer(model): trainer = Trainer(model, ...)`
 
-    Training itself can be outside.
-    The constructor refuses quantised models but those that carry PEFT's adapters, which it tells by
-    the attribute that is set here and nowhere else: with it, saving would look for PEFT's layers.
+    The constructor accepts a quantized model only if the attribute `_hf_peft_config_loaded` says
+    that the model has PEFT's adapters. The context sets the attribute only for the constructor,
+    because saving a model that has it would look for PEFT's layers. Train outside of the context.
 
     Raises:
         ValueError: the model has no adapters, so there is nothing to train.

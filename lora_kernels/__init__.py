@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 if find_spec("lora_kernels.triton_kernels") is None:
     # In a checkout that is not installed, that package is the folder beside this one.
@@ -59,8 +59,12 @@ for _module in (svd, magnitude, optim, rescaling, trainer):
 del _module
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Imports `lora_kernels.peft` at its first use, because it imports PEFT."""
-    if name == "peft":
-        return import_module(".peft", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from . import peft as peft
+else:
+
+    def __getattr__(name):
+        """Imports `lora_kernels.peft` at its first use, because it imports PEFT."""
+        if name == "peft":
+            return import_module(".peft", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

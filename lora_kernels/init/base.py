@@ -66,7 +66,7 @@ class Initializer:
         weights: Sequence[Tensor],
         r: int,
         scaling: float = 1.0,
-        gradients: Sequence[Tensor] | None = None,
+        gradients: Sequence[Tensor | None] | None = None,
     ) -> list[Start]:
         """`make_starts` for several weights of one shape, dtype and device."""
         each = [None] * len(weights) if gradients is None else gradients

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._utils.errors import unknown_name
 from .adapter import Adapter
+from .options import AdapterOptions
 from .state import LayerState
 
 _FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B", "_extra_state")
@@ -31,16 +32,16 @@ class AdaptedLayer(nn.Module):
     active_adapter: str
     adapter_enabled: bool
 
-    lora_A = _of_active("lora_A")  # [r, in]
-    lora_B = _of_active("lora_B")  # [out, r]
-    lora_R = _of_active("lora_R")  # [r, r] or None
-    start_A = _of_active("start_A")  # [r, in] or None
-    start_B = _of_active("start_B")  # [out, r] or None
-    options = _of_active("options")
-    r = _of_active("r")
-    scaling = _of_active("scaling")
-    lora_dropout = _of_active("lora_dropout")
-    residual = _of_active("residual")
+    lora_A: nn.Parameter = _of_active("lora_A")  # [r, in]
+    lora_B: nn.Parameter = _of_active("lora_B")  # [out, r]
+    lora_R: nn.Parameter | None = _of_active("lora_R")  # [r, r]
+    start_A: Tensor | None = _of_active("start_A")  # [r, in]
+    start_B: Tensor | None = _of_active("start_B")  # [out, r]
+    options: AdapterOptions = _of_active("options")
+    r: int = _of_active("r")
+    scaling: float = _of_active("scaling")
+    lora_dropout: float = _of_active("lora_dropout")
+    residual: str = _of_active("residual")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), property):
@@ -77,11 +78,13 @@ class AdaptedLayer(nn.Module):
         """
         if name not in self.adapters:
             raise unknown_name("adapter", name, self.adapter_names)
-        return self.adapters[name]
+        adapter: Any = self.adapters[name]  # nn.ModuleDict does not know its modules' type
+        return adapter
 
     def active(self) -> Adapter:
         """The active adapter's module."""
-        return self.adapters[self.active_adapter]
+        adapter: Any = self.adapters[self.active_adapter]
+        return adapter
 
     def attach(self, name: str, adapter: Adapter) -> None:
         """Adds an adapter; the layer's first adapter becomes active."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..init.start import Start
+from ..init.start import Start, subtract_factors_, subtract_recipe_
 from .options import AdapterOptions
 from .state import LayerState, dst_start, product_factors
 
@@ -20,6 +20,9 @@ class Adapter(nn.Module):
     them. A, B and R are float32, or float64 over a float64 base.
     """
 
+    lora_A: nn.Parameter  # [r, in]
+    lora_B: nn.Parameter  # [out, r]
+    lora_R: nn.Parameter | None  # [r, r]
     start_A: Tensor | None  # [r, in]
     start_B: Tensor | None  # [out, r]
 
@@ -29,13 +32,13 @@ class Adapter(nn.Module):
         # Stored, because every forward reads them.
         self.scaling, self.lora_dropout = options.scaling, options.lora_dropout
         self.residual = options.residual
-        has_R = start.lora_R is not None
-        self.lora_A = nn.Parameter(start.lora_A, requires_grad=not has_R)  # [r, in]
-        self.lora_B = nn.Parameter(start.lora_B, requires_grad=not has_R)  # [out, r]
-        self.register_parameter("lora_R", nn.Parameter(start.lora_R) if has_R else None)  # [r, r]
+        lora_R = None if start.lora_R is None else nn.Parameter(start.lora_R)
+        self.lora_A = nn.Parameter(start.lora_A, requires_grad=lora_R is None)
+        self.lora_B = nn.Parameter(start.lora_B, requires_grad=lora_R is None)
+        self.register_parameter("lora_R", lora_R)
         absorbed = changes_base and options.residual == "absorb"
         keep = changes_base and not (absorbed and start.beta is not None)
-        start_A = start.right() if has_R else start.lora_A.clone()
+        start_A = start.lora_A.clone() if lora_R is None else start.right()
         self.register_buffer("start_A", start_A if keep else None)
         self.register_buffer("start_B", start.lora_B.clone() if keep else None)
         self.beta = start.beta if changes_base else None
@@ -63,7 +66,7 @@ class Adapter(nn.Module):
         if self.lora_R is not None:
             self.lora_R.requires_grad_(trainable)
 
-    def implicit_start(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def implicit_start(self) -> tuple[Tensor | None, Tensor | None]:
         """A₀ [r, in] and B₀ [out, r] if the forward subtracts s·B₀A₀, else (None, None)."""
         return (self.start_A, self.start_B) if self.residual == "implicit" else (None, None)
 
@@ -73,11 +76,20 @@ class Adapter(nn.Module):
 
         None if s·B₀A₀ is not subtracted: it is zero, or changes the model on purpose.
         """
-        if self.start_A is not None:
+        if self.start_A is not None and self.start_B is not None:
             return self.start_A, self.start_B
         if self.beta is None:
             return None
         return dst_start(self.lora_A, self.lora_B, self.beta)
+
+    def add_absorbed_(self, matrix: Tensor) -> None:
+        """Adds the start that was absorbed, if one was, to the base's `matrix` [out, in]."""
+        if self.absorbed_scaling is None:
+            return
+        if self.beta is not None:
+            subtract_recipe_(matrix, self.beta, self.r, -self.absorbed_scaling)
+        elif self.start_A is not None and self.start_B is not None:
+            subtract_factors_(matrix, self.start_A, self.start_B, -self.absorbed_scaling)
 
     @torch.no_grad()
     def merge_factors(self) -> tuple[Tensor, Tensor]:
@@ -96,20 +108,23 @@ class Adapter(nn.Module):
         from which nothing is subtracted.
         """
 
-        def copied(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.detach().to("cpu", copy=True).contiguous()
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("cpu", copy=True).contiguous()
 
-        recipe, kept = self.beta is not None, not self._rewritten
-        norm = self._weight_norm if kept else None
+        def copied_if_any(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else copied(tensor)
+
+        stored = self.beta is None and not self._rewritten
+        norm = None if self._rewritten else self._weight_norm
         return LayerState(
             lora_A=copied(self.lora_A),
             lora_B=copied(self.lora_B),
             scaling=self.scaling,
             lora_alpha=self.options.lora_alpha,
-            lora_R=copied(self.lora_R),
-            beta=float(self.beta) if recipe else None,
-            start_A=copied(self.start_A) if kept and not recipe else None,
-            start_B=copied(self.start_B) if kept and not recipe else None,
+            lora_R=copied_if_any(self.lora_R),
+            beta=None if self.beta is None else float(self.beta),
+            start_A=copied_if_any(self.start_A) if stored else None,
+            start_B=copied_if_any(self.start_B) if stored else None,
             residual=self.residual,
             weight_norm=None if norm is None else float(norm),
         )

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer, transplant
 from .adapter import Adapter
 from .dequantize import compute_dtype, dequantized_weight, device_of
-from .kinds import FLOAT_KINDS, kind_of, refuse_sharded
+from .kinds import FLOAT_KINDS, ForeignLayer, kind_of, refuse_sharded
 from .linear import AdaptedFloatLayer, LoRAConv1D, LoRALinear
 from .wrapper import LoRAWrapper
 
-_CLASSES = {"linear": LoRALinear, "conv1d": LoRAConv1D}
+_OVER: dict[str, Callable[[ForeignLayer], AdaptedLayer]] = {
+    "linear": LoRALinear.over,
+    "conv1d": LoRAConv1D.over,
+}
 
 
 class BaseLayer:
@@ -38,19 +44,25 @@ class BaseLayer:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         if self.rewritable:
-            rows, cols = self.layer.weight.shape
+            rows, cols = self.stored_weight.shape
             return (cols, rows) if self.transposed else (rows, cols)
-        return self.layer.out_features, self.layer.in_features
+        layer: ForeignLayer = self.layer
+        return layer.out_features, layer.in_features
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the layer computes in, by its weight or by `compute_dtype`."""
-        return self.layer.weight.dtype if self.rewritable else compute_dtype(self.layer)
+        return self.stored_weight.dtype if self.rewritable else compute_dtype(self.layer)
 
     @property
     def device(self) -> torch.device:
         """The device of the layer's tensors."""
-        return self.layer.weight.device if self.rewritable else device_of(self.layer)
+        return self.stored_weight.device if self.rewritable else device_of(self.layer)
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """The weight of a `rewritable` layer as it is stored, [in, out] if `transposed`."""
+        return cast(Tensor, self.layer.weight)
 
     def weight(self) -> Tensor:
         """W [out, in] without adapters: a view if the layer is `rewritable`, else a new float32
@@ -62,7 +74,7 @@ class BaseLayer:
         """
         if not self.rewritable:
             return dequantized_weight(self.layer)
-        weight = self.layer.weight.detach()
+        weight = self.stored_weight.detach()
         return weight.T if self.transposed else weight
 
     def refuse_sharded(self, name: str) -> None:
@@ -72,10 +84,11 @@ class BaseLayer:
 
     def adapted(self, adapter: Adapter, adapter_name: str) -> AdaptedLayer:
         """The adapted layer, with this adapter added; the weight is not changed."""
+        layer: AdaptedLayer
         if isinstance(self.module, AdaptedLayer):
             layer = self.module
         else:
-            layer = _CLASSES.get(self.kind, LoRAWrapper).over(self.module)
+            layer = _OVER.get(self.kind, LoRAWrapper.over)(self.module)
             if self.rewritable:  # hooks stay on a layer inside a wrapper
                 transplant(self.module, layer)
         layer.attach(adapter_name, adapter)
@@ -84,6 +97,7 @@ class BaseLayer:
 
 def base_of(module: nn.Module) -> BaseLayer | None:
     """The `BaseLayer` of a module; None if the module is not a linear layer that can be adapted."""
+    kind: str | None
     if isinstance(module, LoRALinear):
         kind = "linear"
     elif isinstance(module, LoRAConv1D):

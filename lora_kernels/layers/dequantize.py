@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from .._utils.checks import FLOATS
 from .._utils.extras import needed
-from .kinds import kind_of
+from .kinds import ForeignLayer, kind_of
 
 _ROW_BLOCK = 256  # rows of the identity matrix in one forward
 _NONLINEAR = 0.1  # relative error; rounding the inputs to 8 bits causes 0.01
@@ -36,7 +36,7 @@ def dequantized_weight(module: nn.Module) -> Tensor:
     return _WEIGHTS[kind_of(module) or "forward"](module)
 
 
-def compute_dtype(module: nn.Module) -> torch.dtype:
+def compute_dtype(module: ForeignLayer) -> torch.dtype:
     """The dtype that the layer computes in: its weight's, its `compute_dtype` attribute, or the
     dtype of its bias or scales; float32 if there is none of these.
     """
@@ -66,7 +66,7 @@ def device_of(module: nn.Module) -> torch.device:
     return tensors[0].device
 
 
-def passes_gradient(module: nn.Module) -> bool:
+def passes_gradient(module: ForeignLayer) -> bool:
     """Whether autograd reaches the layer's input from its output.
 
     torchao's layers that quantize their input, and kernels written for inference, may block it.
@@ -74,8 +74,8 @@ def passes_gradient(module: nn.Module) -> bool:
     """
     if kind_of(module) not in ("torchao", "forward"):
         return True
-    options = {"dtype": compute_dtype(module), "device": device_of(module)}
-    x = torch.zeros(1, module.in_features, **options, requires_grad=True)
+    dtype, device = compute_dtype(module), device_of(module)
+    x = torch.zeros(1, module.in_features, dtype=dtype, device=device, requires_grad=True)
     with torch.enable_grad():
         y = module.forward(x)
         if not y.requires_grad:
@@ -99,7 +99,7 @@ def frozen_forward(module: nn.Module, x: Tensor, differentiable: bool = True) ->
     return module(x)
 
 
-def keep_unpacked(module: nn.Module) -> None:
+def keep_unpacked(module: ForeignLayer) -> None:
     """Keeps a 4-bit layer of bitsandbytes from packing its weight for inference.
 
     On a CPU with AVX512-BF16 the layer's first forward in eval mode packs the weight for good: from
@@ -137,7 +137,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-def _weight_4bit(module: nn.Module) -> Tensor:
+def _weight_4bit(module: ForeignLayer) -> Tensor:
     bnb = needed("bitsandbytes", "a 4-bit layer", "ecosystem")
     state = _state_4bit(module)
     if state is None:
@@ -149,7 +149,7 @@ def _weight_4bit(module: nn.Module) -> Tensor:
     return bnb.functional.dequantize_4bit(module.weight.data, state)
 
 
-def _state_4bit(module: nn.Module) -> Any:
+def _state_4bit(module: ForeignLayer) -> Any:
     """bitsandbytes' QuantState or None; it is on the module if a wrapper replaced the weight."""
     state = getattr(module.weight, "quant_state", None)
     return getattr(module, "quant_state", None) if state is None else state
@@ -160,7 +160,7 @@ def _packed(module: nn.Module) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def _weight_8bit(module: nn.Module) -> Tensor:
+def _weight_8bit(module: ForeignLayer) -> Tensor:
     if module.weight.dtype in FLOATS and module.state.has_fp16_weights:
         return module.weight.detach().float()
     bnb = needed("bitsandbytes", "an 8-bit layer", "ecosystem")
@@ -178,21 +178,22 @@ def _not_quantized(module: nn.Module) -> ValueError:
     )
 
 
-def _weight_torchao(module: nn.Module) -> Tensor:
+def _weight_torchao(module: ForeignLayer) -> Tensor:
     weight = module.weight
     if type(weight).dequantize is Tensor.dequantize:  # packed for a kernel; cannot be unpacked
         return _weight_through_forward(module)
     return weight.detach().dequantize().float()
 
 
-def _weight_through_forward(module: nn.Module) -> Tensor:
+def _weight_through_forward(module: ForeignLayer) -> Tensor:
     """W [out, in] from the layer's output for the identity matrix, a block of rows at a time."""
     rows, cols = module.out_features, module.in_features
-    options = {"dtype": compute_dtype(module), "device": device_of(module)}
+    empty = torch.empty(0, dtype=compute_dtype(module), device=device_of(module))
     # Without a bias, because a bias a hundred times as large would round W to its own precision.
     bias = getattr(module, "bias", None)
-    named = isinstance(bias, Tensor) and "bias" in {**module._parameters, **module._buffers}
-    without = {"layer.bias": torch.zeros_like(bias)} if named else {}
+    without: dict[str, Tensor] = {}
+    if isinstance(bias, Tensor) and "bias" in {**module._parameters, **module._buffers}:
+        without["layer.bias"] = torch.zeros_like(bias)
 
     def forward(x: Tensor) -> Tensor:
         try:
@@ -202,14 +203,14 @@ def _weight_through_forward(module: nn.Module) -> Tensor:
                 f"{type(module).__name__} does not take inputs [n, {cols}] in {x.dtype}: {error}"
             ) from error
 
-    constant = forward(torch.zeros(1, cols, **options))  # [1, out]
-    weight = torch.empty(rows, cols, device=options["device"])  # [out, in]
+    constant = forward(empty.new_zeros(1, cols))  # [1, out]
+    weight = torch.empty(rows, cols, device=empty.device)  # [out, in]
     for begin in range(0, cols, _ROW_BLOCK):
         size = min(_ROW_BLOCK, cols - begin)
-        block = torch.zeros(size, cols, **options)  # [size, in]
+        block = empty.new_zeros(size, cols)  # [size, in]
         block[:, begin : begin + size].fill_diagonal_(1.0)
         weight[:, begin : begin + size] = (forward(block) - constant).T
-    _check_linear(module, forward, weight, constant, options)
+    _check_linear(module, forward, weight, constant, empty)
     return weight
 
 
@@ -218,11 +219,11 @@ def _check_linear(
     forward: Callable[[Tensor], Tensor],
     weight: Tensor,
     constant: Tensor,
-    options: dict,
+    empty: Tensor,
 ) -> None:
     """Raises unless the layer matches x Wᵀ + c on random inputs, within 8-bit rounding."""
-    generator = torch.Generator(options["device"]).manual_seed(0)
-    x = torch.empty(4, weight.shape[1], **options).normal_(generator=generator)
+    generator = torch.Generator(empty.device).manual_seed(0)
+    x = empty.new_empty(4, weight.shape[1]).normal_(generator=generator)
     want = x.float() @ weight.T + constant
     if not (forward(x) - want).norm() <= _NONLINEAR * want.norm():
         raise ValueError(
@@ -242,7 +243,7 @@ class _Forward(nn.Module):
         return self.layer.forward(x)
 
 
-_WEIGHTS: dict[str, Callable[[nn.Module], Tensor]] = {
+_WEIGHTS: dict[str, Callable[[ForeignLayer], Tensor]] = {
     "bnb_4bit": _weight_4bit,
     "bnb_8bit": _weight_8bit,
     "torchao": _weight_torchao,

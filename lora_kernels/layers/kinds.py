@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -11,6 +12,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from .._utils.checks import FLOATS
 
 FLOAT_KINDS = ("linear", "conv1d")  # the kinds whose weight can be rewritten
+
+# A layer that another package defines, perhaps without types.
+ForeignLayer: TypeAlias = Any
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -83,7 +87,7 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     own = {**module._parameters, **module._buffers}
     if _is_flattened(module):
-        own["weight"] = module.weight
+        own["weight"] = vars(module)["weight"]
     return [(name, tensor) for name, tensor in own.items() if tensor is not None]
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from .._utils.checks import check_rank, check_weight
 from ..init import Initializer, get_initializer
-from ..init.start import checked, subtract_factors_, subtract_recipe_
+from ..init.start import checked
 from ..ops.philox import dropout_seed
 from .adapted import AdaptedLayer, transplant
 from .adapter import Adapter
-from .kinds import check_adaptable
+from .kinds import ForeignLayer, check_adaptable
 from .options import AdapterOptions
 
 ABSORBED = "_lora_absorbed"  # set on a Parameter from which initial factors were subtracted
@@ -29,6 +29,8 @@ class AdaptedFloatLayer(AdaptedLayer):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    in_features: int
+    out_features: int
     transposed = False
 
     def matrix(self) -> Tensor:
@@ -77,7 +79,7 @@ class AdaptedFloatLayer(AdaptedLayer):
         to W in place. This layer must not be used afterwards.
         """
         if self.absorbed:
-            self._add_start_(self.matrix().detach())
+            self.adapter(self.absorbed).add_absorbed_(self.matrix().detach())
             vars(self.weight).pop(ABSORBED, None)
         return self._plain(self.weight, self.bias)
 
@@ -99,16 +101,14 @@ class AdaptedFloatLayer(AdaptedLayer):
         if not self.absorbed:
             return self.matrix()
         matrix = self.matrix().detach().clone()
-        self._add_start_(matrix)
+        self.adapter(self.absorbed).add_absorbed_(matrix)
         return matrix
 
-    def _add_start_(self, matrix: Tensor) -> None:
-        """Adds the absorbed s·B₀A₀ to `matrix` [out, in] in place."""
-        adapter = self.adapter(self.absorbed)
-        if adapter.beta is not None:
-            subtract_recipe_(matrix, adapter.beta, adapter.r, -adapter.absorbed_scaling)
-        else:
-            subtract_factors_(matrix, adapter.start_A, adapter.start_B, -adapter.absorbed_scaling)
+    def _take_over(self, layer: ForeignLayer) -> None:
+        """Takes the parameters of the layer that is adapted; there is no adapter yet."""
+        self.weight, self.bias = layer.weight, layer.bias
+        self.training = layer.training
+        self._begin()
 
     def _copied(self, matrix: Tensor) -> nn.Module:
         """A new layer with W = `matrix` [out, in] and a copy of the bias."""
@@ -187,6 +187,9 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
 
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear's annotation omits None
+
     def __init__(
         self,
         in_features: int,
@@ -207,9 +210,14 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._begin()
         initializer = get_initializer(init_lora_weights)
-        rule = {"use_rslora": use_rslora, "scaling": scaling}
         options = AdapterOptions.checked(
-            initializer, r, lora_alpha, lora_dropout=lora_dropout, residual=residual, **rule
+            initializer,
+            r,
+            lora_alpha,
+            use_rslora=use_rslora,
+            scaling=scaling,
+            lora_dropout=lora_dropout,
+            residual=residual,
         )
         self._adapt(initializer, options, gradient)
 
@@ -242,9 +250,14 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
             )
         check_adaptable(linear)
         initializer = get_initializer(init_lora_weights)
-        rule = {"use_rslora": use_rslora, "scaling": scaling}
         options = AdapterOptions.checked(
-            initializer, r, lora_alpha, lora_dropout=lora_dropout, residual=residual, **rule
+            initializer,
+            r,
+            lora_alpha,
+            use_rslora=use_rslora,
+            scaling=scaling,
+            lora_dropout=lora_dropout,
+            residual=residual,
         )
         layer = cls.over(linear)
         layer._adapt(initializer, options, gradient)
@@ -257,9 +270,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.training = linear.training
-        layer._begin()
+        layer._take_over(linear)
         return layer
 
     @torch.no_grad()
@@ -281,7 +292,9 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
 
     def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
-        linear.weight, linear.bias = weight, bias
+        linear.weight = weight
+        if bias is not None:
+            linear.bias = bias
         return linear.train(self.training)
 
 
@@ -292,16 +305,17 @@ class LoRAConv1D(AdaptedFloatLayer):
     """
 
     transposed = True
+    nx: int
+    nf: int
+    _class: type[ForeignLayer]
 
     @classmethod
-    def over(cls, conv: nn.Module) -> LoRAConv1D:
+    def over(cls, conv: ForeignLayer) -> LoRAConv1D:
         """A layer with the parameters of `conv`, and no adapter yet."""
         layer = cls()
         layer.nx, layer.nf = layer.in_features, layer.out_features = conv.weight.shape
-        layer.weight, layer.bias = conv.weight, conv.bias
-        layer.training = conv.training
-        layer._class: Any = type(conv)
-        layer._begin()
+        layer._class = type(conv)
+        layer._take_over(conv)
         return layer
 
     def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:

@@ -47,7 +47,7 @@ class LayerState:
     @torch.no_grad()
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
         """The initial factors A₀ [r, in] and B₀ [out, r], stored or computed from β, or None."""
-        if self.start_A is not None:
+        if self.start_A is not None and self.start_B is not None:
             return self.start_A, self.start_B
         if self.beta is None:
             return None

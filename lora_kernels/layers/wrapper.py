@@ -20,6 +20,7 @@ class LoRAWrapper(AdaptedLayer):
     """
 
     base_layer: nn.Module
+    _differentiable: bool
 
     @classmethod
     def over(cls, base_layer: nn.Module) -> LoRAWrapper:
@@ -70,7 +71,7 @@ class LoRAWrapper(AdaptedLayer):
         if adapter.lora_R is not None:
             z = nn.functional.linear(z, adapter.lora_R.to(x.dtype))
         start_A, start_B = adapter.implicit_start()
-        if start_A is None:
+        if start_A is None or start_B is None:
             return nn.functional.linear(z, adapter.lora_B.to(x.dtype)) * adapter.scaling
         z0 = nn.functional.linear(x, start_A.to(x.dtype))  # [..., r]
         trained = nn.functional.linear(z, (adapter.lora_B - start_B).to(x.dtype))  # [..., out]

@@ -92,7 +92,9 @@ def untie_if_needed(model: nn.Module) -> None:
     model = unwrapped(model)
     config, head = getattr(model, "config", None), output_head(model)
     embeddings = getattr(model, "get_input_embeddings", None)
-    if head is None or embeddings is None or not getattr(config, "tie_word_embeddings", False):
+    if config is None or head is None or embeddings is None:
+        return
+    if not getattr(config, "tie_word_embeddings", False):
         return
     if getattr(embeddings(), "weight", None) is not getattr(head, "weight", None):
         config.tie_word_embeddings = False
@@ -103,8 +105,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
         else:
             return model
 

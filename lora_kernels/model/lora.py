@@ -196,7 +196,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         record.saved.set_trainable(name, name == adapter_name)
 
 
-class disable_adapters(AbstractContextManager):  # noqa: N801  (used as a function, as torch.no_grad)
+class disable_adapters(AbstractContextManager["disable_adapters"]):  # noqa: N801  (used as a function)
     """The model computes what its base computes, until `enable_adapters`, `set_adapter` or the end
     of `with disable_adapters(model):`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +12,10 @@ from .._utils.checks import check_weight
 from .._utils.errors import did_you_mean
 from .._utils.model_files import stored_tensors
 from ..layers.base import BaseLayer
+
+
+def _given(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class OriginalWeights:
@@ -26,7 +31,7 @@ class OriginalWeights:
     def __init__(self, source: Mapping[str, Tensor] | str | Path) -> None:
         self._loaders: dict[str, Callable[[], Tensor]]
         if isinstance(source, Mapping):
-            self._loaders = {name: lambda t=tensor: t for name, tensor in source.items()}
+            self._loaders = {name: partial(_given, tensor) for name, tensor in source.items()}
         elif isinstance(source, (str, Path)):
             self._loaders = {tensor.name: tensor.load for tensor in stored_tensors(Path(source))}
         else:

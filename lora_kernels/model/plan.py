@@ -55,9 +55,14 @@ class LayerPlan:
         """Whether s·B₀A₀ will be subtracted from the weight."""
         return self.changes_base and self.options.residual == "absorb"
 
+    def _computed_start(self) -> Start:
+        if self.start is None:
+            raise RuntimeError(f"the start of {self.name} is not computed yet")
+        return self.start
+
     def adapted(self, adapter_name: str) -> AdaptedLayer:
         """The layer with its adapter; its weight is not changed yet."""
-        adapter = Adapter(self.options, self.start, self.changes_base)
+        adapter = Adapter(self.options, self._computed_start(), self.changes_base)
         if self.trained is not None:
             adapter.load_factors(*self.trained)
         return self.base.adapted(adapter, adapter_name)
@@ -66,7 +71,7 @@ class LayerPlan:
         """If the plan absorbs, subtracts s·B₀A₀ from the weight, or rewrites it as LoftQ does."""
         if self.absorbs:
             subtract = subtract_start_ if self.initializer is None else self.initializer.take_out_
-            subtract(self.base.weight(), self.start, self.options.scaling)
+            subtract(self.base.weight(), self._computed_start(), self.options.scaling)
             self.subtracted = True
 
     def undo_(self, layer: AdaptedLayer, adapter_name: str) -> None:
@@ -132,7 +137,7 @@ def plan_starts(
         StartJob(
             plan.name,
             plan.base,
-            plan.initializer,
+            plan.initializer or initializer,
             plan.options.r,
             plan.options.scaling,
             plan.absorbs,
@@ -247,7 +252,7 @@ def _why_not_absorbed(name: str, base: BaseLayer, owners: Mapping[object, list[s
                 "set residual='implicit' for all of them, including the first"
             )
         return "its base has other adapters"
-    weight = base.layer.weight
+    weight = base.stored_weight
     names = owners[_memory(weight)]
     if len(names) > 1:
         return f"its weight is {next(n for n in names if n != f'{name}.weight')} too"
@@ -269,7 +274,7 @@ def _owners(model: nn.Module) -> dict[object, list[str]]:
     return owners
 
 
-def _memory(parameter: nn.Parameter) -> object:
+def _memory(parameter: Tensor) -> object:
     """A key that is equal for parameters that are one or share their memory (`a.data = b.data`)."""
     if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
         return id(parameter)
@@ -284,15 +289,16 @@ def _placed(
     """
     dtype, device = factor_dtype(base.dtype), base.device
 
-    def placed(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device, dtype, copy=True).contiguous()
+    def placed(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype, copy=True).contiguous()
 
-    trained = placed(layer.lora_A), placed(layer.lora_B), placed(layer.lora_R)
-    if not layer.changes_base:
-        return Start(*trained[:2], lora_R=trained[2]), trained
-    numbers = [
-        None if value is None else torch.tensor(value, dtype=torch.float64, device=device)
-        for value in (layer.beta, layer.weight_norm)
-    ]
-    A0, B0 = (placed(factor) for factor in layer.start_factors())
-    return Start(A0, B0, numbers[0], weight_norm=numbers[1]), trained
+    def number(value: float | None) -> Tensor | None:
+        return None if value is None else torch.tensor(value, dtype=torch.float64, device=device)
+
+    lora_R = None if layer.lora_R is None else placed(layer.lora_R)
+    trained = placed(layer.lora_A), placed(layer.lora_B), lora_R
+    subtracted = layer.start_factors()
+    if subtracted is None:
+        return Start(trained[0], trained[1], lora_R=lora_R), trained
+    A0, B0 = map(placed, subtracted)
+    return Start(A0, B0, number(layer.beta), weight_norm=number(layer.weight_norm)), trained

@@ -107,7 +107,7 @@ def make_report(
 
 def _grouped(rows: Sequence[AdaptedRow]) -> list[list[AdaptedRow]]:
     """Groups of rows that differ only in the numbers of their names."""
-    groups: dict[tuple, list[AdaptedRow]] = {}
+    groups: dict[tuple[object, ...], list[AdaptedRow]] = {}
     for row in rows:
         shape = (row.out_features, row.in_features)
         numbers = (row.r, row.scaling, row.residual, _pattern(row.note))

@@ -55,7 +55,7 @@ class SavedTensors:
     def activate(self, adapter: str | None) -> None:
         """Puts an adapter's tensors into the modules, or the originals if `adapter` is None."""
         self._collect()
-        own = self._copies.get(adapter, {})
+        own = {} if adapter is None else self._copies.get(adapter, {})
         for name, (module, key) in self._places.items():
             current, wanted = getattr(module, key), own.get(name, self._base[name])
             if wanted is not current:
@@ -95,7 +95,7 @@ class SavedTensors:
         `load_state_dict(assign=True)` replaces parameters. Stored copies follow the model to a new
         dtype, except float32, to which trainers convert only the tensors that they train.
         """
-        own = self._copies.get(self._active, {})
+        own = {} if self._active is None else self._copies.get(self._active, {})
         for name, (module, key) in self._places.items():
             current = getattr(module, key)
             (own if name in own else self._base)[name] = current

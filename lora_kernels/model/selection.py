@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,6 +13,9 @@ from .._utils.names import ALL_LINEAR, match_names, nearest, pattern_matches
 from .._utils.peft_names import TASK_HEADS
 from ..layers.base import BaseLayer, base_of
 from .config import LoRAConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 Targets = str | Sequence[str] | Mapping[str, nn.Module] | Sequence[nn.Module]
 
@@ -71,7 +75,7 @@ def with_task_head(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     endings = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     heads = tuple(
         head
-        for head in TASK_HEADS.get(config.task_type, ())
+        for head in TASK_HEADS.get(config.task_type or "", ())
         if head in endings and head not in saved and head not in named
     )
     return replace(config, modules_to_save=saved + heads) if heads else config
@@ -234,7 +238,7 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, B
     if isinstance(targets, Mapping):
         return {name: _checked(name, module) for name, module in targets.items()}
     modules = dict(model.named_modules(remove_duplicate=False))
-    if not isinstance(targets, str) and any(isinstance(t, nn.Module) for t in targets):
+    if _has_modules(targets):
         return _names_of(modules, targets)
     candidates, aliases = find_candidates(model)
     bases = {name: base for first, base in candidates.items() for name in (first, *aliases[first])}
@@ -249,6 +253,12 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, B
     if not found:
         raise ValueError(f"{type(model).__name__} has no linear layer")
     return found
+
+
+def _has_modules(
+    targets: str | Sequence[str] | Sequence[nn.Module],
+) -> TypeIs[Sequence[nn.Module]]:
+    return not isinstance(targets, str) and any(isinstance(t, nn.Module) for t in targets)
 
 
 def _is_all_linear(targets: object) -> bool:

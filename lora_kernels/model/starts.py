@@ -118,7 +118,7 @@ def _checked_weight(job: StartJob) -> Tensor:
     """W [out, in], checked to be one from which the start can be computed."""
     with naming(job.name):
         if job.base.rewritable:
-            check_startable(job.base.weight(), job.base.layer.weight, job.r, job.initializer)
+            check_startable(job.base.weight(), job.base.stored_weight, job.r, job.initializer)
         else:
             check_rank(job.r, *job.base.shape)
         return job.base.weight()
@@ -141,7 +141,7 @@ def _batches(jobs: Sequence[StartJob]) -> Iterator[list[StartJob]]:
 
     A quantized layer is a batch of its own, so that only one dequantized weight is in memory.
     """
-    groups: dict[tuple, list[StartJob]] = {}
+    groups: dict[tuple[object, ...], list[StartJob]] = {}
     for job in jobs:
         base = job.base
         if not base.rewritable:
@@ -150,7 +150,7 @@ def _batches(jobs: Sequence[StartJob]) -> Iterator[list[StartJob]]:
         key = (base.shape, base.transposed, base.dtype, base.device, job.r, job.scaling, job.absorb)
         groups.setdefault(key, []).append(job)
     for group in groups.values():
-        weight = group[0].base.layer.weight
+        weight = group[0].base.stored_weight
         size = max(1, min(_BATCH_LAYERS, _BATCH_BYTES // (weight.numel() * weight.element_size())))
         for begin in range(0, len(group), size):
             yield group[begin : begin + size]

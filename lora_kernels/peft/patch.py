@@ -14,7 +14,7 @@ class Replaced:
     would give the class's own method.
     """
 
-    def __init__(self, owner: object, function: Callable) -> None:
+    def __init__(self, owner: object, function: Callable[..., Any]) -> None:
         self.owner, self.function = owner, function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -22,18 +22,18 @@ class Replaced:
         return self.function(self.owner, *args, **kwargs)
 
 
-def replace_method(owner: object, name: str, function: Callable) -> None:
+def replace_method(owner: object, name: str, function: Callable[..., Any]) -> None:
     """Makes `owner.name(...)` call `function(owner, ...)`."""
     setattr(owner, name, Replaced(owner, function))
 
 
-def is_replaced(owner: object, name: str, function: Callable) -> bool:
+def is_replaced(owner: object, name: str, function: Callable[..., Any]) -> bool:
     """Whether `replace_method` has replaced `owner.name` by this function."""
     method = owner.__dict__.get(name)
     return isinstance(method, Replaced) and method.function is function
 
 
-def restore_method(owner: object, name: str, function: Callable) -> None:
+def restore_method(owner: object, name: str, function: Callable[..., Any]) -> None:
     """Restores the class's own method, if `function` has replaced it."""
     if is_replaced(owner, name, function):
         del owner.__dict__[name]

@@ -40,7 +40,7 @@ _FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weight
 
 def save_pretrained(
     peft_model: peft.PeftModel,
-    save_directory: str | os.PathLike,
+    save_directory: str | os.PathLike[str],
     safe_serialization: bool = True,
     selected_adapters: list[str] | None = None,
     save_embedding_layers: str | bool = "auto",
@@ -92,7 +92,7 @@ def save_pretrained(
 
 def load_adapter(
     peft_model: peft.PeftModel,
-    model_id: str | os.PathLike,
+    model_id: str | os.PathLike[str],
     adapter_name: str,
     *args: Any,
     **kwargs: Any,
@@ -144,13 +144,14 @@ def _doubled_state(
     state = dict(state)
     for name, layer in lora_layers(peft_model).items():
         for other in layer.lora_A:
-            if start_of(layer, other) is None:
+            start = start_of(layer, other)
+            if start is None:
                 continue
             for part in ("lora_start_A", "lora_start_B"):
                 state.pop(f"{PREFIX}{name}.{part}.{other}", None)
             if other != adapter:
                 continue
-            start_A, start_B = start_of(layer, adapter)
+            start_A, start_B = start
             key_A, key_B = (
                 f"{PREFIX}{name}.{part}.{adapter}.weight" for part in ("lora_A", "lora_B")
             )
@@ -163,7 +164,7 @@ def _doubled_state(
 
 
 @contextmanager
-def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict]:
+def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict[str, Any]]:
     """Sets the adapter's configuration to rank 2r for a while; yields its options at rank r."""
     config = peft_model.peft_config[adapter]
     doubled = copy.deepcopy(config)

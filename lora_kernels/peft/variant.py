@@ -38,7 +38,7 @@ class StartVariant(LoraVariant):
         While A = A₀ and B = B₀ the sum is exactly zero, because both products are the same.
         """
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        start_A, start_B = start_of(module, active_adapter)
+        start_A, start_B = module.lora_start_A[active_adapter], module.lora_start_B[active_adapter]
         adapter = lora_B(lora_A(module.lora_dropout[active_adapter](x)))  # [..., out]
         start = linear(linear(x, start_A), start_B)  # [..., out]; no dropout, as for the base
         return result + (adapter - start) * module.scaling[active_adapter]

@@ -73,24 +73,24 @@ def capture_gradients(
     else:
         _run(model, sums, batches, loss or _model_loss, progress)
     sums.check()
-    return {name: sums.of(base.module.weight) for name, base in bases.items()}
+    return {name: sums.of(base.stored_weight) for name, base in bases.items()}
 
 
 class _Sums:
     """The sum of the gradients of every distinct weight, and the number of gradients in it."""
 
     def __init__(self, bases: Mapping[str, BaseLayer], device: torch.device | str | None) -> None:
-        self.names: dict[nn.Parameter, str] = {}
-        self._sums: dict[nn.Parameter, Tensor] = {}
-        self._counts: dict[nn.Parameter, int] = {}
-        self._transposed: set[nn.Parameter] = set()
+        self.names: dict[Tensor, str] = {}
+        self._sums: dict[Tensor, Tensor] = {}
+        self._counts: dict[Tensor, int] = {}
+        self._transposed: set[Tensor] = set()
         for name, base in bases.items():
             if not base.rewritable:
                 raise TypeError(
                     f"the weight of {name!r} is quantised ({base.kind}) and has no gradient: load "
                     "the model in floating point"
                 )
-            weight = base.module.weight
+            weight = base.stored_weight
             if not isinstance(weight, nn.Parameter) or not weight.is_leaf:
                 raise TypeError(
                     f"the weight of {name!r} is computed; remove its parametrization first"
@@ -113,12 +113,14 @@ class _Sums:
             )
             self._counts[weight] = 0
 
-    def of(self, weight: nn.Parameter) -> Tensor:
+    def of(self, weight: Tensor) -> Tensor:
         return self._sums[weight]
 
-    def take(self, weight: nn.Parameter) -> None:
+    def take(self, weight: Tensor) -> None:
         """Adds `weight.grad` to the sum and frees it. Called as a hook when `.grad` is complete."""
         grad, weight.grad = weight.grad, None
+        if grad is None:
+            return
         total = self._sums[weight]
         total.add_((grad.T if weight in self._transposed else grad).to(total.device))
         self._counts[weight] += 1

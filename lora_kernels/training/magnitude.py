@@ -168,7 +168,8 @@ def measure(
     real = math.isfinite(squares) and squares > 0
     fits = r <= min(n, m)
     log = log_gain(r, n, m) if fits else math.nan
-    rank, rho, gain, gains = None, math.nan, math.nan, ()
+    rank, rho, gain = None, math.nan, math.nan
+    gains: tuple[tuple[int, float], ...] = ()
     if real and (fits or method == "exact"):
         sigma, rank = _singular_values(weight, r, method, seed)
         ranks = torch.arange(1, len(sigma) + 1, dtype=torch.float64)
@@ -231,13 +232,12 @@ def inspect_model(
     """
     svd.check_options(method)
     _checked(r, scaling)
-    options = {"method": method, "seed": seed}
     rows = []
     for name, base in tracked(find_targets(model, targets).items(), "layers", progress):
         if isinstance(base.module, AdaptedLayer):
-            rows.append(measure_layer(base.module, name=name, **options))
+            rows.append(measure_layer(base.module, method=method, seed=seed, name=name))
         else:
-            rows.append(measure(base.weight(), r, scaling, name=name, **options))
+            rows.append(measure(base.weight(), r, scaling, method=method, seed=seed, name=name))
     return rows
 
 

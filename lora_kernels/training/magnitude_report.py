@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-Rows = Sequence[LayerMagnitude] | Sequence[AdapterMagnitude]
+Rows = Sequence[LayerMagnitude | AdapterMagnitude]  # all of one kind
 
 # The table's column titles, and the attributes that they show.
 _LAYER_COLUMNS = {
@@ -105,21 +105,21 @@ def draw(path: str | Path, rows: Rows, title: str = "") -> None:
 
     values = _columns(rows)
     panels = _panels(rows, values)
-    weights = isinstance(rows[0], LayerMagnitude)
+    weights = [row for row in rows if isinstance(row, LayerMagnitude)]
     height = 2.1 * len(panels) + (3.2 if weights else 0)
     figure, axes = plt.subplots(
-        len(panels) + weights,
+        len(panels) + bool(weights),
         figsize=(10, height + 0.6),
         squeeze=False,
         layout="constrained",
-        height_ratios=[2.1] * len(panels) + [3.2] * weights,
+        height_ratios=[2.1] * len(panels) + [3.2] * bool(weights),
     )
     try:
         for axis, panel in zip(axes.flat, panels, strict=False):
             _draw_bars(axis, panel)
         axes.flat[len(panels) - 1].set_xlabel(f"{len(rows)} layers, in the order of the table")
         if weights:
-            _draw_gains(axes.flat[-1], rows)
+            _draw_gains(axes.flat[-1], weights)
         figure.suptitle(title, fontsize=11)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,17 +151,17 @@ def _panels(rows: Rows, values: dict[str, list[float | None]]) -> list[_Panel]:
 
 def _draw_bars(axis: Axes, panel: _Panel) -> None:
     positions = range(len(panel.bars))
-    heights = [math.nan if value is None else value for value in panel.bars]
+    heights = _numbers(panel.bars)
     axis.bar(positions, heights, width=0.8, color=_BLUE, label="exact" if panel.line else None)
     # A logarithmic axis cannot show zero or non-finite values.
     if panel.log and any(0 < height < math.inf for height in heights):
         axis.set_yscale("log")
     if panel.line is not None:
         label, line = panel.line
-        axis.plot(positions, line, ".", color=_ORANGE, markersize=5, label=label)
+        axis.plot(positions, _numbers(line), ".", color=_ORANGE, markersize=5, label=label)
         axis.legend(frameon=False, fontsize=8, ncols=2)
     axis.set_title(panel.title, fontsize=10, loc="left")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params(axis="x", integer=True)
     axis.margins(x=0.01)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -194,6 +194,10 @@ def _columns(rows: Rows) -> dict[str, list[float | None]]:
         raise ValueError("there are no rows to show")
     columns = _LAYER_COLUMNS if isinstance(rows[0], LayerMagnitude) else _ADAPTER_COLUMNS
     return {head: [getattr(row, name) for row in rows] for head, name in columns.items()}
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def _median(values: Sequence[float | None]) -> float | None:

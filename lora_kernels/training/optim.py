@@ -34,7 +34,8 @@ def lora_plus_groups(
         raise TypeError("params is not an option: the groups are made of the model's parameters")
     check_positive(lr, "lr")
     check_positive(ratio, "ratio")
-    rest, factors_B = [], []
+    rest: list[nn.Parameter] = []
+    factors_B: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (factors_B if "lora_B" in name.split(".") else rest).append(parameter)

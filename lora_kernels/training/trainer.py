@@ -9,6 +9,8 @@ from torch import nn
 
 from ..model.lora import adapter_names
 
+_ACCEPTED = "_hf_peft_config_loaded"
+
 
 @contextmanager
 def accepted_by_trainer(model: nn.Module) -> Iterator[nn.Module]:
@@ -26,12 +28,12 @@ def accepted_by_trainer(model: nn.Module) -> Iterator[nn.Module]:
     """
     if not adapter_names(model):
         raise ValueError(f"this {type(model).__name__} has no adapters: add_lora first")
-    had, before = "_hf_peft_config_loaded" in vars(model), vars(model).get("_hf_peft_config_loaded")
-    model._hf_peft_config_loaded = True
+    had, before = _ACCEPTED in vars(model), vars(model).get(_ACCEPTED)
+    setattr(model, _ACCEPTED, True)
     try:
         yield model
     finally:
         if had:
-            model._hf_peft_config_loaded = before
+            setattr(model, _ACCEPTED, before)
         else:
-            del model._hf_peft_config_loaded
+            delattr(model, _ACCEPTED)

@@ -143,7 +143,8 @@ def test_builds_without_a_compiler(tmp_path):
         assert (done.returncode != 0) == bool(code), done.stderr
     assert "expected one of auto, cpu, cuda, none" in done.stderr
     assert not list(tmp_path.rglob("_C*")) and list(tmp_path.rglob("lora_kernels/layers/linear.py"))
-    assert list(tmp_path.rglob("lora_kernels/triton_kernels/__init__.py"))
+    for built in ("triton_kernels/linear/__init__.py", "py.typed"):
+        assert list(tmp_path.rglob(f"lora_kernels/{built}"))
 
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])

@@ -24,9 +24,9 @@ from rich.console import Console
 
 from benchmarks.common.harness import Variant, dtype_name, environment, interleave
 from benchmarks.common.report import RESULTS, print_timings, write_csv
-from lora_kernels.files.checkpoint.initialize import initialise
-from lora_kernels.files.io.layout import Entry, render
-from lora_kernels.files.io.layout import dtype_name as stored_name
+from lora_kernels._utils.safetensors import Entry, render
+from lora_kernels._utils.safetensors import dtype_name as stored_name
+from lora_kernels.files.checkpoint.initialize import initialize
 from lora_kernels.model.config import LoRAConfig
 
 # Llama-2-7B's blocks: (name, out, in).
@@ -89,9 +89,9 @@ def variants(source: Path, scratch: Path, r: int) -> dict[str, Variant]:
         "cp": variant(partial(copy, source)),
         "cp + fsync": variant(partial(copy, source, sync=True)),
         "read + write": variant(partial(copy_by_hand, source)),
-        "init loram": variant(lambda path: initialise(source, path, LoRAConfig(r=r))),
+        "init loram": variant(lambda path: initialize(source, path, LoRAConfig(r=r))),
         "init loram --sync": variant(
-            lambda path: initialise(source, path, LoRAConfig(r=r), sync=True)
+            lambda path: initialize(source, path, LoRAConfig(r=r), sync=True)
         ),
     }
 

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of LoRA."""
+"""Helpers that do not depend on LoRA."""

@@ -1,7 +1,7 @@
-"""Checks that every operator shares. They run before anything is written.
+"""Checks of arguments. Operators run theirs before anything is written.
 
-Plain comparisons: with torch._check and its closures those of 224 weights took 1.9 ms, while the
-GPU waited.
+They are plain comparisons: torch._check and its closures took 1.9 ms for 224 weights, while the GPU
+was idle.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FLOAT_NAMES = "float64, float32, bfloat16 or float16"
 
 
 def check_weight(weight: torch.Tensor, name: str = "weight") -> None:
-    """Raises unless `weight` is a 2-D floating-point matrix of ordinary strided memory."""
+    """Raises unless `weight` is a dense 2-D floating-point matrix."""
     if weight.dtype not in FLOATS:
         raise TypeError(
             f"{name} has dtype {weight.dtype}; expected {_FLOAT_NAMES} "
@@ -41,7 +41,6 @@ def overlaps(weight: torch.Tensor) -> bool:
 
 
 def check_writable(weight: torch.Tensor, name: str = "weight") -> None:
-    """Raises if the weight `overlaps`."""
     if overlaps(weight):
         raise ValueError(
             f"{name} is an expanded or overlapping view (strides {list(weight.stride())} of shape "
@@ -50,7 +49,7 @@ def check_writable(weight: torch.Tensor, name: str = "weight") -> None:
 
 
 def check_size(size: int, name: str) -> None:
-    """Raises unless 1 <= size < 2^30: products of two sizes and a rank have to fit an int64."""
+    """Raises unless 1 <= size < 2^30: products of two sizes and a rank have to fit in int64."""
     if not (size >= 1 and size < MAX_SIZE):
         raise ValueError(f"{name} must be in [1, 2^30), got {size}")
 
@@ -66,34 +65,43 @@ def check_rank(rank: int, rows: int, cols: int, name: str = "weight") -> None:
         )
 
 
-def as_integer(value: object, name: str) -> int:
-    """The int that `value` is, of any library's kind; a bool is none."""
+def as_integer(value: object, name: str, minimum: int | None = None) -> int:
+    """`value` as an int; raises unless it is an integer of any library, not a bool, and at least
+    `minimum`.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return int(value)
 
 
 def check_finite(value: float, name: str) -> None:
-    """Raises unless the Python number `value` is finite."""
     if value != value or abs(value) == float("inf"):
         raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_number(value: object, name: str) -> None:
-    """Raises unless `value` is a real number of any library's kind; a bool is none."""
+    """Raises unless `value` is a real number of any library, not a bool."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def check_positive(value: object, name: str) -> None:
-    """Raises unless `value` is a positive, finite number of any library's kind."""
     check_number(value, name)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def check_probability(value: object, name: str) -> None:
+    """Raises unless `value` is a number in [0, 1)."""
+    check_number(value, name)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of A and B for a weight of `dtype`: float32, or float64 for float64 weights."""
+    """The dtype of A and B: float64 for float64 weights, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

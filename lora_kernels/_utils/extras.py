@@ -1,4 +1,4 @@
-"""Packages that only some of the tools need: they are extras, imported where they are used."""
+"""Optional dependencies (extras), imported only where they are needed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ class MissingExtraError(ImportError):
 
 
 def needed(module: str, purpose: str, extra: str) -> ModuleType:
-    """The imported module.
-
-    Raises:
-        MissingExtraError: one line that says what to install.
-
-    """
+    """Imports a module, or raises a `MissingExtraError` that says what to install."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

@@ -1,13 +1,14 @@
-"""Names of modules: PEFT's rules for `target_modules` and for patterns, and the nearest name."""
+"""Names of modules: PEFT's rules for `target_modules` and for patterns; suggestions for errors."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+from .errors import did_you_mean
+
 ALL_LINEAR = "all-linear"
-# What torch.compile, activation checkpointing and FSDP put between a block and its layers.
+# Modules that torch.compile, activation checkpointing and FSDP insert above a block.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
@@ -17,10 +18,10 @@ def match_names(
     candidates: Iterable[str] | None = None,
     option: str = "targets",
 ) -> list[str]:
-    """Those of `names` that a regular expression or a list of names and endings matches.
+    """The `names` that match a regular expression, or an entry of a list of names and endings.
 
-    Every entry of a list has to match. `candidates` (default: `names`) are what the error suggests,
-    `option` what it calls `targets`.
+    Every entry of a list has to match something. Errors suggest one of `candidates` (default:
+    `names`) and call the targets `option`.
     """
     names = list(names)
     candidates = names if candidates is None else list(candidates)
@@ -29,7 +30,7 @@ def match_names(
             pattern = re.compile(targets)
         except re.error as error:
             raise ValueError(
-                f"{option} {targets!r} is no regular expression: {error}; for a plain name give "
+                f"{option} {targets!r} is not a regular expression: {error}; for a plain name give "
                 "a list"
             ) from None
         found = [name for name in names if pattern.fullmatch(name)]
@@ -51,7 +52,7 @@ def match_names(
 
 
 def without_wrappers(name: str) -> str:
-    """What a module or a tensor is called where none of its blocks is compiled or wrapped."""
+    """The name of a module or tensor in the same model without compiled or wrapped blocks."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -66,16 +67,14 @@ def _filled(targets):
 
 
 def nearest(target: str, names: Iterable[str]) -> str:
-    """A suggestion, the last parts of the names first."""
+    """The end of an error about a module: the last part of a name, or a name, that is similar."""
     names = list(names)
     endings = dict.fromkeys(name.rpartition(".")[2] for name in names)
-    near = difflib.get_close_matches(target, [*endings, *names], n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}?"
     shown = ", ".join(list(endings)[:8])
-    return f"; the linear layers here end in {shown}" if shown else ""
+    listed = f"; the linear layers here end in {shown}" if shown else ""
+    return did_you_mean(target, [*endings, *names]) or listed
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    """PEFT's rule for the keys of `rank_pattern` and `alpha_pattern`: the end of a name."""
+    """PEFT's rule for keys of `rank_pattern` and `alpha_pattern`: they match the end of a name."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None

@@ -1,4 +1,4 @@
-"""Progress bars for what takes long, where rich is installed and somebody is looking."""
+"""Progress bars on standard error, if rich is installed and standard error is a terminal."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from importlib.util import find_spec
 from typing import TypeVar
 
 T = TypeVar("T")
-# Takes how many bytes there are, and gives a function that takes how many more are done.
+# Called with the total of bytes; the function that it returns is called with each number done.
 ByteCounter = Callable[[int], Callable[[int], None]]
 
 
 def tracked(items: Iterable[T], description: str, enabled: bool = True) -> Iterator[T]:
-    """The items, with a bar on standard error if that is a terminal."""
+    """The items, with a progress bar."""
     if not enabled or find_spec("rich") is None:
         yield from items
         return
@@ -28,16 +28,13 @@ def tracked(items: Iterable[T], description: str, enabled: bool = True) -> Itera
 
 
 def uncounted(total: int) -> Callable[[int], None]:
-    """The `ByteCounter` that shows nothing."""
+    """A `ByteCounter` without a bar."""
     return lambda count: None
 
 
 @contextmanager
 def byte_bar(description: str, enabled: bool = True) -> Iterator[ByteCounter]:
-    """A bar with bytes, bytes a second and the time left, on standard error if it is a terminal.
-
-    Its functions may be called from any thread.
-    """
+    """A bar with bytes, bytes per second and the time left; it may be advanced by any thread."""
     if not enabled or find_spec("rich") is None:
         yield uncounted
         return

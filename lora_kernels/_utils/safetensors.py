@@ -1,25 +1,178 @@
-"""Safetensors and JSON files: what lies in them, and their tensors."""
+"""The safetensors format: the layout of a file, and reading and writing its tensors.
+
+A file is eight bytes with the length of its header, little-endian; the header, which is JSON and
+may end in spaces; and the tensors' bytes, one after the other without gaps.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .extras import needed
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library, too
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The sizes of the format's dtypes. A later version may add others: their tensors are copied.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8"), 8),
+}
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes them, whatever memory they share, with at most one entry of metadata: the order of
-    more is random, and the same adapter would give different bytes.
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file: its bytes are [begin, end) after the header, its dtype is safetensors'
+    name of it ("BF16").
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file holds, and where: `header`, the JSON as it stands in the file; the `entries` in
+    the order of their bytes; the `metadata`.
+    """
+
+    header: bytes
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def data_offset(self) -> int:
+        """Where in the file the tensors' bytes begin."""
+        return 8 + len(self.header)
+
+    @property
+    def data_size(self) -> int:
+        return self.entries[-1].end if self.entries else 0
+
+    @property
+    def file_size(self) -> int:
+        return self.data_offset + self.data_size
+
+    def head(self) -> bytes:
+        """Everything before the tensors."""
+        return struct.pack("<Q", len(self.header)) + self.header
+
+    def cast(self, dtype: torch.dtype | None) -> Layout:
+        """The layout with all tensors of the `DTYPES` cast to `dtype`, in the same order; the same
+        object if nothing changes.
+        """
+        if dtype is None or all(e.dtype not in DTYPES or e.dtype == _NAMES[dtype]
+                                for e in self.entries):  # fmt: skip
+            return self
+        cast: list[Entry] = []
+        position = 0
+        for entry in self.entries:
+            name, size = entry.dtype, entry.end - entry.begin
+            if name in DTYPES:
+                name, size = _NAMES[dtype], entry.numel * dtype.itemsize
+            cast.append(Entry(entry.name, name, entry.shape, position, position + size))
+            position += size
+        # The names keep their order in the JSON, which need not be that of the bytes.
+        by_name = {entry.name: entry for entry in cast}
+        in_header = [name for name in json.loads(self.header) if name != "__metadata__"]
+        return render([by_name[name] for name in in_header], self.metadata)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> "BF16"."""
+    return _NAMES[dtype]
+
+
+def render(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Layout:
+    """The layout of a new file; its header is padded so that the tensors are aligned."""
+    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for entry in entries:
+        content[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.begin, entry.end],
+        }
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    header = text.ljust(-(-len(text) // 8) * 8)
+    return Layout(header, tuple(sorted(entries, key=lambda e: (e.begin, e.end))), metadata)
+
+
+def read_layout(file: Path) -> Layout:
+    """The layout of a file, of which only the header is read.
 
     Raises:
-        OSError: it could not be written.
+        ValueError: the file is damaged, truncated, or not a safetensors file.
+
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        head = opened.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER + 1
+        if length > min(_MAX_HEADER, size - 8):
+            raise _damaged(file, "it has no header")
+        header = opened.read(length)
+    try:
+        layout = _parsed(header)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise _damaged(file, f"its header is wrong: {reason}") from None
+    if layout.file_size != size:
+        raise _damaged(file, f"it has {size:,} bytes, its header says {layout.file_size:,}")
+    return layout
+
+
+def load_tensor(file: Path, name: str) -> Tensor:
+    """One tensor, on the CPU. It may be a view of the mapped file, which must not change then.
+
+    Raises:
+        ValueError: the file is damaged or not a safetensors file.
+
+    """
+    with _opened(file) as opened:
+        return opened.get_tensor(name)
+
+
+def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors, on the CPU, and the metadata, of the same version of a file that may be replaced
+    meanwhile.
+
+    Raises:
+        ValueError: the file is damaged or not a safetensors file.
+
+    """
+    with _opened(file) as opened:
+        # Copies: the file is mapped, and may be changed under the mapping.
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        return tensors, opened.metadata() or {}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes the tensors; some may share memory.
+
+    `metadata` has at most one entry: the library writes several in random order, so that the same
+    adapter would give different bytes.
+
+    Raises:
+        OSError: the file could not be written.
 
     """
     needed("safetensors", "saving adapters", "cli")
@@ -37,138 +190,44 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         owned[name] = tensor
     try:
         safetensors.torch.save_file(owned, path, dict(metadata) or None)
-    except safetensors.SafetensorError as error:  # no room, for one
+    except safetensors.SafetensorError as error:  # a full disk, for one
         raise OSError(f"{path.name} could not be written: {error}") from None
-
-
-def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors, on the CPU, and the metadata.
-
-    Raises:
-        ValueError: it is damaged or no safetensors file.
-
-    """
-    with _opened(file) as opened:
-        # Copies: the file is mapped, and may be changed under the mapping.
-        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-        return tensors, opened.metadata() or {}
-
-
-def load_metadata(file: Path) -> dict[str, str]:
-    """What it says beside the tensors.
-
-    Raises:
-        ValueError: it is damaged or no safetensors file.
-
-    """
-    with _opened(file) as opened:
-        return opened.metadata() or {}
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    safetensors = needed("safetensors", "reading adapters", "cli")
+    """The safetensors library's view of a file."""
+    safetensors = needed("safetensors", "reading tensors", "cli")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             yield opened
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged, or no safetensors file ({error}): copy or save it again"
-        ) from None
+        raise _damaged(file, str(error)) from None
 
 
-INDEX = "model.safetensors.index.json"
+def _damaged(file: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{file} is damaged or not a safetensors file ({reason}): copy or save it again"
+    )
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that lies in a file: name, shape and safetensors' name of its dtype ("BF16")."""
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-    def load(self) -> Tensor:
-        """The tensor, on the CPU; the file is mapped, so that only its bytes are read."""
-        with _open(self.file) as file:
-            return file.get_tensor(self.name)
-
-
-def stored_tensors(path: Path) -> list[StoredTensor]:
-    """All tensors of a safetensors file or of a model folder; only headers are read.
-
-    Raises:
-        ValueError: nothing of the kind is there, or a file is damaged.
-        FileNotFoundError: no such path, or an index names a file that is not there.
-
-    """
-    tensors = []
-    for file in model_files(path):
-        with _open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118  (the handle itself cannot be iterated)
-                part = opened.get_slice(name)
-                tensors.append(StoredTensor(name, file, tuple(part.get_shape()), part.get_dtype()))
-    return tensors
-
-
-def model_files(path: Path) -> Iterable[Path]:
-    """The safetensors files of a model's folder, in the order of its index; or the file itself.
-
-    Raises:
-        ValueError: there is none, or several without an index; the folder is unfinished.
-        FileNotFoundError: no such path, or the index names a file that is not there.
-
-    """
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is no .safetensors file; other formats are not read")
-        return [path]
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if is_unfinished(path):
-        raise ValueError(f"{path} is unfinished: repeat the command that was writing it")
-    if (path / INDEX).is_file():
-        shards = read_json(path / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-            raise ValueError(f"{path / INDEX} has no weight_map of names to files")
-        files = [path / name for name in dict.fromkeys(shards.values())]
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{INDEX} names {file.name}, which is not in {path}")
-        return files
-    found = sorted(path.glob("*.safetensors"))
-    single = path / "model.safetensors"
-    if single in found:
-        return [single]
-    if len(found) != 1:
-        what = "several .safetensors files and no index" if found else "no .safetensors file"
-        raise ValueError(f"{path} has {what}; give one file, or the folder of a model or adapter")
-    return found
-
-
-def _open(file: Path):
-    safetensors = needed("safetensors", "reading checkpoints", "cli")
-    try:
-        return safetensors.safe_open(file, framework="pt")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; ValueError if it is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is no JSON object")
-    return content
-
-
-WORK = ".lora-kernels-unfinished"
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Whether a run that writes this folder was not completed."""
-    return (folder / WORK).is_dir()
+def _parsed(header: bytes) -> Layout:
+    content = json.loads(header)
+    metadata = content.pop("__metadata__", None) or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not strings")
+    entries = []
+    for name, value in content.items():
+        begin, end = value["data_offsets"]
+        entry = Entry(name, value["dtype"], tuple(value["shape"]), begin, end)
+        bits = _BITS.get(entry.dtype)
+        if bits is not None and entry.numel * bits != 8 * (end - begin):
+            raise ValueError(f"{name!r} has {end - begin} bytes, its shape another number")
+        entries.append(entry)
+    entries.sort(key=lambda e: (e.begin, e.end))
+    position = 0
+    for entry in entries:
+        if entry.begin != position or entry.end < entry.begin:
+            raise ValueError(f"the bytes of {entry.name!r} do not follow those before it")
+        position = entry.end
+    return Layout(header, tuple(entries), metadata)

@@ -1,4 +1,4 @@
-"""The command `lora-kernels`: one module for each subcommand, with its parser and its function."""
+"""The command `lora-kernels`: a module for each subcommand, with its parser and its function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._utils.version import __version__
 from . import convert, init, inspect, merge, verify
 
 _EXAMPLES = """\
-a way from a checkpoint to a trained adapter:
+from a checkpoint to a trained adapter:
   lora-kernels init models/base start --method loram -r 16
   (train start/adapter on the model in start, with PEFT or TRL, into trained)
   lora-kernels convert trained adapter --start start/adapter
@@ -23,8 +23,8 @@ a way from a checkpoint to a trained adapter:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 1 after an error (one line on standard error), or if `verify` finds one; 2
-    after wrong usage; 130 after Ctrl-C.
+    """Runs a command. The exit status is 0; 1 after an error (one line on standard error), or if
+    `verify` finds one; 2 after wrong usage; 130 after Ctrl-C.
     """
     options = _parser().parse_args(argv)
     try:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         if options.resumes:
-            message = "interrupted; the same command goes on where it was"
+            message = "interrupted; repeat the same command to continue"
             print(f"lora-kernels {options.command}: {message}", file=sys.stderr)
         return 130
 

@@ -1,4 +1,4 @@
-"""`lora-kernels convert`: an adapter in another format, or of the original base."""
+"""`lora-kernels convert`: converts an adapter to another format, or to the original base."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ._options import add_command, add_path, add_quiet
 _DESCRIPTION = """\
 Writes an adapter in another format.
 
-peft (the default): PEFT and serving engines load it on the original model. A start that was taken
-out of the base doubles the rank, unless --compress-to cuts it again. native: what lora_kernels
-trains, with the start apart.
+peft (the default): PEFT and serving engines load it onto the original model. A start that was
+subtracted from the base doubles the rank, unless --compress-to truncates it. native: for
+lora_kernels, as small as the training state.
 
---start: ADAPTER was trained with PEFT on the model that `lora-kernels init` made, and START is the
-folder "adapter" in that model, the start as it was. The result holds for the original model.
+--start: ADAPTER was trained with PEFT on the model that `lora-kernels init` wrote, and START is the
+folder "adapter" in that model, unchanged. The result is an adapter of the original model.
 """
 _EXAMPLES = """\
 examples:
@@ -28,21 +28,20 @@ examples:
 
 
 def add_parser(commands) -> None:
-    """The subcommand's."""
     parser = add_command(
         commands, "convert", "write an adapter in another format", _DESCRIPTION, _EXAMPLES
     )
-    add_path(parser, "ADAPTER", "folder of an adapter that PEFT or lora_kernels wrote")
+    add_path(parser, "ADAPTER", "folder of an adapter, written by PEFT or lora_kernels")
     add_path(parser, "OUT", "folder to write; an adapter in it is replaced")
     parser.add_argument("--format", choices=FORMATS, default="peft", help="default peft")
     parser.add_argument(
         "--compress-to",
         type=int,
         metavar="R",
-        help="cut the rank to R, by an SVD of the change; prints what that loses",
+        help="truncate the rank to R, by an SVD of the update; prints the error",
     )
     parser.add_argument(
-        "--start", type=Path, metavar="START", help="the start ADAPTER was trained from"
+        "--start", type=Path, metavar="START", help="the start that ADAPTER was trained from"
     )
     add_quiet(parser, "summary")
     parser.set_defaults(run=_convert)

@@ -1,4 +1,4 @@
-"""`lora-kernels init`: the starts of a checkpoint that need not fit into memory."""
+"""`lora-kernels init`: starts the layers of a checkpoint that may be larger than memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 
 from .._utils.progress import byte_bar
-from ..files.checkpoint.initialize import ADAPTER, Summary, initialise
+from ..files.checkpoint.initialize import ADAPTER, InitSummary, initialize
 from ..init import get_initializer, initializer_names
 from ..model.config import LoRAConfig
 from ._options import (
@@ -22,20 +22,20 @@ from ._options import (
 )
 
 _DESCRIPTION = """\
-Starts the linear layers of a model, tensor by tensor, without loading it.
+Starts the linear layers of a model, tensor by tensor, without loading the model.
 
---residual absorb (the default where the start is not zero): OUT_DIR becomes a complete model
-whose weights lack the start, and OUT_DIR/adapter the start as a PEFT adapter of that model. The
-two together are the original model. Train with plain PEFT, then `lora-kernels convert` makes an
-adapter of the original model from what was trained.
+--residual absorb (the default if the start is not zero): OUT_DIR becomes a complete model, from
+whose weights the start was subtracted, and OUT_DIR/adapter the start as a PEFT adapter of that
+model. Both together are the original model. Train with plain PEFT; `lora-kernels convert` then
+makes an adapter of the original model from the trained one.
 
---residual implicit (the default where it is zero): the base stays as it is. OUT_DIR becomes a
+--residual implicit (the default if the start is zero): the base does not change. OUT_DIR becomes a
 native adapter of MODEL_DIR, for lora_kernels.load_adapter.
 
-Experts and routers of mixtures are left out: in transformers' models they are no linear layers.
+Experts and routers of mixtures are excluded: in transformers' models they are not linear layers.
 Shards, their order, headers and names, the index and all other files are kept; weights in other
-formats are left out. Memory stays at the largest weight, with its copies if it is cast, and 128
-MiB. A run that was killed goes on where it was when the same command is given again.
+formats are not copied. Peak memory is the largest weight, with its copies if it is cast, and 128
+MiB. Repeat the same command to continue a run that was killed.
 """
 _EXAMPLES = """\
 examples:
@@ -51,7 +51,6 @@ training on OUT_DIR:
 
 
 def add_parser(commands) -> None:
-    """The subcommand's."""
     parser = add_command(
         commands, "init", "start the layers of a model on disk", _DESCRIPTION, _EXAMPLES
     )
@@ -67,7 +66,7 @@ def add_parser(commands) -> None:
     parser.add_argument("-r", type=int, default=16, metavar="R", help="rank (default 16)")
     add_targets(parser)
     parser.add_argument(
-        "--exclude", nargs="+", metavar="NAME", help="layers to leave out, as for --targets"
+        "--exclude", nargs="+", metavar="NAME", help="layers to exclude, as for --targets"
     )
     parser.add_argument(
         "--residual", choices=("absorb", "implicit"), default="auto", help="see above"
@@ -77,7 +76,7 @@ def add_parser(commands) -> None:
         "--lora-alpha", type=float, metavar="ALPHA", help="s is ALPHA / r (default 8)"
     )
     parser.add_argument("--rslora", action="store_true", help="s is ALPHA / sqrt(r)")
-    parser.add_argument("--seed", type=int, default=0, help="of starts that are drawn (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of random starts (default 0)")
     parser.add_argument(
         "--device", default="cpu", help="where starts are computed: cpu (default), cuda ..."
     )
@@ -98,7 +97,7 @@ def _init(options: argparse.Namespace) -> None:
     )
     begin = time.perf_counter()
     with byte_bar("init", not options.quiet) as progress:
-        done = initialise(
+        done = initialize(
             options.model_dir,
             options.out_dir,
             config,
@@ -113,17 +112,17 @@ def _init(options: argparse.Namespace) -> None:
         print(_summary(done, options, time.perf_counter() - begin), file=sys.stdout)
 
 
-def _summary(done: Summary, options: argparse.Namespace, seconds: float) -> str:
+def _summary(done: InitSummary, options: argparse.Namespace, seconds: float) -> str:
     size = f"{done.size / 1e9:.2f} GB in {seconds:.1f} s"
     if done.resumed:
-        size += f", {done.resumed / 1e9:.2f} GB were done before"
+        size += f", {done.resumed / 1e9:.2f} GB in earlier runs"
     head = f"{done.layers} layers start with {options.method}, r = {options.r} ({size})"
     out = options.out_dir
-    if done.left_out:
-        head += f"\n{done.left_out} experts and routers are left out: no linear layers in a model"
+    if done.excluded:
+        head += f"\n{done.excluded} experts and routers are excluded: not linear layers in a model"
     if done.residual == "implicit":
         return f"{head}\n{out}: a native adapter of {options.model_dir}, for load_adapter"
     return (
-        f"{head}\n{out}: the model without the start; {out / ADAPTER}: the start, for PEFT\n"
+        f"{head}\n{out}: the model minus the start; {out / ADAPTER}: the start, for PEFT\n"
         f"after training: lora-kernels convert TRAINED ADAPTER --start {out / ADAPTER}"
     )

@@ -1,4 +1,4 @@
-"""`lora-kernels inspect`: the magnitudes of a model's or an adapter's layers."""
+"""`lora-kernels inspect`: prints the magnitudes of a model's or an adapter's layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .._utils.extras import needed
 from .._utils.progress import tracked
-from ..files.checkpoint.weights import is_adapter, stored_pairs, stored_weights
+from ..files.adapter.folder import is_adapter, read_adapter
+from ..files.checkpoint.weights import select_layers, stored_weights
 from ..training import magnitude_report
 from ..training.magnitude import AdapterMagnitude, LayerMagnitude, measure, measure_adapter
 from ._options import add_command, add_path, add_quiet, add_targets, table_console, targets_of
@@ -17,9 +18,10 @@ The magnitudes of every layer: one line each, as a table, a CSV or a picture.
 
 Of a model's weights W: the mean square nu[W]; the exact spectral gain rho[r] and Q[r] beside
 LoRAM's ln r / ln min(n, m); LoRAM's beta and the size of its start; the predicted growth k1 of
-the update for lora, pissa and loram (arXiv 2507.06558). Of an adapter: nu of A, B and s.B.A.
+the update for lora, pissa and loram (arXiv 2507.06558). Of an adapter: nu of A, B and s.B.A; if
+a start is subtracted, A and B have it as the second half of their rank.
 
-Weights are read one at a time: memory stays at the largest.
+The weights of a model are read one at a time: peak memory is the largest.
 """
 _EXAMPLES = """\
 examples:
@@ -30,7 +32,6 @@ examples:
 
 
 def add_parser(commands) -> None:
-    """The subcommand's."""
     parser = add_command(
         commands,
         "inspect",
@@ -41,7 +42,7 @@ def add_parser(commands) -> None:
     add_path(
         parser,
         "PATH",
-        "folder of a Hugging Face model, a .safetensors file, or folder of a PEFT adapter",
+        "folder of a Hugging Face model, a .safetensors file, or folder of an adapter",
     )
     parser.add_argument(
         "-r", type=int, metavar="R", help="rank of the starts (default 16; an adapter has its own)"
@@ -60,18 +61,18 @@ def add_parser(commands) -> None:
         dest="method",
         action="store_const",
         const="randomized",
-        help="the r largest only, by block Krylov iteration: rho then takes W to have full rank",
+        help="only the r largest, by block Krylov iteration: rho then assumes that W has full rank",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every value to FILE")
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draw bars and Q over r (.png, .pdf, .svg)"
+        "--picture", type=Path, metavar="FILE", help="draw bars, and Q over r (.png, .pdf, .svg)"
     )
     add_quiet(parser, "table")
     parser.set_defaults(run=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    # Before the work, so that it is not lost.
+    # Missing packages are reported before the work.
     console = None if options.quiet else table_console()
     if options.picture:
         needed("matplotlib", "--picture", "picture")
@@ -98,7 +99,8 @@ def _adapter_rows(options: argparse.Namespace) -> list[AdapterMagnitude]:
     if options.r is not None or options.method is not None:
         given = "-r" if options.r is not None else f"--{options.method}"
         raise ValueError(f"{given} is for models; {options.path} is an adapter with its own rank")
+    layers = read_adapter(options.path, residual_base=True).layers
     return [
-        measure_adapter(pair.name, pair.lora_A.load(), pair.lora_B.load(), pair.scaling)
-        for pair in stored_pairs(options.path, targets_of(options))
+        measure_adapter(name, *layers[name].update_factors(), layers[name].scaling)
+        for name in select_layers(layers, targets_of(options))
     ]

@@ -1,4 +1,4 @@
-"""`lora-kernels merge`: a model with an adapter merged into it."""
+"""`lora-kernels merge`: merges an adapter into a model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _DESCRIPTION = """\
 Merges an adapter into a model, tensor by tensor, without loading the model.
 
 ADAPTER is a folder that PEFT or lora_kernels wrote, in any format. W + s(BA - B0 A0) is summed in
-float32 and rounded once; modules that were trained in full, and biases, replace those of the base.
-All else is copied. A run that was killed goes on where it was when the same command is given again.
+float32 and rounded once; saved modules and biases replace those of the base. Everything else is
+copied. Repeat the same command to continue a run that was killed.
 """
 _EXAMPLES = """\
 examples:
@@ -24,7 +24,6 @@ examples:
 
 
 def add_parser(commands) -> None:
-    """The subcommand's."""
     parser = add_command(
         commands, "merge", "merge an adapter into a model on disk", _DESCRIPTION, _EXAMPLES
     )

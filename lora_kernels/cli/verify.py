@@ -1,4 +1,4 @@
-"""`lora-kernels verify`: whether an adapter loads onto a model, and computes what it should."""
+"""`lora-kernels verify`: checks that an adapter loads onto a model and computes what it should."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .._utils.extras import needed
 from ._options import add_command, add_path, table_console
 
 _DESCRIPTION = """\
-Checks an adapter against its base: are the files whole; is every layer in the base, with its
-shape; and, if transformers is installed, do the logits agree of the merged weights, of
-lora_kernels and of PEFT, in float32 on the CPU on a few fixed tokens.
+Checks an adapter against its base: whether its files are intact; whether every layer is in the
+base, with the same shape; and, if transformers is installed, whether the logits of the merged
+weights, of lora_kernels and of PEFT agree, in float32 on the CPU on a few fixed tokens.
 
-Exit status 0 if all is well, 1 if not.
+The exit status is 0 if no check fails, else 1.
 """
 _EXAMPLES = """\
 examples:
@@ -27,16 +27,15 @@ examples:
 
 
 def add_parser(commands) -> None:
-    """The subcommand's."""
     parser = add_command(
         commands, "verify", "check an adapter against its base", _DESCRIPTION, _EXAMPLES
     )
-    add_path(parser, "ADAPTER", "folder of an adapter that PEFT or lora_kernels wrote")
+    add_path(parser, "ADAPTER", "folder of an adapter, written by PEFT or lora_kernels")
     add_path(parser, "BASE", "folder of the model")
     parser.add_argument(
         "--files-only", action="store_true", help="do not load the model: no logits"
     )
-    parser.add_argument("--quiet", action="store_true", help="no table: the exit status only")
+    parser.add_argument("--quiet", action="store_true", help="print no table: only the exit status")
     parser.set_defaults(run=_verify)
 
 
@@ -44,10 +43,10 @@ def _verify(options: argparse.Namespace) -> int:
     from ..files.checkpoint.verify import verify
 
     console = None if options.quiet else table_console()
-    # Before the first import of transformers reads them.
+    # The first import of transformers reads them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with _others_silent():
+    with _quiet_packages():
         checks = list(verify(options.adapter, options.base, logits=not options.files_only))
     if console:
         table = needed("rich.table", "the table", "cli").Table(show_header=False)
@@ -59,8 +58,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _others_silent() -> Iterator[None]:
-    """Without what other packages log and warn of when imported, which is not about the adapter."""
+def _quiet_packages() -> Iterator[None]:
+    """Hides logs and warnings of other packages, which do not concern the adapter."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

@@ -54,8 +54,7 @@ class LoftQ(Initializer):
 
     def __post_init__(self) -> None:
         check_quantizer(self.quantizer)
-        if as_integer(self.iterations, "iterations") < 1:
-            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
+        as_integer(self.iterations, "iterations", minimum=1)
         svd.check_options(self.method)
         as_integer(self.seed, "seed")
 

@@ -26,8 +26,9 @@ class Adapter(nn.Module):
     def __init__(self, options: AdapterOptions, start: Start, changes_base: bool) -> None:
         super().__init__()
         self.options = options
-        # Stored, because every forward reads them.
+        # Attributes, not properties, because every forward reads them.
         self.scaling, self.lora_dropout = options.scaling, options.lora_dropout
+        self.residual = options.residual
         has_R = start.lora_R is not None
         self.lora_A = nn.Parameter(start.lora_A, requires_grad=not has_R)  # [r, in]
         self.lora_B = nn.Parameter(start.lora_B, requires_grad=not has_R)  # [out, r]
@@ -47,11 +48,6 @@ class Adapter(nn.Module):
     def r(self) -> int:
         """The rank."""
         return self.options.r
-
-    @property
-    def residual(self) -> str:
-        """How s·B₀A₀ is subtracted: from the weight ("absorb") or in the forward ("implicit")."""
-        return self.options.residual
 
     def load_factors(self, lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None) -> None:
         """Replaces A [r, in], B [out, r] and R [r, r] by trained ones, which are not copied."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .._utils.checks import as_integer, check_number, check_positive
+from .._utils.checks import as_integer, check_positive, check_probability
 from .._utils.errors import unknown_name
 from ..init import Initializer
 from ..init.base import refuse_implicit
@@ -104,16 +104,12 @@ class AdapterOptions:
             TypeError: a value of the wrong type.
 
         """
-        r = as_integer(r, "r")
-        if r < 1:
-            raise ValueError(f"r must be at least 1, got {r}")
+        r = as_integer(r, "r", minimum=1)
         rule = resolve_rule(scaling, use_rslora)
         if residual not in RESIDUALS:
             raise unknown_name("residual", residual, RESIDUALS)
         refuse_implicit(initializer, residual)
-        check_number(lora_dropout, "lora_dropout")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+        check_probability(lora_dropout, "lora_dropout")
         lora_alpha = DEFAULT_ALPHA[rule] if lora_alpha is None else lora_alpha
         options = cls(r, lora_alpha, rule, lora_dropout, residual)
         check_start(rule, options.scaling, initializer)

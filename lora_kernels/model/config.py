@@ -9,59 +9,19 @@ from dataclasses import dataclass, field, fields
 from torch import Tensor
 
 from .._utils.checks import as_integer, check_positive
-from .._utils.errors import nearest_name, unknown_name
+from .._utils.errors import did_you_mean, unknown_name
 from .._utils.names import ALL_LINEAR, pattern_matches
+from .._utils.peft_names import (
+    BIASES,
+    OPTIONS_OF_VARIANTS,
+    OPTIONS_WITHOUT_EFFECT,
+    TASK_TYPES,
+)
 from ..init import Initializer, get_initializer
 from ..layers.options import DEFAULT_ALPHA, AdapterOptions, lora_scaling, resolve_rule
 from ..layers.state import LayerState
 
-BIASES = ("none", "all", "lora_only")
 RESIDUALS = ("auto", "absorb", "implicit")
-TASK_TYPES = (
-    "SEQ_CLS",
-    "SEQ_2_SEQ_LM",
-    "CAUSAL_LM",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
-)
-# The heads that PEFT trains in full with these tasks, and cannot load an adapter without.
-TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-# PEFT 0.21's others: variants of LoRA, which compute something else, and what its files say.
-_PEFT_ONLY = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "kasa_config",
-    "layer_replication",
-    "loftq_config",
-    "lora_bias",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "monteclora_config",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
-)
 
 
 @dataclass(frozen=True)
@@ -123,16 +83,20 @@ class LoRAConfig:
     task_type: str | None = None
 
     def __new__(cls, *args: object, **options: object) -> LoRAConfig:
-        """Raises TypeError for unknown options, with a reason or the nearest name."""
+        """Raises a TypeError that suggests a name for an unknown option, or says why PEFT's is not
+        available.
+        """
         known = [f.name for f in fields(cls)]
         for name in options:
-            if name in _PEFT_ONLY:
+            if name in OPTIONS_OF_VARIANTS + OPTIONS_WITHOUT_EFFECT:
                 raise TypeError(
                     f"LoRAConfig has no {name!r}: what PEFT does with it is not implemented here, "
                     "or needs no option"
                 )
             if name not in known:
-                raise TypeError(f"LoRAConfig has no option {name!r}{nearest_name(name, known)}")
+                raise TypeError(
+                    f"LoRAConfig has no option {name!r}{did_you_mean(name.lower(), known)}"
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -157,8 +121,7 @@ class LoRAConfig:
         if isinstance(self.layers_to_transform, Sequence):
             object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         for index in self.layer_indices() or ():
-            if as_integer(index, "layers_to_transform") < 0:
-                raise ValueError(f"layers_to_transform must not be negative, got {index}")
+            as_integer(index, "layers_to_transform", minimum=0)
         self._check_patterns()
         self._options(self.r, self.lora_alpha, self.initializer, "absorb")
 
@@ -248,9 +211,9 @@ class LoRAConfig:
                 raise TypeError(f"{option} must be a dict, got {type(patterns).__name__}")
             for key, value in patterns.items():
                 _check_expression(option, key)
-                if option == "rank_pattern" and as_integer(value, f"{option}[{key!r}]") < 1:
-                    raise ValueError(f"{option}[{key!r}] must be at least 1, got {value}")
-                if option == "alpha_pattern":
+                if option == "rank_pattern":
+                    as_integer(value, f"{option}[{key!r}]", minimum=1)
+                else:
                     check_positive(value, f"{option}[{key!r}]")
             object.__setattr__(self, option, dict(patterns))
 
@@ -259,7 +222,7 @@ def _check_expression(option: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise ValueError(f"{option} has {pattern!r}, no regular expression: {error}") from None
+        raise ValueError(f"{option} has {pattern!r}, not a regular expression: {error}") from None
 
 
 def _matched(patterns: Mapping[str, float], name: str, default: float) -> float:

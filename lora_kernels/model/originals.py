@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from .._utils.checks import check_weight
-from .._utils.safetensors import stored_tensors
+from .._utils.errors import did_you_mean
+from .._utils.model_files import stored_tensors
 from ..layers.base import BaseLayer
 
 
@@ -73,6 +73,5 @@ class OriginalWeights:
             return near[0]
         if near:
             raise ValueError(f"several original weights match {name!r}: {', '.join(near)}")
-        close = difflib.get_close_matches(f"{name}.weight", self._loaders, n=1)
-        hint = f"; the nearest is {close[0]!r}" if close else ""
+        hint = did_you_mean(f"{name}.weight", self._loaders)
         raise ValueError(f"original_weights has no weight of {name!r}{hint}")

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from .._utils.names import ALL_LINEAR, match_names, nearest, pattern_matches
+from .._utils.peft_names import TASK_HEADS
 from ..layers.base import BaseLayer, base_of
-from .config import TASK_HEADS, LoRAConfig
+from .config import LoRAConfig
 
 Targets = str | Sequence[str] | Mapping[str, nn.Module] | Sequence[nn.Module]
 

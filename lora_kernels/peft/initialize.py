@@ -11,12 +11,12 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
+from .._utils.peft_names import PREFIX
 from ..init import Initializer, Start, get_initializer
 from ..init.base import refuse_implicit
 from ..layers.base import base_of
 from ..model.starts import StartJob, make_starts, matched_gradients, naming
 from .layers import (
-    PREFIX,
     adapter_of,
     check_model,
     described,

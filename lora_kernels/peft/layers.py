@@ -9,10 +9,9 @@ from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from torch import nn
 
 from .._utils.errors import unknown_name
+from .._utils.peft_names import PREFIX
 from .variant import StartVariant, start_of
 
-# The prefix of the base model's names inside the PeftModel and its LoraModel.
-PREFIX = "base_model.model."
 # PEFT's layers that support a `LoraVariant`, other than those derived from Linear.
 _QUANTIZED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 

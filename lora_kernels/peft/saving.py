@@ -1,9 +1,9 @@
-"""Adapters of `initialize` in PEFT's folders, exactly and both ways.
+"""Saves adapters of `initialize` in PEFT's folders, and loads them exactly as they were.
 
 A folder holds A' = [A; A₀], B' = [B, −B₀] of rank 2r with the same s, so that plain PEFT computes
-W + s·(BA − B₀A₀) on the original base. How to take it apart again stands in the header of the
-safetensors file, where plain PEFT does not look: the recipe is that of `lora_kernels.save_adapter`,
-and either reads what the other wrote.
+W + s·(BA − B₀A₀) on the original base. The recipe for splitting them is in the header of the
+safetensors file, which plain PEFT does not read. It is that of `lora_kernels.save_adapter`: each
+reads the other's files.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from typing import Any
 
 import peft
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from .._utils.safetensors import load_metadata, load_tensors, save_tensors
-from ..files.adapter.recipe import METADATA, NATIVE_FILE, recipe_from_json, recipe_to_json
+from .._utils.model_files import read_json
+from .._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
+from .._utils.safetensors import load_tensors, save_tensors
+from ..files.adapter.content import NATIVE_FILE, FolderContent
+from ..files.adapter.recipe import PEFT, read_recipe, recipe_to_json
 from ..files.adapter.tensors import check_unedited, split_halves
-from ..files.io.replace import replace_files
 from ..layers.options import lora_scaling
 from ..layers.state import LayerState
-from .layers import PREFIX, adapters_with_start, has_adapter, lora_layers
+from .layers import adapters_with_start, has_adapter, lora_layers
 from .variant import drop_start, set_start, start_of
 
-# The fields of the configuration that rank 2r changes.
+# The options of the configuration that rank 2r changes.
 _FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
 
 
@@ -50,7 +51,7 @@ def save_pretrained(
     """PEFT's `save_pretrained`; adapters that subtract a start are written with rank 2r.
 
     Raises:
-        ValueError: such an adapter is to be pickled, or converted, which it needs not; or
+        ValueError: such an adapter should be pickled, or converted, which is unnecessary; or
             `state_dict` lacks it.
 
     """
@@ -59,12 +60,12 @@ def save_pretrained(
     doubled = [name for name in names if name in adapters_with_start(peft_model)]
     if doubled and not safe_serialization:
         raise ValueError(
-            "safe_serialization=False pickles, which has no room for the start's recipe"
+            "safe_serialization=False pickles the adapter, which cannot store the start's recipe"
         )
     if doubled and path_initial_model_for_weight_conversion is not None:
         raise ValueError(
-            "path_initial_model_for_weight_conversion: save_pretrained writes adapters for the "
-            "original base by itself"
+            "path_initial_model_for_weight_conversion is not needed: save_pretrained writes "
+            "adapters for the original base anyway"
         )
     others = [name for name in names if name not in doubled]
     common = {"save_embedding_layers": save_embedding_layers, "is_main_process": is_main_process}
@@ -96,12 +97,12 @@ def load_adapter(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """PEFT's `load_adapter`; a folder that `save_pretrained` or `lora_kernels.save_adapter` wrote
-    with rank 2r is taken apart into A, B and what the layers subtract. After any other folder,
-    nothing is subtracted.
+    """PEFT's `load_adapter`; if `save_pretrained` or `lora_kernels.save_adapter` wrote the folder
+    with rank 2r, it is split into A, B and the start that the layers subtract. With any other
+    folder, nothing is subtracted.
 
     Raises:
-        ValueError: the file is damaged or of `save_adapter`'s format="native", its recipe is of
+        ValueError: the file is damaged or has `save_adapter`'s format="native", its recipe is of
             another version, or its configuration was edited.
         RuntimeError: the adapter is merged.
 
@@ -120,7 +121,7 @@ def load_adapter(
         kwargs.pop("subfolder", None)
         with TemporaryDirectory() as scratch:
             try:
-                starts = _take_apart(folder, Path(scratch), recipe)
+                starts = _split(folder, Path(scratch), recipe)
             except KeyError as error:
                 raise ValueError(
                     f"{folder}: the recipe does not fit its tensors: {error}"
@@ -131,7 +132,7 @@ def load_adapter(
             set_start(layer, adapter_name, *starts[name])
         else:
             drop_start(layer, adapter_name)
-    # PEFT misses the starts among the tensors: they are set here.
+    # PEFT reports the starts as missing tensors: they have been set here.
     result.missing_keys[:] = [key for key in result.missing_keys if ".lora_start_" not in key]
     return result
 
@@ -139,7 +140,7 @@ def load_adapter(
 def _doubled_state(
     peft_model: peft.PeftModel, adapter: str, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The state_dict with A' and B' for A and B, and without the starts."""
+    """The state_dict with A' and B' in place of A and B, and without the starts."""
     state = dict(state)
     for name, layer in lora_layers(peft_model).items():
         for other in layer.lora_A:
@@ -163,7 +164,7 @@ def _doubled_state(
 
 @contextmanager
 def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict]:
-    """Meanwhile the adapter's configuration is that of rank 2r; yields its fields at rank r."""
+    """Sets the adapter's configuration to rank 2r for a while; yields its options at rank r."""
     config = peft_model.peft_config[adapter]
     doubled = copy.deepcopy(config)
     factor = math.sqrt(2) if config.use_rslora else 2  # s stays
@@ -173,7 +174,7 @@ def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict]:
     doubled.init_lora_weights = True
     for name, layer in lora_layers(peft_model).items():
         if has_adapter(layer, adapter) and start_of(layer, adapter) is None:
-            # Before the patterns: the first that matches counts.
+            # In front of the patterns: the first that matches is used.
             exact = f"^{re.escape(name)}"
             doubled.rank_pattern = {exact: layer.r[adapter], **doubled.rank_pattern}
             doubled.alpha_pattern = {exact: layer.lora_alpha[adapter], **doubled.alpha_pattern}
@@ -186,7 +187,7 @@ def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict]:
 
 
 def _layer_states(peft_model: peft.PeftModel, adapter: str) -> dict[str, LayerState]:
-    """The adapter in each layer that has it, but for embeddings."""
+    """The adapter of each layer that has it, except embeddings."""
     rule = "rslora" if peft_model.peft_config[adapter].use_rslora else "lora"
     states = {}
     for name, layer in lora_layers(peft_model).items():
@@ -208,45 +209,38 @@ def _layer_states(peft_model: peft.PeftModel, adapter: str) -> dict[str, LayerSt
 def _publish(
     written: Path, folder: Path, layers: Mapping[str, LayerState], fields: Mapping[str, Any]
 ) -> None:
-    """Puts what PEFT wrote into the folder, with the recipe; a killed process leaves the old."""
-    tensors, _ = load_tensors(written / SAFETENSORS_WEIGHTS_NAME)
-    content = (written / CONFIG_NAME).read_bytes()
-    config = json.loads(content)
+    """Moves what PEFT wrote into the folder and adds the recipe; a killed process leaves the old
+    files.
+    """
+    tensors, _ = load_tensors(written / ADAPTER_FILE)
+    config = read_json(written / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path")
-    recipe = recipe_to_json(layers, "peft", None, base, peft_config=config, rank_fields=fields)
-    replace_files(
-        folder,
-        SAFETENSORS_WEIGHTS_NAME,
-        lambda path: save_tensors(tensors, path, {METADATA: recipe}),
-        {CONFIG_NAME: content},
-        (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
-    )
+    recipe = recipe_to_json(layers, PEFT, None, base, peft_config=config, rank_fields=fields)
+    content = FolderContent(ADAPTER_FILE, config, tensors, recipe)
+    content.write(folder, (ADAPTER_CONFIG, ADAPTER_FILE))
 
 
 def _read_recipe(folder: Path) -> dict[str, Any] | None:
-    """None if the folder is not ours, or not there."""
-    file = folder / SAFETENSORS_WEIGHTS_NAME
+    """The recipe; None if there is none, or it is one of a start, which PEFT reads itself."""
+    file = folder / ADAPTER_FILE
     if (folder / NATIVE_FILE).is_file() and not file.is_file():
         raise ValueError(
-            f"{folder} is of save_adapter's format='native', which lora_kernels.load_adapter "
-            "reads; for PEFT save it with format='peft'"
+            f"{folder} has save_adapter's format='native', which lora_kernels.load_adapter reads; "
+            "for PEFT save it with format='peft'"
         )
-    text = load_metadata(file).get(METADATA) if file.is_file() else None
-    if text is None:
+    recipe = read_recipe(file)
+    if recipe is None or recipe["format"] != PEFT:
         return None
     try:
-        recipe = recipe_from_json(text)
-        check_unedited(recipe, json.loads((folder / CONFIG_NAME).read_bytes()))
+        check_unedited(recipe, read_json(folder / ADAPTER_CONFIG))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return recipe
 
 
-def _take_apart(
-    folder: Path, scratch: Path, recipe: dict[str, Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Writes the adapter of rank r, as PEFT does, into `scratch`; the starts are returned."""
-    tensors, _ = load_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
+def _split(folder: Path, scratch: Path, recipe: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Writes the adapter of rank r into `scratch`, as PEFT does; returns the starts."""
+    tensors, _ = load_tensors(folder / ADAPTER_FILE)
     starts = {}
     for name, layer in recipe["layers"].items():
         if not layer.get("start"):
@@ -255,7 +249,7 @@ def _take_apart(
         factors = split_halves(name, layer, tensors[key_A], tensors[key_B])
         starts[name] = factors["start_A"], factors["start_B"]
         tensors[key_A], tensors[key_B] = factors["lora_A"], factors["lora_B"]
-    config = json.loads((folder / CONFIG_NAME).read_bytes()) | recipe["rank_fields"]
-    (scratch / CONFIG_NAME).write_text(json.dumps(config))
-    save_tensors(tensors, scratch / SAFETENSORS_WEIGHTS_NAME, {})
+    config = read_json(folder / ADAPTER_CONFIG) | recipe["rank_fields"]
+    (scratch / ADAPTER_CONFIG).write_text(json.dumps(config))
+    save_tensors(tensors, scratch / ADAPTER_FILE, {})
     return starts

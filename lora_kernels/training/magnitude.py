@@ -273,9 +273,7 @@ def measure_adapter(name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 
 
 def _checked(r: int, scaling: float) -> int:
-    r = as_integer(r, "r")
-    if r < 1:
-        raise ValueError(f"r must be at least 1, got {r}")
+    r = as_integer(r, "r", minimum=1)
     check_positive(scaling, "scaling")
     return r
 

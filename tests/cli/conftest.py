@@ -1,4 +1,4 @@
-"""The commands' tests run on the same small checkpoints."""
+"""Tests of the commands use the same small checkpoints."""
 
 from ..files.checkpoint.conftest import gpt2, llama, odd_model
 

@@ -1,4 +1,4 @@
-"""The subcommands over checkpoints: what they print, and errors of one line."""
+"""The subcommands for checkpoints: their output, and errors of one line."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_init_errors(arguments, match, odd_model, tmp_path, capsys):
 def test_paths(odd_model, tmp_path, capsys):
     out = tmp_path / "out"
     assert "does not exist" in error_of(capsys, "init", tmp_path / "nowhere", out)
-    assert "lie in each other" in error_of(capsys, "init", odd_model, odd_model)
+    assert "are inside each other" in error_of(capsys, "init", odd_model, odd_model)
     out.mkdir()
     (out / "x").touch()
     assert "--overwrite" in error_of(capsys, "init", odd_model, out, "-r", 4)
@@ -86,7 +86,7 @@ def test_paths(odd_model, tmp_path, capsys):
         ("config.json", '{"model_type": ["llama"]}', "has model_type = ['llama']"),
         ("config.json", '{"architectures": {"a": 1}}', "has architectures = {'a': 1}"),
         ("config.json", '{"text_config": 1}', "has text_config = 1"),
-        ("model.safetensors.index.json", "[" * 100_000, "is no JSON"),
+        ("model.safetensors.index.json", "[" * 100_000, "is not valid JSON"),
     ],
 )
 def test_foreign_json(file, content, match, odd_model, tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_foreign_json(file, content, match, odd_model, tmp_path, capsys):
 
 
 def test_tensor_in_two_shards(odd_model, tmp_path, capsys):
-    """Only one of them would lack the start."""
+    """The start would be subtracted from one of them only."""
     tensors, _ = read_file(odd_model / "part-1-of-3.safetensors")
     again, _ = read_file(odd_model / "part-2-of-3.safetensors")
     name = "model.layers.1.q_proj.weight"
@@ -125,7 +125,7 @@ def test_help(command, capsys):
 
 
 def test_bar(odd_model, tmp_path, monkeypatch, capsys):
-    """By bytes, where standard error is a terminal; none if it is not wanted."""
+    """It counts bytes, if standard error is a terminal; none if disabled."""
     rich = pytest.importorskip("rich.console")
     console = rich.Console
 
@@ -142,8 +142,8 @@ def test_bar(odd_model, tmp_path, monkeypatch, capsys):
 
 
 def test_bytes_are_counted(odd_model, tmp_path):
-    """All of the files' data, once."""
-    from lora_kernels.files.checkpoint.initialize import initialise
+    """The data of all files is counted once."""
+    from lora_kernels.files.checkpoint.initialize import initialize
     from lora_kernels.model.config import LoRAConfig
 
     totals: list[int] = []
@@ -153,7 +153,7 @@ def test_bytes_are_counted(odd_model, tmp_path):
         totals.append(total)
         return counts.append
 
-    done = initialise(odd_model, tmp_path / "out", LoRAConfig(r=4), progress=progress)
+    done = initialize(odd_model, tmp_path / "out", LoRAConfig(r=4), progress=progress)
     size = sum(
         len(c) for f in odd_model.glob("*.safetensors") for _, _, c in read_file(f)[0].values()
     )

@@ -1,25 +1,31 @@
-"""`lora-kernels inspect`: what it prints and writes, exit codes, errors of one line."""
+"""`lora-kernels inspect`: its output, exit codes, and errors of one line."""
 
 from __future__ import annotations
 
 import csv
 import importlib
+import json
 import subprocess
 import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lora_kernels import LoRALinear, __version__
-from lora_kernels._utils.safetensors import StoredTensor
+from lora_kernels._utils.model_files import StoredTensor
+from lora_kernels._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels.cli import main
+from lora_kernels.files.adapter.folder import write_adapter
+from lora_kernels.files.checkpoint.weights import stored_weights
 from lora_kernels.training import magnitude_report
 from lora_kernels.training.magnitude import inspect_model, measure, measure_adapter
 
 from ..support import ROOT
+from ..support.adapters import one_layer
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -37,6 +43,22 @@ def file(model, tmp_path) -> Path:
     path = tmp_path / "model.safetensors"
     safetensors.save_file(model.state_dict(), path)
     return path
+
+
+def write_peft(folder: Path, tensors: dict[str, torch.Tensor], **config) -> Path:
+    folder.mkdir(exist_ok=True)
+    safetensors.save_file(tensors, folder / ADAPTER_FILE)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", **config}))
+    return folder
+
+
+def inspected(path: Path, *arguments: str) -> list[tuple[str, ...]]:
+    """These columns of the CSV; options for the command may follow them."""
+    begin = next((k for k, name in enumerate(arguments) if name[0] == "-"), len(arguments))
+    columns, options = arguments[:begin], arguments[begin:]
+    out = path.parent / "out.csv"
+    assert main(["inspect", str(path), "--quiet", "--csv", str(out), *options]) == 0
+    return [tuple(line[column] for column in columns) for line in read(out)]
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -106,8 +128,72 @@ class TestInspect:
             assert main([*arguments, *option]) == 1
             assert f"{option[0]} is for models" in capsys.readouterr().err
 
+    def test_targets_and_order(self, tmp_path, capsys):
+        """Layer 2 before layer 10; s by the patterns, as PEFT computes it."""
+        names = ("layers.10.q", "layers.2.q", "layers.2.v")
+        tensors = {
+            f"base_model.model.{name}.lora_{half}.weight": torch.randn(*shape)
+            for name in names
+            for half, shape in (("A", (2, 5)), ("B", (7, 2)))
+        }
+        config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {r"layers\.10\..*": 2, "v": 12}}
+        assert inspected(write_peft(tmp_path / "a", tensors, **config), "name", "scaling") == [
+            ("layers.2.q", "4.0"), ("layers.2.v", "6.0"), ("layers.10.q", "1.0")
+        ]  # fmt: skip
+        folder = write_peft(tmp_path / "b", tensors, **config, use_rslora=True)
+        ((name, scaling),) = inspected(folder, "name", "scaling", "--targets", "v")
+        assert name == "layers.2.v" and float(scaling) == pytest.approx(12 / 2**0.5)
+        assert main(["inspect", str(folder), "--targets", "k"]) == 1
+        assert "no module is called 'k'" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("start", ["loram", "pissa", "lora_xs", "lora"])
+    def test_every_format(self, start, tmp_path):
+        """The same numbers in both: those of A' = [A; A₀] and B' = [B, −B₀]."""
+        state, delta = one_layer(init_lora_weights=start)
+        layer = state.layers["block.1.q"]
+        want = measure_adapter("block.1.q", *layer.update_factors(), layer.scaling)
+        assert want.norm_update == pytest.approx(np.linalg.norm(delta), rel=1e-5)
+        columns = ("name", "r", "scaling", "nu_A", "nu_B", "norm_update")
+        for format in ("peft", "native"):
+            write_adapter(tmp_path / format, state, format=format)
+            (line,) = inspected(tmp_path / format, *columns)
+            assert line == tuple(str(getattr(want, column)) for column in columns)
+        (tmp_path / "native" / "adapter_config.json").unlink()  # by a kill at the wrong moment
+        assert inspected(tmp_path / "native", *columns) == [line]
+
+    @pytest.mark.parametrize("method", ["loram", "pissa"])
+    def test_the_start_beside_a_residual_base(self, method, llama, tmp_path):
+        """A and B are the initial factors, whose product was subtracted from the base."""
+        out = tmp_path / "out"
+        assert main(["init", str(llama), str(out), "-r", "4", "--method", method, "--quiet"]) == 0
+        lines = inspected(out / "adapter", "name", "r", "norm_update")
+        assert len(lines) == 14 and {r for _, r, _ in lines} == {"4"}
+        before = {weight.name: weight.load() for weight in stored_weights(llama)}
+        for weight in stored_weights(out):
+            (norm,) = (float(n) for name, _, n in lines if name == weight.name)
+            assert norm == pytest.approx(float((before[weight.name] - weight.load()).norm()), 1e-4)
+
+    def test_bad_adapters(self, tmp_path, capsys):
+        pair = {"base_model.model.q.lora_A.weight": torch.randn(2, 5),
+                "base_model.model.q.lora_B.weight": torch.randn(7, 2)}  # fmt: skip
+        half = dict(list(pair.items())[:1])
+        for tensors, config, match in (
+            (half, {}, "lora_B of 'q' is missing"),
+            ({"x": torch.zeros(2)}, {}, "has no lora_A and lora_B"),
+            (pair, {"lora_alpha": 0}, "lora_alpha must be positive"),
+            (pair, {"alpha_pattern": [1]}, "alpha_pattern must be a dict"),
+            (pair, {"alpha_pattern": {"(": 1}}, "alpha_pattern has '(', not a regular"),
+        ):
+            folder = write_peft(tmp_path, tensors, **{"r": 2, "lora_alpha": 8, **config})
+            assert main(["inspect", str(folder)]) == 1
+            assert match in capsys.readouterr().err
+        (tmp_path / ADAPTER_FILE).unlink()
+        (tmp_path / "adapter_model.bin").write_bytes(b"")
+        assert main(["inspect", str(tmp_path)]) == 1
+        assert "adapter_model.bin cannot be read" in capsys.readouterr().err
+
     def test_one_weight_at_a_time(self, file, monkeypatch):
-        """The one before is gone when the next is loaded."""
+        """Each weight is released before the next is loaded."""
         load, held, most = StoredTensor.load, [], []
 
         def counted(self):
@@ -131,7 +217,7 @@ class TestErrors:
             (["{file}", "--targets", "up_prok"], "did you mean 'up_proj'?"),
             (["{file}", "--picture", "{file}.nonsense"], "nonsense"),
             (["{file}", "--csv", "{file}/x.csv"], "model.safetensors"),
-            ([__file__], "is no .safetensors file"),
+            ([__file__], "is not a .safetensors file"),
         ],
     )
     def test_one_line(self, arguments, match, file, capsys):
@@ -191,7 +277,7 @@ def test_entry_point():
 
 class TestReport:
     def test_trained_layers(self, tmp_path):
-        """ν[ΔW] has its column and its bars, where a layer has one."""
+        """ν[ΔW] has a column and bars if a layer has it."""
         model = nn.ModuleDict({"a": nn.Linear(20, 30), "b": LoRALinear(20, 30, r=4)})
         with torch.no_grad():
             model["b"].lora_A.add_(0.1)

@@ -342,7 +342,7 @@ class TestOriginals:
 
     def test_errors(self, tmp_path):
         base = base_of(nn.Linear(5, 3))
-        with pytest.raises(ValueError, match=r"no weight of 'a\.q'; the nearest is 'a\.k\.weight'"):
+        with pytest.raises(ValueError, match=r"no weight of 'a\.q'; did you mean 'a\.k\.weight'"):
             OriginalWeights({"a.k.weight": torch.ones(3, 5)}).weight("a.q", base)
         with pytest.raises(ValueError, match=r"'q' is \[5, 3\], the layer 'q' is \[3, 5\]"):
             OriginalWeights({"q": torch.ones(5, 3)}).weight("q", base)

@@ -361,7 +361,7 @@ class TestLoftQ:
 
         refused(r"gate is quantised already \(forward\): without .*original_weights=")
         refused("LoRAM has no use for original_weights", state, "loram")
-        refused("no weight of 'gate'; the nearest", {"gates.weight": state["gate.weight"]})
+        refused("no weight of 'gate'; did you mean", {"gates.weight": state["gate.weight"]})
         refused(r"'up\.weight' is \[3, 3\]", {**state, "up.weight": torch.ones(3, 3)})
         refused("for quantised layers, of which there are none", state, model=original)
         dequantised = {f"{n}.weight": base_of(getattr(model, n)).weight() for n in TARGETS}

@@ -307,7 +307,7 @@ def test_names_inside_wrappers(model):
         (
             {"layers_to_transform": 0, "layers_pattern": "h("},
             ValueError,
-            r"layers_pattern has 'h\(', no regular expression",
+            r"layers_pattern has 'h\(', not a regular expression",
         ),
     ],
 )

@@ -206,7 +206,7 @@ def test_a_plain_adapter_has_nothing_to_subtract(tmp_path):
 
 def test_a_killed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     """As `lora_kernels.save_adapter` does, by the same means."""
-    from lora_kernels.peft import saving
+    from lora_kernels.files.adapter import content
 
     base = llama()
     model = adapted(base)
@@ -219,7 +219,7 @@ def test_a_killed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saving, "save_tensors", killed)
+    monkeypatch.setattr(content, "save_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(tmp_path)
     monkeypatch.undo()
@@ -264,7 +264,7 @@ def test_bad_files(tmp_path):
         foreign.load_adapter(tmp_path / "foreign", "default")
     path = tmp_path / "broken" / "adapter_model.safetensors"
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(ValueError, match="is damaged, or no safetensors file"):
+    with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
         broken.load_adapter(tmp_path / "broken", "default")
 
 
@@ -287,7 +287,7 @@ def test_refused(tmp_path):
     initialize(model)
     with pytest.raises(ValueError, match="safe_serialization=False pickles"):
         model.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(ValueError, match="for the original base by itself"):
+    with pytest.raises(ValueError, match="for the original base anyway"):
         model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="before")
     assert not list(tmp_path.iterdir())
     model.save_pretrained(tmp_path)
@@ -431,3 +431,18 @@ def test_what_this_package_does_not_know_stays_an_error(tmp_path):
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ValueError, match="embeddings, DoRA and other variants are not implemented"):
         load_adapter(llama(), tmp_path)
+
+
+def test_the_start_of_a_residual_base_is_a_plain_adapter(tmp_path):
+    """On that base `load_adapter` takes it as PEFT does, beside adapters of `initialize`."""
+    from lora_kernels.files.checkpoint.initialize import initialize as initialize_folder
+    from lora_kernels.model.config import LoRAConfig
+
+    base, residual = tmp_path / "base", tmp_path / "residual"
+    llama().save_pretrained(base)
+    initialize_folder(base, residual, LoRAConfig(r=4))
+    model = adapted(type(llama()).from_pretrained(residual))
+    initialize(model, "pissa")
+    model.load_adapter(str(residual / "adapter"), "start")
+    model.set_adapter("start")
+    assert close(logits(model.eval()), logits(llama()))

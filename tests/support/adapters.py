@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lora_kernels import LoRALinear
-from lora_kernels.files.adapter.recipe import ADAPTER_CONFIG, ADAPTER_FILE
+from lora_kernels._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels.layers.kinds import is_conv1d
 from lora_kernels.layers.state import LayerState
 from lora_kernels.model.config import AdapterState, LoRAConfig

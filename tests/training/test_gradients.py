@@ -283,7 +283,7 @@ class TestWhatRaises:
             (["bloks.1"], ValueError, "no module is called 'bloks.1'; did you mean 'blocks.1'"),
             (["head", "q_proj"], ValueError, "no module is called 'q_proj'; the linear layers"),
             (r"blocks\.9", ValueError, "no module's whole name matches"),
-            ("blocks.(", ValueError, "no regular expression"),
+            ("blocks.(", ValueError, "not a regular expression"),
             ([], ValueError, "targets is empty"),
             ([7], TypeError, "got int in the list"),
             (["blocks"], TypeError, "'blocks' is ModuleList; a target must be"),

@@ -1,1 +1,1 @@
-"""The folder of an adapter."""
+"""Folders of adapters."""

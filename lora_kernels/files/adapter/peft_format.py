@@ -1,11 +1,13 @@
 """PEFT's adapter format: `adapter_config.json` and names of tensors, to and from an `AdapterState`.
 
-After PEFT 0.21's `LoraConfig`, `LoraModel` and `save_pretrained`. It holds for the original base:
-a start that was taken out is a second half of the rank, A' = [A; A₀], B' = [B, −B₀].
+It follows `LoraConfig`, `LoraModel` and `save_pretrained` of PEFT 0.21. The adapter is one of the
+original base: a start that was subtracted is the second half of the rank, A' = [A; A₀] and
+B' = [B, −B₀].
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import warnings
@@ -17,45 +19,24 @@ from torch import Tensor
 
 from ..._utils.errors import unknown_name
 from ..._utils.names import match_names, without_wrappers
+from ..._utils.peft_names import (
+    BIASES,
+    OPTIONS_WITHOUT_EFFECT,
+    PREFIX,
+    TASK_HEADS,
+    TASK_TYPES,
+)
 from ...layers.options import lora_scaling
 from ...layers.state import LayerState
-from ...model.config import BIASES, TASK_HEADS, TASK_TYPES, AdapterState, LoRAConfig
+from ...model.config import AdapterState, LoRAConfig
 
-PREFIX = "base_model.model."
-# Fields that decide nothing about a trained adapter: where it came from, and how it started.
-_HARMLESS = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
+# Options of `LoRAConfig` that PEFT's `LoraConfig` has with the same meaning.
+_SHARED = tuple(
+    f.name
+    for f in dataclasses.fields(LoRAConfig)
+    if f.name not in ("scaling", "residual", "init_lora_weights")
 )
-_SAME_NAME = (
-    "r",
-    "target_modules",
-    "exclude_modules",
-    "lora_alpha",
-    "lora_dropout",
-    "bias",
-    "use_rslora",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "task_type",
-)
-_TRANSLATED = (*_SAME_NAME, "init_lora_weights")
-# Fields on which s and the names of the tensors depend.
+# Options that s and the names of the tensors depend on.
 DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -64,13 +45,13 @@ _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def to_peft(
     state: AdapterState, module_names: Collection[str] | None = None, fan_in_fan_out: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors, in float32 or wider.
+    """The configuration, and the tensors in float32 or wider.
 
     Args:
         state: the adapter.
-        module_names: the names of all modules of the base, so that `target_modules` can be endings
-            that PEFT resolves to exactly these layers; without them it is full names.
-        fan_in_fan_out: whether the layers are Conv1D; PEFT sets it right itself, with a warning.
+        module_names: the names of all modules of the base. With them `target_modules` can be
+            endings that PEFT resolves to exactly these layers; without them it has full names.
+        fan_in_fan_out: whether the layers are Conv1D. PEFT corrects a wrong value, with a warning.
 
     """
     config = state.config
@@ -80,7 +61,7 @@ def to_peft(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = right
         tensors[f"{PREFIX}{name}.lora_B.weight"] = left
         ranks[name] = right.shape[0]
-    saved = {}  # modules in full, in the order of their tensors
+    saved = {}  # the saved modules, in the order of their tensors
     for key, tensor in state.extra.items():
         owner, _, last = key.rpartition(".")
         module = _saved_module(owner, config.modules_to_save or (), last != "bias")
@@ -108,10 +89,10 @@ def to_peft(
 
 
 def rank_fields(state: AdapterState, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The fields that give the layers these ranks, each with its s."""
+    """The fields that give the layers these ranks, and each its own s."""
     rslora = state.config.scaling_rule != "lora"
     alphas = {name: _alpha(state.layers[name].scaling, r, rslora) for name, r in ranks.items()}
-    # As a pair: vLLM takes s from these two for all layers, and reads no pattern.
+    # The most common pair: vLLM computes the s of all layers from these two and reads no pattern.
     pairs = [(ranks[name], alphas[name]) for name in ranks]
     r, lora_alpha = Counter(pairs).most_common(1)[0][0]
     return {
@@ -123,15 +104,17 @@ def rank_fields(state: AdapterState, ranks: Mapping[str, int]) -> dict[str, Any]
     }
 
 
-def from_peft(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterState:
-    """The adapter that PEFT wrote.
+def from_peft(
+    values: Mapping[str, Any], tensors: Mapping[str, Tensor], residual_base: bool = False
+) -> AdapterState:
+    """An adapter that PEFT wrote. `residual_base`: it may be one of a base that PEFT changed.
 
     Raises:
-        ValueError: it has an option that is not implemented here, it holds for a base that PEFT
-            changed, or configuration and tensors do not go together.
+        ValueError: an option is not implemented here, the adapter is one of a changed base, or
+            configuration and tensors do not fit each other.
 
     """
-    check_options(values)
+    check_options(values, residual_base)
     halves, extra = split_tensors(tensors)
     if not halves:
         raise ValueError("it has no lora_A and lora_B of a linear layer")
@@ -143,7 +126,7 @@ def from_peft(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapt
         if lora_A.shape[0] != r:
             raise ValueError(
                 f"lora_A of {name!r} has rank {lora_A.shape[0]}, the configuration says {r}: they "
-                "are not of one adapter"
+                "belong to different adapters"
             )
         scaling = lora_scaling(alpha, r, config.scaling_rule)
         layers[name] = LayerState(lora_A, lora_B, scaling, alpha)
@@ -153,10 +136,10 @@ def from_peft(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapt
 def split_tensors(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """A and B of each layer, and all else by its name in the base model.
+    """A and B of each layer, and all other tensors, by their names in the base model.
 
     Raises:
-        ValueError: one of the two is missing, or a tensor belongs to another kind of adapter.
+        ValueError: A or B is missing, or a tensor belongs to another kind of adapter.
 
     """
     halves: dict[str, dict[str, Tensor]] = {}
@@ -166,15 +149,15 @@ def split_tensors(
         pair = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
         if pair:
             if pair[2] in halves.setdefault(pair[1], {}):
-                raise ValueError(f"lora_{pair[2]} of {pair[1]!r} is there twice")
+                raise ValueError(f"lora_{pair[2]} of {pair[1]!r} exists twice")
             halves[pair[1]][pair[2]] = tensor
         elif re.search(r"(^|\.)lora_\w+(\.|$)", name):
             raise ValueError(
-                f"{key!r} is no A or B of a linear layer: embeddings, DoRA and other variants are "
+                f"{key!r} is not A or B of a linear layer: embeddings, DoRA and other variants are "
                 "not implemented"
             )
         elif ".original_module." not in name:
-            # bias="all" writes the biases of saved modules twice, and those of their originals.
+            # bias="all" also writes the biases of the originals of saved modules.
             extra[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
     for name, found in halves.items():
         for half in "AB":
@@ -184,35 +167,37 @@ def split_tensors(
 
 
 def check_pair(name: str, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Raises unless they are A [r, in] and B [out, r]."""
+    """Raises unless the two are A [r, in] and B [out, r]."""
     shapes = f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} of {name!r}"
     if lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(f"{shapes} are not those of a linear layer")
     if lora_A.shape[0] != lora_B.shape[1] or 0 in (*lora_A.shape, *lora_B.shape):
-        raise ValueError(f"{shapes} do not go together; expected [r, in] and [out, r]")
+        raise ValueError(f"{shapes} do not fit each other; expected [r, in] and [out, r]")
 
 
-def check_options(values: Mapping[str, Any]) -> None:
-    """Raises ValueError if a configuration of PEFT has an option that is not implemented here."""
+def check_options(values: Mapping[str, Any], residual_base: bool = False) -> None:
+    """Raises a ValueError if a configuration of PEFT has an option that is not implemented here."""
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"peft_type is {kind!r}: only 'LORA' adapters can be read")
     for option, value in values.items():
-        # What PEFT adds to LoRA is off, None or empty by default.
-        if value and option not in (*_TRANSLATED, *_HARMLESS):
+        # Options of variants are off, None or empty by default.
+        known = (*_SHARED, "init_lora_weights", *OPTIONS_WITHOUT_EFFECT)
+        if value and option not in known:
             raise ValueError(
                 f"{option} = {value!r} is not implemented here: without it the adapter would "
                 "compute something else"
             )
     init = values.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
+    changes_base = isinstance(init, str) and init.lower().startswith(_CHANGING_INITS)
+    if changes_base and not residual_base:
         raise ValueError(
-            f"init_lora_weights = {init!r}: its factors hold for a base that PEFT changed, which "
-            "the folder does not tell; save it from PEFT with "
+            f"init_lora_weights = {init!r}: its factors belong to a base that PEFT changed, which "
+            "is not in the folder; save it from PEFT with "
             "path_initial_model_for_weight_conversion=<the adapter saved before training>, or if "
             "the changed base was saved, set init_lora_weights to true and load it onto that"
         )
-    if isinstance(init, str) and init not in _INITS:
+    if isinstance(init, str) and not changes_base and init not in _INITS:
         raise unknown_name("init_lora_weights of PEFT", init, _INITS)
     if init == "mica":
         warnings.warn(
@@ -222,10 +207,10 @@ def check_options(values: Mapping[str, Any]) -> None:
 
 
 def config_from_peft(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAConfig:
-    """Our configuration of an adapter of PEFT that has layers of these names."""
-    given = {key: values[key] for key in _SAME_NAME if values.get(key) not in (None, [], {}, "")}
+    """Our configuration of a PEFT adapter that has layers of these names."""
+    given = {key: values[key] for key in _SHARED if values.get(key) not in (None, [], {}, "")}
     if given.get("task_type") not in TASK_TYPES:
-        given.pop("task_type", None)  # it decides nothing
+        given.pop("task_type", None)  # it has no effect
     if "layers_to_transform" not in given:
         given.pop("layers_pattern", None)
     if given.get("bias", "none") not in BIASES:
@@ -247,29 +232,29 @@ def config_from_peft(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAC
 
 
 def _task_type(task_type: str | None, saved: Collection[str]) -> str | None:
-    """None if PEFT would look for a head, in vain: the adapter is that of any model then."""
+    """None if PEFT would look for a head that is not among the saved modules."""
     heads = TASK_HEADS.get(task_type, ())
     return task_type if not heads or any(name.endswith(heads) for name in saved) else None
 
 
 def _alpha(scaling: float, r: int, rslora: bool) -> float:
-    """lora_alpha with α / r, or α / √r, equal to `scaling`; an integer if one is."""
+    """lora_alpha for which α / r, or α / √r, is `scaling`; an integer if possible."""
     divisor = math.sqrt(r) if rslora else r
     whole = round(scaling * divisor)
     return whole if whole / divisor == scaling else scaling * divisor
 
 
 def _pattern(name: str) -> str:
-    """PEFT takes the key for the end of a name, as a regular expression: this is the whole name."""
+    """A pattern of a whole name: PEFT's are regular expressions for the end of a name."""
     return "^" + re.escape(name)
 
 
 def _saved_module(
     owner: str, modules_to_save: Collection[str], loosely: bool = False
 ) -> str | None:
-    """The name of the module in `modules_to_save` that the tensor's owner is, or lies in.
+    """The module in `modules_to_save` that is, or contains, the module `owner` of a tensor.
 
-    `loosely`: PEFT has "norm" mean "input_layernorm" too. Whole names mean the same to both.
+    `loosely`: as in PEFT, "norm" means "input_layernorm" too.
     """
     parts = owner.split(".")
     for end in range(1, len(parts) + 1):
@@ -283,14 +268,14 @@ def _saved_module(
 def _targets(
     names: list[str], module_names: Collection[str] | None, saved: tuple[str, ...]
 ) -> list[str] | str:
-    """The shortest endings that mean exactly these layers, or their names.
+    """The shortest endings that match exactly these layers, or their names.
 
-    Serving engines know modules by the last part of the name, which is why it is tried first.
+    The last part of the names is tried first, by which serving engines know modules.
     """
     if module_names is None:
         return sorted(names)
     wanted = set(names)
-    # PEFT leaves out what lies in modules that are saved in full.
+    # PEFT adapts nothing in saved modules.
     others = [n for n in module_names if _saved_module(n, saved) is None]
     for length in (1, 2, None):
         endings = {

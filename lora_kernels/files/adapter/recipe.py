@@ -1,7 +1,8 @@
-"""An adapter's configuration and the few numbers of each layer as JSON.
+"""An adapter's recipe: its configuration and a few numbers per layer, as JSON.
 
-It lies in the header of the file that holds the tensors, so that both are replaced at once. Files
-for PEFT have the same from `save_adapter` and from `lora_kernels.peft`, and both read it.
+It is in the header of the file that holds the tensors, so that both are replaced in one step.
+`save_adapter` and `lora_kernels.peft` write the same recipe into files for PEFT, and each reads the
+other's.
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..._utils.safetensors import read_layout
 from ...init import Initializer, get_initializer, initializer_names
 from ...layers.state import FACTORS, LayerState
 from ...model.config import LoRAConfig
 
 METADATA = "lora_kernels"  # its key in the header
 VERSION = 1
+# Formats of a folder. START is that of the start beside a residual base, from which it was
+# subtracted (see lora_kernels.files.checkpoint.residual).
+PEFT, NATIVE, START = "peft", "native", "start"
+FORMATS = (PEFT, NATIVE)
 _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _NUMBERS = ("scaling", "lora_alpha", "beta", "weight_norm")
 
@@ -31,10 +38,11 @@ def recipe_to_json(
     base_model: str | None,
     **more: Any,
 ) -> str:
-    """The recipe of an adapter that is stored as `file_format`, "native" or "peft".
+    """The recipe of an adapter that is stored as `file_format`.
 
-    "peft" has `more`: `peft_config`, what the tensors' PEFT configuration says, and `rank_fields`,
-    what it says instead at the rank that trains. An adapter of PEFT's model has no `config`.
+    `more` depends on the format: "peft" has `peft_config`, the content of `adapter_config.json`,
+    and `rank_fields`, its fields at the rank that is trained; "start" has `original`, the original
+    base. An adapter of a PEFT model has no `config`.
     """
     recipe = {
         "version": VERSION,
@@ -48,10 +56,10 @@ def recipe_to_json(
 
 
 def recipe_from_json(text: str) -> dict[str, Any]:
-    """The recipe, of a version that is known and with all its parts.
+    """Parses a recipe.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is damaged or of another version.
 
     """
     try:
@@ -59,11 +67,11 @@ def recipe_from_json(text: str) -> dict[str, Any]:
         version = recipe["version"]
         if version != VERSION:
             raise ValueError(
-                f"it is of version {version!r}, this package reads version {VERSION}: update "
-                "lora_kernels"
+                f"its recipe is of version {version!r}, this package reads version {VERSION}: "
+                "update lora_kernels"
             )
         parts = ["config", "layers"]
-        if recipe["format"] == "peft":
+        if recipe["format"] == PEFT:
             parts += ["peft_config", "rank_fields"]
             if recipe["config"] is None:
                 parts.remove("config")
@@ -79,18 +87,32 @@ def recipe_from_json(text: str) -> dict[str, Any]:
     return recipe
 
 
-def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) -> LayerState:
-    """The layer with these factors, which get back the dtypes that they had.
+def read_recipe(file: Path) -> dict[str, Any] | None:
+    """The recipe in a file; None if the file does not exist, or has no recipe.
 
     Raises:
-        ValueError: a number is missing or none.
+        ValueError: the file or its recipe is damaged.
+
+    """
+    text = read_layout(file).metadata.get(METADATA) if file.is_file() else None
+    try:
+        return None if text is None else recipe_from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) -> LayerState:
+    """The layer with these factors, cast to the dtypes that they were trained in.
+
+    Raises:
+        ValueError: a number is missing or wrong.
 
     """
     numbers = {}
     for key in _NUMBERS:
         value = recipe.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"{key} is {value!r}, no number")
+            raise ValueError(f"{key} is {value!r}, not a number")
         numbers[key] = value
     if numbers["scaling"] is None or numbers["lora_alpha"] is None:
         raise ValueError("scaling or lora_alpha is missing")
@@ -103,17 +125,17 @@ def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) ->
 
 
 def config_to_dict(config: LoRAConfig) -> dict[str, Any]:
-    """All fields, as JSON has them."""
+    """All fields, as values of JSON."""
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     values["init_lora_weights"] = _initializer_to_json(config.init_lora_weights)
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
 def config_from_dict(values: dict[str, Any]) -> LoRAConfig:
-    """The configuration again.
+    """The inverse of `config_to_dict`.
 
     Raises:
-        ValueError: a field is unknown, or its value is.
+        ValueError: a field is unknown or has a wrong value.
 
     """
     try:
@@ -141,7 +163,7 @@ def _layer_to_dict(layer: LayerState) -> dict[str, Any]:
 
 
 def _initializer_to_json(value: Any) -> Any:
-    """A name, or {"name", "options"} of an object; options that JSON does not have are None."""
+    """A name, or {"name", "options"} of an object; options are None if JSON cannot express them."""
     if not isinstance(value, Initializer):
         return value
     options: dict[str, Any] | None = {
@@ -171,31 +193,11 @@ def _initializer_from_json(value: Any) -> Any:
             }
         )
     except (ValueError, TypeError, AttributeError):
-        # The start is in the factors already. Without it only a new layer could not start so.
+        # The initial factors are in the file. The initializer is needed for new layers only.
         warnings.warn(
             f"the adapter was started with {name!r}, which is not registered here or had other "
             "options (lora_kernels.init.register_initializer): its configuration says 'lora' "
-            "instead; what it computes is the same",
+            "instead; the adapter computes the same",
             stacklevel=2,
         )
         return "lora"
-
-
-ADAPTER_CONFIG = "adapter_config.json"
-
-
-ADAPTER_FILE = "adapter_model.safetensors"
-
-
-NATIVE_FILE = "adapter_native.safetensors"
-
-
-NATIVE_TYPE = "LORA_KERNELS"
-
-
-FORMATS = ("peft", "native")
-
-
-START = (
-    "start"  # the format of a start beside the base that lacks it (lora_kernels.files.checkpoint)
-)

@@ -1,4 +1,4 @@
-"""`save_adapter` and `load_adapter`: between a model and a folder."""
+"""`save_adapter` and `load_adapter`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def save_adapter(
     format: str = "peft",
     compress_to: int | None = None,
 ) -> SavedAdapter:
-    """Writes an adapter of the model, the active one by default, as `write_adapter` does."""
+    """Writes an adapter of the model, by default the active one, as `write_adapter` does."""
     state = adapter_state(model, adapter_name)
     if format == "peft":
         _warn_of_second_names(unwrapped(model), state)
@@ -31,13 +31,13 @@ def save_adapter(
         layer.residual == "absorb" for layer in state.layers.values()
     ):
         warnings.warn(
-            f"{type(state.config.initializer).__name__} has given the model another base, and this "
-            "adapter belongs to it, not to the original: keep that base too "
+            f"{type(state.config.initializer).__name__} has given the model another base, and "
+            "this adapter belongs to it, not to the original: keep that base too "
             "(model.save_pretrained)",
             stacklevel=2,
         )
     modules = {without_wrappers(n): m for n, m in unwrapped(model).named_modules() if n}
-    inside = tuple(f"{name}." for name in state.layers)  # what adapting them has added
+    inside = tuple(f"{name}." for name in state.layers)  # modules that adapting has added
     return write_adapter(
         folder,
         state,
@@ -56,12 +56,12 @@ def load_adapter(
     is_trainable: bool = True,
     progress: bool = True,
 ) -> LoRAReport:
-    """Puts the adapter of a folder onto the model; whether it was written here or by PEFT.
+    """Adds the adapter in a folder to the model.
 
     Args:
         model: the base, which may have other adapters.
-        folder: of `save_adapter`, or PEFT's.
-        adapter_name: what it is called from now on; it is active.
+        folder: written by `save_adapter` or PEFT.
+        adapter_name: its name in the model, where it becomes the active adapter.
         is_trainable: whether it can be trained further.
         progress: whether a bar is shown, if standard error is a terminal.
 
@@ -69,7 +69,7 @@ def load_adapter(
         What was adapted, as `add_lora` reports it.
 
     Raises:
-        ValueError: as `read_adapter`, or the adapter does not fit the model, which is as it was
+        ValueError: as `read_adapter`, or the adapter does not fit the model, which is unchanged
             then.
 
     """
@@ -80,7 +80,7 @@ def load_adapter(
 
 
 def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
-    """PEFT puts its layer where a module is first found, and the base stays in other places."""
+    """PEFT replaces a module only under the first of its names."""
     modules = {without_wrappers(n): m for n, m in model.named_modules(remove_duplicate=False)}
 
     def place(name: str) -> tuple[nn.Module, str]:
@@ -92,6 +92,6 @@ def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
     if missed:
         warnings.warn(
             f"PEFT will not adapt {', '.join(missed[:4])}, which is another name of an adapted "
-            "layer: there its output differs. load_adapter adapts both",
+            "layer: its output differs there. load_adapter adapts both",
             stacklevel=3,
         )

@@ -1,7 +1,4 @@
-"""The tensors of an `AdapterState` as files hold them, in either format, and the state out of them.
-
-With the recipe (`recipe`), which says what the tensors are.
-"""
+"""From an `AdapterState` to the tensors of a file, and back with the help of the recipe."""
 
 from __future__ import annotations
 
@@ -12,14 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from ..._utils.checks import FLOATS
+from ..._utils.peft_names import ADAPTER_CONFIG
 from ...layers.state import FACTORS, LayerState
 from ...model.config import AdapterState
 from .peft_format import DECISIVE, check_options, check_pair, config_from_peft, split_tensors
-from .recipe import ADAPTER_CONFIG, config_from_dict, layer_from_dict
+from .recipe import PEFT, config_from_dict, layer_from_dict
 
 
 def check_state(state: AdapterState) -> None:
-    """Raises unless it can be written and read again."""
+    """Raises unless the adapter can be written and read again."""
     if not state.layers:
         raise ValueError("the adapter has no layers")
     for name, layer in state.layers.items():
@@ -34,17 +32,17 @@ def check_state(state: AdapterState) -> None:
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raises unless what was read can be an adapter's numbers."""
+    """Raises unless the tensors of a file can be those of an adapter."""
     for name, tensor in tensors.items():
         if tensor.dtype in FLOATS:
             if not bool(tensor.isfinite().all()):
-                raise ValueError(f"{name!r} holds NaN or Inf; take an earlier one")
+                raise ValueError(f"{name!r} holds NaN or Inf; take an earlier adapter")
         elif re.search(r"\.(lora|start)_\w+(\.|$)", name):
-            raise ValueError(f"{name!r} is {tensor.dtype}, no floating-point type of an adapter")
+            raise ValueError(f"{name!r} is {tensor.dtype}, not a floating-point type")
 
 
 def native_tensors(state: AdapterState) -> dict[str, Tensor]:
-    """A, B, R and kept starts, by names of their own."""
+    """A, B, R and stored initial factors, by this package's names."""
     tensors = {f"extra.{name}": tensor for name, tensor in state.extra.items()}
     for name, layer in state.layers.items():
         for key in FACTORS:
@@ -57,18 +55,18 @@ def native_tensors(state: AdapterState) -> dict[str, Tensor]:
 def from_recipe(
     recipe: dict[str, Any], config: dict[str, Any] | None, tensors: dict[str, Tensor]
 ) -> AdapterState:
-    """The adapter that this package wrote.
+    """An adapter that this package wrote.
 
     Args:
-        recipe: of the file, as `recipe_from_json` gives it.
-        config: `adapter_config.json`, if it is there.
-        tensors: all of the file.
+        recipe: that of the file, from `recipe_from_json`.
+        config: the content of `adapter_config.json`, if it exists.
+        tensors: all tensors of the file.
 
     Raises:
-        ValueError: they do not go together.
+        ValueError: they do not fit each other.
 
     """
-    if recipe["format"] == "peft":
+    if recipe["format"] == PEFT:
         check_unedited(recipe, config)
         factors, extra = _split_peft(recipe, tensors)
     else:
@@ -90,26 +88,26 @@ def from_recipe(
 
 
 def check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> None:
-    """Raises if the configuration beside the tensors is not theirs. None is fine: a process was
-    killed before it put it there.
+    """Raises if `adapter_config.json` does not belong to the tensors. It may be missing: a process
+    that writes it last may have been killed.
     """
     saved = recipe["peft_config"]
     for key in DECISIVE if config is not None else ():
         if (config.get(key) or None) != (saved.get(key) or None):  # {} is None
             raise ValueError(
                 f"{ADAPTER_CONFIG} says {key} = {config.get(key)!r}, but this was saved with "
-                f"{saved.get(key)!r}: it was edited, or is of another adapter; to take what was "
-                f"saved, remove {ADAPTER_CONFIG}"
+                f"{saved.get(key)!r}: it was edited, or belongs to another adapter; to use what "
+                f"was saved, remove {ADAPTER_CONFIG}"
             )
 
 
 def split_halves(
     name: str, layer: dict[str, Any], right: Tensor, left: Tensor
 ) -> dict[str, Tensor]:
-    """A and B, and A₀ and B₀ if there is a start, out of [A; A₀] and [B, −B₀].
+    """Splits [A; A₀] and [B, −B₀] into A and B, and A₀ and B₀ if a start is subtracted.
 
     Raises:
-        ValueError: they are not of the rank that the layer's recipe says.
+        ValueError: they do not have the rank of the layer's recipe.
 
     """
     check_pair(name, right, left)
@@ -125,7 +123,7 @@ def split_halves(
 def _split_peft(
     recipe: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The factors of each layer, without starts that are made again, and all else."""
+    """The factors of each layer, without recomputable initial factors, and all other tensors."""
     pairs, extra = split_tensors(tensors)
     _check_names(recipe["layers"], pairs)
     factors = {}
@@ -148,7 +146,7 @@ def _split_native(
             continue
         layer, _, part = name.rpartition(".")
         if kind != "layers" or part not in FACTORS:
-            raise ValueError(f"{key!r} is no tensor of an adapter")
+            raise ValueError(f"{key!r} is not a tensor of an adapter")
         factors.setdefault(layer, {})[part] = tensor
     _check_names(recipe["layers"], factors)
     for name, layer in recipe["layers"].items():

@@ -1,1 +1,1 @@
-"""Rewriting checkpoints that are larger than memory, shard by shard and tensor by tensor."""
+"""Rewrites checkpoints that are larger than memory, shard by shard and tensor by tensor."""

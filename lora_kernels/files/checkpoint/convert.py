@@ -1,4 +1,4 @@
-"""An adapter from one folder into another."""
+"""Converts an adapter from one format to another."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def convert(
     """Reads the adapter of a folder and writes it into another, as
     `lora_kernels.files.adapter.folder.write_adapter` does.
 
-    `start` is the folder that `initialise` put beside a residual base: then the adapter is one that
-    was trained on that base, and what is written is one of the original base.
+    `start` is the folder that `initialize` wrote beside a residual base: then `adapter` was trained
+    on that base, and the result is an adapter of the original base.
 
     Raises:
-        ValueError: the adapter and the start do not go together, the start would be overwritten, or
+        ValueError: the adapter was not trained from this start, the start would be overwritten, or
             the adapter was trained on a residual base and there is no `start`; and as
             `read_adapter` and `write_adapter`.
 
@@ -38,7 +38,7 @@ def convert(
         refuse_residual(adapter, state)
     names, conv1d = None, False
     base = Path(state.base_model or "")
-    # With the base at hand, the configuration can name layers by their endings.
+    # If the base is available, the configuration can name layers by their endings.
     if state.base_model and (base / CONFIG).is_file():
         folder = ModelFolder(base)
         names = folder.module_names

@@ -1,4 +1,4 @@
-"""The starts that are made on the way: factors as files of bytes, numbers as records."""
+"""Intermediate storage of starts: factors in files of bytes, numbers in the journal's records."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..._utils.safetensors import DTYPES, Entry, dtype_name, render
 from ...init import Start
 from ...layers.state import LayerState
 from ..io.blocks import BLOCK
 from ..io.journal import Record
-from ..io.layout import DTYPES, Entry, dtype_name, render
 
 
 @dataclass(frozen=True)
 class StartRecord:
-    """A start without its factors. `kept`: it is taken out of the base, and not made from `beta`
-    again; `has_R`: it trains an R.
+    """A start without its factors.
+
+    `kept`: it is subtracted from the base and cannot be recomputed from `beta`. `has_R`: it trains
+    an R. `offset`: that of its factors in their file.
     """
 
     name: str
@@ -36,11 +38,11 @@ class StartRecord:
     beta: float | None
     kept: bool
     has_R: bool
-    offset: int = 0  # of its factors in their file
+    offset: int = 0
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Of the factors, in the order of the file."""
+        """The shapes of the factors, in the order of the file."""
         rows, cols = self.shape
         shapes = {"lora_A": (self.r, cols), "lora_B": (rows, self.r)}
         if self.has_R:
@@ -51,7 +53,7 @@ class StartRecord:
 
     @property
     def size(self) -> int:
-        """Bytes of its factors."""
+        """The bytes of its factors."""
         itemsize = DTYPES[self.dtype].itemsize
         return sum(itemsize * a * b for a, b in self.shapes.values())
 
@@ -61,7 +63,7 @@ class StartRecord:
             name: torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
             for name, shape in self.shapes.items()
         }
-        if self.kept:  # in the residual base's adapter they are A and B themselves
+        if self.kept:  # in an adapter of the residual base A and B serve as the start, too
             factors = {"start_A": factors["lora_A"], "start_B": factors["lora_B"]} | factors
         return LayerState(
             **factors,
@@ -74,7 +76,7 @@ class StartRecord:
 
 
 class FactorFile:
-    """The factors of one shard's layers, in the order in which they are made."""
+    """The factors of one shard's layers, in the order in which they were made."""
 
     def __init__(self, path: Path) -> None:
         self._records: list[StartRecord] = []
@@ -82,7 +84,7 @@ class FactorFile:
         self._file: BinaryIO = path.open("wb")
 
     def append(self, record: StartRecord, start: Start) -> None:
-        """A layer's, those of the start again where they are kept beside what trains."""
+        """Writes the factors of a layer that `record.shapes` names."""
         factors = {"lora_A": start.lora_A, "lora_B": start.lora_B, "lora_R": start.lora_R}
         factors |= {"start_A": start.right(), "start_B": start.lora_B}
         with self._lock:
@@ -91,18 +93,18 @@ class FactorFile:
                 self._file.write(memory_of(factors[name]))
 
     def close(self) -> Record:
-        """What the journal is to say."""
+        """The record for the journal."""
         self._file.close()
         return {"starts": [asdict(record) for record in self._records]}
 
 
 def read_records(record: Record) -> list[StartRecord]:
-    """Those of a journalled shard."""
+    """The starts of a shard in the journal."""
     return [StartRecord(**r | {"shape": tuple(r["shape"])}) for r in record["starts"]]
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, on the CPU and contiguous; not to be used longer than the tensor."""
+    """The bytes of a tensor; a view if it is contiguous and on the CPU."""
     tensor = tensor.detach().to("cpu").contiguous()
     size = tensor.numel() * tensor.element_size()
     view = (ctypes.c_char * size).from_address(tensor.data_ptr() if size else 1)
@@ -116,8 +118,8 @@ def write_tensors(
     parts: Iterable[tuple[Path, int, int]],
     metadata: dict[str, str],
 ) -> None:
-    """A safetensors file of tensors, which may be on the meta device: their bytes are those of
-    `parts`, (file, offset, size), one after the other.
+    """Writes a safetensors file of tensors, which may be on the meta device: their bytes are copied
+    from `parts`, (file, offset, size), one after the other.
     """
     entries, position = [], 0
     for name, tensor in tensors.items():
@@ -131,7 +133,7 @@ def write_tensors(
             for chunk in _chunks(*part):
                 file.write(chunk)
     if path.stat().st_size != layout.file_size:
-        raise OSError(f"{path} did not become what it was to be: the files it is made of changed")
+        raise OSError(f"{path} has a wrong size: the files that it was copied from have changed")
 
 
 def _chunks(path: Path, offset: int, size: int) -> Iterator[bytes]:

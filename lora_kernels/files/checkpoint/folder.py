@@ -1,4 +1,4 @@
-"""The folder of a Hugging Face model: what lies in it beside the shards, and what a copy needs."""
+"""The folder of a Hugging Face model: its files, the names of its modules, and copies of it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import Any
 
 import torch
 
-from ..._utils.safetensors import INDEX, model_files, read_json
-from ..io.blocks import cut
-from ..io.journal import UnfinishedFolder
-from ..io.layout import DTYPES, Layout, read_layout
+from ..._utils.model_files import INDEX, model_files, read_json
+from ..._utils.safetensors import DTYPES, Layout, read_layout
+from ..io.blocks import divide
+from ..io.journal import JournaledFolder, identity
 from ..io.pipeline import Shard
 from .residual import is_start
 from .weights import is_head
 
 CONFIG = "config.json"
-# The same weights in other formats, which a changed base must not be taken for.
+# Files that hold the unchanged weights in other formats: a copy with new weights leaves them out.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx",
             ".onnx_data", ".ot", ".tflite", ".index.json")  # fmt: skip
 
 
-# Models whose files can lack the first part of the names that their modules have, and that part.
+# Models in whose files the first part of the modules' names may be missing, and that part.
 _PREFIXES = {"gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer"}
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -41,10 +41,11 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder with `config.json` and safetensors files, with an index if they are several.
+    """A folder with `config.json` and safetensors files, with an index if there are several.
 
     Raises:
-        ValueError, FileNotFoundError: it has no such files, or damaged ones.
+        ValueError: files are damaged or do not belong to a model.
+        FileNotFoundError: files are missing.
 
     """
 
@@ -67,16 +68,15 @@ class ModelFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What `config.json` says."""
         return read_json(self.path / CONFIG)
 
     @cached_property
     def layouts(self) -> dict[Path, Layout]:
-        """The shards, in the order of the index, and what is in them."""
+        """The layouts of the shards, in the order of the index."""
         files = list(model_files(self.path))
         for file in files:
             if file.parent != self.path:
-                raise ValueError(f"{INDEX} names {file}, which does not lie in {self.path} itself")
+                raise ValueError(f"{INDEX} names {file}, which is not in {self.path} itself")
         layouts = {file: read_layout(file) for file in files}
         owners: dict[str, Path] = {}
         for file, layout in layouts.items():
@@ -84,14 +84,14 @@ class ModelFolder:
                 if owners.setdefault(entry.name, file) != file:
                     raise ValueError(
                         f"{entry.name!r} is in both {owners[entry.name].name} and {file.name} of "
-                        f"{self.path}: which of the two is the model's cannot be told"
+                        f"{self.path}: it is unclear which of the two the model uses"
                     )
         return layouts
 
     @cached_property
     def prefix(self) -> str:
-        """What the names of modules have before those of the files: "" but for some checkpoints
-        that were saved without their output head.
+        """The prefix of the modules' names that is missing in the files; "" except for some
+        checkpoints that were saved without their output head.
         """
         prefix = _PREFIXES.get(self.config.get("model_type"))
         kinds = self.config.get("architectures") or [""]
@@ -101,8 +101,8 @@ class ModelFolder:
         return f"{prefix}." if bare and not headless else ""
 
     def in_mixture(self, layer: str) -> bool:
-        """Whether it is an expert of a mixture, or its router: in the model these are no linear
-        layers, as transformers 5 puts all experts into 3-D parameters when it loads them.
+        """Whether the layer is an expert of a mixture, or its router: in the model they are not
+        linear layers, since transformers 5 loads all experts into 3-D parameters.
         """
         owner, _, last = layer.rpartition(".")
         router = last in ("gate", "router") and f"{owner}.experts" in self.module_names
@@ -110,7 +110,7 @@ class ModelFolder:
 
     @property
     def task_type(self) -> str | None:
-        """PEFT's name for what the model is for, where its class tells."""
+        """PEFT's name for the task of the model, if the name of its class says so."""
         kind = str((self.config.get("architectures") or [""])[0])
         if self.config.get("is_encoder_decoder"):
             return "SEQ_2_SEQ_LM" if kind.endswith("ForConditionalGeneration") else None
@@ -118,8 +118,8 @@ class ModelFolder:
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the output head is the input embedding: as the configuration says, or else if no
-        head is stored.
+        """Whether the output head is the input embedding: by the configuration, or else if no head
+        is stored.
         """
         for config in (self.config, self.config.get("text_config") or {}):
             if "tie_word_embeddings" in config:
@@ -128,13 +128,13 @@ class ModelFolder:
 
     @cached_property
     def tensors(self) -> dict[str, str]:
-        """The names of the files' tensors by those that the model's state_dict has."""
+        """The names of tensors in the files, by their names in the model's state_dict."""
         names = [entry.name for layout in self.layouts.values() for entry in layout.entries]
         return {self.module_name(name): name for name in names}
 
     @cached_property
     def module_names(self) -> list[str]:
-        """All modules that hold a tensor, or a module that does."""
+        """All modules that contain a tensor."""
         found: dict[str, None] = {}
         for name in self.tensors:
             parts = name.split(".")
@@ -142,47 +142,55 @@ class ModelFolder:
         return list(found)
 
     def module_name(self, stored: str) -> str:
-        """The name in the model of what is called `stored` in the files."""
+        """The name in the model of the tensor or module that is called `stored` in the files."""
         head = stored.partition(".")[0] in ("lm_head", "score", "classifier")
         return stored if head else self.prefix + stored
 
     @cached_property
     def others(self) -> list[Path]:
-        """The files that a copy takes as they are, relative: tokenizer, code, licence ..."""
+        """The files that are copied unchanged, as relative paths: tokenizer, code, license ..."""
         return sorted(self._walk(self.path))
+
+    def identities(self) -> dict[str, str]:
+        """The `identity` of each file that a copy depends on."""
+        inputs = {file.name: identity(file) for file in self.layouts}
+        return inputs | {str(n): identity(self.path / n) for n in (CONFIG, *self.others)}
 
     def shards(
         self,
         edited: dict[Path, set[str]],
-        work: UnfinishedFolder | None = None,
+        work: JournaledFolder | None = None,
         dtype: torch.dtype | None = None,
     ) -> list[Shard]:
-        """What is to be rewritten into the folder, or only read if there is none, without what is
-        finished already.
+        """The shards and their blocks; `edited` names the tensors to edit in each file. Without
+        `work` nothing is written, and only edited tensors are read.
         """
         shards = []
         for file, layout in self.layouts.items():
             names = edited.get(file, set())
             new = layout.cast(dtype)
             target = work.path(file.name) if work else None
-            blocks = cut(layout, new, names, only_edited=work is None)
+            blocks = divide(layout, new, names, only_edited=work is None)
             shards.append(Shard(file, layout, target, new, blocks))
         return shards
 
-    def copy_others(self, work: UnfinishedFolder) -> None:
-        """All but the shards, the index and `config.json`."""
+    def copy_others(self, work: JournaledFolder) -> None:
+        """Copies all files except the shards, the index and `config.json`."""
         for name in self.others:
             shutil.copyfile(self.path / name, work.path("content"))
             work.place("content", name)
 
-    def publish(self, work: UnfinishedFolder, shards: Sequence[Shard]) -> None:
-        """The index, and then `config.json`: from there on the folder is a model."""
+    def publish(self, work: JournaledFolder, shards: Sequence[Shard]) -> None:
+        """Writes the index, and then `config.json`, with which the folder becomes a model."""
         layouts = [shard.target_layout for shard in shards]
         changed = any(shard.target_layout is not shard.source_layout for shard in shards)
         if (self.path / INDEX).is_file():
             content = (self.path / INDEX).read_bytes()
             if changed:
-                content = _with_total_size(content, sum(layout.data_size for layout in layouts))
+                index = read_json(self.path / INDEX)
+                size = sum(layout.data_size for layout in layouts)
+                index.setdefault("metadata", {})["total_size"] = size
+                content = pretty(index)
             work.put(INDEX, content)
         content = (self.path / CONFIG).read_bytes()
         floats = {e.dtype for layout in layouts for e in layout.entries} & DTYPES.keys()
@@ -204,28 +212,28 @@ class ModelFolder:
             if entry.name.startswith(".") or entry.name.endswith(_WEIGHTS):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                if not is_start(path):  # which goes with these very weights
+                if not is_start(path):  # it belongs to these very weights
                     yield from self._walk(path)
             elif entry.is_file() and path != self.path / CONFIG:
                 yield path.relative_to(self.path)
 
 
 def check_apart(model: Path, out: Path) -> None:
-    """Raises if one of the two folders lies in the other."""
+    """Raises if one of the two folders is inside the other."""
     one, other = model.resolve(), out.resolve()
     if one == other or one in other.parents or other in one.parents:
-        raise ValueError(f"{out} and {model} lie in each other: write into another folder")
+        raise ValueError(f"{out} and {model} are inside each other: write into another folder")
 
 
 def check_outside(adapter: Path, out: Path) -> None:
-    """Raises if the adapter lies in the folder to be written, or is it."""
+    """Raises if the adapter is inside the folder to be written, or is that folder."""
     one, other = adapter.resolve(), out.resolve()
     if one == other or other in one.parents:
-        raise ValueError(f"{adapter} lies in {out}, which is to be written: take another folder")
+        raise ValueError(f"{adapter} is inside {out}, which is to be written: use another folder")
 
 
 def check_space(out: Path, size: int) -> None:
-    """Raises if the disk has no room for so many bytes."""
+    """Raises if the disk has less space than `size` bytes."""
     folder = out
     while not folder.exists():
         folder = folder.parent
@@ -234,12 +242,6 @@ def check_space(out: Path, size: int) -> None:
         raise OSError(f"{out} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
 
 
-def _with_total_size(content: bytes, size: int) -> bytes:
-    index = json.loads(content)
-    index.setdefault("metadata", {})["total_size"] = size
-    return pretty(index)
-
-
 def pretty(content: dict[str, Any]) -> bytes:
-    """JSON as people read it."""
+    """JSON with line breaks."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

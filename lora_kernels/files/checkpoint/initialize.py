@@ -1,8 +1,7 @@
-"""The starts of a checkpoint that need not fit into memory, and the base that lacks them."""
+"""Starts the layers of a checkpoint that may be larger than memory; writes the residual base."""
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import zlib
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._utils.checks import as_integer
+from ..._utils.peft_names import ADAPTER_CONFIG
 from ..._utils.progress import ByteCounter, uncounted
 from ..._utils.version import __version__
 from ...init import Initializer, LoRAM
@@ -20,41 +20,32 @@ from ...init.base import refuse_implicit
 from ...init.start import checked
 from ...model.config import AdapterState, LoRAConfig
 from ...ops.loram_init import log_gain
-from ..adapter.folder import NATIVE_FILE
-from ..adapter.peft_format import to_peft
-from ..adapter.recipe import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILE,
-    METADATA,
-    NATIVE_TYPE,
-    START,
-    config_to_dict,
-    recipe_to_json,
-)
-from ..adapter.tensors import native_tensors
-from ..io.journal import UnfinishedFolder, identity
-from ..io.pipeline import Actions, Shard, run
+from ..adapter.content import folder_content
+from ..adapter.recipe import NATIVE, START, config_to_dict
+from ..io.journal import JournaledFolder
+from ..io.pipeline import Actions, Shard, rewrite
 from .factors import FactorFile, StartRecord, read_records, write_tensors
-from .folder import CONFIG, ModelFolder, check_apart, check_space, pretty
+from .folder import ModelFolder, check_apart, check_space, pretty
 from .residual import ADAPTER, is_start
 from .weights import StoredWeight, is_embedding, is_head, stored_weights
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What was done: how many layers started, and how many of the shards' bytes were read and
-    written in this run and `resumed` from an earlier one. `left_out` are experts and routers of
-    mixtures, which are no linear layers in a model.
+class InitSummary:
+    """The result of `initialize`.
+
+    `layers` have started; `size` bytes of the shards were read in this run, `resumed` in an earlier
+    one. `excluded` counts experts and routers of mixtures, which are not linear layers in a model.
     """
 
     layers: int
     size: int
     resumed: int
     residual: str
-    left_out: int = 0
+    excluded: int = 0
 
 
-def initialise(
+def initialize(
     model: Path,
     out: Path,
     config: LoRAConfig,
@@ -65,38 +56,38 @@ def initialise(
     overwrite: bool = False,
     sync: bool = False,
     progress: ByteCounter = uncounted,
-) -> Summary:
+) -> InitSummary:
     """Starts the linear layers of the model in the folder `model`, tensor by tensor.
 
-    `residual` "absorb", which "auto" is for a start that has to be taken out: `out` becomes the
-    model with W − s·B₀A₀ in place of W and `out`/adapter the start, as a PEFT adapter of this
-    base: training starts from the original model. "implicit", which "auto" is for the others: `out`
-    becomes the start as a native adapter of the original base.
+    With `residual` "absorb" ("auto" for a start that is not zero), `out` becomes the residual base,
+    the model with W − s·B₀A₀ in place of W, and `out`/adapter the start, as a PEFT adapter of this
+    base: training starts from the original model. With "implicit" ("auto" for the other starts),
+    `out` becomes the start as a native adapter of the original base.
 
-    Experts and routers of mixtures do not start, whatever is chosen: in transformers' models they
-    are no linear layers. All other tensors keep their bytes, all files their names, headers and
-    order. `dtype` casts floats of 16 bits and more; a weight is rounded once, after the start was
-    taken out. Starts that are drawn have a seed of their own for each layer, of `seed` and its
+    Experts and routers of mixtures never start: in transformers' models they are not linear
+    layers. All other tensors keep their bytes; all files keep their names, headers and order.
+    `dtype` casts floats of 16 bits and more; a weight is rounded once, after the start was
+    subtracted. Each layer's random start has its own seed, derived from `seed` and the layer's
     name.
 
-    A run that was killed goes on where it was, if it is repeated; the result is the same to the
-    last byte. Peak memory is the largest of the tensors that start, with its cast copy if there is
-    one (between the two 16-bit dtypes also one in float32), and 128 MiB; beside what the start
-    itself takes. `sync` waits for the disk before the folder is complete, as `cp` does not.
-    `progress(total)` gives a function that is told of bytes that are done.
+    A killed run continues when it is repeated, and the result is the same to the last byte. Peak
+    memory is the largest of the tensors that start, its cast copy if there is one (between the two
+    16-bit dtypes also one in float32), 128 MiB, and the memory of the start itself. `sync` waits
+    for the disk before the folder is complete, as `cp` does not. `progress(total)` returns a
+    function that is called with each number of bytes done.
 
     Raises:
-        ValueError: a weight without a start, a value out of range, files that are no model; nothing
-            is left in `out`.
-        FileNotFoundError: no such folder, or a file is missing.
-        OSError: `out` is in use or the disk is full; a repeated run goes on.
+        ValueError: a weight cannot start, a value is out of range, or the files are not a model;
+            nothing is left in `out`.
+        FileNotFoundError: the folder or a file is missing.
+        OSError: `out` is in use or the disk is full; a repeated run continues.
 
     """
     initializer = config.initializer
     if initializer.needs_gradient:
         raise ValueError(
-            f"{config.init_lora_weights!r} starts from the loss gradients of the weights, which "
-            "files do not tell: load the model and use lora_kernels.capture_gradients and add_lora"
+            f"{config.init_lora_weights!r} starts from the loss gradients of the weights, which a "
+            "file does not have: load the model and use lora_kernels.capture_gradients and add_lora"
         )
     for option, none in (
         ("modules_to_save", None),
@@ -105,7 +96,7 @@ def initialise(
     ):
         if getattr(config, option) != none:
             raise ValueError(
-                f"{option} is for models that are loaded: give target_modules and exclude_modules"
+                f"{option} is for models that are loaded: use target_modules and exclude_modules"
             )
     residual = config.residual
     if residual == "auto":
@@ -113,15 +104,17 @@ def initialise(
     refuse_implicit(initializer, residual)
     if residual == "implicit" and dtype is not None:
         raise ValueError("dtype is for a base that is written; residual='implicit' writes none")
-    where = _device(device)
     check_apart(model, out)
     folder = ModelFolder(model)
     if is_start(model / ADAPTER):
-        raise ValueError(f"{model} lacks a start already: take the model it was made from")
+        raise ValueError(
+            f"{model} is a residual base, from which a start was subtracted already: use the model "
+            "it was made from"
+        )
     chosen = stored_weights(folder.path, config.target_modules, config.exclude_modules)
     weights = [weight for weight in chosen if not folder.in_mixture(weight.name)]
     _check_weights(folder, config, residual, weights)
-    job = _Job(out, folder, config, initializer, residual, weights, where, seed)
+    job = _Job(out, folder, config, initializer, residual, weights, _device(device), seed)
     task = {
         "command": "init",
         "version": __version__,
@@ -132,56 +125,50 @@ def initialise(
         "device": device,
         "seed": as_integer(seed, "seed"),
     }
-    inputs = {file.name: identity(file) for file in folder.layouts}
-    inputs |= {str(name): identity(model / name) for name in (CONFIG, *folder.others)}
-    with UnfinishedFolder(out, task, inputs, overwrite, sync) as work:
-        try:
-            done = job.run(work, dtype, progress)
-        except (ValueError, TypeError):
-            work.abandon()
-            raise
-    return replace(done, left_out=len(chosen) - len(weights))
+    with JournaledFolder(out, task, folder.identities(), overwrite, sync) as work:
+        done = job.run(work, dtype, progress)
+    return replace(done, excluded=len(chosen) - len(weights))
 
 
 def _device(name: str) -> torch.device:
-    """That device, which is there."""
+    """The device of that name; raises if it cannot be used."""
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(f"device {name!r} cannot be used here: {first}") from None
     if device.type == "meta":
-        raise ValueError("device 'meta' has no numbers: take cpu, cuda ...")
+        raise ValueError("device 'meta' has no numbers: use cpu, cuda ...")
     return device
 
 
 def _check_weights(
     folder: ModelFolder, config: LoRAConfig, residual: str, weights: list[StoredWeight]
 ) -> None:
-    """Raises if there is nothing that can start, or something that cannot."""
+    """Raises if a weight cannot start, or if there are none."""
     if not weights:
         raise ValueError(
-            "only experts and routers of a mixture are chosen, which are no linear layers in a "
-            "model: take those of the attention"
+            "only experts and routers of a mixture are chosen, which are not linear layers in a "
+            "model: choose layers of the attention"
         )
     for weight in weights:
         if is_embedding(weight.name):
             raise ValueError(f"{weight.name} is an embedding by its name, not a linear layer")
         if residual == "absorb" and is_head(weight.name) and folder.tied:
             raise ValueError(
-                f"{weight.name} is tied to the embedding, which a start must not be taken out of: "
-                "take residual='implicit'"
+                f"{weight.name} is tied to the embedding, from which no start must be subtracted: "
+                "use residual='implicit'"
             )
-        r, full = config.layer_rank(weight.name), min(weight.tensor.shape)
+        r, full = config.layer_rank(weight.name), min(weight.tensor.entry.shape)
         if r > full:
             raise ValueError(
-                f"rank {r} is larger than min(n, m) = {full} of {weight.name}: take a smaller one, "
+                f"rank {r} is larger than min(n, m) = {full} of {weight.name}: use a smaller one, "
                 "or exclude this layer"
             )
 
 
 class _Job:
-    """One run: what happens to each weight, to each shard, and at the end."""
+    """One run: its steps for each weight, for each shard, and at the end."""
 
     def __init__(
         self,
@@ -199,42 +186,42 @@ class _Job:
         self.device, self.seed = device, seed
         self.weights = {weight.tensor.name: weight for weight in weights}
         self.factors: dict[str, FactorFile] = {}
-        self.work: UnfinishedFolder | None = None
+        self.work: JournaledFolder | None = None
         self._lock = threading.Lock()
 
     def run(
-        self, work: UnfinishedFolder, dtype: torch.dtype | None, progress: ByteCounter
-    ) -> Summary:
+        self, work: JournaledFolder, dtype: torch.dtype | None, progress: ByteCounter
+    ) -> InitSummary:
         self.work = work
         absorb = self.residual == "absorb"
         edited: dict[Path, set[str]] = {}
         for name, weight in self.weights.items():
             edited.setdefault(weight.tensor.file, set()).add(name)
         shards = self.folder.shards(edited, work if absorb else None, dtype)
-        left = work.left(shards)
-        size = sum(shard.size for shard in left)
+        remaining = work.remaining(shards)
+        size = sum(shard.size for shard in remaining)
         if absorb:
-            check_space(self.out, sum(shard.target_layout.file_size for shard in left))
-        run(left, Actions(self.edit, self.finished, progress(size)))
-        if not work.completed and absorb:
-            self.folder.copy_others(work)
-            self._write_start(shards)
-            self.folder.publish(work, shards)
-        elif not work.completed:
-            self._write_native(shards)
+            check_space(self.out, sum(shard.target_layout.file_size for shard in remaining))
+        rewrite(remaining, Actions(self.edit, self.finished, progress(size)))
+        if not work.completed:
+            if absorb:
+                self.folder.copy_others(work)
+            self._write_adapter(shards)
+            if absorb:
+                self.folder.publish(work, shards)
         work.complete()
         resumed = sum(shard.size for shard in shards) - size
-        return Summary(len(self.weights), size, resumed, self.residual)
+        return InitSummary(len(self.weights), size, resumed, self.residual)
 
     def edit(self, shard: Shard, name: str, weight: Tensor) -> None:
-        """Makes the start of one weight, and takes it out of it."""
+        """Makes the start of one weight, and subtracts it from the weight (absorb)."""
         stored = self.weights[name]
         if stored.transposed:
             weight = weight.T
         r, scaling = self.config.layer_rank(stored.name), self.config.layer_scaling(stored.name)
         initializer = self._seeded(stored.name)
         here = weight.to(self.device)
-        plain = initializer == LoRAM()  # whose β tells the norm, without another pass
+        plain = initializer == LoRAM()  # its β determines the norm, without another pass
         norm = None if plain else math.sqrt(torch.ops.lora.frobenius_stats([here])[0, 1])
         if self.residual == "absorb":
             start = initializer.absorb_(here, r, scaling)
@@ -244,13 +231,13 @@ class _Job:
             start = checked(initializer(here, r, scaling), here, r)
         if start.lora_R is not None and self.residual == "absorb":
             raise ValueError(
-                f"{self.config.init_lora_weights!r} trains an R between frozen factors, which "
-                "PEFT has not: take residual='implicit'"
+                f"{self.config.init_lora_weights!r} trains an R between frozen factors, which PEFT "
+                "does not have: use residual='implicit'"
             )
         beta = None if start.beta is None else float(start.beta)
         if norm is None:  # β² = ‖W‖ √(Q/r)
             norm = beta**2 * math.sqrt(r / log_gain(r, *here.shape))
-        taken_out = initializer.changes_base
+        subtracted = initializer.changes_base
         record = StartRecord(
             name=stored.name,
             r=r,
@@ -260,8 +247,8 @@ class _Job:
             lora_alpha=self.config.layer_alpha(stored.name),
             weight_norm=norm,
             residual=self.residual,
-            beta=beta if taken_out else None,
-            kept=taken_out and beta is None,
+            beta=beta if subtracted else None,
+            kept=subtracted and beta is None,
             has_R=start.lora_R is not None,
         )
         with self._lock:
@@ -270,7 +257,7 @@ class _Job:
         self.factors[shard.name].append(record, start)
 
     def finished(self, shard: Shard) -> None:
-        """Journals the shard with its starts."""
+        """Records the shard and its starts in the journal."""
         factors = self.factors.pop(shard.name, None)
         record = factors.close() if factors else {"starts": []}
         self.work.finish(shard.name, record, in_place=shard.target is not None)
@@ -279,8 +266,8 @@ class _Job:
         return self.work.path(f"{shard.name}.factors")
 
     def _seeded(self, name: str) -> Initializer:
-        """With a seed of its own if it would draw from torch's generator: a layer's start does not
-        depend on which were made before it.
+        """The initializer with a seed of the layer's own if it would use torch's generator: then a
+        start does not depend on the order of the layers.
         """
         if getattr(self.initializer, "seed", 0) is not None:
             return self.initializer
@@ -289,7 +276,7 @@ class _Job:
     def _starts(
         self, shards: list[Shard], base: Path
     ) -> tuple[AdapterState, list[tuple[Path, int, int]]]:
-        """The adapter, with factors on the meta device, and where their bytes are."""
+        """The adapter with factors on the meta device, and the files and ranges of their bytes."""
         found = {
             record.name: (record, self._factor_path(shard))
             for shard in shards
@@ -303,32 +290,22 @@ class _Job:
         config = replace(self.config, residual=self.residual)
         return AdapterState(config, layers, base_model=str(base)), parts
 
-    def _write_start(self, shards: list[Shard]) -> None:
-        """The adapter of the residual base, for PEFT: on this base nothing is to be taken out."""
-        state, parts = self._starts(shards, self.out)
-        plain = {
-            name: replace(layer, beta=None, start_A=None, start_B=None)
-            for name, layer in state.layers.items()
-        }
-        config = replace(state.config, task_type=self.folder.task_type)
-        conv1d = any(weight.transposed for weight in self.weights.values())
-        values, tensors = to_peft(
-            replace(state, config=config, layers=plain), self.folder.module_names, conv1d
+    def _write_adapter(self, shards: list[Shard]) -> None:
+        """The start as a PEFT adapter of the residual base, or a native adapter of the original."""
+        absorb = self.residual == "absorb"
+        state, parts = self._starts(shards, self.out if absorb else self.folder.path)
+        content = folder_content(
+            state,
+            START if absorb else NATIVE,
+            module_names=self.folder.module_names,
+            fan_in_fan_out=any(weight.transposed for weight in self.weights.values()),
+            original=str(self.folder.path),
+            task_type=self.folder.task_type,
         )
-        values["inference_mode"] = False
-        recipe = recipe_to_json(
-            state.layers, START, state.config, state.base_model, original=str(self.folder.path)
-        )
-        write_tensors(self.work.path(ADAPTER_FILE), tensors, parts, {METADATA: recipe})
-        self.work.place(ADAPTER_FILE, Path(ADAPTER) / ADAPTER_FILE)
-        self.work.put(Path(ADAPTER) / ADAPTER_CONFIG, pretty(values))
-
-    def _write_native(self, shards: list[Shard]) -> None:
-        """The adapter of the original base."""
-        state, parts = self._starts(shards, self.folder.path)
-        recipe = recipe_to_json(state.layers, "native", state.config, state.base_model)
-        tensors = native_tensors(state)
-        write_tensors(self.work.path(NATIVE_FILE), tensors, parts, {METADATA: recipe})
-        self.work.place(NATIVE_FILE, NATIVE_FILE)
-        self.work.settle()
-        self.work.put(ADAPTER_CONFIG, pretty({"peft_type": NATIVE_TYPE, **json.loads(recipe)}))
+        inside = Path(ADAPTER if absorb else "")
+        path = self.work.path(content.file)
+        write_tensors(path, content.tensors, parts, content.metadata)
+        self.work.place(content.file, inside / content.file)
+        if not absorb:  # the configuration completes the folder
+            self.work.settle()
+        self.work.put(inside / ADAPTER_CONFIG, pretty(content.config))

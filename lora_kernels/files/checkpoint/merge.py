@@ -1,4 +1,4 @@
-"""A checkpoint with an adapter merged into it, without loading it."""
+"""Merges an adapter into a checkpoint without loading the model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from ..._utils.names import nearest
 from ..._utils.progress import ByteCounter, uncounted
+from ..._utils.safetensors import DTYPES, Entry
 from ..._utils.version import __version__
 from ...init.start import subtract_factors_
 from ...layers.state import LayerState
 from ...model.config import AdapterState
 from ..adapter.folder import read_adapter
-from ..io.journal import UnfinishedFolder, identity
-from ..io.layout import DTYPES, Entry
-from ..io.pipeline import Actions, Shard, run
-from .folder import CONFIG, ModelFolder, check_apart, check_outside, check_space
+from ..io.journal import JournaledFolder, identity
+from ..io.pipeline import Actions, Shard, rewrite
+from .folder import ModelFolder, check_apart, check_outside, check_space
 from .residual import refuse_residual
 from .weights import is_embedding, is_head, is_transposed
 
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to a tensor of the base: s·B'A' is added, or another takes its place."""
+    """The change of a tensor of the base: s·B'A' is added, or another tensor replaces it."""
 
     entry: Entry
     file: Path
@@ -35,7 +35,7 @@ class Change:
     tensor: Tensor | None = None
 
     def apply_(self, weight: Tensor) -> None:
-        """In place; ValueError if the sum is not finite."""
+        """Changes the weight in place; raises a ValueError if the result is not finite."""
         if self.tensor is not None:
             weight.copy_(self.tensor)
         else:
@@ -46,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True)
 class MergeSummary:
-    """How many layers were merged and tensors replaced, and the bytes read and written."""
+    """The numbers of merged layers and replaced tensors, and the bytes read in this run."""
 
     layers: int
     replaced: int
@@ -55,8 +55,8 @@ class MergeSummary:
 
 @torch.no_grad()
 def add_update_(weight: Tensor, layer: LayerState) -> None:
-    """W ← W + s(BA − B₀A₀) of the original base W [out, in], with BRA for BA if there is an R; in
-    float32 or wider, and rounded once.
+    """W ← W + s(BA − B₀A₀) for a weight W [out, in] of the original base, with BRA for BA if there
+    is an R; in float32 or wider, and rounded once.
     """
     right, left = (f.to(weight.device) for f in layer.update_factors())
     subtract_factors_(weight, right, left, -layer.scaling)
@@ -72,16 +72,16 @@ def merge(
     sync: bool = False,
     progress: ByteCounter = uncounted,
 ) -> MergeSummary:
-    """Makes `out` the model of the folder `base` with the adapter of the folder `adapter`, of any
-    format, merged into it; modules that were trained in full, and biases, replace those of the
-    base.
+    """Writes the model in `base` to `out`, with the adapter merged into it.
 
-    All else is as with `initialise`: layout, `dtype`, memory (beside the adapter's), going on
-    after a kill.
+    The adapter may have any format; saved modules and biases replace those of the base. Everything
+    else is as for `initialize`: what is copied, `dtype`, memory (apart from the adapter's), and
+    continuing after a kill.
 
     Raises:
-        ValueError: the adapter does not fit the base, was trained on another one, or lies in `out`.
-        FileNotFoundError, OSError: as there.
+        ValueError: the adapter does not fit the base, was trained on another one, or is in `out`.
+        FileNotFoundError: as `initialize`.
+        OSError: as `initialize`.
 
     """
     check_apart(base, out)
@@ -94,23 +94,20 @@ def merge(
     for name, change in changes.items():
         by_file.setdefault(change.file, set()).add(name)
     task = {"command": "merge", "version": __version__, "dtype": str(dtype)}
-    inputs = {file.name: identity(file) for file in folder.layouts}
-    inputs |= {str(name): identity(base / name) for name in (CONFIG, *folder.others)}
-    inputs |= {f"adapter {f.name}": identity(f) for f in sorted(adapter.iterdir()) if f.is_file()}
+    inputs = folder.identities() | {
+        f"adapter {f.name}": identity(f) for f in sorted(adapter.iterdir()) if f.is_file()
+    }
 
     def edit(shard: Shard, name: str, weight: Tensor) -> None:
         changes[name].apply_(weight)
 
-    with UnfinishedFolder(out, task, inputs, overwrite, sync) as work:
+    with JournaledFolder(out, task, inputs, overwrite, sync) as work:
         shards = folder.shards(by_file, work, dtype)
-        left = work.left(shards)
-        size = sum(shard.size for shard in left)
-        check_space(out, sum(shard.target_layout.file_size for shard in left))
-        try:
-            run(left, Actions(edit, lambda shard: work.finish(shard.name, {}), progress(size)))
-        except (ValueError, TypeError):
-            work.abandon()
-            raise
+        remaining = work.remaining(shards)
+        size = sum(shard.size for shard in remaining)
+        check_space(out, sum(shard.target_layout.file_size for shard in remaining))
+        actions = Actions(edit, lambda shard: work.finish(shard.name, {}), progress(size))
+        rewrite(remaining, actions)
         if not work.completed:
             folder.copy_others(work)
             folder.publish(work, shards)
@@ -119,10 +116,10 @@ def merge(
 
 
 def changes_of(folder: ModelFolder, state: AdapterState) -> dict[str, Change]:
-    """What the adapter does to each tensor of the files, by its name there.
+    """The adapter's change of each tensor, by its name in the files.
 
     Raises:
-        ValueError: a layer or a tensor is not in the base, or of another shape there.
+        ValueError: a layer or a tensor is not in the base, or has another shape there.
 
     """
     stored = {
@@ -139,7 +136,7 @@ def changes_of(folder: ModelFolder, state: AdapterState) -> dict[str, Change]:
     for name, value in wanted.items():
         if name not in folder.tensors:
             raise ValueError(
-                f"the adapter has {name!r}, which {folder.path} has not"
+                f"the adapter has {name!r}, which {folder.path} does not have"
                 f"{nearest(name, folder.tensors)}"
             )
         file, entry = stored[folder.tensors[name]]
@@ -158,7 +155,7 @@ def changes_of(folder: ModelFolder, state: AdapterState) -> dict[str, Change]:
             )
         if entry.dtype not in DTYPES:
             raise ValueError(
-                f"{name!r} is stored as {entry.dtype} in {folder.path}: take a base that is not "
+                f"{name!r} is stored as {entry.dtype} in {folder.path}: use a base that is not "
                 "quantised"
             )
         changes[entry.name] = change
@@ -166,7 +163,7 @@ def changes_of(folder: ModelFolder, state: AdapterState) -> dict[str, Change]:
 
 
 def _check_tied(folder: ModelFolder, wanted: Mapping[str, LayerState | Tensor]) -> None:
-    """Raises if an input embedding or an output head changes that the model ties to each other."""
+    """Raises if the adapter changes an input embedding or output head that the model ties."""
     if not folder.tied:
         return
     for name in wanted:
@@ -174,5 +171,5 @@ def _check_tied(folder: ModelFolder, wanted: Mapping[str, LayerState | Tensor]) 
         if is_embedding(layer) or is_head(layer):
             raise ValueError(
                 f"the adapter changes {layer!r}, which {folder.path} ties to its output head or "
-                "embedding: a merged model cannot tell them apart; use the adapter unmerged"
+                "embedding: a merged model cannot store both; use the adapter unmerged"
             )

@@ -1,7 +1,7 @@
-"""The start that `initialise` puts beside a residual base, and what is trained from it.
+"""The start that `initialize` writes beside a residual base, and adapters trained from it.
 
-It is a PEFT adapter of the residual base, and wrong on the original one; so is what PEFT trains
-from it. Together they are an adapter of the original base.
+Both are PEFT adapters of the residual base, and wrong on the original one. Together they are an
+adapter of the original base.
 """
 
 from __future__ import annotations
@@ -9,39 +9,32 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from ..._utils.peft_names import ADAPTER_FILE
 from ..._utils.safetensors import load_tensors
 from ...model.config import AdapterState
 from ..adapter.peft_format import split_tensors
-from ..adapter.recipe import (
-    ADAPTER_FILE,
-    METADATA,
-    START,
-    config_from_dict,
-    layer_from_dict,
-    recipe_from_json,
-)
-from ..io.layout import read_layout
+from ..adapter.recipe import START, config_from_dict, layer_from_dict, read_recipe
 
-ADAPTER = "adapter"  # its folder, in that of the residual base
+ADAPTER = "adapter"  # the name of its folder, in that of the residual base
 
 
 def is_start(folder: Path) -> bool:
-    """Whether it is the folder of such a start."""
+    """Whether the folder holds such a start."""
     return _recipe_of(folder) is not None
 
 
 def read_start(folder: Path) -> AdapterState:
-    """The start as it was made: A and B are what was taken out, of the original base.
+    """The start as an adapter of the original base: A and B are the factors that were subtracted.
 
     Raises:
-        ValueError: it is none, or damaged.
+        ValueError: the folder does not hold a start, or is damaged.
 
     """
     recipe = _recipe_of(folder)
     if recipe is None:
         raise ValueError(
-            f"{folder} is no start of lora-kernels init: give the folder {ADAPTER!r} of a model "
-            "that it made"
+            f"{folder} is not a start of lora-kernels init: give the folder {ADAPTER!r} of a model "
+            "that it wrote"
         )
     pairs, extra = split_tensors(load_tensors(folder / ADAPTER_FILE)[0])
     layers = {}
@@ -58,29 +51,29 @@ def read_start(folder: Path) -> AdapterState:
 
 
 def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
-    """The adapter of the original base, from one of the residual base.
+    """Converts an adapter of the residual base to one of the original base.
 
     Raises:
-        ValueError: the two do not go together.
+        ValueError: the adapter was not trained from this start.
 
     """
     if start.config.initializer.rewrites_base:
         raise ValueError(
-            f"{start.config.init_lora_weights!r} has made another base than the original less its "
-            "start: what is trained on it belongs to it, as it is"
+            f"{start.config.init_lora_weights!r} has made a new base, which is not the original "
+            "minus the start: adapters that are trained on it belong to it as they are"
         )
     layers = dict(trained.layers)
     for name, first in start.layers.items():
         layer = layers.get(name)
         if layer is None:
             raise ValueError(
-                f"the trained adapter lacks {name!r}, whose start the base lacks: it was not "
-                "trained from this start"
+                f"the trained adapter lacks {name!r}, which has a start: it was not trained from "
+                "this start"
             )
         if layer.changes_base:
             raise ValueError(
-                f"{name!r} is that of an adapter of the original base already: --start is for what "
-                "PEFT trained on the residual base"
+                f"{name!r} belongs to an adapter of the original base already: --start is for "
+                "adapters that PEFT trained on the residual base"
             )
         for what in ("r", "scaling"):
             if getattr(layer, what) != getattr(first, what):
@@ -89,7 +82,7 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
                     f"{getattr(first, what):g}: it was not trained from this start"
                 )
         if layer.lora_A.shape != first.lora_A.shape or layer.lora_B.shape != first.lora_B.shape:
-            raise ValueError(f"{name!r} and its start have other shapes: they do not go together")
+            raise ValueError(f"{name!r} and its start have different shapes")
         layers[name] = replace(first, lora_A=layer.lora_A, lora_B=layer.lora_B)
     config = replace(
         trained.config,
@@ -100,23 +93,18 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
 
 
 def refuse_residual(adapter: Path, state: AdapterState, base: Path | None = None) -> None:
-    """Raises if the adapter was trained on a residual base, which `base` is not."""
+    """Raises if the adapter was trained on a residual base other than `base`."""
     if state.base_model is None or any(layer.changes_base for layer in state.layers.values()):
         return
     trained_on = Path(state.base_model)
     if is_start(trained_on / ADAPTER) and (base is None or not trained_on.samefile(base)):
         raise ValueError(
-            f"{adapter} was trained on {trained_on}, whose weights lack a start, and is wrong on "
-            f"another model: convert it with --start {trained_on / ADAPTER}"
+            f"{adapter} was trained on {trained_on}, from whose weights a start was subtracted, "
+            f"and is wrong on another model: convert it with --start {trained_on / ADAPTER}"
         )
 
 
 def _recipe_of(folder: Path) -> dict | None:
-    file = folder / ADAPTER_FILE
-    if not file.is_file():
-        return None
-    text = read_layout(file).metadata.get(METADATA)
-    if text is None:
-        return None
-    recipe = recipe_from_json(text)
-    return recipe if recipe["format"] == START else None
+    """The recipe of a start, or None."""
+    recipe = read_recipe(folder / ADAPTER_FILE)
+    return recipe if recipe is not None and recipe["format"] == START else None

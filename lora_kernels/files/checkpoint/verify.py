@@ -1,4 +1,4 @@
-"""Whether an adapter in a folder belongs to a model in a folder, and all compute the same."""
+"""Checks that an adapter fits a model, and that all ways to load it compute the same."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from ...model.config import AdapterState
-from ..adapter.folder import NATIVE_FILE, read_adapter
+from ..adapter.content import NATIVE_FILE
+from ..adapter.folder import read_adapter
 from ..adapter.saving import load_adapter
 from .folder import ModelFolder
 from .merge import Change, changes_of
 from .residual import refuse_residual
 
-# Of the largest logit, in float32: what the order of sums changes stays below a tenth of it in a
-# model of 30 layers. An adapter that is read wrongly is off by about as much as it does.
+# Relative to the largest logit, in float32. In a model of 30 layers, another order of sums changes
+# the logits by less than a tenth of it; reading an adapter wrongly, by about its whole effect.
 TOLERANCE = 1e-4
 _TOKENS = (2, 16)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; `passed` is None if it could not be."""
+    """The result of one check; `passed` is None if it could not be done."""
 
     name: str
     passed: bool | None
@@ -34,16 +35,17 @@ class Check:
 
 
 def verify(adapter: Path, base: Path, logits: bool = True) -> Iterator[Check]:
-    """Checks one thing after the other, the cheap ones first; the last may be one that failed.
+    """Makes these checks in this order, and stops after one of the first two that fails.
 
-    1. The files of the adapter are whole, and what they say goes together.
-    2. Every layer and tensor of the adapter is in the base, with its shape.
+    1. The files of the adapter are intact and consistent.
+    2. Every layer and tensor of the adapter is in the base, with the same shape.
     3. `logits`, if transformers is installed: those of the base with s(BA − B₀A₀) added to its
        weights, of `load_adapter`, and of PEFT if it can read the format, agree within `TOLERANCE`
        of the largest, in float32 on the CPU, on a few fixed tokens. The model is loaded for each.
 
     Raises:
-        ValueError, FileNotFoundError: the base is no model, or cannot be run on tokens.
+        ValueError: the base is not a model, or cannot be run on tokens.
+        FileNotFoundError: files of the base are missing.
 
     """
     folder = ModelFolder(base)
@@ -88,7 +90,7 @@ def _logits(
 
     yield compared("lora_kernels.load_adapter", _run(folder, ours))
     if (adapter / NATIVE_FILE).is_file():
-        yield Check("PEFT", None, "does not read the native format: convert it")
+        yield Check("PEFT", None, "cannot read the native format: convert it")
     elif find_spec("peft") is None:
         yield Check("PEFT", None, "is not installed")
     else:
@@ -106,7 +108,7 @@ def _merged(model: nn.Module, folder: ModelFolder, changes: dict[str, Change]) -
         if stored in changes:
             if name not in parameters:
                 raise ValueError(
-                    f"{type(model).__name__} calls {name!r} otherwise than its files do"
+                    f"{type(model).__name__} has no {name!r}, under which its files store a tensor"
                 )
             changes[stored].apply_(parameters[name].data)
     return model
@@ -134,7 +136,7 @@ def _run(folder: ModelFolder, prepare: Callable[[nn.Module], nn.Module]) -> Tens
 
 
 def _token_ids(config: Any) -> Tensor:
-    """Some that are spread over the vocabulary, always the same."""
+    """Fixed token ids that are spread over the vocabulary."""
     size = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
     count = _TOKENS[0] * _TOKENS[1]
     return ((torch.arange(count) * 7919 + 13) % size).view(_TOKENS)

@@ -1,1 +1,1 @@
-"""Bytes on disk, without LoRA: a pipeline of blocks, and what survives a kill."""
+"""Files and their bytes, without LoRA: rewriting in blocks, and writes that survive a kill."""

@@ -1,4 +1,4 @@
-"""A file cut into blocks: what is read, worked on and written at once."""
+"""Divides a file into blocks, each of which is read, edited and written at once."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from .layout import DTYPES, Entry, Layout
+from ..._utils.safetensors import DTYPES, Entry, Layout
 
-BLOCK = 16 << 20  # a copy's pieces are of this size, and small tensors are put together up to it
+BLOCK = 16 << 20  # bytes: copied tensors are divided into such pieces, small tensors are joined
 _PAGE = 4096
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor, or a stretch of one that is only copied, before and after."""
+    """A tensor, or a part of one that is only copied, in the source and in the target."""
 
     source: Entry
     target: Entry
@@ -22,67 +22,64 @@ class Piece:
 
     @property
     def cast(self) -> bool:
-        """Whether its dtype changes."""
         return self.source.dtype != self.target.dtype
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pieces that follow each other in the source, and so in the target."""
+    """Pieces that are adjacent in the source and in the target."""
 
     pieces: tuple[Piece, ...]
 
     @cached_property
     def source(self) -> tuple[int, int]:
-        """Its bytes of the source's data."""
+        """The range of its bytes in the source's data."""
         return self.pieces[0].source.begin, self.pieces[-1].source.end
 
     @cached_property
     def target(self) -> tuple[int, int]:
-        """Its bytes of the target's data."""
+        """The range of its bytes in the target's data."""
         return self.pieces[0].target.begin, self.pieces[-1].target.end
 
     @cached_property
     def cast(self) -> bool:
-        """Whether a dtype changes: then the new bytes have a place of their own."""
+        """Whether a dtype changes: then the new bytes need memory of their own."""
         return any(piece.cast for piece in self.pieces)
 
     @property
     def source_size(self) -> int:
-        """Bytes that are read."""
         return self.source[1] - self.source[0]
 
     @property
     def target_size(self) -> int:
-        """Bytes that are written."""
         return self.target[1] - self.target[0]
 
-    def places(self, source_start: int, target_start: int) -> tuple[int, int, int]:
-        """Where in a buffer the old bytes and the new ones lie, and its size; the new ones in the
-        place of the old ones, unless a dtype changes. `..._start`: where the data begins in a file.
+    def places(self, source_offset: int, target_offset: int) -> tuple[int, int, int]:
+        """Offsets of the old and of the new bytes in a buffer, and the size of the buffer. The two
+        are the same place unless a dtype changes. `..._offset`: where the data begins in a file.
         """
-        old = _skew(source_start + self.source[0])
+        old = _skew(source_offset + self.source[0])
         end = old + self.source_size
         if not self.cast:
             return old, old, end
-        new = -(-end // _PAGE) * _PAGE + _skew(target_start + self.target[0])
+        new = -(-end // _PAGE) * _PAGE + _skew(target_offset + self.target[0])
         return old, new, new + self.target_size
 
 
 def _skew(position: int) -> int:
-    """The offset in a page: as in the file, for the system's copies, which are a third slower if
-    they are shifted; but 0 where no number would be aligned.
+    """The offset in a memory page: the same as in the file, since copies between different offsets
+    are a third slower; 0 if the numbers would not be aligned there.
     """
     return position % _PAGE if position % 8 == 0 else 0
 
 
-def cut(
+def divide(
     source: Layout, target: Layout, edited: Collection[str], only_edited: bool = False
 ) -> list[Block]:
-    """The blocks of a file: an edited tensor is never divided, the others are copied in parts.
+    """The blocks of a file. An edited tensor is never divided; the others are copied in parts.
 
-    `target` has the tensors of `source` in the same order. `only_edited`: the others are not even
-    read.
+    `target` has the tensors of `source` in the same order. `only_edited`: the other tensors are
+    left out.
     """
     blocks: list[Block] = []
     pieces: list[Piece] = []
@@ -119,7 +116,7 @@ def _pieces(source: Layout, target: Layout, edited: Collection[str]) -> Iterator
 
 
 def _cast_pieces(old: Entry, new: Entry) -> Iterator[Piece]:
-    """Stretches of whole numbers."""
+    """Parts of a tensor that is cast, of whole numbers."""
     sizes = DTYPES[old.dtype].itemsize, DTYPES[new.dtype].itemsize
     step = BLOCK // max(sizes)
     for first in range(0, max(old.numel, 1), step):

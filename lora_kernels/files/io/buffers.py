@@ -1,4 +1,4 @@
-"""Memory that is used again and again, within a limit."""
+"""Reusable buffers of limited total size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Buffer:
-    """Page-aligned bytes that files are read into and tensors lie in."""
+    """Page-aligned memory that files are read into, and tensors are views of."""
 
     def __init__(self, size: int) -> None:
         # Private, as shared memory gets no huge pages.
@@ -22,11 +22,10 @@ class Buffer:
         self.capacity = size
 
     def view(self, begin: int, end: int) -> memoryview:
-        """The bytes [begin, end), writable."""
         return memoryview(self._memory)[begin:end]
 
     def tensor(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """A tensor over the bytes from `begin` on."""
+        """A view of the bytes from `begin` on as a tensor."""
         count = torch.Size(shape).numel()
         if count == 0:
             return torch.empty(shape, dtype=dtype)
@@ -34,7 +33,7 @@ class Buffer:
 
 
 class BufferPool:
-    """Buffers of any size, together at most `limit` bytes. Of several threads, one takes."""
+    """A thread-safe pool of reusable buffers, at most `limit` bytes in total."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -44,10 +43,10 @@ class BufferPool:
         self._closed = False
 
     def take(self, size: int) -> Buffer:
-        """A buffer of at least `size` bytes, which is at most the limit; waits for one.
+        """Waits for a buffer of at least `size` bytes; `size` is at most the limit.
 
         Raises:
-            RuntimeError: the pool was closed.
+            RuntimeError: the pool is closed.
 
         """
         with self._changed:
@@ -59,7 +58,7 @@ class BufferPool:
                     buffer = min(fitting, key=lambda b: b.capacity)
                     self._free.remove(buffer)
                     return buffer
-                # The free ones are too small: they make room for one that is not.
+                # The free ones are too small: some are released for a larger one.
                 self._free.sort(key=lambda b: b.capacity)
                 while self._free and self._allocated + size > self._limit:
                     self._allocated -= self._free.pop().capacity
@@ -69,13 +68,13 @@ class BufferPool:
                 self._changed.wait()
 
     def give_back(self, buffer: Buffer) -> None:
-        """For the next one who takes; no view or tensor over it may be used any more."""
+        """Returns a buffer to the pool; views of it must no longer be used."""
         with self._changed:
             self._free.append(buffer)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Whoever waits for a buffer gets an error."""
+        """Makes `take` raise, in threads that are waiting too."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

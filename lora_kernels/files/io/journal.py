@@ -1,11 +1,11 @@
-"""A folder while it is being written, and what of it is finished, so that a killed run goes on.
+"""A folder that is written with a journal, so that a repeated run continues a killed one.
 
-What is unfinished lies in a hidden folder inside: files under their names until they are whole, and
-a journal. Its first line says what is being made, from which inputs; every further one that a
-shard is finished and has its place.
+A hidden folder inside holds the files that are not complete yet, and the journal. The journal's
+first line is the task: the arguments and the inputs. Each further line names a shard that is
+complete and in its place.
 
-Nothing waits for the disk meanwhile, as `cp` does not: what a killed process has written, the
-system still writes. If the system itself went down, which the journal sees, a run starts again.
+Nothing waits for the disk, as `cp` does not: the system still writes what a killed process has
+handed to it. If the system itself crashed, which the journal detects, the run starts over.
 """
 
 from __future__ import annotations
@@ -18,19 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..._utils.safetensors import WORK, is_unfinished
+from ..._utils.model_files import JOURNAL_FOLDER, is_unfinished
+from .disk import sync, try_lock
 
 if TYPE_CHECKING:
     from .pipeline import Shard
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 _JOURNAL = "journal.jsonl"
-_FINISHED = "finished"  # a shard, or None for all there is to do
-# Without which a folder is no model, or no adapter.
+_FINISHED = "finished"  # the name of a shard, or None when everything is done
+# Files without which a folder is not a model or an adapter.
 _COMPLETING = ("config.json", "model.safetensors.index.json", "adapter_config.json",
                "adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # fmt: skip
 
@@ -38,21 +34,32 @@ Record = dict[str, Any]
 
 
 def identity(file: Path) -> str:
-    """What a file is recognised by: its size, and when it was last written."""
+    """Identifies the version of a file, by its size and the time of its last change."""
     status = file.stat()
     return f"{status.st_size} bytes of {status.st_mtime_ns}"
 
 
-class UnfinishedFolder:
-    """The folder `out`, locked against others for as long as this is used as a context manager.
+class JournaledFolder:
+    """The folder `out`; a context manager, which locks it against other processes.
 
-    `task` are the arguments and `inputs` the files, name by `identity`. `finished` has the records
-    of an earlier run of the same task. `sync`: before the last file is written, without which the
-    folder is no model or adapter, all others have reached the disk.
+    A ValueError or TypeError inside the context removes what was written; after any other error the
+    same task can be continued.
+
+    Args:
+        out: made if it does not exist.
+        task: the arguments of the run.
+        inputs: the `identity` of each input file by name.
+        overwrite: whether the model or adapter in it is replaced, and another run's work discarded.
+        sync: whether all other files have to reach the disk before the last one is written, without
+            which the folder is not a model or adapter.
+
+    Attributes:
+        finished: the records of finished shards, those of an earlier run of this task included.
+        completed: whether everything is done, apart from removing the journal.
 
     Raises:
-        FileExistsError: the folder has other contents, or what another task has finished.
-        BlockingIOError: another process is at work in it.
+        FileExistsError: the folder is not empty, or has the journal of another task.
+        BlockingIOError: another process is writing it.
 
     """
 
@@ -64,15 +71,15 @@ class UnfinishedFolder:
         overwrite: bool = False,
         sync: bool = False,
     ) -> None:
-        self.out, self.work = out, out / WORK
+        self.out, self.work = out, out / JOURNAL_FOLDER
         self.finished: dict[str, Record] = {}
-        self.completed = False  # but for what is hidden
+        self.completed = False
         head = {"task": dict(task), "inputs": dict(inputs), "boot": _boot()}
-        self._head = json.loads(json.dumps(head))  # as it comes out of the journal
+        self._head = json.loads(json.dumps(head))  # as it is read from the journal
         self._overwrite, self._sync = overwrite, sync
         self._journal: int | None = None
 
-    def __enter__(self) -> UnfinishedFolder:
+    def __enter__(self) -> JournaledFolder:
         if self.out.exists() and not self.out.is_dir():
             raise FileExistsError(f"{self.out} is a file: give a folder to write into")
         new = not is_unfinished(self.out)
@@ -82,7 +89,8 @@ class UnfinishedFolder:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         self._journal = os.open(self.work / _JOURNAL, flags, 0o666)
         try:
-            self._lock()
+            if not try_lock(self._journal):
+                raise BlockingIOError(f"another process is writing {self.out}")
             if not self._resumed():
                 self._start()
         except BaseException:
@@ -90,44 +98,46 @@ class UnfinishedFolder:
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, (ValueError, TypeError)):
+            self._abandon()  # a repeated run would fail again
         self._close()
 
     def path(self, name: str) -> Path:
-        """Where a file is written before it is whole."""
+        """Where a file is written before it is complete."""
         return self.work / name
 
-    def left(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Those that are not finished: journalled, and there if they have a place."""
+    def remaining(self, shards: Sequence[Shard]) -> list[Shard]:
+        """The shards that are not finished: not in the journal, or not in their place."""
         return [shard for shard in shards if not self._has(shard)]
 
     def finish(self, name: str, record: Record, in_place: bool = True) -> None:
-        """Gives a file that is whole its place (`in_place`), and journals it."""
+        """Moves a complete file to its place (`in_place`), and records it in the journal."""
         if in_place:
             self.place(name, name)
         self._write({_FINISHED: name} | record)
         self.finished[name] = record
 
     def put(self, name: str | Path, content: bytes) -> None:
-        """Writes a small file, and puts it in its place."""
+        """Writes a small file and moves it to its place."""
         self.path("content").write_bytes(content)
         self.place("content", name)
 
     def place(self, staged: str, name: str | Path) -> None:
-        """Puts a file that is whole in its place."""
+        """Moves a complete file to its place."""
         target = self.out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         self.path(staged).replace(target)
 
     def settle(self) -> None:
-        """Waits for the disk, if that is asked for."""
+        """Waits until all files are on the disk, if `sync` was given."""
         if self._sync:
             for folder, _, names in os.walk(self.out):
                 for name in (*names, "."):
-                    _fsync(Path(folder) / name)
+                    sync(Path(folder) / name)
 
     def complete(self) -> None:
-        """Removes what is hidden: the folder is what it was to be."""
+        """Removes the journal: the folder is complete."""
         if not self.completed:
             self._write({_FINISHED: None})
         for entry in self.work.iterdir():
@@ -137,14 +147,6 @@ class UnfinishedFolder:
         self.work.rmdir()
         self.settle()
 
-    def abandon(self) -> None:
-        """Removes all that was written, where going on could not help."""
-        for name in self.finished:
-            (self.out / name).unlink(missing_ok=True)
-        shutil.rmtree(self.work)
-        with suppress(OSError):  # not empty
-            self.out.rmdir()
-
     def _has(self, shard: Shard) -> bool:
         if shard.name not in self.finished:
             return False
@@ -153,21 +155,13 @@ class UnfinishedFolder:
         file = self.out / shard.name
         return file.is_file() and file.stat().st_size == shard.target_layout.file_size
 
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BlockingIOError(f"another process is writing {self.out}") from None
-
     def _resumed(self) -> bool:
-        """Whether the journal is one of this task; `finished` is what it says."""
+        """Whether the journal is that of this task; then `finished` holds its records."""
         text = (self.work / _JOURNAL).read_bytes()
         whole = text[: text.rfind(b"\n") + 1]  # a killed process may have left half a line
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError:  # the system went down before the disk had it
+        except ValueError:  # the system crashed before it was on the disk
             return False
         if not lines:
             return False
@@ -175,7 +169,7 @@ class UnfinishedFolder:
         if lines[0] != head and lines[1:] and not self._overwrite:
             raise FileExistsError(
                 f"{self.out} has an unfinished run that differs in {self._difference(lines[0])}: "
-                "repeat it as it was, or give --overwrite to start again"
+                "repeat it as it was, or give --overwrite to start over"
             )
         if lines[0] != self._head:
             return False
@@ -195,11 +189,11 @@ class UnfinishedFolder:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         content = (json.dumps(line, allow_nan=False) + "\n").encode()
-        while content:  # a disk that is nearly full takes a part
+        while content:  # a nearly full disk accepts only a part
             content = content[os.write(self._journal, content) :]
 
     def _remove_outputs(self) -> None:
-        """What made the folder a model or an adapter, the files without which it is none first."""
+        """Removes a model or an adapter, beginning with the files that make the folder one."""
         for name in _COMPLETING:
             (self.out / name).unlink(missing_ok=True)
         for file in self.out.glob("*.safetensors"):
@@ -217,6 +211,14 @@ class UnfinishedFolder:
         ]
         return f"its input: {', '.join(changed[:3])} changed since"
 
+    def _abandon(self) -> None:
+        """Removes everything that was written."""
+        for name in self.finished:
+            (self.out / name).unlink(missing_ok=True)
+        shutil.rmtree(self.work)
+        with suppress(OSError):  # not empty
+            self.out.rmdir()
+
     def _close(self) -> None:
         if self._journal is not None:
             os.close(self._journal)
@@ -224,14 +226,6 @@ class UnfinishedFolder:
 
 
 def _boot() -> str | None:
-    """What tells one run of the system from the next, where it says so."""
+    """Identifies the current boot of the system, on Linux; else None."""
     file = Path("/proc/sys/kernel/random/boot_id")
     return file.read_text().strip() if file.is_file() else None
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,9 +1,9 @@
-"""Blocks of files read, worked on and written by a few threads at the same time.
+"""Rewrites files: a few threads read, edit and write blocks at the same time.
 
-Each thread takes a block through all three: what it reads is still in its caches when it is worked
-on. System calls and torch's operators release the interpreter lock. Files are read and written with
-positioned calls into memory that is used again, not mapped: a map counts as resident, and its page
-faults cost more than the copy.
+Each thread takes a block through all three steps, so that the bytes are still in its caches when it
+edits them. System calls and torch's operators release the interpreter lock. Files are read into and
+written from reused buffers with positioned calls, not mapped: a mapping counts as resident memory,
+and its page faults cost more than the copy.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..._utils.safetensors import DTYPES, Layout
 from .blocks import BLOCK, Block, Piece
 from .buffers import Buffer, BufferPool
-from .layout import DTYPES, Layout
 
-AHEAD = 8 * BLOCK  # of memory beside the largest block
+AHEAD = 8 * BLOCK  # bytes of memory in addition to the largest block
 _WORKERS = 4  # one copies 2 to 4 GB/s: more would wait for the disk
 _READ = 1 << 30  # bytes a call: Linux transfers at most 2 GiB
-# For larger calls Linux takes larger pages, which are seldom at hand: 1.6 s for 1.9 GB on ext4 with
-# 16 MiB a call, 0.45 s with one.
+# For larger calls Linux uses larger pages, which are rarely available: 1.6 s for 1.9 GB on ext4
+# with 16 MiB a call, 0.45 s with 1 MiB.
 _WRITE = 1 << 20
 
 
 @dataclass(eq=False)
 class Shard:
-    """A file to rewrite. Without a `target` nothing is written: the tensors are only looked at."""
+    """A file to rewrite. Without a `target` nothing is written: the tensors are only read."""
 
     source: Path
     source_layout: Layout
@@ -44,26 +44,25 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """The file's."""
         return self.source.name
 
     @property
     def size(self) -> int:
-        """Bytes to read."""
+        """How many bytes are read."""
         return sum(block.source_size for block in self.blocks)
 
     def places(self, block: Block) -> tuple[int, int, int]:
-        """Where in a buffer the block's old bytes and its new ones lie, and its size."""
-        return block.places(self.source_layout.start, self.target_layout.start)
+        """As `Block.places`."""
+        return block.places(self.source_layout.data_offset, self.target_layout.data_offset)
 
 
 @dataclass
 class Actions:
-    """What is done on the way; all of it is called from several threads.
+    """Callbacks of `rewrite`; all are called from several threads.
 
-    `edit(shard, name, weight)` changes an edited tensor in place. `finished(shard)` is called once
-    the shard's target is whole, for one shard at a time. `advanced(bytes)` says how many more of
-    the source's bytes are dealt with.
+    `edit(shard, name, weight)` changes an edited tensor in place. `finished(shard)` is called when
+    the shard's target is complete, for one shard at a time. `advanced(bytes)` is told how many more
+    bytes of the source are done.
     """
 
     edit: Callable[[Shard, str, Tensor], None]
@@ -71,14 +70,12 @@ class Actions:
     advanced: Callable[[int], None] = field(default=lambda count: None)
 
 
-def run(shards: Sequence[Shard], actions: Actions) -> None:
-    """Rewrites the shards.
-
-    In memory are the largest block and `AHEAD` bytes more, beside what `edit` needs.
+def rewrite(shards: Sequence[Shard], actions: Actions) -> None:
+    """Rewrites the shards, in memory for the largest block and `AHEAD` bytes.
 
     Raises:
-        ValueError, TypeError: what `edit` raises, with the tensor's name before it; a value that
-            the new dtype cannot hold.
+        ValueError, TypeError: raised by `edit`, with the tensor's name put first; or the new dtype
+            cannot hold a value.
         OSError: a file cannot be read or written.
 
     """
@@ -94,11 +91,11 @@ def run(shards: Sequence[Shard], actions: Actions) -> None:
             rewriting.stop()
             wait(futures)
             rewriting.close()
-            torch.set_num_threads(threads)  # a setting of each thread, and of those to come
+            torch.set_num_threads(threads)  # which also sets it for threads to come
 
 
 class _Rewriting:
-    """What the threads share."""
+    """The state that the threads share."""
 
     def __init__(self, shards: Sequence[Shard], actions: Actions, threads: int) -> None:
         largest = max((s.places(block)[2] for s in shards for block in s.blocks), default=0)
@@ -107,11 +104,11 @@ class _Rewriting:
         self._threads = threads
         self._files = [_Files(shard) for shard in shards]
         self._tasks = deque((f, block) for f in self._files for block in f.shard.blocks or (None,))
-        self._finishing = threading.Lock()
+        self._finish_lock = threading.Lock()
         self._stopped = False
 
     def work(self) -> None:
-        """Takes one block after the other until there is none."""
+        """Rewrites one block after the other until none is left."""
         torch.set_num_threads(self._threads)
         while not self._stopped:
             try:
@@ -125,16 +122,16 @@ class _Rewriting:
                 self._actions.advanced(block.source_size)
             if files.is_last():
                 files.close()
-                with self._finishing:
+                with self._finish_lock:
                     self._actions.finished(files.shard)
 
     def stop(self) -> None:
-        """No further block is begun."""
+        """Lets no thread begin another block."""
         self._stopped = True
         self._buffers.close()
 
     def close(self) -> None:
-        """Closes what an error left open."""
+        """Closes the files that are still open after an error."""
         for files in self._files:
             files.close()
 
@@ -146,25 +143,25 @@ class _Rewriting:
             for piece in block.pieces:
                 begin = old + piece.source.begin - block.source[0]
                 end = new + piece.target.begin - block.target[0]
-                _work(piece, buffer, begin, end, partial(self._actions.edit, files.shard))
+                _rewrite_piece(piece, buffer, begin, end, partial(self._actions.edit, files.shard))
             files.write(block, buffer.view(new, new + block.target_size))
         finally:
             self._buffers.give_back(buffer)
 
 
 class _Files:
-    """A shard's two files."""
+    """The source and target files of a shard."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
         self.opened = threading.Lock()
-        self._writing = threading.Lock()
-        self._left = max(1, len(shard.blocks))
+        self._write_lock = threading.Lock()
+        self._remaining = max(1, len(shard.blocks))
         self._source: int | None = None
         self._target: int | None = None
 
     def open(self) -> None:
-        """Opens both, if they are not, and begins the new one."""
+        """Opens both files, if they are not open yet, and writes the target's header."""
         if self._source is not None:
             return
         self._source = os.open(self.shard.source, os.O_RDONLY)
@@ -176,29 +173,26 @@ class _Files:
             self._write(memoryview(self.shard.target_layout.head()), 0)
 
     def is_last(self) -> bool:
-        """To be asked after each block: whether it was the last one to be done."""
+        """Called after each block: whether it was the last one of the shard."""
         with self.opened:
-            self._left -= 1
-            return self._left == 0
+            self._remaining -= 1
+            return self._remaining == 0
 
     def read(self, block: Block, view: memoryview) -> None:
-        """The block's bytes."""
-        position = self.shard.source_layout.start + block.source[0]
+        position = self.shard.source_layout.data_offset + block.source[0]
         done = 0
         while done < len(view):
             count = os.preadv(self._source, [view[done : done + _READ]], position + done)
             if count == 0:
-                raise OSError(f"{self.shard.source} became shorter while it was read")
+                raise OSError(f"{self.shard.source} was truncated while it was read")
             done += count
 
     def write(self, block: Block, view: memoryview) -> None:
-        """The new bytes."""
         if self.shard.target is not None:
-            with self._writing:  # the system lets one write at a time: a second would spin
-                self._write(view, self.shard.target_layout.start + block.target[0])
+            with self._write_lock:  # the system lets one thread write: a second would spin
+                self._write(view, self.shard.target_layout.data_offset + block.target[0])
 
     def close(self) -> None:
-        """Closes what is open."""
         for descriptor in (self._source, self._target):
             if descriptor is not None:
                 os.close(descriptor)
@@ -209,15 +203,15 @@ class _Files:
         while done < len(view):
             try:
                 done += os.pwrite(self._target, view[done : done + _WRITE], position + done)
-            except OSError as error:  # which does not know the file's name
+            except OSError as error:  # it lacks the file's name
                 file = str(self.shard.target)
                 raise OSError(error.errno, error.strerror, file) from None
 
 
-def _work(
+def _rewrite_piece(
     piece: Piece, buffer: Buffer, begin: int, place: int, edit: Callable[[str, Tensor], None]
 ) -> None:
-    """Edits and casts one piece, which lies at `begin`, and is to lie at `place`."""
+    """Edits and casts the piece at offset `begin` of the buffer; the result lies at `place`."""
     old, new = piece.source, piece.target
     if not piece.edited and not piece.cast:
         if begin != place:
@@ -236,7 +230,7 @@ def _work(
 
 
 def _edit_and_cast(old: Tensor, new: Tensor, edit: Callable[[Tensor], None] | None) -> None:
-    """The edit is done in the wider of the two dtypes, so that rounding happens once."""
+    """Edits in the wider of the two dtypes, so that values are rounded once."""
     work = torch.promote_types(old.dtype, new.dtype)
     if edit is None:
         new.copy_(old)
@@ -249,17 +243,17 @@ def _edit_and_cast(old: Tensor, new: Tensor, edit: Callable[[Tensor], None] | No
         new.copy_(old)
     if not _finite(new) and _finite(old):
         raise ValueError(
-            f"its values go beyond {new.dtype}, at most {torch.finfo(new.dtype).max:.5g}"
+            f"its values exceed the range of {new.dtype}, at most {torch.finfo(new.dtype).max:.5g}"
         )
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Without a mask of the tensor's size."""
+    """Whether all values are finite, without a mask as large as the tensor."""
     return not tensor.numel() or bool(torch.linalg.vector_norm(tensor, torch.inf).isfinite())
 
 
 class _Placed:
-    """The tensor at a place of a buffer; a copy, which is put back, where it is not aligned."""
+    """The tensor at an offset of a buffer; if it is not aligned, a copy that is copied back."""
 
     def __init__(self, buffer: Buffer, begin: int, dtype: str, shape: tuple[int, ...]) -> None:
         self._bytes: Tensor | None = None

@@ -1,7 +1,7 @@
-"""The files of one folder replaced together: a killed process leaves the old ones or the new ones.
+"""Replaces the files of a folder together: a killed process leaves the old ones or the new ones.
 
-They are written in full into a folder beside, synced to the disk, and then renamed. What a killed
-process left beside is removed by the next one that writes; a lock tells it from one at work.
+The new files are written to a temporary folder (a stage), synced to the disk, and then renamed. The
+next writer removes the stages of killed processes; a lock protects the stages that are in use.
 """
 
 from __future__ import annotations
@@ -15,14 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from .disk import sync, try_lock
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_UNFINISHED = ".unfinished"  # lies in a stage until its files are whole
+_INCOMPLETE = ".unfinished"  # in a stage until its files are complete
 
 
 def replace_files(
@@ -32,19 +29,20 @@ def replace_files(
     others: Mapping[str, bytes],
     owned: Collection[str],
 ) -> None:
-    """Makes `folder` hold `main`, which `write_main(path)` writes, and `others`, {name: content}.
+    """Replaces the files in `folder` by `main`, written by `write_main(path)`, and `others`,
+    {name: content}.
 
-    Of `owned`, all names that such files can have, those that are not written go; all else in the
-    folder stays. The rename of `main` is the moment from which the new ones hold.
+    Existing files with a name in `owned` that are not written again are removed; all others stay.
+    The rename of `main` is the moment at which the new files take effect.
 
-    If only `main` changes, that is all. If others change too and the folder holds nothing else,
-    the whole folder is exchanged at once, where the system can (Linux). Otherwise the others are
-    removed first and put back last: whoever needs them finds none meanwhile, but never those of
-    other contents.
+    If only `main` changes, it is the only rename. If others change too and the folder holds only
+    `owned` files, the whole folder is exchanged in one step where the system can (Linux).
+    Otherwise the others are removed first and renamed into place last: a reader may find them
+    missing meanwhile, but never with contents that do not belong to `main`.
 
     Raises:
         ValueError: `folder` is a file.
-        OSError: the disk is full, or the like; the old files are whole then.
+        OSError: the disk is full, for example; the old files are intact then.
 
     """
     if folder.exists() and not folder.is_dir():
@@ -62,16 +60,16 @@ def replace_files(
     whole = not same and present.issubset(owned) and _may_exchange(folder)
     with _staged(folder.parent if whole else folder, folder, owned) as stage:
         write_main(stage / main)
-        # safetensors makes files that are their owner's alone.
-        shutil.copymode(stage / _UNFINISHED, stage / main)
-        _sync(stage / main)
+        # safetensors makes files that only their owner can read.
+        shutil.copymode(stage / _INCOMPLETE, stage / main)
+        sync(stage / main)
         for name in changing:
             (stage / name).write_bytes(others[name])
-            _sync(stage / name)
-        (stage / _UNFINISHED).unlink()
-        _sync(stage)
+            sync(stage / name)
+        (stage / _INCOMPLETE).unlink()
+        sync(stage)
         if whole and _exchange(stage, folder):
-            _sync(folder.parent)
+            sync(folder.parent)
             return
         for name in changing:
             (folder / name).unlink(missing_ok=True)
@@ -80,20 +78,20 @@ def replace_files(
             (folder / name).unlink(missing_ok=True)
         for name in changing:
             (stage / name).replace(folder / name)
-        _sync(folder)
+        sync(folder)
 
 
 @contextmanager
 def _staged(parent: Path, folder: Path, owned: Collection[str]) -> Iterator[Path]:
-    """A new folder in `parent` that belongs to `folder`; gone, or what it was exchanged for is,
-    when the block ends.
+    """A new folder in `parent` for the files of `folder`. It is removed at the end of the block; if
+    it was exchanged for the old folder, that is removed.
     """
     stage = Path(mkdtemp(prefix=_prefix(folder), dir=parent))
     with _locked(stage):
         try:
-            # It may take the folder's place: mkdtemp's is the owner's alone.
+            # It may take the folder's place, and mkdtemp lets only the owner read it.
             shutil.copymode(folder, stage)
-            (stage / _UNFINISHED).touch()
+            (stage / _INCOMPLETE).touch()
             yield stage
         finally:
             _discard(stage, folder, owned)
@@ -105,26 +103,21 @@ def _prefix(folder: Path) -> str:
 
 @contextmanager
 def _locked(stage: Path) -> Iterator[bool]:
-    """Whether nobody else is at work in that folder, which is locked then."""
-    if fcntl is None:
+    """Locks a stage; False if another process is using it."""
+    if os.name == "nt":
         yield True
         return
-    handle = os.open(stage, os.O_RDONLY)
+    descriptor = os.open(stage, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+        yield try_lock(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def _remove_leftovers(folder: Path, owned: Collection[str]) -> None:
-    """Removes what killed processes left, in the folder and beside it."""
+    """Removes the stages of killed processes, in the folder and beside it."""
     for parent in (folder, folder.parent):
-        with suppress(OSError):  # not ours to read
+        with suppress(OSError):  # no permission to read it
             for entry in list(os.scandir(parent)):
                 if entry.name.startswith(_prefix(folder)) and entry.is_dir(follow_symlinks=False):
                     with suppress(FileNotFoundError), _locked(Path(entry.path)) as alone:
@@ -133,14 +126,14 @@ def _remove_leftovers(folder: Path, owned: Collection[str]) -> None:
 
 
 def _discard(stage: Path, folder: Path, owned: Collection[str]) -> None:
-    """Removes a stage. If its files were whole, it can be the former folder: what somebody else has
-    just put there is kept, in the present one.
+    """Removes a stage. If its files were complete, it may be the old folder after an exchange: then
+    files that another process has just added to it are moved to the present folder.
     """
     with suppress(FileNotFoundError):  # another process has cleaned up
-        # Whatever safetensors, which writes beside too, has called its own file.
-        unfinished = (stage / _UNFINISHED).exists()
-        for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == _UNFINISHED):
-            if unfinished or entry.name in owned:
+        # Then it may also hold a temporary file of safetensors, under any name.
+        incomplete = (stage / _INCOMPLETE).exists()
+        for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == _INCOMPLETE):
+            if incomplete or entry.name in owned:
                 entry.unlink(missing_ok=True)
             elif not (folder / entry.name).exists():
                 entry.rename(folder / entry.name)
@@ -148,8 +141,8 @@ def _discard(stage: Path, folder: Path, owned: Collection[str]) -> None:
 
 
 def _may_exchange(folder: Path) -> bool:
-    """Whether another folder may take the place of this one: it is ours, and nobody stands in it
-    as far as we know.
+    """Whether another folder may take the place of this one: this process's user owns it, and it is
+    not the working directory.
     """
     if sys.platform != "linux" or not os.access(folder.parent, os.W_OK | os.X_OK):
         return False
@@ -162,21 +155,9 @@ def _may_exchange(folder: Path) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders at once; False if the system or the file system cannot."""
+    """Exchanges two folders in one step; False if the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False
     names = os.fsencode(one), os.fsencode(other)
     return rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
-
-
-def _sync(path: Path) -> None:
-    """Waits until the file, or the folder's list of names, is on the disk."""
-    directory = path.is_dir()
-    if directory and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if directory else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

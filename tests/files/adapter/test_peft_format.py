@@ -1,4 +1,4 @@
-"""Adapters in folders that plain PEFT reads, and those that it has written."""
+"""Adapters in folders that plain PEFT reads, and adapters that PEFT has written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lora_kernels import (
     save_adapter,
 )
 from lora_kernels._utils.names import pattern_matches
+from lora_kernels._utils.peft_names import ADAPTER_FILE
 from lora_kernels.files.adapter.folder import read_adapter, write_adapter
-from lora_kernels.files.adapter.recipe import ADAPTER_FILE
 from lora_kernels.init import get_initializer, initializer_names
 from lora_kernels.model.config import AdapterState, LoRAConfig
 
@@ -48,7 +48,7 @@ NAMES = [n for n in initializer_names() if not get_initializer(n).rewrites_base]
 
 
 class TestPlainPeft:
-    """What is written gives plain PEFT the adapted model, on the original base."""
+    """From the files, plain PEFT computes the adapted model on the original base."""
 
     @pytest.mark.parametrize("kind,names", [("llama", LLAMA_LAYERS), ("gpt2", GPT2_LAYERS)])
     @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +72,7 @@ class TestPlainPeft:
 
     @pytest.mark.parametrize("rule", ["lora", "rslora", "alpha_sqrt"])
     def test_scaling_rules_and_patterns(self, rule, tmp_path):
-        """In layer 1 but not in layer 11, and in one that plain names cannot tell apart."""
+        """For layer 1 but not layer 11, and for layers that only full names can distinguish."""
         config = LoRAConfig(
             r=4,
             scaling=rule,
@@ -91,7 +91,7 @@ class TestPlainPeft:
 
     @pytest.mark.parametrize("rule", ["lora", "rslora"])
     def test_engines_that_read_no_pattern(self, rule, tmp_path):
-        """vLLM takes s from r and lora_alpha for all layers, and every tensor for an A or a B."""
+        """vLLM computes s from r and lora_alpha for all layers, and expects only A and B."""
         alphas = {"lora": {"k": 8}, "rslora": {"k": 16 / math.sqrt(2)}}[rule]
         config = LoRAConfig(
             r=4, lora_alpha=16, scaling=rule, rank_pattern={"k": 2}, alpha_pattern=alphas
@@ -113,7 +113,7 @@ class TestPlainPeft:
         assert "vLLM does not" in str(write_adapter(tmp_path, AdapterState(config, layers)))
 
     def test_whole_numbers_stay(self, tmp_path):
-        """s of r = 6 is 16 / 6, no binary fraction: alpha is doubled, and an integer."""
+        """s = 16 / 6 is not a binary fraction: alpha is doubled and stays an integer."""
         state, _ = one_layer(r=6, lora_alpha=16)
         write_adapter(tmp_path, state)
         written = peft_config(tmp_path)
@@ -182,7 +182,7 @@ class TestPlainPeft:
     @pytest.mark.parametrize("saved", [["classifier"], ["pooler"], None])
     @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", None])
     def test_tasks_whose_head_peft_looks_for(self, task, saved, tmp_path):
-        """It trains where the model has it; where not, the file says no task, and PEFT loads it."""
+        """If the model lacks the head, the file has no task type, so that PEFT loads it."""
         model = tiny_model("bert")
         adapted = copy.deepcopy(model)
         config = LoRAConfig(r=2, target_modules=["query"], modules_to_save=saved, task_type=task)
@@ -202,7 +202,7 @@ class TestPlainPeft:
 
 class TestFromPeft:
     def make(self, model, folder, **options):
-        """An adapter that PEFT made, trained and wrote, with the logits that it gives."""
+        """An adapter that PEFT made, trained and wrote, and its logits."""
         peft = pytest.importorskip("peft")
         adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
         with torch.no_grad():
@@ -306,7 +306,7 @@ class TestFromPeft:
         read_adapter(tmp_path)
 
     def test_every_field_of_peft_is_known(self, tmp_path):
-        """A field that is new in PEFT has a default that is off, or is on the list."""
+        """Every option of PEFT is in a table, or its default is off."""
         peft = pytest.importorskip("peft")
         values = peft.LoraConfig(target_modules=["q"], r=2).to_dict()
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
@@ -318,8 +318,9 @@ class TestFromPeft:
     )
     def test_starts_that_changed_the_base(self, init, tmp_path):
         write_plain(tmp_path, init_lora_weights=init)
-        with pytest.raises(ValueError, match=f"'{init}': its factors hold for a base that PEFT"):
+        with pytest.raises(ValueError, match=f"'{init}': its factors belong to a base that PEFT"):
             read_adapter(tmp_path)
+        assert read_adapter(tmp_path, residual_base=True).layers["a.q"].scaling == 4.0
 
     @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
     def test_starts_that_did_not(self, init, tmp_path):
@@ -327,7 +328,7 @@ class TestFromPeft:
         assert read_adapter(tmp_path).layers["a.q"].scaling == 4.0
 
     def test_which_starts_change_the_base(self):
-        """The two lists above, by what PEFT does."""
+        """The two lists above, compared with PEFT."""
         peft = pytest.importorskip("peft")
         target = "model.layers.0.self_attn.q_proj"
         weight = tiny_model("llama").get_submodule(target).weight
@@ -356,7 +357,7 @@ class TestFromPeft:
             read_adapter(tmp_path)
 
     def test_converted_pissa(self, tmp_path):
-        """PEFT's own conversion gives a plain adapter, which is read."""
+        """PEFT's own conversion gives a plain adapter, which can be read."""
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
         adapted = peft.get_peft_model(copy.deepcopy(tiny_model("llama")), config)
@@ -380,7 +381,7 @@ class TestFromPeft:
 
 
 class TestWhatHurtsInPeft:
-    """Points of the list of what users suffer: PEFT's behaviour, and ours in its place."""
+    """Problems that users of PEFT report: PEFT's behaviour, and ours."""
 
     def adapted_by_peft(self, init, **options):
         peft = pytest.importorskip("peft")
@@ -389,7 +390,7 @@ class TestWhatHurtsInPeft:
         return adapted
 
     def test_2_fast_pissa_reloads_right(self, tmp_path):
-        """PEFT redoes an unseeded SVD when it loads pissa_niter_N; here the start is kept."""
+        """PEFT repeats an unseeded SVD when it loads pissa_niter_N; here the start is stored."""
         adapted = self.adapted_by_peft("pissa_niter_2")
         train(adapted, 1)
         adapted.save_pretrained(tmp_path / "theirs")

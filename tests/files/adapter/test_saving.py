@@ -1,4 +1,4 @@
-"""Adapters in folders: training goes on from them, and what is wrong is said."""
+"""Adapters in folders: training continues from them, and errors say what is wrong."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from lora_kernels import (
     save_adapter,
     set_adapter,
 )
+from lora_kernels._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels._utils.safetensors import save_tensors
-from lora_kernels.files.adapter.folder import NATIVE_FILE, read_adapter, write_adapter
-from lora_kernels.files.adapter.recipe import ADAPTER_CONFIG, ADAPTER_FILE
+from lora_kernels.files.adapter.content import NATIVE_FILE
+from lora_kernels.files.adapter.folder import read_adapter, write_adapter
 from lora_kernels.init import LoRAM, PiSSA, get_initializer, initializer_names
 from lora_kernels.model.config import AdapterState, LoRAConfig
 
@@ -76,7 +77,7 @@ class TestRoundTrip:
 
     @pytest.mark.parametrize("form", ["peft", "native"])
     def test_sizes(self, form, tmp_path):
-        """A recipe is a number, kept starts lie in the file; engines get what they need."""
+        """A recomputable start is one number, others are stored; PEFT gets the full rank."""
         sizes = {}
         for name in ("loram", "pissa"):
             state, _ = one_layer(400, 480, init_lora_weights=name)
@@ -114,7 +115,7 @@ class TestRoundTrip:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_narrow_factors(self, dtype, tmp_path):
-        """They are float32 in PEFT's file and what they were when they are read."""
+        """They are float32 in PEFT's format and get their own dtype back when they are read."""
         for name in ("loram", "pissa"):
             state, _ = one_layer(init_lora_weights=name)
             layer = state.layers["block.1.q"]
@@ -146,7 +147,7 @@ class TestRoundTrip:
             write_adapter(tmp_path, state, format=form)
             assert_same(read_adapter(tmp_path), state)
 
-    def test_initialiser_that_is_not_registered_here(self, tmp_path):
+    def test_initializer_that_is_not_registered_here(self, tmp_path):
         state, _ = one_layer()
         write_adapter(tmp_path, state, format="native")
         tensors = safetensors.load_file(tmp_path / NATIVE_FILE)
@@ -172,7 +173,7 @@ class TestRoundTrip:
     data=st.data(),
 )
 def test_any_layer(tmp_path_factory, name, form, residual, dtype, rule, sizes, alpha, data):
-    """Whatever the shapes: the same ΔW, in PEFT's file by itself too."""
+    """For any shapes the same ΔW is restored, and PEFT's file alone has it too."""
     r = data.draw(st.integers(1, min(sizes) // (2 if name == "lora_ga" else 1)))
     config = LoRAConfig(r=r, lora_alpha=alpha, scaling=rule, init_lora_weights=name)
     linear = nn.Linear(*sizes, dtype=dtype)
@@ -284,7 +285,7 @@ class TestModels:
 
     @pytest.mark.parametrize("before", [False, True])
     def test_blocks_that_are_wrapped(self, before, tmp_path):
-        """Compiled or checkpointed one by one: files have the names of the plain model."""
+        """Blocks that are compiled or checkpointed: files have the names of the plain model."""
         wrapper = pytest.importorskip(
             "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
         ).checkpoint_wrapper
@@ -318,7 +319,7 @@ class TestModels:
         assert_agree(plain.eval()(IDS).logits, want.double())
 
     def test_a_layer_with_two_names(self, tmp_path):
-        """PEFT adapts it under one of them."""
+        """PEFT adapts it under one name only."""
         model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
         model.append(model[0])
         base = copy.deepcopy(model)
@@ -358,7 +359,7 @@ class TestModels:
 
     @pytest.mark.parametrize("form", ["peft", "native"])
     def test_another_base(self, form, tmp_path):
-        """A base that lacks a start already, as it is after PiSSA elsewhere, is told."""
+        """A warning for a base from which a start was subtracted already, as after PEFT's PiSSA."""
         model = copy.deepcopy(tiny_model("llama"))
         add_lora(model, LoRAConfig(r=8, init_lora_weights="pissa"))
         save_adapter(model, tmp_path, format=form)
@@ -416,13 +417,13 @@ class TestRecompression:
             write_adapter(tmp_path, state, compress_to=0)
         with pytest.raises(TypeError, match="compress_to must be an integer"):
             write_adapter(tmp_path, state, compress_to=1.5)
-        with pytest.raises(ValueError, match="goes with format='peft' only"):
+        with pytest.raises(ValueError, match="needs format='peft'"):
             write_adapter(tmp_path, state, compress_to=2, format="native")
         assert list(tmp_path.iterdir()) == []
 
 
 class TestBadFiles:
-    """One line that names the file."""
+    """Errors are one line that names the file."""
 
     def refused(self, folder, match, error=ValueError):
         with pytest.raises(error, match=match) as caught:
@@ -447,7 +448,7 @@ class TestBadFiles:
             b"\x80\x02}q\x00." + whole,  # a pickle
         ):
             file.write_bytes(damaged)
-            self.refused(tmp_path, f"{file.name} is damaged, or no safetensors file")
+            self.refused(tmp_path, f"{file.name} is damaged or not a safetensors file")
         # A byte of the recipe, and of the numbers.
         file.write_bytes(whole.replace(b'\\"version\\": 1', b'\\"version\\": 9'))
         self.refused(tmp_path, "of version 9, this package reads version 1: update")
@@ -468,8 +469,8 @@ class TestBadFiles:
         other = key.replace("block.1", "block.2")
         for change, match in (
             ({key: None}, "lora_A of 'block.1.q' is missing"),
-            ({key: tensors[key][:3]}, "do not go together"),
-            ({key: tensors[key].int()}, "is torch.int32, no floating-point"),
+            ({key: tensors[key][:3]}, "do not fit each other"),
+            ({key: tensors[key].int()}, "is torch.int32, not a floating-point"),
             ({key: tensors[key][None]}, "not those of a linear layer"),
             (
                 {other: tensors[key] + 0, other.replace("A", "B"): tensors[key] + 1},
@@ -485,15 +486,15 @@ class TestBadFiles:
         for change, match in (
             ({"lora_A": None}, "lora_A of 'a.q' is missing"),
             ({"lora_B": None}, "lora_B of 'a.q' is missing"),
-            ({"lora_A": torch.randn(3, 6)}, "do not go together"),
+            ({"lora_A": torch.randn(3, 6)}, "do not fit each other"),
             (
                 {"lora_A": torch.randn(3, 6), "lora_B": torch.randn(5, 3)},
-                "has rank 3, the configuration says 2: they are not of one adapter",
+                "has rank 3, the configuration says 2: they belong to different adapters",
             ),
-            ({"lora_embedding_A": torch.randn(2, 6)}, "is no A or B of a linear layer: embeddings"),
+            ({"lora_embedding_A": torch.randn(2, 6)}, "is not A or B of a linear layer: embed"),
             ({"lora_magnitude_vector": torch.randn(6)}, "DoRA and other variants"),
             ({"lora_A": torch.full((2, 6), math.inf)}, "holds NaN or Inf"),
-            ({"lora_A": torch.zeros(2, 6, dtype=torch.int8)}, "is torch.int8, no floating"),
+            ({"lora_A": torch.zeros(2, 6, dtype=torch.int8)}, "is torch.int8, not a floating"),
         ):
             tensors = {k: v for k, v in (pair | change).items() if v is not None}
             write_plain(tmp_path, tensors)
@@ -502,7 +503,7 @@ class TestBadFiles:
         tensors = safetensors.load_file(tmp_path / ADAPTER_FILE)
         tensors["a.q.lora_A.weight"] = torch.randn(2, 6)
         safetensors.save_file(tensors, tmp_path / ADAPTER_FILE)
-        self.refused(tmp_path, "lora_A of 'a.q' is there twice")
+        self.refused(tmp_path, "lora_A of 'a.q' exists twice")
         for config, match in (
             ({"peft_type": "IA3"}, "peft_type is 'IA3': only 'LORA'"),
             ({"r": "2"}, "r must be an integer"),
@@ -510,27 +511,27 @@ class TestBadFiles:
             ({"lora_alpha": 10**400}, "too large"),
             ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
             ({"bias": "some"}, "unknown bias 'some'"),
-            ({"rank_pattern": {"(": 3}}, "no regular expression"),
+            ({"rank_pattern": {"(": 3}}, "not a regular expression"),
         ):
             write_plain(tmp_path, **config)
             self.refused(tmp_path, match)
         (tmp_path / ADAPTER_CONFIG).write_text("{")
-        self.refused(tmp_path, f"{ADAPTER_CONFIG} is no JSON")
+        self.refused(tmp_path, f"{ADAPTER_CONFIG} is not valid JSON")
         (tmp_path / ADAPTER_CONFIG).write_text("[]")
-        self.refused(tmp_path, f"{ADAPTER_CONFIG} is no JSON object")
+        self.refused(tmp_path, f"{ADAPTER_CONFIG} does not hold a JSON object")
         (tmp_path / ADAPTER_CONFIG).unlink()
         self.refused(tmp_path, f"{ADAPTER_CONFIG} is missing beside it")
 
     def test_nothing_there(self, tmp_path):
         self.refused(tmp_path, "has no adapter_native.safetensors or", FileNotFoundError)
-        self.refused(tmp_path / "no", "is no folder", FileNotFoundError)
+        self.refused(tmp_path / "no", "is not a folder", FileNotFoundError)
         (tmp_path / "adapter_model.bin").write_bytes(b"")
-        self.refused(tmp_path, "adapter_model.bin is not read: save it", FileNotFoundError)
+        self.refused(tmp_path, "adapter_model.bin cannot be read: save it", FileNotFoundError)
         write_plain(tmp_path / "second")  # as PEFT saves those that are not called "default"
-        self.refused(tmp_path, "adapters in its folders second", FileNotFoundError)
+        self.refused(tmp_path, "adapters in its subfolders second", FileNotFoundError)
 
     def test_edited_configuration(self, tmp_path):
-        """PEFT would compute with another s than this package."""
+        """PEFT would compute with a different s than this package."""
         state, _ = one_layer()
         write_adapter(tmp_path, state)
         written = peft_config(tmp_path)
@@ -548,7 +549,7 @@ class TestBadFiles:
         for change, match in (
             ({"lora_A": torch.full((4, 48), math.nan)}, "lora_A of 'block.1.q' holds NaN or Inf"),
             ({"lora_A": torch.zeros(0)}, "not those of a linear layer"),  # a shard of ZeRO-3
-            ({"lora_B": torch.zeros(40, 3)}, "do not go together"),
+            ({"lora_B": torch.zeros(40, 3)}, "do not fit each other"),
             (
                 {"lora_R": torch.zeros(3, 3)},
                 r"lora_R of 'block.1.q' is \[3, 3\], expected \[4, 4\]",

@@ -1,4 +1,4 @@
-"""A small checkpoint with all that is odd in large ones, and small real models."""
+"""A small checkpoint with the oddities of large ones, and small real models."""
 
 from __future__ import annotations
 

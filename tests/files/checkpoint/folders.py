@@ -17,7 +17,7 @@ Stored = tuple[str, tuple[int, ...], bytes]  # dtype, shape, contents
 
 
 def random_tensor(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Stored:
-    """Of values about as large as weights are; other dtypes of any bytes."""
+    """Floats are about as large as weights; other dtypes have random bytes."""
     if dtype in TORCH:
         values = torch.as_tensor(rng.standard_normal(shape) * 0.05).to(TORCH[dtype])
         return dtype, shape, values.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -49,7 +49,7 @@ def write_file(
 def write_model(
     folder: Path, shards: list[dict[str, Stored]], config: dict | None = None, index: bool = True
 ) -> None:
-    """A folder with so many shards, their index, a tokenizer and a config.json."""
+    """A folder with these shards, their index, a tokenizer and a config.json."""
     files = [f"part-{k + 1}-of-{len(shards)}.safetensors" for k in range(len(shards))]
     if not index:
         files = ["model.safetensors"]
@@ -92,7 +92,7 @@ def as_float64(stored: Stored) -> np.ndarray:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """What every file in it holds."""
+    """The hash of every file."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))

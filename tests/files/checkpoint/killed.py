@@ -1,4 +1,4 @@
-"""Runs `initialise` and kills it again and again:
+"""Runs `initialize` and kills it again and again:
 `python -m tests.files.checkpoint.killed FOLDER KILLS`.
 
 In a process of its own with OMP_NUM_THREADS=1: its children are forks of it, so that a run starts
@@ -16,21 +16,21 @@ import time
 import traceback
 from pathlib import Path
 
-from lora_kernels._utils.safetensors import WORK, is_unfinished
-from lora_kernels.files.checkpoint.initialize import initialise
+from lora_kernels._utils.model_files import JOURNAL_FOLDER, is_unfinished
+from lora_kernels.files.checkpoint.initialize import initialize
 from lora_kernels.model.config import LoRAConfig
 
 from .folders import fingerprint
 
 
 def start(model: Path, out: Path, residual: str) -> int:
-    """The process that initialises."""
+    """Forks a process that runs `initialize`."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
             config = LoRAConfig(r=4, init_lora_weights="loram", residual=residual)
-            initialise(model, out, config)
+            initialize(model, out, config)
             code = 0
         except Exception:
             traceback.print_exc()
@@ -40,8 +40,8 @@ def start(model: Path, out: Path, residual: str) -> int:
 
 
 def in_place(out: Path) -> dict[str, int]:
-    """The inode numbers of the shards that are journalled and there."""
-    journal = out / WORK / "journal.jsonl"
+    """The inode numbers of the shards that are in the journal and in place."""
+    journal = out / JOURNAL_FOLDER / "journal.jsonl"
     text = journal.read_text() if journal.is_file() else ""
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     names = [line["finished"] for line in lines[1:] if line["finished"]]
@@ -49,8 +49,8 @@ def in_place(out: Path) -> dict[str, int]:
 
 
 def check(out: Path, expected: dict[str, str], complete: bool) -> None:
-    """Whatever has its place is whole, and nothing looks like a model before it is one."""
-    found = {k: v for k, v in fingerprint(out).items() if not k.startswith(WORK)}
+    """Files in place are complete, and the folder looks like a model only when it is one."""
+    found = {k: v for k, v in fingerprint(out).items() if not k.startswith(JOURNAL_FOLDER)}
     for name, content in found.items():
         assert expected[name] == content, f"{name} is not whole"
     entry = "adapter_config.json" if "adapter_config.json" in expected else "config.json"
@@ -61,12 +61,12 @@ def check(out: Path, expected: dict[str, str], complete: bool) -> None:
 
 
 def main(folder: Path, kills: int) -> None:
-    """Prints how many kills hit which state."""
+    """Prints how many kills hit each state."""
     rng = random.Random(0)
     counts = {"before": 0, "between": 0, "after": 0, "completed": 0, "kept": 0}
     for residual in ("absorb", "implicit"):
         model, out = folder / "model", folder / residual
-        initialise(model, folder / f"warm-{residual}", LoRAConfig(r=4, residual=residual))
+        initialize(model, folder / f"warm-{residual}", LoRAConfig(r=4, residual=residual))
         began = time.perf_counter()
         os.waitpid(start(model, out, residual), 0)
         length = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""`initialise`: residuals and starts against float64, everything else as it was, byte by byte."""
+"""`initialize`: residuals and starts against float64; everything else unchanged, byte by byte."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_kernels.files.adapter.folder import read_adapter
-from lora_kernels.files.checkpoint.initialize import initialise
+from lora_kernels.files.checkpoint.initialize import initialize
 from lora_kernels.files.checkpoint.residual import read_start
 from lora_kernels.files.checkpoint.weights import stored_weights
 from lora_kernels.files.io import pipeline
@@ -79,7 +79,7 @@ class TestAbsorb:
     @pytest.mark.parametrize("rslora", [False, True])
     def test_loram_residual_and_start(self, rslora, odd_model, tmp_path):
         out = tmp_path / "out"
-        done = initialise(odd_model, out, config(use_rslora=rslora))
+        done = initialize(odd_model, out, config(use_rslora=rslora))
         assert (done.layers, done.residual, done.resumed) == (9, "absorb", 0)
         scaling = 12 / (R**0.5 if rslora else R)
         before, after = read_model(odd_model), read_model(out)
@@ -96,9 +96,9 @@ class TestAbsorb:
             check_residual(W, W_res, A, B, scaling, TORCH[stored[0]])
 
     def test_all_else_is_kept(self, odd_model, tmp_path):
-        """Names, headers to the byte, order, the index, other files, and other tensors' bytes."""
+        """Names, the bytes of headers, order, the index, other files, and other tensors' bytes."""
         out = tmp_path / "out"
-        initialise(odd_model, out, config())
+        initialize(odd_model, out, config())
         for file in odd_model.glob("*.safetensors"):
             old, new = file.read_bytes(), (out / file.name).read_bytes()
             start = 8 + int.from_bytes(old[:8], "little")
@@ -125,10 +125,10 @@ class TestAbsorb:
         write_model(model, odd_shards(dtypes=("F32", "F64")))
         if method == "lora_xs":
             with pytest.raises(ValueError, match="R between frozen factors"):
-                initialise(model, out, config(init_lora_weights=method, residual="absorb"))
+                initialize(model, out, config(init_lora_weights=method, residual="absorb"))
             assert not out.exists()
             return
-        initialise(model, out, config(init_lora_weights=method, residual="absorb"))
+        initialize(model, out, config(init_lora_weights=method, residual="absorb"))
         before, after = read_model(model), read_model(out)
         for name, (A, B) in read_pairs(out / "adapter").items():
             stored = before[f"{name}.weight"]
@@ -147,7 +147,7 @@ class TestAbsorb:
         pairs = []
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
             options = {"init_lora_weights": "init_ab"}
-            initialise(odd_model, tmp_path / name, config(**options), seed=seed)
+            initialize(odd_model, tmp_path / name, config(**options), seed=seed)
             pairs.append(read_pairs(tmp_path / name / "adapter"))
         one = "model.layers.0.q_proj"
         assert all(np.array_equal(pairs[0][n][0], pairs[1][n][0]) for n in pairs[0])
@@ -162,7 +162,7 @@ class TestAbsorb:
         """
         out, kind = tmp_path / "out", getattr(torch, dtype)
         (odd_model / "config.json").write_text('{"model_type": "llama", "dtype": "float64"}')
-        initialise(odd_model, out, config(init_lora_weights=method), dtype=kind)
+        initialize(odd_model, out, config(init_lora_weights=method), dtype=kind)
         before, after = read_model(odd_model), read_model(out)
         assert list(before) == list(after)
         pairs, size = read_pairs(out / "adapter"), 0
@@ -191,20 +191,20 @@ class TestAbsorb:
     def test_single_file(self, tmp_path):
         model, out = tmp_path / "model", tmp_path / "out"
         write_model(model, odd_shards(dtypes=("F32",)), index=False)
-        initialise(model, out, config())
+        initialize(model, out, config())
         assert (out / "model.safetensors").is_file()
         assert not (out / "model.safetensors.index.json").exists()
 
     def test_large_tensors_are_cut(self, odd_model, tmp_path, monkeypatch):
-        """The same bytes whatever the size of the blocks, and on any number of threads."""
+        """The same bytes for any size of blocks and any number of threads."""
         from lora_kernels.files.io import blocks
 
-        initialise(odd_model, tmp_path / "a", config(), dtype=torch.bfloat16)
+        initialize(odd_model, tmp_path / "a", config(), dtype=torch.bfloat16)
         for name, size, threads in (("b", 64, 1), ("c", 1000, 5)):
             monkeypatch.setattr(blocks, "BLOCK", size)
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
             monkeypatch.setattr(pipeline, "AHEAD", size)
-            initialise(odd_model, tmp_path / name, config(), dtype=torch.bfloat16)
+            initialize(odd_model, tmp_path / name, config(), dtype=torch.bfloat16)
             a, b = fingerprint(tmp_path / "a"), fingerprint(tmp_path / name)
             del a["adapter/adapter_model.safetensors"], b["adapter/adapter_model.safetensors"]
             del a["adapter/adapter_config.json"], b["adapter/adapter_config.json"]
@@ -217,7 +217,7 @@ class TestAbsorb:
     def test_targets(self, odd_model, tmp_path):
         targets, excluded = ["q_proj", "layers.1.up_proj"], ["layers.2.q_proj"]
         chosen = config(target_modules=targets, exclude_modules=excluded)
-        initialise(odd_model, tmp_path / "out", chosen)
+        initialize(odd_model, tmp_path / "out", chosen)
         names = {"model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.1.up_proj"}
         assert set(read_pairs(tmp_path / "out" / "adapter")) == names
         values = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
@@ -231,9 +231,9 @@ class TestAbsorb:
 class TestImplicit:
     @pytest.mark.parametrize("method", [m for m in METHODS if m != "loftq"])
     def test_native_adapter(self, method, odd_model, tmp_path):
-        """The factors of the initialiser itself, the base is only named, and no copy of it made."""
+        """The factors are those of the initializer; the base is named, not copied."""
         out = tmp_path / "out"
-        initialise(odd_model, out, config(init_lora_weights=method, residual="implicit"))
+        initialize(odd_model, out, config(init_lora_weights=method, residual="implicit"))
         written = {p.name for p in out.iterdir()}
         assert written == {"adapter_config.json", "adapter_native.safetensors"}
         state = read_adapter(out)
@@ -256,17 +256,17 @@ class TestImplicit:
                 assert torch.equal(start_A, layer.lora_A) and torch.equal(start_B, layer.lora_B)
 
     def test_auto(self, odd_model, tmp_path):
-        """What is zero at the start needs no other base."""
+        """A start that is zero needs no residual base."""
         for method, residual in (("lora", "implicit"), ("loram", "absorb")):
             chosen = config(init_lora_weights=method)
-            assert initialise(odd_model, tmp_path / method, chosen).residual == residual
+            assert initialize(odd_model, tmp_path / method, chosen).residual == residual
 
 
 class TestStartFolder:
     @pytest.mark.parametrize("method", ["loram", "pissa"])
     def test_is_what_was_taken_out(self, method, odd_model, tmp_path):
         out = tmp_path / "out"
-        initialise(odd_model, out, config(init_lora_weights=method))
+        initialize(odd_model, out, config(init_lora_weights=method))
         state = read_start(out / "adapter")
         assert state.base_model == str(odd_model)
         for layer in state.layers.values():
@@ -277,9 +277,13 @@ class TestStartFolder:
                 assert torch.equal(again[0], layer.lora_A)
 
     def test_is_no_adapter_of_the_original(self, odd_model, tmp_path):
-        initialise(odd_model, tmp_path / "out", config())
-        with pytest.raises(ValueError, match=r"is the start of .*out, whose weights lack it"):
+        initialize(odd_model, tmp_path / "out", config())
+        with pytest.raises(ValueError, match=r"is the start of .*out, which was subtracted"):
             read_adapter(tmp_path / "out" / "adapter")
+        state = read_adapter(tmp_path / "out" / "adapter", residual_base=True)
+        assert state.base_model == str(tmp_path / "out")
+        for layer in state.layers.values():
+            assert not layer.changes_base and layer.scaling == 3.0
         values = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
         assert values["base_model_name_or_path"] == str(tmp_path / "out")
 
@@ -299,7 +303,7 @@ class TestErrors:
         tensors["model.layers.1.q_proj.weight"] = ("BF16", (24, 16), content)
         write_file(file, tensors, header["__metadata__"])
         with pytest.raises(ValueError, match=match):
-            initialise(odd_model, tmp_path / "out", config())
+            initialize(odd_model, tmp_path / "out", config())
         assert not (tmp_path / "out").exists()
 
     def test_overflow(self, tmp_path):
@@ -307,8 +311,10 @@ class TestErrors:
         shard = {"q_proj.weight": random_tensor(rng, "F32", (8, 8))}
         shard["norm.weight"] = ("F32", (2,), np.array([1e5, 1], np.float32).tobytes())
         write_model(tmp_path / "model", [shard])
-        with pytest.raises(ValueError, match=r"norm\.weight: its values go beyond torch\.float16"):
-            initialise(tmp_path / "model", tmp_path / "out", config(), dtype=torch.float16)
+        with pytest.raises(
+            ValueError, match=r"norm\.weight: its values exceed the range of torch\.float16"
+        ):
+            initialize(tmp_path / "model", tmp_path / "out", config(), dtype=torch.float16)
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
@@ -326,12 +332,12 @@ class TestErrors:
     )
     def test_options(self, options, match, odd_model, tmp_path):
         with pytest.raises(ValueError, match=match):
-            initialise(odd_model, tmp_path / "out", config(**options))
+            initialize(odd_model, tmp_path / "out", config(**options))
         assert not (tmp_path / "out").exists()
 
     def test_implicit_writes_no_base(self, odd_model, tmp_path):
         with pytest.raises(ValueError, match="dtype is for a base that is written"):
-            initialise(odd_model, tmp_path / "out", config(residual="implicit"), dtype=torch.half)
+            initialize(odd_model, tmp_path / "out", config(residual="implicit"), dtype=torch.half)
 
     def test_tied_head(self, odd_model, tmp_path):
         tensors, header = read_file(odd_model / "part-1-of-3.safetensors")
@@ -339,40 +345,42 @@ class TestErrors:
         write_file(odd_model / "part-1-of-3.safetensors", tensors, header["__metadata__"])
         (odd_model / "config.json").write_text('{"tie_word_embeddings": true}')
         with pytest.raises(ValueError, match="lm_head is tied to the embedding"):
-            initialise(odd_model, tmp_path / "out", config(target_modules=["lm_head"]))
+            initialize(odd_model, tmp_path / "out", config(target_modules=["lm_head"]))
 
     def test_twice(self, odd_model, tmp_path):
-        """What lacks a start is no base for another."""
-        initialise(odd_model, tmp_path / "once", config())
-        with pytest.raises(ValueError, match="once lacks a start already"):
-            initialise(tmp_path / "once", tmp_path / "twice", config())
+        """A residual base cannot have another start."""
+        initialize(odd_model, tmp_path / "once", config())
+        with pytest.raises(
+            ValueError, match="once is a residual base, from which a start was subtr"
+        ):
+            initialize(tmp_path / "once", tmp_path / "twice", config())
 
     @pytest.mark.parametrize("out", [".", "inside", ".."])
     def test_folders_in_each_other(self, out, odd_model):
-        with pytest.raises(ValueError, match="lie in each other"):
-            initialise(odd_model, odd_model / out, config())
+        with pytest.raises(ValueError, match="are inside each other"):
+            initialize(odd_model, odd_model / out, config())
 
     def test_no_model(self, tmp_path, odd_model):
         with pytest.raises(FileNotFoundError, match="does not exist"):
-            initialise(tmp_path / "nowhere", tmp_path / "out", config())
+            initialize(tmp_path / "nowhere", tmp_path / "out", config())
         with pytest.raises(ValueError, match="is a file: give the folder"):
-            initialise(odd_model / "config.json", tmp_path / "out", config())
+            initialize(odd_model / "config.json", tmp_path / "out", config())
         (odd_model / "config.json").unlink()
         with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-            initialise(odd_model, tmp_path / "out", config())
+            initialize(odd_model, tmp_path / "out", config())
 
     def test_full_disk(self, odd_model, tmp_path, monkeypatch):
         from lora_kernels.files.checkpoint import folder
 
         with monkeypatch.context() as patch, pytest.raises(OSError, match=r"disk has 0\.0 GB free"):
             patch.setattr(folder.shutil, "disk_usage", lambda path: type("", (), {"free": 10})())
-            initialise(odd_model, tmp_path / "out", config())
+            initialize(odd_model, tmp_path / "out", config())
         # Nothing was written: the same folder takes what needs less room.
-        initialise(odd_model, tmp_path / "out", config(), dtype=torch.half)
+        initialize(odd_model, tmp_path / "out", config(), dtype=torch.half)
 
 
 def test_own_method(odd_model, tmp_path):
-    """A registered initialiser, with the factors that it gives."""
+    """A registered initializer and its factors."""
     from lora_kernels.init import Initializer, Start
 
     class Halves(Initializer):
@@ -384,7 +392,7 @@ def test_own_method(odd_model, tmp_path):
 
     register_initializer("halves", Halves)
     try:
-        initialise(odd_model, tmp_path / "out", config(init_lora_weights="halves"))
+        initialize(odd_model, tmp_path / "out", config(init_lora_weights="halves"))
     finally:
         del _REGISTRY["halves"]
     before, after = read_model(odd_model), read_model(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""How far the process grows on a checkpoint several times as large as what it may take."""
+"""Peak memory on a checkpoint several times larger than the limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np, torch
 from benchmarks.common.memory import PeakGrowth
 from lora_kernels.model.config import LoRAConfig
-from lora_kernels.files.checkpoint.initialize import initialise
+from lora_kernels.files.checkpoint.initialize import initialize
 from tests.files.checkpoint.folders import random_tensor, write_model
 
 folder, side, count, shards = Path(sys.argv[1]), *map(int, sys.argv[2:5])
@@ -30,9 +30,9 @@ config = LoRAConfig(r=16, residual=sys.argv[5])
 dtype = None if sys.argv[6] == "None" else getattr(torch, sys.argv[6])
 rng = np.random.default_rng(0)
 write_model(folder / "small", [{"q.weight": random_tensor(rng, "F32", (64, 64))}])
-initialise(folder / "small", folder / "warm", config, dtype=dtype)
+initialize(folder / "small", folder / "warm", config, dtype=dtype)
 with PeakGrowth(sharp=True) as growth:
-    initialise(folder / "model", folder / "out", config, dtype=dtype)
+    initialize(folder / "model", folder / "out", config, dtype=dtype)
 print(growth.mib)
 """
 

@@ -1,4 +1,4 @@
-"""`merge`: weights against float64, and a merged model that computes what the adapter does."""
+"""`merge`: weights against float64, and a merged model against the adapted one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels._utils.safetensors import is_unfinished
+from lora_kernels._utils.model_files import is_unfinished
 from lora_kernels.files.adapter.folder import write_adapter
 from lora_kernels.files.checkpoint.merge import merge
 from lora_kernels.layers.state import LayerState, dst_start
@@ -88,7 +88,7 @@ def test_weights(start, has_R, format, dtype, odd_model, tmp_path):
 
 
 def test_trained_in_full(odd_model, tmp_path):
-    """Tensors of modules_to_save take the place of the base's, in its dtype."""
+    """Tensors of modules_to_save replace those of the base, in its dtype."""
     state = make_state(names=NAMES[:1])
     norm, embedding = torch.arange(16.0), torch.randn(50, 16)
     state.extra = {"model.layers.0.norm.weight": norm, "model.embed_tokens.weight": embedding}
@@ -119,7 +119,7 @@ class TestErrors:
     def test_unknown_layer(self, odd_model, tmp_path):
         state = make_state()
         state.layers["model.layers.7.q_proj"] = state.layers.pop(NAMES[0])
-        match = r"'model\.layers\.7\.q_proj\.weight', which .*odd has not"
+        match = r"'model\.layers\.7\.q_proj\.weight', which .*odd does not have"
         self.refused(state, odd_model, tmp_path, match)
 
     def test_other_shape(self, odd_model, tmp_path):
@@ -127,7 +127,7 @@ class TestErrors:
         state.layers[NAMES[0]] = state.layers[NAMES[1]]
         self.refused(state, odd_model, tmp_path, r"is \[40, 16\], of .* \[24, 16\]")
 
-    def test_quantised(self, odd_model, tmp_path):
+    def test_quantized(self, odd_model, tmp_path):
         state = make_state(names=NAMES[:1])
         A, B = torch.ones(R, 7), torch.ones(5, R)
         state.layers = {"model.layers.0.fp8": LayerState(A, B, 1.0, R)}
@@ -146,17 +146,17 @@ class TestErrors:
 
 @pytest.mark.parametrize("inside", ["", "adapter"])
 def test_adapter_in_the_output(inside, odd_model, tmp_path):
-    """Which --overwrite would have removed."""
+    """--overwrite would have removed it."""
     adapter = tmp_path / "out" / inside
     write_adapter(adapter, make_state())
     before = fingerprint(adapter)
-    with pytest.raises(ValueError, match="which is to be written: take another folder"):
+    with pytest.raises(ValueError, match="which is to be written: use another folder"):
         merge(odd_model, adapter, tmp_path / "out", overwrite=True)
     assert fingerprint(adapter) == before
 
 
 def test_goes_on(odd_model, tmp_path, monkeypatch):
-    """A merge that was stopped; not one with another adapter."""
+    """A stopped merge continues, but not with another adapter."""
     from .test_resume import stop_after
 
     write_adapter(tmp_path / "adapter", make_state())

@@ -1,4 +1,4 @@
-"""Weights in files: which are taken, in which order and orientation, and clear errors."""
+"""Weights in files: which ones are selected, their order and orientation, and errors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 import pytest
 import torch
 
-from lora_kernels._utils.safetensors import INDEX, stored_tensors
-from lora_kernels.files.adapter.recipe import ADAPTER_CONFIG, ADAPTER_FILE
-from lora_kernels.files.checkpoint.weights import is_adapter, stored_pairs, stored_weights
+from lora_kernels._utils.model_files import INDEX, stored_tensors
+from lora_kernels.files.checkpoint.weights import stored_weights
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -105,7 +104,7 @@ class TestWeights:
         with pytest.raises(FileNotFoundError, match="does not exist"):
             stored_weights(tmp_path / "nowhere")
         (tmp_path / "model.bin").write_bytes(b"")
-        with pytest.raises(ValueError, match=r"is no \.safetensors file"):
+        with pytest.raises(ValueError, match=r"is not a \.safetensors file"):
             stored_weights(tmp_path / "model.bin")
 
     @pytest.mark.parametrize("length", [0, 4, 40, -8])
@@ -113,10 +112,12 @@ class TestWeights:
         path = tmp_path / "model.safetensors"
         write(path, model_tensors())
         path.write_bytes(path.read_bytes()[:length])
-        with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
             stored_weights(path)
 
-    @pytest.mark.parametrize("text,match", [("{", "is no JSON"), ("[]", "is no JSON object")])
+    @pytest.mark.parametrize(
+        "text,match", [("{", "is not valid JSON"), ("[]", "does not hold a JSON object")]
+    )
     def test_bad_index(self, text, match, tmp_path):
         (tmp_path / INDEX).write_text(text)
         with pytest.raises(ValueError, match=match):
@@ -125,55 +126,3 @@ class TestWeights:
             (tmp_path / INDEX).write_text(text)
             with pytest.raises(ValueError, match="has no weight_map"):
                 stored_weights(tmp_path)
-
-
-class TestPairs:
-    def write(self, folder, tensors, **config):
-        write(folder / ADAPTER_FILE, tensors)
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
-
-    def pair(self, name, r=2):
-        prefix = f"base_model.model.{name}"
-        return {
-            f"{prefix}.lora_A.weight": torch.randn(r, 5),
-            f"{prefix}.lora_B.weight": torch.randn(7, r),
-        }
-
-    def test_scaling(self, tmp_path):
-        """Ranks are the factors' own; alpha_pattern is searched as PEFT does."""
-        tensors = self.pair("layers.10.q") | self.pair("layers.2.q") | self.pair("layers.2.v", 4)
-        tensors["base_model.model.embed.lora_embedding_A"] = torch.randn(2, 9)
-        config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {r"layers\.10\..*": 2, "v": 12}}
-        self.write(tmp_path, tensors, **config)
-        assert is_adapter(tmp_path)
-        pairs = stored_pairs(tmp_path)
-        assert [p.name for p in pairs] == ["layers.2.q", "layers.2.v", "layers.10.q"]
-        assert [p.scaling for p in pairs] == [4.0, 3.0, 1.0]
-        assert pairs[1].lora_A.load().shape == (4, 5) and pairs[1].lora_B.load().shape == (7, 4)
-        self.write(tmp_path, tensors, **config, use_rslora=True)
-        assert [p.scaling for p in stored_pairs(tmp_path, ["v"])] == [6.0]
-        with pytest.raises(ValueError, match="no module is called 'k'"):
-            stored_pairs(tmp_path, ["k"])
-
-    def test_bad(self, tmp_path):
-        half = self.pair("q")
-        half.popitem()
-        self.write(tmp_path, half, lora_alpha=8)
-        with pytest.raises(ValueError, match="has no lora_B for 'q'"):
-            stored_pairs(tmp_path)
-        self.write(tmp_path, {"x": torch.zeros(2)}, lora_alpha=8)
-        with pytest.raises(ValueError, match="has no lora_A and lora_B"):
-            stored_pairs(tmp_path)
-        self.write(tmp_path, self.pair("q"), lora_alpha=0)
-        with pytest.raises(ValueError, match="lora_alpha must be positive"):
-            stored_pairs(tmp_path)
-        for pattern, match in (
-            ([1], r"alpha_pattern .* is no object: \[1\]"),
-            ({"(": 1}, "has '\\('"),
-        ):
-            self.write(tmp_path, self.pair("q"), lora_alpha=8, alpha_pattern=pattern)
-            with pytest.raises(ValueError, match=match):
-                stored_pairs(tmp_path)
-        (tmp_path / ADAPTER_FILE).unlink()
-        with pytest.raises(FileNotFoundError, match="pickled adapters are not read"):
-            stored_pairs(tmp_path)

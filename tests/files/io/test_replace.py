@@ -1,4 +1,4 @@
-"""Adapters written over each other: old or new, and never some of each."""
+"""Adapters that replace each other: the old one or the new one, never a mixture."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 import pytest
 from torch import nn
 
+from lora_kernels._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels.files.adapter import folder as reading
-from lora_kernels.files.adapter.folder import NATIVE_FILE, read_adapter, write_adapter
-from lora_kernels.files.adapter.recipe import ADAPTER_CONFIG, ADAPTER_FILE
+from lora_kernels.files.adapter.content import NATIVE_FILE
+from lora_kernels.files.adapter.folder import read_adapter, write_adapter
 from lora_kernels.files.io import replace
 
 from ...support import ROOT
@@ -31,7 +32,7 @@ class Killed(BaseException):
 
 
 class TestReplacing:
-    """Old or new, and never some of each."""
+    """The old one or the new one, never a mixture."""
 
     @pytest.fixture()
     def pair(self):
@@ -73,7 +74,7 @@ class TestReplacing:
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
     def test_only_the_tensors_change(self, pair, tmp_path):
-        """The usual case, a save at every so many steps: one rename, in the same folder."""
+        """The usual case of repeated saves in training: one rename, in the same folder."""
         write_adapter(tmp_path, pair[0])
         config = (tmp_path / ADAPTER_CONFIG).stat()
         pair[0].layers["block.1.q"].lora_A.add_(1.0)
@@ -127,7 +128,7 @@ class TestReplacing:
         assert_same(read_adapter(folder), new)
 
     def test_what_a_killed_process_left(self, pair, tmp_path):
-        """Its own half-written files go; what is in the former folder and nobody's is kept."""
+        """Its incomplete files are removed; other files of the old folder are kept."""
         folder = tmp_path / "out"
         write_adapter(folder, pair[0])
         for parent, mark in ((folder, True), (tmp_path, True), (tmp_path, False)):
@@ -141,7 +142,7 @@ class TestReplacing:
         assert left == {ADAPTER_CONFIG, ADAPTER_FILE, "notes"}
 
     def test_modes(self, pair, tmp_path):
-        """Who may read the configuration may read the tensors; a folder keeps its mode."""
+        """The tensors are as readable as the configuration; a folder keeps its mode."""
         (tmp_path / "out").mkdir(mode=0o750)
         for state in pair:
             write_adapter(tmp_path / "out", state)
@@ -162,7 +163,7 @@ class TestReplacing:
         def full(path):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(replace, "_sync", full)
+        monkeypatch.setattr(replace, "sync", full)
         with pytest.raises(OSError, match="No space left"):
             write_adapter(tmp_path, pair[1])
         assert_same(read_adapter(tmp_path), pair[0])
@@ -170,7 +171,7 @@ class TestReplacing:
 
     @pytest.mark.parametrize("forms", [("peft", "peft"), ("peft", "native"), ("native", "peft")])
     def test_read_while_it_is_replaced(self, forms, pair, tmp_path, monkeypatch):
-        """A reader that has the configuration of the old one looks again."""
+        """A reader that has read the old configuration reads again."""
         write_adapter(tmp_path, pair[0], format=forms[0])
         load, replaced = reading.load_tensors, []
 
@@ -226,7 +227,7 @@ for line in sys.stdin:
 
 @pytest.fixture()
 def memory_folder(tmp_path):
-    """In memory, where it can be: a kill is the same there, and a busy disk does not count."""
+    """A folder in memory if possible: kills are the same there, without a busy disk."""
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         yield tmp_path

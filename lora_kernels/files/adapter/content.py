@@ -1,0 +1,96 @@
+"""What the files in an adapter's folder contain, in each format.
+
+"peft": `adapter_config.json` and `adapter_model.safetensors`, which give the adapted model on the
+original base, whatever the start (see `peft_format`). "start": the same two files, for a base from
+which the start was subtracted. "native": `adapter_native.safetensors`, another name on purpose,
+holds A, B, R and those initial factors that cannot be recomputed, at their own rank.
+
+In all of them the recipe, from which training continues exactly, is in the header of the tensors,
+which PEFT and serving engines do not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
+from ..._utils.safetensors import save_tensors
+from ...model.config import AdapterState
+from ..io.replace import replace_files
+from .peft_format import rank_fields, to_peft
+from .recipe import METADATA, NATIVE, START, recipe_to_json
+from .tensors import native_tensors
+
+NATIVE_FILE = "adapter_native.safetensors"
+NATIVE_TYPE = "LORA_KERNELS"  # its peft_type, which PEFT does not know
+ADAPTER_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE})
+
+
+@dataclass(frozen=True)
+class FolderContent:
+    """`config` is the content of `adapter_config.json`; `tensors` and `recipe` are in `file`."""
+
+    file: str
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    recipe: str | None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of `file`."""
+        return {METADATA: self.recipe} if self.recipe else {}
+
+    def write(self, folder: Path, owned: Collection[str] = ADAPTER_FILES) -> dict[str, int]:
+        """Replaces the adapter in a folder, as `replace_files`; returns the sizes by name."""
+        config = json.dumps(self.config, indent=2, allow_nan=False).encode()
+        replace_files(
+            folder,
+            self.file,
+            lambda path: save_tensors(self.tensors, path, self.metadata),
+            {ADAPTER_CONFIG: config},
+            owned,
+        )
+        return {self.file: (folder / self.file).stat().st_size, ADAPTER_CONFIG: len(config)}
+
+
+def folder_content(
+    state: AdapterState,
+    format: str,
+    *,
+    module_names: Collection[str] | None = None,
+    fan_in_fan_out: bool = False,
+    original: str | None = None,
+    task_type: str | None = None,
+) -> FolderContent:
+    """The content of a folder for the adapter, whose factors may be on the meta device.
+
+    `module_names` and `fan_in_fan_out` are those of `to_peft`. "start" has two arguments of its
+    own: `original`, the original base, of which `state.base_model` is the residual base; and
+    `task_type`, for the configuration.
+    """
+    if format == NATIVE:
+        recipe = recipe_to_json(state.layers, NATIVE, state.config, state.base_model)
+        config = {"peft_type": NATIVE_TYPE, **json.loads(recipe)}
+        return FolderContent(NATIVE_FILE, config, native_tensors(state), recipe)
+    if format == START:
+        # The start was subtracted from the residual base: its adapter has nothing to subtract.
+        layers = {
+            name: replace(layer, beta=None, start_A=None, start_B=None)
+            for name, layer in state.layers.items()
+        }
+        plain = replace(state, layers=layers, config=replace(state.config, task_type=task_type))
+        config, tensors = to_peft(plain, module_names, fan_in_fan_out)
+        config["inference_mode"] = False
+        more = {"original": original}
+    else:
+        config, tensors = to_peft(state, module_names, fan_in_fan_out)
+        fields = rank_fields(state, {name: layer.r for name, layer in state.layers.items()})
+        more = {"peft_config": config, "rank_fields": fields}
+    recipe = recipe_to_json(state.layers, format, state.config, state.base_model, **more)
+    return FolderContent(ADAPTER_FILE, config, tensors, recipe)

@@ -1,4 +1,4 @@
-"""Shared fixtures: every device there is, and weights of a real model."""
+"""Shared fixtures: the available devices, and the weights of a real model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ settings.register_profile("tests", deadline=None, max_examples=40, derandomize=T
 settings.register_profile("gpu", settings.get_profile("tests"), max_examples=10)
 settings.load_profile("gpu" if "cuda" in DEVICES else "tests")
 
-# The tolerances are those of float32 products, and of sums accumulated in float32.
+# Tolerances assume float32 products, and sums accumulated in float32.
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -50,7 +50,7 @@ def pytest_configure(config) -> None:
     )
 
 
-# Hypothesis refuses fixtures that are made anew for every test, hence the scope.
+# Hypothesis refuses function-scoped fixtures.
 @pytest.fixture(scope="session", params=DEVICES)
 def device(request) -> str:
     return request.param
@@ -64,8 +64,8 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _device_stays_usable(request) -> Iterator[None]:
-    """A kernel's error shows at the next call that waits: it belongs to the test that launched it,
-    not to the one after it.
+    """A kernel's error only shows at the next synchronization: synchronize after each test, so that
+    the error is reported by the test that launched the kernel.
     """
     yield
     if "cuda" in DEVICES and torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""What holds for the package as it is installed: without a compiler, on any instruction set."""
+"""The installed package: without a compiler, with any instruction set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capabilit
 
 from .support import ROOT
 
-# What each process computes: every operator, and the layer's gradients.
+# Each process computes every operator, and the layer's gradients.
 PROGRAM = """
 import sys, warnings
 import torch
@@ -74,7 +74,9 @@ def agree(got: dict, want: dict) -> None:
 
 
 def test_without_the_extension(tmp_path, fastest):
-    """The references alone: the same results, and one warning that says how to get the kernels."""
+    """The references alone give the same results, with one warning that says how to get the
+    kernels.
+    """
     plain = run(tmp_path / "plain.pt", block=True)
     assert plain["name"] == "reference"
     assert len(plain["messages"]) == 1
@@ -88,12 +90,12 @@ def test_every_instruction_set(tmp_path, capability, fastest):
     lower = run(tmp_path / "lower.pt", capability)
     assert lower["name"] == capability
     agree(lower, fastest)
-    # Sums of float32 and narrower weights are the same bits on all of them.
+    # Sums over float32 and narrower weights have the same bits on all of them.
     assert all(torch.equal(lower["out"][k], fastest["out"][k]) for k in (0, 5, 10))
 
 
 def test_an_instruction_set_that_is_not_there():
-    """Refused by name, from the environment too; the one in use stays."""
+    """An error names it, also when set in the environment; the current one stays in use."""
     before = cpu_capability()
     with pytest.raises(ValueError, match=r"expected one of baseline, avx2.*did you mean 'avx512'"):
         set_cpu_capability("avx-512")
@@ -106,7 +108,7 @@ def test_an_instruction_set_that_is_not_there():
 
 
 def test_triton_kernels_is_no_top_level_package():
-    """That name is another package's: serving engines look for it."""
+    """That name belongs to another package, which serving engines look for."""
     import lora_kernels.triton_kernels
 
     assert lora_kernels.triton_kernels.__name__ == "lora_kernels.triton_kernels"
@@ -121,7 +123,7 @@ def test_triton_kernels_is_no_top_level_package():
 
 
 def test_a_checkout_works_where_it_lies(tmp_path):
-    """As `make gpu` uses it: not installed, the kernels' folder beside the package."""
+    """`make gpu` uses the package without installing it, with the kernels' folder beside it."""
     for folder in ("lora_kernels", "triton_kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so"))
     code = (
@@ -135,7 +137,7 @@ def test_a_checkout_works_where_it_lies(tmp_path):
 
 
 def test_builds_without_a_compiler(tmp_path):
-    """LORA_KERNELS_BUILD=none asks for no extension; a misspelt value is refused."""
+    """LORA_KERNELS_BUILD=none builds no extension; a misspelled value raises an error."""
     for value, code in (("none", 0), ("gpu", 1)):
         env = dict(os.environ, LORA_KERNELS_BUILD=value)
         command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path)]
@@ -149,7 +151,7 @@ def test_builds_without_a_compiler(tmp_path):
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_compile_where_torch_is_held_to_a_lower_instruction_set(capability):
-    """One after the other: a graph that was cached under the first is not taken for the second."""
+    """One after the other: a graph cached under the first set is not used for the second."""
     env = dict(os.environ, ATEN_CPU_CAPABILITY=capability)
     env.pop("TORCHINDUCTOR_CACHE_DIR", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -159,7 +161,9 @@ def test_compile_where_torch_is_held_to_a_lower_instruction_set(capability):
 
 
 def test_every_source_is_compiled_once(monkeypatch):
-    """Alone or within its folder's one file; those that read torch's large headers never alone."""
+    """On its own or in its folder's single file; sources that include torch's large headers never
+    on their own.
+    """
     asked = {}
     monkeypatch.setattr(setuptools, "setup", asked.update)
     monkeypatch.setenv("LORA_KERNELS_BUILD", "cpu")

@@ -1,4 +1,4 @@
-"""setup.py: where it finds CUDA, and what it says that it built."""
+"""setup.py: where it finds CUDA, and what it reports to have built."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ for name, case in json.loads(sys.argv[1]).items():
 
 @dataclass
 class Case:
-    """`cuda`: the version of torch's CUDA, if it is a CUDA build; `found`: whether nvcc is."""
+    """`cuda`: torch's CUDA version if it is a CUDA build; `found`: whether nvcc exists."""
 
     cuda: str | None
     choice: str = "auto"
@@ -73,7 +73,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """The CUDA_HOME of the nvcc that an nvcc on the PATH, which is a script, calls."""
+    """The CUDA_HOME of an nvcc that is called by a script named nvcc on the PATH."""
     folder = tmp_path_factory.mktemp("setup")
     home, path = folder / "cuda-13.0", folder / "usr/bin"
     for tool in (path / "nvcc", home / "bin/nvcc"):
@@ -90,7 +90,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(home) -> dict[str, str]:
-    """What setup.py printed, by case."""
+    """setup.py's output, by case."""
     folder = home.parent
     kept = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
     kept |= {"OMP_NUM_THREADS": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}

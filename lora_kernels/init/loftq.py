@@ -62,11 +62,15 @@ class LoftQ(Initializer):
         weight, r, scaling = request.weight, request.r, request.scaling
         if not math.isfinite(float(torch.linalg.vector_norm(weight, math.inf))):
             raise ValueError("weight holds NaN or Inf")
-        start = None
-        for _ in range(self.iterations):
-            earlier, base = start, self._quantized(weight, start, scaling)
-            start = _best(weight, base, r, scaling, method=self.method, seed=self.seed)
-        return replace(start, rewritten=True, earlier=earlier)
+
+        def improved(earlier: Start | None) -> Start:
+            base = self._quantized(weight, earlier, scaling)
+            return _best(weight, base, r, scaling, self.method, self.seed)
+
+        earlier = None
+        for _ in range(self.iterations - 1):
+            earlier = improved(earlier)
+        return replace(improved(earlier), rewritten=True, earlier=earlier)
 
     def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
         """weight ← Q_T = q(weight − scaling · B_{T−1}A_{T−1}) in place."""
@@ -117,8 +121,7 @@ class _QuantizedBaseLoftQ(Initializer):
                 f"the original weight has shape {list(original.shape)}, this one "
                 f"{list(weight.shape)}"
             )
-        options = {"method": self.method, "seed": self.seed}
-        return _best(original, weight, request.r, request.scaling, **options)
+        return _best(original, weight, request.r, request.scaling, self.method, self.seed)
 
     def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
         if len(requests) != 1:
@@ -126,11 +129,11 @@ class _QuantizedBaseLoftQ(Initializer):
         return super().make_starts(requests)
 
 
-def _best(original: Tensor, Q: Tensor, r: int, scaling: float, **options) -> Start:
+def _best(original: Tensor, Q: Tensor, r: int, scaling: float, method: str, seed: int) -> Start:
     """A and B where s·BA is the best approximation of original − Q of rank r."""
     dtype = factor_dtype(original.dtype)
     error = original.to(dtype) - Q.to(dtype)
-    U, S, Vh, _ = svd.truncated(error, r, **options)
+    U, S, Vh, _ = svd.truncated(error, r, method, seed=seed)
     refuse_small_rank(S, error, "the quantization error W − Q", "LoftQ")
     return split(U, S, Vh, scaling)
 

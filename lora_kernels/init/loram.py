@@ -77,11 +77,8 @@ class LoRAM(Initializer):
                 f"gain={self.gain!r} has no effect with track, which takes the magnitude of "
                 "another start: give only one of the two"
             )
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether the tracked start needs one."""
-        return self.track is not None and get_initializer(self.track).needs_gradient
+        # Not a field: it follows from `track`.
+        object.__setattr__(self, "needs_gradient", get_initializer(self.track).needs_gradient)
 
     @property
     def grows_with_scaling(self) -> bool:
@@ -129,8 +126,10 @@ class LoRAM(Initializer):
             return None
         device = request.weight.device
         generator = torch.Generator(device).manual_seed(int(self.seed))
-        options = {"dtype": torch.float64, "device": device, "generator": generator}
-        left, right = (torch.randn(size, request.r, **options) for size in request.shape)
+        left, right = (
+            torch.randn(size, request.r, generator=generator, dtype=torch.float64, device=device)
+            for size in request.shape
+        )
         if self.basis == "gaussian":
             return left, right
         return _orthonormal(left), _orthonormal(right)

@@ -55,8 +55,8 @@ def quantized(weight: Tensor, quantizer: str | Quantizer = "nf4") -> Tensor:
 
     """
     check_quantizer(quantizer)
-    known = isinstance(quantizer, str)
-    values = (QUANTIZERS[quantizer.lower()] if known else quantizer)(weight.detach())
+    function = QUANTIZERS[quantizer.lower()] if isinstance(quantizer, str) else quantizer
+    values = function(weight.detach())
     if not isinstance(values, Tensor) or not values.is_floating_point():
         what = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"the quantizer must return a float tensor, dequantized; got {what}")

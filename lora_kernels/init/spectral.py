@@ -62,8 +62,9 @@ class _LargestTriplets(_Factorization, ABC):
 
     def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
         weights, r, scaling = batched(requests)
-        options = {"tol": self.tol, "subspace": self.subspace, "seed": self.seed}
-        U, S, Vh, _ = svd.truncated(weights, r, self.method, **options)
+        U, S, Vh, _ = svd.truncated(
+            weights, r, self.method, tol=self.tol, subspace=self.subspace, seed=self.seed
+        )
         for name, weight, values in zip(names(weights), weights, S, strict=True):
             refuse_small_rank(values, weight, name, type(self).__name__)
         return [self._start(*triplets, scaling) for triplets in zip(U, S, Vh, strict=True)]

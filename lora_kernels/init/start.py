@@ -94,12 +94,9 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
 
     """
     rows, cols = weight.shape
-    dtype = factor_dtype(weight.dtype)
-    factors = {}
-    for name, shape in (("lora_A", (r, cols)), ("lora_B", (rows, r)), ("lora_R", (r, r))):
-        factor = getattr(start, name)
-        if factor is None and name == "lora_R":
-            continue
+    dtype, device = factor_dtype(weight.dtype), weight.device
+
+    def copied(name: str, factor: Tensor, shape: tuple[int, int]) -> Tensor:
         if tuple(factor.shape) != shape:
             raise ValueError(
                 f"the initializer returned {name} of shape {list(factor.shape)}; a weight "
@@ -108,8 +105,14 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
         if not factor.is_meta and not bool(factor.isfinite().all()):
             raise ValueError(f"the initializer returned a {name} that holds NaN or Inf")
         # A copy: the factor may be a view of W or G, expanded, or kept by the initializer.
-        factors[name] = torch.empty(shape, dtype=dtype, device=weight.device).copy_(factor.detach())
-    return replace(start, **factors)
+        return torch.empty(shape, dtype=dtype, device=device).copy_(factor.detach())
+
+    return replace(
+        start,
+        lora_A=copied("lora_A", start.lora_A, (r, cols)),
+        lora_B=copied("lora_B", start.lora_B, (rows, r)),
+        lora_R=None if start.lora_R is None else copied("lora_R", start.lora_R, (r, r)),
+    )
 
 
 def check_residual_fits(weight: Tensor, start: Start, scaling: float) -> None:

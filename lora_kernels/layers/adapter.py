@@ -26,7 +26,7 @@ class Adapter(nn.Module):
     def __init__(self, options: AdapterOptions, start: Start, changes_base: bool) -> None:
         super().__init__()
         self.options = options
-        # Attributes, not properties, because every forward reads them.
+        # Stored, because every forward reads them.
         self.scaling, self.lora_dropout = options.scaling, options.lora_dropout
         self.residual = options.residual
         has_R = start.lora_R is not None

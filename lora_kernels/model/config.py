@@ -83,9 +83,7 @@ class LoRAConfig:
     task_type: str | None = None
 
     def __new__(cls, *args: object, **options: object) -> LoRAConfig:
-        """Raises a TypeError that suggests a name for an unknown option, or says why PEFT's is not
-        available.
-        """
+        """Raises TypeError for unknown options, with a reason or the nearest name."""
         known = [f.name for f in fields(cls)]
         for name in options:
             if name in OPTIONS_OF_VARIANTS + OPTIONS_WITHOUT_EFFECT:

@@ -9,21 +9,25 @@ for the dispatch keys that they support.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import DispatchKeySet
 from torch.library import Library
 
 LIBRARY = Library("lora", "DEF")
 
 
-def define_composite(schema: str, function: Callable) -> None:
+def define_composite(schema: str, function: Callable[..., object]) -> None:
     """Declare an operator that is plain Python over other operators, on every device."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, function, "CompositeImplicitAutograd")
 
 
-def define_kernel(schema: str, reference: Callable, fake: Callable) -> None:
+def define_kernel(
+    schema: str, reference: Callable[..., object], fake: Callable[..., object]
+) -> None:
     """Declare a functional kernel with its reference and its fake."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -31,7 +35,9 @@ def define_kernel(schema: str, reference: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"lora::{name}", fake, lib=LIBRARY)
 
 
-def define_constant_kernel(schema: str, function: Callable, fake: Callable) -> None:
+def define_constant_kernel(
+    schema: str, function: Callable[..., object], fake: Callable[..., object]
+) -> None:
     """Declare a kernel in plain Python, for every device, whose results carry no gradient.
 
     For functions whose checks read values. They cannot be composites: `torch.compile` traces into a
@@ -41,7 +47,7 @@ def define_constant_kernel(schema: str, function: Callable, fake: Callable) -> N
     define_kernel(schema, function, fake)
     op = getattr(torch.ops.lora, name).default
 
-    def without_gradient(keyset, *args, **kwargs):
+    def without_gradient(keyset: DispatchKeySet, *args: Any, **kwargs: Any) -> object:
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
@@ -49,7 +55,7 @@ def define_constant_kernel(schema: str, function: Callable, fake: Callable) -> N
 
 
 def define_mutating_kernel(
-    schema: str, reference: Callable, mutated: Callable[..., list[torch.Tensor]]
+    schema: str, reference: Callable[..., object], mutated: Callable[..., list[torch.Tensor]]
 ) -> None:
     """Declare a kernel that writes into its arguments and returns nothing.
 
@@ -63,7 +69,7 @@ def define_mutating_kernel(
     torch.library.register_fake(f"lora::{name}", lambda *args, **kwargs: None, lib=LIBRARY)
     op = getattr(torch.ops.lora, name).default
 
-    def raise_versions(keyset, *args, **kwargs):
+    def raise_versions(keyset: DispatchKeySet, *args: Any, **kwargs: Any) -> object:
         written = mutated(*args)
         try:
             torch.autograd.graph.increment_version(written)

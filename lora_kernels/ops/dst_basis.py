@@ -100,10 +100,11 @@ def dst_basis(
     )
     device = device or (torch.get_default_device() if scale is None else scale.device)
     out = torch.empty(length, rank, dtype=dtype, device=device)
-    torch._check_value(
-        scale is None or scale.device == out.device,
-        lambda: f"scale is on {scale.device}, the basis on {out.device}",
-    )
+    if scale is not None:
+        torch._check_value(
+            scale.device == out.device,
+            lambda: f"scale is on {scale.device}, the basis on {out.device}",
+        )
     torch.ops.lora._dst_basis_(out, size, offset, scale)
     return out
 

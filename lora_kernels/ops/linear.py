@@ -11,6 +11,8 @@ z = drop(x) Aᵀ [M, r]. The dropout mask is computed again from `seed`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,14 @@ _EXTRAS = "float dropout, Tensor? seed, Tensor? start_A, Tensor? start_B, Tensor
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _dropped(rows: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    if dropout == 0:
+        return rows
+    if seed is None:
+        raise ValueError("dropout > 0 needs seed, an int64 tensor of one element")
+    return drop_elements(rows, dropout, seed)
 
 
 def linear_forward_ref(
@@ -41,10 +51,10 @@ def linear_forward_ref(
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(x)  # [M, K]
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    z = (drop_elements(rows, dropout, seed) if dropout > 0 else rows) @ A.T  # [M, r]
+    z = _dropped(rows, dropout, seed) @ A.T  # [M, r]
     into_B = z if lora_R is None else z @ lora_R.to(x.dtype).T  # [M, r]
     y = torch.nn.functional.linear(rows, weight, bias)  # [M, N]
-    if start_A is None:
+    if start_A is None or start_B is None:
         y.addmm_(into_B, B.T, alpha=scaling)
     else:
         # One product of rank 2r, so that start and adapter cancel before y is rounded.
@@ -56,7 +66,17 @@ def linear_forward_ref(
 
 
 def linear_forward_fake(
-    x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, lora_R
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    start_A: Tensor | None,
+    start_B: Tensor | None,
+    lora_R: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty(_rows(x).shape[0], lora_A.shape[0])
@@ -78,7 +98,15 @@ def linear_plain_ref(
 
 
 def linear_plain_fake(
-    x, weight, bias, lora_A, lora_B, scaling, start_A, start_B, lora_R
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    start_A: Tensor | None,
+    start_B: Tensor | None,
+    lora_R: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     operands = (x, weight, bias, lora_A, lora_B, scaling)
     return linear_forward_fake(*operands, 0.0, None, start_A, start_B, lora_R)
@@ -98,7 +126,7 @@ def linear_backward_ref(
     start_B: Tensor | None,
     lora_R: Tensor | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_R = needs
     dy, rows = _rows(grad), _rows(x)
     A = lora_A.to(x.dtype)
@@ -114,13 +142,12 @@ def linear_backward_ref(
     if needs_x:
         dx = dy @ weight
         through_A = dz @ A  # [M, K]
-        dx += drop_elements(through_A, dropout, seed) if dropout > 0 else through_A
-        if start_A is not None:
+        dx += _dropped(through_A, dropout, seed)
+        if start_A is not None and start_B is not None:
             dx -= (dy @ start_B.to(x.dtype)) * scaling @ start_A.to(x.dtype)
         dx = dx.reshape(x.shape)
     if needs_A:
-        dropped = drop_elements(rows, dropout, seed) if dropout > 0 else rows
-        dA = (dz.T @ dropped).to(lora_A.dtype)
+        dA = (dz.T @ _dropped(rows, dropout, seed)).to(lora_A.dtype)
     if needs_B:
         dB = (dy.T @ into_B).to(lora_B.dtype) * scaling
     if needs_weight:
@@ -131,7 +158,19 @@ def linear_backward_ref(
 
 
 def linear_backward_fake(
-    grad, x, weight, lora_A, lora_B, z, scaling, dropout, seed, start_A, start_B, lora_R, needs
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    z: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    start_A: Tensor | None,
+    start_B: Tensor | None,
+    lora_R: Tensor | None,
+    needs: list[bool],
 ) -> tuple[Tensor, ...]:
     R = x if lora_R is None else lora_R  # any tensor will do if there is no R
     shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape, R.shape)
@@ -147,8 +186,19 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, lora_A, lora_B, lora_R, scaling, dropout, seed, start_A, start_B
-    ):
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        lora_R: Tensor | None,
+        scaling: float,
+        dropout: float,
+        seed: Tensor | None,
+        start_A: Tensor | None,
+        start_B: Tensor | None,
+    ) -> Tensor:
         y, z = torch.ops.lora.linear_forward(
             x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, lora_R
         )
@@ -158,7 +208,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, z, *extras = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
         # The forward ran with autocast applied; here it would cast the kernel's operands again.
@@ -193,7 +243,17 @@ def linear(
 
 
 def _check(
-    x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, lora_R
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    start_A: Tensor | None,
+    start_B: Tensor | None,
+    lora_R: Tensor | None,
 ) -> None:
     """Raise if the arguments do not fit together. Plain comparisons, because every call of a layer
     runs this: torch._check and its closures took 20 us, as long as a small layer itself.
@@ -227,13 +287,16 @@ def _check(
         raise ValueError("give both start_A and start_B, or neither")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout must be a probability in [0, 1], got {dropout}")
-    if dropout > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError("dropout > 0 needs seed, an int64 tensor of one element")
-    if dropout > 0.0 and seed.device != x.device:
-        raise ValueError(f"seed is on {seed.device}, x on {x.device}")
+    if dropout > 0.0:
+        if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError("dropout > 0 needs seed, an int64 tensor of one element")
+        if seed.device != x.device:
+            raise ValueError(f"seed is on {seed.device}, x on {x.device}")
 
 
-def _check_operand(name, tensor, shape, x, weight, r) -> None:
+def _check_operand(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor, weight: Tensor, r: int
+) -> None:
     if tensor is None:
         return
     if tensor.shape != shape:
@@ -247,10 +310,12 @@ def _check_operand(name, tensor, shape, x, weight, r) -> None:
         raise TypeError(f"{name} must be a real float, got {tensor.dtype}")
 
 
-def _autocast_to(device_type: str):
+def _autocast_to(device_type: str) -> Callable[..., Tensor]:
     """`linear` with x, W and b cast as torch.autocast does for nn.Linear, and A, B and R uncast."""
 
-    def linear_autocast(x, weight, bias, *args, **kwargs):
+    def linear_autocast(
+        x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
         cast = [
             t.to(dtype)

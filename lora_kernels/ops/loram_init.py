@@ -126,9 +126,10 @@ def empty_factors_ref(
     """
     lora_A, lora_B = [], []
     for weight in weights:
-        options = {"dtype": factor_dtype(weight.dtype), "device": weight.device}
-        lora_A.append(torch.empty(rank, weight.shape[1], **options))
-        lora_B.append(torch.empty(weight.shape[0], rank, **options))
+        rows, cols = weight.shape
+        dtype, device = factor_dtype(weight.dtype), weight.device
+        lora_A.append(torch.empty(rank, cols, dtype=dtype, device=device))
+        lora_B.append(torch.empty(rows, rank, dtype=dtype, device=device))
     return lora_A, lora_B
 
 
@@ -165,7 +166,8 @@ def _check_weights(weights: list[torch.Tensor], rank: int) -> None:
         name = f"weights[{k}]"
         check_weight(weight, name)
         check_writable(weight, name)
-        check_rank(rank, *weight.shape, name)
+        rows, cols = weight.shape
+        check_rank(rank, rows, cols, name)
 
 
 def loram_init_foreach(

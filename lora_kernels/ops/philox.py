@@ -51,7 +51,8 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     1 / (1 − p).
     """
     threshold = min(int(p * 2**32), 2**32 - 1)
-    keep = philox_words(*x.shape, seed) >= threshold  # [M, K]
+    rows, cols = x.shape
+    keep = philox_words(rows, cols, seed) >= threshold  # [M, K]
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
     work = x if x.dtype == torch.float64 else x.float()
     factor = torch.tensor(scale, dtype=torch.float32, device=x.device).to(work.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from .._utils.checks import check_rank, check_size, check_weight, check_writable
@@ -22,11 +24,11 @@ def subtract_dst_ref(
 ) -> None:
     """The product itself, in float64 and by blocks of rows: slow but simple."""
     rows, cols = weight.shape
-    options = {"dtype": torch.float64, "device": weight.device}
-    right = dst_basis(global_cols, rank, offset=col_offset, length=cols, **options)  # [cols, rank]
+    basis = partial(dst_basis, rank=rank, dtype=torch.float64, device=weight.device)
+    right = basis(global_cols, offset=col_offset, length=cols)  # [cols, rank]
     for begin in range(0, rows, _ROW_BLOCK):
         block = weight[begin : begin + _ROW_BLOCK]  # [block, cols]
-        left = dst_basis(global_rows, rank, offset=row_offset + begin, length=len(block), **options)
+        left = basis(global_rows, offset=row_offset + begin, length=len(block))  # [block, rank]
         product = (coefficient * left) @ right.T
         block.copy_(block.to(product.dtype) - product)
 

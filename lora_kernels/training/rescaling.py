@@ -135,25 +135,14 @@ class ScaledStart(Initializer):
     alpha_A: float
     alpha_B: float
 
-    @property
-    def changes_base(self) -> bool:
-        return self.start.changes_base
-
-    @property
-    def reads_weight(self) -> bool:
-        return self.start.reads_weight
-
-    @property
-    def needs_gradient(self) -> bool:
-        return self.start.needs_gradient
+    def __post_init__(self) -> None:
+        # Not fields: they follow from `start`.
+        for what in ("changes_base", "reads_weight", "needs_gradient", "rewrites_base"):
+            object.__setattr__(self, what, getattr(self.start, what))
 
     @property
     def grows_with_scaling(self) -> bool:
         return self.start.grows_with_scaling
-
-    @property
-    def rewrites_base(self) -> bool:
-        return self.start.rewrites_base
 
     def make_start(self, request: StartRequest) -> Start:
         scaling = request.scaling * self.alpha_A * self.alpha_B

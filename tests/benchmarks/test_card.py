@@ -18,7 +18,7 @@ from benchmarks.card.parts import CALLS, Call
 from ..support import ROOT
 
 PARTS = CALLS["first"].names
-# In place of the Python with a CUDA torch: it does what a part's command would leave behind.
+# Replaces the Python with a CUDA torch, and leaves the files that a part's command would leave.
 PYTHON = f"""#!{sys.executable}
 import json, os, pathlib, sys, time
 words = sys.argv[1:]
@@ -107,7 +107,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def rows_of(output: str, head: str) -> dict[str, list[str]]:
-    """A printed table's rows, by their first cell."""
+    """The rows of a printed table, by their first cell."""
     lines = output.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith(head))
     rows = {}
@@ -138,13 +138,13 @@ def test_a_whole_call(stand_ins, tmp_path):
     assert parts["operator tests"][0::2] == ["FAILED (1)", "1 failed, 1 passed in 0.1s"]
     assert parts["memcheck, layer"][::2] == ["FAILED (86)", "ERROR SUMMARY: 2 errors"]
     assert parts["layer"][0] == "FAILED (3)"
-    assert parts["memory"][0] == "passed"  # what comes after a failure still runs
+    assert parts["memory"][0] == "passed"  # the parts after a failure still run
 
     headline = rows_of(output, "headline ")
     assert headline["forward"] == ["<= 1.05 x bare", "1.041", "yes"]
     assert headline["decode"][1] == "1.3 (earlier: 2020-01-01 00:00 UTC)"
     assert headline["memory"][1] == "not measured"
-    assert output.rstrip().splitlines()[-1].startswith("memory")  # the table is the last thing
+    assert output.rstrip().splitlines()[-1].startswith("memory")  # the table comes last
 
     out = tmp_path / "out"
     assert len(list(out.iterdir())) <= 8
@@ -184,7 +184,7 @@ def test_a_part_that_hangs_is_stopped_and_named(stand_ins, tmp_path):
     assert parts["operator tests"][0] == "passed"
     assert (tmp_path / "out/failed.txt").read_text() == "tests/a.py::test_hangs[x y]\n"
     (child,) = map(int, (tmp_path / "children").read_text().split())
-    assert not running(child)  # its workers end with it
+    assert not running(child)  # its workers end too
 
 
 def running(process: int) -> bool:

@@ -49,7 +49,7 @@ TINY = replace(
     grid_burst_ms=0.1,
 )
 CPU = torch.device("cpu")
-# By part: the files that it leaves, with columns of each.
+# The files written by each part, with their columns.
 FILES = {
     "ceilings": {"ceilings": {"ceiling", "measured", "unit", "h200_earlier"}},
     "operators": {"operators": {"shape", "dtype", "median_ms", "gb_per_s", "share_of_copy", "aim"}},
@@ -102,7 +102,7 @@ def test_every_target_is_measured(everything):
 
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
-    """Drawing them takes most of the time."""
+    """Drawing pictures would take most of the time."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
 
 
@@ -160,7 +160,6 @@ def predicted(tmp_path: Path, device: str) -> dict[str, dict[str, str]]:
 
 
 def microseconds(row: dict[str, str]) -> dict[str, float]:
-    """By cause."""
     return {name: float(row[f"{name}_us"]) for name in costs.Cost().parts}
 
 

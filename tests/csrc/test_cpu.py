@@ -1,6 +1,7 @@
-"""What the compiler made of the inner loops of products: vectors that stay in registers.
+"""The compiled inner loops of products keep their vectors in registers.
 
-With vectors wider than a register GCC kept every sum in memory: right, and an SVD 30 times slower.
+With vectors wider than a register, GCC kept every sum in memory: correct, but an SVD took 30 times
+as long.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ STACK = re.compile(r"\(%r[sb]p\)")
 
 
 def functions(isa: str) -> dict[str, tuple[int, int]]:
-    """Address and size of the set's functions that multiply strips."""
+    """Address and size of the functions of an instruction set that multiply strips."""
     lines = subprocess.run(
         ["nm", "--defined-only", "-S", _C.__file__], check=True, capture_output=True, text=True
     ).stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Every CUDA source compiles for the GPUs it is meant for, and keeps its values in registers."""
+"""Every CUDA source compiles for its target GPUs and keeps its values in registers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 
 def compile_cuda(source: Path, arch: str, out_dir: Path) -> str:
-    """What ptxas reports on the kernels of `source`; AssertionError with the errors if any."""
+    """ptxas's report on the kernels of `source`; AssertionError with the compiler's errors."""
     command = [NVCC, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-std=c++20", "-O3"]
     command += ["-I", str(CSRC), "-Xptxas", "-v", "-c", str(source), "-o", str(out_dir / "out.o")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -31,7 +31,7 @@ def compile_cuda(source: Path, arch: str, out_dir: Path) -> str:
 
 
 def spilled_bytes(report: str) -> list[int]:
-    """For each function of the report, the bytes that it stores to and loads from its stack."""
+    """For each function of the report, the bytes that it spills to its stack and loads back."""
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     return [int(stores) + int(loads) for stores, loads in spills]
 
@@ -49,11 +49,11 @@ def test_compiles_without_spills(source, arch, tmp_path):
     "source", sorted(CSRC.glob("cuda/*.cpp")), ids=lambda path: str(path.relative_to(CSRC))
 )
 def test_binding_compiles(source, tmp_path):
-    """Against CUDA's headers and torch's, of which a CPU build lacks one that is generated."""
+    """Against CUDA's and torch's headers; a CPU build lacks one header, which is generated."""
     stand_in = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
-    # After torch's own folders: a CUDA build has the real one.
+    # After torch's own folders, since a CUDA build has the real header.
     folders = [str(CSRC), *include_paths(), str(tmp_path)]
     command = [NVCC, "-std=c++20", "-Xcompiler=-Wall,-Werror=return-type"]
     command += [flag for folder in folders for flag in ("-I", folder)]
@@ -63,7 +63,7 @@ def test_binding_compiles(source, tmp_path):
 
 
 def test_only_the_binding_knows_torch():
-    """Kernels that include no torch compile wherever nvcc is."""
+    """Kernels that do not include torch compile wherever nvcc is installed."""
     for source in [*CSRC.rglob("*.cu"), *CSRC.glob("cuda/*.h")]:
         included = re.findall(r"#include <(.+)>", source.read_text())
         assert not [name for name in included if name.startswith(("torch/", "ATen/", "c10/"))]
@@ -82,7 +82,7 @@ void launch_scale(float* out, const float* in, float factor, int count, cudaStre
 }
 """
 
-# 96 values that live until all are read, in the 32 registers that two blocks of 1024 leave each.
+# 96 live values in 32 registers a thread, all that two blocks of 1024 threads leave.
 SPILLS = """
 __global__ void __launch_bounds__(1024, 2) reverse(float* out, const float* in) {
   float values[96];
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(1024, 2) reverse(float* out, const float* in) 
 
 
 class TestTheGate:
-    """It passes what is right, and fails what is not."""
+    """The check passes correct code and fails spilling code."""
 
     def compile(self, code: str, arch: str, folder: Path) -> str:
         source = folder / "kernel.cu"

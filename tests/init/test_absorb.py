@@ -1,4 +1,4 @@
-"""The start of every initializer: what the layer computes first is its base, as each promises."""
+"""At its start, a layer computes what its base computes, as each initializer promises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..support.packages import needs_real_model
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 STARTS = [
-    # LoftQ's base is another than W, on purpose: test_loftq.py has what it promises.
+    # LoftQ changes the base on purpose, and is tested in test_loftq.py.
     *(name for name in initializer_names() if not get_initializer(name).rewrites_base),
     LoRAM(basis="orthogonal"),
     LoRAM(basis="gaussian"),
@@ -30,7 +30,7 @@ STARTS = [
 
 
 def start_of(linear: nn.Linear, initializer, residual: str, G: torch.Tensor, **options):
-    """(layer, W as it was); s is 2 unless asked otherwise."""
+    """(layer, the original W); s is 2 by default."""
     W = to_numpy(linear.weight).copy()
     gradient = G if get_initializer(initializer).needs_gradient else None
     options = {"r": 8, "lora_alpha": 16, **options}
@@ -50,29 +50,29 @@ def factors(layer: LoRALinear) -> tuple[np.ndarray, np.ndarray]:
 
 def check_absorbed(layer: LoRALinear, W: np.ndarray) -> float:
     """The largest |W_res + s·BA − W| in ulps of W's dtype, where one ulp is twice the largest
-    rounding of |W| + s|B||A|, the size of what is added up.
+    rounding of |W| + s|B||A|, the size of the terms.
 
-    At most half of one from the rounding of W_res; the rest is float32's (float64's over a float64
-    base): r + 3 roundings of s·BA and of the difference follow each other, which for a float32 base
-    are as large as the first, (r + 4) / 2 in all.
+    The rounding of W_res contributes at most half an ulp. The rest is float32's (float64's for a
+    float64 base): r + 3 roundings of s·BA and of the difference in sequence, which for a float32
+    base are as large as the first, (r + 4) / 2 in all.
     """
     dtype = layer.weight.dtype
-    B, A = (f.astype(np.longdouble) for f in factors(layer))  # finer than what it measures
+    B, A = (f.astype(np.longdouble) for f in factors(layer))  # finer than the errors it measures
     size = np.abs(W) + layer.scaling * np.abs(B) @ np.abs(A)
     error = np.abs(to_numpy(layer.weight) + layer.scaling * B @ A - W)
     ulp = 2 * ROUNDING[dtype] * size
     roundings = ROUNDING[dtype] + (layer.r + 3) * ROUNDING[layer.lora_A.dtype]
     assert (error <= roundings * size + TINY[dtype]).all()
-    # Where W and the start are zero, there is no ulp, and above no error.
+    # Where W and the start are zero there is no ulp, and the error is zero.
     return float((error[ulp > 0] / ulp[ulp > 0]).max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("initializer", STARTS, ids=str)
 def test_absorbed_start_is_the_base(initializer, dtype, device):
-    """Largest error measured, over the initializers: 0.46 to 0.50 ulps for bfloat16 and float16,
-    the one rounding of W_res; 0.8 to 2.1 for float32, 1.4 to 2.4 for float64, whose products round
-    too.
+    """Largest error measured over the initializers: 0.46 to 0.50 ulps for bfloat16 and float16, the
+    one rounding of W_res; 0.8 to 2.1 for float32 and 1.4 to 2.4 for float64, where the products
+    round too.
     """
     torch.manual_seed(7)
     linear = nn.Linear(96, 300, dtype=dtype).to(device)
@@ -89,7 +89,7 @@ def test_absorbed_start_is_the_base(initializer, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("initializer", STARTS, ids=str)
 def test_implicit_start_is_the_base(initializer, dtype, device):
-    """W keeps its bits, and y is the base's to the roundings of what cancels."""
+    """W keeps its bits, and y is the base's up to the roundings of the terms that cancel."""
     torch.manual_seed(7)
     linear = nn.Linear(96, 300, dtype=dtype).to(device)
     layer, W = start_of(linear, initializer, "implicit", torch.randn(300, 96))
@@ -117,7 +117,7 @@ def test_real_weights(initializer, dtype, real_linears, real_gradients, device):
 @pytest.mark.parametrize("residual", ["absorb", "implicit"])
 @pytest.mark.parametrize("initializer", STARTS, ids=str)
 def test_the_base_comes_back(initializer, residual, device):
-    """From β or the kept factors, after training and from a file, and switched off."""
+    """From β or the stored factors, after training, from a file, and with the adapter disabled."""
     torch.manual_seed(7)
     linear = nn.Linear(40, 60).to(device)
     original, G = copy.deepcopy(linear), torch.randn(60, 40)
@@ -134,7 +134,7 @@ def test_the_base_comes_back(initializer, residual, device):
     untouched = residual == "implicit" or not get_initializer(initializer).changes_base
     for one in (layer, loaded):
         base = to_numpy(one.base_linear().weight)
-        # As many roundings there and back as `check_absorbed` counts for one way.
+        # Subtracting and adding back: each has the roundings that `check_absorbed` counts.
         room = 0.0 if untouched else 2 * (layer.r + 4) * ROUNDING[torch.float32]
         assert (np.abs(base - W) <= room * size).all()
         merged = one.to_linear()(x)
@@ -145,7 +145,7 @@ def test_the_base_comes_back(initializer, residual, device):
 
 @pytest.mark.parametrize("initializer", [n for n in STARTS if get_initializer(n).changes_base])
 def test_no_room_for_the_residual(initializer, device):
-    """float16 ends at 65504: refused before anything is written."""
+    """float16 ends at 65504: the start raises an error before anything is written."""
     linear = nn.Linear(96, 80, dtype=torch.float16).to(device)
     before = linear.weight.detach().clone()
     options = {"r": 8, "lora_alpha": 8e7}

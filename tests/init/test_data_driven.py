@@ -24,13 +24,13 @@ METHODS = ["randomized", "exact"]
 
 
 def stepped(n: int, m: int, steps: int) -> torch.Tensor:
-    """σ all apart, so that each vector is determined but for its sign."""
+    """The σ are well separated, so that each vector is determined up to its sign."""
     k = min(n, m)
     return with_sigma(n, m, np.concatenate([np.linspace(9, 3, steps), np.full(k - steps, 0.1)]))
 
 
 def up_to_signs(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest difference of columns, each with the better sign."""
+    """The largest difference between columns, each with the sign that fits better."""
     sign = np.sign((got * want).sum(0))
     return float(np.abs(got * sign - want).max())
 
@@ -39,8 +39,8 @@ def up_to_signs(got: np.ndarray, want: np.ndarray) -> float:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lora_ga(shape, method, gradient_dtype, device):
-    """B = c U[:, r:2r] and A = c V[:, :r]ᵀ, c = n^(1/4)/√γ with n the rows of W, as the authors'
-    code has it for `direction="ArB2r"`, `scale="stable"`.
+    """B = c U[:, r:2r] and A = c V[:, :r]ᵀ with c = n^(1/4)/√γ and n the rows of W, as in the
+    authors' code for `direction="ArB2r"`, `scale="stable"`.
     """
     r, gamma = 8, 5.0
     G = stepped(*shape, 2 * r).to(device, gradient_dtype)
@@ -58,7 +58,9 @@ def test_lora_ga(shape, method, gradient_dtype, device):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lora_one(shape, method, device):
-    """BA = U_r (S_r / σ₁) V_rᵀ / γ of −G, half of the root in each; a step downhill."""
+    """BA = U_r (S_r / σ₁) V_rᵀ / γ of −G, with the root of S_r / σ₁ in each factor: a step
+    downhill.
+    """
     r, gamma = 8, 20.0
     G = stepped(*shape, 2 * r).to(device, torch.float32)
     start = LoRAOne(gamma=gamma, method=method)(torch.randn(*shape).to(device), r, 0.3, G)
@@ -79,7 +81,7 @@ def test_lora_sb(shape, scaling, method, device):
     """s·B R A is the best approximation of −η sign(G) of rank r; B and A are orthonormal."""
     r, eta = 8, 1e-3
     G = torch.randn(*shape).to(device) * 1e-5
-    G[:, 3] = 0  # a column that no gradient reaches: sign(0) = 0
+    G[:, 3] = 0  # a column with zero gradient: sign(0) = 0
     start = LoRASB(learning_rate=eta, method=method)(torch.randn(*shape).to(device), r, scaling, G)
     A, B, R = (to_numpy(t) for t in (start.lora_A, start.lora_B, start.lora_R))
     step = -eta * np.sign(to_numpy(G))
@@ -87,7 +89,7 @@ def test_lora_sb(shape, scaling, method, device):
     for gram in (A @ A.T, B.T @ B):
         assert np.abs(gram - np.eye(r)).max() <= 1e-5
     assert (np.diag(np.diag(R)) == R).all()
-    if method == "exact":  # σ of random signs lie close: a randomized SVD leaves as little only
+    if method == "exact":  # random signs: a randomized SVD only guarantees the error
         # Products at a gap of σ of 1e-2 of it are off by float32's rounding over that.
         assert np.abs(scaling * B @ R @ A - U[:, :r] * S[:r] @ Vh[:r]).max() <= 1e-3 * eta
         np.testing.assert_allclose(np.diag(R), S[:r] / scaling, rtol=1e-5)
@@ -112,7 +114,7 @@ def test_real_weights_and_gradients(kind, real_linears, real_gradients, device):
         A, B = to_numpy(layer.lora_A), to_numpy(layer.lora_B)
         U, S, Vh = np.linalg.svd(to_numpy(G), full_matrices=False)
         if kind is LoRAGA:
-            # Vectors of near ties turn into each other: what is compared are their spaces.
+            # Vectors of nearly equal σ mix, so their spaces are compared.
             c = linear.out_features**0.25 / 4
             assert np.linalg.norm(A @ Vh[:r].T, "fro") == pytest.approx(c * r**0.5, rel=1e-3)
             assert np.linalg.norm(U[:, r : 2 * r].T @ B) == pytest.approx(c * r**0.5, rel=1e-3)
@@ -141,7 +143,7 @@ def test_seed_and_generator(kind, device):
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
 @pytest.mark.parametrize("kind", [LoRAGA, LoRAOne, LoRASB])
 def test_gradients_of_any_size(kind, scale, device):
-    """Only the direction counts: their squares, which leave float32, do not."""
+    """Only the direction of G counts, although its squares over- or underflow float32."""
     weight, G = torch.randn(50, 40).to(device), stepped(50, 40, 16).float().to(device)
     for got, want in zip(
         *(
@@ -188,7 +190,7 @@ class TestBadGradients:
         G = (torch.randn(40, 3) @ torch.randn(3, 30)).to(device)
         with pytest.raises(ValueError, match=r"gradient has numerical rank 3, less than r = 5"):
             LoRAOne()(G, 5, 1.0, G)
-        for kind in (LoRAGA, LoRASB):  # whose factors are orthonormal whatever G is
+        for kind in (LoRAGA, LoRASB):  # its factors are orthonormal for any G
             start = kind()(G, 5, 1.0, G)
             assert (start.lora_A.norm(dim=1) > 0.1).all() and (start.lora_B.norm(dim=0) > 0.1).all()
 

@@ -45,7 +45,7 @@ def error_of(layer: LoRALinear, W: np.ndarray) -> float:
 
 
 def start_of(module: nn.Module, original: torch.Tensor, **options) -> Start:
-    """Of rank 8 and s = 2, for a quantized layer."""
+    """Rank 8 and s = 2, for a quantized layer."""
     base = base_of(module).weight()
     return LoftQ(**options).toward(lambda: original)(base, 8, 2.0)
 
@@ -60,8 +60,8 @@ class TestAlternation:
     @pytest.mark.parametrize("quantizer", ["nf4", "fp4"])
     @pytest.mark.parametrize("iterations", [1, 2, 5])
     def test_oracle(self, iterations, quantizer, device):
-        """An entry within float32's rounding of halfway between two codes may get either, and what
-        follows differs a little then: what counts is the error, and nearly all codes.
+        """An entry within float32's rounding of halfway between two codes may get either, and later
+        iterations then differ a little. Compared are the errors, and nearly all codes.
         """
         linear = nn.Linear(128, 96).to(device)
         W = to_numpy(linear.weight)
@@ -84,8 +84,9 @@ class TestAlternation:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_the_error_falls(self, dtype, device):
-        """Below that of the quantizer alone at once, and by every further step or nearly so, where
-        r is small beside W's sizes (at r = 64 of 192 the oracle's too rises from the third on).
+        """The first iteration already beats the quantizer alone, and nearly every further one
+        improves where r is small beside W's sizes (at r = 64 of 192 the oracle's error too rises
+        from the third on).
         """
         linear = nn.Linear(256, 192, dtype=dtype).to(device)
         W = to_numpy(linear.weight)
@@ -121,7 +122,7 @@ class TestAlternation:
 
 
 class TestBase:
-    """What becomes of W, and of the layer without its adapter."""
+    """What W becomes, and what the layer computes without its adapter."""
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("quantizer", ["nf4", "fp4", "int8"])
@@ -130,7 +131,7 @@ class TestBase:
         again = quantized(layer.weight, quantizer)
         assert layer.weight.dtype == dtype
         if quantizer == "int8" and dtype in (torch.float64, torch.float32):
-            # 127 c / 127 is c but for float32's rounding.
+            # 127 c / 127 is c up to float32's rounding.
             assert (again - layer.weight).norm() <= 4 * ROUNDING[torch.float32] * again.norm()
         else:
             assert torch.equal(again.to(dtype), layer.weight)
@@ -138,7 +139,9 @@ class TestBase:
     @needs_bitsandbytes
     @pytest.mark.parametrize("dtype", DTYPES[1:])
     def test_bitsandbytes_makes_the_same_of_it(self, dtype):
-        """Saved, loaded and quantized by bitsandbytes, the base is what it was trained with."""
+        """After saving, loading and quantizing by bitsandbytes, the base is the one that was
+        trained on.
+        """
         layer = adapted(nn.Linear(128, 96, dtype=dtype))
         loaded = nn.Linear(128, 96, dtype=dtype)
         loaded.load_state_dict(layer.state_dict(), strict=False)
@@ -146,7 +149,7 @@ class TestBase:
         assert torch.equal(theirs.to(dtype), layer.weight)
 
     def test_without_the_adapter(self, device):
-        """W to the quantization error, also after training and from a file."""
+        """The layer computes W to the quantization error, also after training and from a file."""
         linear = nn.Linear(128, 96).to(device)
         layer = adapted(linear)
         W = to_numpy(linear.weight)
@@ -186,7 +189,7 @@ class TestQuantizers:
     @pytest.mark.parametrize("name", ["nf4", "fp4"])
     @pytest.mark.parametrize("shape", [(96, 128), (33, 64), (64, 576), (7, 31), (10, 50), (3, 5)])
     def test_bits_of_bitsandbytes(self, shape, name, dtype):
-        """Its codes times its scales; blocks of consecutive entries across rows, the last one
+        """Its codes times its scales, in blocks of consecutive entries across rows; the last one is
         shorter.
         """
         import bitsandbytes.functional as bnb
@@ -289,7 +292,7 @@ class TestErrors:
 
 
 class TestQuantizedBase:
-    """Q is fixed: s·BA = the best of rank r of W − Q."""
+    """Q is fixed: s·BA is the best approximation of W − Q of rank r."""
 
     @needs_bitsandbytes
     @pytest.mark.parametrize("nested", [False, True])
@@ -307,7 +310,7 @@ class TestQuantizedBase:
 
     @needs_bitsandbytes
     def test_as_good_as_the_first_iteration(self):
-        """One iteration quantizes W itself, as loading a quantized model does."""
+        """One iteration quantizes W itself, just as loading a quantized model does."""
         linear = nn.Linear(128, 96)
         start = start_of(linear_4bit(linear), linear.weight, method="exact")
         layer = adapted(linear, iterations=1, method="exact")
@@ -330,7 +333,7 @@ class TestOriginals:
             assert torch.equal(OriginalWeights(source).weight("a.q", base), weight)
 
     def test_another_prefix(self):
-        """A checkpoint of the model without its head, or with it."""
+        """The checkpoint of a model without its head, or with it."""
         base, weight = base_of(nn.Linear(5, 3)), torch.randn(3, 5)
         stored = OriginalWeights({"layers.0.q.weight": weight, "layers.1.q.weight": weight + 1})
         assert torch.equal(stored.weight("model.layers.0.q", base), weight)
@@ -367,8 +370,8 @@ class TestOriginals:
 @needs_bitsandbytes
 @pytest.mark.parametrize("iterations", [1, 5])
 def test_no_worse_than_peft(iterations, monkeypatch):
-    """Its `loftq_init` at as many iterations. It asks for CUDA by name; the arithmetic is the
-    CPU's.
+    """PEFT's `loftq_init` at the same number of iterations. It asks for CUDA by name; the
+    arithmetic here is the CPU's.
     """
     from peft.utils import loftq_utils
 
@@ -386,6 +389,6 @@ def test_no_worse_than_peft(iterations, monkeypatch):
     monkeypatch.undo()
     theirs = np.linalg.norm(W - to_numpy(Q) - to_numpy(B) @ to_numpy(A)) / np.linalg.norm(W)
     options = {"r": 16, "iterations": iterations}
-    # 1 %: a randomized SVD against LAPACK's. Exact against exact: the same but for ties.
+    # 1 %: a randomized SVD against LAPACK's. Exact against exact: equal except for ties.
     assert error_of(adapted(linear, **options), W) <= 1.01 * theirs
     assert error_of(adapted(linear, method="exact", **options), W) <= 1.0001 * theirs

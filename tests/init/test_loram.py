@@ -48,12 +48,12 @@ def test_absorbing_is_the_pure_call_and_the_subtraction(dtype, device):
 
 
 def nu(matrix: np.ndarray, statistic: str) -> float:
-    """ν of a matrix that is formed, unlike the code's."""
+    """ν of a matrix that is formed; the code never forms it."""
     return float(np.mean(matrix**2) if statistic == "mean_square" else np.var(matrix, ddof=1))
 
 
 def gain_of(name: str, weight: np.ndarray, r: int) -> float:
-    """Q[r] as the paper writes it."""
+    """Q[r] as in the paper."""
     if name != "exact":
         return np.log(r / 2 if name == "log_half" else r) / np.log(min(weight.shape))
     sigma = np.linalg.svd(weight, compute_uv=False)
@@ -73,7 +73,7 @@ class TestOptions:
     @pytest.mark.parametrize("make", [torch.randn, low_rank])
     @pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
     def test_magnitude(self, shape, make, basis, gain, statistic, device):
-        """ν[B₀A₀] is Q[r] ν[W], of the product formed: the definition of β, whatever the basis."""
+        """ν[B₀A₀], of the formed product, is Q[r] ν[W]: the definition of β, for any basis."""
         r, weight = 12, make(*shape)
         start = LoRAM(basis=basis, gain=gain, statistic=statistic)(weight.to(device), r, 3.0)
         W, A, B = to_numpy(weight), to_numpy(start.lora_A), to_numpy(start.lora_B)
@@ -98,7 +98,9 @@ class TestOptions:
 
     @pytest.mark.parametrize("r,excess", [(2, 0.10), (16, 0.015)])
     def test_variance_is_the_authors_code_s(self, r, excess, device):
-        """β larger by 10 % at r = 2 and 1.5 % at r = 16: half of the first product is its mean."""
+        """β is larger by 10 % at r = 2 and by 1.5 % at r = 16: half of the first product is its
+        mean.
+        """
         weight = torch.randn(500, 400).to(device)
         ours, theirs = LoRAM()(weight, r), LoRAM(statistic="variance")(weight, r)
         assert float(theirs.beta / ours.beta) - 1 == pytest.approx(excess, rel=0.1)
@@ -160,7 +162,7 @@ class TestOptions:
         )
         assert (
             layer.lora_R is None and layer.active().get_extra_state().numel() == 2
-        )  # by its recipe
+        )  # from its recipe
 
     @needs_real_model
     @pytest.mark.parametrize("gain", GAINS)

@@ -1,4 +1,4 @@
-"""The random starts: their distributions, PEFT's numbers, seeds, and what they do not need."""
+"""The random starts: distributions, equality with PEFT, seeds, and what they do not read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = {
 
 
 def test_distribution_is_peft_s(device):
-    """nn.init.kaiming_uniform_(A, a=√5), with the same generator: the same numbers."""
+    """The same numbers as nn.init.kaiming_uniform_(A, a=√5) with the same generator."""
     weight = torch.empty(64, 256, device=device)
     torch.manual_seed(4)
     start = LoRA()(weight, 16)
@@ -40,7 +40,7 @@ def test_distribution_is_peft_s(device):
 
 
 def test_init_b_is_kaiming_s(device):
-    """The same on B [out, r], whose fan-in is r."""
+    """The same distribution for B [out, r], whose fan-in is r."""
     weight = torch.empty(64, 256, device=device)
     torch.manual_seed(4)
     start = InitB()(weight, 16)
@@ -53,8 +53,8 @@ def test_init_b_is_kaiming_s(device):
 
 @needs_real_model
 @pytest.mark.parametrize("init,ours", [(True, LoRA()), ("gaussian", Gaussian())])
-def test_peft_s_own_numbers(init, ours, real_linears, device):
-    """PEFT's layer itself, over real weights and from the same state of the generator."""
+def test_same_numbers_as_peft(init, ours, real_linears, device):
+    """PEFT's own layer over real weights, from the same state of the generator."""
     peft = pytest.importorskip("peft")
     for linear in real_linears:
         model = nn.Sequential(nn.Linear(linear.in_features, linear.out_features, bias=False))
@@ -82,12 +82,12 @@ def test_peft_s_own_numbers(init, ours, real_linears, device):
             for factor in ("lora_A", "lora_B")
         ),
     ],
-    # Of a function the name only: repr holds its address, and processes must name tests alike.
+    # A function's repr contains its address, but test names must agree between processes.
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_law(initializer, factor, law, device):
-    """Kolmogorov and Smirnov's test of the paper's law; a fixed seed, so it cannot fail by chance.
-    Some thousand numbers: a σ that is 5 % off gives a p below 1e-3.
+    """Kolmogorov-Smirnov test of the paper's distribution, with a fixed seed, so that it cannot
+    fail by chance. With some thousand numbers, a σ that is 5 % off gives a p below 1e-3.
     """
     n, m, r = 300, 500, 16
     start = initializer(torch.empty(n, m, device=device), r, 3.0)  # s plays no part
@@ -157,7 +157,7 @@ def test_bad(make, error, match):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_init_ab_subtracts_from_no_nan(bad, device):
-    """It reads no weight, but would write NaN back."""
+    """It does not read the weight, but would write NaN back."""
     linear = nn.Linear(8, 6).to(device)
     with torch.no_grad():
         linear.weight[5, 7] = bad

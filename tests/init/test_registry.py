@@ -50,7 +50,7 @@ class Halves(Initializer):
 
 @dataclass(frozen=True)
 class CalledHalves(Initializer):
-    """Overrides `__call__`, as starts did before there were requests."""
+    """Overrides `__call__`, as custom starts did before start requests existed."""
 
     changes_base = False
 
@@ -61,7 +61,7 @@ class CalledHalves(Initializer):
 
 @pytest.mark.parametrize("kind", [Halves, CalledHalves])
 class TestOwnStart:
-    """A start that a user writes, by either method."""
+    """A start written by a user, with either method."""
 
     @pytest.fixture(autouse=True)
     def registered(self, kind, monkeypatch):
@@ -77,14 +77,14 @@ class TestOwnStart:
 
     @pytest.mark.parametrize("by_name", [False, True])
     def test_model(self, kind, by_name, device):
-        """Two layers of one shape, which are started together."""
+        """Two layers of the same shape, initialized together."""
         model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)).to(device)
         config = LoRAConfig(r=2, init_lora_weights="halves" if by_name else kind())
         add_lora(model, config)
         assert all((layer.lora_A == 0.5).all() for layer in model)
 
     def test_called(self, kind):
-        """One, several, absorbed, scaled and tracked."""
+        """Alone, several at once, absorbed, scaled and tracked."""
         weights = [torch.randn(6, 4) for _ in range(2)]
         starts = [kind()(weights[0], 2), *kind().starts(weights, 2, 3.0)]
         starts += kind().make_starts([StartRequest(weights[1], 2)])
@@ -126,7 +126,7 @@ def test_request():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", ["absorb", "implicit"])
 def test_a_start_without_a_recipe(dtype, residual, device):
-    """Any factors can be absorbed, or subtracted by the forward: they are then kept."""
+    """Any factors can be absorbed or subtracted in the forward; the layer then stores them."""
 
     @dataclass(frozen=True)
     class Random(Initializer):
@@ -146,7 +146,7 @@ def test_a_start_without_a_recipe(dtype, residual, device):
     assert ((layer.weight.double() + lacking - original.weight).abs() <= bound).all()
 
     with torch.no_grad():
-        layer.lora_B.mul_(0.5)  # as if trained: what gives the base back must not move with it
+        layer.lora_B.mul_(0.5)  # as if trained: the stored factors must not change with it
     options = {"dtype": dtype, "device": device}
     loaded = LoRALinear(40, 600, r=4, init_lora_weights=Random(), residual=residual, **options)
     loaded.load_state_dict(layer.state_dict())
@@ -203,8 +203,10 @@ def test_factors_are_float32_and_their_own(device):
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
 
 
-def test_factors_are_nobody_else_s(device):
-    """Expanded, or kept by the initializer for all layers: training writes into neither."""
+def test_factors_are_not_shared(device):
+    """Factors that the initializer expands or keeps for all layers: training must not write into
+    them.
+    """
     kept = torch.randn(2, 8).to(device)
 
     @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def test_typo():
 
 @pytest.mark.parametrize("name", initializer_names())
 def test_starts_together_are_starts_alone(name, device):
-    """Bit for bit on a CPU; a GPU may sum a batch in another order."""
+    """Bit for bit on a CPU; a GPU may sum a batch in a different order."""
     initializer = get_initializer(name)
     torch.manual_seed(0)
     weights = [torch.randn(40, 24).to(device) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""PiSSA, MiLoRA, OLoRA and LoRA-XS against their papers' formulas, PEFT, and in the layer."""
+"""PiSSA, MiLoRA, OLoRA and LoRA-XS: against their papers' formulas, PEFT, and in the layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STARTS = [
     PiSSA(),
     PiSSA(method="exact"),
     PiSSA(subspace=24),
-    PiSSA(tol=1e-8),  # of σ: a product is off by its square root
+    PiSSA(tol=1e-8),  # relative to σ; a product's error is its square root
     MiLoRA(),
     MiLoRA(method="exact"),
     OLoRA(),
@@ -34,7 +34,7 @@ RESIDUALS = ["absorb", "implicit"]
 
 
 def stepped(n: int, m: int, r: int) -> torch.Tensor:
-    """σ with gaps after the first r and before the last r, so that products are determined."""
+    """σ with gaps after the first r and before the last r, so that the products are determined."""
     k = min(n, m) - 2 * r
     return with_sigma(
         n, m, np.concatenate([np.linspace(9, 6, r), np.ones(k), np.linspace(0.3, 0.1, r)])
@@ -42,8 +42,8 @@ def stepped(n: int, m: int, r: int) -> torch.Tensor:
 
 
 def product_of(initializer, weight: np.ndarray, r: int) -> np.ndarray:
-    """s·BA as the paper gives it, from float64 LAPACK."""
-    if isinstance(initializer, OLoRA):  # times s: the one that is not divided by it
+    """s·BA by the paper's formula, from float64 LAPACK."""
+    if isinstance(initializer, OLoRA):  # times s, because it is not divided by s
         Q, R = np.linalg.qr(weight)
         return Q[:, :r] @ R[:r]
     U, S, Vh = np.linalg.svd(weight, full_matrices=False)
@@ -66,7 +66,7 @@ def test_formula(initializer, dtype, shape, device):
     assert A.shape == (r, shape[1]) and B.shape == (shape[0], r)
     want = product_of(initializer, to_numpy(weight), r)
     times = 1.0 if isinstance(initializer, OLoRA) else s
-    # The minor part is small, and off by what rounding leaves of the largest σ.
+    # The minor part is small, and its error is rounding relative to the largest σ.
     size = np.linalg.norm(to_numpy(weight), 2)
     assert np.abs(times * B @ A - want).max() <= 10 * noise_of(weight) * size
     if not isinstance(initializer, OLoRA):  # half of S / s in each, largest first
@@ -152,7 +152,7 @@ class TestDegenerateWeights:
     @pytest.mark.parametrize("method", ["randomized", "exact"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
     def test_pissa_of_a_rank_that_is_too_small(self, method, dtype, device):
-        """Also where rounding to float32 has made the zeros small numbers."""
+        """Also where rounding to float32 turned the zeros into small numbers."""
         left, right = torch.randn(200, 6, dtype=dtype), torch.randn(6, 150, dtype=dtype)
         weight = (left @ right).to(device)
         with pytest.raises(ValueError, match=r"numerical rank 6, less than r = 9.*take r <= 6"):
@@ -165,7 +165,7 @@ class TestDegenerateWeights:
     @pytest.mark.parametrize("method", ["randomized", "exact"])
     @pytest.mark.parametrize("size", [10, 30, 90])
     def test_milora_of_a_singular_weight(self, size, method, device):
-        """Whether an SVD finds a zero or a few eps is open: no component is zero in A and in B."""
+        """An SVD may find zeros or a few eps: no component may be zero in both A and B."""
         weight = torch.zeros(size + 10, size)
         weight[torch.arange(size - 5), torch.arange(size - 5)] = torch.linspace(1, 2, size - 5)
         try:
@@ -213,7 +213,7 @@ def test_life_of_a_layer(name, residual, dtype, device):
     layer = LoRALinear.from_linear(linear, **options)
     x = torch.randn(5, 96, dtype=dtype).to(device)
     y, eps = original(x).double(), ROUNDING[dtype]
-    # W, W_res and s·BA are all of W's size here: each rounds a few times, OLoRA's twice over (s).
+    # W, W_res and s·BA all have W's size here: each rounds a few times, OLoRA's twice as often (s).
     assert (layer(x).double() - y).norm() <= 32 * eps * y.norm()
     A0, B0 = (p.detach().double().clone() for p in (layer.lora_A, layer.lora_B))
     W, W_res = original.weight.double(), layer.weight.double()
@@ -256,7 +256,7 @@ def test_life_of_a_layer(name, residual, dtype, device):
 
 
 def peft_start(linear: nn.Linear, init: str, r: int, alpha: int):
-    """(s·BA, the residual weight) as PEFT makes them, in float64."""
+    """(s·BA, residual weight) from PEFT, in float64."""
     peft = pytest.importorskip("peft")
     model = nn.Sequential(copy.deepcopy(linear))
     config = peft.LoraConfig(
@@ -280,7 +280,7 @@ def test_peft_on_real_weights(name, init, real_linears, device):
         layer = LoRALinear.from_linear(ours, r=16, lora_alpha=32, init_lora_weights=init)
         A, B = to_numpy(layer.lora_A), to_numpy(layer.lora_B)
         got, got_residual = layer.scaling * B @ A, to_numpy(layer.weight)
-        if init == PiSSA():  # a randomized one can only promise to leave as little
+        if init == PiSSA():  # a randomized SVD only guarantees the error
             for residual in (W - got, got_residual):
                 assert np.linalg.norm(residual) <= 1.001 * np.linalg.norm(W - want)
             continue
@@ -293,8 +293,8 @@ def test_peft_on_real_weights(name, init, real_linears, device):
 @needs_real_model
 @pytest.mark.parametrize("init", [MiLoRA(), MiLoRA(method="exact")], ids=repr)
 def test_milora_on_real_weights(init, real_linears, device):
-    """PEFT has no MiLoRA: against the paper's formula by float64 LAPACK. What is taken out of W is
-    the least that any 16 components have, and W_res has the 16 zeros.
+    """PEFT has no MiLoRA: compared with the paper's formula from float64 LAPACK. The subtracted
+    part is as small as any 16 components can be, and W_res has 16 zero singular values.
     """
     for linear in real_linears:
         W = to_numpy(linear.weight)
@@ -311,7 +311,7 @@ def test_milora_on_real_weights(init, real_linears, device):
 
 
 class TestLoRAXS:
-    """The triplets in A and B with all of S in A, and R small: the paper's section 3."""
+    """The triplets are in A and B, with all of S in A, and R is small: section 3 of the paper."""
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("method", ["randomized", "exact"])

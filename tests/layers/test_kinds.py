@@ -1,4 +1,4 @@
-"""Layers that cannot be rewritten: told apart, dequantised, differentiated, refused if sharded."""
+"""Quantized layers: recognized, dequantized, differentiated; sharded ones raise an error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def torchao_linear(linear: nn.Linear, kind: str) -> nn.Linear:
 
 
 def unchanged(module: nn.Module):
-    """A check that its tensors, attributes and bits are those of now."""
+    """Returns a check that tensors, attributes and bits are still the same."""
     before = {name: value.clone() for name, value in module.state_dict().items()}
     kept = {name: id(value) for name, value in vars(module).items()}
 
@@ -88,7 +88,7 @@ class TestKinds:
         assert kind_of(module) == "forward" and base_of(module).shape == (5, 3)
 
         class Wrapper(nn.Module):
-            """As PEFT's layers are."""
+            """Like PEFT's layers."""
 
             def __init__(self, base_layer: nn.Module) -> None:
                 super().__init__()
@@ -97,7 +97,7 @@ class TestKinds:
         assert kind_of(Wrapper(module)) is None and kind_of(Wrapper(nn.Linear(3, 5))) is None
 
     def test_no_codes(self):
-        """What has sizes is not yet a linear layer."""
+        """A layer that only has the sizes of a linear layer is not one."""
 
         class Fourier(nn.Module):
             def __init__(self) -> None:
@@ -121,7 +121,7 @@ class TestKinds:
         assert torch.equal(base.weight(), linear.weight) and base.module is layer
 
     def test_no_package_is_imported(self):
-        """Each takes seconds to import, and may be broken where it is not used."""
+        """Each takes seconds to import, and may be broken on machines that do not need it."""
         code = """
 import sys
 import torch
@@ -145,8 +145,8 @@ class TestDequantizedWeight:
     @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_4bit(self, dtype, quant_type):
-        """By QLoRA's formula in float64. Rows of whole blocks: of others bitsandbytes 0.50's layers
-        misplace the scales on a CPU.
+        """QLoRA's formula in float64. Only rows of whole blocks: for other sizes bitsandbytes 0.50
+        misplaces the scales on a CPU.
         """
         linear = nn.Linear(128, 40, dtype=dtype)
         want = quantize_4bit(to_numpy(linear.weight), quant_type)
@@ -159,16 +159,16 @@ class TestDequantizedWeight:
         noise = 4 * ROUNDING[torch.float32]  # 1 / absmax, the product, the code, the product
         W, got = to_numpy(linear.weight), to_numpy(got)
         other = np.abs(got - want) > noise * np.abs(want)
-        # 16-bit entries lie halfway between two codes now and then.
+        # 16-bit entries are sometimes halfway between two codes.
         assert other.mean() < (0.001 if dtype == torch.float32 else 0.05)
         largest = np.repeat(np.abs(W.reshape(-1, 64)).max(axis=1), 64).reshape(W.shape)
         assert (np.abs(np.abs(got - W) - np.abs(want - W)) <= noise * largest).all()
 
     @needs_bitsandbytes
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_double_quantisation(self, dtype):
-        """The scales are 8-bit codes, over 256 blocks: bitsandbytes' own answer, unrounded, and
-        as near to W as it should be.
+    def test_double_quantization(self, dtype):
+        """The scales are 8-bit codes over 256 blocks: bitsandbytes' own result, unrounded, and as
+        near to W as it should be.
         """
         import bitsandbytes as bnb
 
@@ -186,8 +186,9 @@ class TestDequantizedWeight:
     @needs_bitsandbytes
     @pytest.mark.parametrize("nested", [False, True])
     def test_4bit_after_inference(self, nested):
-        """On a CPU with AVX512-BF16 the first forward in eval mode packs codes and scales: what is
-        asked for is then what the packed layer multiplies with, bfloat16's rounding of it.
+        """On a CPU with AVX512-BF16, the first forward in eval mode packs codes and scales. The
+        dequantized weight is then the one that the packed layer multiplies with, rounded to
+        bfloat16.
         """
         linear = nn.Linear(128, 64)
         module = linear_4bit(linear, nested=nested).eval()
@@ -206,11 +207,11 @@ class TestDequantizedWeight:
     @pytest.mark.parametrize("threshold", [0.0, 6.0])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_8bit(self, dtype, threshold):
-        """round(127 W / max |row|) · max |row| / 127, before the first forward and after it, which
-        moves the scales to another place.
+        """round(127 W / max |row|) · max |row| / 127, before the first forward and after it, when
+        bitsandbytes has moved the scales.
         """
         linear = nn.Linear(96, 40, dtype=dtype)
-        # bitsandbytes rounds the weight to float16 first.
+        # bitsandbytes first rounds the weight to float16.
         W = to_numpy(linear.weight.to(torch.float16))
         largest = np.abs(W).max(axis=1, keepdims=True)
         # In float16: an entry within its rounding (127 · 2⁻¹¹) of a tie may go either way.
@@ -254,7 +255,9 @@ class TestDequantizedWeight:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("bias", [None, 0.0, 300.0])
     def test_forward(self, bias, dtype):
-        """From the identity, in blocks; a bias as large as some models' takes no bits of W."""
+        """W from the forward of the identity, in blocks; a large bias, as in some models, costs no
+        bits of W.
+        """
         linear = nn.Linear(600, 40)
         added = None if bias is None else torch.randn(40) * bias
         module = OnlyForward(linear.weight.detach(), added, dtype)
@@ -288,7 +291,7 @@ class TestDequantizedWeight:
         module.register_forward_hook(lambda *_: pytest.fail("the hook was called"))
         base_of(module).weight()
 
-    def test_not_quantised_yet(self):
+    def test_not_quantized_yet(self):
         class Wants3D(OnlyForward):
             def forward(self, x):
                 raise RuntimeError("3-D only")
@@ -297,7 +300,7 @@ class TestDequantizedWeight:
             base_of(Wants3D(torch.randn(5, 3), None, torch.float32)).weight()
 
     @needs_bitsandbytes
-    def test_bitsandbytes_not_quantised_yet(self):
+    def test_bitsandbytes_not_quantized_yet(self):
         import bitsandbytes as bnb
 
         layers = (bnb.nn.Linear4bit(64, 32), bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False))
@@ -307,7 +310,7 @@ class TestDequantizedWeight:
 
 
 class TestGradient:
-    """dL/dx = dL/dy · W, whether the layer's own backward gives it or ours."""
+    """dL/dx = dL/dy · W, from the layer's own backward or from ours."""
 
     def check(self, module: nn.Module, passes: bool, noise: float) -> None:
         assert passes_gradient(module) == passes
@@ -333,8 +336,8 @@ class TestGradient:
         self.check(module, False, 1e-6)
 
     @needs_torchao
-    def test_torchao_that_quantises_its_input(self):
-        """torchao's own gives x no gradient, and says nothing."""
+    def test_torchao_that_quantizes_its_input(self):
+        """torchao's own layer silently returns no gradient for x."""
         module = torchao_linear(nn.Linear(64, 32), "int8_dynamic")
         x = torch.randn(3, 64).requires_grad_()
         module(x).sum().backward()
@@ -350,7 +353,9 @@ class TestGradient:
     @needs_bitsandbytes
     @pytest.mark.parametrize("bias", [True, False])
     def test_4bit_after_inference(self, bias):
-        """Training goes on after an evaluation. bitsandbytes' own raises on a CPU that packs."""
+        """Training continues after an evaluation; bitsandbytes' own layer raises on a CPU that
+        packs its weights.
+        """
         module = linear_4bit(nn.Linear(64, 32, bias)).eval()
         with torch.no_grad():
             module(torch.randn(2, 64))
@@ -390,7 +395,7 @@ class TestSharded:
 
     @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
     def test_torch_distributed(self, tmp_path):
-        """Real shards, in a group of one."""
+        """Real shards, in a group of one process."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
         from torch.distributed.tensor import Shard, distribute_tensor
@@ -421,7 +426,7 @@ class TestSharded:
 
 
 def test_copies(device):
-    """A copied model is dequantised as the first."""
+    """A copied model is dequantized like the original."""
     module = OnlyForward(torch.randn(8, 16), None, torch.float32).to(device)
     assert base_of(module).device.type == device
     assert torch.equal(base_of(copy.deepcopy(module)).weight(), base_of(module).weight())

@@ -1,4 +1,4 @@
-"""`LoRALinear`: what a user relies on when it stands in the place of an nn.Linear."""
+"""`LoRALinear`: what users rely on when it replaces an nn.Linear."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESIDUALS = ["absorb", "implicit"]
 
 
 def make(method="loram", residual="absorb", dtype=torch.float32, *, device, bias=True, **kwargs):
-    """(layer, a copy of the linear it was made from)."""
+    """(layer, a copy of its original linear layer)."""
     linear = nn.Linear(48, 40, bias=bias, dtype=dtype).to(device)
     original = copy.deepcopy(linear)
     kwargs = {"r": 8, "lora_alpha": 16, **kwargs}
@@ -44,7 +44,7 @@ def train_a_little(layer: LoRALinear, steps: int = 3) -> None:
 
 
 def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, roundings: float) -> None:
-    """‖got − want‖ within so many roundings of the dtype."""
+    """‖got − want‖ is within `roundings` of the dtype."""
     difference = (got.double() - want.double()).norm()
     assert difference <= roundings * ROUNDING[dtype] * want.double().norm()
 
@@ -70,7 +70,7 @@ def test_life_of_a_layer(method, residual, dtype, device):
     assert not torch.equal(layer.lora_B, before)
     assert layer.weight.grad is None and layer.bias.grad is None
 
-    # Off: the original layer, now and after training; exact where W was not rewritten.
+    # Disabled: the original layer, now and after training; exact where W was not rewritten.
     layer.adapter_enabled = False
     base = layer.base_linear()
     if residual == "implicit" or method == "lora":
@@ -87,7 +87,9 @@ def test_life_of_a_layer(method, residual, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_absorbed_start_is_exact_to_one_rounding(dtype, device):
-    """Max |W_res + s·BA − W| in units of the rounding of W_res, plus float32's of the product."""
+    """Max |W_res + s·BA − W| in units of the rounding of W_res, plus float32's rounding of the
+    product.
+    """
     layer, original = make(dtype=dtype, device=device)
     wide = layer.weight.double()
     A, B = layer.lora_A.double(), layer.lora_B.double()
@@ -145,7 +147,7 @@ def test_moves_to_another_dtype(residual, device):
     layer.to(torch.bfloat16)
     x = torch.randn(4, 48).to(device, torch.bfloat16)
     y = original.to(torch.bfloat16)(x)
-    # A and B are bfloat16 now too: three rounded factors, of a product larger than W.
+    # A and B are now bfloat16 too: three rounded factors of a product larger than W.
     close(layer(x), y, torch.bfloat16, 16)
     close(layer.base_linear().weight, original.weight, torch.bfloat16, 4)
 
@@ -197,7 +199,7 @@ def test_scaling_enters_the_subtraction_and_not_beta(device):
     close(two(x), original(x), torch.float32, 32)
 
 
-def test_initialiser_objects_and_names(device):
+def test_initializer_objects_and_names(device):
     linear = nn.Linear(48, 40).to(device)
     a = LoRALinear.from_linear(copy.deepcopy(linear), r=4, init_lora_weights=LoRA(seed=3))
     b = LoRALinear.from_linear(copy.deepcopy(linear), r=4, init_lora_weights=LoRA(seed=3))
@@ -307,7 +309,7 @@ def test_a_weight_is_absorbed_once(device):
             LoRALinear.from_linear(linear, r=4, residual=residual)
     assert torch.equal(linear.weight, before)
     LoRALinear.from_linear(first.base_linear(), r=4)
-    shared = nn.Linear(48, 40).to(device)  # many adapters on one base: what implicit is for
+    shared = nn.Linear(48, 40).to(device)  # many adapters on one base need implicit
     x = torch.randn(2, 48).to(device)
     y = shared(x)
     for _ in range(2):
@@ -347,7 +349,7 @@ def test_another_scaling_does_not_load(device):
 @pytest.mark.parametrize("method", ["pissa", "olora", "init_ab"])
 @pytest.mark.parametrize("saved,built", [("absorb", "implicit"), ("implicit", "absorb")])
 def test_another_residual_does_not_load(saved, built, method, device):
-    """Their keys are the same; the one's start would be missing, or subtracted twice."""
+    """The keys are the same; the initial factors would be missing, or subtracted twice."""
     layer, _ = make(method, saved, device=device)
     other, _ = make(method, built, device=device)
     with pytest.raises(ValueError, match=f"has residual='{saved}', this one '{built}'"):
@@ -485,7 +487,7 @@ print((max(peak, resident().rss) - before) / (8192 * 8192 * dtype.itemsize))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
 def test_absorbing_holds_no_second_copy(dtype, layout):
-    """The process grows by A and B, never by as much as a tenth of W."""
+    """The process grows by A and B, and never by a tenth of W."""
     command = [sys.executable, "-c", PEAK, dtype, layout]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     assert float(done.stdout) < 0.1

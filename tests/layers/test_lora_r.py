@@ -1,4 +1,4 @@
-"""Layers in which only R, between a frozen B and A, is trained: LoRA-XS, LoRA-SB and a user's."""
+"""Layers that train only R, between a frozen B and A: LoRA-XS, LoRA-SB and a custom one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESIDUALS = ["absorb", "implicit"]
 
 @dataclass(frozen=True)
 class Core(Initializer):
-    """Random B, R and A that have to be taken out: what no method of the registry has."""
+    """Random B, R and A that have to be subtracted, as no registered method does."""
 
     changes_base = True
 
@@ -38,12 +38,12 @@ class Core(Initializer):
         return Start(A, B, lora_R=R)
 
 
-# What is large enough to be seen: LoRA-XS's own R is 1e-5.
+# Large enough to be visible: LoRA-XS's own R is 1e-5.
 METHODS = [LoRAXS(sigma=0.3), LoRASB(learning_rate=3e-3), Core()]
 
 
 def make(method, residual="absorb", dtype=torch.float32, *, device, **kwargs):
-    """(layer, a copy of the linear it was made from); s = 2."""
+    """(layer, a copy of its original linear layer); s = 2."""
     linear = nn.Linear(48, 40, dtype=dtype).to(device)
     original = copy.deepcopy(linear)
     gradient = torch.randn(40, 48).to(device) if method.needs_gradient else None
@@ -55,8 +55,8 @@ def make(method, residual="absorb", dtype=torch.float32, *, device, **kwargs):
 
 
 def expected(layer, original, x, start=None):
-    """y = x Wᵀ + b + s·x Aᵀ Rᵀ Bᵀ in float64, less s·B₀R₀A₀ (`start`) if that was taken out; and
-    the size of its terms.
+    """(y, the size of its terms): y = x Wᵀ + b + s·x Aᵀ Rᵀ Bᵀ in float64, less s·B₀R₀A₀ (`start`)
+    if that was subtracted.
     """
     x, W, b = (t.detach().double() for t in (x, original.weight, original.bias))
     delta = layer.scaling * product_of(layer)
@@ -115,7 +115,7 @@ def test_life_of_a_layer(method, residual, dtype, device):
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_copies(method, residual, device):
-    """state_dict has lora_A, lora_B, lora_R whether they train or not."""
+    """state_dict has lora_A, lora_B and lora_R whether they train or not."""
     layer, _ = make(method, residual, device=device)
     with torch.no_grad():
         layer.lora_R.add_(0.1)
@@ -156,7 +156,7 @@ def test_by_name(name, device):
     x = torch.randn(3, 48).to(device)
     y = linear(x)
     layer = LoRALinear.from_linear(linear, r=4, init_lora_weights=name, gradient=gradient)
-    assert (layer(x) - y).abs().max() <= 1e-3 * y.abs().max()  # both start with little
+    assert (layer(x) - y).abs().max() <= 1e-3 * y.abs().max()  # both start close to W
     layer(x).square().sum().backward()
     assert layer.lora_R.grad.abs().max() > 0
     built = LoRALinear(48, 40, r=4, init_lora_weights=name, gradient=gradient, device=device)
@@ -177,7 +177,7 @@ def test_lora_sb_takes_the_step_from_w(device):
 
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_dropout_is_that_of_x(residual, device):
-    """The mean over many draws is the layer without; one draw scales x before A."""
+    """The mean over many draws equals the layer without dropout; one draw scales x before A."""
     layer, _ = make(Core(), residual, torch.float64, device=device, lora_dropout=0.5)
     with torch.no_grad():
         layer.lora_R.add_(0.5)
@@ -250,7 +250,7 @@ def test_an_r_that_does_not_fit(change, match, residual, device):
 
 @needs_real_model
 def test_trains_a_real_model(real_model, device):
-    """SmolLM2 with LoRA-XS in two of its blocks: 14 · 64 · 64 numbers, and the loss goes down."""
+    """SmolLM2 with LoRA-XS in two of its blocks: 14 · 64 · 64 parameters, and the loss falls."""
     model = copy.deepcopy(real_model).to(device).requires_grad_(False)
     for block in model.model.layers[:2]:
         for parent in (block.self_attn, block.mlp):

@@ -1,4 +1,4 @@
-"""s by its rules, the constructor's spellings of them, and the starts that LoRA-α cannot have."""
+"""The rules for s, the constructor's spellings of them, and starts that do not allow LoRA-α."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_bad(options, match, device):
 
 @pytest.mark.parametrize("value", [2.0, True, ["lora"]])
 def test_the_number_is_no_rule(value):
-    """The layer's `scaling` is s; the argument of that name is the rule."""
+    """The layer's attribute `scaling` is the number s; the argument of that name is the rule."""
     with pytest.raises(TypeError, match=r"name of a rule, lora, .*follows from lora_alpha"):
         LoRALinear(8, 8, r=2, scaling=value)
 
@@ -78,7 +78,9 @@ FIT = {"lora", "init_b", "gaussian", "pissa", "milora", "lora_xs", "lora_sb", "l
 @pytest.mark.parametrize("initializer", [*initializer_names(), LoRAM(track="pissa")], ids=str)
 @pytest.mark.parametrize("residual", ["absorb", "implicit"])
 def test_alpha_sqrt_and_the_start(initializer, residual, device):
-    """Refused, with what to do instead, if s·B₀A₀ grows with s; else the start is the base."""
+    """If s·B₀A₀ grows with s, an error says what to do instead; otherwise the layer starts as its
+    base.
+    """
     linear = nn.Linear(200, 160).to(device)
     original, before = nn.Linear(200, 160).to(device), linear.weight.detach().clone()
     original.load_state_dict(linear.state_dict())

@@ -1,6 +1,6 @@
 """Properties of whole models, over random models and configurations.
 
-LORA_KERNELS_EXAMPLES=500 tries that many new ones for each property, in place of a few fixed ones.
+LORA_KERNELS_EXAMPLES=500 tries 500 new examples for each property instead of a few fixed ones.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from lora_kernels.model.lora import adapter_names, adapter_state, apply_state
 
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_transformers
-from ..support.tiny_models import gpt2, llama, token_ids
+from ..support.running import token_ids
+from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_transformers
 
@@ -55,13 +56,13 @@ examples = settings(
 )
 
 NAMES = [name for name in initializer_names() if name != "loftq"]
-# These add something at the start on purpose.
+# These change the function at the start on purpose.
 _ADDING = ("init_ab_plus", "lora_one", "lora_sb", "lora_xs")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 class Mlp(nn.Module):
-    """Linear layers with tanh between them, a norm and a head; some are in it twice, or tied."""
+    """Linear layers with tanh, a norm and a head; a layer or a weight may be shared."""
 
     def __init__(self, widths: tuple[int, ...], bias: bool, shared: str) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ def mlp(widths: tuple[int, ...], bias: bool, shared: str, dtype: torch.dtype) ->
 
 @dataclass(frozen=True)
 class Case:
-    """A model that can be made again and again, and what it is adapted with."""
+    """A model that can be built repeatedly, and the configuration of its adapter."""
 
     family: str
     options: tuple
@@ -99,7 +100,7 @@ class Case:
         return makers[self.family](*self.options, dtype=self.dtype)
 
     def batch(self, seed: int = 1) -> Tensor:
-        """More rows than any rank, so that gradients have that rank."""
+        """More rows than any rank, so that gradients have full rank."""
         if self.family != "mlp":
             return token_ids(seed=seed)
         generator = torch.Generator().manual_seed(seed)
@@ -129,12 +130,12 @@ class Case:
         try:
             add_lora(model, self.config, gradients=gradients, progress=False, **options)
         except ValueError as error:
-            # Gradients of a few tokens may have no direction for every component.
+            # Gradients of a few tokens may have too low a rank.
             assume("numerical rank" not in str(error))
             raise
 
     def trained(self, model: nn.Module | None = None, **options) -> nn.Module:
-        """With the adapter, a step further, of a size that is seen in every dtype."""
+        """With the adapter after one step, large enough to be visible in every dtype."""
         model = self.model() if model is None else model
         self.add(model, **options)
         model.train()
@@ -152,7 +153,7 @@ def adapted_names(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 @functools.cache
 def linear_names(family: str, options: tuple) -> tuple[str, ...]:
-    """Without the head of a language model, which is no target of "all-linear"."""
+    """Without the head of a language model, which "all-linear" does not select."""
     model = Case(family, options, torch.float32, LoRAConfig()).model()
     return tuple(
         name
@@ -182,7 +183,7 @@ def cases(draw: Callable) -> Case:
 
 @st.composite
 def configs(draw: Callable, family: str, options: tuple) -> LoRAConfig:
-    """What `add_lora` takes for that model: no name that matches nothing."""
+    """Valid configurations for that model: every name matches a layer."""
     names = linear_names(family, options)
     few = st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True)
     rule = draw(st.sampled_from(["all-linear", "excluding", "names", "endings", "regex", "head"]))
@@ -215,7 +216,7 @@ def configs(draw: Callable, family: str, options: tuple) -> LoRAConfig:
         r=draw(st.integers(1, 5)),
         target_modules=targets,
         exclude_modules=excluded,
-        # 256, the default of "alpha_sqrt", moves these models too far in one step.
+        # The default of "alpha_sqrt", 256, changes these models too much in one step.
         lora_alpha=draw(alphas if scaling == "alpha_sqrt" else st.none() | alphas),
         scaling=scaling,
         lora_dropout=draw(st.sampled_from([0.0, 0.0, 0.1])),
@@ -234,7 +235,7 @@ TOLERANCE = 16
 
 
 def assert_near(got: Tensor, want: Tensor, case: Case, model: nn.Module) -> None:
-    """To some roundings, of what a layer adds up."""
+    """Equal to some roundings of the terms that a layer sums."""
     rounding = ROUNDING[case.dtype]
     load = effort(case, model)
     difference = (got.double() - want.double()).norm() / want.double().norm()
@@ -242,9 +243,9 @@ def assert_near(got: Tensor, want: Tensor, case: Case, model: nn.Module) -> None
 
 
 def effort(case: Case, model: nn.Module) -> float:
-    """Σ ‖what a layer adds up‖ / ‖the sum‖ ≥ 1, the largest of all layers: where a start that is
-    taken out is larger than what is left, the roundings are its own. Over ‖W‖ if the sum is larger:
-    the next layers magnify roundings by that.
+    """Σ ‖terms of a layer's sum‖ / ‖the sum‖ ≥ 1, the largest over all layers: where the subtracted
+    start is larger than the result, roundings are relative to the start. Relative to ‖W‖ if the
+    sum is larger, since later layers magnify roundings by that.
     """
     base, largest = case.model(), 1.0
     for name, layer in adapter_state(model).layers.items():
@@ -269,7 +270,7 @@ def is_exact(model: nn.Module) -> bool:
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
-    """A check that the model is, bit for bit, what it is now."""
+    """Returns a check that the model is still the same, bit for bit."""
     modules = {name: (module, set(vars(module))) for name, module in model.named_modules()}
     parameters = {n: (p, p.requires_grad, p.grad) for n, p in model.named_parameters()}
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -299,8 +300,8 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 @given(cases())
 @examples
 def test_the_start_is_the_base_and_so_is_the_end(case):
-    """Adding changes nothing, disabling and unloading give the base: bit for bit where nothing was
-    absorbed.
+    """Adding an adapter changes nothing, disabling and unloading it restore the base: bit for bit
+    where nothing was absorbed.
     """
     plain = case.model()
     base = case.logits(plain)
@@ -352,7 +353,7 @@ def test_merging_keeps_what_was_learnt(case):
 @given(cases())
 @examples
 def test_files_give_it_back(case):
-    """Native and PEFT's, here and in plain PEFT, on the original base."""
+    """Native and PEFT folders, loaded here and by plain PEFT, onto the original base."""
     model = case.trained()
     trained = case.logits(model)
     state = adapter_state(model)
@@ -366,7 +367,7 @@ def test_files_give_it_back(case):
         for kind in ("native", "peft", "compressed"):
             fresh = case.model()
             load_adapter(fresh, folder / kind, progress=False)
-            # R has no place in PEFT's format: its product with A is rounded.
+            # PEFT's format has no R: the rounded R A is stored.
             folded = any(layer.lora_R is not None for layer in state.layers.values())
             if kind == "native" or (kind == "peft" and not folded):
                 assert torch.equal(case.logits(fresh), trained)
@@ -389,7 +390,7 @@ def peft_logits(case: Case, folder: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class Fails(LoRA):
-    """Raises when it is called for that time."""
+    """Raises at call number `time`."""
 
     time: int = 0
 
@@ -403,7 +404,7 @@ class Fails(LoRA):
 @given(cases(), st.data())
 @examples
 def test_an_error_changes_nothing(case, data):
-    """Wherever it comes from, and whether there is another adapter already."""
+    """Wherever it is raised, with or without another adapter present."""
     model = case.model()
     names = adapted_names(case.model(), case.config)
     victim = data.draw(st.sampled_from(names))
@@ -469,8 +470,10 @@ def test_an_adapter_that_does_not_fit_changes_nothing(case, data):
 
 @given(cases(), st.data())
 @examples
-def test_several_adapters_do_not_meet(case, data):
-    """On one base each is what it is alone, bit for bit, whichever came first and trained last."""
+def test_several_adapters_do_not_interact(case, data):
+    """On a shared base each computes what it computes alone, bit for bit, in any order of adding
+    and training.
+    """
     both = [case.config, data.draw(configs(case.family, case.options))]
     each = [replace(case, config=replace(config, residual="implicit")) for config in both]
     together = case.model()
@@ -479,7 +482,7 @@ def test_several_adapters_do_not_meet(case, data):
         wanted[name] = case.logits(alone.trained())
         try:
             alone.trained(together, adapter_name=name)
-        except ValueError as error:  # what one adapts and the other trains in full is refused
+        except ValueError as error:  # one may adapt a layer that the other trains in full
             assert "trained in full" in str(error) or "modules_to_save" in str(error)
             reject()
         assert torch.equal(case.logits(together), wanted[name])

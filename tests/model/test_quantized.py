@@ -1,4 +1,4 @@
-"""Whole models over bases that cannot be rewritten: bitsandbytes, torchao, GPTQ-like layers."""
+"""Whole models over quantized bases: bitsandbytes, torchao, GPTQ-like layers."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ from ..support.packages import (
     needs_transformers,
 )
 from ..support.quantized import ForInference, OnlyForward, linear_4bit, linear_8bit
+from ..support.running import training_arguments
+from ..support.tiny_models import llama
 
 KINDS = [
     pytest.param("nf4", marks=needs_bitsandbytes),
@@ -65,8 +67,8 @@ class Block(nn.Module):
 TARGETS = ("gate", "up", "down")
 
 
-def quantise(model: nn.Module, kind: str) -> nn.Module:
-    """The model with its targets quantised, in place."""
+def quantize(model: nn.Module, kind: str) -> nn.Module:
+    """Quantize the targets of the model in place."""
     if kind.startswith("torchao"):
         import torchao.quantization as ao
 
@@ -115,10 +117,10 @@ def config(**options) -> LoRAConfig:
 @pytest.mark.parametrize("start", ["loram", "pissa", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_loss_training_and_the_base(kind, start):
-    """The first loss is the base's to the last bit, as are the model without its adapter and the
-    base that comes back.
+    """The first loss equals the base's to the last bit, and so do the model with its adapter
+    disabled and the base after unloading.
     """
-    model = quantise(Block(), kind)
+    model = quantize(Block(), kind)
     untouched = copy.deepcopy(model)
     with torch.no_grad():
         base = model(IDS)
@@ -140,8 +142,8 @@ def test_first_loss_training_and_the_base(kind, start):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_beta_is_that_of_the_dequantised_weight(kind):
-    model = quantise(Block(), kind)
+def test_beta_is_that_of_the_dequantized_weight(kind):
+    model = quantize(Block(), kind)
     weights = {name: to_numpy(base_of(getattr(model, name)).weight()) for name in TARGETS}
     add_lora(model, config())
     for name, layer in adapted_layers(model).items():
@@ -153,7 +155,7 @@ def test_beta_is_that_of_the_dequantised_weight(kind):
 @pytest.mark.parametrize("format", ["peft", "native"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_and_load(kind, format, tmp_path):
-    model = quantise(Block(), kind)
+    model = quantize(Block(), kind)
     fresh = copy.deepcopy(model)
     add_lora(model, config())
     train(model)
@@ -166,11 +168,11 @@ def test_save_and_load(kind, format, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_through_the_base(kind):
-    """The loss gradients of the factors and of what is below are those of the same model over the
-    dequantised weights; where the base quantises its input they go straight through.
+    """The gradients of the factors and of the layers below are those of the same model over
+    dequantized weights; where the base quantizes its input, they pass straight through.
     """
     torch.manual_seed(0)
-    model = quantise(Block(), kind)
+    model = quantize(Block(), kind)
     plain = copy.deepcopy(model)
     for name in TARGETS:
         layer = getattr(plain, name)
@@ -199,10 +201,11 @@ def test_gradients_through_the_base(kind):
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["nf4", "nf4_double"])
 def test_evaluations_and_checkpoints_leave_the_base_alone(kind):
-    """On a CPU with AVX512-BF16 bitsandbytes packs its 4-bit weights for good at the first forward
-    in eval mode, gives no gradient from then on, and unpacks them wrongly in state_dict().
+    """On a CPU with AVX512-BF16, bitsandbytes packs its 4-bit weights permanently at the first
+    forward in eval mode, gives no gradient from then on, and unpacks them wrongly in
+    state_dict().
     """
-    model = quantise(Block(), kind)
+    model = quantize(Block(), kind)
     with torch.no_grad():
         base = model(IDS)
     add_lora(model, config())
@@ -220,8 +223,8 @@ def test_evaluations_and_checkpoints_leave_the_base_alone(kind):
 
 @needs_bitsandbytes
 def test_a_base_that_is_packed_already():
-    """It is told, and trains all the same. The start is what it was before."""
-    model = quantise(Block(), "nf4").eval()
+    """The model is told so, trains all the same, and starts from the same function."""
+    model = quantize(Block(), "nf4").eval()
     with torch.no_grad():
         base = model(IDS)
     if not getattr(model.gate.weight.quant_state, "packing_format_for_cpu", False):
@@ -238,7 +241,7 @@ def test_a_base_that_is_packed_already():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merge_into_floating_point(kind):
-    model = quantise(Block(), kind)
+    model = quantize(Block(), kind)
     add_lora(model, config())
     train(model)
     with torch.no_grad():
@@ -247,13 +250,13 @@ def test_merge_into_floating_point(kind):
         merge_lora(model)
     merge_lora(model, dequantize=True)
     assert all(type(getattr(model, name)) is nn.Linear for name in TARGETS)
-    # Where x is quantised too, 8 bits of it.
+    # Where x is quantized too, it has 8 bits.
     room = 0.05 if kind in ("int8", "torchao_int8_dynamic") else 1e-5
     assert (model(IDS) - want).norm() <= room * want.norm()
 
 
 def test_second_adapter_shares_the_base():
-    model = quantise(Block(), "gptq")
+    model = quantize(Block(), "gptq")
     with torch.no_grad():
         base = model(IDS)
     add_lora(model, config())
@@ -270,10 +273,10 @@ def test_second_adapter_shares_the_base():
 class TestLoftQ:
     @pytest.mark.parametrize("kind", KINDS)
     def test_original_weights(self, kind):
-        """The start makes up for a part of what the quantiser took; without it, the base."""
+        """The start corrects part of the quantization error; disabled, the model is the base."""
         torch.manual_seed(0)
         original = Block()
-        model = quantise(copy.deepcopy(original), kind)
+        model = quantize(copy.deepcopy(original), kind)
         with torch.no_grad():
             exact, base = original(IDS), model(IDS)
         options = {"original_weights": original.state_dict()}
@@ -300,7 +303,7 @@ class TestLoftQ:
 
         original = Block()
         save_file(original.state_dict(), tmp_path / "model.safetensors")
-        model = quantise(copy.deepcopy(original), "gptq")
+        model = quantize(copy.deepcopy(original), "gptq")
         other = copy.deepcopy(model)
         add_lora(model, config(init_lora_weights="loftq"), original_weights=tmp_path)
         options = {"original_weights": original.state_dict()}
@@ -309,7 +312,7 @@ class TestLoftQ:
             assert torch.equal(one, two), name
 
     def test_a_float_model(self):
-        """Its base becomes the quantiser's values, in place, and the start is near W."""
+        """Its base becomes the quantizer's values, in place, and the start is near W."""
         model = Block()
         original = copy.deepcopy(model)
         add_lora(model, config(r=16, init_lora_weights="loftq"))
@@ -327,7 +330,7 @@ class TestLoftQ:
     @needs_safetensors
     @pytest.mark.parametrize("format", ["peft", "native"])
     def test_the_adapter_is_one_of_the_new_base(self, format, tmp_path):
-        """Saved apart, it goes with the rewritten base, in floating point or quantised again."""
+        """Saved separately, it fits the rewritten base, in floating point or quantized again."""
         from safetensors.torch import load_file
 
         model = Block()
@@ -348,7 +351,7 @@ class TestLoftQ:
 
     def test_errors(self):
         original = Block()
-        model = quantise(copy.deepcopy(original), "gptq")
+        model = quantize(copy.deepcopy(original), "gptq")
         state = original.state_dict()
 
         def refused(match: str, weights=None, init="loftq", model=model) -> None:
@@ -364,34 +367,29 @@ class TestLoftQ:
         refused("no weight of 'gate'; did you mean", {"gates.weight": state["gate.weight"]})
         refused(r"'up\.weight' is \[3, 3\]", {**state, "up.weight": torch.ones(3, 3)})
         refused("for quantised layers, of which there are none", state, model=original)
-        dequantised = {f"{n}.weight": base_of(getattr(model, n)).weight() for n in TARGETS}
-        refused(r"gate: the quantization error W − Q is zero", dequantised)
+        dequantized = {f"{n}.weight": base_of(getattr(model, n)).weight() for n in TARGETS}
+        refused(r"gate: the quantization error W − Q is zero", dequantized)
 
 
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory):
-    """The folder of a saved two-block Llama, random."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+    """The folder of a saved Llama."""
     folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(LlamaConfig(**size, **heads)).save_pretrained(folder)
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
     return folder
 
 
 @needs_transformers
 @needs_bitsandbytes
 class TestTransformers:
-    """A model that transformers quantises while it loads."""
+    """A model that transformers quantizes while loading it."""
 
     def load(self, folder, bits: int, dtype=torch.float32):
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        quantised = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        quantised |= {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
-        options = quantised if bits == 4 else {"load_in_8bit": True}
+        quantized = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        quantized |= {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
+        options = quantized if bits == 4 else {"load_in_8bit": True}
         return AutoModelForCausalLM.from_pretrained(
             folder,
             quantization_config=BitsAndBytesConfig(**options),
@@ -424,7 +422,7 @@ class TestTransformers:
 
     @pytest.mark.parametrize("bits", [4, 8])
     def test_loftq_of_the_checkpoint(self, bits, tiny_llama):
-        """The folder that was quantised while it was loaded has the originals."""
+        """The original weights come from the folder that was quantized while loading."""
         from transformers import AutoModelForCausalLM
 
         ids = torch.randint(96, (2, 16))
@@ -435,7 +433,7 @@ class TestTransformers:
             config = LoRAConfig(r=32, lora_alpha=32, init_lora_weights="loftq")
             add_lora(model, config, original_weights=tiny_llama)
             start = model(input_ids=ids).logits
-            # bitsandbytes' 8-bit layers round x as well, which nothing makes up for.
+            # bitsandbytes' 8-bit layers also round x, which no adapter compensates for.
             part = 0.8 if bits == 4 else 1.0
             assert (start - exact).norm() < part * (base - exact).norm()
             with disable_adapters(model):
@@ -443,8 +441,8 @@ class TestTransformers:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_loftq_from_floating_point_to_4_bits(self, dtype, tiny_llama, tmp_path):
-        """The way that the paper goes: the base is made, saved and loaded in 4 bits, the adapter
-        with it, trained in floating point or not. What is computed stays the same.
+        """The paper's procedure: make the base in floating point, save it, load it in 4 bits with
+        its adapter, trained before or not. The model computes the same throughout.
         """
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -461,7 +459,7 @@ class TestTransformers:
         with pytest.warns(UserWarning, match="LoftQ has given the model another base"):
             save_adapter(model, tmp_path / "adapter")
         model.save_pretrained(tmp_path / "base")
-        quantised = AutoModelForCausalLM.from_pretrained(
+        quantized = AutoModelForCausalLM.from_pretrained(
             tmp_path / "base",
             dtype=dtype,
             device_map={"": "cpu"},
@@ -469,37 +467,28 @@ class TestTransformers:
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
             ),
         )
-        load_adapter(quantised, tmp_path / "adapter")
-        for name, layer in adapted_layers(quantised).items():
+        load_adapter(quantized, tmp_path / "adapter")
+        for name, layer in adapted_layers(quantized).items():
             base = base_of(layer.base_layer).weight().to(dtype)
             assert torch.equal(base, model.get_submodule(name).weight)
         with torch.no_grad():
-            got = quantised(input_ids=ids).logits
-        # bfloat16 sums are rounded in another order in either.
+            got = quantized(input_ids=ids).logits
+        # The two round their bfloat16 sums in different orders.
         room = 1e-5 if dtype == torch.float32 else 2e-2
         assert (got - want).norm() <= room * want.norm()
 
     @pytest.mark.parametrize("bits", [4, 8])
     def test_trainer(self, bits, tiny_llama, tmp_path):
-        """Trains, evaluates, saves and resumes to the same bits; a model without adapters is
-        refused as ever.
+        """Training, evaluating, saving and resuming give the same bits; a model without adapters is
+        still refused.
         """
         pytest.importorskip("accelerate")
-        from transformers import Trainer, TrainingArguments
+        from transformers import Trainer
 
         rows = torch.randint(96, (16, 16))
         data = [{"input_ids": row, "labels": row} for row in rows]
-        options = TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=4,
-            save_steps=2,
-            eval_steps=1,
-            eval_strategy="steps",
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
+        options = training_arguments(
+            tmp_path, eval_steps=1, eval_strategy="steps", per_device_train_batch_size=4
         )
         with pytest.raises(ValueError, match="has no adapters: add_lora first"):
             accepted_by_trainer(self.load(tiny_llama, bits)).__enter__()
@@ -519,6 +508,6 @@ class TestTransformers:
             assert torch.equal(one.lora_A, runs[1][name].lora_A)
             assert torch.equal(one.lora_B, runs[1][name].lora_B)
             assert not torch.equal(one.lora_B, one.start_B)
-            # The base is what was loaded, after evaluations and checkpoints.
+            # After evaluations and checkpoints the base is still the one that was loaded.
             base = base_of(one.base_layer).weight()
             assert torch.equal(base, base_of(fresh.get_submodule(name)).weight())

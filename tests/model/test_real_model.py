@@ -1,4 +1,4 @@
-"""The whole way on a real pretrained model: adapt, start, train, switch off, merge, reload."""
+"""A real pretrained model from end to end: adapt, initialize, train, disable, merge, reload."""
 
 from __future__ import annotations
 

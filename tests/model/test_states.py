@@ -1,4 +1,4 @@
-"""What models go through: adapters that meet, errors half-way, other dtypes, other parameters."""
+"""Models in various states: several adapters, errors halfway, other dtypes and parameters."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def quiet(model, adapter_name="default", **options):
 
 
 def move(model) -> torch.Tensor:
-    """Trains, as it were, and gives the new output."""
+    """Change all trainable parameters, in place of training, and return the new output."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -64,7 +64,7 @@ def off_by(model, want) -> float:
     return float((model(X) - want).detach().abs().max())
 
 
-class TestAdaptersThatMeet:
+class TestSeveralAdapters:
     def test_biases_of_one_and_layers_of_another(self, model):
         """The second adapter starts from the base, not from the biases of the first."""
         base = model(X).detach()
@@ -125,7 +125,7 @@ class TestAdaptersThatMeet:
 
 
 class TestErrorsHalfWay:
-    """What cannot be seen beforehand: no memory, or somebody's Ctrl-C."""
+    """Errors that cannot be foreseen: out of memory, or Ctrl-C."""
 
     @pytest.mark.parametrize("init", ["loram", "pissa"])
     @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
@@ -188,7 +188,7 @@ class TestErrorsHalfWay:
 
 
 class TestTensorsThatAreReplaced:
-    """The copies of `modules_to_save` are what the modules hold, whoever put it there."""
+    """The copies of `modules_to_save` follow the tensors in the modules, whoever replaced them."""
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_other_dtypes(self, dtype):
@@ -205,7 +205,7 @@ class TestTensorsThatAreReplaced:
         assert {t.dtype for t in unload_lora(model).state_dict().values()} == {dtype, torch.int64}
 
     def test_what_trains_in_float32(self, model):
-        """As trainers do it with a 16-bit model: the base stays as it is."""
+        """As trainers do with a 16-bit model: the base keeps its dtype."""
         model.bfloat16()
         quiet(model, target_modules=["a", "b"], modules_to_save=["head"], r=2)
         model.head.float()
@@ -250,7 +250,7 @@ class TestLayers:
             assert type(back(model).a) is Named
 
     def test_a_base_into_an_absorbed_layer(self, model):
-        """It would be taken for what lacks a start, and no key of it is missing that counts."""
+        """No key of it that matters is missing, so it would be taken for a residual."""
         base = copy.deepcopy(model.state_dict())
         quiet(model, r=2)
         with pytest.raises(RuntimeError, match=r"a\.weight is an original weight, .*adapt it then"):

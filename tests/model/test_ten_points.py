@@ -1,7 +1,7 @@
-"""Ten things that users of PEFT 0.21 suffer, each shown on PEFT itself and not to be had here.
+"""Ten problems of PEFT 0.21, each demonstrated on PEFT itself and then absent here.
 
-Every test measures PEFT first, on the model on which it then tests this package. If PEFT has
-changed, the test says so: the claim is to be taken back then, and no code here is at fault.
+Every test first measures PEFT, on the model that it then uses to test this package. If PEFT has
+changed, the test says so: then the claim has to be withdrawn, and no code here is at fault.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import json
-import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import pytest
@@ -33,17 +30,18 @@ from lora_kernels.init import InitAB, Initializer, PiSSA, get_initializer, initi
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_names
 
-from ..peft.models import llama as llama_64
 from ..support.adapters import write_plain
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_bitsandbytes, needs_peft
+from ..support.peft_today import holds, loaded_by_peft, peft_model, peft_raises
 from ..support.quantized import linear_4bit, linear_8bit
-from ..support.tiny_models import llama, logits, token_ids, train
+from ..support.running import logits, token_ids, train
+from ..support.tiny_models import llama
 
 pytestmark = needs_peft
 
 LAYERS = 14  # linear layers of the tiny Llama's blocks
-# LoftQ's base is another one on purpose: test_loftq.py and test_quantised_models.py have its own.
+# LoftQ changes the base on purpose: tested in test_loftq.py and test_quantized.py.
 CHANGING = [
     name
     for name in initializer_names()
@@ -51,56 +49,14 @@ CHANGING = [
     and not get_initializer(name).needs_gradient
     and not get_initializer(name).rewrites_base
 ]
-# A space so small that its SVD is random, as PEFT's; the default holds all of such small weights.
+# So small a subspace that the SVD is random, like PEFT's; the default spans these small weights.
 RANDOM = PiSSA(subspace=8)
 # Two blocks in float32: some ten layers with roundings of 6e-8, on logits and through the norms.
 CLOSE = 1e-5
 
 
-def holds(fact: bool, what: str) -> None:
-    """What PEFT does today; fails with plain words where it does so no more."""
-    if not fact:
-        import peft
-
-        pytest.fail(f"PEFT {peft.__version__} has changed, for the better perhaps: not {what}")
-
-
-@contextmanager
-def peft_raises(error: type[Exception], message: str) -> Iterator[None]:
-    """PEFT's error of today."""
-    what = f"{error.__name__}({message!r}) any more"
-    try:
-        yield
-    except Exception as raised:
-        holds(isinstance(raised, error) and re.search(message, str(raised)) is not None, what)
-    else:
-        holds(False, what)
-
-
-def peft_model(model: nn.Module, init: str | bool, seed: int = 2, **options) -> nn.Module:
-    """With PEFT's adapter, s = 1."""
-    import peft
-
-    r = options.pop("r", 4)
-    options = {"r": r, "lora_alpha": r, "target_modules": "all-linear", **options}
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = peft.LoraConfig(init_lora_weights=init, **options)
-        return peft.get_peft_model(model, config).eval()
-
-
-def loaded_by_peft(model: nn.Module, folder, seed: int = 3) -> nn.Module:
-    import peft
-
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(model, folder).eval()
-
-
 def ours(model: nn.Module, init: str | Initializer, **options) -> nn.Module:
-    """With this package's adapter, s = 1."""
+    """The model with this package's adapter, s = 1."""
     r = options.pop("r", 4)
     config = LoRAConfig(r=r, lora_alpha=r, init_lora_weights=init, **options)
     add_lora(model, config, progress=False)
@@ -125,22 +81,22 @@ class Terminal(io.StringIO):
         return True
 
 
-class FactorisedError(Exception):
+class FactorizedError(Exception):
     pass
 
 
 def test_01_starts_take_no_svd_and_show_progress(monkeypatch):
     """pissa takes 12–40 s per 4096² layer on 2 cores, hours on a 7B–70B model; no progress bar.
 
-    LoRAM does without any factorisation. How long all starts take is measured by `make bench`.
+    LoRAM needs no factorization. `make bench` measures how long all starts take.
     """
     pytest.importorskip("rich")
 
-    # Made here: to import them with torch's functions replaced would leave traces of that.
+    # Made here: importing them while torch's functions are replaced would leave traces.
     base, other = peft_model(llama(), True).unload(), llama()
 
     def refuse(*args: object, **options: object) -> None:
-        raise FactorisedError
+        raise FactorizedError
 
     with monkeypatch.context() as patch:
         for owner, names in (
@@ -153,11 +109,11 @@ def test_01_starts_take_no_svd_and_show_progress(monkeypatch):
         try:
             peft_model(base, "pissa")
             holds(False, "an SVD of every weight")
-        except FactorisedError:
+        except FactorizedError:
             pass
         assert len(adapted_layers(ours(other, "loram"))) == LAYERS
 
-    # What rich takes for a terminal, on a machine that has none.
+    # rich then assumes a terminal, where there is none.
     monkeypatch.setenv("TERM", "xterm-256color")
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
@@ -178,8 +134,8 @@ def test_01_starts_take_no_svd_and_show_progress(monkeypatch):
 
 
 def test_02_a_random_start_reloads_as_it_was(tmp_path):
-    """pissa_niter_N reloads wrong: loading redoes an unseeded random SVD; output error 7–29 % where
-    the true update is 0.2–0.7 %.
+    """pissa_niter_N reloads wrong: loading repeats an unseeded random SVD; the output error is
+    7–29 % where the true update is 0.2–0.7 %.
     """
     model = peft_model(llama(), "pissa_niter_4")
     start = logits(model)
@@ -208,7 +164,7 @@ def test_02_a_random_start_reloads_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("init", CHANGING)
 def test_03_disabled_and_unloaded_are_the_base(init):
-    """disable_adapter()/unload() give the residual base, not the base: 37–51 % output error."""
+    """disable_adapter() and unload() give the residual base, not the base: 37–51 % output error."""
     base = logits(llama())
     if init in ("pissa", "olora"):
         model = peft_model(llama(), init)
@@ -230,7 +186,7 @@ def test_03_disabled_and_unloaded_are_the_base(init):
 
 def served(base: nn.Module, folder) -> Tensor:
     """The logits of a serving engine, which reads r, lora_alpha and the tensors, and adds s·BA to
-    the original weights, whatever `init_lora_weights` says.
+    the original weights whatever `init_lora_weights` says.
     """
     from safetensors.torch import load_file
 
@@ -245,8 +201,8 @@ def served(base: nn.Module, folder) -> Tensor:
 
 
 def test_04_adapters_share_the_original_base(tmp_path):
-    """A second adapter on a changed base is silently garbage. Serving engines load adapters on the
-    *original* base, so residual-writing inits break there.
+    """A second adapter on a changed base silently computes garbage. Serving engines load adapters
+    onto the *original* base, so starts that write a residual fail there.
     """
     import peft
 
@@ -285,11 +241,11 @@ def test_04_adapters_share_the_original_base(tmp_path):
 
 
 def test_05_plain_lora_needs_no_second_folder_and_keeps_all(tmp_path):
-    """Converting to plain LoRA needs the untrained adapter saved beforehand, doubles r and α, and
-    drops modules_to_save.
+    """Converting to plain LoRA requires the untrained adapter saved beforehand, doubles r and α,
+    and drops modules_to_save.
     """
     model = peft_model(llama(), "pissa", modules_to_save=["lm_head"])
-    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it
+    model.peft_config["default"].init_lora_weights = True  # as in PEFT's guide
     model.save_pretrained(tmp_path / "start")
     model.peft_config["default"].init_lora_weights = "pissa"
     train(model)
@@ -322,7 +278,7 @@ def test_05_plain_lora_needs_no_second_folder_and_keeps_all(tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_06_a_rank_too_large_is_refused(init):
-    """r > min(n, m): silently builds a smaller rank."""
+    """For r > min(n, m) PEFT silently builds a smaller rank."""
     model = peft_model(llama(), init, r=20)
     ranks = {m.lora_A["default"].weight.shape[0] for m in model.modules() if hasattr(m, "lora_A")}
     holds(ranks == {16, 20}, "a smaller rank in silence")
@@ -335,10 +291,10 @@ def test_06_a_rank_too_large_is_refused(init):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_06_a_bfloat16_start_is_the_base(init):
-    """bf16: `linalg.svd`/`qr` fail or the start point shifts by 0.35–0.40 %.
+    """bf16: `linalg.svd`/`qr` fail, or the start shifts by 0.35–0.40 %.
 
-    PEFT factorises in float32 by now, but rounds A and B after it has subtracted their product.
-    Here W_res + s·BA is W to the one rounding of W_res, or, implicitly, to the last bit.
+    PEFT now factorizes in float32, but rounds A and B after subtracting their product. Here W_res +
+    s·BA is W to the one rounding of W_res, or, with residual="implicit", to the last bit.
     """
     base = llama(dtype=torch.bfloat16)
     want = logits(base)
@@ -350,7 +306,7 @@ def test_06_a_bfloat16_start_is_the_base(init):
         def within_a_rounding(residual, B, A, W=W) -> bool:
             residual = residual.detach().double()
             shift = (residual + B.detach().double() @ A.detach().double() - W).abs()
-            # And the float32 sum of W and r products before it.
+            # Plus the float32 sum of W and r products before it.
             noise = 8 * ROUNDING[torch.float32] * W.abs().max()
             return bool((shift <= ROUNDING[torch.bfloat16] * residual.abs() + noise).all())
 
@@ -366,10 +322,10 @@ def test_06_a_bfloat16_start_is_the_base(init):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_07_zero_3_is_told(init):
+def test_07_zero_3_raises(init):
     """ZeRO-3 / FSDP / TP shards: "linalg.svd: input tensor A must have at least 2 dimensions".
 
-    Stand-ins for DeepSpeed's parameters between uses: empty, with their shape beside them.
+    Stand-ins for DeepSpeed's parameters between uses: empty, with their shape as an attribute.
     """
 
     def partitioned() -> nn.Module:
@@ -391,8 +347,8 @@ def test_07_zero_3_is_told(init):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-def test_07_shards_are_told(tmp_path):
-    """ZeRO-3 / FSDP / TP shards. A real DTensor, in a group of one."""
+def test_07_shards_raise(tmp_path):
+    """ZeRO-3 / FSDP / TP shards: a real DTensor, in a group of one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -423,9 +379,9 @@ def test_07_shards_are_told(tmp_path):
 
 @pytest.mark.parametrize("init", CHANGING)
 def test_07_ranks_start_alike(init):
-    """... per-rank SVD sign flips break BA + residual.
+    """Sign flips of the SVD on each rank break BA + residual.
 
-    Two ranks whose generators have drawn differently, of which one has the first's residual.
+    Two ranks whose random generators differ; the second gets the residual of the first.
     """
     if init == "pissa":
         models = (peft_model(llama(), "pissa_niter_4", seed=seed).base_model for seed in (1, 2))
@@ -438,7 +394,7 @@ def test_07_ranks_start_alike(init):
         torch.manual_seed(rank_seed)
         return list(adapted_layers(ours(model, initializer)).values())
 
-    # A start from the global generator is to be given a seed, unless all ranks' are in one state.
+    # A start from the global generator needs a seed, unless all ranks' generators agree.
     initializer = {"pissa": RANDOM, "init_ab": InitAB(seed=0)}.get(init, get_initializer(init))
     first, second = starts(initializer, 1), starts(initializer, 2)
     for one, two in zip(first, second, strict=True):
@@ -451,8 +407,9 @@ def test_07_ranks_start_alike(init):
 
 @pytest.fixture(scope="module")
 def fitted() -> nn.Module:
-    """A Llama that has learnt `token_ids()` by heart: a loss that a wrong start is seen in."""
-    model = llama_64(intermediate_size=128)  # rows of whole blocks for bitsandbytes
+    """A Llama that has memorized `token_ids()`, so that a wrong start shows in the loss."""
+    # Rows of whole blocks for bitsandbytes.
+    model = llama(hidden_size=64, intermediate_size=128, seed=1)
     ids = token_ids()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(40):
@@ -464,39 +421,39 @@ def fitted() -> nn.Module:
 
 @torch.no_grad()
 def first_loss(model: nn.Module) -> float:
-    """Of the first step: in evaluation mode bitsandbytes packs its layers for good."""
+    """In training mode: in evaluation mode bitsandbytes packs its layers permanently."""
     ids = token_ids()
     return float(model.train()(input_ids=ids, labels=ids).loss)
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("quantise", [linear_4bit, linear_8bit])
-def test_08_quantised_bases_start_where_they_are(quantise, fitted, tmp_path):
-    """Quantised bases: PiSSA raises, or starts at loss 5 instead of 1.
+@pytest.mark.parametrize("quantize", [linear_4bit, linear_8bit])
+def test_08_quantized_bases_start_where_they_are(quantize, fitted, tmp_path):
+    """Quantized bases: PiSSA raises, or starts at loss 5 instead of 1.
 
-    It raises on the quantised base; made on the float base by PEFT's guide, and loaded onto the
-    quantised one, it starts elsewhere.
+    It raises on the quantized base. Made on the float base following PEFT's guide and loaded onto
+    the quantized one, it starts elsewhere.
     """
 
-    def quantised() -> nn.Module:
+    def quantized() -> nn.Module:
         model = copy.deepcopy(fitted)
         for name, module in list(model.model.named_modules()):
             if isinstance(module, nn.Linear):
-                model.model.set_submodule(name, quantise(module))
+                model.model.set_submodule(name, quantize(module))
         return model
 
-    want = first_loss(quantised())
+    want = first_loss(quantized())
     assert want == pytest.approx(first_loss(copy.deepcopy(fitted)), rel=0.1)
     with peft_raises(TypeError, "initialize PiSSA under float32"):
-        peft_model(quantised(), "pissa")
+        peft_model(quantized(), "pissa")
     model = peft_model(copy.deepcopy(fitted), "pissa", r=16)
-    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it
+    model.peft_config["default"].init_lora_weights = True  # as in PEFT's guide
     model.save_pretrained(tmp_path / "theirs")
-    loss = first_loss(loaded_by_peft(quantised(), tmp_path / "theirs"))
+    loss = first_loss(loaded_by_peft(quantized(), tmp_path / "theirs"))
     holds(loss > 3 * want, f"a first loss of {loss:.3g} for {want:.3g}")
 
     for init in CHANGING:
-        model = quantised()
+        model = quantized()
         weights = {n: t.clone() for n, t in model.state_dict().items() if "lora" not in n}
         ours(model, init, r=16)
         assert first_loss(model) == want
@@ -506,7 +463,7 @@ def test_08_quantised_bases_start_where_they_are(quantise, fitted, tmp_path):
         assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
         assert first_loss(model) == want
     save_adapter(ours(copy.deepcopy(fitted), "pissa", r=16), tmp_path / "ours")
-    model = quantised()
+    model = quantized()
     load_adapter(model, tmp_path / "ours", progress=False)
     assert first_loss(model) == want
 
@@ -524,7 +481,7 @@ def peft_complains(**options) -> bool:
     return any(issubclass(w.category, UserWarning) for w in told)
 
 
-PASSED_OVER = [
+IGNORED_BY_PEFT = [
     ({"rank_pattern": {"q_porj": 2}}, "q_proj"),
     ({"alpha_pattern": {"donw_proj": 2}}, "down_proj"),
     ({"exclude_modules": ["v_proj", "q_porj"]}, "q_proj"),
@@ -534,9 +491,9 @@ PASSED_OVER = [
 ]
 
 
-@pytest.mark.parametrize("options,hint", PASSED_OVER)
-def test_09_no_option_is_passed_over(options, hint):
-    """Options silently ignored ..."""
+@pytest.mark.parametrize("options,hint", IGNORED_BY_PEFT)
+def test_09_no_option_is_silently_ignored(options, hint):
+    """PEFT silently ignores options that match nothing."""
     holds(not peft_complains(**options), f"{options} in silence")
     model = llama()
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -546,9 +503,11 @@ def test_09_no_option_is_passed_over(options, hint):
 
 
 def test_09_every_other_option_of_peft_is_refused(tmp_path):
-    """Options silently ignored ... What we do not have is named, by `LoRAConfig` and for a folder.
+    """PEFT options that are not implemented here are named, by `LoRAConfig` and when loading a
+    folder.
 
-    A folder may say where an adapter comes from and how it started: that changes nothing any more.
+    A folder may say where an adapter comes from and how it was initialized: that no longer changes
+    anything.
     """
     import peft
 
@@ -581,8 +540,8 @@ def test_09_every_other_option_of_peft_is_refused(tmp_path):
             load_adapter(nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(6, 5)})}), folder)
 
 
-def test_09_misspelt_names_get_a_suggestion():
-    """... a misspelt init says only "Unknown initialization"."""
+def test_09_misspelled_names_get_a_suggestion():
+    """For a misspelled start PEFT only says "Unknown initialization"."""
     import peft
 
     with peft_raises(ValueError, r"^Unknown initialization init_lora_weights='pisa'$"):
@@ -604,10 +563,11 @@ def test_09_misspelt_names_get_a_suggestion():
 @pytest.mark.parametrize("residual", ["absorb", "implicit"])
 def test_10_what_the_benchmark_times_is_the_same(residual, dtype):
     """Forward + backward of `peft.tuners.lora.Linear` over a frozen nn.Linear, 512 tokens, 4096², 2
-    cores: fp32 r=16 1.19 × fwd, 1.28 × fwd+bwd (the extra arithmetic is 0.8 % / 1.2 %); bf16 with
-    its default fp32 adapters 1.81 × / 1.87 ×.
+    cores: fp32 r=16 1.19 × fwd, 1.28 × fwd+bwd (the extra arithmetic is 0.8 % / 1.2 %); bf16
+    with its default fp32 adapters 1.81 × / 1.87 ×.
 
-    Times are those of `python -m benchmarks.cpu.layer`. Here only: its two layers compute the same.
+    `python -m benchmarks.cpu.layer` measures the times. Tested here: its two layers compute the
+    same.
     """
     layers = pytest.importorskip("benchmarks.cpu.layer", exc_type=ImportError)
     rows, cols, r, tokens = 96, 80, 8, 24
@@ -625,7 +585,7 @@ def test_10_what_the_benchmark_times_is_the_same(residual, dtype):
     for make in (lambda layer: (layers.forward(layer, x)(),), layers_with_gradients(layers, x, dy)):
         for got, want in zip(make(mine), make(theirs), strict=True):
             assert got.dtype == want.dtype and got.shape == want.shape
-            # A few roundings on either side: of y, and of z and dz in x's dtype.
+            # A few roundings on both sides: of y, and of z and dz in x's dtype.
             assert error(got, want) <= 8 * ROUNDING[dtype]
 
 

@@ -1,10 +1,10 @@
-"""Every operator's tests at every instruction set that this processor has, in one process.
+"""Run every operator's tests with every instruction set of this processor, in one process.
 
 A test that takes `device` runs as `cpu-baseline`, `cpu-avx2` ... and, with the best set, as `cpu`;
-one that does not, as `baseline`, `avx2` ... The best set runs everything. A lower one leaves out
-what does not depend on it, draws fewer of hypothesis's examples, and of a sweep of many parameters
-takes about every fourth combination, each set other ones; LORA_KERNELS_TEST_ALL=1 makes it run
-all of them.
+any other test as `baseline`, `avx2` ... The best set runs everything. A lower one skips tests that
+do not depend on it, draws fewer hypothesis examples, and of a sweep over many parameters takes
+about every fourth combination, a different selection for each set; LORA_KERNELS_TEST_ALL=1 runs all
+of them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..support.devices import DEVICES
 from ..support.exhaustive import EXHAUSTIVE
 
 SETS = cpu_capabilities()
-# torch's engine for the batches of a GPU has no instruction sets of ours.
+# The engine for batches on a GPU, built on torch, does not use our instruction sets.
 LOWER = [] if os.environ.get("LORA_KERNELS_SVD_ENGINE") == "aten" else SETS[:-1]
 SWEEP, PART, EXAMPLES = 8, 4, 10
 SET_PARAMETERS = ("device", "instruction_set")
 
-# What is decided before a kernel runs, or is about PyTorch, or about the reference.
+# Tests of code before a kernel runs, of PyTorch, or of the reference.
 INDEPENDENT = (
     *("opcheck", "compile", "meta", "bad_argument", "bad_input", "bad_number", "bad_tolerance"),
     *("reference", "inference", "no_weight", "unlike", "empty_list", "defaults", "refused"),
@@ -41,7 +41,7 @@ INDEPENDENT = (
     ),
 )
 
-# Functions over the operators, whose own tests run at every set.
+# Functions on top of the operators, whose own tests run with every set.
 FUNCTIONS = ("test_triplets",)
 
 
@@ -52,7 +52,7 @@ def device(request) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def instruction_set(request) -> str | None:
-    """Of a test without `device`."""
+    """For tests without `device`."""
     return getattr(request, "param", None)
 
 
@@ -69,14 +69,14 @@ def pytest_generate_tests(metafunc) -> None:
 
 
 def lower_set_of(item) -> str | None:
-    """The set that this test runs with, if it is not the best one."""
+    """The instruction set of this test, if it is not the best one."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     name = params.get("device", params.get("instruction_set", "")).removeprefix("cpu-")
     return name if name in LOWER else None
 
 
 def part_of(item) -> int:
-    """A number below PART that only the combination decides, mixed over all its parameters."""
+    """A number below PART that depends only on the combination, mixed over all its parameters."""
     values = {k: v for k, v in item.callspec.indices.items() if k not in SET_PARAMETERS}
     return zlib.crc32(repr(sorted(values.items())).encode()) % PART
 

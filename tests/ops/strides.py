@@ -1,4 +1,4 @@
-"""The memory layouts that every operator on a weight is tried with."""
+"""The memory layouts tested for every operator on a weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LAYOUTS = ("contiguous", "transposed", "row_slice", "both_strided", "offset")
 
 
 def lay_out(weight: torch.Tensor, layout: str) -> torch.Tensor:
-    """A tensor equal to `weight` with other strides; what lies between its entries is NaN."""
+    """A tensor equal to `weight` with other strides; the memory between its entries is NaN."""
     n, m = weight.shape
     if layout == "contiguous":
         return weight.clone()

@@ -28,13 +28,13 @@ def size_and_rank(draw):
 def test_matches_scipy(device, sr):
     size, rank = sr
     got = to_numpy(op(size, rank, dtype=torch.float64, device=device))
-    # SciPy's FFT is itself only good to a few eps of the largest entry.
+    # SciPy's FFT itself is accurate to a few eps of the largest entry.
     assert np.abs(got - oracle(size, rank)).max() <= 8 * 2**-52
 
 
 @pytest.mark.parametrize("size", [11008, 14336, 49152])
 def test_large_sizes_keep_full_precision(size, device):
-    """Against exact rational reduction and mpmath-free long double at random places."""
+    """Against exact rational reduction and long double, at random places."""
     rng = np.random.default_rng(0)
     basis = to_numpy(op(size, 64, dtype=torch.float64, device=device))
     i, j = rng.integers(0, size, 500), rng.integers(0, 64, 500)

@@ -1,5 +1,5 @@
-"""What must not differ between the instruction sets: the bits of `dst_basis`, `frobenius_stats` and
-the dropout mask, and that no result depends on the number of threads.
+"""What must be equal for all instruction sets: the bits of `dst_basis`, `frobenius_stats` and the
+dropout mask. And no result may depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_threads_do_not_change_a_bit(capability, dtype, with_set):
             *torch.ops.lora.thin_qr(W, 16),
             *torch.ops.lora.loram_init(start, 8, 1.0),
             start,
-            # Products that are torch's own are not ours to promise.
+            # torch's own products give no such guarantee.
             *(
                 [torch.ops.lora.linear(x, W, None, A, B, 1.0)]
                 if capability in ("baseline", "avx2") and dtype != torch.float32

@@ -43,7 +43,7 @@ def call(t, scaling, dropout=0.0, seed=None):
 
 
 def formula(f, g, mask, s, sign):
-    """Y and all six gradients; `sign` is the start's."""
+    """Y and all six gradients; `sign` is the sign of the start's product."""
     x, W, A, B = f["x"], f["weight"], f["lora_A"], f["lora_B"]
     R = f.get("lora_R", np.eye(len(A)))
     dropped = x * mask
@@ -63,8 +63,8 @@ def formula(f, g, mask, s, sign):
 
 
 def oracle(t, dy, scaling, dropout=0.0, seed=None):
-    """The formula in float64, the factors as the dtype sees them; and the root of the sum of its
-    squared terms: the size of a result had none of them cancelled.
+    """(result, size): the formula in float64, with factors rounded to the dtype; and the root of
+    the sum of its squared terms, the size of the result had none of them canceled.
     """
     f = {k: to_numpy(v.to(t["x"].dtype)) for k, v in t.items() if v is not None}
     f["x"] = f["x"].reshape(-1, f["x"].shape[-1])
@@ -80,13 +80,13 @@ def oracle(t, dy, scaling, dropout=0.0, seed=None):
 def largest_ratio(dtype, m, n, k, r, entries, core=False) -> float:
     """Bound on ‖error‖ / ‖size‖ from independent roundings, each uniform in ± u times its value.
 
-    At most 7 to the dtype follow each other (dx: dz, s dz, dz A, its dropout, and the sum of three
-    products twice, the first of them rounded itself), 8 with R (dz R), and m + n + k + r in the
-    accumulators (the float64 oracle's included: a partial sum is half the whole in the mean
-    square), r more with R. Each adds u² / 3
-    to (error / size)², if values are as large as their terms. Where few numbers, d, determine a
-    result, they may be larger: the norm of d normal numbers strays by 1 / √(2d) of itself, the
-    error of dz A (three such factors) by √1.5 / √d. The bound leaves 6.5 times that, 8 / √d.
+    At most 7 roundings to the dtype occur in sequence (dx: dz, s dz, dz A, its dropout, and the sum
+    of three products twice, the first of them rounded itself), 8 with R (dz R), and m + n + k + r
+    in the accumulators (the float64 oracle's included: a partial sum is half the whole in the mean
+    square), r more with R. Each adds u² / 3 to (error / size)², if values are as large as their
+    terms. Where few numbers, d, determine a result, they may be larger: the norm of d normal
+    numbers varies by 1 / √(2d) of itself, the error of dz A (three such factors) by √1.5 / √d. The
+    bound leaves 6.5 times that, 8 / √d.
     """
     accumulated = ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
     sums = m + n + k + (2 if core else 1) * r
@@ -141,8 +141,8 @@ def test_large(dtype, dropout, start, core, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("capability", cpu_capabilities())
 def test_every_instruction_set(capability, dtype):
-    """With more rows than the widened products take at once, x transposed in memory and dy a
-    number that was expanded.
+    """With more rows than the widened products process at once, x transposed in memory and dy an
+    expanded number.
     """
     before = cpu_capability()
     set_cpu_capability(capability)
@@ -218,7 +218,7 @@ def test_gradcheck(start, core, dropout, device):
 
 
 def test_start_cancels_the_adapter(device):
-    """At the start A = A₀ and B = B₀: the implicit layer is the base to float32 rounding, however
+    """With A = A₀ and B = B₀ the implicit layer computes the base to float32 rounding, however
     large s·B₀A₀ is beside W, and to the last bit of bfloat16 nearly everywhere.
     """
     t = inputs((64,), 96, 128, 16, torch.float32, bias=False, device=device)
@@ -395,7 +395,7 @@ def test_bad_numbers(scaling, dropout, seed, device):
 
 
 def test_backward_under_autocast_is_that_of_the_forward(device):
-    """Autocast governs what is called under it: a float32 forward keeps a float32 backward."""
+    """Autocast applies to calls within it: a float32 forward keeps a float32 backward."""
     t = inputs((20,), 32, 48, 4, torch.float32, device=device)
     leaves = [t[k].requires_grad_() for k in GRADS]
     dy = torch.randn(20, 32).to(device)

@@ -38,7 +38,7 @@ def check_start(before, after, lora_A, lora_B, beta, rank, scaling) -> None:
     # A, B and the correction once each. Float64: they share the sines, but not β (A, B, β² twice,
     # s β², its product: 6), and `rank` additions in the product, which add up like √rank / 3 (their
     # partial sums grow to the whole one): 6 times that.
-    # Checked in long double, so that float64's own rounding can be seen.
+    # Checked in long double, so that float64's own rounding is visible.
     A, B = to_numpy(lora_A).astype(np.longdouble), to_numpy(lora_B).astype(np.longdouble)
     product = scaling * (B @ A)
     roundings = 6 + 2 * math.sqrt(rank) if before.dtype == torch.float64 else 4
@@ -94,7 +94,7 @@ def test_reference_agrees_with_the_kernel(device):
 
 
 def test_energy_of_the_start(device):
-    """‖B₀A₀‖² = Q ‖W‖²: the magnitude that gives the method its name."""
+    """‖B₀A₀‖² = Q ‖W‖²: the magnitude after which the method is named."""
     weight = torch.randn(256, 512).to(device)
     norm = weight.double().norm()
     A, B, _ = op(weight, 16)
@@ -230,7 +230,7 @@ def test_opcheck(device):
 
 
 def test_kernel_takes_the_statistics_or_makes_them(device):
-    """Code that torch.compile kept from before they were an argument still runs."""
+    """Code that torch.compile cached before they became an argument still runs."""
     results = []
     before = torch.randn(20, 30).to(device)
     for known in ((), (torch.ops.lora.frobenius_stats([before]),)):

@@ -39,7 +39,7 @@ def test_matches_plain_integers(row, quad, seed, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cols", [1, 63, 64, pytest.param(65, marks=pytest.mark.sanitize), 200])
 def test_kernel_draws_the_same_mask(dtype, cols, device):
-    """With A the identity, z of the compiled forward is the dropped x itself."""
+    """With the identity as A, z of the compiled forward is x after dropout."""
     x = torch.randn(9, cols).to(device, dtype)
     seed = torch.tensor(1234567890123, device=device)
     zero = torch.zeros(16, cols, dtype=dtype, device=device)
@@ -49,7 +49,7 @@ def test_kernel_draws_the_same_mask(dtype, cols, device):
 
 
 def test_seed_is_the_global_generator_s(device):
-    """`torch.manual_seed` determines it, as does the state that checkpointing restores."""
+    """`torch.manual_seed` determines it, and so does the state that checkpointing restores."""
     torch.manual_seed(3)
     first, second = dropout_seed(device), dropout_seed(device)
     torch.manual_seed(3)
@@ -70,7 +70,7 @@ def test_rate_and_expectation(device):
 
 class TestGaussian:
     def test_known_words(self):
-        """Counter (quad, 1, row), and each pair of words made into a pair of normals."""
+        """Counter (quad, 1, row), and the pairs of normals made from pairs of words."""
         normals = gaussian(4, 12, 0xDEADBEEF12)
         for row, quad in [(0, 0), (0, 2), (3, 1)]:
             w = oracle(row, quad, 0xDEADBEEF12, purpose=1)
@@ -100,13 +100,13 @@ class TestGaussian:
         assert gaussian(5, 0, 1).shape == (5, 0)
 
     def test_is_standard_normal(self):
-        """Fixed seeds; five sigma of each moment, and Kolmogorov and Smirnov's distance."""
+        """Fixed seeds; each moment within five sigma, and the Kolmogorov-Smirnov distance."""
         x = gaussian(1000, 256, 11).double().flatten().numpy()
         n = x.size
         for power, mean, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
             assert abs((x**power).mean() - mean) < 5 * (variance / n) ** 0.5
         assert stats.kstest(x, "norm").pvalue > 0.01
-        assert np.abs(x).max() > 4.0  # the tails are there: 16 are expected beyond
+        assert np.abs(x).max() > 4.0  # the tails exist: 16 are expected beyond
 
     def test_columns_and_rows_do_not_correlate(self):
         x = gaussian(4000, 48, 12).double().numpy()

@@ -19,7 +19,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def check(got: torch.Tensor, before: torch.Tensor, correction: np.ndarray) -> None:
-    """One rounding of the weight's dtype, plus float32's own for the correction and difference."""
+    """One rounding of the weight's dtype, plus float32's for correction and difference."""
     dtype = before.dtype
     exact = to_numpy(before) - correction
     inner = ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
@@ -42,7 +42,7 @@ def correction_of(n: int, m: int, rank: int, coefficient: float) -> np.ndarray:
 @st.composite
 def cases(draw):
     n, m = draw(st.integers(1, 160)), draw(st.integers(1, 160))
-    if draw(st.booleans()):  # n + 1 and m + 1 sharing factors: where arguments coincide
+    if draw(st.booleans()):  # n + 1 and m + 1 share factors, so that arguments coincide
         k = draw(st.integers(1, 20))
         n, m = k * draw(st.integers(1, 8)), k * draw(st.integers(1, 8))
         n, m = max(n - 1, 1), max(m - 1, 1)
@@ -194,12 +194,12 @@ def test_bad_input(make, args, error, match, device):
 
 
 def overlapping(size: int, stride: int) -> torch.Tensor:
-    """4 x 4, with rows that begin `stride` apart."""
+    """A 4 × 4 view whose rows begin `stride` apart."""
     return torch.ones(size).as_strided((4, 4), (stride, 1))
 
 
 def test_a_coefficient_that_is_nan():
-    """On the CPU only: on a GPU, seeing it would wait for the device."""
+    """On the CPU only: on a GPU, checking it would synchronize."""
     weight = torch.ones(4, 4)
     with pytest.raises(ValueError, match="nan"):
         op(weight, torch.tensor(float("nan")), 1)

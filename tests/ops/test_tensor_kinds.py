@@ -1,4 +1,4 @@
-"""`lora::_tensor_kinds`: the C++ against the Python that takes its place without it."""
+"""`lora::_tensor_kinds`: the C++ against the Python used where there is no extension."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lora_kernels.peft.accelerate`: PEFT's layers by our operator, and PEFT itself where not."""
+"""`lora_kernels.peft.accelerate`: our operator in PEFT's layers, else PEFT's own forward."""
 
 from __future__ import annotations
 
@@ -12,26 +12,21 @@ from torch import nn
 
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_peft
-from .models import MODELS, adapted, close, gpt2, linear_layers, llama, logits, move, tokens
-from .test_initialize import initialize
+from ..support.peft_models import MODELS, accelerate, adapted, initialize, linear_layers
+from ..support.running import close, logits, move, token_ids
+from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_peft
 
 
-def accelerate(model: nn.Module):
-    from lora_kernels.peft import accelerate
-
-    return accelerate(model)
-
-
 def trained(model: nn.Module, steps: int = 3) -> tuple[list, dict]:
-    """Losses of AdamW's steps, and all parameters' last gradients."""
+    """The losses of AdamW's steps, and the last gradients of all parameters."""
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3)
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
-        batch = tokens(seed=step)
+        batch = token_ids(seed=step)
         loss = model(batch, labels=batch).loss
         loss.backward()
         optimizer.step()
@@ -40,8 +35,8 @@ def trained(model: nn.Module, steps: int = 3) -> tuple[list, dict]:
 
 
 def fused_calls(monkeypatch) -> list:
-    """Grows by one whenever a layer takes our operator."""
-    # The package has the function under the name of its module.
+    """A list that grows by one whenever a layer uses our operator."""
+    # In the package, the module's name is that of the function.
     module = importlib.import_module("lora_kernels.peft.accelerate")
     calls, find = [], module._fusable_adapter
 
@@ -75,13 +70,13 @@ def test_trains_as_peft_does(kind, method, monkeypatch):
     for got, peft_loss, want in zip(losses, peft_losses, true_losses, strict=True):
         assert abs(got - want) <= 4e-6 and abs(peft_loss - want) <= 4e-6
     for name, want in true_gradients.items():
-        # After two steps of Adam, which divides by the gradient's size; PEFT's own are as far.
+        # After two steps of Adam, which divides by the gradient's size; PEFT's own differ as much.
         assert close(gradients[name], want, 1024), name
         assert close(peft_gradients[name], want, 1024), name
 
 
 def test_gradients_reach_a_base_that_trains():
-    """As `capture_gradients` or bias="all" want them."""
+    """As `capture_gradients` or bias="all" need them."""
     model = adapted(gpt2(), bias="all")
     initialize(model)
     move(model)
@@ -99,7 +94,7 @@ def test_bfloat16_base_with_float32_adapters():
     """PEFT multiplies A and B in float32, we round them to bfloat16: A, B and x Aᵀ once each, for
     the adapter and for the start, and y.
     """
-    model = adapted(llama(torch.bfloat16))
+    model = adapted(llama(dtype=torch.bfloat16))
     initialize(model)
     move(model)
     accelerate(model)
@@ -125,11 +120,11 @@ def test_bfloat16_base_with_float32_adapters():
         bound = 1.01 * rounding * (want.abs() + 3 * 2 * sizes)
         assert y.dtype == torch.bfloat16
         assert bool(((y.double() - want).abs() <= bound).all())
-    # A start that is implicit cancels within the product: the base but for y's rounding.
-    start = adapted(llama(torch.bfloat16))
+    # An implicit start cancels within the product: only y's rounding remains.
+    start = adapted(llama(dtype=torch.bfloat16))
     initialize(start)
     accelerate(start)
-    want = logits(llama(torch.bfloat16)).double()
+    want = logits(llama(dtype=torch.bfloat16)).double()
     assert float((logits(start).double() - want).abs().max() / want.abs().max()) <= 8 * rounding
 
 
@@ -147,7 +142,7 @@ def test_autocast(monkeypatch):
 
 
 def test_dropout():
-    """In training only, of x on its way to A only, and governed by the global seed."""
+    """In training only, only for the x that A multiplies, and governed by the global seed."""
     model = adapted(llama(), lora_dropout=0.5)
     initialize(model)
     move(model)
@@ -164,7 +159,7 @@ def test_dropout():
     assert torch.equal(run(3), run(3)) and not close(run(3), run(4))
     mean = torch.stack([run(seed) for seed in range(2000)]).mean(0)
     want = layer.eval()(x).detach()
-    # The mask's standard error: the adapter's part, as large as its own, over √2000.
+    # The mask's standard error: the size of the adapter's part over √2000.
     spread = (want - layer.get_base_layer()(x)).detach().std() + x.std()
     assert float((mean - want).abs().max()) <= 6 * float(spread) / 2000**0.5
 
@@ -204,7 +199,7 @@ def test_all_other_calls_are_peft_s(monkeypatch):
         each.base_model.set_adapter(["default", "second"])
     want = logits(twin)
     assert close(logits(model), want)
-    assert len(calls) == 10  # the layers that have one of the two
+    assert len(calls) == 10  # the layers with one of the two adapters
     del calls[:]
     for each in (model, twin):
         each.base_model.set_adapter("second")
@@ -214,7 +209,7 @@ def test_all_other_calls_are_peft_s(monkeypatch):
         layer.get_base_layer().register_forward_hook(lambda *args: None)
     same(logits(model), logits(twin))
     with pytest.raises(RuntimeError, match="dtype"):
-        next(iter(linear_layers(model).values()))(torch.ones(1, 64, dtype=torch.float64))
+        next(iter(linear_layers(model).values()))(torch.ones(1, 32, dtype=torch.float64))
 
 
 def test_merging_saving_and_switching_go_on(tmp_path):
@@ -278,7 +273,7 @@ def test_undo_and_repeated_calls():
 
 
 def test_initialized_afterwards(monkeypatch):
-    """The start is looked up at each call, and gone when it is undone."""
+    """The start is looked up at each call, and no longer found once it is undone."""
     model = adapted(llama())
     accelerate(model)
     report = initialize(model, "pissa")
@@ -300,7 +295,7 @@ def test_report():
 
 
 class _Odd(nn.Linear):
-    """Not what accelerate may compute by itself."""
+    """A layer that accelerate must not compute by itself."""
 
     def forward(self, x):
         return super().forward(x) + 1
@@ -315,7 +310,7 @@ class _Odd(nn.Linear):
         ("hook", {}, "its base has hooks or a wrapped forward"),
     ],
 )
-def test_layers_that_are_left(change, options, reason):
+def test_layers_that_are_skipped(change, options, reason):
     base = llama()
     layer = base.model.layers[0].mlp.up_proj
     if change == "class":

@@ -18,19 +18,17 @@ from lora_kernels.init.base import get_initializer, initializer_names
 
 from ..support import ROOT
 from ..support.packages import needs_peft
-from .models import (
+from ..support.peft_models import (
     MODELS,
     adapted,
-    close,
-    gpt2,
+    base_weight,
+    float64,
+    initialize,
     linear_layers,
-    llama,
-    logits,
-    move,
-    same_bits,
-    tokens,
-    weights_of,
+    update_of,
 )
+from ..support.running import close, logits, move, same_bits, token_ids, weights_of
+from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_peft
 
@@ -38,42 +36,16 @@ WITH_R = ("lora_sb", "lora_xs")
 METHODS = [n for n in initializer_names() if n not in (*WITH_R, "loftq")]
 
 
-def initialize(*args, **kwargs):
-    from lora_kernels.peft import initialize
-
-    return initialize(*args, progress=False, **kwargs)
-
-
 def gradients_of(model: nn.Module, method: str) -> dict | None:
     if not get_initializer(method).needs_gradient:
         return None
-    return capture_gradients(model, [tokens(seed=5)], progress=False)
-
-
-def float64(tensor) -> np.ndarray:
-    return tensor.detach().double().numpy()
-
-
-def update_of(layer, adapter: str = "default") -> np.ndarray:
-    """s·(BA − B₀A₀) [out, in], in float64."""
-    A, B = (float64(getattr(layer, f"lora_{part}")[adapter].weight) for part in "AB")
-    update = B @ A
-    if hasattr(layer, "lora_start_A") and adapter in layer.lora_start_A:
-        A0, B0 = (float64(getattr(layer, f"lora_start_{part}")[adapter]) for part in "AB")
-        update = update - B0 @ A0
-    return layer.scaling[adapter] * update
-
-
-def base_weight(layer) -> np.ndarray:
-    """W [out, in], in float64."""
-    weight = float64(layer.get_base_layer().weight)
-    return weight.T if layer.fan_in_fan_out else weight
+    return capture_gradients(model, [token_ids(seed=5)], progress=False)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_method_starts_as_it_says(kind, method):
-    """A and B are the initialiser's for W and s; what it takes out cancels to the last bit."""
+    """A and B are the initializer's for W and s; a subtracted start cancels to the last bit."""
     base = MODELS[kind]()
     gradients = gradients_of(base, method)
     model = adapted(base)
@@ -127,7 +99,7 @@ def test_forward_against_float64(kind):
 
 
 def test_dropout_meets_the_adapter_only():
-    """What is taken out belongs to the base, and no element of it is dropped."""
+    """The subtracted start belongs to the base: dropout does not affect it."""
     model = adapted(llama(), lora_dropout=0.5)
     initialize(model, "loram")
     move(model)
@@ -145,7 +117,7 @@ def test_dropout_meets_the_adapter_only():
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_disabled_is_the_base(kind):
-    """FACTS 3: with PEFT's own PiSSA it is 40 % off."""
+    """With PEFT's own PiSSA it is 40 % off."""
     base = MODELS[kind]()
     want = logits(base)
     model = adapted(base)
@@ -182,19 +154,19 @@ def test_merge(kind, safe):
 
 
 def test_merged_bfloat16_is_rounded_once():
-    model = adapted(llama(torch.bfloat16))
+    model = adapted(llama(dtype=torch.bfloat16))
     initialize(model, "loram")
     move(model)
     layer = linear_layers(model)["model.layers.0.mlp.down_proj"]
     want = torch.tensor(base_weight(layer) + update_of(layer))
     layer.merge()
     error = (layer.get_base_layer().weight.double() - want).abs()
-    # Half a unit of bfloat16, and a trace for the float32 update before it.
+    # Half an ulp of bfloat16, plus a little for the float32 update before it.
     assert bool((error <= 2**-8 * want.abs() * 1.001 + 1e-7).all())
 
 
 def test_two_adapters_share_one_base():
-    """FACTS 4: each is its own start and update on the same W; together they add up."""
+    """Each is its own start and update on the same W; together they add up."""
     from peft import LoraConfig
 
     base = llama()
@@ -225,13 +197,13 @@ def test_two_adapters_share_one_base():
     model.delete_adapter("default")
     assert torch.equal(logits(model), second)
     assert all("default" not in key for key in model.state_dict())
-    model.delete_adapter("second")  # the PeftModel itself does not go on without any
+    model.delete_adapter("second")  # the PeftModel itself does not work without any
     assert torch.equal(logits(model.base_model.model), logits(base))
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_adapter_with_the_same_configuration(kind):
-    """How TRL makes a reference model: a new adapter, into which A and B are copied by name."""
+    """TRL's reference model is a new adapter, into which A and B are copied by name."""
     model = adapted(MODELS[kind]())
     report = initialize(model, "pissa")
     base = logits(MODELS[kind]())
@@ -268,8 +240,8 @@ def test_copies_and_pickles():
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype, wide):
-    """Start and adapter are of one dtype, whatever it is, and cancel."""
-    base = llama(dtype)
+    """Start and adapter have the same dtype, whichever it is, and cancel."""
+    base = llama(dtype=dtype)
     model = adapted(base, autocast_adapter_dtype=wide)
     initialize(model, "loram")
     assert torch.equal(logits(model), logits(base))
@@ -304,7 +276,7 @@ def test_state_dict_is_complete():
 
 def loss_and_gradients(model) -> tuple[torch.Tensor, list[torch.Tensor]]:
     model.zero_grad()
-    loss = model(tokens(), labels=tokens()).loss
+    loss = model(token_ids(), labels=token_ids()).loss
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     return loss.detach(), gradients
@@ -340,7 +312,7 @@ def test_compiles_in_one_graph():
 
 
 def test_scale_scales_the_start_too():
-    """PEFT's adapter_scale: at 0 the layer is the base, whatever it subtracts."""
+    """With PEFT's adapter_scale at 0, the layer is the base, whatever it subtracts."""
     base = llama()
     model = adapted(base)
     initialize(model, "loram")
@@ -395,9 +367,9 @@ def test_report():
 
 
 def test_names_of_gradients():
-    """As `capture_gradients` gives them, from the base model and from the PEFT model."""
+    """As named by `capture_gradients`, for the base model and for the PEFT model."""
     base = llama()
-    gradients = capture_gradients(base, [tokens()], ["q_proj"], progress=False)
+    gradients = capture_gradients(base, [token_ids()], ["q_proj"], progress=False)
     inside = {f"base_model.model.{n}.base_layer": g for n, g in gradients.items()}
     for given in (gradients, inside, gradients | {"model.of.another": torch.ones(2, 2)}):
         model = adapted(base, target_modules=["q_proj"])
@@ -432,7 +404,7 @@ def test_bad_arguments(arguments, error, match):
     [(0.0, "loram", "zero"), (float("nan"), "loram", "NaN"), (0.0, "pissa", "zero")],
 )
 def test_a_bad_weight_is_named_and_nothing_changes(value, method, match):
-    """Among others of its shape, which are initialised together with it."""
+    """Among other weights of its shape, which are initialized together with it."""
     base = llama()
     with torch.no_grad():
         base.model.layers[1].mlp.up_proj.weight.fill_(value)
@@ -446,9 +418,9 @@ def test_a_bad_weight_is_named_and_nothing_changes(value, method, match):
 
 
 def test_a_rank_that_does_not_fit():
-    """FACTS 6: PEFT takes any."""
-    model = adapted(llama(), r=40, target_modules=["q_proj", "k_proj"])
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj: rank 40 is larger than"):
+    """PEFT accepts any rank."""
+    model = adapted(llama(), r=20, target_modules=["q_proj", "k_proj"])
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj: rank 20 is larger than"):
         initialize(model)
 
 
@@ -464,7 +436,7 @@ def test_not_a_peft_model():
 
 
 def test_peft_is_imported_at_first_use():
-    """And where it is missing, the message says what to install."""
+    """If it is missing, the message says what to install."""
     code = (
         "import sys, lora_kernels; assert 'peft' not in sys.modules; sys.modules['peft'] = None;"
         "lora_kernels.peft"
@@ -475,7 +447,7 @@ def test_peft_is_imported_at_first_use():
     assert "lora_kernels.peft needs the package peft: pip install" in last
 
 
-def test_what_cannot_be_initialised():
+def test_what_cannot_be_initialized():
     model = adapted(llama(), use_dora=True)
     with pytest.raises(
         ValueError, match="no linear layer to initialise: skipped 14: it is PEFT's Dora"

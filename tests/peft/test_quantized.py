@@ -1,8 +1,9 @@
-"""`initialize` on bases that cannot be rewritten: FACTS 8."""
+"""`initialize` on quantized bases, which cannot be rewritten."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,28 +11,21 @@ from torch import nn
 
 from lora_kernels.layers.base import base_of
 
-from ..support.packages import needs_peft
-from .models import adapted, close, linear_layers, llama, logits, move
-from .test_accelerate import accelerate
-from .test_initialize import float64, initialize, update_of
-
-
-def _needs(package: str):
-    return pytest.mark.skipif(find_spec(package) is None, reason=f"needs the package {package}")
+from ..support.packages import needs_bitsandbytes, needs_peft, needs_torchao
+from ..support.peft_models import accelerate, adapted, float64, initialize, linear_layers, update_of
+from ..support.quantized import linear_4bit, linear_8bit
+from ..support.running import close, logits, move
+from ..support.tiny_models import llama
 
 
 def bnb_4bit(model: nn.Module) -> nn.Module:
-    import bitsandbytes as bnb
-
-    replace(model, lambda i, o: bnb.nn.Linear4bit(i, o, bias=False, quant_type="nf4"))
+    replace(model, partial(linear_4bit, nested=True))
     model.is_loaded_in_4bit = True
     return model
 
 
 def bnb_8bit(model: nn.Module) -> nn.Module:
-    import bitsandbytes as bnb
-
-    replace(model, lambda i, o: bnb.nn.Linear8bitLt(i, o, bias=False, has_fp16_weights=False))
+    replace(model, linear_8bit)
     model.is_loaded_in_8bit = True
     return model
 
@@ -43,27 +37,25 @@ def torchao_int8(model: nn.Module) -> nn.Module:
     return model
 
 
-def replace(model: nn.Module, make) -> None:
-    """Every linear layer of the blocks by a quantised one of the same weight."""
+def replace(model: nn.Module, quantize: Callable) -> None:
+    """Quantize every linear layer of the blocks."""
     for name, layer in list(model.model.layers.named_modules()):
         if isinstance(layer, nn.Linear):
-            new = make(layer.in_features, layer.out_features)
-            new.load_state_dict({"weight": layer.weight.detach()})
-            model.model.layers.set_submodule(name, new.to("cpu"))
+            model.model.layers.set_submodule(name, quantize(layer))
 
 
-QUANTISED = [
-    pytest.param(bnb_4bit, marks=_needs("bitsandbytes")),
-    pytest.param(bnb_8bit, marks=_needs("bitsandbytes")),
-    pytest.param(torchao_int8, marks=_needs("torchao")),
+QUANTIZED = [
+    pytest.param(bnb_4bit, marks=needs_bitsandbytes),
+    pytest.param(bnb_8bit, marks=needs_bitsandbytes),
+    pytest.param(torchao_int8, marks=needs_torchao),
 ]
 
 
 @needs_peft
 @pytest.mark.parametrize("method", ["loram", "pissa"])
-@pytest.mark.parametrize("quantise", QUANTISED)
-def test_quantised_base(quantise, method):
-    model = adapted(quantise(llama(intermediate_size=128)))
+@pytest.mark.parametrize("quantize", QUANTIZED)
+def test_quantized_base(quantize, method):
+    model = adapted(quantize(llama(hidden_size=64, intermediate_size=128)))
     with model.disable_adapter():
         base = logits(model)
     report = initialize(model, method)
@@ -80,11 +72,11 @@ def test_quantised_base(quantise, method):
 
 
 @needs_peft
-@pytest.mark.parametrize("quantise", QUANTISED)
-def test_the_start_is_that_of_the_dequantised_weight(quantise):
+@pytest.mark.parametrize("quantize", QUANTIZED)
+def test_the_start_is_that_of_the_dequantized_weight(quantize):
     from lora_kernels.init import LoRAM
 
-    model = adapted(quantise(llama(intermediate_size=128)))
+    model = adapted(quantize(llama(hidden_size=64, intermediate_size=128)))
     initialize(model, "loram")
     layer = linear_layers(model)["model.layers.0.mlp.up_proj"]
     start = LoRAM()(base_of(layer.get_base_layer()).weight(), 4)
@@ -92,11 +84,11 @@ def test_the_start_is_that_of_the_dequantised_weight(quantise):
 
 
 @needs_peft
-@_needs("bitsandbytes")
-@pytest.mark.parametrize("quantise", [bnb_4bit, bnb_8bit])
-def test_merge_gives_what_peft_merges(quantise):
-    """W + s·(BA − B₀A₀), quantised again: PEFT's error is the quantiser's."""
-    model = adapted(quantise(llama(intermediate_size=128)))
+@needs_bitsandbytes
+@pytest.mark.parametrize("quantize", [bnb_4bit, bnb_8bit])
+def test_merge_gives_what_peft_merges(quantize):
+    """W + s·(BA − B₀A₀), quantized again: PEFT's error is the quantizer's."""
+    model = adapted(quantize(llama(hidden_size=64, intermediate_size=128)))
     initialize(model, "loram")
     move(model, 0.001)
     layer = linear_layers(model)["model.layers.0.mlp.up_proj"]
@@ -104,5 +96,5 @@ def test_merge_gives_what_peft_merges(quantise):
     layer.merge()
     got = float64(base_of(layer.get_base_layer()).weight())
     # Half a step between two of nf4's values is 15 % of the block's largest, of int8's 0.4 %.
-    step = 0.16 if quantise is bnb_4bit else 0.005
+    step = 0.16 if quantize is bnb_4bit else 0.005
     assert abs(got - want).max() <= step * abs(want).max()

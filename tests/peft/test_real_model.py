@@ -1,4 +1,4 @@
-"""SmolLM2-135M inside PEFT."""
+"""SmolLM2-135M in PEFT."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import copy
 import torch
 
 from ..support.packages import needs_peft, needs_real_model
-from .test_accelerate import accelerate
-from .test_initialize import initialize
+from ..support.peft_models import accelerate, initialize
 
 
 @needs_real_model
 @needs_peft
 def test_real_model(real_model, tmp_path):
-    """Start, disabled, trained, saved, and loaded by plain PEFT on the original base."""
+    """Initialized, disabled, trained, saved, and loaded by plain PEFT onto the original base."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     base = copy.deepcopy(real_model)

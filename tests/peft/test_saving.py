@@ -1,4 +1,4 @@
-"""Adapters of `initialize` in PEFT's folders: plain PEFT reads them, and training goes on."""
+"""Adapters of `initialize` in PEFT's folders: plain PEFT loads them, and training continues."""
 
 from __future__ import annotations
 
@@ -11,25 +11,15 @@ import torch
 from torch import nn
 
 from ..support.packages import needs_peft
-from .models import (
-    MODELS,
-    adapted,
-    close,
-    gpt2,
-    linear_layers,
-    llama,
-    logits,
-    move,
-    same_bits,
-    weights_of,
-)
-from .test_initialize import float64, initialize, update_of
+from ..support.peft_models import MODELS, adapted, float64, initialize, linear_layers, update_of
+from ..support.running import close, logits, move, same_bits, weights_of
+from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_peft
 
 
 def plain(base: nn.Module, folder, **options) -> nn.Module:
-    """The folder's adapter by PEFT alone, on a base that nothing has touched."""
+    """The folder's adapter, loaded by PEFT alone onto a copy of the untouched base."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(copy.deepcopy(base), str(folder), **options)
@@ -40,7 +30,6 @@ def plain(base: nn.Module, folder, **options) -> nn.Module:
 @pytest.mark.parametrize("method", ["loram", "pissa"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_plain_peft_loads_it_on_the_original_base(tmp_path, kind, method):
-    """FACTS 4 and 5."""
     base = MODELS[kind]()
     model = adapted(base)
     initialize(model, method)
@@ -62,7 +51,7 @@ def test_plain_peft_loads_it_on_the_original_base(tmp_path, kind, method):
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_patterns_modules_and_layers_without_a_start(tmp_path, rslora):
-    """The embedding's adapter stays at its rank, `modules_to_save` and biases go along."""
+    """The embedding's adapter keeps its rank; `modules_to_save` and biases are saved too."""
     base = llama()
     model = adapted(
         base,
@@ -132,7 +121,7 @@ def test_several_adapters_and_selection(tmp_path):
 
 
 def test_a_given_state_dict_is_what_is_written(tmp_path):
-    """As accelerate passes it, gathered from elsewhere."""
+    """accelerate passes a state_dict gathered from elsewhere."""
     base = llama()
     model = adapted(base)
     initialize(model)
@@ -155,7 +144,7 @@ def test_only_the_main_process_writes(tmp_path, rank_zero):
 
 
 def test_resumes_exactly(tmp_path):
-    """Into an adapter that is there, as Trainer does, whatever it was initialised with since."""
+    """Into an existing adapter, as Trainer does, however that one was initialized."""
     model = adapted(llama())
     initialize(model, "loram")
     move(model)
@@ -182,7 +171,7 @@ def test_loads_as_another_adapter(tmp_path):
     assert other.peft_config["loaded"].r == 4 and not other.training
     other.set_adapter("loaded")
     assert torch.equal(logits(other), logits(model))
-    # The loaded one needs them still.
+    # The loaded adapter still needs them.
     report.undo()
     assert "save_pretrained" in vars(other)
     other.save_pretrained(tmp_path / "again", selected_adapters=["loaded"])
@@ -190,7 +179,7 @@ def test_loads_as_another_adapter(tmp_path):
 
 
 def test_a_plain_adapter_has_nothing_to_subtract(tmp_path):
-    """The folder decides: the start of the adapter that was there goes."""
+    """The folder decides: the start of the replaced adapter is dropped."""
     base = llama()
     trained = adapted(base)
     with torch.no_grad():
@@ -205,7 +194,7 @@ def test_a_plain_adapter_has_nothing_to_subtract(tmp_path):
 
 
 def test_a_killed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
-    """As `lora_kernels.save_adapter` does, by the same means."""
+    """As with `lora_kernels.save_adapter`, which uses the same code."""
     from lora_kernels.files.adapter import content
 
     base = llama()
@@ -315,7 +304,7 @@ def test_weighted_adapters():
 
 
 def test_hot_swapping_leaves_nothing_to_subtract(tmp_path):
-    """PEFT sets to zero what the file does not have: the start."""
+    """PEFT sets what the file does not contain, the start, to zero."""
     from peft.utils.hotswap import hotswap_adapter
 
     base = llama()
@@ -329,7 +318,7 @@ def test_hot_swapping_leaves_nothing_to_subtract(tmp_path):
 
 
 def factors_of(model) -> dict:
-    """A, B, A₀ and B₀ of each layer, of a model of PEFT or of this package."""
+    """A, B, A₀ and B₀ of each layer, for a model of PEFT or of this package."""
     from lora_kernels.model.install import adapted_layers
 
     found = {n: layer.layer_state() for n, layer in adapted_layers(model).items()}
@@ -366,7 +355,7 @@ OPTIONS = {
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("method", ["loram", "pissa"])
 def test_load_adapter_of_this_package_takes_it_further(tmp_path, method, rslora):
-    """At rank r, with its start: A, B, A₀ and B₀ are the bits that they were."""
+    """At rank r, with its start: A, B, A₀ and B₀ keep their bits."""
     from lora_kernels import load_adapter, save_adapter
 
     model = adapted(llama(), **OPTIONS, use_rslora=rslora)
@@ -396,7 +385,7 @@ def test_load_adapter_of_this_package_takes_it_further(tmp_path, method, rslora)
 
 
 def test_folders_of_this_package(tmp_path):
-    """A start that is a recipe, and one that the base absorbed: rank r and the same function."""
+    """A start stored as a recipe, and one absorbed by the base: rank r and the same function."""
     from lora_kernels import LoRAConfig, add_lora, save_adapter
 
     for scaling in ("lora", "rslora", "alpha_sqrt"):

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, TRL's SFTTrainer and DPOTrainer over a model that was initialised."""
+"""Hugging Face's Trainer, and TRL's SFTTrainer and DPOTrainer, on an initialized model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..support.packages import needs_trainer, needs_trl
-from .models import VOCABULARY, adapted, close, llama, logits, same_bits, tokens, weights_of
-from .test_accelerate import accelerate
-from .test_initialize import initialize
+from ..support.peft_models import accelerate, adapted, initialize
+from ..support.running import close, logits, same_bits, token_ids, training_arguments, weights_of
+from ..support.tiny_models import VOCABULARY, llama
 
 STEPS = 6
 PAIRS = [("the", "rank"), ("one", "svd"), ("train", "sines"), ("and", "matrix")]
@@ -20,7 +20,7 @@ TEXTS = ["the rank of a matrix", "a basis of sines", "one norm and no svd", "tra
 
 
 class _Losses:
-    """What a Trainer logs."""
+    """The losses logged by a Trainer."""
 
     def __init__(self, trainer) -> None:
         self.steps = {
@@ -36,21 +36,11 @@ def model_to_train(dropout: float = 0.1) -> nn.Module:
 
 
 def trainer(model: nn.Module, folder, **options):
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=16, seed=4)]
-    arguments = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        max_steps=STEPS,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_steps=3,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        **options,
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(16, seed=4)]
+    arguments = training_arguments(
+        folder, max_steps=STEPS, logging_steps=1, save_steps=3, **options
     )
     return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4])
 
@@ -82,7 +72,9 @@ def test_checkpoints_are_adapters_for_plain_peft(tmp_path):
 
 @needs_trainer
 def test_best_model_at_the_end(tmp_path):
-    """The best is said to be the one with the largest loss, the first; it comes back whole."""
+    """The best model is defined as the one with the largest loss, the first; it is restored
+    completely.
+    """
     run = trainer(
         model_to_train(0.0),
         tmp_path,
@@ -118,7 +110,7 @@ def tokenizer():
 
 @needs_trl
 def test_sft_trainer(tmp_path, tokenizer):
-    """One line more in a user's script; the losses are those without our forward."""
+    """One more line in a user's script; the losses are those without our forward."""
     from datasets import Dataset
     from peft import PeftModel
     from trl import SFTConfig, SFTTrainer

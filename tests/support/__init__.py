@@ -1,4 +1,4 @@
-"""What tests share: oracles, devices, packages that may be missing, tiny models and adapters."""
+"""Shared by tests: tiny models, adapters, oracles, devices, and which packages are installed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Adapters of single layers and of tiny models, with their true ΔW in float64."""
+"""Trained adapters of single layers and of tiny models, with their true ΔW in float64."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lora_kernels.layers.state import LayerState
 from lora_kernels.model.config import AdapterState, LoRAConfig
 
 from .oracle import to_numpy
+from .tiny_models import bert, gpt2, llama
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -73,7 +74,7 @@ def one_layer(rows=40, cols=48, **options):
 
 
 def assert_same(got: AdapterState, want: AdapterState) -> None:
-    """Bit for bit, the dtypes too."""
+    """Bit for bit, including dtypes."""
     assert got.config == want.config and got.base_model == want.base_model
     assert list(got.layers) == list(want.layers) and got.extra.keys() == want.extra.keys()
     for name, tensor in want.extra.items():
@@ -92,7 +93,7 @@ def peft_config(folder) -> dict:
 
 
 def logits_64(model, deltas: dict[str, np.ndarray], ids, extra=None):
-    """What the model computes with W + ΔW in float64."""
+    """The logits of the model with W + ΔW, in float64."""
     model = copy.deepcopy(model).double()
     with torch.no_grad():
         for name, delta in deltas.items():
@@ -122,10 +123,10 @@ def adapt_model(model, names, config):
 
 
 def peft_logits(model, folder, strict=True):
-    """The model with the adapter, loaded by PEFT, and its logits; `strict`: without a warning."""
+    """(the model as loaded by PEFT, its logits); `strict` turns warnings into errors."""
     peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
-        # PEFT warns of keys and options that it passes over.
+        # PEFT warns about keys and options that it ignores.
         warnings.simplefilter("error" if strict else "ignore")
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
@@ -135,16 +136,16 @@ def peft_logits(model, folder, strict=True):
 
 
 def assert_agree(got, want) -> None:
-    # A model of two blocks in float32, against one in float64: some roundings of the largest logit.
+    # Two blocks in float32 against float64: some roundings of the largest logit.
     assert (got.double() - want).abs().max() <= 3e-5 * want.abs().max()
 
 
 def train(model, steps, optimizer=None):
-    """The model, some steps further, and its optimiser."""
+    """Train for some steps, continuing from the state `optimizer`; returns the new state."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     fresh = torch.optim.AdamW(parameters, lr=1e-2)
     if optimizer is not None:
-        fresh.load_state_dict(copy.deepcopy(optimizer))  # it takes the tensors over
+        fresh.load_state_dict(copy.deepcopy(optimizer))  # it keeps the tensors themselves
     model.train()
     for _ in range(steps):
         fresh.zero_grad()
@@ -156,46 +157,16 @@ def train(model, steps, optimizer=None):
 
 @functools.cache
 def tiny_model(kind: str):
-    """A Llama, a GPT-2 or a BERT that classifies, of two blocks with weights of a usual size, so
-    that logits depend on all of them. Not to be changed.
-    """
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(1)
-    if kind == "llama":
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                vocab_size=64,
-                max_position_embeddings=32,
-                initializer_range=0.1,
-            )
-        )
-    elif kind == "bert":
-        model = transformers.BertForSequenceClassification(
-            transformers.BertConfig(
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                vocab_size=64,
-                initializer_range=0.1,
-            )
-        )
-    else:
-        model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                n_embd=64, n_layer=2, n_head=4, vocab_size=64, n_positions=32, initializer_range=0.1
-            )
-        )
-    return model.eval()
+    """A shared model, not to be changed, with weights large enough for logits to depend on all."""
+    pytest.importorskip("transformers")
+    if kind == "gpt2":
+        return gpt2(seed=1, n_embd=64, initializer_range=0.1)
+    make = {"llama": llama, "bert": bert}[kind]
+    return make(seed=1, hidden_size=64, intermediate_size=96, initializer_range=0.1)
 
 
 def write_plain(folder, tensors=None, **options) -> None:
-    """An adapter of one layer as PEFT writes it."""
+    """An adapter of one layer, as PEFT writes it."""
     folder.mkdir(exist_ok=True)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q"], **options}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config))

@@ -25,14 +25,14 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def dst_basis(size: int, rank: int) -> np.ndarray:
-    """First `rank` columns of the orthonormal DST-I of `size` (SciPy's, not the formula again)."""
+    """The first `rank` columns of the orthonormal DST-I of `size`, by SciPy."""
     if size == 1:
         return np.ones((1, 1))[:, :rank]
     return dst(np.eye(size, rank), type=1, norm="ortho", axis=0)
 
 
 def loram_beta(weight: np.ndarray, rank: int) -> float:
-    """β = (Q[r] ν[W] / ν[ΦₙΦₘᵀ])^(1/4) as the paper writes it, with ν computed on the product."""
+    """β = (Q[r] ν[W] / ν[ΦₙΦₘᵀ])^(1/4) as in the paper, with ν of the formed product."""
     n, m = weight.shape
     full = min(n, m)
     gain = 1.0 if full <= 2 else np.log(max(rank, 2)) / np.log(full)
@@ -44,7 +44,7 @@ def assert_close(
     got: np.ndarray, want: np.ndarray, size: np.ndarray, ratio: float, dtype: torch.dtype
 ) -> None:
     """‖got − want‖ ≤ ratio · ‖size‖, and no entry is off by more than 64 eps of the largest size;
-    besides 64 roundings of subnormals an entry.
+    plus 64 subnormal roundings per entry.
     """
     assert got.shape == want.shape == size.shape
     assert np.isfinite(got).all()

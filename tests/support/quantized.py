@@ -1,4 +1,4 @@
-"""Quantised layers for tests, and what they multiply with by the quantisers' own definitions."""
+"""Quantized layers for tests, and their weights by the quantizers' own definitions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FP4 = np.concatenate([FP4, -FP4])
 
 
 class OnlyForward(nn.Module):
-    """What GPTQ's and AWQ's layers offer: sizes and a forward, over int8 codes and float scales."""
+    """Like GPTQ's and AWQ's layers: sizes and a forward, over int8 codes and float scales."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class OnlyForward(nn.Module):
 
 
 class ForInference(OnlyForward):
-    """A kernel without a backward."""
+    """Its forward has no backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.detach())
@@ -90,9 +90,10 @@ def linear_8bit(linear: nn.Linear, threshold: float = 0.0) -> nn.Module:
 
 
 def quantize_4bit(W: np.ndarray, quant_type: str = "nf4", blocksize: int = 64) -> np.ndarray:
-    """Every entry over its block's largest becomes the nearest code, in float64: QLoRA, section 2.
+    """Divide every entry by its block's largest and take the nearest code, in float64: QLoRA,
+    section 2.
 
-    Blocks are of consecutive entries, and go across rows.
+    Blocks are of consecutive entries, across rows.
     """
     codes = NF4 if quant_type == "nf4" else FP4
     flat = W.reshape(-1)

@@ -1,7 +1,8 @@
-"""Errors that a CUDA context never recovers from: the process that has one must end.
+"""Errors that a CUDA context never recovers from: the process has to end.
 
-After an illegal address every later call of that process fails, whatever test makes it.
-pytest-xdist names the test in which a worker ends, and starts another; alone, the run stops there.
+After an illegal address every later call of the process fails, whichever test makes it.
+pytest-xdist reports the test in which a worker ended, and starts another worker; without it, the
+run stops.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 
 
 def end_if_broken(config: pytest.Config, test: str, synchronize: Callable[[], object]) -> None:
-    """Fails the test if the device reports an error, and ends the process if it does so again."""
+    """Fail the test if the device reports an error, and end the process if it reports one again."""
     try:
         synchronize()
         return
@@ -27,5 +28,5 @@ def end_if_broken(config: pytest.Config, test: str, synchronize: Callable[[], ob
         if not hasattr(config, "workerinput"):
             pytest.exit(message, returncode=1)
         print(message, file=sys.__stderr__, flush=True)
-        os._exit(1)  # an ordinary exit would wait for the device
+        os._exit(1)  # a regular exit would wait for the device
     pytest.fail(f"{test} left an error on the device: {first}")

@@ -1,4 +1,4 @@
-"""A test that breaks its device fails alone: those after it run in another process."""
+"""A test that breaks its device fails alone: the following tests run in another process."""
 
 from __future__ import annotations
 

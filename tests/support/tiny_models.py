@@ -1,81 +1,78 @@
-"""Random models of a few thousand parameters, of the families that people fine-tune."""
+"""Random transformers models of a few thousand parameters.
+
+`**config` overrides any option of the family's configuration, such as `hidden_size`.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 VOCABULARY = 96
+_BLOCKS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
-def llama(tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """Two blocks, grouped-query attention, no biases."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def gpt2(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """Two blocks of Conv1D, biases everywhere, a head tied to the embedding."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def _make(
+    family: str, task: str, config: dict, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> nn.Module:
+    """In evaluation mode."""
+    import transformers
 
     torch.manual_seed(seed)
-    config = GPT2Config(
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        vocab_size=VOCABULARY,
-        bos_token_id=1,
-        eos_token_id=2,
-        attn_pdrop=0.0,
-        embd_pdrop=0.0,
-        resid_pdrop=0.0,
-    )
-    model = GPT2LMHeadModel(config).to(dtype).eval()
-    with torch.no_grad():  # they start at zero, where a lost bias is not seen
+    configuration = getattr(transformers, f"{family}Config")(**config)
+    return getattr(transformers, family + task)(configuration).to(dtype).eval()
+
+
+def llama(
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    task: str = "ForCausalLM",
+    **config,
+) -> nn.Module:
+    """Two blocks with grouped-query attention and no biases."""
+    options = {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    options |= {"tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2}
+    return _make("Llama", task, _BLOCKS | options | config, dtype, seed)
+
+
+def gpt2(dtype: torch.dtype = torch.float32, seed: int = 0, **config) -> nn.Module:
+    """Two blocks of Conv1D layers, with biases everywhere and the head tied to the embedding."""
+    options = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    options |= {"bos_token_id": 1, "eos_token_id": 2}
+    options |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    model = _make("GPT2", "LMHeadModel", options | config, dtype, seed)
+    with torch.no_grad():  # biases are initialized to zero, where losing one would go unnoticed
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model
 
 
-def token_ids(rows: int = 2, length: int = 12, seed: int = 1) -> Tensor:
-    """[rows, length]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+def bert(seed: int = 0, **config) -> nn.Module:
+    """Two blocks and a classifier of three labels."""
+    options = {"intermediate_size": 48, "num_labels": 3}
+    return _make("Bert", "ForSequenceClassification", _BLOCKS | options | config, seed=seed)
 
 
-@torch.no_grad()
-def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
-    """In the mode that the model is in."""
-    ids = (token_ids() if ids is None else ids).to(next(model.parameters()).device)
-    return model(input_ids=ids, use_cache=False).logits
+def falcon(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Two blocks whose linear layers are a subclass of nn.Linear."""
+    return _make("Falcon", "ForCausalLM", _BLOCKS, dtype)
 
 
-def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, seed: int = 2) -> list[float]:
-    """The losses of a few steps of AdamW on random tokens."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    losses = []
-    for step in range(steps):
-        ids = token_ids(seed=seed + step).to(parameters[0].device)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+def mamba(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Two mixers."""
+    options = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    return _make("Mamba", "ForCausalLM", options, dtype)
+
+
+def mixtral() -> nn.Module:
+    """One block with four experts."""
+    options = {"num_hidden_layers": 1, "num_key_value_heads": 2, "num_attention_heads": 2}
+    options |= {"intermediate_size": 48, "num_local_experts": 4}
+    return _make("Mixtral", "ForCausalLM", _BLOCKS | options)

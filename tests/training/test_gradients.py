@@ -1,4 +1,4 @@
-"""`capture_gradients`: the sums, the memory they cost, and the model left as it was."""
+"""`capture_gradients`: the sums, their memory, and the unchanged model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE = 24
 
 
 class Stack(nn.Module):
-    """Linear layers of one size with a tanh after each; "head" is of another size."""
+    """Linear layers of one size, each followed by tanh; "head" has another size."""
 
     def __init__(self, depth: int = 4, size: int = SIZE, checkpointing: bool | None = None) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def batches_of(count=3, size=SIZE, dtype=torch.float32, device="cpu"):
 
 
 def plain_sums(model, batches, loss=mean_square) -> dict[str, torch.Tensor]:
-    """By autograd's ordinary way, in float64: Σ over the batches of each weight's gradient."""
+    """With plain autograd, in float64: Σ over the batches of each weight's gradient."""
     model = copy.deepcopy(model).double().requires_grad_(True)
     model.zero_grad()
     for batch in batches:
@@ -58,7 +58,7 @@ def plain_sums(model, batches, loss=mean_square) -> dict[str, torch.Tensor]:
 
 
 def state_of(model):
-    """All that has to be left alone."""
+    """Everything that must not change."""
     return (
         [(n, p.requires_grad, p.grad, None if p.grad is None else p.grad.clone())
          for n, p in model.named_parameters()],
@@ -79,7 +79,7 @@ def assert_untouched(model, before) -> None:
 
 
 def marked(model):
-    """With flags, gradients and modes of all kinds."""
+    """A model with various flags, gradients and modes."""
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 == 0)  # some weights and some biases
         if index % 4 < 2:
@@ -102,14 +102,14 @@ def test_sums(checkpointing, where, device):
         assert gradient.dtype == torch.float32 and not gradient.requires_grad
         assert gradient.device.type == (where or device)
         reference = want[f"{name}.weight"].to(gradient.device)
-        # Each entry is a float32 sum of a few products, through at most four layers.
+        # Each entry is a float32 sum of a few products, after at most four layers.
         assert (gradient - reference).norm() <= 64 * ROUNDING[torch.float32] * reference.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes(dtype, device):
     """A bfloat16 model's gradients are bfloat16, and the sum is not: 40 equal batches give 40 times
-    one gradient to float32's rounding, where bfloat16 would have stopped growing.
+    one gradient to float32's rounding, where a bfloat16 sum would have stopped growing.
     """
     model = Stack().to(device, dtype)
     batch = batches_of(1, dtype=dtype, device=device)[0]
@@ -128,7 +128,7 @@ def test_dtypes(dtype, device):
 
 
 class Alive(TorchDispatchMode):
-    """Counts memory blocks of a weight's size that were made inside and are still held."""
+    """Counts tensors of a weight's size that were created inside and are still alive."""
 
     def __init__(self, weights: list[torch.Tensor]) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Alive(TorchDispatchMode):
 
 
 def test_no_more_than_one_gradient_is_alive():
-    """Beside the sums; autograd's ordinary way, counted likewise, holds one for every layer."""
+    """Besides the sums; plain autograd, counted the same way, holds one for every layer."""
     depth = 12
     model, batches = Stack(depth), batches_of(3)
     weights = [block.weight for block in model.blocks]
@@ -174,7 +174,7 @@ def test_no_more_than_one_gradient_is_alive():
 
 class TestSharedWeights:
     def test_tied(self, device):
-        """One sum for both names, of all uses of the weight."""
+        """One sum under both names, over all uses of the weight."""
         model = Stack().to(device)
         model.blocks[2].weight = model.blocks[0].weight
         batches = batches_of(device=device)
@@ -205,7 +205,7 @@ class TestSharedWeights:
 
 @pytest.mark.parametrize("size", [SIZE, 17])
 def test_conv1d_is_transposed(size, device):
-    """GPT-2's layer: y = x W + b with W [in, out]; a square one too."""
+    """GPT-2's layer: y = x W + b with W [in, out]; also a square one."""
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     model = nn.Sequential(conv1d(size, SIZE)).to(device)
     batches = batches_of(device=device)
@@ -216,7 +216,7 @@ def test_conv1d_is_transposed(size, device):
 
 
 def test_an_adapted_layer(device):
-    """The gradient in the frozen base weight; the factors get none."""
+    """The gradient of the frozen base weight; the factors get none."""
     model = Stack().to(device)
     model.blocks[1] = LoRALinear.from_linear(model.blocks[1], r=4)
     batches = batches_of(device=device)
@@ -251,7 +251,7 @@ class TestWhatRaises:
         with pytest.raises(KeyError, match=where):
             capture_gradients(model, batches(), loss=loss)
         assert_untouched(model, before)
-        # And it can be used again.
+        # It can be used again.
         capture_gradients(model, batches_of(device=device), loss=mean_square)
 
     def test_unreached_target(self):
@@ -263,8 +263,8 @@ class TestWhatRaises:
 
     @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
     def test_reentrant_checkpointing(self):
-        """With a frozen embedding nothing flows through it; where the input asks for a gradient, as
-        Hugging Face's `enable_input_require_grads` sees to, it is right.
+        """With a frozen embedding no gradient flows through it; if the input requires one, as after
+        Hugging Face's `enable_input_require_grads`, the result is right.
         """
         model = Stack(checkpointing=True)
         with pytest.raises(ValueError, match="use_reentrant=False"):
@@ -323,7 +323,7 @@ class TestWhatRaises:
             capture_gradients(Stack(), batches_of(), loss=mean_square)
 
     def test_overflow(self):
-        """A finite loss, whose gradient is too large for float16."""
+        """A finite loss with a gradient too large for float16."""
         model = Stack().half()
         with pytest.raises(ValueError, match="holds NaN or Inf; float16 overflows"):
             capture_gradients(
@@ -402,7 +402,7 @@ class TestProgress:
 @needs_real_model
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_real_model(real_model, checkpointing, device):
-    """Frozen SmolLM2 with dicts and with plain ids; the tied head is no target."""
+    """Frozen SmolLM2 with dicts and with plain ids; the tied head is not a target."""
     model = copy.deepcopy(real_model).to(device).requires_grad_(False)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -446,7 +446,7 @@ def _rank(rank: int, folder: str, fail: bool) -> None:
 @pytest.mark.parametrize("fail", [False, True])
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes(tmp_path, fail):
-    """Both get the sum over all batches; where one fails, the other says so and does not wait."""
+    """Both get the sum over all batches; if one fails, the other says so instead of waiting."""
     torch.multiprocessing.spawn(_rank, (str(tmp_path), fail), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     if fail:

@@ -74,7 +74,7 @@ class TestMeasure:
     @pytest.mark.parametrize("name", ["pissa", "loram", "lora"])
     @pytest.mark.parametrize("scaling", [1.0, 0.25])
     def test_growth_is_that_of_the_starts(self, name, scaling, device):
-        """k₁ = r(m σ_A⁴ + n σ_B⁴) of the factors that the initialisers make."""
+        """k₁ = r(m σ_A⁴ + n σ_B⁴) of the initializers' factors."""
         n, m, r = 60, 2000, 8
         weight = torch.randn(n, m).to(device)
         start = get_initializer(name)(weight, r, scaling)
@@ -82,12 +82,12 @@ class TestMeasure:
         want = r * (m * nu(A) ** 2 + n * nu(B) ** 2)
         assert growth(nu(A), nu(B), n, m, r) == pytest.approx(want)
         got = getattr(measure(weight, r, scaling), f"k1_{name}")
-        # 16 000 random entries give their variance to about a per cent; PiSSA's randomised σ are
+        # 16 000 random entries give their variance to about a per cent; PiSSA's randomized σ are
         # those of a spectrum without gaps.
         assert got == pytest.approx(want, rel=0.05 if name == "lora" else 1e-3)
 
     def test_randomized(self, device):
-        """The r largest only; the rank is taken to be full."""
+        """Only the r largest; the rank is assumed to be full."""
         weight = torch.randn(200, 150).to(device)
         exact = measure(weight, 8)
         got = measure(weight, 8, method="randomized", seed=3)
@@ -119,7 +119,7 @@ class TestMeasure:
 
     @pytest.mark.parametrize("method", ["exact", "randomized"])
     def test_rank_beyond_the_weight(self, method, device):
-        """A small layer among large ones; its own spectrum is still there."""
+        """A small layer among large ones still gets its own spectrum."""
         row = measure(torch.randn(3, 10).to(device), 16, method=method)
         assert row.nu_weight > 0 and [k for k, _ in row.gains] == ([1, 2] * (method == "exact"))
         for name in ("rho", "gain", "log_gain", "beta", "start_ratio", "k1_lora", "k1_loram"):
@@ -150,7 +150,7 @@ class TestUpdate:
     @pytest.mark.parametrize("residual", ["absorb", "implicit"])
     @pytest.mark.parametrize("start", STARTS)
     def test_against_the_product(self, start, residual, dtype, device):
-        """‖s(BA − B₀A₀)‖ formed by NumPy, after a change as small as one of float32 can be."""
+        """‖s(BA − B₀A₀)‖ formed by NumPy, after a change as small as float32 allows."""
         linear = nn.Linear(48, 40, dtype=dtype).to(device)
         layer = LoRALinear.from_linear(
             linear, r=8, lora_alpha=4, init_lora_weights=start, residual=residual
@@ -188,7 +188,7 @@ class TestUpdate:
     @pytest.mark.parametrize("residual", ["absorb", "implicit"])
     @pytest.mark.parametrize("start", STARTS)
     def test_row_of_a_layer(self, start, residual, device):
-        """W is the base's, not the residual's; the rank, s and the start are the layer's own."""
+        """W is the base's, not the residual's; rank, s and start are the layer's own."""
         linear = nn.Linear(48, 40).to(device)
         original = copy.deepcopy(linear)
         layer = LoRALinear.from_linear(
@@ -241,7 +241,7 @@ class TestInspectModel:
         ],
     )
     def test_bad(self, kwargs, match, monkeypatch):
-        """Before anything is measured."""
+        """Errors are raised before anything is measured."""
         monkeypatch.setattr(magnitude, "measure", None)
         with pytest.raises(ValueError, match=match):
             inspect_model(nn.Sequential(nn.Linear(4, 4)), **kwargs)

@@ -25,7 +25,7 @@ RANK, RATE, STEPS = 16, 1e-3, 4
 
 @dataclass(frozen=True)
 class Task:
-    """A frozen model, some of its layers, batches, and each batch's ν[∇_W L] at the start."""
+    """A frozen model, some of its layers, batches, and ν[∇_W L] of each batch at the start."""
 
     model: nn.Module
     names: Sequence[str]
@@ -35,7 +35,7 @@ class Task:
 
 @pytest.fixture(scope="module")
 def task(real_model) -> Task:
-    """The last two of 30 blocks: 14 projections of all shapes, and a short way back to them."""
+    """The last two of 30 blocks: 14 projections of all shapes, and a short backward pass."""
     model = copy.deepcopy(real_model).requires_grad_(False)
     names = [n for n in smollm2.target_projections(model) if n.split(".")[2] in ("28", "29")]
     texts, _ = smollm2.load_texts()
@@ -46,7 +46,7 @@ def task(real_model) -> Task:
 
 
 def train(task: Task, start: str) -> dict[int, dict[str, float]]:
-    """Measured over predicted ν[ΔW] of each layer, after one step and after all, of plain SGD."""
+    """Measured over predicted ν[ΔW] of each layer, after one step and after all, with plain SGD."""
     torch.manual_seed(0)
     model = copy.deepcopy(task.model)
     layers, k1 = {}, {}

@@ -20,7 +20,7 @@ OPTIMIZERS = {
     "adam": (torch.optim.Adam, {}),
     "adamw": (torch.optim.AdamW, {}),
 }
-# eps as large as the gradients, so that one that is not scaled is seen; both weight decays.
+# eps as large as the gradients, so that leaving it unscaled shows; both kinds of weight decay.
 SETUPS = {
     "sgd": Setup("sgd", 16, 3e-3, 1e-3, weight_decay_A=0.01, weight_decay_B=0.02),
     "adam": Setup("adam", 16, 1e-3, 4e-3, 1e-2, 1e-3, 0.01, 0.02),
@@ -36,7 +36,7 @@ def linear(real_model) -> nn.Linear:
 
 
 def trajectory(linear, setup, start, residual="absorb") -> list[torch.Tensor]:
-    """s·(BA) in the function: the layer's outputs on fixed inputs after every step."""
+    """s·(BA) as a function: the layer's outputs on fixed inputs after every step."""
     layer = LoRALinear.from_linear(
         copy.deepcopy(linear),
         r=8,
@@ -63,10 +63,10 @@ def trajectory(linear, setup, start, residual="absorb") -> list[torch.Tensor]:
 @pytest.mark.parametrize("start", ["loram", "pissa"])
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_same_trajectory(optimizer, start, residual, linear):
-    """Any two α that are no powers of two: other bits, the same training.
+    """Any two α that are not powers of two: different bits, the same training.
 
-    After 20 steps that have moved the outputs by some per cent, the two are as far from each other
-    as float64's rounding (1e-16) of s·BA grows in 20 steps.
+    After 20 steps, which move the outputs by some per cent, the two differ by as much as float64's
+    rounding (1e-16) of s·BA grows in 20 steps.
     """
     setup = SETUPS[optimizer]
     other = rescaled(setup, 3.7, 0.21)
@@ -94,7 +94,7 @@ def test_same_trajectory(optimizer, start, residual, linear):
     ],
 )
 def test_every_part_counts(optimizer, wrong, linear):
-    """Leaving one value as it was is seen, far above rounding."""
+    """Leaving any single value unscaled is visible, far above rounding."""
     setup = SETUPS[optimizer]
     other = rescaled(setup, 3.7, 0.21)
     broken = Setup(**(vars(other) | {wrong: getattr(setup, wrong)}))
@@ -104,7 +104,7 @@ def test_every_part_counts(optimizer, wrong, linear):
 
 
 def test_arithmetic():
-    """The paper's exponents, on numbers."""
+    """The paper's exponents in numbers."""
     sgd = rescaled(Setup("sgd", 16, 1.0, 1.0, weight_decay_A=1.0), 2.0, 4.0)
     assert (sgd.lora_alpha, sgd.lr_A, sgd.lr_B) == (2.0, 4.0, 16.0)
     assert (sgd.alpha_A, sgd.alpha_B, sgd.weight_decay_A) == (2.0, 4.0, 0.25)
@@ -115,7 +115,7 @@ def test_arithmetic():
 
 
 def test_scaled_start():
-    """Its product is the start's, over α_Aα_B; B = 0 stays."""
+    """Its product is the original start's divided by α_Aα_B; B = 0 stays zero."""
     weight = torch.randn(12, 10)
     start = Setup("sgd", 1, 1, 1, alpha_A=2.0, alpha_B=8.0).initializer("pissa")
     assert isinstance(start, ScaledStart) and start.changes_base
@@ -134,7 +134,7 @@ def test_scaled_start_is_treated_as_its_start(name):
 
 
 def test_scaled_start_of_a_gradient():
-    """s·BA of LoRA-GA is the same at any α; its G is passed on."""
+    """s·BA of LoRA-GA is the same for any α; its G is passed on."""
     G, weight = torch.randn(12, 10), torch.randn(12, 10)
     products = []
     for setup in (Setup("sgd", 4, 1, 1), rescaled(Setup("sgd", 4, 1, 1), 2.0, 8.0)):
@@ -152,7 +152,7 @@ def test_scaled_start_of_a_gradient():
 
 
 def test_scaled_start_of_a_base_that_is_rewritten():
-    """LoftQ's base and s·BA are the same at any α."""
+    """LoftQ's base and s·BA are the same for any α."""
     linears = [nn.Linear(64, 48, bias=False) for _ in range(2)]
     linears[1].load_state_dict(linears[0].state_dict())
     layers = [

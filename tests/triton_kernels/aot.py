@@ -1,12 +1,12 @@
-"""Ahead-of-time compile gate: what the Python wrappers launch, compiled without a GPU.
+"""Ahead-of-time compile gate: the launches of the Python wrappers, compiled without a GPU.
 
-No signature is written down twice: `record` runs the real wrappers, takes down the launches they
-make instead of executing them, and `compile_launch` turns each into a cubin and reports on it.
+No signature is written down twice: `record` runs the real wrappers and records their launches
+instead of executing them, and `compile_launch` compiles each to a cubin and reports on it.
 
     python -m tests.triton_kernels.aot [CASES_MODULE] [--arch 80 90 100] [--jobs 2] [--cache FOLDER]
-    python -m tests.triton_kernels.aot --table  # writes resources.csv anew
+    python -m tests.triton_kernels.aot --table  # rewrites resources.csv
 
-`CASES_MODULE` has `CASES`, name -> callable taking the arch, and may have `EXPECTS`,
+`CASES_MODULE` has `CASES`, name -> callable that takes the arch, and may have `EXPECTS`,
 "case:kernel" -> {arch: instructions that every launch of that kernel in that case must contain}.
 """
 
@@ -43,7 +43,7 @@ ARCHS = (80, 90, 100)
 
 
 class _Device:
-    """As much of a driver as a launch asks before it compiles; its number is its arch."""
+    """What a launch asks of a driver before it compiles; its number is its arch."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -59,16 +59,16 @@ class _Device:
 
 
 def record(function: Callable[[], Any], arch: int = 90) -> list[Launch]:
-    """Run `function` and return the distinct launches it makes on `arch`; none is executed.
+    """Run `function` and return its distinct launches on `arch`, without executing them.
 
-    Triton itself binds and specialises the arguments, so the rules are those of its version.
-    Tensors may be on the CPU or on "meta", where large ones cost nothing.
+    Triton itself binds and specializes the arguments, so the rules are those of the installed
+    version. Tensors may be on the CPU, or on "meta", where large ones cost no memory.
     """
     launches: dict[tuple[str, int, str], Launch] = {}
 
     def take_down(fn, key, signature, device, constexprs, options, attrs, warmup) -> None:
         launch = Launch(fn, arch, key, signature, constexprs, attrs, dict(options.__dict__))
-        # Returning no kernel makes `JITFunction.run` return before it launches anything.
+        # When it gets no kernel, `JITFunction.run` returns before launching.
         launches.setdefault(launch.identity, launch)
 
     with (
@@ -83,12 +83,12 @@ def _find(module: str, name: str) -> JITFunction:
     return attrgetter(name)(importlib.import_module(module))
 
 
-# Kernels travel to the worker processes by name.
+# Kernels are passed to the worker processes by name.
 copyreg.pickle(JITFunction, lambda fn: (_find, (fn.__module__, fn.__qualname__)))
 
 
 def _attempt(function: Callable[..., Any], *args: Any) -> Any:
-    """The function's value, or what went wrong as a string."""
+    """The function's value, or its error as a string."""
     try:
         return function(*args)
     except Exception as error:
@@ -96,12 +96,12 @@ def _attempt(function: Callable[..., Any], *args: Any) -> Any:
         causes = [error]
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
-        # A failing ptxas brings all of its input along.
+        # The error of a failing ptxas contains all of its input.
         return "\ncaused by ".join(f"{type(each).__name__}: {each}"[:2000] for each in causes)
 
 
 def _compile_and_keep(launch: Launch, cache: Cache) -> Report:
-    """In a worker: what is compiled is kept, even if the run is stopped."""
+    """In a worker: results are kept even if the run is stopped."""
     report = compile_launch(launch)
     cache.write(launch, asdict(report))
     return report
@@ -119,7 +119,7 @@ def _compile_all(launches: list[Launch], jobs: int, cache: Cache) -> list[Report
             futures.append(workers.submit(_attempt, _compile_and_keep, launch, cache))
     results = []
     for launch, future in itertools.zip_longest(launches, futures):
-        # LLVM aborts rather than raises, and takes the launches of others along.
+        # LLVM aborts instead of raising, and other launches in the process are lost.
         if future is None or isinstance(future.exception(), BrokenProcessPool):
             with pool(1) as worker:
                 future = worker.submit(_attempt, _compile_and_keep, launch, cache)
@@ -130,7 +130,7 @@ def _compile_all(launches: list[Launch], jobs: int, cache: Cache) -> list[Report
 
 
 def _compile_new(launches: list[Launch], jobs: int, cache: Cache) -> list[Report | str]:
-    """As `_compile_all`, of those only that the cache does not know."""
+    """Like `_compile_all`, but only for launches that are not in the cache."""
     known = [cache.read(launch) for launch in launches]
     new = [launch for launch, report in zip(launches, known, strict=True) if report is None]
     compiled = iter(_compile_all(new, jobs, cache) if new else ())
@@ -169,7 +169,7 @@ def check(
             missing = [each for each in wanted if each not in result.instructions]
             reports.append({**asdict(result), "case": case, "missing": missing})
     if set(archs) != set(ARCHS):
-        return reports  # what follows may be about the others
+        return reports  # further faults may concern the others
     for case in module.CASES:
         if not any(recorded[case, arch] for arch in archs):
             error = "the case launches no kernel on any arch"
@@ -196,7 +196,7 @@ def main() -> None:
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with output, tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # the workers inherit it: nothing stale is read
+        os.environ["TRITON_CACHE_DIR"] = cache  # inherited by workers: nothing is stale
         module = importlib.import_module(arguments.cases_module)
         reports = check(module, archs, arguments.jobs, arguments.cache)
         if arguments.table:

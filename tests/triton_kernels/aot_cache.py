@@ -1,7 +1,7 @@
-"""What was compiled once is not compiled again: results on disk, a small JSON file each.
+"""A cache of compilation reports on disk, one small JSON file each.
 
-Keyed by everything that Triton keys its own cache with (its version and ptxas's, the kernel's
-source with what it calls, signature, constants, options) and by the source of what reports on it.
+The key contains everything in Triton's own cache key (its version and ptxas's, the source of the
+kernel and its callees, signature, constants, options) and the source of the reporting code.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_key
 
-UNUSED_FOR = 30 * 24 * 3600  # seconds, after which an entry goes
+UNUSED_FOR = 30 * 24 * 3600  # seconds until an entry is deleted
 REPORTER = Path(__file__).with_name("aot_compile.py").read_text()
 
 
 class Cache:
-    """Reports by launch in a folder; without a folder it remembers nothing."""
+    """Reports by launch in a folder; without a folder it stores nothing."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -32,7 +32,7 @@ class Cache:
                     entry.unlink(missing_ok=True)
 
     def read(self, launch) -> dict | None:
-        """What was written for `launch`, if anything."""
+        """The stored report for `launch`, if any."""
         if self.folder is None:
             return None
         try:
@@ -48,7 +48,7 @@ class Cache:
             entry = self._entry(launch)
             part = entry.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(report))
-            part.replace(entry)  # another process never sees half of it
+            part.replace(entry)  # other processes never see an incomplete file
 
     def _entry(self, launch) -> Path:
         source = ASTSource(launch.fn, launch.signature, launch.constexprs, launch.attrs)

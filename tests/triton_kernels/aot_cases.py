@@ -1,4 +1,4 @@
-"""What the ahead-of-time gate compiles: calls of the wrappers, in the configurations they ship."""
+"""Cases of the ahead-of-time gate: calls of the wrappers in the configurations that ship."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ RANKS = (16, 64, 128)
 
 
 def of(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    """Nothing reads it: what matters is its dtype, its strides and its alignment."""
+    """A tensor whose contents are never read: only dtype, strides and alignment matter."""
     return torch.empty(*shape, dtype=dtype)
 
 
 def factors(
     r: int, K: int = 256, N: int = 256, dtype: torch.dtype = FP32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B: the layer keeps them in float32, a user in W's dtype too."""
+    """A and B: the layer keeps them in float32, a user may have them in W's dtype."""
     return of(r, K, dtype=dtype), of(N, r, dtype=dtype)
 
 
@@ -104,7 +104,7 @@ def decode(arch: int) -> None:
 
 
 def gemm(arch: int) -> None:
-    if arch < 90:  # the tensor memory accelerator is younger
+    if arch < 90:  # older GPUs have no tensor memory accelerator
         return
     ranks = itertools.product((8, 16, 24, 32, 40, 64, 128), (False, True))
     for (r, start), w_is_kn in itertools.product(ranks, (False, True)):
@@ -118,7 +118,7 @@ def gemm(arch: int) -> None:
 
 
 def overlapped(arch: int) -> None:
-    """The two kernels of it that have to find room beside each other: `test_aot` adds them up."""
+    """The two kernels that must fit on a multiprocessor together: `test_aot` adds them up."""
     if arch < 90:
         return
     for r, p, bias in ((16, 0.0, None), (16, 0.1, of(256)), (24, 0.0, None), (32, 0.0, of(256))):
@@ -137,7 +137,7 @@ def grads(arch: int) -> None:
 
 
 def odd_sizes(arch: int) -> None:
-    """Ranks that are no multiples of 16: other loads, other registers."""
+    """Ranks that are not multiples of 16: other loads, other registers."""
     for r in (1, 12, 61):
         A, B = factors(r)
         for M in (64, 8192):
@@ -170,7 +170,7 @@ CASES = {
 }
 WAIT = "griddepcontrol.wait"
 EXPECTS = {
-    # Memory-bound: 16-byte accesses, and several of them under way.
+    # Memory-bound: 16-byte accesses, several in flight.
     "stats:stats_kernel": {arch: ["ld.global.128"] for arch in (80, 90)},
     "init:subtract_kernel": {arch: ["cp.async", "st.global.128"] for arch in (80, 90, 100)},
     "decode:decode_kernel": {80: ["cp.async"], 90: ["cp.async", WAIT], 100: ["cp.async", WAIT]},

@@ -1,4 +1,4 @@
-"""One launch, compiled without a GPU as the runtime would compile it, and what its code is like."""
+"""Compile one launch without a GPU, as the runtime would, and report on its code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ REMARK = r"\(C75\d\d\)[^\n]*"
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch as Triton specialised it: all that decides the machine code."""
+    """A launch as specialized by Triton: everything that determines the machine code."""
 
     fn: JITFunction
     arch: int
@@ -54,7 +54,7 @@ class Launch:
 
     @property
     def arguments(self) -> dict[str, str]:
-        """Type ("/16": divisible by 16) or constant value of each parameter, to be read."""
+        """Type ("/16": divisible by 16) or constant value of each parameter, for reading."""
         described = {}
         for i, (name, kind) in enumerate(self.signature.items()):
             inner = {k[1:]: v for k, v in self.constexprs.items() if k[0] == i}
@@ -84,7 +84,7 @@ class Report:
 
 
 def compile_launch(launch: Launch) -> Report:
-    """Compile as the runtime would and look at the PTX and the cubin."""
+    """Compile as the runtime would, and examine the PTX and the cubin."""
     start = time.perf_counter()
     source = ASTSource(launch.fn, launch.signature, launch.constexprs, launch.attrs)
     target = GPUTarget("cuda", launch.arch, 32)

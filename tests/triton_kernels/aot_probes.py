@@ -1,4 +1,4 @@
-"""Cases that the compile gate must find fault with, and one with every kind of argument."""
+"""Cases in which the compile gate must find faults, and one with every kind of argument."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _arguments(arch: int) -> None:
     x, i = torch.empty(32, dtype=torch.float64), torch.empty(32, dtype=torch.uint8)
     pair = (i, 3)
     for bias in (None, x, x[1:]):
-        for size in (32, 48):  # both specialise to a multiple of 16: duplicates
+        for size in (32, 48):  # both specialize to a multiple of 16: duplicates
             arguments[(1,)](
                 x, x, bias, pair, size, 1, 2**40, 1, 32, 0.5, True, LOAD=_double, KIND=tl.float32
             )

@@ -1,7 +1,8 @@
-"""What each compiled kernel takes of a multiprocessor, as a table in the tree: resources.csv.
+"""The multiprocessor resources of each compiled kernel, as a table in the repository:
+resources.csv.
 
-A change of a kernel that costs registers or shared memory is then seen in its commit. The numbers
-are those of one version of Triton, which the table names.
+A change that costs registers or shared memory thus shows in its commit. The numbers hold for the
+version of Triton named in the table.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PER_BLOCK = 1024
 
 
 def programs(arch: int, registers: int, shared: int, warps: int) -> int:
-    """How many programs of a kernel a multiprocessor holds at a time (the CUDA occupancy rules)."""
+    """How many programs of a kernel a multiprocessor holds at once (the CUDA occupancy rules)."""
     of_a_warp = -(-registers * 32 // 256) * 256  # registers come in units of 256 a warp
     # Each quarter of a multiprocessor has a quarter of the registers, for whole warps.
     warps_held = min(WARPS, 4 * (REGISTERS // 4 // of_a_warp))
@@ -35,14 +36,14 @@ def programs(arch: int, registers: int, shared: int, warps: int) -> int:
 
 
 def fit_together(reports: list[dict]) -> bool:
-    """Whether a multiprocessor holds a program of each of these at the same time."""
+    """Whether a multiprocessor holds a program of each of these at once."""
     registers = sum(-(-r["registers"] * 32 // 256) * 256 * r["num_warps"] for r in reports)
     shared = sum(r["shared"] + PER_BLOCK for r in reports)
     return registers <= REGISTERS and shared <= SHARED[reports[0]["arch"]]
 
 
 def rows(reports: list[dict]) -> list[dict[str, str]]:
-    """The table of some reports; `launch` counts those of a kernel in a case."""
+    """The table rows of some reports; `launch` numbers the launches of a kernel in a case."""
     launches = collections.Counter()
     table = []
     for report in reports:

@@ -1,4 +1,4 @@
-"""The operators over the Triton kernels: compiled on a GPU, else interpreted on CPU tensors."""
+"""Run the operators on the Triton kernels: compiled on a GPU, else interpreted on the CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def device() -> Iterator[str]:
     if not on_gpu and old_triton and new_numpy:
         pytest.skip("the interpreter of triton < 3.7 does not know NumPy >= 2.4")
     library = torch.library.Library("lora", "IMPL")
-    # In Python, where `_poisoned` sees to what has memory.
+    # In Python, where `_poisoned` replaces the functions that allocate.
     kernels = {"_empty_factors": empty_factors_ref, **({} if on_gpu else backend.KERNELS)}
     for name, kernel in kernels.items():
         library.impl(name, kernel, "CUDA" if on_gpu else "CPU", allow_override=True)
@@ -37,14 +37,16 @@ def device() -> Iterator[str]:
 
 @pytest.fixture(scope="package")
 def dtypes() -> tuple[torch.dtype, ...]:
-    """Triton's interpreter takes the bits of bfloat16 for integers."""
+    """Without bfloat16 where Triton's interpreter treats its bits as integers."""
     halves = (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float16,)
     return (torch.float32, *halves)
 
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch, request) -> None:
-    """What a kernel forgets to write is NaN; but where launches are counted or captured."""
+    """Fill new memory with NaN, so that entries a kernel does not write show; except where launches
+    are counted or captured.
+    """
     if request.module.__name__.endswith("test_gpu"):
         return
     empty, empty_like = torch.empty, torch.empty_like

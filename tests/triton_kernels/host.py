@@ -1,6 +1,6 @@
-"""What a call of the layer makes the host do, counted: `python -m tests.triton_kernels.host`.
+"""Counts what a call of the layer makes the host do: `python -m tests.triton_kernels.host`.
 
-In a process of its own, which the interpreter has not got hold of: prints one JSON object.
+Runs in a process of its own, without the interpreter, and prints one JSON object.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ WAYS = {
     "fused": 2048,
     "fused pair": 2048,
     "overlapped": 2048,
-}  # way: tokens
+}  # implementation: tokens
 
 
 def layer(way: str, tokens: int, sizes: int = 512) -> dict[str, object]:
-    """Three calls of the layer with one way: what the first and the further ones do."""
+    """Three calls of the layer with one implementation: what the first and the later ones do."""
     options = {"dtype": BF16, "device": "meta"}
     x, W = torch.empty(tokens, sizes, **options), torch.empty(sizes, sizes, **options)
     A, B = torch.empty(16, sizes, device="meta"), torch.empty(sizes, 16, device="meta")
@@ -44,7 +44,7 @@ def layer(way: str, tokens: int, sizes: int = 512) -> dict[str, object]:
         mock.patch.object(triton, "cdiv", slow),
         mock.patch.object(triton, "next_power_of_2", slow),
     ):
-        for scaling in (1.0, 2.0, 2.0):  # the scaling is in no plan
+        for scaling in (1.0, 2.0, 2.0):  # no plan contains the scaling
             before = Seen(seen.launches.copy(), seen.binder.copy(), seen.compiled.copy())
             torch.ops.lora.linear(x, W, None, A, B, scaling)
             counts.append(
@@ -58,12 +58,12 @@ def layer(way: str, tokens: int, sizes: int = 512) -> dict[str, object]:
 
 
 def reduction() -> launcher.Launch:
-    """A small kernel's launch that has launched nothing yet: of 4 parts [600]."""
+    """The launch of a small kernel that has not run yet: 4 parts [600]."""
     return rank._reduction.__wrapped__(4, 600)
 
 
 def arguments() -> dict[str, object]:
-    """A direct launch hands over what Triton's own does, pointers as addresses."""
+    """A direct launch passes what Triton's own launch passes, with pointers as addresses."""
     different = []
     parts, out = torch.empty(4, 600), torch.empty(600)
     with stand_in(keep_arguments=True) as seen:
@@ -83,7 +83,7 @@ def arguments() -> dict[str, object]:
             elif isinstance(theirs, torch.Tensor):
                 same = ours == theirs.data_ptr()
             elif hasattr(theirs, "block_shape"):
-                # The third is the result's, another tensor in each call.
+                # The third belongs to the result, a new tensor in each call.
                 same = type(ours) is type(theirs) and all(
                     list(getattr(ours, field)) == list(getattr(theirs, field))
                     for field in ("shape", "strides", "block_shape", "padding")
@@ -96,8 +96,8 @@ def arguments() -> dict[str, object]:
     return {"different": different, "compared": [name for name, _ in seen.arguments[1::2]]}
 
 
-def specialisation() -> dict[str, object]:
-    """What must lead to another compilation does, and what must not does not."""
+def specialization() -> dict[str, object]:
+    """Changes that need another compilation cause one, and other changes do not."""
     A, seed = torch.empty(16, 256), torch.zeros((), dtype=torch.int64)
 
     def compilations(*calls) -> int:
@@ -121,7 +121,7 @@ def specialisation() -> dict[str, object]:
 
 
 def paths() -> dict[str, object]:
-    """Which way a second launch takes: past the binder, or through it."""
+    """Whether a second launch bypasses the binder or goes through it."""
     parts, out = torch.empty(4, 600), torch.empty(600)
 
     def through_binder() -> int:
@@ -142,7 +142,7 @@ def paths() -> dict[str, object]:
 
 
 def mixed_devices() -> str:
-    """The error of a launch whose tensors are on two devices: an address says nothing of them."""
+    """The error of a launch whose tensors are on two devices, which addresses do not show."""
     launch = reduction()
     with stand_in(), mock.patch.object(torch.Tensor, "get_device", lambda t: t.dim()):
         try:
@@ -153,11 +153,10 @@ def mixed_devices() -> str:
 
 
 def main() -> None:
-    """Print everything."""
     facts = {
         "layer": {way: layer(way, tokens) for way, tokens in WAYS.items()},
         "arguments": arguments(),
-        "specialisation": specialisation(),
+        "specialization": specialization(),
         "paths": paths(),
         "mixed_devices": mixed_devices(),
         "integers": all(

@@ -1,6 +1,6 @@
-"""Every kernel compiles for every arch, without spills, within its shared memory (`aot`).
+"""Every kernel compiles for every arch, without spills and within its shared memory (`aot`).
 
-What is compiled is kept in `.cache/triton-aot`: a second run compiles only what has changed.
+Results are kept in `.cache/triton-aot`: a second run compiles only what has changed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ..support import ROOT  # noqa: E402
 from ..support.exhaustive import EXHAUSTIVE  # noqa: E402
 from . import aot_table  # noqa: E402
 
-# What a block may ask for; Triton finds out only when it loads the kernel on the device.
+# The limit of a block, which Triton checks only when loading the kernel on the device.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 ARCHS = sorted(SHARED_LIMIT)
 
 
 def _own_archs() -> list[int]:
-    """On a GPU its own, for which its own Triton compiles; without one Hopper's, or all of them."""
+    """On a GPU its own arch, for which its Triton compiles; otherwise Hopper's, or all of them."""
     if not torch.cuda.is_available():
         return ARCHS if EXHAUSTIVE else [90]
     major, minor = torch.cuda.get_device_capability()
@@ -39,7 +39,7 @@ OWN_ARCHS = _own_archs()
 
 
 def _run(cases_module: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
-    # In another process: this one may have imported the kernels for the interpreter.
+    # In another process: this one may already have imported the kernels for the interpreter.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     if not environment.get("TRITON_INTERPRET"):
         environment.pop("TRITON_INTERPRET", None)
@@ -52,7 +52,7 @@ def _reports(cases_module: str, archs: list[int]) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     options = ("--cache", str(folder), "--arch", *map(str, archs))
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other workers of pytest-xdist wait, and read the cache
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other pytest-xdist workers wait, then read the cache
         process = _run(cases_module, *options, TRITON_INTERPRET="")
     assert process.returncode == 0, process.stderr[-5000:]
     return json.loads(process.stdout)
@@ -69,7 +69,7 @@ def probes() -> list[dict]:
 
 
 def _faults(reports: list[dict]) -> list[dict]:
-    """The reports that something is wrong with, less what is in order."""
+    """The faulty reports, and what is wrong with them."""
     faults = []
     for report in reports:
         aspects = ("error", "missing", "stack", "remarks")
@@ -158,7 +158,7 @@ def _probe(probes: list[dict], case: str) -> dict[int | None, dict]:
         ("serialized", "remarks", {90}),
         ("raise", "error", {*ARCHS}),
         ("none", "error", {None}),
-        ("dot", "error", {None}),  # expects something of a kernel that it does not launch
+        ("dot", "error", {None}),  # has expectations for a kernel that it does not launch
         ("newer", "error", set()),
     ],
 )
@@ -178,18 +178,18 @@ def test_the_gate_counts_instructions(probes, arch, name):
 
 
 def test_identical_launches_are_compiled_once(probes):
-    # The clock would differ.
+    # Times would differ.
     assert _probe(probes, "dot")[90]["seconds"] == _probe(probes, "dot again")[90]["seconds"]
     reports = [r for r in probes if r["case"] == "arguments" and r["arch"] == 90]
     assert [r["arguments"]["Bias"] for r in reports] == ["None", "*fp64/16", "*fp64"]
 
 
 def test_a_second_run_compiles_nothing(probes):
-    # Anew, the seconds would differ.
+    # Compiled again, the times would differ.
     assert _reports("tests.triton_kernels.aot_probes", ARCHS) == probes
 
 
-def test_arguments_are_specialised_as_at_run_time(probes):
+def test_arguments_are_specialized_as_at_run_time(probes):
     arguments = _probe(probes, "arguments")[80]["arguments"]
     assert arguments["size"] == "i32/16"
     assert arguments["one"] == "1"

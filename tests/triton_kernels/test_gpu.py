@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, sizes past 2^31, launches, other streams and devices."""
+"""What only a GPU can show: graphs, sizes beyond 2^31, launches, other streams and devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ops = torch.ops.lora
 
 
 def captured(function) -> torch.cuda.CUDAGraph:
-    """`function` warmed up on a side stream, as CUDA graphs want it, and captured."""
+    """`function` captured in a CUDA graph, after the required warm-up on a side stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -37,7 +37,7 @@ def test_init_in_a_graph():
         out["start"] = ops.loram_init_foreach(weights, 8, check=False)
 
     graph = captured(run)
-    for factor in (1.0, 3.0):  # what the weights hold when it is replayed counts
+    for factor in (1.0, 3.0):  # a replay uses the weights of that moment
         for source in pristine:
             source.mul_(factor)
         graph.replay()
@@ -64,7 +64,7 @@ def test_init_waits_for_nothing_without_the_check():
 
 
 def test_statistics_have_the_same_bits_whoever_arrives_last():
-    """The last program adds the totals of thousands that wrote theirs just before."""
+    """The last program adds up totals that thousands of others wrote just before."""
     one = torch.randn(8192, 8192, device="cuda")
     many = [torch.randn(512, 300 + 100 * k, device="cuda").half() for k in range(40)]
     for weights in ([one], many):
@@ -105,7 +105,7 @@ def test_layer_in_a_graph(M, dtype):
         graph = captured(lambda: out.update(y=layer(x)))
         x.normal_()
         graph.replay()
-        # Two ways to y may meet: a few roundings of bfloat16 (2^-8), beside sums of size 1.
+        # Two implementations of y may differ by a few roundings of bfloat16, for sums of size 1.
         torch.testing.assert_close(out["y"], layer(x), rtol=2e-2, atol=2e-2)
 
 
@@ -130,7 +130,9 @@ def test_decode_is_at_most_two_kernels(monkeypatch):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("M", [128, 8192])
 def test_the_overlapped_product_waits_for_z(M, dropout):
-    """It begins before z is there; z's memory holds the last round's z then, of another A."""
+    """It starts before z is written, when the memory of z still holds the previous round's z, of
+    another A.
+    """
     x = torch.randn(M, 4096, device="cuda", dtype=torch.bfloat16)
     W = (torch.randn(4096, 4096, device="cuda") / 64).to(torch.bfloat16)
     A, B = torch.randn(16, 4096, device="cuda") / 64, torch.randn(4096, 16, device="cuda")
@@ -195,7 +197,7 @@ def test_backward_of_a_training_step_is_the_same_bits_twice(r, dtype):
     A = (torch.randn(r, 512, device="cuda") / 20).requires_grad_()
     B = (torch.randn(768, r, device="cuda") / 20).requires_grad_()
     runs = []
-    for _ in range(3):  # the first measures the ways
+    for _ in range(3):  # the first call times the implementations
         y = ops.linear(x, W, None, A, B, 0.5)
         runs.append((y, *torch.autograd.grad(y, (x, A, B), torch.ones_like(y))))
     assert all(torch.equal(a, b) for a, b in zip(*runs[1:], strict=True))

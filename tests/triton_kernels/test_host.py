@@ -48,7 +48,7 @@ def test_a_direct_launch_hands_over_what_triton_does(facts):
 
 
 def test_what_is_compiled_anew(facts):
-    assert facts["specialisation"] == {
+    assert facts["specialization"] == {
         "same alignment": 1,
         "another alignment": 2,
         "another dtype": 2,
@@ -59,8 +59,8 @@ def test_what_is_compiled_anew(facts):
 
 
 def test_launches_are_direct_with_this_triton(facts):
-    """With one that launches otherwise they are ordinary ones; so they are where a profiler asks
-    to see them.
+    """With a Triton that launches differently, or while a profiler needs to see them, launches are
+    ordinary ones.
     """
     assert facts["paths"] == {"known": True, "usual": 1, "unknown": 3, "watched": 3}
 

@@ -51,7 +51,7 @@ def round_apart_kernel(low, high, out, BLOCK: tl.constexpr):
 
 
 def test_round_apart_is_whether_the_conversions_differ(device):
-    """At powers of two, at both signs, half-way between neighbours and near it."""
+    """At powers of two, with both signs, halfway between neighbors and near it."""
     count = 4096
     near = (torch.randn(count) * 2.0 ** torch.randint(-100, 100, (count,))).abs()
     near[:64] = 2.0 ** torch.arange(-32, 32)
@@ -65,7 +65,7 @@ def test_round_apart_is_whether_the_conversions_differ(device):
     round_apart_kernel[(count // 128,)](low, high, out, BLOCK=128)
     differ = low.float() != high.float()
     assert 0.2 < differ.float().mean() < 0.8
-    # An end that is half-way itself is as near as the errors get, and may be either.
+    # An end that is halfway itself is the closest case, and may go either way.
     ends = torch.stack([low, high]).view(torch.int64)
     inside = ((ends & (2**29 - 1)) != 2**28).all(0)
     assert inside.float().mean() > 0.9
@@ -105,7 +105,7 @@ def test_frobenius_stats_of_few_small_weights(count, device):
 
 
 def test_frobenius_stats_of_one_weight_alone_has_the_bits_of_a_list(device):
-    """Several programs, of which the last to arrive adds up, and leaves the counter at zero."""
+    """Of several programs, the last to arrive adds up and resets the counter to zero."""
     weight = torch.randn(700, 300).to(device)
     assert weight.numel() > 3 * frobenius_stats.CHUNK
     (want, _) = ops.frobenius_stats([weight, weight[:50]])
@@ -171,7 +171,7 @@ def test_subtract_dst_of_a_shard_of_a_huge_weight(device):
 
 
 def test_tables_of_a_graph_share_no_memory(monkeypatch):
-    """The replays of each graph read them again. (Here with memory that is not pinned.)"""
+    """Each replay of a graph reads them again. (Here with memory that is not pinned.)"""
     empty = torch.empty
     unpinned = lambda *args, pin_memory=False, **options: empty(*args, **options)  # noqa: E731
     monkeypatch.setattr(torch, "empty", unpinned)
@@ -210,7 +210,7 @@ def test_loram_init(scaling, device, dtypes):
         )
         want_beta = torch.empty_like(beta)
         loram_init_ref(want, want_A, want_B, want_beta, 8, scaling, True)
-        # The sums of squares are added in another order: an ulp of them, and what it is rounded to.
+        # The sums of squares are added in a different order: an ulp of them, and its rounding.
         torch.testing.assert_close(beta, want_beta, rtol=1e-14, atol=0)
         for k, weight in enumerate(weights):
             tight = {"rtol": 2e-7 if dtype != torch.float64 else 1e-13, "atol": 0}
@@ -264,7 +264,7 @@ def test_loram_init_without_the_check_does_not_raise(device):
 @pytest.mark.parametrize("scale", [0.0, -1.7, 1e-44, 1e30, float("nan")])
 @pytest.mark.parametrize(("size", "rank"), [(16, 5), (40, 40), (1023, 9), (306, 40)])
 def test_dst_basis_in_few_long_programs(size, rank, scale, device, monkeypatch):
-    """Angle addition over many blocks, whatever is left undecided, signs of zeros included."""
+    """Angle addition over many blocks, however much stays undecided, including signs of zeros."""
     monkeypatch.setattr(dst_basis, "ENOUGH_PROGRAMS", 1)
     factor = torch.tensor(scale, dtype=FP64, device=device)
     for dtype in (torch.float32, torch.float16):
@@ -277,7 +277,7 @@ def test_dst_basis_in_few_long_programs(size, rank, scale, device, monkeypatch):
 
 
 class Recorder:
-    """Takes the place of a kernel, and writes its launches down."""
+    """Replaces a kernel and records its launches."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
@@ -287,7 +287,7 @@ class Recorder:
 
 
 def test_what_a_model_launches_and_when(device, monkeypatch):
-    """The statistics before A and B have memory, one launch of everything for all weights."""
+    """First the statistics, before A and B are allocated; then one launch for all weights."""
     log = []
     for module, names in (
         (frobenius_stats, ["stats_kernel"]),
@@ -306,7 +306,7 @@ def test_what_a_model_launches_and_when(device, monkeypatch):
     ops.loram_init_foreach(weights, 4, check=False)
     others = ["scales_kernel", "axis_tables_kernel", *["dst_fill_kernel"] * 2, "subtract_kernel"]
     assert log == ["stats_kernel", "factors", *others]
-    # A single weight takes arguments instead of tables: no copy to the device.
+    # A single weight is passed as arguments instead of tables, without a copy to the device.
     monkeypatch.setattr(jobs, "upload", None)
     log.clear()
     ops.frobenius_stats(weights[:1])
@@ -321,7 +321,7 @@ def test_what_a_model_launches_and_when(device, monkeypatch):
 
 
 def test_a_sum_of_squares_at_the_limit_of_the_quick_check(device):
-    """What the quick check lets through is what the exact one would."""
+    """The exact check accepts whatever the quick check accepts."""
     for dtype in (torch.float16, torch.float32):
         weight = torch.zeros(32, 40, dtype=dtype)
         for scaling in (0.0, 0.01, -4.0, 1e30):

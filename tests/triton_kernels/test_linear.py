@@ -1,4 +1,4 @@
-"""The layer's kernels, each way to the result by itself, against float64."""
+"""The layer's kernels: each implementation on its own, against float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = [  # rows, N, K, r
 
 @pytest.fixture
 def force(monkeypatch, device):
-    """`force(name)`: every choice falls on that way, where there is one of that name."""
+    """`force(name)`: every choice takes the implementation of that name, where there is one."""
     taken = []
 
     def use(*names: str) -> list[str]:
@@ -36,10 +36,10 @@ def force(monkeypatch, device):
             return ways[name]()
 
         monkeypatch.setattr(operator, "fastest", chosen)
-        if device == "cpu":  # the interpreter knows the tensor memory accelerator too
+        if device == "cpu":  # the interpreter supports the tensor memory accelerator too
             monkeypatch.setattr(operator, "_is_hopper", lambda device: True)
             monkeypatch.setattr(operator, "_multiprocessors", lambda device: 3)
-        # The kernels take sizes, and without a GPU a dtype, that are left to the library else.
+        # Also sizes, and without a GPU a dtype, that would be left to the library.
         halves = operator.HALVES if device == "cuda" else (*operator.HALVES, torch.float32)
         monkeypatch.setattr(
             operator, "_thin", lambda a, *o: a.dtype in halves and all(t.numel() for t in (a, *o))
@@ -87,14 +87,14 @@ def test_with_R(way, lead, n, k, r, dropout, start, device, dtypes, force):
         t = inputs(lead, n, k, r, dtype, start=start, core=True, device=device)
         taken = force("kernel", "steps", way)
         check(t, 0.7, dropout, torch.tensor(9, device=device) if dropout else None)
-        assert "decode" not in taken  # its kernels have no place for R
+        assert "decode" not in taken  # its kernels do not support R
 
 
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("core", [False, True])
 @pytest.mark.parametrize(("lead", "n", "k", "r"), SHAPES)
 def test_plain(lead, n, k, r, core, start, device, force):
-    """All of the library's calls from one C++ function; the only way for a wide dtype."""
+    """All library calls from one C++ function: the only implementation for a wide dtype."""
     for dtype in (torch.float16, torch.float64):
         t = inputs(lead, n, k, r, dtype, start=start, core=core, device=device)
         taken = force("plain", "kernel", "reversed")
@@ -127,7 +127,9 @@ def test_factors_in_16_bits(rows, way, dropout, device, force):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(("parts", "length"), [(1, 5), (7, 64), (8, 1537), (19, 2048)])
 def test_sums_of_parts(parts, length, count, device):
-    """Of different numbers and lengths in one launch, each whole and in its dtype."""
+    """Different numbers and lengths of parts in one launch, each summed completely and in its
+    dtype.
+    """
     dtypes = (torch.float16, torch.float32, torch.float16)[:count]
     sums = [
         (torch.randn(parts + i, length + 4 * i, device=device), dtype, 0.5 - i)
@@ -136,7 +138,7 @@ def test_sums_of_parts(parts, length, count, device):
     for got, (each, dtype, scale) in zip(rank.reduce_all(sums), sums, strict=True):
         want = (scale * each.double().sum(0)).to(dtype)
         assert got.dtype == dtype
-        # One rounding to the result, or the float32 sum of up to 21 numbers of size 1.
+        # One rounding of the result, or the float32 sum of up to 21 numbers of size 1.
         rtol, atol = (2**-10, 1e-6) if dtype == torch.float16 else (0.0, 21 * 2**-22)
         torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
@@ -158,7 +160,7 @@ def test_strides(way, device, force):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_transposed_weight_takes_the_fused_way(config, device, force):
-    """GPT-2's Conv1D keeps W as [K, N]."""
+    """GPT-2's Conv1D stores W as [K, N]."""
     taken = force("kernel", "steps", config)
     t = inputs((70,), 64, 80, 8, torch.float16, device=device)
     t["weight"] = t["weight"].detach().T.contiguous().T
@@ -175,7 +177,7 @@ def test_expanded_gradient_and_bias(device, force):
     y = torch.ops.lora.linear(t["x"], t["weight"], bias, t["lora_A"], t["lora_B"], 0.5)
     got = torch.autograd.grad(y.sum(), leaves)  # of stride 0
     plain = t["x"] @ t["weight"].T + bias + 0.5 * t["x"] @ t["lora_A"].T @ t["lora_B"].T
-    # Float32 sums of 48 products, and for the gradients of 70 · 32, in another order.
+    # Float32 sums of 48 products, and for gradients of 70 · 32, in a different order.
     torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got, torch.autograd.grad(plain.sum(), leaves), rtol=1e-4, atol=1e-4)
 
@@ -247,7 +249,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def times(monkeypatch) -> dict[str, float | Exception]:
-    """What a way takes, by what it returns, or what it raises."""
+    """The time of each implementation by its return value, or the error it raises."""
     table: dict[str, float | Exception] = {}
 
     def milliseconds(way, device, launches) -> float:
@@ -274,7 +276,7 @@ def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch, times):
     monkeypatch.setattr(choice, "_can_measure", lambda device: False)
     assert choice.fastest(("another key",), ways, CPU) == "slow"
     assert list(choice.CHOSEN) == [("key", *times)]
-    # Among other ways the choice is another.
+    # With other implementations to choose from, the choice differs.
     monkeypatch.setattr(choice, "_can_measure", lambda device: True)
     del ways["fast"]
     assert choice.fastest(("key",), ways, CPU) == "middling"
@@ -289,7 +291,7 @@ def test_a_way_that_fails_is_left_out_and_told_once(times):
     with pytest.warns(RuntimeWarning, match="'broken'.*ptxas failed") as caught:
         assert choice.fastest(("key",), ways, CPU) == "good"
         assert choice.fastest(("another key",), ways, CPU) == "good"
-    assert len(caught) == 1  # nor of a GPU that is only small
+    assert len(caught) == 1  # the one that is too large warns of nothing
     del ways["good"]
     with pytest.raises(OutOfResources):
         choice.fastest(("none is left",), ways, CPU)
@@ -297,14 +299,14 @@ def test_a_way_that_fails_is_left_out_and_told_once(times):
 
 @pytest.mark.parametrize("M", [1, 2, 16, 17, 31, 32, 33, 63, 64])
 def test_rows_that_share_a_choice_share_the_kernels(M):
-    """Of decode: a block of rows is a power of two, and a choice holds for one block."""
+    """In decoding: a block of rows is a power of two, and a choice holds for one block."""
     key, block = operator._key(torch.empty(M, 16), torch.empty(16, 16), 4)[2], next_power_of_2(M)
     assert 2**key == block
     assert operator._key(torch.empty(block, 16), torch.empty(16, 16), 4)[2] == key
 
 
 def test_the_dropout_threshold_is_one_type_for_every_probability():
-    """Triton compiles a kernel anew for an integer beyond 32 bits."""
+    """Triton compiles a kernel again for an integer beyond 32 bits."""
     for p in (1e-9, 0.1, 0.499, 0.5, 0.75, 1.0):
         threshold, _ = philox.mask_arguments(p)
         assert -(2**31) <= threshold < 2**31

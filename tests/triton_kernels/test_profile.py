@@ -1,4 +1,4 @@
-"""What `make gpu-again` gives to ncu: it calls kernels by their own functions."""
+"""The script that `make gpu-again` runs under ncu calls the kernels' own functions."""
 
 from __future__ import annotations
 

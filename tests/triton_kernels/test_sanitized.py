@@ -15,7 +15,7 @@ from lora_kernels.triton_kernels.linear import gemm
 from ..ops.test_linear import check, inputs
 from .test_linear import force  # noqa: F401  (a fixture)
 
-# Rows, N, K, r. The first for few rows, the second for the GEMM past the end of M, N and K.
+# Rows, N, K, r: the first for few rows, the second for the GEMM beyond the ends of M, N and K.
 SIZES = [((2, 3), 96, 200, 16), ((200,), 24, 344, 8)]
 WAYS = [
     *(("kernel", "decode"), ("kernel", "steps", "reversed")),

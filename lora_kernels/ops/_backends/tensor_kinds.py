@@ -6,6 +6,8 @@ The GPU waits meanwhile: for 224 weights, C++ (csrc/cpu/kinds.cpp) needs a tenth
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 from .._library import define_kernel
@@ -19,8 +21,9 @@ def tensor_kinds_ref(
     Tensors of one kind agree in dtype, shape, strides and device, and in whether their address is a
     multiple of 16 bytes. Both returned tensors are int64 on the CPU.
     """
-    kinds: dict[tuple, int] = {}
-    numbers, addresses, firsts = [], [], []
+    kinds: dict[tuple[object, ...], int] = {}
+    numbers, addresses = [], []
+    firsts: list[int] = []
     for k, tensor in enumerate(tensors):
         address = tensor.data_ptr()
         kind = (tensor.dtype, tensor.shape, tensor.stride(), tensor.device, address % 16 == 0)
@@ -29,11 +32,14 @@ def tensor_kinds_ref(
             firsts.append(k)
         numbers.append(number)
         addresses.append(address)
-    options = {"dtype": torch.int64, "device": "cpu"}
-    return torch.tensor(numbers, **options), torch.tensor(addresses, **options), firsts
+    return (
+        torch.tensor(numbers, dtype=torch.int64, device="cpu"),
+        torch.tensor(addresses, dtype=torch.int64, device="cpu"),
+        firsts,
+    )
 
 
-def _fake(tensors):
+def _fake(tensors: list[torch.Tensor]) -> NoReturn:
     raise NotImplementedError("lora::_tensor_kinds needs real tensors: only kernels call it")
 
 

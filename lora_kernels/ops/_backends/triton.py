@@ -8,31 +8,43 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._library import LIBRARY
 from ..loram_init import check_distinct, largest_sum, log_gain, refuse_unfit
 
 
 @functools.cache  # `import_module` takes 1 us a call
-def _module(name: str):
+def _module(name: str) -> ModuleType:
     return importlib.import_module(f"lora_kernels.triton_kernels.{name}")
 
 
-def _dst_basis_(out, size, offset, scale):
+def _dst_basis_(out: Tensor, size: int, offset: int, scale: Tensor | None) -> None:
     _module("dst_basis").dst_basis_(out, size, offset, scale)
 
 
-def _frobenius_stats(weights):
+def _frobenius_stats(weights: list[Tensor]) -> Tensor:
     return _module("frobenius_stats").frobenius_stats(weights)
 
 
-def _subtract_dst_(weight, coefficient, rank, *placement):
+def _subtract_dst_(weight: Tensor, coefficient: Tensor, rank: int, *placement: int) -> None:
     _module("subtract_dst").subtract_dst_(weight, coefficient, rank, *placement)
 
 
-def _loram_init_(weights, lora_A, lora_B, beta, rank, scaling, check, stats=None):
+def _loram_init_(
+    weights: list[Tensor],
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    beta: Tensor,
+    rank: int,
+    scaling: float,
+    check: bool,
+    stats: Tensor | None = None,
+) -> None:
     check_distinct(weights)
     if stats is None:
         stats = _frobenius_stats(weights)
@@ -50,15 +62,15 @@ def _loram_init_(weights, lora_A, lora_B, beta, rank, scaling, check, stats=None
     )
 
 
-def _linear_forward(*args):
+def _linear_forward(*args: Any) -> tuple[Tensor, Tensor]:
     return _module("linear").linear_forward(*args)
 
 
-def _linear_backward(*args):
+def _linear_backward(*args: Any) -> tuple[Tensor, ...]:
     return _module("linear").linear_backward(*args)
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., object]] = {
     "_dst_basis_": _dst_basis_,
     "_frobenius_stats": _frobenius_stats,
     "_subtract_dst_": _subtract_dst_,
@@ -68,10 +80,10 @@ KERNELS = {
 }
 
 
-def _on_its_device(kernel: Callable) -> Callable:
+def _on_its_device(kernel: Callable[..., object]) -> Callable[..., object]:
     """The kernel, run on its tensors' device: Triton launches on the current device instead."""
 
-    def run(first, *args):
+    def run(first: Tensor | list[Tensor] | tuple[Tensor, ...], *args: Any) -> object:
         tensor = first[0] if isinstance(first, (list, tuple)) else first
         with torch.cuda.device_of(tensor):
             return kernel(first, *args)

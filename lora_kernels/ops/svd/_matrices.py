@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ def check_matrices(weights: list[Tensor], rank: int) -> None:
         if rows == 0 or cols == 0:
             raise ValueError(f"{name} is empty, shape [{rows}, {cols}]")
     check_same_device(weights)
-    check_rank(rank, *weights[0].shape, names(weights)[0])
+    rows, cols = weights[0].shape
+    check_rank(rank, rows, cols, names(weights)[0])
 
 
 def refuse_not_finite(weights: list[Tensor]) -> None:
@@ -66,7 +68,7 @@ def pivot_sign(U: Tensor) -> Tensor:
     return torch.where(pivot < 0, -1.0, 1.0).to(U.dtype)
 
 
-def stacked(factors: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def stacked(factors: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """The tuples of all weights stacked into one, along a new leading dimension."""
     return tuple(torch.stack(column) for column in zip(*factors, strict=True))
 

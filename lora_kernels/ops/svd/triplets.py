@@ -130,7 +130,9 @@ def _as_list(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return weights
 
 
-def _exact(weights: list[Tensor], r: int, select: Callable[..., tuple[Tensor, ...]]):
+def _exact(
+    weights: list[Tensor], r: int, select: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
     check_matrices(weights, r)
     refuse_not_finite(weights)
     return stacked([select(*exact_svd(weight)) for weight in weights])

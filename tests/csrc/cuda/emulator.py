@@ -1,7 +1,7 @@
-"""csrc/cuda/*.cu, compiled for the CPU with the stand-in for CUDA in `emulation/`, on NumPy arrays.
+"""csrc/cuda/*.cu compiled for the CPU with the CUDA stand-in in `emulation/`, on NumPy arrays.
 
-Outputs and workspaces are poisoned and guarded: what a kernel leaves unwritten is NaN, and what it
-writes beside them is found.
+Outputs and workspaces are poisoned and guarded: an entry that a kernel leaves unwritten is NaN, and
+a write outside an array is found.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CudaError(RuntimeError):
 
 def build(sources: list[Path], library: Path) -> ctypes.CDLL:
     """Compiles `sources` into `library` and loads it; RuntimeError with the compiler's errors."""
-    # Without the fortified longjmp, which takes a switch of stacks for a mistake.
+    # The fortified longjmp would report the switching of stacks as an error.
     command = [COMPILER, "-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
     command += ["-I", str(EMULATION), "-I", str(CSRC), "-x", "c++", *map(str, sources)]
     done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
@@ -76,7 +76,7 @@ class Emulator:
 
     @contextlib.contextmanager
     def machine(self, order: str = "forward", shared: int = SHARED["sm_90"]) -> Iterator[None]:
-        """In which order threads and blocks run, and how much shared memory a block may use."""
+        """The order in which threads and blocks run, and how much shared memory a block may use."""
         self._library.set_order(ORDERS[order])
         self._library.set_shared_limit(ctypes.c_uint64(shared))
         try:
@@ -86,7 +86,9 @@ class Emulator:
             self._library.set_shared_limit(ctypes.c_uint64(SHARED["sm_90"]))
 
     def gaussian(self, rows: int, cols: int, seed: int, ld: int, dtype: type) -> np.ndarray:
-        """[rows, ld] float32, or the bits of bfloat16 as uint16; columns from `cols` unwritten."""
+        """[rows, ld] float32, or the bits of bfloat16 as uint16; columns from `cols` on are not
+        written.
+        """
         function = {np.float32: "sketch_float", np.uint16: "sketch_bfloat16"}[dtype]
         out = Guarded((rows, ld), dtype)
         sizes = map(ctypes.c_int64, (rows, cols, ld))

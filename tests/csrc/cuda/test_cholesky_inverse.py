@@ -1,4 +1,4 @@
-"""X = R⁻¹ of G = RᵀR, against LAPACK's factor of the columns that are kept."""
+"""X = R⁻¹ of G = RᵀR, against LAPACK's factor of the kept columns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def oracle(gram: np.ndarray, kept: list[int]) -> np.ndarray:
 
 
 def assert_inverse(X: np.ndarray, gram: np.ndarray, kept: list[int]) -> None:
-    """Forward errors of both are a few b eps κ(R)², as is that of XᵀGX = I."""
+    """The forward error of both is a few b eps κ(R)², and so is the error in XᵀGX = I."""
     size = len(gram)
     assert np.isfinite(X).all()
     assert (np.tril(X, -1) == 0).all()
@@ -54,7 +54,7 @@ def test_makes_columns_orthonormal(emulator):
     Z[:, 40] = Z[:, 3] + 1e-3 * Z[:, 40]
     gram = Z.T @ Z
     (X,) = emulator.cholesky_inverse(gram[None], 1e-12)
-    bound = 8 * EPS * np.linalg.cond(gram)  # what rounding the Gram matrix loses; LAPACK too
+    bound = 8 * EPS * np.linalg.cond(gram)  # lost by rounding the Gram matrix; LAPACK too
     assert np.abs((Z @ X).T @ (Z @ X) - np.eye(64)).max() < bound < 2e-8
 
 
@@ -68,7 +68,7 @@ def test_reads_the_lower_triangle(emulator):
 @pytest.mark.parametrize("arch", ["sm_86", "sm_90"])
 @pytest.mark.parametrize("size", [156, 157, 200])
 def test_beyond_shared_memory(emulator, arch, size):
-    """156 columns are the most whose triangle fits 99 KB: larger ones stay in global memory."""
+    """The triangle of at most 156 columns fits into 99 KB; larger ones stay in global memory."""
     Z = unit_columns(np.random.default_rng(size), 2 * size, size)
     Z[:, 7] = Z[:, 2]
     gram = Z.T @ Z
@@ -92,7 +92,7 @@ def test_dependent_columns_are_dropped(emulator, distance):
 
 
 def test_the_tolerance_decides(emulator):
-    """Unit columns at angles whose squared sines are 1e-4 and 1e-6."""
+    """Unit columns at angles with squared sines of 1e-4 and 1e-6."""
     gram = np.array([[[1.0, (1 - sine) ** 0.5], [(1 - sine) ** 0.5, 1.0]] for sine in (1e-4, 1e-6)])
     X = emulator.cholesky_inverse(gram, 1e-5)
     assert_inverse(X[0], gram[0], [0, 1])
@@ -133,12 +133,12 @@ def test_a_column_that_is_not_finite_spoils_no_other(emulator, value):
 )
 @pytest.mark.parametrize("tolerance", [0.0, -1.0, np.nan])
 def test_is_always_finite(emulator, gram, tolerance):
-    """Whatever comes: what is not a factor's column is dropped."""
+    """For any input: what is not a column of a factor is dropped."""
     assert np.isfinite(emulator.cholesky_inverse(gram[None], tolerance)).all()
 
 
 def test_batch_and_order_of_threads(emulator):
-    """The same bits for a matrix alone and in a batch, and in any order of the threads."""
+    """The bits of a matrix depend neither on its batch nor on the order of the threads."""
     Z = [unit_columns(np.random.default_rng(k), 90, 45) for k in range(3)]
     Z[1][:, 30] = Z[1][:, 4]
     gram = np.stack([z.T @ z for z in Z])

@@ -1,4 +1,6 @@
-"""The emulation lets a right kernel pass, in any order of its threads, and finds what is wrong."""
+"""The emulation passes correct kernels, in any order of their threads, and finds errors in wrong
+ones.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from .emulator import CudaError, build, check, pointer
 KERNELS = """
 #include <cuda_runtime.h>
 
-__global__ void neighbour(double* out, bool barrier) {
+__global__ void neighbor(double* out, bool barrier) {
   LORA_DYNAMIC_SHARED(double, shared);
   const int t = threadIdx.x;
   shared[t] = 100.0 * blockIdx.x + t;
@@ -45,8 +47,8 @@ extern "C" {
 void set_order(int order) {
   emulation::settings.order = static_cast<emulation::Order>(order);
 }
-int run_neighbour(double* out, int barrier) {
-  LORA_LAUNCH(neighbour, dim3(2), 64, 64 * 8, nullptr, out, barrier != 0);
+int run_neighbor(double* out, int barrier) {
+  LORA_LAUNCH(neighbor, dim3(2), 64, 64 * 8, nullptr, out, barrier != 0);
   return cudaGetLastError();
 }
 int run_beyond(double* out, int at) {
@@ -95,12 +97,12 @@ def run(kernels: ctypes.CDLL, name: str, argument: int, order: int = 0) -> np.nd
 def test_a_right_kernel(kernels, order):
     t = np.arange(64)
     want = np.concatenate([(t + 1) % 64, 100 + (t + 1) % 64])
-    assert (run(kernels, "neighbour", 1, order) == want).all()
+    assert (run(kernels, "neighbor", 1, order) == want).all()
 
 
 def test_a_race_depends_on_the_order(kernels):
-    """And reads NaN where nothing was written yet."""
-    forward, reverse = (run(kernels, "neighbour", 0, order) for order in (0, 1))
+    """It reads NaN where nothing was written yet."""
+    forward, reverse = (run(kernels, "neighbor", 0, order) for order in (0, 1))
     assert np.isnan(forward).any()
     assert not np.array_equal(forward, reverse, equal_nan=True)
 

@@ -17,7 +17,7 @@ def test_matches_the_reference(emulator, rows, cols, ld, seed):
     # sincospi is exact in the angle, 2π w rounds it: 2^-52 of 2π, times r < 6.7. Then a float32
     # rounding, which may fall to the other side.
     np.testing.assert_allclose(out[:, :cols], want, rtol=2.0**-23, atol=1e-14)
-    assert np.isnan(out[:, cols:]).all()  # the gap between rows is not touched
+    assert np.isnan(out[:, cols:]).all()  # the gap between rows stays untouched
 
 
 def test_bfloat16_is_the_rounded_float32(emulator):
@@ -29,7 +29,7 @@ def test_bfloat16_is_the_rounded_float32(emulator):
 
 
 def test_more_quads_than_threads(emulator):
-    """4096 blocks of 256 threads at most: the rest is a second round of theirs."""
+    """A launch has at most 4096 blocks of 256 threads, which then do the rest in a second round."""
     rows = 4096 * 256 // 2 + 100
     out = emulator.gaussian(rows, 8, 3, 8, np.float32)
     np.testing.assert_allclose(out, gaussian(rows, 8, 3).numpy(), rtol=2.0**-23, atol=1e-14)

@@ -1,4 +1,4 @@
-"""Eigenvalues against LAPACK's, and vectors by what they have to satisfy."""
+"""Eigenvalues against LAPACK's, and eigenvectors by the equations that they satisfy."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ SPECTRA = {
 
 
 def assert_decomposed(A: np.ndarray, values: np.ndarray, vectors: np.ndarray) -> None:
-    """Two columns count as orthogonal from 2 √l eps on; rotations are orthogonal to rounding, and
-    the errors of the thousands that a column sees add up like their root.
+    """Two columns count as orthogonal below 2 √l eps. Each rotation is orthogonal to rounding, and
+    the errors of the thousands applied to a column grow like the root of their number.
     """
     size = len(A)
     bound = 8 * size**0.5 * EPS
@@ -78,7 +78,7 @@ def test_large(emulator, spectrum):
 
 
 def test_columns_longer_than_the_registers_hold(emulator):
-    """256 of 272 entries are kept in registers; and blocks of 23 where a block may use 99 KB."""
+    """Registers hold 256 of 272 entries; blocks have 23 columns where 99 KB are allowed."""
     A = graded(272, np.random.default_rng(0))
     with emulator.machine(shared=SHARED["sm_86"]):
         values, vectors = emulator.eigh(A[None])
@@ -88,7 +88,9 @@ def test_columns_longer_than_the_registers_hold(emulator):
 @pytest.mark.parametrize("size", [5, 9, 16, 17, 23, 33])
 @pytest.mark.parametrize("columns", [2, 4, 10])
 def test_any_number_of_blocks(emulator, size, columns):
-    """Shared memory for so few columns at a time, down to single ones and empty last blocks."""
+    """Little shared memory, so that few columns are processed at a time, down to single columns and
+    empty last blocks.
+    """
     stride = (size + 15) // 16 * 16
     A = wishart(size, size + 1, np.random.default_rng(size))
     with emulator.machine(shared=max(8 * columns * stride, 28 * size + 64 * 8)):
@@ -105,8 +107,8 @@ def test_too_large_for_shared_memory(emulator):
 
 
 def test_small_eigenvalues_of_graded_blocks_are_accurate(emulator):
-    """To rounding of each block's own size, 1e-12 and 1e-24 of the largest, where LAPACK on the
-    whole matrix finds noise.
+    """Accurate relative to each block's own size, 1e-12 and 1e-24 of the largest, where LAPACK on
+    the whole matrix returns noise.
     """
     rng = np.random.default_rng(0)
     blocks = [scale * with_spectrum(np.linspace(1, 2, 8), rng) for scale in (1.0, 1e-12, 1e-24)]
@@ -120,7 +122,7 @@ def test_small_eigenvalues_of_graded_blocks_are_accurate(emulator):
 
 
 def test_singular_matrix_has_zeros(emulator):
-    """Exactly where the rows are, and to rounding elsewhere."""
+    """Exact zeros for zero rows, and zeros to rounding elsewhere."""
     A = np.zeros((20, 20))
     A[4:9, 4:9] = wishart(5, 9, np.random.default_rng(0))
     values, _ = emulator.eigh(A[None])
@@ -158,7 +160,7 @@ def test_reads_the_lower_triangle(emulator):
     ids=lambda item: item[0],
 )
 def test_what_has_no_answer_gives_nan(emulator, bad):
-    """And its neighbours in the batch are what they are alone."""
+    """The other matrices of the batch get the same bits as alone."""
     good = wishart(3, 5, np.random.default_rng(0))
     values, vectors = emulator.eigh(np.stack([good, bad[1], good]))
     assert np.isnan(values[1]).all()
@@ -169,7 +171,7 @@ def test_what_has_no_answer_gives_nan(emulator, bad):
 
 @pytest.mark.parametrize("size", [1, 30, 70])
 def test_batch_and_order_of_threads(emulator, size):
-    """The same bits for a matrix alone and in a batch, and in any order of threads and blocks."""
+    """The bits of a matrix depend neither on its batch nor on the order of threads and blocks."""
     rng = np.random.default_rng(0)
     names = ("generic", "rank a third", "zero", "graded")
     matrices = np.stack([SPECTRA[name](size, rng) for name in names])

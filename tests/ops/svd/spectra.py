@@ -1,7 +1,7 @@
-"""Matrices with the spectra that an SVD goes wrong on, and what a good one may be off by.
+"""Spectra that are difficult for an SVD, and the error allowed for each.
 
-Bounds are on what is well determined: singular values, the norm of what is left, products and
-projectors; never on vectors, which nearly equal singular values leave open.
+Bounds are on well-determined quantities: singular values, the norm of the remainder, products and
+projectors; never on vectors, which nearly equal singular values leave undetermined.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ _NOISE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def noise_of(weight: torch.Tensor) -> float:
-    """Orthonormality, and σ relative to the largest, may be off by this much at the best."""
+    """The least achievable error of orthonormality, and of σ relative to the largest."""
     return _NOISE[torch.float64 if weight.dtype == torch.float64 else torch.float32]
 
 
 def quantum_of(weight: torch.Tensor) -> float:
-    """The least difference that the results' dtype can show near zero."""
+    """The smallest difference that the results' dtype can represent near zero."""
     return 2.0**-1074 if weight.dtype == torch.float64 else 2.0**-149
 
 
 def check_form(weight: torch.Tensor, rank: int, U, S, Vh) -> tuple[np.ndarray, ...]:
-    """Shapes, dtype, orthonormal factors, S ≥ 0, the sign; gives them back in float64."""
+    """Check shapes, dtype, orthonormal factors, S ≥ 0 and the sign; returns them in float64."""
     (n, m), noise = weight.shape, noise_of(weight)
     assert U.shape == (n, rank) and S.shape == (rank,) and Vh.shape == (rank, m)
     factor = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -94,8 +94,8 @@ def check_form(weight: torch.Tensor, rank: int, U, S, Vh) -> tuple[np.ndarray, .
 def check_top(weight: torch.Tensor, rank: int, U, S, Vh, *, exact: bool = False) -> None:
     """The `rank` largest triplets.
 
-    What `torch.svd_lowrank(niter=16)` gives on slowly decaying spectra: what is left of W within
-    1e-3 of the least possible and each σ within 5 %; `exact` leaves rounding only.
+    At least the accuracy of `torch.svd_lowrank(niter=16)` on slowly decaying spectra: the remainder
+    of W within 1e-3 of the smallest possible and each σ within 5 %; with `exact`, to rounding.
     """
     U, S, Vh = check_form(weight, rank, U, S, Vh)
     W = to_numpy(weight)
@@ -112,8 +112,8 @@ def check_top(weight: torch.Tensor, rank: int, U, S, Vh, *, exact: bool = False)
 
 
 def check_bottom(weight: torch.Tensor, rank: int, U, S, Vh) -> None:
-    """The `rank` smallest triplets: σ to 1e-4 of themselves and to rounding of the largest;
-    WᵀU = VS and WV = US to 1e-3 of the largest (measured: 3e-4 at κ = 5e4).
+    """The `rank` smallest triplets: σ to 1e-4 of themselves and to rounding of the largest; WᵀU =
+    VS and WV = US to 1e-3 of the largest (measured: 3e-4 at κ = 5e4).
     """
     U, S, Vh = check_form(weight, rank, U, S, Vh)
     W = to_numpy(weight)
@@ -129,9 +129,9 @@ def check_bottom(weight: torch.Tensor, rank: int, U, S, Vh) -> None:
 
 
 def check_same_values(weight: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
-    """Singular values of one weight, found by the same method with other roundings: a GPU takes
-    other library algorithms for a batch. Between the CPU's engine and the GPUs' (on a CPU), which
-    share no kernel, they differ by 1.2e-6 of the largest in float32 and by 1.3e-15 in float64.
+    """Singular values of the same weight, by the same method with different roundings: a GPU uses
+    other library algorithms for a batch. The engines of the CPU and of GPUs (run on a CPU),
+    which share no kernel, differ by 1.2e-6 of the largest in float32 and by 1.3e-15 in float64.
     """
     largest = float(torch.linalg.matrix_norm(weight.double(), 2))
     assert (one.double() - other.double()).abs().max() <= noise_of(weight) * largest

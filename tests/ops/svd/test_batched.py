@@ -1,4 +1,4 @@
-"""The SVD engine of GPUs, on torch's own operators, put through the operators' tests on a CPU."""
+"""The SVD engine for GPUs, built on torch's own operators, in the operators' tests on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..compiled import needs_compiled
 @needs_compiled("_randomized_svd")
 @pytest.mark.parametrize("operator", ["randomized_svd", "minor_svd", "thin_qr"])
 def test_batched_engine(operator):
-    # LAPACK's bits depend on the number of threads; this engine does not hold them.
+    # LAPACK's bits depend on the number of threads, and so do this engine's.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not threads and not compile"]
     done = subprocess.run(
         [*command, f"tests/ops/svd/test_{operator}.py"],

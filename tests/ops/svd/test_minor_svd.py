@@ -62,7 +62,7 @@ def test_anything(device, n, m, data, spectrum, dtype, layout, seed):
 @pytest.mark.parametrize("shape", [(500, 500), (700, 400), (400, 700)])
 @pytest.mark.parametrize("spectrum", ["gaussian", "power_law", "outlier_row", "zero_blocks"])
 def test_larger_than_its_subspace(spectrum, shape, device):
-    """Large enough that an iteration is worth its while."""
+    """Large enough that iterating pays off."""
     for dtype in (torch.float32, torch.bfloat16):
         weight = SPECTRA[spectrum](*shape).to(device, dtype)
         check_bottom(weight, 16, *op(weight, 16))
@@ -77,7 +77,7 @@ def test_scales(scale, device):
 @pytest.mark.parametrize("shape", [(400, 400), (450, 300), (300, 450)])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 1e-41])
 def test_singular_at_any_scale(shape, scale, device):
-    """Where the inverse cannot serve, the exact SVD that takes its place is of the same scale."""
+    """Where the inverse fails, the exact SVD that replaces it works at the same scale."""
     sigma = np.linspace(1, 0.01, min(shape))
     sigma[-5:] = 0
     weight = with_sigma(*shape, sigma * scale).to(device, torch.float32)
@@ -87,7 +87,7 @@ def test_singular_at_any_scale(shape, scale, device):
 @pytest.mark.parametrize("how", ["zero", "equal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_columns_that_are_zero_or_equal(how, dtype, device):
-    """An exactly singular square weight, whose inverse sends all vectors into few directions."""
+    """An exactly singular square weight, whose inverse maps all vectors to few directions."""
     weight = torch.randn(400, 400)
     weight[:, -7:] = 0 if how == "zero" else weight[:, :7]
     weight = weight.to(device, dtype)
@@ -96,7 +96,7 @@ def test_columns_that_are_zero_or_equal(how, dtype, device):
 
 @pytest.mark.parametrize("shape", [(90, 70), (300, 300)])
 def test_a_gap_fixes_the_space(shape, device):
-    """The bottom 8 are a tenth of the next: then the projectors are determined."""
+    """The bottom 8 are a tenth of the next, which determines the projectors."""
     sigma = np.concatenate([np.linspace(2, 1, min(shape) - 8), np.linspace(0.1, 0.05, 8)])
     weight = with_sigma(*shape, sigma).to(device, torch.float32)
     left, _, right = np.linalg.svd(to_numpy(weight), full_matrices=False)

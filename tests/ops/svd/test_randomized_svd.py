@@ -67,7 +67,7 @@ def test_anything(device, n, m, data, spectrum, dtype, layout, seed):
     assert torch.equal(weight, before)
     if subspace is None or subspace == min(n, m):
         check_top(weight, rank, U, S, Vh, exact=subspace is not None)
-    else:  # as good as that space allows, and never better than the best
+    else:  # as good as that space allows, and never better than the optimum
         W, P = to_numpy(weight), to_numpy(U) * to_numpy(S) @ to_numpy(Vh)
         assert np.linalg.norm(W - P) <= (1 + 1e-5) * np.linalg.norm(W)
 
@@ -75,7 +75,7 @@ def test_anything(device, n, m, data, spectrum, dtype, layout, seed):
 @pytest.mark.parametrize("spectrum", ["gaussian", "power_law", "outlier_column", "low_rank"])
 @pytest.mark.parametrize("rank", [16, 64])
 def test_larger_than_its_subspace(spectrum, rank, device):
-    """Large enough that an iteration is worth its while."""
+    """Large enough that iterating pays off."""
     weight = SPECTRA[spectrum](700, 520).to(device, torch.float32)
     check_top(weight, rank, *op(weight, rank))
     wide = weight.T.to(torch.bfloat16)
@@ -100,14 +100,14 @@ def test_float64_beyond_the_squares(shape, device):
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-38, 1e-40])
 def test_bfloat16_near_its_subnormals(scale, device):
-    """Large enough for bfloat16 products, which take subnormal numbers for zero."""
+    """Large enough for bfloat16 products, which flush subnormal numbers to zero."""
     weight = torch.randn(800, 700, dtype=torch.float64).mul(scale).to(device, torch.bfloat16)
     check_top(weight, 9, *op(weight, 9))
 
 
 @pytest.mark.parametrize("what", [(3, slice(None)), (slice(None), 3), (3, 5)])
 def test_float64_beside_one_that_is_1e8_as_large(what, device):
-    """The values below it are 1e8 eps of it, as good as LAPACK's."""
+    """The values below it are 1e8 eps of it, and as accurate as LAPACK's."""
     weight = torch.randn(400, 300, dtype=torch.float64)
     weight[what] *= 1e8
     sigma = np.linalg.svd(to_numpy(weight), compute_uv=False)[:16]
@@ -119,7 +119,7 @@ def test_float64_beside_one_that_is_1e8_as_large(what, device):
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_equal_columns(rank, device):
-    """Of rank one: LAPACK in float32 gives up on some of their forms, with repeated values."""
+    """Rank one: LAPACK in float32 fails on some of these matrices, with repeated values."""
     for _ in range(20):
         weight = torch.randn(700, 1).to(device).expand(700, 760)
         check_top(weight, rank, *op(weight, rank))
@@ -127,7 +127,7 @@ def test_equal_columns(rank, device):
 
 @pytest.mark.parametrize("spectrum", ["zero", "zero_blocks", "low_rank", "ones", "identity"])
 def test_float64_where_the_space_is_soon_exhausted(spectrum, device):
-    """What a block adds is noise, or nothing, after the first few."""
+    """After the first few blocks, a further one adds only noise, or nothing."""
     weight = SPECTRA[spectrum](400, 300).to(device)
     check_top(weight, 16, *op(weight, 16))
     check_top(weight, 16, *op(weight, 16, 190))
@@ -136,8 +136,9 @@ def test_float64_where_the_space_is_soon_exhausted(spectrum, device):
 def test_float64_with_a_steep_spectrum(device):
     """Down to 3e-12 of the largest: LAPACK's values are off by less than 14 eps of that.
 
-    cuSOLVER's are found by Jacobi rotations: up to 15 sweeps of 199 a column (two thirds of 300
-    dimensions), whose roundings add up like a random walk to √(15 · 199) = 55 eps; thrice that.
+    cuSOLVER finds them by Jacobi rotations: up to 15 sweeps of 199 per column (two thirds of 300
+    dimensions), whose roundings add up like a random walk to √(15 · 199) = 55 eps; three times
+    that.
     """
     sigma = 10.0 ** (-np.arange(300) / 2)
     weight = with_sigma(400, 300, sigma).to(device)
@@ -148,7 +149,7 @@ def test_float64_with_a_steep_spectrum(device):
 
 @pytest.mark.parametrize("shape", [(90, 70), (300, 500)])
 def test_a_gap_fixes_the_space(shape, device):
-    """σ_8 = 100 σ_9: then the projectors are determined, to rounding / gap."""
+    """σ_8 = 100 σ_9, which determines the projectors, to rounding / gap."""
     sigma = np.concatenate([np.linspace(2, 1, 8), 0.01 * np.ones(min(shape) - 8)])
     weight = with_sigma(*shape, sigma).to(device, torch.float32)
     left, _, right = np.linalg.svd(to_numpy(weight), full_matrices=False)
@@ -198,7 +199,7 @@ def test_bits_do_not_depend_on_threads():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(50, 70), (260, 190)])
 def test_foreach_is_each(dtype, shape, device):
-    """On a CPU with the same bits: what else is in the call changes nothing."""
+    """On a CPU with the same bits: the other weights of the call change nothing."""
     weights = [(f(*shape) / 8).to(device, dtype) for f in SPECTRA.values()]
     weights = [lay_out(w, LAYOUTS[k % len(LAYOUTS)]) for k, w in enumerate(weights)]
     U, S, Vh, error = foreach(weights, 6, None, 3)
@@ -214,14 +215,14 @@ def test_foreach_is_each(dtype, shape, device):
 
 @pytest.mark.parametrize("tol", [1e-1, 1e-3])
 def test_tolerance(tol, device):
-    """The estimate is what σ is off by, or more; below tol if the space could grow to the end."""
+    """The estimate is at least the error of σ, and below tol if the space could grow to the end."""
     weights = [SPECTRA[s](300, 260).to(device, torch.float32) for s in ("gaussian", "power_law")]
     _, S, _, error = foreach(weights, 8, None, 0, tol)
     assert ((error >= 0) & (error <= tol)).all()
     for k, weight in enumerate(weights):
         sigma = np.linalg.svd(to_numpy(weight), compute_uv=False)[:8]
         assert (np.abs(to_numpy(S[k]) - sigma) <= max(tol, 1e-5) * sigma).all()
-    _, S, _, error = foreach(weights, 8, 8, 0, tol)  # a space that small may not reach it
+    _, S, _, error = foreach(weights, 8, 8, 0, tol)  # so small a space may not reach it
     assert (error >= 0).all() and S.shape == (2, 8)
 
 
@@ -230,7 +231,7 @@ def steep(n: int, m: int) -> torch.Tensor:
 
 
 def two_clusters(n: int, m: int) -> torch.Tensor:
-    """Hundreds of equal values beside hundreds that are 1 % less."""
+    """Hundreds of equal values, and hundreds that are 1 % smaller."""
     k = min(n, m)
     sigma = np.where(np.arange(k) < k // 3, 1.0, np.where(np.arange(k) < 2 * k // 3, 0.99, 0.1))
     return with_sigma(n, m, sigma)
@@ -249,7 +250,7 @@ TRICKY = {"steep": steep, "two_clusters": two_clusters, "haar": haar, "gap": gap
 
 
 def check_error(weight: torch.Tensor, rank: int, tol: float, subspace=None, seed=0) -> None:
-    """The error is what σ is off by, or more; and at most tol, if the space could grow."""
+    """The estimate is at least the error of σ, and at most tol if the space could grow."""
     _, S, _, error = foreach([weight], rank, subspace, seed, tol)
     W = to_numpy(weight)
     size = np.abs(W).max() or 1.0  # LAPACK's own float64 must not underflow
@@ -268,7 +269,7 @@ def check_error(weight: torch.Tensor, rank: int, tol: float, subspace=None, seed
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spectrum", ["gaussian", "clustered", "power_law", "steep"])
 def test_the_error_is_not_understated(spectrum, dtype, tol, device):
-    """Relative to each σ, or 1e-7 of the largest; of weights large enough for bfloat16 products."""
+    """Relative to each σ, or 1e-7 of the largest; weights are large enough for bfloat16."""
     weight = (SPECTRA | TRICKY)[spectrum](900, 700)
     check_error(weight.to(device, dtype), 16, tol)
 
@@ -290,7 +291,7 @@ def test_the_error_at_any_scale(scale, device):
 
 
 def test_the_error_holds_for_any_seed(device):
-    """A space that missed a value would show in one of them."""
+    """With some of the seeds, a space that missed a value would show."""
     weight = SPECTRA["gaussian"](260, 240).to(device, torch.float32)
     sigma = np.linalg.svd(to_numpy(weight), compute_uv=False)[:4]
     for seed in range(40):
@@ -312,7 +313,7 @@ def test_opcheck(device):
     opcheck(op, (torch.randn(9, 7).to(device), 3))
     opcheck(op, (torch.randn(9, 7).to(device).requires_grad_(), 3, 5, 1))
     weights = [torch.randn(9, 7).to(device), torch.randn(7, 9).to(device).T]
-    # With a tolerance: without one the error is NaN, which opcheck takes for unequal to itself.
+    # With a tolerance: otherwise the error is NaN, which opcheck finds unequal to itself.
     opcheck(foreach, (weights, 3, None, 0, 0.1))
     opcheck(torch.ops.lora._randomized_svd, (weights, 3, 5, 0, 0.1))
 

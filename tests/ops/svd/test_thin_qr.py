@@ -23,8 +23,8 @@ SHAPES = [(1, 1), (1, 30), (30, 1), (2, 2), (60, 60), (150, 40), (40, 150), (500
 
 
 def check_qr(weight: torch.Tensor, rank: int, Q, R) -> None:
-    """Q orthonormal, R = QᵀW with a triangle in front whose diagonal is not negative, QR = W in the
-    first columns: that makes it W's QR, cut.
+    """Q is orthonormal, R = QᵀW begins with a triangle whose diagonal is not negative, and QR = W
+    in the first columns: together, the truncated QR of W.
     """
     n, m = weight.shape
     factor = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -55,7 +55,7 @@ def test_spectra(spectrum, shape, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(90, 70), (70, 90), (64, 64)])
 def test_is_the_full_qr_cut(dtype, shape, device):
-    """Q[:, :r] and R[:r] of LAPACK's float64 QR, up to the sign of each row: those are unique."""
+    """Q[:, :r] and R[:r] of LAPACK's float64 QR, which are unique up to the sign of each row."""
     weight = torch.randn(*shape).to(device, dtype)
     want_Q, want_R = np.linalg.qr(to_numpy(weight))
     sign = np.sign(want_R.diagonal()[:16])
@@ -88,7 +88,7 @@ def test_scales(scale, device):
 
 
 def test_dependent_columns(device):
-    """The first columns span less than r dimensions: Q is completed, QR still gives W."""
+    """The first columns span less than r dimensions: Q is completed, and QR is still W."""
     weight = torch.randn(60, 40).to(device)
     weight[:, 1], weight[:, 2], weight[:, 5] = weight[:, 0], 0, 3 * weight[:, 4]
     check_qr(weight, 8, *op(weight, 8))
@@ -116,7 +116,7 @@ def test_foreach_is_each(dtype, device):
     for k, weight in enumerate(weights):
         if device == "cpu":
             assert all(map(torch.equal, (Q[k], R[k]), op(weight, 6)))
-        else:  # a batch takes another of the library's algorithms
+        else:  # the library uses a different algorithm for a batch
             check_qr(weight, 6, Q[k], R[k])
 
 

@@ -1,4 +1,4 @@
-"""`lora_kernels.svd`: what it adds to the operators, methods, batches and the estimate."""
+"""`lora_kernels.svd`: what it adds to the operators: methods, batches and the error estimate."""
 
 from __future__ import annotations
 

@@ -1,0 +1,93 @@
+"""Run, train and compare whole models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import LoRAConfig, add_lora, capture_gradients
+from lora_kernels.model.report import LoRAReport
+
+from .tiny_models import VOCABULARY
+
+
+def token_ids(rows: int = 3, length: int = 12, seed: int = 1) -> Tensor:
+    """[rows, length]"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor | None = None, **options) -> Tensor:
+    """In the mode that the model is in."""
+    ids = (token_ids() if ids is None else ids).to(next(model.parameters()).device)
+    return model(input_ids=ids, use_cache=False, **options).logits
+
+
+def quiet(model: nn.Module, config: LoRAConfig | None = None, **options) -> LoRAReport:
+    """`add_lora` without a progress bar."""
+    return add_lora(model, config, progress=False, **options)
+
+
+def gradients_for(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor] | None:
+    """What `add_lora` needs for that start, from one batch of random tokens."""
+    if not config.initializer.needs_gradient:
+        return None
+    ids = token_ids().to(next(model.parameters()).device)
+    batches = [{"input_ids": ids, "labels": ids}]
+    return capture_gradients(model, batches, progress=False)
+
+
+def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, seed: int = 2) -> list[float]:
+    """The losses of a few steps of AdamW on random tokens."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    losses = []
+    for step in range(steps):
+        ids = token_ids(seed=seed + step).to(parameters[0].device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def move(model: nn.Module, size: float = 0.02, seed: int = 0) -> None:
+    """Add noise to all trainable parameters, in place of training."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(size * noise.to(parameter.dtype))
+
+
+def training_arguments(folder, **options):
+    """Of transformers' Trainer: four steps on the CPU, with a checkpoint every second one."""
+    from transformers import TrainingArguments
+
+    defaults = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
+    defaults |= {"learning_rate": 1e-2, "use_cpu": True, "dataloader_pin_memory": False}
+    defaults |= {"report_to": [], "disable_tqdm": True}
+    return TrainingArguments(output_dir=str(folder), **defaults | options)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state_dict."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two state_dicts are equal."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@torch.no_grad()
+def close(got: Tensor, want: Tensor, roundings: float = 64) -> bool:
+    """Whether they agree to `roundings` float32 roundings of the largest entry.
+
+    A few layers sum a hundred terms each, in a different order.
+    """
+    tolerance = roundings * torch.finfo(torch.float32).eps * float(want.abs().max())
+    return float((got - want).abs().max()) <= tolerance

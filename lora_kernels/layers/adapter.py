@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..init.start import Start, subtract_factors_, subtract_recipe_
 from .options import AdapterOptions
-from .state import LayerState, dst_start, product_factors
+from .state import LayerState, WithStart, product_factors
 
 
-class Adapter(nn.Module):
+class Adapter(WithStart, nn.Module):
     """A [r, in], B [out, r] and, for some starts, R [r, r]; s; and the initial factors A₀ and B₀.
 
     A₀ and B₀ are needed to restore the base. Those of a DST start are computed from β; those of
@@ -23,8 +23,7 @@ class Adapter(nn.Module):
     lora_A: nn.Parameter  # [r, in]
     lora_B: nn.Parameter  # [out, r]
     lora_R: nn.Parameter | None  # [r, r]
-    start_A: Tensor | None  # [r, in]
-    start_B: Tensor | None  # [out, r]
+    beta: Tensor | None
 
     def __init__(self, options: AdapterOptions, start: Start, changes_base: bool) -> None:
         super().__init__()
@@ -69,18 +68,6 @@ class Adapter(nn.Module):
     def implicit_start(self) -> tuple[Tensor | None, Tensor | None]:
         """A₀ [r, in] and B₀ [out, r] if the forward subtracts s·B₀A₀, else (None, None)."""
         return (self.start_A, self.start_B) if self.residual == "implicit" else (None, None)
-
-    @torch.no_grad()
-    def start_factors(self) -> tuple[Tensor, Tensor] | None:
-        """The initial factors A₀ [r, in] and B₀ [out, r], stored or computed from β.
-
-        None if s·B₀A₀ is not subtracted: it is zero, or changes the model on purpose.
-        """
-        if self.start_A is not None and self.start_B is not None:
-            return self.start_A, self.start_B
-        if self.beta is None:
-            return None
-        return dst_start(self.lora_A, self.lora_B, self.beta)
 
     def add_absorbed_(self, matrix: Tensor) -> None:
         """Adds the start that was absorbed, if one was, to the base's `matrix` [out, in]."""

@@ -120,29 +120,16 @@ class AdaptedFloatLayer(AdaptedLayer):
         """The layer without adapters, with these parameters."""
         raise NotImplementedError
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         own = (f"{prefix}adapters.", f"{prefix}_extra_state")
-        is_base = f"{prefix}weight" in state_dict and not any(
-            key.startswith(own) for key in state_dict
-        )
-        if self.absorbed and is_base:
-            errors.append(
+        is_base = self.absorbed and not any(key.startswith(own) for key in state_dict)
+        if is_base and f"{prefix}weight" in state_dict:
+            rest[-1].append(  # to the errors
                 f"{prefix}weight is an original weight, but this layer's adapter subtracted its "
                 "start from the weight (residual='absorb'): load the base first and adapt it then"
             )
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """The sizes and the active adapter's settings."""

@@ -10,8 +10,30 @@ from torch import Tensor
 FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B")  # an adapter's tensors
 
 
+class WithStart:
+    """Factors and initial factors: of an `Adapter`, or of its `LayerState`."""
+
+    lora_A: Tensor  # [r, in]
+    lora_B: Tensor  # [out, r]
+    start_A: Tensor | None
+    start_B: Tensor | None
+    beta: Tensor | float | None
+
+    @torch.no_grad()
+    def start_factors(self) -> tuple[Tensor, Tensor] | None:
+        """The initial factors A₀ [r, in] and B₀ [out, r], stored or computed from β.
+
+        None if s·B₀A₀ is not subtracted: it is zero, or changes the model on purpose.
+        """
+        if self.start_A is not None and self.start_B is not None:
+            return self.start_A, self.start_B
+        if self.beta is None:
+            return None
+        return dst_start(self.lora_A, self.lora_B, self.beta)
+
+
 @dataclass
-class LayerState:
+class LayerState(WithStart):
     """The adapter of one linear layer, W_base + s·(BA − B₀A₀), with BRA for BA if there is an R.
 
     `lora_A` [r, in], `lora_B` [out, r], `lora_R` [r, r] or None; s = `scaling`. The initial factors
@@ -43,15 +65,6 @@ class LayerState:
     def changes_base(self) -> bool:
         """Whether s·B₀A₀ is subtracted, so that A and B alone, on the original base, are wrong."""
         return self.beta is not None or self.start_A is not None
-
-    @torch.no_grad()
-    def start_factors(self) -> tuple[Tensor, Tensor] | None:
-        """The initial factors A₀ [r, in] and B₀ [out, r], stored or computed from β, or None."""
-        if self.start_A is not None and self.start_B is not None:
-            return self.start_A, self.start_B
-        if self.beta is None:
-            return None
-        return dst_start(self.lora_A, self.lora_B, self.beta)
 
     @torch.no_grad()
     def update_factors(self) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ from lora_kernels.model.selection import find_targets, select_layers
 
 from ..support.packages import needs_peft, needs_transformers
 from ..support.quantized import OnlyForward
-from ..support.tiny_models import gpt2, llama, token_ids
+from ..support.running import token_ids
+from ..support.tiny_models import gpt2, llama
 
 
 class Mixed(nn.Module):

@@ -399,8 +399,8 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("the model has lazy layers without a shape: call it once first")
     if _record(model) is None and (strange := next(iter(adapted_layers(model)), None)):
         raise ValueError(
-            f"{strange} is adapted already, alone or as part of another model, not by add_lora on "
-            f"this {type(model).__name__}: add further adapters there, or unload that adapter first"
+            f"{strange} is adapted already, on its own or as part of another model than this "
+            f"{type(model).__name__}: add further adapters there, or remove that adapter first"
         )
 
 

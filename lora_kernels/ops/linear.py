@@ -66,50 +66,17 @@ def linear_forward_ref(
 
 
 def linear_forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    start_A: Tensor | None,
-    start_B: Tensor | None,
-    lora_R: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty(_rows(x).shape[0], lora_A.shape[0])
 
 
 def linear_plain_ref(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    start_A: Tensor | None,
-    start_B: Tensor | None,
-    lora_R: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    operands = (x, weight, bias, lora_A, lora_B, scaling)
-    return linear_forward_ref(*operands, 0.0, None, start_A, start_B, lora_R)
-
-
-def linear_plain_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    start_A: Tensor | None,
-    start_B: Tensor | None,
-    lora_R: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    operands = (x, weight, bias, lora_A, lora_B, scaling)
-    return linear_forward_fake(*operands, 0.0, None, start_A, start_B, lora_R)
+    scaling, *extras = others
+    return linear_forward_ref(x, weight, bias, lora_A, lora_B, scaling, 0.0, None, *extras)
 
 
 def linear_backward_ref(
@@ -158,20 +125,9 @@ def linear_backward_ref(
 
 
 def linear_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    z: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    start_A: Tensor | None,
-    start_B: Tensor | None,
-    lora_R: Tensor | None,
-    needs: list[bool],
+    grad: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
+    *_, lora_R, needs = others
     R = x if lora_R is None else lora_R  # any tensor will do if there is no R
     shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape, R.shape)
     dtypes = (x.dtype, x.dtype, x.dtype, lora_A.dtype, lora_B.dtype, R.dtype)
@@ -341,7 +297,7 @@ define_kernel(
     "_linear_plain(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
     "float scaling, Tensor? start_A, Tensor? start_B, Tensor? lora_R) -> (Tensor y, Tensor z)",
     linear_plain_ref,
-    linear_plain_fake,
+    linear_forward_fake,
 )
 define_kernel(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor z, "

@@ -10,7 +10,6 @@ from torch import nn
 
 from lora_kernels import (
     LoRAConfig,
-    adapter_names,
     disable_adapters,
     enable_adapters,
     merge_lora,
@@ -20,7 +19,7 @@ from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_state, apply_state
 
 from ..support.packages import needs_transformers
-from ..support.running import gradients_for, quiet
+from ..support.running import gradients_for, quiet, snapshot
 from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_transformers
@@ -58,15 +57,10 @@ def test_errors_change_nothing(spoil, options, error, message):
     model = llama()
     if spoil:
         spoil(model)
-    before = {n: (id(m), type(m)) for n, m in model.named_modules()}
-    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    check_unchanged = snapshot(model)
     with pytest.raises(error, match=message):
         quiet(model, LoRAConfig(**{"r": 4, **options}))
-    assert {n: (id(m), type(m)) for n, m in model.named_modules()} == before
-    assert all(p.requires_grad for p in model.parameters())
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=0, equal_nan=True)
-    assert adapter_names(model) == []
+    check_unchanged()
 
 
 class TestWrongCalls:

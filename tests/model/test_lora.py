@@ -26,33 +26,13 @@ from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_state
 
 from ..support.packages import needs_transformers
-from ..support.running import gradients_for, logits, quiet, train
+from ..support.running import TIGHT, gradients_for, logits, quiet, snapshot, train
 from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_transformers
 
 NAMES = [n for n in initializer_names() if n != "loftq"]
 STARTS_AS_BASE = [n for n in NAMES if n not in ("init_ab_plus", "lora_one", "lora_sb", "lora_xs")]
-# Float64 models: what is left is the rounding of some ten layers, on logits of size 1.
-TIGHT = 1e-11
-
-
-def everything(model) -> dict:
-    """What must not change when a call raises."""
-    return {
-        "modules": {n: type(m) for n, m in model.named_modules()},
-        "tensors": {n: t.detach().clone() for n, t in model.state_dict().items()},
-        "trains": {n: p.requires_grad for n, p in model.named_parameters()},
-        "adapters": adapter_names(model),
-    }
-
-
-def assert_unchanged(model, before) -> None:
-    after = everything(model)
-    assert after["modules"] == before["modules"]
-    assert after["trains"] == before["trains"]
-    assert after["adapters"] == before["adapters"]
-    assert all(torch.equal(after["tensors"][n], t) for n, t in before["tensors"].items())
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -134,13 +114,13 @@ class TestSeveralAdapters:
     def test_a_residual_takes_no_implicit_adapter(self):
         model = llama()
         quiet(model, LoRAConfig(r=4))
-        before = everything(model)
+        check_unchanged = snapshot(model)
         with pytest.raises(
             ValueError,
             match=r"'default' of .*q_proj was added with residual='absorb'.*implicit",
         ):
             quiet(model, LoRAConfig(r=4, residual="implicit"), adapter_name="b")
-        assert_unchanged(model, before)
+        check_unchanged()
 
     def test_names(self):
         model = llama()

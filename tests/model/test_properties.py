@@ -38,11 +38,11 @@ from lora_kernels.init import LoRA, LoRAM, get_initializer, initializer_names
 from lora_kernels.layers.adapted import AdaptedLayer
 from lora_kernels.layers.kinds import is_conv1d
 from lora_kernels.model.install import adapted_layers
-from lora_kernels.model.lora import adapter_names, adapter_state, apply_state
+from lora_kernels.model.lora import adapter_state, apply_state
 
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_transformers
-from ..support.running import token_ids
+from ..support.running import snapshot, token_ids
 from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_transformers
@@ -267,34 +267,6 @@ def effort(case: Case, model: nn.Module) -> float:
 def is_exact(model: nn.Module) -> bool:
     """Whether nothing was absorbed, so that the base keeps its bits."""
     return not any(layer.absorbed for layer in adapted_layers(model).values())
-
-
-def snapshot(model: nn.Module) -> Callable[[], None]:
-    """Returns a check that the model is still the same, bit for bit."""
-    modules = {name: (module, set(vars(module))) for name, module in model.named_modules()}
-    parameters = {n: (p, p.requires_grad, p.grad) for n, p in model.named_parameters()}
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapters = adapter_names(model)
-    modes = {name: layer.adapter_enabled for name, layer in adapted_layers(model).items()}
-
-    def check() -> None:
-        after = dict(model.named_modules())
-        assert after.keys() == modules.keys()
-        for name, (module, attributes) in modules.items():
-            assert after[name] is module and set(vars(module)) == attributes
-        found = dict(model.named_parameters())
-        assert found.keys() == parameters.keys()
-        for name, (parameter, trains, grad) in parameters.items():
-            assert found[name] is parameter
-            assert parameter.requires_grad == trains and parameter.grad is grad
-        state = model.state_dict()
-        assert state.keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(state[name], tensor, rtol=0, atol=0, equal_nan=True)
-        assert adapter_names(model) == adapters
-        assert {n: lay.adapter_enabled for n, lay in adapted_layers(model).items()} == modes
-
-    return check
 
 
 @given(cases())

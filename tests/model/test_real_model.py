@@ -14,6 +14,7 @@ from lora_kernels import LoRALinear
 
 from ..support import ROOT
 from ..support.packages import needs_demo, needs_real_model
+from ..support.running import logits
 
 pytestmark = needs_real_model
 
@@ -32,11 +33,6 @@ def adapt(model, blocks=None, **kwargs) -> list[LoRALinear]:
         layers.append(LoRALinear.from_linear(linear, r=16, lora_alpha=16, **kwargs))
         model.set_submodule(name, layers[-1])
     return layers
-
-
-def logits(model, ids) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize("residual", ["absorb", "implicit"])

@@ -18,12 +18,10 @@ from lora_kernels import (
 )
 
 from ..support.packages import needs_transformers
-from ..support.running import logits, quiet, train
+from ..support.running import TIGHT, logits, quiet, train
 from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_transformers
-# Float64 models: what is left is the rounding of some ten layers, on logits of size 1.
-TIGHT = 1e-11
 
 
 class Twice(nn.Module):

@@ -28,14 +28,13 @@ from lora_kernels import (
 )
 from lora_kernels.init import InitAB, Initializer, PiSSA, get_initializer, initializer_names
 from lora_kernels.model.install import adapted_layers
-from lora_kernels.model.lora import adapter_names
 
 from ..support.adapters import write_plain
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_bitsandbytes, needs_peft
 from ..support.peft_today import holds, loaded_by_peft, peft_model, peft_raises
 from ..support.quantized import linear_4bit, linear_8bit
-from ..support.running import logits, token_ids, train
+from ..support.running import logits, snapshot, token_ids, train
 from ..support.tiny_models import llama
 
 pytestmark = needs_peft
@@ -67,13 +66,6 @@ def error(got: Tensor, want: Tensor) -> float:
     """‖got − want‖ / ‖want‖."""
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm())
-
-
-def assert_untouched(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    assert not adapter_names(model) and not adapted_layers(model)
-    found = model.state_dict()
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 class Terminal(io.StringIO):
@@ -283,10 +275,10 @@ def test_06_a_rank_too_large_is_refused(init):
     ranks = {m.lora_A["default"].weight.shape[0] for m in model.modules() if hasattr(m, "lora_A")}
     holds(ranks == {16, 20}, "a smaller rank in silence")
     model = llama()
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check_unchanged = snapshot(model)
     with pytest.raises(ValueError, match=r"r = 20 is larger than .* = 16 of .*k_proj \[16, 32\]"):
         ours(model, init, r=20)
-    assert_untouched(model, tensors)
+    check_unchanged()
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -496,10 +488,10 @@ def test_09_no_option_is_silently_ignored(options, hint):
     """PEFT silently ignores options that match nothing."""
     holds(not peft_complains(**options), f"{options} in silence")
     model = llama()
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check_unchanged = snapshot(model)
     with pytest.raises(ValueError, match=hint):
         ours(model, "lora", **options)
-    assert_untouched(model, tensors)
+    check_unchanged()
 
 
 def test_09_every_other_option_of_peft_is_refused(tmp_path):

@@ -16,12 +16,10 @@ from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_state
 
 from ..support.packages import needs_transformers
-from ..support.running import logits, quiet, token_ids, train, training_arguments
+from ..support.running import TIGHT, logits, quiet, token_ids, train, training_arguments
 from ..support.tiny_models import bert, falcon, llama, mamba
 
 pytestmark = needs_transformers
-# Float64 models: what is left is the rounding of some ten layers, on logits of size 1.
-TIGHT = 1e-11
 
 
 class TestWhatSurvives:

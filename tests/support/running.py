@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import LoRAConfig, add_lora, capture_gradients
+from lora_kernels import LoRAConfig, adapter_names, add_lora, capture_gradients
+from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.report import LoRAReport
 
 from .tiny_models import VOCABULARY
+
+# For float64 models: the rounding of some ten layers, on logits of size 1.
+TIGHT = 1e-11
 
 
 def token_ids(rows: int = 3, length: int = 12, seed: int = 1) -> Tensor:
@@ -81,6 +87,34 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Whether two state_dicts are equal."""
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """Returns a check that the model is still the same, bit for bit."""
+    modules = {name: (module, set(vars(module))) for name, module in model.named_modules()}
+    parameters = {n: (p, p.requires_grad, p.grad) for n, p in model.named_parameters()}
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapters = adapter_names(model)
+    modes = {name: layer.adapter_enabled for name, layer in adapted_layers(model).items()}
+
+    def check() -> None:
+        after = dict(model.named_modules())
+        assert after.keys() == modules.keys()
+        for name, (module, attributes) in modules.items():
+            assert after[name] is module and set(vars(module)) == attributes
+        found = dict(model.named_parameters())
+        assert found.keys() == parameters.keys()
+        for name, (parameter, trains, grad) in parameters.items():
+            assert found[name] is parameter
+            assert parameter.requires_grad == trains and parameter.grad is grad
+        state = model.state_dict()
+        assert state.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=0, equal_nan=True)
+        assert adapter_names(model) == adapters
+        assert {n: lay.adapter_enabled for n, lay in adapted_layers(model).items()} == modes
+
+    return check
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ...support import tiny_models
 from .folders import Stored, random_tensor, write_model
 
 SHAPES = {"q_proj": (24, 16), "up_proj": (40, 16), "down_proj": (16, 40)}
@@ -43,21 +44,10 @@ def odd_model(tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> Path:
     """A Llama of two layers in four shards."""
-    transformers = pytest.importorskip("transformers")
-    import torch
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
+    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("models") / "llama"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="100KB")
+    model = tiny_models.llama(hidden_size=64, intermediate_size=96)
+    model.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     return folder
 
@@ -65,11 +55,7 @@ def llama(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory) -> Path:
     """A GPT-2 of two layers, whose linear layers are Conv1D."""
-    transformers = pytest.importorskip("transformers")
-    import torch
-
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("models") / "gpt2"
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    tiny_models.gpt2().save_pretrained(folder)
     return folder

@@ -13,6 +13,7 @@ from lora_kernels.cli import main
 from lora_kernels.files.adapter.folder import read_adapter
 from lora_kernels.files.checkpoint.verify import TOLERANCE
 
+from ...support import tiny_models
 from ...support.packages import needs_real_model
 
 transformers = pytest.importorskip("transformers")
@@ -92,13 +93,8 @@ def test_absorb_train_convert(name, method, options, request, tmp_path, capsys):
 
 
 def test_classifier(tmp_path):
-    """PEFT loads the start of a model with a head that the adapter's files do not contain."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, num_labels=3, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.LlamaForSequenceClassification(config).eval()
+    """PEFT loads the start of a model whose task has a head that no adapter file holds."""
+    model = tiny_models.llama(task="ForSequenceClassification", num_labels=3, pad_token_id=0)
     model.save_pretrained(tmp_path / "base")
     run("init", tmp_path / "base", tmp_path / "out", "-r", 2, "--quiet")
     residual = type(model).from_pretrained(tmp_path / "out")
@@ -107,14 +103,9 @@ def test_classifier(tmp_path):
 
 
 def test_mixture(tmp_path, capsys):
-    """The files have a matrix for each expert, the model in transformers does not."""
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
+    """Its files have a matrix for each expert; the model that transformers loads has not."""
     base, out, trained = tmp_path / "base", tmp_path / "out", tmp_path / "trained"
-    transformers.MixtralForCausalLM(config).save_pretrained(base)
+    tiny_models.mixtral().save_pretrained(base)
     run("init", base, out, "-r", 8)  # more than there are experts
     printed = capsys.readouterr().out
     assert "4 layers start" in printed and "13 experts and routers are excluded" in printed

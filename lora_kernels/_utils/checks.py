@@ -87,13 +87,13 @@ def check_number(value: object, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def check_positive(value: object, name: str) -> None:
+def check_positive(value: float, name: str) -> None:
     check_number(value, name)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def check_probability(value: object, name: str) -> None:
+def check_probability(value: float, name: str) -> None:
     """Raises unless `value` is a number in [0, 1)."""
     check_number(value, name)
     if not 0.0 <= value < 1.0:

@@ -40,7 +40,9 @@ def match_names(
                 f"{nearest(targets, candidates)}"
             )
         return found
-    for target in _filled(targets):
+    if not targets:
+        raise ValueError("targets is empty: give names, or 'all-linear'")
+    for target in targets:
         if not isinstance(target, str):
             raise TypeError(
                 f"{option} must be names or linear layers, got {type(target).__name__} in the list"
@@ -58,12 +60,6 @@ def without_wrappers(name: str) -> str:
 
 def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
-
-
-def _filled(targets):
-    if not targets:
-        raise ValueError("targets is empty: give names, or 'all-linear'")
-    return targets
 
 
 def nearest(target: str, names: Iterable[str]) -> str:

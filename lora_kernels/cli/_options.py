@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from .._utils.extras import needed
 from .._utils.names import ALL_LINEAR
 
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_command(commands, name: str, help: str, description: str, examples: str):
+def add_command(
+    commands: Commands, name: str, help: str, description: str, examples: str
+) -> argparse.ArgumentParser:
     """Adds a parser whose texts keep their line breaks."""
     return commands.add_parser(
         name,
@@ -50,7 +59,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def dtype_of(options: argparse.Namespace):
+def dtype_of(options: argparse.Namespace) -> torch.dtype | None:
     import torch
 
     return None if options.dtype is None else getattr(torch, options.dtype)
@@ -73,7 +82,7 @@ def add_quiet(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--quiet", action="store_true", help=f"print no {what} and no progress bar")
 
 
-def table_console():
+def table_console() -> Console:
     """A console for tables, which does not break their lines in a pipe or a file."""
     rich = needed("rich.console", "the table", "cli")
     console = rich.Console()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..files.adapter.recipe import FORMATS
 from ..files.checkpoint.convert import convert
-from ._options import add_command, add_path, add_quiet
+from ._options import Commands, add_command, add_path, add_quiet
 
 _DESCRIPTION = """\
 Writes an adapter in another format.
@@ -27,7 +27,7 @@ examples:
 """
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     parser = add_command(
         commands, "convert", "write an adapter in another format", _DESCRIPTION, _EXAMPLES
     )

@@ -7,10 +7,12 @@ import sys
 import time
 
 from .._utils.progress import byte_bar
-from ..files.checkpoint.initialize import ADAPTER, InitSummary, initialize
+from ..files.checkpoint.initialize import InitSummary, initialize
+from ..files.checkpoint.residual import ADAPTER
 from ..init import get_initializer, initializer_names
 from ..model.config import LoRAConfig
 from ._options import (
+    Commands,
     add_command,
     add_dtype,
     add_overwrite,
@@ -50,7 +52,7 @@ training on OUT_DIR:
 """
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     parser = add_command(
         commands, "init", "start the layers of a model on disk", _DESCRIPTION, _EXAMPLES
     )

@@ -11,7 +11,15 @@ from ..files.adapter.folder import is_adapter, read_adapter
 from ..files.checkpoint.weights import select_layers, stored_weights
 from ..training import magnitude_report
 from ..training.magnitude import AdapterMagnitude, LayerMagnitude, measure, measure_adapter
-from ._options import add_command, add_path, add_quiet, add_targets, table_console, targets_of
+from ._options import (
+    Commands,
+    add_command,
+    add_path,
+    add_quiet,
+    add_targets,
+    table_console,
+    targets_of,
+)
 
 _DESCRIPTION = """\
 The magnitudes of every layer: one line each, as a table, a CSV or a picture.
@@ -31,7 +39,7 @@ examples:
 """
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     parser = add_command(
         commands,
         "inspect",

@@ -7,7 +7,7 @@ import time
 
 from .._utils.progress import byte_bar
 from ..files.checkpoint.merge import merge
-from ._options import add_command, add_dtype, add_overwrite, add_path, add_quiet, dtype_of
+from ._options import Commands, add_command, add_dtype, add_overwrite, add_path, add_quiet, dtype_of
 
 _DESCRIPTION = """\
 Merges an adapter into a model, tensor by tensor, without loading the model.
@@ -23,7 +23,7 @@ examples:
 """
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     parser = add_command(
         commands, "merge", "merge an adapter into a model on disk", _DESCRIPTION, _EXAMPLES
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .._utils.extras import needed
-from ._options import add_command, add_path, table_console
+from ._options import Commands, add_command, add_path, table_console
 
 _DESCRIPTION = """\
 Checks an adapter against its base: whether its files are intact; whether every layer is in the
@@ -26,7 +26,7 @@ examples:
 """
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     parser = add_command(
         commands, "verify", "check an adapter against its base", _DESCRIPTION, _EXAMPLES
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -15,10 +14,8 @@ from .kinds import FLOAT_KINDS, ForeignLayer, kind_of, refuse_sharded
 from .linear import AdaptedFloatLayer, LoRAConv1D, LoRALinear
 from .wrapper import LoRAWrapper
 
-_OVER: dict[str, Callable[[ForeignLayer], AdaptedLayer]] = {
-    "linear": LoRALinear.over,
-    "conv1d": LoRAConv1D.over,
-}
+_CLASSES: dict[str, type[LoRALinear] | type[LoRAConv1D] | type[LoRAWrapper]]
+_CLASSES = {"linear": LoRALinear, "conv1d": LoRAConv1D}
 
 
 class BaseLayer:
@@ -84,13 +81,14 @@ class BaseLayer:
 
     def adapted(self, adapter: Adapter, adapter_name: str) -> AdaptedLayer:
         """The adapted layer, with this adapter added; the weight is not changed."""
+        module: ForeignLayer = self.module
         layer: AdaptedLayer
-        if isinstance(self.module, AdaptedLayer):
-            layer = self.module
+        if isinstance(module, AdaptedLayer):
+            layer = module
         else:
-            layer = _OVER.get(self.kind, LoRAWrapper.over)(self.module)
+            layer = _CLASSES.get(self.kind, LoRAWrapper).over(module)
             if self.rewritable:  # hooks stay on a layer inside a wrapper
-                transplant(self.module, layer)
+                transplant(module, layer)
         layer.attach(adapter_name, adapter)
         return layer
 

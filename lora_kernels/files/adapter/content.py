@@ -87,7 +87,7 @@ def folder_content(
         plain = replace(state, layers=layers, config=replace(state.config, task_type=task_type))
         config, tensors = to_peft(plain, module_names, fan_in_fan_out)
         config["inference_mode"] = False
-        more = {"original": original}
+        more: dict[str, Any] = {"original": original}
     else:
         config, tensors = to_peft(state, module_names, fan_in_fan_out)
         fields = rank_fields(state, {name: layer.r for name, layer in state.layers.items()})

@@ -47,7 +47,7 @@ class SavedAdapter:
         sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in self.files.items())
         lines = [f"{self.folder}: {self.layers} layers in {sizes}"]
         if self.errors:
-            worst = max(self.errors, key=self.errors.get)
+            worst = max(self.errors, key=self.errors.__getitem__)
             lines.append(
                 f"truncated in rank with a relative error of {self.error:.2e}, at most "
                 f"{self.errors[worst]:.2e} ({worst})"
@@ -99,7 +99,8 @@ def write_adapter(
     if compress_to is not None and format != PEFT:
         raise ValueError("compress_to makes a plain adapter: it needs format='peft'")
     check_state(state)
-    folder, errors, error, folded = Path(folder), None, None, ()
+    folder, errors, error = Path(folder), None, None
+    folded: tuple[str, ...] = ()
     if compress_to is not None:
         state, errors, error = truncated(state, compress_to)
     elif format == PEFT:
@@ -181,7 +182,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 def _tensor_file(folder: Path, config: dict[str, Any] | None) -> Path:
     """The file that the configuration belongs to; without one, the file that was written last."""
-    names = (NATIVE_FILE, ADAPTER_FILE)
+    names: tuple[str, ...] = (NATIVE_FILE, ADAPTER_FILE)
     if config is not None:
         names = (NATIVE_FILE,) if config.get("peft_type") == NATIVE_TYPE else (ADAPTER_FILE,)
     files = [folder / name for name in names if (folder / name).is_file()]

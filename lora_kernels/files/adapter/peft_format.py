@@ -61,7 +61,7 @@ def to_peft(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = right
         tensors[f"{PREFIX}{name}.lora_B.weight"] = left
         ranks[name] = right.shape[0]
-    saved = {}  # the saved modules, in the order of their tensors
+    saved: dict[str, None] = {}  # the saved modules, in the order of their tensors
     for key, tensor in state.extra.items():
         owner, _, last = key.rpartition(".")
         module = _saved_module(owner, config.modules_to_save or (), last != "bias")
@@ -233,7 +233,7 @@ def config_from_peft(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAC
 
 def _task_type(task_type: str | None, saved: Collection[str]) -> str | None:
     """None if PEFT would look for a head that is not among the saved modules."""
-    heads = TASK_HEADS.get(task_type, ())
+    heads = TASK_HEADS.get(task_type or "", ())
     return task_type if not heads or any(name.endswith(heads) for name in saved) else None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,20 +108,32 @@ def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) ->
         ValueError: a number is missing or wrong.
 
     """
-    numbers = {}
+    numbers: dict[str, float | None] = {}
     for key in _NUMBERS:
         value = recipe.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"{key} is {value!r}, not a number")
         numbers[key] = value
-    if numbers["scaling"] is None or numbers["lora_alpha"] is None:
+    scaling, lora_alpha = numbers["scaling"], numbers["lora_alpha"]
+    if scaling is None or lora_alpha is None:
         raise ValueError("scaling or lora_alpha is missing")
     if recipe.get("residual") not in ("absorb", "implicit"):
         raise ValueError(f"residual is {recipe.get('residual')!r}")
     for key, dtype in recipe.get("dtypes", {}).items():
         if key in factors:
             factors[key] = factors[key].to(_NARROW[dtype])
-    return LayerState(**factors, **numbers, residual=recipe["residual"])
+    return LayerState(
+        lora_A=factors["lora_A"],
+        lora_B=factors["lora_B"],
+        scaling=scaling,
+        lora_alpha=lora_alpha,
+        lora_R=factors.get("lora_R"),
+        beta=numbers["beta"],
+        start_A=factors.get("start_A"),
+        start_B=factors.get("start_B"),
+        residual=recipe["residual"],
+        weight_norm=numbers["weight_norm"],
+    )
 
 
 def config_to_dict(config: LoRAConfig) -> dict[str, Any]:
@@ -166,9 +178,10 @@ def _initializer_to_json(value: Any) -> Any:
     """A name, or {"name", "options"} of an object; options are None if JSON cannot express them."""
     if not isinstance(value, Initializer):
         return value
-    options: dict[str, Any] | None = {
-        f.name: _initializer_to_json(getattr(value, f.name)) for f in fields(value) if f.init
-    }
+    options: dict[str, Any] | None = None
+    if is_dataclass(value):
+        known = [f.name for f in fields(value) if f.init]
+        options = {name: _initializer_to_json(getattr(value, name)) for name in known}
     try:
         json.dumps(options, allow_nan=False)
     except (TypeError, ValueError):

@@ -91,8 +91,10 @@ def check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> Non
     """Raises if `adapter_config.json` does not belong to the tensors. It may be missing: a process
     that writes it last may have been killed.
     """
+    if config is None:
+        return
     saved = recipe["peft_config"]
-    for key in DECISIVE if config is not None else ():
+    for key in DECISIVE:
         if (config.get(key) or None) != (saved.get(key) or None):  # {} is None
             raise ValueError(
                 f"{ADAPTER_CONFIG} says {key} = {config.get(key)!r}, but this was saved with "

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -85,8 +85,10 @@ class FactorFile:
 
     def append(self, record: StartRecord, start: Start) -> None:
         """Writes the factors of a layer that `record.shapes` names."""
-        factors = {"lora_A": start.lora_A, "lora_B": start.lora_B, "lora_R": start.lora_R}
+        factors = {"lora_A": start.lora_A, "lora_B": start.lora_B}
         factors |= {"start_A": start.right(), "start_B": start.lora_B}
+        if start.lora_R is not None:
+            factors["lora_R"] = start.lora_R
         with self._lock:
             self._records.append(replace(record, offset=self._file.tell()))
             for name in record.shapes:
@@ -107,8 +109,8 @@ def memory_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor; a view if it is contiguous and on the CPU."""
     tensor = tensor.detach().to("cpu").contiguous()
     size = tensor.numel() * tensor.element_size()
-    view = (ctypes.c_char * size).from_address(tensor.data_ptr() if size else 1)
-    view.owner = tensor
+    view: Any = (ctypes.c_char * size).from_address(tensor.data_ptr() if size else 1)
+    view.owner = tensor  # keeps the memory
     return memoryview(view)
 
 

@@ -93,7 +93,7 @@ class ModelFolder:
         """The prefix of the modules' names that is missing in the files; "" except for some
         checkpoints that were saved without their output head.
         """
-        prefix = _PREFIXES.get(self.config.get("model_type"))
+        prefix = _PREFIXES.get(self.config.get("model_type", ""))
         kinds = self.config.get("architectures") or [""]
         names = [entry.name for layout in self.layouts.values() for entry in layout.entries]
         bare = prefix and not any(name.startswith(f"{prefix}.") for name in names)
@@ -154,7 +154,7 @@ class ModelFolder:
     def identities(self) -> dict[str, str]:
         """The `identity` of each file that a copy depends on."""
         inputs = {file.name: identity(file) for file in self.layouts}
-        return inputs | {str(n): identity(self.path / n) for n in (CONFIG, *self.others)}
+        return inputs | {str(n): identity(self.path / n) for n in (Path(CONFIG), *self.others)}
 
     def shards(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -114,7 +114,7 @@ def initialize(
     chosen = stored_weights(folder.path, config.target_modules, config.exclude_modules)
     weights = [weight for weight in chosen if not folder.in_mixture(weight.name)]
     _check_weights(folder, config, residual, weights)
-    job = _Job(out, folder, config, initializer, residual, weights, _device(device), seed)
+    place = _device(device)
     task = {
         "command": "init",
         "version": __version__,
@@ -126,7 +126,8 @@ def initialize(
         "seed": as_integer(seed, "seed"),
     }
     with JournaledFolder(out, task, folder.identities(), overwrite, sync) as work:
-        done = job.run(work, dtype, progress)
+        job = _Job(work, folder, config, initializer, residual, weights, place, seed)
+        done = job.run(dtype, progress)
     return replace(done, excluded=len(chosen) - len(weights))
 
 
@@ -172,7 +173,7 @@ class _Job:
 
     def __init__(
         self,
-        out: Path,
+        work: JournaledFolder,
         folder: ModelFolder,
         config: LoRAConfig,
         initializer: Initializer,
@@ -181,18 +182,15 @@ class _Job:
         device: torch.device,
         seed: int,
     ) -> None:
-        self.out, self.folder, self.config = out, folder, config
+        self.work, self.folder, self.config = work, folder, config
         self.initializer, self.residual = initializer, residual
         self.device, self.seed = device, seed
         self.weights = {weight.tensor.name: weight for weight in weights}
         self.factors: dict[str, FactorFile] = {}
-        self.work: JournaledFolder | None = None
         self._lock = threading.Lock()
 
-    def run(
-        self, work: JournaledFolder, dtype: torch.dtype | None, progress: ByteCounter
-    ) -> InitSummary:
-        self.work = work
+    def run(self, dtype: torch.dtype | None, progress: ByteCounter) -> InitSummary:
+        work = self.work
         absorb = self.residual == "absorb"
         edited: dict[Path, set[str]] = {}
         for name, weight in self.weights.items():
@@ -201,7 +199,7 @@ class _Job:
         remaining = work.remaining(shards)
         size = sum(shard.size for shard in remaining)
         if absorb:
-            check_space(self.out, sum(shard.target_layout.file_size for shard in remaining))
+            check_space(work.out, sum(shard.target_layout.file_size for shard in remaining))
         rewrite(remaining, Actions(self.edit, self.finished, progress(size)))
         if not work.completed:
             if absorb:
@@ -222,7 +220,7 @@ class _Job:
         initializer = self._seeded(stored.name)
         here = weight.to(self.device)
         plain = initializer == LoRAM()  # its β determines the norm, without another pass
-        norm = None if plain else math.sqrt(torch.ops.lora.frobenius_stats([here])[0, 1])
+        norm = 0.0 if plain else math.sqrt(torch.ops.lora.frobenius_stats([here])[0, 1])
         if self.residual == "absorb":
             start = initializer.absorb_(here, r, scaling)
             if here is not weight:
@@ -235,13 +233,14 @@ class _Job:
                 "does not have: use residual='implicit'"
             )
         beta = None if start.beta is None else float(start.beta)
-        if norm is None:  # β² = ‖W‖ √(Q/r)
-            norm = beta**2 * math.sqrt(r / log_gain(r, *here.shape))
+        rows, cols = here.shape
+        if plain and beta is not None:  # β² = ‖W‖ √(Q/r)
+            norm = beta**2 * math.sqrt(r / log_gain(r, rows, cols))
         subtracted = initializer.changes_base
         record = StartRecord(
             name=stored.name,
             r=r,
-            shape=tuple(here.shape),
+            shape=(rows, cols),
             dtype="F64" if start.lora_A.dtype == torch.float64 else "F32",
             scaling=scaling,
             lora_alpha=self.config.layer_alpha(stored.name),
@@ -269,9 +268,12 @@ class _Job:
         """The initializer with a seed of the layer's own if it would use torch's generator: then a
         start does not depend on the order of the layers.
         """
-        if getattr(self.initializer, "seed", 0) is not None:
-            return self.initializer
-        return replace(self.initializer, seed=zlib.crc32(f"{self.seed} {name}".encode()))
+        initializer = self.initializer
+        if getattr(initializer, "seed", 0) is not None:
+            return initializer
+        if not is_dataclass(initializer):
+            raise TypeError(f"{type(initializer).__name__} must be a dataclass to get a seed")
+        return replace(initializer, seed=zlib.crc32(f"{self.seed} {name}".encode()))
 
     def _starts(
         self, shards: list[Shard], base: Path
@@ -293,7 +295,7 @@ class _Job:
     def _write_adapter(self, shards: list[Shard]) -> None:
         """The start as a PEFT adapter of the residual base, or a native adapter of the original."""
         absorb = self.residual == "absorb"
-        state, parts = self._starts(shards, self.out if absorb else self.folder.path)
+        state, parts = self._starts(shards, self.work.out if absorb else self.folder.path)
         content = folder_content(
             state,
             START if absorb else NATIVE,

@@ -38,7 +38,7 @@ class Change:
         """Changes the weight in place; raises a ValueError if the result is not finite."""
         if self.tensor is not None:
             weight.copy_(self.tensor)
-        else:
+        elif self.layer is not None:
             add_update_(weight.T if self.transposed else weight, self.layer)
         if weight.numel() and not bool(torch.linalg.vector_norm(weight, torch.inf).isfinite()):
             raise ValueError(f"the merged weight is not finite in {weight.dtype}")
@@ -143,7 +143,7 @@ def changes_of(folder: ModelFolder, state: AdapterState) -> dict[str, Change]:
         layer = name.removesuffix(".weight")
         transposed = is_transposed(folder.config, layer)
         if isinstance(value, LayerState):
-            shape = (value.lora_B.shape[0], value.lora_A.shape[1])
+            shape: tuple[int, ...] = (value.lora_B.shape[0], value.lora_A.shape[1])
             expected = entry.shape[::-1] if transposed else entry.shape
             change = Change(entry, file, transposed, layer=value)
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..._utils.peft_names import ADAPTER_FILE
 from ..._utils.safetensors import load_tensors
@@ -104,7 +105,7 @@ def refuse_residual(adapter: Path, state: AdapterState, base: Path | None = None
         )
 
 
-def _recipe_of(folder: Path) -> dict | None:
+def _recipe_of(folder: Path) -> dict[str, Any] | None:
     """The recipe of a start, or None."""
     recipe = read_recipe(folder / ADAPTER_FILE)
     return recipe if recipe is not None and recipe["format"] == START else None

@@ -121,8 +121,8 @@ def _cast_pieces(old: Entry, new: Entry) -> Iterator[Piece]:
     step = BLOCK // max(sizes)
     for first in range(0, max(old.numel, 1), step):
         last = min(first + step, old.numel)
-        parts = [
+        source, target = (
             Entry(e.name, e.dtype, (last - first,), e.begin + first * k, e.begin + last * k)
             for e, k in zip((old, new), sizes, strict=True)
-        ]
-        yield Piece(*parts, False)
+        )
+        yield Piece(source, target, False)

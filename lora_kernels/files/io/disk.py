@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 def try_lock(descriptor: int) -> bool:
     """Locks an open file or folder until it is closed; False if another process has locked it.
 
-    Without fcntl (Windows) nothing is locked.
+    On Windows, which has no fcntl, nothing is locked.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

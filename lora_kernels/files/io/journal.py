@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .pipeline import Shard
 
 _JOURNAL = "journal.jsonl"
+_CLOSED = -1  # in place of a file descriptor
 _FINISHED = "finished"  # the name of a shard, or None when everything is done
 # Files without which a folder is not a model or an adapter.
 _COMPLETING = ("config.json", "model.safetensors.index.json", "adapter_config.json",
@@ -77,7 +78,7 @@ class JournaledFolder:
         head = {"task": dict(task), "inputs": dict(inputs), "boot": _boot()}
         self._head = json.loads(json.dumps(head))  # as it is read from the journal
         self._overwrite, self._sync = overwrite, sync
-        self._journal: int | None = None
+        self._journal = _CLOSED
 
     def __enter__(self) -> JournaledFolder:
         if self.out.exists() and not self.out.is_dir():
@@ -174,8 +175,12 @@ class JournaledFolder:
         if lines[0] != self._head:
             return False
         os.ftruncate(self._journal, len(whole))
-        self.finished = {line.pop(_FINISHED): line for line in lines[1:]}
-        self.completed = self.finished.pop(None, None) is not None
+        for line in lines[1:]:
+            name = line.pop(_FINISHED)
+            if name is None:
+                self.completed = True
+            else:
+                self.finished[name] = line
         return True
 
     def _start(self) -> None:
@@ -220,9 +225,9 @@ class JournaledFolder:
             self.out.rmdir()
 
     def _close(self) -> None:
-        if self._journal is not None:
+        if self._journal != _CLOSED:
             os.close(self._journal)
-            self._journal = None
+            self._journal = _CLOSED
 
 
 def _boot() -> str | None:

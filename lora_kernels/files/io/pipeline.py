@@ -24,6 +24,7 @@ from ..._utils.safetensors import DTYPES, Layout
 from .blocks import BLOCK, Block, Piece
 from .buffers import Buffer, BufferPool
 
+_CLOSED = -1  # in place of a file descriptor
 AHEAD = 8 * BLOCK  # bytes of memory in addition to the largest block
 _WORKERS = 4  # one copies 2 to 4 GB/s: more would wait for the disk
 _READ = 1 << 30  # bytes a call: Linux transfers at most 2 GiB
@@ -157,12 +158,11 @@ class _Files:
         self.opened = threading.Lock()
         self._write_lock = threading.Lock()
         self._remaining = max(1, len(shard.blocks))
-        self._source: int | None = None
-        self._target: int | None = None
+        self._source = self._target = _CLOSED
 
     def open(self) -> None:
         """Opens both files, if they are not open yet, and writes the target's header."""
-        if self._source is not None:
+        if self._source != _CLOSED:
             return
         self._source = os.open(self.shard.source, os.O_RDONLY)
         if hasattr(os, "posix_fadvise"):
@@ -194,9 +194,9 @@ class _Files:
 
     def close(self) -> None:
         for descriptor in (self._source, self._target):
-            if descriptor is not None:
+            if descriptor != _CLOSED:
                 os.close(descriptor)
-        self._source = self._target = None
+        self._source = self._target = _CLOSED
 
     def _write(self, view: memoryview, position: int) -> None:
         done = 0

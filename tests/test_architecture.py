@@ -6,6 +6,7 @@ Imports are read from the source; nothing is imported for it.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shutil
 from collections.abc import Collection, Iterator
@@ -60,29 +61,36 @@ def room_of(module: str, modules: Collection[str]) -> str:
     return room or (parts[0] if parts[0] in modules else "")
 
 
-def imports(path: Path, package: Path, modules: set[str]) -> Iterator[tuple[int, str]]:
-    """(line, module of `lora_kernels`) for every import, lazy ones and those for types included."""
-    here = path.relative_to(package.parent).parent.parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        found: list[str] = []
+@functools.cache
+def imported(text: str, here: tuple[str, ...]) -> list[tuple[int, str]]:
+    """(line, full name) of all that a file in the package `here` imports, lazily or for types too."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(text)):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(here[: len(here) - node.level + 1]) if node.level else ""
             base = ".".join(part for part in (base, node.module) if part)
-            found = [f"{base}.{alias.name}" for alias in node.names]
+            names = [f"{base}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
             name = node.args[0]
-            text = name.value if isinstance(name, ast.Constant) else ast.unparse(name)
-            found = [text.removeprefix("f").strip("'\"")]
-            if found[0].startswith("."):
-                found = [package.name + found[0]]
-        for full in found:
-            root, _, name = full.partition(".")
-            if root == package.name:
-                while name and name not in modules and "." in name:
-                    name = name.rpartition(".")[0]
-                yield node.lineno, name
+            spelt = name.value if isinstance(name, ast.Constant) else ast.unparse(name)
+            spelt = spelt.removeprefix("f").strip("'\"")
+            names = [here[0] + spelt if spelt.startswith(".") else spelt]
+        found += [(node.lineno, name) for name in names]
+    return found
+
+
+def imports(path: Path, package: Path, modules: set[str]) -> Iterator[tuple[int, str]]:
+    """(line, module of `lora_kernels`) for every import."""
+    here = path.relative_to(package.parent).parent.parts
+    for line, full in imported(path.read_text(encoding="utf-8"), here):
+        root, _, name = full.partition(".")
+        if root == package.name:
+            while name and name not in modules and "." in name:
+                name = name.rpartition(".")[0]
+            yield line, name
 
 
 def sources(package: Path) -> dict[str, Path]:

@@ -24,7 +24,7 @@ from ..layers.state import LayerState
 from .config import AdapterState, LoRAConfig
 from .originals import OriginalWeights
 from .selection import Selection, find_candidates
-from .starts import StartJob, make_starts, matched_gradients, naming
+from .starts import StartJob, make_starts, naming
 
 # Rounding to 4 bits changes a norm by less than 1 %; subtracting s·B₀A₀, by more than 2 %.
 _NORM_TOLERANCE = 0.02
@@ -132,7 +132,6 @@ def plan_starts(
             the layer is named.
 
     """
-    matched = matched_gradients({p.name: p.aliases for p in plans}, initializer, gradients)
     jobs = [
         StartJob(
             plan.name,
@@ -141,11 +140,11 @@ def plan_starts(
             plan.options.r,
             plan.options.scaling,
             plan.absorbs,
-            matched[plan.name],
+            plan.aliases,
         )
         for plan in plans
     ]
-    starts = make_starts(jobs, progress)
+    starts = make_starts(jobs, gradients, progress)
     for plan in plans:
         plan.start = starts[plan.name]
 

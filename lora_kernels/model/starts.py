@@ -26,8 +26,8 @@ _BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # at most so many weights and bytes of 
 class StartJob:
     """A layer whose start is to be computed, with rank `r` and s = `scaling`.
 
-    `gradient` is ∂loss/∂W [out, in], for starts that need it. `absorb` says whether s·B₀A₀ will be
-    subtracted from the weight, whose dtype must then be able to hold the difference.
+    `absorb` says whether s·B₀A₀ will be subtracted from the weight, whose dtype must then be able
+    to hold the difference. `aliases` are further names of the layer, for its gradient.
     """
 
     name: str
@@ -36,55 +36,30 @@ class StartJob:
     r: int
     scaling: float
     absorb: bool = False
-    gradient: Tensor | None = None
+    aliases: Sequence[str] = ()
 
 
 @torch.no_grad()
-def make_starts(jobs: Sequence[StartJob], progress: bool) -> dict[str, Start]:
+def make_starts(
+    jobs: Sequence[StartJob], gradients: Mapping[str, Tensor] | None, progress: bool
+) -> dict[str, Start]:
     """The start of every job by the job's name; no weight is changed.
 
-    Starts that change the base have the weight's norm, `weight_norm`.
+    `gradients` are {layer name: ∂loss/∂W [out, in]}, for starts that need them. Starts that change
+    the base have the weight's norm, `weight_norm`.
 
     Raises:
-        ValueError, TypeError: a start cannot be computed or has the wrong shape or dtype, or the
-            weight's dtype cannot hold W − s·B₀A₀; the layer is named.
+        ValueError, TypeError: a gradient is missing or of no use, a start cannot be computed or has
+            the wrong shape or dtype, or the weight's dtype cannot hold W − s·B₀A₀; the layer is
+            named.
 
     """
+    matched = _matched_gradients(jobs, gradients)
     starts: dict[str, Start] = {}
-    title = type(jobs[0].initializer).__name__ if jobs else ""
+    title = type(jobs[0].initializer).__name__
     for batch in tracked(list(_batches(jobs)), title, progress):
-        starts |= _batch_starts(batch)
+        starts |= _batch_starts(batch, [matched[job.name] for job in batch])
     return {job.name: starts[job.name] for job in jobs}
-
-
-def matched_gradients(
-    layers: Mapping[str, Sequence[str]],
-    initializer: Initializer,
-    gradients: Mapping[str, Tensor] | None,
-) -> dict[str, Tensor | None]:
-    """The gradient [out, in] of each of `layers`, {name: further names}; None if not needed.
-
-    Raises:
-        ValueError: a gradient is missing, or the initializer does not use gradients.
-
-    """
-    title = type(initializer).__name__
-    if not initializer.needs_gradient:
-        if gradients is not None:
-            raise ValueError(f"{title} has no use for gradients")
-        return dict.fromkeys(layers)
-    if gradients is None:
-        raise ValueError(
-            f"{title} starts from the gradients of the weights: pass gradients="
-            "capture_gradients(model, batches)"
-        )
-    found: dict[str, Tensor | None] = {}
-    for name, aliases in layers.items():
-        names = [n for n in (name, *aliases) if n in gradients]
-        if not names:
-            raise ValueError(f"gradients has none for {name}{nearest(name, gradients)}")
-        found[name] = gradients[names[0]]
-    return found
 
 
 @contextmanager
@@ -96,16 +71,42 @@ def naming(layer: str) -> Iterator[None]:
         raise type(error)(f"{layer}: {error}") from error
 
 
-def _batch_starts(batch: Sequence[StartJob]) -> dict[str, Start]:
+def _matched_gradients(
+    jobs: Sequence[StartJob], gradients: Mapping[str, Tensor] | None
+) -> dict[str, Tensor | None]:
+    """The gradient [out, in] of each job's layer; None if the start does not need one."""
+    initializer = jobs[0].initializer
+    title = type(initializer).__name__
+    if not initializer.needs_gradient:
+        if gradients is not None:
+            raise ValueError(f"{title} has no use for gradients")
+        return {job.name: None for job in jobs}
+    if gradients is None:
+        raise ValueError(
+            f"{title} starts from the gradients of the weights: pass gradients="
+            "capture_gradients(model, batches)"
+        )
+    found: dict[str, Tensor | None] = {}
+    for job in jobs:
+        name = next((n for n in (job.name, *job.aliases) if n in gradients), None)
+        if name is None:
+            raise ValueError(f"gradients has none for {job.name}{nearest(job.name, gradients)}")
+        found[job.name] = gradients[name]
+    return found
+
+
+def _batch_starts(
+    batch: Sequence[StartJob], gradients: Sequence[Tensor | None]
+) -> dict[str, Start]:
     weights = [_checked_weight(job) for job in batch]
     first = batch[0]
-    gradients = [job.gradient for job in batch] if first.initializer.needs_gradient else None
+    given = gradients if first.initializer.needs_gradient else None
     try:
-        starts = first.initializer.starts(weights, first.r, first.scaling, gradients)
+        starts = first.initializer.starts(weights, first.r, first.scaling, given)
     except (ValueError, TypeError):
-        for job, weight in zip(batch, weights, strict=True):  # finds the layer that failed
-            with naming(job.name):
-                job.initializer(weight, job.r, job.scaling, job.gradient)
+        for job, weight, gradient in zip(batch, weights, gradients, strict=True):
+            with naming(job.name):  # finds the layer that failed
+                job.initializer(weight, job.r, job.scaling, gradient)
         raise
     found = {}
     for job, weight, start in zip(batch, weights, starts, strict=True):

@@ -15,7 +15,7 @@ from .._utils.peft_names import PREFIX
 from ..init import Initializer, Start, get_initializer
 from ..init.base import refuse_implicit
 from ..layers.base import base_of
-from ..model.starts import StartJob, make_starts, matched_gradients, naming
+from ..model.starts import StartJob, make_starts, naming
 from .layers import (
     adapter_of,
     check_model,
@@ -265,7 +265,6 @@ def _all_starts(
             name.removeprefix(PREFIX).removesuffix(".base_layer"): gradient
             for name, gradient in gradients.items()
         }
-    matched = matched_gradients(dict.fromkeys(layers, ()), initializer, gradients)
     jobs = []
     for name, layer in layers.items():
         base = base_of(layer.get_base_layer())
@@ -277,8 +276,8 @@ def _all_starts(
                 raise ValueError("its lora_A and lora_B are on the meta device: load them first")
         base.refuse_sharded(name)
         r, scaling = layer.r[adapter], layer.scaling[adapter]
-        jobs.append(StartJob(name, base, initializer, r, scaling, gradient=matched[name]))
-    starts = make_starts(jobs, progress)
+        jobs.append(StartJob(name, base, initializer, r, scaling))
+    starts = make_starts(jobs, gradients, progress)
     if any(start.lora_R is not None for start in starts.values()):
         raise ValueError(
             f"{type(initializer).__name__} trains an R between a frozen A and B, which PEFT's "

@@ -63,7 +63,7 @@ def room_of(module: str, modules: Collection[str]) -> str:
 
 @functools.cache
 def imported(text: str, here: tuple[str, ...]) -> list[tuple[int, str]]:
-    """(line, full name) of all that a file in the package `here` imports, lazily or for types too."""
+    """(line, full name) of all that a file in the package `here` imports, lazy imports included."""
     found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(text)):
         names: list[str] = []

@@ -208,19 +208,23 @@ import torch
 from lora_kernels.files.adapter.folder import read_adapter, write_adapter
 torch.set_num_threads(1)
 states = [read_adapter(folder) for folder in sys.argv[2:4]]
-print("ready", flush=True)
+
+def say(text):  # in one write: both processes share the pipe
+    os.write(1, f"{text}\\n".encode())
+
+say("ready")
 for line in sys.stdin:
     child = os.fork()
     if child:
-        print(child, flush=True)
         os.waitpid(child, 0)
-        print("ended", flush=True)
+        say("ended")
         continue
+    say(os.getpid())
     turn = int(line)
     while True:
         write_adapter(sys.argv[1], states[turn % 2])
         if turn == int(line):
-            print("saved", flush=True)
+            say("saved")
         turn += 1
 """
 

@@ -165,7 +165,7 @@ def test_a_transposed_weight_takes_the_fused_way(config, device, force):
     t = inputs((70,), 64, 80, 8, torch.float16, device=device)
     t["weight"] = t["weight"].detach().T.contiguous().T
     check(t, 0.5)
-    if operator._is_hopper(t["x"].device):
+    if operator._is_hopper(t["x"].device) and config in gemm.offered(8, start=False):
         assert taken.count(config) == 2  # y and dx
 
 

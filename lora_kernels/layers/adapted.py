@@ -21,6 +21,10 @@ def _of_active(name: str) -> Any:
     return property(lambda layer: getattr(layer.active(), name))
 
 
+def _is_property(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(type(module), name, None), property)
+
+
 class AdaptedLayer(nn.Module):
     """A layer with one or more adapters over the same base; one of them is active.
 
@@ -44,7 +48,7 @@ class AdaptedLayer(nn.Module):
     residual: str = _of_active("residual")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(getattr(type(self), name, None), property):
+        if _is_property(self, name):
             setattr(self.active(), name, value)  # nn.Module would register a parameter here
         else:
             super().__setattr__(name, value)
@@ -171,9 +175,8 @@ def transplant(old: nn.Module, new: nn.Module) -> None:
         setattr(new, name, getattr(old, name))
     foreign = vars(old).get(_FOREIGN)
     if foreign is None:
-        known = {n for n in dir(type(new)) if isinstance(getattr(type(new), n), property)}
-        known.update(vars(new), _BOUND)
-        foreign = [n for n in vars(old) if n not in known]
+        own = {*vars(new), *_BOUND}
+        foreign = [n for n in vars(old) if n not in own and not _is_property(new, n)]
         object.__setattr__(new, _FOREIGN, foreign)
         object.__setattr__(new, _CLASS, type(old))
     else:

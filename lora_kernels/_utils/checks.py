@@ -81,6 +81,11 @@ def check_finite(value: float, name: str) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite, without a mask as large as the tensor."""
+    return not tensor.numel() or bool(torch.linalg.vector_norm(tensor, torch.inf).isfinite())
+
+
 def check_number(value: object, name: str) -> None:
     """Raises unless `value` is a real number of any library, not a bool."""
     if isinstance(value, bool) or not isinstance(value, Real):

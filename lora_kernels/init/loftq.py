@@ -4,14 +4,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from .._utils.checks import as_integer, factor_dtype
+from .._utils.checks import all_finite, as_integer, factor_dtype
 from ..ops import svd
 from .base import Initializer, register_initializer
 from .quantizers import Quantizer, check_quantizer, quantized
@@ -60,7 +58,7 @@ class LoftQ(Initializer):
 
     def make_start(self, request: StartRequest) -> Start:
         weight, r, scaling = request.weight, request.r, request.scaling
-        if not math.isfinite(float(torch.linalg.vector_norm(weight, math.inf))):
+        if not all_finite(weight):
             raise ValueError("weight holds NaN or Inf")
 
         def improved(earlier: Start | None) -> Start:

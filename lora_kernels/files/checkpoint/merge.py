@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..._utils.checks import all_finite
 from ..._utils.names import nearest
 from ..._utils.progress import ByteCounter, uncounted
 from ..._utils.safetensors import DTYPES, Entry
@@ -40,7 +41,7 @@ class Change:
             weight.copy_(self.tensor)
         elif self.layer is not None:
             add_update_(weight.T if self.transposed else weight, self.layer)
-        if weight.numel() and not bool(torch.linalg.vector_norm(weight, torch.inf).isfinite()):
+        if not all_finite(weight):
             raise ValueError(f"the merged weight is not finite in {weight.dtype}")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..._utils.checks import all_finite
 from ..._utils.safetensors import DTYPES, Layout
 from .blocks import BLOCK, Block, Piece
 from .buffers import Buffer, BufferPool
@@ -241,15 +242,10 @@ def _edit_and_cast(old: Tensor, new: Tensor, edit: Callable[[Tensor], None] | No
         old = old if work == old.dtype else old.to(work)
         edit(old)
         new.copy_(old)
-    if not _finite(new) and _finite(old):
+    if not all_finite(new) and all_finite(old):
         raise ValueError(
             f"its values exceed the range of {new.dtype}, at most {torch.finfo(new.dtype).max:.5g}"
         )
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether all values are finite, without a mask as large as the tensor."""
-    return not tensor.numel() or bool(torch.linalg.vector_norm(tensor, torch.inf).isfinite())
 
 
 class _Placed:

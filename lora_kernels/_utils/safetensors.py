@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .extras import needed
+from .errors import needed
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library, too
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 # The sizes of the format's dtypes. A later version may add others: their tensors are copied.
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -95,6 +96,26 @@ class Layout:
         by_name = {entry.name: entry for entry in cast}
         in_header = [name for name in json.loads(self.header) if name != "__metadata__"]
         return render([by_name[name] for name in in_header], self.metadata)
+
+
+    def edited(
+        self, dropped: Collection[str], added: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> Layout:
+        """The layout without the tensors `dropped`, and with {name: (dtype, shape)} at the end; the
+        same object if nothing changes.
+        """
+        if not added and not any(entry.name in dropped for entry in self.entries):
+            return self
+        kept = [entry for entry in self.entries if entry.name not in dropped]
+        sizes = [(e.name, e.dtype, e.shape, e.end - e.begin) for e in kept]
+        for name, (dtype, shape) in added.items():
+            kind = (_NAMES | _INTEGERS)[dtype]
+            sizes.append((name, kind, shape, math.prod(shape) * dtype.itemsize))
+        entries, position = [], 0
+        for name, kind, shape, size in sizes:
+            entries.append(Entry(name, kind, shape, position, position + size))
+            position += size
+        return render(entries, self.metadata)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

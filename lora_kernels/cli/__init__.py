@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import OutOfMemoryError
 
-from .._utils.extras import MissingExtraError
+from .._utils.errors import MissingExtraError
 from .._utils.version import __version__
 from . import convert, init, inspect, merge, verify
 

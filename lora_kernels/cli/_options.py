@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from .._utils.extras import needed
+from .._utils.errors import needed
 from .._utils.names import ALL_LINEAR
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from ..files.checkpoint.initialize import InitSummary, initialize
 from ..files.checkpoint.residual import ADAPTER
 from ..init import get_initializer, initializer_names
 from ..model.config import LoRAConfig
+from ..model.report import listed
 from ._options import (
     Commands,
     add_command,
@@ -34,7 +35,8 @@ makes an adapter of the original model from the trained one.
 --residual implicit (the default if the start is zero): the base does not change. OUT_DIR becomes a
 native adapter of MODEL_DIR, for lora_kernels.load_adapter.
 
-Experts and routers of mixtures are excluded: in transformers' models they are not linear layers.
+The layers are those of the model that transformers makes of MODEL_DIR, which PEFT will find again.
+If transformers does not know the model, they are chosen by their names, and the summary says so.
 Shards, their order, headers and names, the index and all other files are kept; weights in other
 formats are not copied. Peak memory is the largest weight, with its copies if it is cast, and 128
 MiB. Repeat the same command to continue a run that was killed.
@@ -120,8 +122,11 @@ def _summary(done: InitSummary, options: argparse.Namespace, seconds: float) -> 
         size += f", {done.resumed / 1e9:.2f} GB in earlier runs"
     head = f"{done.layers} layers start with {options.method}, r = {options.r} ({size})"
     out = options.out_dir
-    if done.excluded:
-        head += f"\n{done.excluded} experts and routers are excluded: not linear layers in a model"
+    for reason in dict.fromkeys(done.skipped.values()):
+        names = [name for name, why in done.skipped.items() if why == reason]
+        head += f"\nnot started: {listed(names)}: {reason}"
+    if done.assumption:
+        head += f"\n{done.assumption}"
     if done.residual == "implicit":
         return f"{head}\n{out}: a native adapter of {options.model_dir}, for load_adapter"
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .._utils.extras import needed
+from .._utils.errors import needed
 from .._utils.progress import tracked
 from ..files.adapter.folder import is_adapter, read_adapter
 from ..files.checkpoint.weights import select_layers, stored_weights

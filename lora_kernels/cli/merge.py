@@ -55,3 +55,5 @@ def _merge(options: argparse.Namespace) -> None:
             f"{options.out}: {done.layers} layers merged{replaced} "
             f"({done.size / 1e9:.2f} GB in {seconds:.1f} s)"
         )
+        if done.assumption:
+            print(done.assumption)

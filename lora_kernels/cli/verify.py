@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .._utils.extras import needed
+from .._utils.errors import needed
 from ._options import Commands, add_command, add_path, table_console
 
 _DESCRIPTION = """\

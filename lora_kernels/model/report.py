@@ -68,9 +68,9 @@ class LoRAReport:
                 lines.append(f"  {row.name} is {', '.join(row.aliases)} too")
         for reason in dict.fromkeys(self.skipped.values()):
             names = [n for n, why in self.skipped.items() if why == reason]
-            lines.append(f"  not adapted: {_listed(names)}: {reason}")
+            lines.append(f"  not adapted: {listed(names)}: {reason}")
         if self.saved:
-            lines.append(f"  trained in full: {_listed(self.saved)}")
+            lines.append(f"  trained in full: {listed(self.saved)}")
         return "\n".join(lines)
 
 
@@ -120,7 +120,8 @@ def _pattern(name: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The names, with * for numbers, at most six patterns of them."""
     patterns = list(dict.fromkeys(_pattern(name) for name in names))
     shown = ", ".join(patterns[:6])
     return f"{shown} and {len(patterns) - 6} more" if len(patterns) > 6 else shown

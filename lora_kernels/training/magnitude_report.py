@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from .._utils.extras import needed
+from .._utils.errors import needed
 from .magnitude import AdapterMagnitude, LayerMagnitude
 
 if TYPE_CHECKING:

@@ -39,7 +39,12 @@ ERRORS = [
     (zero_weight, {}, ValueError, r"layers\.1\.mlp\.down_proj: weight is zero"),
     (bad_weight, {}, ValueError, r"layers\.1\.mlp\.down_proj: .*NaN"),
     (bad_weight, {"init_lora_weights": "pissa"}, ValueError, r"layers\.1\.mlp\.down_proj: .*NaN"),
-    (None, {"r": 17}, ValueError, r"r = 17 is larger than min\(out, in\) = 16 of .*k_proj"),
+    (
+        None,
+        {"r": 17, "target_modules": ["k_proj"]},
+        ValueError,
+        r"r = 17 is larger than min\(out, in\) = 16 of .*k_proj",
+    ),
     (None, {"target_modules": ["q_porj"]}, ValueError, "'q_porj'.*did you mean 'q_proj'"),
     (None, {"target_modules": "q_proj"}, ValueError, "regular expression 'q_proj'"),
     (None, {"target_modules": ["norm"]}, TypeError, "'model.norm', a LlamaRMSNorm"),

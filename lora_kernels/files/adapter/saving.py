@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..._utils.names import without_wrappers
 from ...model.config import AdapterState
 from ...model.install import unwrapped
 from ...model.lora import adapter_state, apply_state
 from ...model.report import LoRAReport
+from ...model.selection import input_embeddings, output_head
 from .folder import SavedAdapter, read_adapter, write_adapter
+from .peft_loading import lost_in_peft
 
 
 def save_adapter(
@@ -23,10 +27,16 @@ def save_adapter(
     format: str = "peft",
     compress_to: int | None = None,
 ) -> SavedAdapter:
-    """Writes an adapter of the model, by default the active one, as `write_adapter` does."""
+    """Writes an adapter of the model, by default the active one, as `write_adapter` does.
+
+    If the vocabulary was resized since the model was loaded, the embeddings are stored too, as PEFT
+    stores them. A warning names the layers that PEFT will not find in the folder.
+    """
     state = adapter_state(model, adapter_name)
+    state.extra = _resized_embeddings(unwrapped(model), state) | state.extra
     if format == "peft":
         _warn_of_second_names(unwrapped(model), state)
+        _warn_of_lost_layers(unwrapped(model), state)
     if state.config.initializer.rewrites_base and any(
         layer.residual == "absorb" for layer in state.layers.values()
     ):
@@ -95,3 +105,50 @@ def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
             "layer: its output differs there. load_adapter adapts both",
             stacklevel=3,
         )
+
+
+def _warn_of_lost_layers(model: nn.Module, state: AdapterState) -> None:
+    """Warns of layers that PEFT leaves bare when it loads the folder."""
+    lost = lost_in_peft(model, list(state.layers))
+    for reason in dict.fromkeys(lost.values()):
+        names = [name for name, why in lost.items() if why == reason]
+        warnings.warn(
+            f"plain PEFT will leave {len(names)} layers of this adapter bare ({names[0]} ...): "
+            f"{reason}. load_adapter and lora-kernels merge are right",
+            stacklevel=3,
+        )
+
+
+def _resized_embeddings(model: Any, state: AdapterState) -> dict[str, Tensor]:
+    """The weights of the input embedding and the output head by name, if the vocabulary has another
+    size than in the configuration that the model was loaded from; else none.
+    """
+    size, before = _vocab_size(getattr(model, "config", None)), _loaded_vocab_size(state.base_model)
+    if size is None or before is None or size == before:
+        return {}
+    names = {id(module): without_wrappers(name) for name, module in model.named_modules()}
+    found = {}
+    for module in (input_embeddings(model), output_head(model)):
+        name, weight = names.get(id(module)), getattr(module, "weight", None)
+        if name in state.layers or not isinstance(weight, Tensor):
+            continue
+        found[f"{name}.weight"] = weight.detach().to("cpu", copy=True)
+    return found
+
+
+def _loaded_vocab_size(base_model: str | None) -> int | None:
+    """The size of the vocabulary in the configuration of a model, if it is on this machine."""
+    if not base_model or find_spec("transformers") is None:
+        return None
+    from transformers import AutoConfig
+
+    try:
+        return _vocab_size(AutoConfig.from_pretrained(base_model, local_files_only=True))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _vocab_size(config: Any) -> int | None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "vocab_size", None)
+    return size if isinstance(size, int) else None

@@ -7,7 +7,6 @@ from pathlib import Path
 from ..adapter.folder import SavedAdapter, read_adapter, write_adapter
 from .folder import CONFIG, ModelFolder, check_outside
 from .residual import read_start, refuse_residual, trained_from
-from .weights import is_transposed
 
 
 def convert(
@@ -42,7 +41,7 @@ def convert(
     if state.base_model and (base / CONFIG).is_file():
         folder = ModelFolder(base)
         names = folder.module_names
-        conv1d = all(is_transposed(folder.config, name) for name in state.layers)
+        conv1d = all(folder.is_transposed(name) for name in state.layers)
     return write_adapter(
         out,
         state,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from ..._utils.safetensors import DTYPES, Entry, dtype_name, render
 from ...init import Start
 from ...layers.state import LayerState
 from ..io.blocks import BLOCK
+from ..io.buffers import memory_of
 from ..io.journal import Record
 
 
@@ -103,15 +103,6 @@ class FactorFile:
 def read_records(record: Record) -> list[StartRecord]:
     """The starts of a shard in the journal."""
     return [StartRecord(**r | {"shape": tuple(r["shape"])}) for r in record["starts"]]
-
-
-def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor; a view if it is contiguous and on the CPU."""
-    tensor = tensor.detach().to("cpu").contiguous()
-    size = tensor.numel() * tensor.element_size()
-    view: Any = (ctypes.c_char * size).from_address(tensor.data_ptr() if size else 1)
-    view.owner = tensor  # keeps the memory
-    return memoryview(view)
 
 
 def write_tensors(

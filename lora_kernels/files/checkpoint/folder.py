@@ -6,21 +6,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..._utils.model_files import INDEX, model_files, read_json
-from ..._utils.safetensors import DTYPES, Layout, read_layout
+from ..._utils.safetensors import DTYPES, Entry, Layout, read_layout
+from ...layers.kinds import is_conv1d
 from ..io.blocks import divide
 from ..io.journal import JournaledFolder, identity
 from ..io.pipeline import Shard
+from .architecture import Architecture, read_architecture
 from .residual import is_start
-from .weights import is_head
+from .weights import StoredWeight, is_head, is_transposed, stored_weights
 
 CONFIG = "config.json"
 # Files that hold the unchanged weights in other formats: a copy with new weights leaves them out.
@@ -28,7 +31,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
             ".onnx_data", ".ot", ".tflite", ".index.json")  # fmt: skip
 
 
-# Models in whose files the first part of the modules' names may be missing, and that part.
+# Where transformers does not know the model: models in whose files the first part of the modules'
+# names may be missing, and that part.
 _PREFIXES = {"gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer"}
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -43,6 +47,9 @@ _TASKS = {
 class ModelFolder:
     """A folder with `config.json` and safetensors files, with an index if there are several.
 
+    `kind` names another class of transformers than the configuration does, for an adapter whose
+    task needs another head, and `num_labels` the size of that head.
+
     Raises:
         ValueError: files are damaged or do not belong to a model.
         FileNotFoundError: files are missing.
@@ -50,6 +57,8 @@ class ModelFolder:
     """
 
     path: Path
+    kind: str = ""
+    num_labels: int | None = None
 
     def __post_init__(self) -> None:
         if self.path.is_file():
@@ -89,18 +98,62 @@ class ModelFolder:
         return layouts
 
     @cached_property
+    def _read_architecture(self) -> Architecture | str:
+        return read_architecture(self.path, self.stored_names, self.kind, self.num_labels)
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """The model that transformers makes of the folder; None if it cannot."""
+        found = self._read_architecture
+        return None if isinstance(found, str) else found
+
+    @property
+    def assumption(self) -> str:
+        """What is assumed of the layers, and why, if the architecture is not known; else ""."""
+        found = self._read_architecture
+        if not isinstance(found, str):
+            return ""
+        return (
+            f"{found}: it is assumed that every 2-D weight is that of a linear layer unless its "
+            "name is one of an embedding, and that its name in the files is its name in the model"
+        )
+
+    @cached_property
+    def entries(self) -> dict[str, tuple[Path, Entry]]:
+        """The file and the entry of each tensor, by its name in the files."""
+        layouts = self.layouts.items()
+        return {entry.name: (file, entry) for file, layout in layouts for entry in layout.entries}
+
+    @property
+    def stored_names(self) -> list[str]:
+        """The names of all tensors in the files."""
+        return list(self.entries)
+
+    @cached_property
     def prefix(self) -> str:
-        """The prefix of the modules' names that is missing in the files; "" except for some
-        checkpoints that were saved without their output head.
+        """The prefix of the modules' names that is missing in the files, where the architecture is
+        not known; "" except for some checkpoints that were saved without their output head.
         """
         prefix = _PREFIXES.get(self.config.get("model_type", ""))
         kinds = self.config.get("architectures") or [""]
-        names = [entry.name for layout in self.layouts.values() for entry in layout.entries]
-        bare = prefix and not any(name.startswith(f"{prefix}.") for name in names)
+        bare = prefix and not any(name.startswith(f"{prefix}.") for name in self.stored_names)
         headless = re.fullmatch(r"(GPT2|OpenAIGPT|Bloom)Model", str(kinds[0]))
         return f"{prefix}." if bare and not headless else ""
 
-    def in_mixture(self, layer: str) -> bool:
+    def named_weights(
+        self, targets: str | Sequence[str], exclude: str | Sequence[str] | None
+    ) -> tuple[list[StoredWeight], dict[str, str]]:
+        """The weights that are chosen by their names in the files, and the reasons for others."""
+        found = stored_weights(self.path, targets, exclude)
+        weights = [replace(weight, name=self.module_name(weight.name)) for weight in found]
+        skipped = {
+            weight.name: "experts and routers of mixtures are not linear layers in a model"
+            for weight in weights
+            if self._in_mixture(weight.name)
+        }
+        return [weight for weight in weights if weight.name not in skipped], skipped
+
+    def _in_mixture(self, layer: str) -> bool:
         """Whether the layer is an expert of a mixture, or its router: in the model they are not
         linear layers, since transformers 5 loads all experts into 3-D parameters.
         """
@@ -108,12 +161,25 @@ class ModelFolder:
         router = last in ("gate", "router") and f"{owner}.experts" in self.module_names
         return router or ".experts." in layer
 
+    def is_transposed(self, layer: str) -> bool:
+        """Whether the layer of that name in the model is a Conv1D, stored [in, out]."""
+        if self.architecture is None:
+            return is_transposed(self.config, layer)
+        return is_conv1d(self.architecture.modules.get(layer))
+
     @property
     def task_type(self) -> str | None:
-        """PEFT's name for the task of the model, if the name of its class says so."""
+        """PEFT's name for the task of the model, if the name of its class says so, and if PEFT's
+        class for the task can run it: that for "SEQ_2_SEQ_LM" needs token ids.
+        """
         kind = str((self.config.get("architectures") or [""])[0])
+        main_input = "input_ids"
+        if self.architecture is not None:
+            kind = type(self.architecture.model).__name__
+            main_input = str(getattr(self.architecture.model, "main_input_name", main_input))
         if self.config.get("is_encoder_decoder"):
-            return "SEQ_2_SEQ_LM" if kind.endswith("ForConditionalGeneration") else None
+            is_text = kind.endswith("ForConditionalGeneration") and main_input == "input_ids"
+            return "SEQ_2_SEQ_LM" if is_text else None
         return next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
 
     @cached_property
@@ -124,17 +190,22 @@ class ModelFolder:
         for config in (self.config, self.config.get("text_config") or {}):
             if "tie_word_embeddings" in config:
                 return bool(config["tie_word_embeddings"])
-        return not any(is_head(name.rpartition(".")[0]) for name in self.tensors)
+        return not any(is_head(name.rpartition(".")[0]) for name in self.stored_names)
 
     @cached_property
     def tensors(self) -> dict[str, str]:
-        """The names of tensors in the files, by their names in the model's state_dict."""
-        names = [entry.name for layout in self.layouts.values() for entry in layout.entries]
-        return {self.module_name(name): name for name in names}
+        """The names of tensors in the files, by their names in the model's state_dict. Tensors that
+        the model renames have their own names too, by which older adapters know them.
+        """
+        if self.architecture is None:
+            return {self.module_name(name): name for name in self.stored_names}
+        return {name: name for name in self.stored_names} | self.architecture.stored
 
     @cached_property
     def module_names(self) -> list[str]:
-        """All modules that contain a tensor."""
+        """All modules of the model, or all that contain a tensor."""
+        if self.architecture is not None:
+            return list(self.architecture.modules)
         found: dict[str, None] = {}
         for name in self.tensors:
             parts = name.split(".")
@@ -142,7 +213,9 @@ class ModelFolder:
         return list(found)
 
     def module_name(self, stored: str) -> str:
-        """The name in the model of the tensor or module that is called `stored` in the files."""
+        """The name in the model of the tensor or module that is called `stored` in the files, where
+        the architecture is not known.
+        """
         head = stored.partition(".")[0] in ("lm_head", "score", "classifier")
         return stored if head else self.prefix + stored
 
@@ -161,17 +234,22 @@ class ModelFolder:
         edited: dict[Path, set[str]],
         work: JournaledFolder | None = None,
         dtype: torch.dtype | None = None,
+        dropped: Collection[str] = (),
+        added: Mapping[str, Tensor] | None = None,
     ) -> list[Shard]:
         """The shards and their blocks; `edited` names the tensors to edit in each file. Without
-        `work` nothing is written, and only edited tensors are read.
+        `work` nothing is written, and only edited tensors are read. The target lacks the tensors
+        `dropped`; those of `added` are in its last shard.
         """
         shards = []
         for file, layout in self.layouts.items():
             names = edited.get(file, set())
-            new = layout.cast(dtype)
+            last = added if added and file == list(self.layouts)[-1] else {}
+            shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in last.items()}
+            kept = layout.cast(dtype).edited(dropped, {})
             target = work.path(file.name) if work else None
-            blocks = divide(layout, new, names, only_edited=work is None)
-            shards.append(Shard(file, layout, target, new, blocks))
+            blocks = divide(layout, kept, names, only_edited=work is None)
+            shards.append(Shard(file, layout, target, kept.edited((), shapes), blocks, last))
         return shards
 
     def copy_others(self, work: JournaledFolder) -> None:
@@ -180,31 +258,42 @@ class ModelFolder:
             shutil.copyfile(self.path / name, work.path("content"))
             work.place("content", name)
 
-    def publish(self, work: JournaledFolder, shards: Sequence[Shard]) -> None:
-        """Writes the index, and then `config.json`, with which the folder becomes a model."""
+    def publish(
+        self,
+        work: JournaledFolder,
+        shards: Sequence[Shard],
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes the index, and then `config.json`, with which the folder becomes a model.
+        `options` are new values in `config.json`.
+        """
         layouts = [shard.target_layout for shard in shards]
         changed = any(shard.target_layout is not shard.source_layout for shard in shards)
         if (self.path / INDEX).is_file():
             content = (self.path / INDEX).read_bytes()
             if changed:
-                index = read_json(self.path / INDEX)
-                size = sum(layout.data_size for layout in layouts)
-                index.setdefault("metadata", {})["total_size"] = size
-                content = pretty(index)
+                content = pretty(self._new_index(shards))
             work.put(INDEX, content)
         content = (self.path / CONFIG).read_bytes()
+        config = dict(self.config) | dict(options or {})
         floats = {e.dtype for layout in layouts for e in layout.entries} & DTYPES.keys()
         if changed and len(floats) == 1:
-            content = self._with_dtype(str(DTYPES[floats.pop()]).removeprefix("torch."))
+            dtype = str(DTYPES[floats.pop()]).removeprefix("torch.")
+            config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+        if config != self.config:
+            content = pretty(config)
         work.settle()
         work.put(CONFIG, content)
 
-    def _with_dtype(self, dtype: str) -> bytes:
-        config = dict(self.config)
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                config[key] = dtype
-        return pretty(config)
+    def _new_index(self, shards: Sequence[Shard]) -> dict[str, Any]:
+        """The index with the size and the names of these shards."""
+        index = read_json(self.path / INDEX)
+        size = sum(shard.target_layout.data_size for shard in shards)
+        index.setdefault("metadata", {})["total_size"] = size
+        files = {entry.name: s.name for s in shards for entry in s.target_layout.entries}
+        kept = {name: file for name, file in index["weight_map"].items() if name in files}
+        index["weight_map"] = kept | {n: f for n, f in files.items() if n not in kept}
+        return index
 
     def _walk(self, folder: Path) -> Iterator[Path]:
         for entry in os.scandir(folder):

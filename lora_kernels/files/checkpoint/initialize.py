@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import threading
 import zlib
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..._utils.checks import as_integer
+from ..._utils.names import match_names
 from ..._utils.peft_names import ADAPTER_CONFIG
 from ..._utils.progress import ByteCounter, uncounted
 from ..._utils.version import __version__
@@ -20,14 +21,15 @@ from ...init.base import refuse_implicit
 from ...init.start import checked
 from ...model.config import AdapterState, LoRAConfig
 from ...ops.loram_init import log_gain
-from ..adapter.content import folder_content
+from ..adapter.content import FolderContent, folder_content
+from ..adapter.peft_format import split_tensors
 from ..adapter.recipe import NATIVE, START, config_to_dict
 from ..io.journal import JournaledFolder
 from ..io.pipeline import Actions, Shard, rewrite
 from .factors import FactorFile, StartRecord, read_records, write_tensors
 from .folder import ModelFolder, check_apart, check_space, pretty
 from .residual import ADAPTER, is_start
-from .weights import StoredWeight, is_embedding, is_head, stored_weights
+from .weights import StoredWeight, chosen_weights, is_embedding, is_head
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,16 @@ class InitSummary:
     """The result of `initialize`.
 
     `layers` have started; `size` bytes of the shards were read in this run, `resumed` in an earlier
-    one. `excluded` counts experts and routers of mixtures, which are not linear layers in a model.
+    one. `skipped` is {name: reason} of the layers that were left out. `assumption` says what was
+    assumed of a model that transformers does not know; else it is empty.
     """
 
     layers: int
     size: int
     resumed: int
     residual: str
-    excluded: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+    assumption: str = ""
 
 
 def initialize(
@@ -64,8 +68,9 @@ def initialize(
     base: training starts from the original model. With "implicit" ("auto" for the other starts),
     `out` becomes the start as a native adapter of the original base.
 
-    Experts and routers of mixtures never start: in transformers' models they are not linear
-    layers. All other tensors keep their bytes; all files keep their names, headers and order.
+    The layers are those that `add_lora` would adapt in the model that transformers makes of the
+    folder, as far as PEFT finds them again; the adapter has their names in that model. All other
+    tensors keep their bytes; all files keep their names, headers and order.
     `dtype` casts floats of 16 bits and more; a weight is rounded once, after the start was
     subtracted. Each layer's random start has its own seed, derived from `seed` and the layer's
     name.
@@ -111,9 +116,7 @@ def initialize(
             f"{model} is a residual base, from which a start was subtracted already: use the model "
             "it was made from"
         )
-    chosen = stored_weights(folder.path, config.target_modules, config.exclude_modules)
-    weights = [weight for weight in chosen if not folder.in_mixture(weight.name)]
-    _check_weights(folder, config, residual, weights)
+    weights, skipped = _choose(folder, config, residual)
     place = _device(device)
     task = {
         "command": "init",
@@ -128,7 +131,7 @@ def initialize(
     with JournaledFolder(out, task, folder.identities(), overwrite, sync) as work:
         job = _Job(work, folder, config, initializer, residual, weights, place, seed)
         done = job.run(dtype, progress)
-    return replace(done, excluded=len(chosen) - len(weights))
+    return replace(done, skipped=skipped, assumption=folder.assumption)
 
 
 def _device(name: str) -> torch.device:
@@ -143,10 +146,28 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _check_weights(
-    folder: ModelFolder, config: LoRAConfig, residual: str, weights: list[StoredWeight]
-) -> None:
-    """Raises if a weight cannot start, or if there are none."""
+def _choose(
+    folder: ModelFolder, config: LoRAConfig, residual: str
+) -> tuple[list[StoredWeight], dict[str, str]]:
+    """The weights that start, and the reasons for the others."""
+    absorb = residual == "absorb"
+    if folder.architecture is not None:
+        weights, skipped = chosen_weights(folder.architecture, folder.path, config, absorb)
+    else:
+        weights, skipped = folder.named_weights(config.target_modules, config.exclude_modules)
+        _check_named(folder, absorb, weights)
+    for weight in weights:
+        r, full = config.layer_rank(weight.name), min(weight.tensor.entry.shape)
+        if r > full:
+            raise ValueError(
+                f"rank {r} is larger than min(n, m) = {full} of {weight.name}: use a smaller one, "
+                "or exclude this layer"
+            )
+    return weights, skipped
+
+
+def _check_named(folder: ModelFolder, absorb: bool, weights: list[StoredWeight]) -> None:
+    """Raises if a weight that was chosen by its name cannot start, or if there are none."""
     if not weights:
         raise ValueError(
             "only experts and routers of a mixture are chosen, which are not linear layers in a "
@@ -155,16 +176,10 @@ def _check_weights(
     for weight in weights:
         if is_embedding(weight.name):
             raise ValueError(f"{weight.name} is an embedding by its name, not a linear layer")
-        if residual == "absorb" and is_head(weight.name) and folder.tied:
+        if absorb and is_head(weight.name) and folder.tied:
             raise ValueError(
                 f"{weight.name} is tied to the embedding, from which no start must be subtracted: "
                 "use residual='implicit'"
-            )
-        r, full = config.layer_rank(weight.name), min(weight.tensor.entry.shape)
-        if r > full:
-            raise ValueError(
-                f"rank {r} is larger than min(n, m) = {full} of {weight.name}: use a smaller one, "
-                "or exclude this layer"
             )
 
 
@@ -287,7 +302,7 @@ class _Job:
         layers, parts = {}, []
         for weight in self.weights.values():
             record, path = found[weight.name]
-            layers[self.folder.module_name(weight.name)] = record.state()
+            layers[weight.name] = record.state()
             parts.append((path, record.offset, record.size))
         config = replace(self.config, residual=self.residual)
         return AdapterState(config, layers, base_model=str(base)), parts
@@ -304,6 +319,8 @@ class _Job:
             original=str(self.folder.path),
             task_type=self.folder.task_type,
         )
+        if absorb:
+            self._check_found(content)
         inside = Path(ADAPTER if absorb else "")
         path = self.work.path(content.file)
         write_tensors(path, content.tensors, parts, content.metadata)
@@ -311,3 +328,17 @@ class _Job:
         if not absorb:  # the configuration completes the folder
             self.work.settle()
         self.work.put(inside / ADAPTER_CONFIG, pretty(content.config))
+
+    def _check_found(self, content: FolderContent) -> None:
+        """Raises unless the adapter has both factors of every weight from which a start was
+        subtracted, and its `target_modules` mean exactly these layers of the model.
+        """
+        layers = {weight.name for weight in self.weights.values()}
+        targets = content.config["target_modules"]
+        found = set(match_names(self.folder.module_names, targets))
+        stored = set(split_tensors(content.tensors)[0])
+        if wrong := (layers ^ found) | (layers ^ stored):
+            raise ValueError(
+                f"{min(wrong)!r} has a start in the weights or in the adapter only, and nothing "
+                "was written: this is an error of lora_kernels, please report it"
+            )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,23 +14,30 @@ from torch import Tensor
 from ..._utils.checks import all_finite
 from ..._utils.names import nearest
 from ..._utils.progress import ByteCounter, uncounted
-from ..._utils.safetensors import DTYPES, Entry
+from ..._utils.safetensors import DTYPES, Entry, load_tensor
 from ..._utils.version import __version__
 from ...init.start import subtract_factors_
 from ...layers.state import LayerState
 from ...model.config import AdapterState
+from ...model.selection import input_embeddings, output_head
 from ..adapter.folder import read_adapter
 from ..io.journal import JournaledFolder, identity
 from ..io.pipeline import Actions, Shard, rewrite
+from .architecture import Architecture, classes_for
 from .folder import ModelFolder, check_apart, check_outside, check_space
 from .residual import refuse_residual
-from .weights import is_embedding, is_head, is_transposed
+from .weights import is_embedding, is_head
+
+Wanted = Mapping[str, LayerState | Tensor]  # by a tensor's name in the model
 
 
 @dataclass(frozen=True)
 class Change:
-    """The change of a tensor of the base: s·B'A' is added, or another tensor replaces it."""
+    """The change of a tensor of the base: s·B'A' is added, or another tensor replaces it. `name` is
+    the tensor's in the model.
+    """
 
+    name: str
     entry: Entry
     file: Path
     transposed: bool = False
@@ -45,13 +54,36 @@ class Change:
             raise ValueError(f"the merged weight is not finite in {weight.dtype}")
 
 
+@dataclass
+class Changes:
+    """What an adapter changes in the files of its base.
+
+    Attributes:
+        edits: the changed tensors by their names in the files.
+        added: tensors that the files do not have, or have in another shape: by their names there.
+        dropped: the names of those that have another shape.
+        options: new values in `config.json`.
+        vocab_size: the size of the vocabulary, if it is another one than the base's.
+
+    """
+
+    edits: dict[str, Change] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+    options: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int | None = None
+
+
 @dataclass(frozen=True)
 class MergeSummary:
-    """The numbers of merged layers and replaced tensors, and the bytes read in this run."""
+    """The numbers of merged layers and replaced tensors, and the bytes read in this run.
+    `assumption` says what was assumed of a model that transformers does not know; else it is empty.
+    """
 
     layers: int
     replaced: int
     size: int
+    assumption: str = ""
 
 
 @torch.no_grad()
@@ -75,9 +107,11 @@ def merge(
 ) -> MergeSummary:
     """Writes the model in `base` to `out`, with the adapter merged into it.
 
-    The adapter may have any format; saved modules and biases replace those of the base. Everything
-    else is as for `initialize`: what is copied, `dtype`, memory (apart from the adapter's), and
-    continuing after a kill.
+    The adapter may have any format; saved modules and biases replace those of the base, or are
+    added: the head of a classifier, which then is the class in `config.json`, the embeddings of a
+    resized vocabulary, or a head that differs from the embedding that the base ties it to.
+    Everything else is as for `initialize`: what is copied, `dtype`, memory (apart from the
+    adapter's), and continuing after a kill.
 
     Raises:
         ValueError: the adapter does not fit the base, was trained on another one, or is in `out`.
@@ -87,12 +121,14 @@ def merge(
     """
     check_apart(base, out)
     check_outside(adapter, out)
-    folder = ModelFolder(base)
     state = read_adapter(adapter)
+    folder = folder_for(ModelFolder(base), state)
     refuse_residual(adapter, state, base)
     changes = changes_of(folder, state)
+    edits = changes.edits
+    added = {name: _cast(folder, tensor, dtype) for name, tensor in changes.added.items()}
     by_file: dict[Path, set[str]] = {}
-    for name, change in changes.items():
+    for name, change in edits.items():
         by_file.setdefault(change.file, set()).add(name)
     task = {"command": "merge", "version": __version__, "dtype": str(dtype)}
     inputs = folder.identities() | {
@@ -100,10 +136,10 @@ def merge(
     }
 
     def edit(shard: Shard, name: str, weight: Tensor) -> None:
-        changes[name].apply_(weight)
+        edits[name].apply_(weight)
 
     with JournaledFolder(out, task, inputs, overwrite, sync) as work:
-        shards = folder.shards(by_file, work, dtype)
+        shards = folder.shards(by_file, work, dtype, changes.dropped, added)
         remaining = work.remaining(shards)
         size = sum(shard.size for shard in remaining)
         check_space(out, sum(shard.target_layout.file_size for shard in remaining))
@@ -111,66 +147,240 @@ def merge(
         rewrite(remaining, actions)
         if not work.completed:
             folder.copy_others(work)
-            folder.publish(work, shards)
+            folder.publish(work, shards, changes.options)
         work.complete()
-    return MergeSummary(len(state.layers), len(state.extra), size)
+    return MergeSummary(len(state.layers), len(state.extra), size, folder.assumption)
 
 
-def changes_of(folder: ModelFolder, state: AdapterState) -> dict[str, Change]:
-    """The adapter's change of each tensor, by its name in the files.
+def folder_for(folder: ModelFolder, state: AdapterState) -> ModelFolder:
+    """The folder as that of the class that has all of the adapter's layers and tensors: the one in
+    `config.json`, or else one for the adapter's task or another task. An adapter of a classifier
+    may so belong to a base that has no head.
+    """
+    wanted = _wanted(state)
+    if folder.architecture is None or _has_all(folder, wanted):
+        return folder
+    for kind in classes_for(folder.path, state.config.task_type):
+        other = ModelFolder(folder.path, kind)
+        if other.architecture is not None and _has_all(other, wanted):
+            labels = _labels(other.architecture, wanted)
+            return other if labels is None else ModelFolder(folder.path, kind, labels)
+    return folder
+
+
+def _wanted(state: AdapterState) -> Wanted:
+    return {**{f"{name}.weight": layer for name, layer in state.layers.items()}, **state.extra}
+
+
+def _has_all(folder: ModelFolder, wanted: Wanted) -> bool:
+    known = {} if folder.architecture is None else folder.architecture.model.state_dict()
+    return all(name in folder.tensors or name in known for name in wanted)
+
+
+def _labels(architecture: Architecture, wanted: Wanted) -> int | None:
+    """The number of labels of a head that the adapter brings, if the model's has another one."""
+    known = architecture.model.state_dict()
+    for name, value in wanted.items():
+        if isinstance(value, LayerState) or name in architecture.stored or not value.dim():
+            continue
+        if value.shape[1:] == known[name].shape[1:] and len(value) != len(known[name]):
+            return len(value)
+    return None
+
+
+def changes_of(folder: ModelFolder, state: AdapterState) -> Changes:
+    """The adapter's changes of the files.
 
     Raises:
-        ValueError: a layer or a tensor is not in the base, or has another shape there.
+        ValueError: a layer or a tensor is not in the base, has another shape there, or is not
+            stored as it is in the model.
 
     """
-    stored = {
-        entry.name: (file, entry)
-        for file, layout in folder.layouts.items()
-        for entry in layout.entries
-    }
-    wanted: Mapping[str, LayerState | Tensor] = {
-        **{f"{name}.weight": layer for name, layer in state.layers.items()},
-        **state.extra,
-    }
-    _check_tied(folder, wanted)
-    changes: dict[str, Change] = {}
+    wanted = _wanted(state)
+    changes = Changes()
+    architecture = folder.architecture
+    if architecture is None:
+        _check_tied(folder, wanted)
+    else:
+        changes.options = _options(folder)
+        changes.vocab_size = resized_to(architecture, state)
+        if changes.vocab_size is not None:
+            old = len(architecture.parameters[_embedding_name(architecture)])
+            changes.options |= _in_config(folder.config, "vocab_size", old, changes.vocab_size)
+    done: set[str] = set()
     for name, value in wanted.items():
-        if name not in folder.tensors:
-            raise ValueError(
-                f"the adapter has {name!r}, which {folder.path} does not have"
-                f"{nearest(name, folder.tensors)}"
-            )
-        file, entry = stored[folder.tensors[name]]
-        layer = name.removesuffix(".weight")
-        transposed = is_transposed(folder.config, layer)
-        if isinstance(value, LayerState):
-            shape: tuple[int, ...] = (value.lora_B.shape[0], value.lora_A.shape[1])
-            expected = entry.shape[::-1] if transposed else entry.shape
-            change = Change(entry, file, transposed, layer=value)
+        tied = [] if architecture is None else architecture.tied(name)
+        if name in done:
+            continue
+        if architecture is not None and tied:
+            done |= {name, *tied}
+            _change_tied(folder, architecture, changes, wanted, [name, *tied])
         else:
-            shape, expected = tuple(value.shape), entry.shape
-            change = Change(entry, file, tensor=value)
-        if shape != tuple(expected):
-            raise ValueError(
-                f"{name!r} of the adapter is {list(shape)}, of {folder.path} {list(expected)}"
-            )
-        if entry.dtype not in DTYPES:
-            raise ValueError(
-                f"{name!r} is stored as {entry.dtype} in {folder.path}: use a base that is not "
-                "quantised"
-            )
-        changes[entry.name] = change
+            _change(folder, changes, name, value)
     return changes
 
 
-def _check_tied(folder: ModelFolder, wanted: Mapping[str, LayerState | Tensor]) -> None:
-    """Raises if the adapter changes an input embedding or output head that the model ties."""
+def _change(folder: ModelFolder, changes: Changes, name: str, value: LayerState | Tensor) -> None:
+    """Adds the change of one tensor."""
+    stored = folder.tensors.get(name)
+    if stored is None:
+        if isinstance(value, LayerState) or not _has_all(folder, {name: value}):
+            raise ValueError(_why_not_stored(folder, name))
+        changes.added[name] = value
+        return
+    file, entry = folder.entries[stored]
+    transposed = folder.is_transposed(name.removesuffix(".weight"))
+    if isinstance(value, LayerState):
+        shape: tuple[int, ...] = (value.lora_B.shape[0], value.lora_A.shape[1])
+        expected = entry.shape[::-1] if transposed else entry.shape
+        change = Change(name, entry, file, transposed, layer=value)
+    else:
+        shape, expected = tuple(value.shape), entry.shape
+        change = Change(name, entry, file, tensor=value)
+    resized = change.tensor is not None and _is_resized(changes, shape, entry.shape)
+    if shape != tuple(expected) and not resized:
+        raise ValueError(
+            f"{name!r} of the adapter is {list(shape)}, of {folder.path} {list(expected)}"
+        )
+    integers = change.tensor is not None and not change.tensor.is_floating_point()
+    if entry.dtype not in DTYPES and not integers:
+        raise ValueError(
+            f"{name!r} is stored as {entry.dtype} in {folder.path}: use a base that is not "
+            "quantised"
+        )
+    if change.tensor is not None and (resized or integers):
+        changes.dropped.add(stored)
+        changes.added[stored] = change.tensor
+    else:
+        changes.edits[stored] = change
+
+
+def _why_not_stored(folder: ModelFolder, name: str) -> str:
+    if folder.architecture is not None and name in folder.architecture.converted:
+        return (
+            f"{name!r} is computed from other tensors of {folder.path} by loading: load the model "
+            "and the adapter, and use merge_lora and save_pretrained"
+        )
+    near = nearest(name, folder.tensors)
+    return f"the adapter has {name!r}, which {folder.path} does not have{near}"
+
+
+def _options(folder: ModelFolder) -> dict[str, Any]:
+    """The class and its labels in `config.json`, if they are not those of the base."""
+    options: dict[str, Any] = {"architectures": [folder.kind]} if folder.kind else {}
+    if folder.num_labels is not None:
+        labels = [f"LABEL_{k}" for k in range(folder.num_labels)]
+        options["id2label"] = {str(k): label for k, label in enumerate(labels)}
+        options["label2id"] = {label: k for k, label in enumerate(labels)}
+    return options
+
+
+def resized_to(architecture: Architecture, state: AdapterState) -> int | None:
+    """The size of the vocabulary in the adapter's embedding, if the base has another one."""
+    name = _embedding_name(architecture)
+    value = state.extra.get(name)
+    resized = value is not None and len(value) != len(architecture.parameters[name])
+    return len(value) if value is not None and resized else None
+
+
+def _embedding_name(architecture: Architecture) -> str:
+    """The name of the input embedding's weight; "" if there is none."""
+    embedding = input_embeddings(architecture.model)
+    names = (name for name, module in architecture.modules.items() if module is embedding)
+    return f"{next(names, '')}.weight"
+
+
+def _in_config(config: Mapping[str, Any], key: str, old: Any, new: Any) -> dict[str, Any]:
+    """`config.json` with another value of a key, also in the configuration of the text model."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and text.get(key, old) == old and config.get(key) != old:
+        return {"text_config": text | {key: new}}
+    return {key: new}
+
+
+def _is_resized(changes: Changes, shape: Sequence[int], stored: Sequence[int]) -> bool:
+    """Whether the shapes differ by the size of the vocabulary only."""
+    different = [size for size, old in zip(shape, stored, strict=False) if size != old]
+    return len(shape) == len(stored) and different == [changes.vocab_size]
+
+
+def _change_tied(
+    folder: ModelFolder,
+    architecture: Architecture,
+    changes: Changes,
+    wanted: Wanted,
+    names: Sequence[str],
+) -> None:
+    """Adds the changes of a tensor that several modules share. If its values then differ, the
+    output head gets a tensor of its own, as `merge_lora` gives it.
+    """
+    stored = [name for name in names if name in folder.tensors]
+    if not stored:
+        raise ValueError(_why_not_stored(folder, names[0]))
+    file, entry = folder.entries[folder.tensors[stored[0]]]
+    base = load_tensor(file, entry.name)
+    values = {name: _merged(base, wanted[name]) if name in wanted else base for name in names}
+    first = values[names[0]]
+    if not all(_equal(value, first) for value in values.values()):
+        head = _head_name(architecture)
+        others = [value for name, value in values.items() if name != head]
+        if head not in names or not all(_equal(value, others[0]) for value in others):
+            raise ValueError(_why_tied(folder, names[0].rpartition(".")[0]))
+        changes.options |= _in_config(folder.config, "tie_word_embeddings", True, False)
+        for name in names:
+            if name not in stored:
+                changes.added[name] = values[name]
+    for name in stored:
+        if not _equal(values[name], base):
+            _change(folder, changes, name, values[name])
+
+
+def _head_name(architecture: Architecture) -> str:
+    head = output_head(architecture.model)
+    names = (name for name, module in architecture.modules.items() if module is head)
+    return f"{next(names, '')}.weight"
+
+
+@torch.no_grad()
+def _merged(base: Tensor, value: LayerState | Tensor) -> Tensor:
+    """A tensor of the base with its change, in its dtype."""
+    if isinstance(value, Tensor):
+        return value.to(base.dtype)
+    merged = base.clone()
+    add_update_(merged, value)
+    return merged
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or torch.equal(one, other)
+
+
+def _cast(folder: ModelFolder, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor that is added to the files, in their most frequent dtype or in `dtype`."""
+    if not tensor.is_floating_point():
+        return tensor
+    kinds = Counter(e.dtype for _, e in folder.entries.values() if e.dtype in DTYPES)
+    usual = DTYPES[kinds.most_common(1)[0][0]] if kinds else tensor.dtype
+    cast = tensor.to(dtype or usual)
+    if not all_finite(cast):
+        raise ValueError(f"a tensor of the adapter exceeds the range of {cast.dtype}")
+    return cast
+
+
+def _why_tied(folder: ModelFolder, layer: str) -> str:
+    return (
+        f"the adapter changes {layer!r}, which {folder.path} ties to its output head or embedding: "
+        "a merged model cannot store both; use the adapter unmerged"
+    )
+
+
+def _check_tied(folder: ModelFolder, wanted: Wanted) -> None:
+    """Raises if the adapter changes an input embedding or output head that the model ties, by its
+    name.
+    """
     if not folder.tied:
         return
     for name in wanted:
         layer = name.rpartition(".")[0]
         if is_embedding(layer) or is_head(layer):
-            raise ValueError(
-                f"the adapter changes {layer!r}, which {folder.path} ties to its output head or "
-                "embedding: a merged model cannot store both; use the adapter unmerged"
-            )
+            raise ValueError(_why_tied(folder, layer))

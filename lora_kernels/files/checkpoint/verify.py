@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,19 +10,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ...layers.kinds import is_conv1d
 from ...model.config import AdapterState
+from ...model.lora import merge_lora
 from ..adapter.content import NATIVE_FILE
 from ..adapter.folder import read_adapter
 from ..adapter.saving import load_adapter
+from .architecture import Architecture
 from .folder import ModelFolder
-from .merge import Change, changes_of
+from .merge import add_update_, changes_of, folder_for, resized_to
 from .residual import refuse_residual
 
-# Relative to the largest logit, in float32. In a model of 30 layers, another order of sums changes
-# the logits by less than a tenth of it; reading an adapter wrongly, by about its whole effect.
+Inputs = dict[str, Tensor]
+
+# Relative to the largest output, in float32. In a model of 30 layers, another order of sums changes
+# the outputs by less than a tenth of it; reading an adapter wrongly, by about its whole effect.
 TOLERANCE = 1e-4
-_TOKENS = (2, 16)
+_ROUNDING = 4 * torch.finfo(torch.float32).eps
+
+_BATCH, _TOKENS = 2, 16
+_SAMPLES = 8000  # half a second of sound
+_ERRORS = (TypeError, RuntimeError, IndexError, ValueError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,15 @@ def verify(adapter: Path, base: Path, logits: bool = True) -> Iterator[Check]:
 
     1. The files of the adapter are intact and consistent.
     2. Every layer and tensor of the adapter is in the base, with the same shape.
-    3. `logits`, if transformers is installed: those of the base with s(BA − B₀A₀) added to its
-       weights, of `load_adapter`, and of PEFT if it can read the format, agree within `TOLERANCE`
-       of the largest, in float32 on the CPU, on a few fixed tokens. The model is loaded for each.
+    3. `logits`, if transformers knows the model: the outputs of the base with s(BA − B₀A₀) added to
+       its weights, of `load_adapter`, and of PEFT if it can read the format, agree within
+       `TOLERANCE` of the largest, in float32 on the CPU, on fixed inputs. If the model does not run
+       on any inputs that are made here, the merged weights are compared. The model is loaded for
+       each, as its users load it: with the class for the adapter's task, and resized if the adapter
+       has the embeddings of a resized vocabulary.
 
     Raises:
-        ValueError: the base is not a model, or cannot be run on tokens.
+        ValueError: the base is not a model.
         FileNotFoundError: files of the base are missing.
 
     """
@@ -57,90 +70,221 @@ def verify(adapter: Path, base: Path, logits: bool = True) -> Iterator[Check]:
         return
     ranks = sorted({layer.r for layer in state.layers.values()})
     yield Check("the adapter's files", True, f"{len(state.layers)} layers, {_ranks(ranks)}")
+    folder = folder_for(folder, state)
+    count = len(state.layers) + len(state.extra)
     try:
-        changes = changes_of(folder, state)
+        _check_fit(folder, state)
     except ValueError as error:
         yield Check("its layers in the base", False, str(error))
         return
-    yield Check("its layers in the base", True, f"{len(changes)} tensors, all with their shapes")
+    yield Check("its layers in the base", True, f"{count} tensors, all with their shapes")
     if not logits:
         return
-    if find_spec("transformers") is None:
-        yield Check("logits", None, "transformers is not installed")
+    if folder.architecture is None:
+        yield Check("logits", None, folder.assumption.partition(": it is assumed")[0])
         return
-    yield from _logits(adapter, folder, state, changes)
+    yield from _Ways(adapter, folder, folder.architecture, state).checks()
 
 
-def _logits(
-    adapter: Path, folder: ModelFolder, state: AdapterState, changes: dict[str, Change]
-) -> Iterator[Check]:
-    plain = _run(folder, lambda model: model)
-    merged = _run(folder, lambda model: _merged(model, folder, changes))
-    scale = float(merged.abs().max())
-    effect = float((merged - plain).abs().max()) / scale
-    yield Check("merged weights", True, f"change the logits by {effect:.1e} of the largest")
+def _check_fit(folder: ModelFolder, state: AdapterState) -> None:
+    """Raises ValueError if a layer or tensor of the adapter is not in the base, or has another
+    shape there; also if loading computes it, so that `merge` could not write it.
+    """
+    architecture = folder.architecture
+    if architecture is None:
+        changes_of(folder, state)
+        return
+    wanted: dict[str, tuple[int, ...]] = {n: tuple(t.shape) for n, t in state.extra.items()}
+    for name, layer in state.layers.items():
+        rows, cols = layer.lora_B.shape[0], layer.lora_A.shape[1]
+        transposed = folder.is_transposed(name)
+        wanted[f"{name}.weight"] = (cols, rows) if transposed else (rows, cols)
+    known = {name: tuple(t.shape) for name, t in architecture.model.state_dict().items()}
+    vocabulary = resized_to(architecture, state)
+    for name, shape in wanted.items():
+        if name not in known:
+            changes_of(folder, state)  # its error says more, and older names are in the files
+            raise ValueError(f"the adapter has {name!r}, which {folder.path} does not have")
+        differing = [size for size, own in zip(shape, known[name], strict=False) if size != own]
+        if len(shape) != len(known[name]) or (differing and differing != [vocabulary]):
+            raise ValueError(
+                f"{name!r} of the adapter is {list(shape)}, of {folder.path} {list(known[name])}"
+            )
 
-    def compared(name: str, logits: Tensor) -> Check:
-        error = float((logits - merged).abs().max()) / scale
-        return Check(name, error <= TOLERANCE, f"off by {error:.1e}, {TOLERANCE:.0e} allowed")
 
-    def ours(model: nn.Module) -> nn.Module:
-        load_adapter(model, adapter, is_trainable=False)
+class _Ways:
+    """The adapted model, loaded in several ways."""
+
+    def __init__(
+        self, adapter: Path, folder: ModelFolder, architecture: Architecture, state: AdapterState
+    ) -> None:
+        self.adapter, self.folder = adapter, folder
+        self.architecture, self.state = architecture, state
+        self.inputs: Inputs | None = None
+
+    def checks(self) -> Iterator[Check]:
+        """Compares each way with the merged weights."""
+        base = self._load()
+        self.inputs = inputs_for(base)
+        plain = self._result(base)
+        del base
+        merged = self._result(self._merged(self._load()))
+        scale = max(float(merged.abs().max()), torch.finfo(torch.float32).tiny)
+        effect = float((merged - plain).abs().max()) / scale
+        what, allowed = "outputs", TOLERANCE
+        if self.inputs is None:  # weights have one rounding each, whatever the adapter's effect
+            what, allowed = "weights", max(TOLERANCE * effect, _ROUNDING)
+        yield Check("merged weights", True, f"change the {what} by {effect:.1e} of the largest")
+
+        def compared(name: str, found: Tensor) -> Check:
+            error = float((found - merged).abs().max()) / scale
+            detail = f"{what} off by {error:.1e}, {allowed:.0e} allowed"
+            return Check(name, error <= allowed, detail)
+
+        yield compared("lora_kernels.load_adapter", self._result(self._ours(self._load())))
+        if (self.adapter / NATIVE_FILE).is_file():
+            yield Check("PEFT", None, "cannot read the native format: convert it")
+        elif find_spec("peft") is None:
+            yield Check("PEFT", None, "is not installed")
+        else:
+            try:
+                found = self._result(self._peft(self._load()))
+            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+                first = str(error).strip().partition("\n")[0]
+                yield Check("PEFT", False, f"cannot load it: {first}")
+            else:
+                yield compared("PEFT", found)
+
+    def _load(self) -> Any:
+        """The base in float32, of the class that has the adapter's layers."""
+        options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+        if self.folder.num_labels is not None:
+            options["num_labels"] = self.folder.num_labels
+        loader: Any = type(self.architecture.model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a head that the files lack is random
+            model = loader.from_pretrained(self.folder.path, **options).eval()
+        vocabulary = resized_to(self.architecture, self.state)
+        if vocabulary is not None:
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
         return model
 
-    yield compared("lora_kernels.load_adapter", _run(folder, ours))
-    if (adapter / NATIVE_FILE).is_file():
-        yield Check("PEFT", None, "cannot read the native format: convert it")
-    elif find_spec("peft") is None:
-        yield Check("PEFT", None, "is not installed")
-    else:
+    @torch.no_grad()
+    def _merged(self, model: nn.Module) -> nn.Module:
+        """The model with the adapter's change of each weight."""
+        for name, layer in self.state.layers.items():
+            module: Any = model.get_submodule(name)
+            weight = module.weight.data.clone()
+            add_update_(weight.T if is_conv1d(module) else weight, layer)
+            module.weight = nn.Parameter(weight)  # its own, if it was tied to another
+        for name, tensor in self.state.extra.items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            value = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+            setattr(module, key, nn.Parameter(value) if key in module._parameters else value)
+        return model
+
+    def _ours(self, model: nn.Module) -> nn.Module:
+        load_adapter(model, self.adapter, is_trainable=False, progress=False)
+        return model if self.inputs is not None else merge_lora(model)
+
+    def _peft(self, model: Any) -> nn.Module:
         import peft
 
-        yield compared(
-            "PEFT", _run(folder, lambda model: peft.PeftModel.from_pretrained(model, adapter))
-        )
+        loaded: Any = peft.PeftModel.from_pretrained(model, self.adapter)
+        adapted: nn.Module = loaded.get_base_model()
+        return adapted.eval() if self.inputs is not None else loaded.merge_and_unload()
 
-
-@torch.no_grad()
-def _merged(model: nn.Module, folder: ModelFolder, changes: dict[str, Change]) -> nn.Module:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, stored in folder.tensors.items():
-        if stored in changes:
-            if name not in parameters:
-                raise ValueError(
-                    f"{type(model).__name__} has no {name!r}, under which its files store a tensor"
-                )
-            changes[stored].apply_(parameters[name].data)
-    return model
-
-
-@torch.inference_mode()
-def _run(folder: ModelFolder, prepare: Callable[[nn.Module], nn.Module]) -> Tensor:
-    """The logits [2, 16, vocabulary] of the model in float32, after `prepare`."""
-    import transformers
-
-    kind = str((folder.config.get("architectures") or [""])[0])
-    loader = getattr(transformers, kind, transformers.AutoModelForCausalLM)
-    with torch.inference_mode(False):
-        model = loader.from_pretrained(folder.path, dtype=torch.float32, local_files_only=True)
-        model = prepare(model.eval()).eval()
-    ids = _token_ids(model.config)
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    try:
-        return model(**inputs)[0]
-    except (TypeError, RuntimeError, IndexError) as error:
-        first = str(error).partition("\n")[0]
-        raise ValueError(f"{kind or folder.path} does not run on token ids: {first}") from None
-
-
-def _token_ids(config: Any) -> Tensor:
-    """Fixed token ids that are spread over the vocabulary."""
-    size = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
-    count = _TOKENS[0] * _TOKENS[1]
-    return ((torch.arange(count) * 7919 + 13) % size).view(_TOKENS)
+    def _result(self, model: nn.Module) -> Tensor:
+        """The model's outputs, or the weights that the adapter changes, as one vector."""
+        if self.inputs is not None:
+            return outputs_of(model, self.inputs)
+        tensors = model.state_dict()
+        changed = [f"{name}.weight" for name in self.state.layers]
+        return torch.cat([tensors[name].float().flatten() for name in changed])
 
 
 def _ranks(ranks: list[int]) -> str:
     return f"r = {ranks[0]}" if len(ranks) == 1 else f"r = {ranks[0]} to {ranks[-1]}"
+
+
+def inputs_for(model: nn.Module) -> Inputs | None:
+    """Inputs on which the model runs and gives finite numbers; None if no such inputs are known."""
+    for rows in (_BATCH, 1):  # a classifier without a padding token takes one text at a time
+        for candidate in _candidates(model):
+            inputs = {name: tensor[:rows] for name, tensor in candidate.items()}
+            try:
+                if bool(outputs_of(model, inputs).isfinite().all()):
+                    return inputs
+            except _ERRORS:
+                continue
+    return None
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """All floating-point outputs as one vector, in float32. A model that draws random numbers draws
+    the same ones each time.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = model(**inputs)
+    values = list(outputs.values()) if isinstance(outputs, dict) else outputs
+    floats = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
+    return torch.cat([t.float().flatten() for t in floats])
+
+
+def _candidates(model: nn.Module) -> Iterator[Inputs]:
+    """The main input alone, then with others: with tokens for the decoder, with a picture ..."""
+    config: Any = model.config
+    makers = {
+        "input_ids": _token_ids,
+        "pixel_values": _pixels,
+        "input_values": _samples,
+        "input_features": _features,
+    }
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    made: Inputs = {}
+    for name in sorted(makers, key=lambda name: name != main):  # the main one first
+        try:
+            made[name] = makers[name](config)
+        except _ERRORS:
+            continue
+        yield {name: made[name]}
+        if bool(getattr(config, "is_encoder_decoder", False)):
+            yield {name: made[name], "decoder_input_ids": _token_ids(config)}
+    yield made
+
+
+def _option(config: Any, name: str) -> Any:
+    """The value of an option in the configuration or in one of its parts."""
+    parts = [config, *(part for part in vars(config).values() if hasattr(part, "model_type"))]
+    values = [value for part in parts if (value := getattr(part, name, None)) is not None]
+    return values[0]  # an IndexError if no part has it
+
+
+def _token_ids(config: Any) -> Tensor:
+    """Token ids [2, 16] that are spread over the vocabulary."""
+    ids = torch.arange(_BATCH * _TOKENS) * 7919 + 13
+    return (ids % int(_option(config, "vocab_size"))).view(_BATCH, _TOKENS)
+
+
+def _pixels(config: Any) -> Tensor:
+    size = _option(config, "image_size")
+    height, width = (size, size) if isinstance(size, int) else size
+    return _waves(_BATCH, int(_option(config, "num_channels")), int(height), int(width))
+
+
+def _samples(config: Any) -> Tensor:
+    return _waves(_BATCH, _SAMPLES)
+
+
+def _features(config: Any) -> Tensor:
+    length = 2 * int(_option(config, "max_source_positions"))
+    return _waves(_BATCH, int(_option(config, "num_mel_bins")), length)
+
+
+def _waves(*shape: int) -> Tensor:
+    """Numbers between −1 and 1 that do not repeat."""
+    steps = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    return (steps * 0.7390851).sin().float().view(shape)

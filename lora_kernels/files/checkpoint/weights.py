@@ -1,4 +1,6 @@
-"""The weights of linear layers in safetensors files, loaded one at a time."""
+"""The weights of linear layers in safetensors files, loaded one at a time: `chosen_weights` by the
+model's architecture, `stored_weights` by their names alone.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,10 @@ from ..._utils.model_files import StoredTensor, read_json, stored_tensors
 from ..._utils.names import ALL_LINEAR, match_names
 from ..._utils.peft_names import ADAPTER_CONFIG
 from ..._utils.safetensors import DTYPES
+from ...model.config import LoRAConfig
+from ...model.selection import select_layers as select_modules
+from ..adapter.peft_loading import lost_in_peft
+from .architecture import Architecture
 
 # Models with Conv1D layers, which are stored [in, out], and the names of these layers.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -25,7 +31,7 @@ _EMBEDDING = re.compile(r"wte|wpe|shared|relative_attention_bias|(?!embed_out).*
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """The weight of a linear layer."""
+    """The weight of a linear layer; `name` is the layer's in the model."""
 
     name: str
     tensor: StoredTensor
@@ -35,6 +41,74 @@ class StoredWeight:
         """W [out, in], on the CPU."""
         weight = self.tensor.load()
         return weight.T if self.transposed else weight
+
+
+def chosen_weights(
+    architecture: Architecture, path: Path, config: LoRAConfig, absorb: bool
+) -> tuple[list[StoredWeight], dict[str, str]]:
+    """The weights of the layers that `add_lora` would adapt in the model, in its order; and the
+    reason for each layer that is left out.
+
+    `absorb`: a start will be subtracted from them, which PEFT adds back. Then the weights must not
+    be tied to others, and PEFT must find each layer.
+
+    Raises:
+        ValueError: as `lora_kernels.model.selection.select_layers`; a layer is quantized in the
+            files, has another shape there, or was named by the user and cannot start.
+
+    """
+    selection = select_modules(architecture.model, config)
+    tensors = {tensor.name: tensor for tensor in stored_tensors(path)}
+    weights, skipped = [], dict(selection.skipped)
+    lost = lost_in_peft(architecture.model, list(selection.layers)) if absorb else {}
+    quantized = []
+    for name, base in selection.layers.items():
+        tied = architecture.tied(f"{name}.weight")
+        stored = next((n for n in (f"{name}.weight", *tied) if n in architecture.stored), "")
+        tensor = tensors[architecture.stored[stored]] if stored else None
+        if _is_quantized(architecture, name, tensor):
+            quantized.append(name)
+        elif tensor is None:
+            computed = f"{name}.weight" in architecture.converted
+            what = "computed from other tensors by loading" if computed else "not in the files"
+            skipped[name] = f"its weight is {what}"
+        elif absorb and tied:
+            skipped[name] = f"its weight is {tied[0]} too: use residual='implicit'"
+        elif name in lost:
+            skipped[name] = lost[name]
+        else:
+            weight = StoredWeight(name, tensor, base.transposed)
+            _check_shape(weight, base.shape)
+            weights.append(weight)
+    if quantized:
+        raise ValueError(
+            f"{len(quantized)} of {len(selection.layers)} chosen layers are quantised in the files "
+            f"of {path} ({quantized[0]} ...), and a start needs floating-point weights: dequantise "
+            "the model first, or choose other layers with target_modules or exclude_modules"
+        )
+    named = [name for name in skipped if name in selection.layers]
+    if named and not is_all_linear(config.target_modules):
+        raise ValueError(f"target_modules names {named[0]!r}, but {skipped[named[0]]}")
+    if not weights:
+        reasons = "; ".join(dict.fromkeys(skipped.values()))
+        raise ValueError(f"no layer of {path} is left to start: {reasons}")
+    return weights, skipped
+
+
+def _is_quantized(architecture: Architecture, layer: str, tensor: StoredTensor | None) -> bool:
+    """Whether the files have codes in place of the layer's floating-point weight."""
+    if tensor is not None:
+        return tensor.entry.dtype not in DTYPES
+    return any(name.startswith(f"{layer}.") for name in architecture.unused)
+
+
+def _check_shape(weight: StoredWeight, shape: tuple[int, int]) -> None:
+    stored = weight.tensor.entry.shape
+    if stored != (shape[::-1] if weight.transposed else shape):
+        raise ValueError(
+            f"{weight.name} is {list(shape)} by config.json, its weight in the files "
+            f"{list(stored)}: they do not belong together"
+        )
 
 
 def stored_weights(

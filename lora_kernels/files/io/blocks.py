@@ -10,6 +10,7 @@ from ..._utils.safetensors import DTYPES, Entry, Layout
 
 BLOCK = 16 << 20  # bytes: copied tensors are divided into such pieces, small tensors are joined
 _PAGE = 4096
+_DROPPED = Entry("", "", (), 0, 0)  # in place of the target of a tensor that the target lacks
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,14 @@ def divide(
 ) -> list[Block]:
     """The blocks of a file. An edited tensor is never divided; the others are copied in parts.
 
-    `target` has the tensors of `source` in the same order. `only_edited`: the other tensors are
-    left out.
+    `target` has the tensors of `source`, or some of them, in the same order. `only_edited`: the
+    other tensors are left out.
     """
     blocks: list[Block] = []
     pieces: list[Piece] = []
     size = 0
     for piece in _pieces(source, target, edited):
-        wanted = piece.edited or not only_edited
+        wanted = (piece.edited or not only_edited) and piece.target is not _DROPPED
         length = max(piece.source.end - piece.source.begin, piece.target.end - piece.target.begin)
         if pieces and (not wanted or size + length > BLOCK):
             blocks.append(Block(tuple(pieces)))
@@ -99,9 +100,11 @@ def divide(
 
 
 def _pieces(source: Layout, target: Layout, edited: Collection[str]) -> Iterator[Piece]:
-    for old, new in zip(source.entries, target.entries, strict=True):
-        if old.name in edited:
-            yield Piece(old, new, True)
+    targets = {entry.name: entry for entry in target.entries}
+    for old in source.entries:
+        new = targets.get(old.name, _DROPPED)
+        if old.name in edited or new is _DROPPED:
+            yield Piece(old, new, old.name in edited)
         elif old.dtype == new.dtype:
             offset = new.begin - old.begin
             for begin in range(old.begin, max(old.end, old.begin + 1), BLOCK):

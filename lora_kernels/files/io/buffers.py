@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,3 +80,12 @@ class BufferPool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; a view if it is contiguous and on the CPU."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    size = tensor.numel() * tensor.element_size()
+    view: Any = (ctypes.c_char * size).from_address(tensor.data_ptr() if size else 1)
+    view.owner = tensor  # keeps the memory
+    return memoryview(view)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..._utils.checks import all_finite
 from ..._utils.safetensors import DTYPES, Layout
 from .blocks import BLOCK, Block, Piece
-from .buffers import Buffer, BufferPool
+from .buffers import Buffer, BufferPool, memory_of
 
 _CLOSED = -1  # in place of a file descriptor
 AHEAD = 8 * BLOCK  # bytes of memory in addition to the largest block
@@ -36,13 +36,17 @@ _WRITE = 1 << 20
 
 @dataclass(eq=False)
 class Shard:
-    """A file to rewrite. Without a `target` nothing is written: the tensors are only read."""
+    """A file to rewrite. Without a `target` nothing is written: the tensors are only read.
+
+    `added` are tensors of the target that the source does not have, by name.
+    """
 
     source: Path
     source_layout: Layout
     target: Path | None
     target_layout: Layout
     blocks: Sequence[Block]
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -123,6 +127,7 @@ class _Rewriting:
                 self._rewrite(files, block)
                 self._actions.advanced(block.source_size)
             if files.is_last():
+                files.write_added()
                 files.close()
                 with self._finish_lock:
                     self._actions.finished(files.shard)
@@ -192,6 +197,14 @@ class _Files:
         if self.shard.target is not None:
             with self._write_lock:  # the system lets one thread write: a second would spin
                 self._write(view, self.shard.target_layout.data_offset + block.target[0])
+
+    def write_added(self) -> None:
+        """Writes the tensors that the source does not have."""
+        layout = self.shard.target_layout
+        for entry in layout.entries if self.shard.target is not None else ():
+            if entry.name in self.shard.added:
+                content = memory_of(self.shard.added[entry.name])
+                self._write(content, layout.data_offset + entry.begin)
 
     def close(self) -> None:
         for descriptor in (self._source, self._target):

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .._utils.names import ALL_LINEAR, match_names, nearest, pattern_matches
-from .._utils.peft_names import TASK_HEADS
-from ..layers.base import BaseLayer, base_of
-from .config import LoRAConfig
+from ..._utils.names import ALL_LINEAR, match_names, nearest, pattern_matches
+from ..._utils.peft_names import TASK_HEADS
+from ...layers.base import BaseLayer, base_of
+from ..config import LoRAConfig
+from .bypassed import bypassed_layers
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -45,9 +46,10 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
     """
     candidates, aliases = find_candidates(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    chosen = set(_targeted(config, modules, candidates, aliases))
+    bypassed = bypassed_layers(model)
+    chosen = set(_targeted(config, modules, candidates, aliases, bypassed))
     names = {*candidates, *(alias for others in aliases.values() for alias in others)}
-    skip_reasons = _skip_reasons(model, config, list(modules), list(candidates), aliases)
+    skip_reasons = _skip_reasons(model, config, list(modules), candidates, aliases, bypassed)
     selection = Selection()
     for name in candidates:
         if name in skip_reasons:
@@ -130,6 +132,7 @@ def _targeted(
     modules: Mapping[str, nn.Module],
     candidates: Mapping[str, BaseLayer],
     aliases: Mapping[str, Sequence[str]],
+    bypassed: Mapping[str, str],
 ) -> Iterable[str]:
     """The candidates that `target_modules` means."""
     targets = config.target_modules
@@ -145,31 +148,24 @@ def _targeted(
             raise TypeError(
                 f"target_modules names {name!r}, a {type(modules[name]).__name__}, which {what}"
             )
-        if reason := _why_bypassed(modules, name):
-            raise ValueError(f"target_modules names {name!r}, but {reason}")
+        if name in bypassed:
+            raise ValueError(f"target_modules names {name!r}, but {bypassed[name]}")
     return [first[name] for name in found]
-
-
-def _why_bypassed(modules: Mapping[str, nn.Module], name: str) -> str | None:
-    """Why an adapter of this layer would have no effect: its block reads the weight directly."""
-    parent, _, key = name.rpartition(".")
-    block = type(modules[parent]).__name__
-    if key in ("x_proj", "dt_proj", "out_proj") and re.search("Mamba|Bamba|FalconH1Mixer", block):
-        return f"its {block} reads the weight directly, without calling the layer"
-    return None
 
 
 def _skip_reasons(
     model: nn.Module,
     config: LoRAConfig,
     names: Sequence[str],
-    candidates: Sequence[str],
+    candidates: Mapping[str, BaseLayer],
     aliases: Mapping[str, Sequence[str]],
+    bypassed: Mapping[str, str],
 ) -> dict[str, str]:
     """Candidates that an option excludes, whether targeted or not, with the reason."""
     reasons: dict[str, str] = {}
     if _is_all_linear(config.target_modules):
-        reasons |= _not_in_all_linear(model, candidates)
+        reasons |= _too_small(config, candidates)
+        reasons |= _not_in_all_linear(model, candidates, bypassed)
     indices = config.layer_indices()
     if indices is not None:
         blocks = {name: _block_index(name, config.layers_pattern) for name in candidates}
@@ -193,6 +189,19 @@ def _skip_reasons(
             pattern = rf"(^|.*\.){re.escape(saved)}($|\..*)"
             if any(re.match(pattern, n) for n in (name, *aliases.get(name, ()))):
                 reasons[name] = "in modules_to_save: trained in full"
+    return reasons
+
+
+def _too_small(config: LoRAConfig, candidates: Mapping[str, BaseLayer]) -> dict[str, str]:
+    """The layers that cannot have the rank `r`, which no pattern asked for, with the reason."""
+    reasons: dict[str, str] = {}
+    for name, base in candidates.items():
+        if base.rewritable and base.stored_weight.dim() != 2:  # a shard, which is refused later
+            continue
+        full = min(base.shape)
+        named = any(pattern_matches(key, name) for key in config.rank_pattern)
+        if config.r > full and not named:
+            reasons[name] = f"r = {config.r} is larger than min(out, in) = {full}"
     return reasons
 
 
@@ -248,7 +257,7 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, B
     if not _is_all_linear(targets):
         names = match_names(list(modules), targets, list(bases))
         return {name: bases.get(name) or _checked(name, modules[name]) for name in names}
-    skip_reasons = _not_in_all_linear(model, bases)
+    skip_reasons = _not_in_all_linear(model, bases, bypassed_layers(model))
     found = {name: base for name, base in bases.items() if name not in skip_reasons}
     if not found:
         raise ValueError(f"{type(model).__name__} has no linear layer")
@@ -265,15 +274,17 @@ def _is_all_linear(targets: object) -> bool:
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
-def _not_in_all_linear(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def _not_in_all_linear(
+    model: nn.Module, names: Iterable[str], bypassed: Mapping[str, str]
+) -> dict[str, str]:
     """The linear layers that "all-linear" does not select, with the reason."""
     head, modules = output_head(model), dict(model.named_modules(remove_duplicate=False))
     reasons: dict[str, str] = {}
     for name in names:
         if head is not None and modules[name] is head:
             reasons[name] = "the output head, which 'all-linear' leaves out"
-        elif reason := _why_bypassed(modules, name):
-            reasons[name] = reason
+        elif name in bypassed:
+            reasons[name] = bypassed[name]
     return reasons
 
 
@@ -301,5 +312,18 @@ def _names_of(
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """A Hugging Face model's output embeddings; None if the model has none."""
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+    return _embeddings(model, "get_output_embeddings")
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """A Hugging Face model's input embeddings; None if the model has none."""
+    return _embeddings(model, "get_input_embeddings")
+
+
+def _embeddings(model: nn.Module, method: str) -> nn.Module | None:
+    get = getattr(model, method, None)
+    try:
+        found = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):  # as of models of pictures and sound
+        return None
+    return found if isinstance(found, nn.Module) else None

@@ -1,0 +1,72 @@
+"""Which layers of an adapter PEFT does not find when it loads the adapter's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..._utils.peft_names import PREFIX
+
+
+def lost_in_peft(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """{layer: reason} of the layers that PEFT would leave bare in this model, however their names
+    are written.
+
+    PEFT 0.21 with transformers 5 takes some names for those of older versions: "gate_proj" in a
+    mixture of experts means the experts, also where a dense layer has this name. Nothing is lost
+    if PEFT is not installed, or does not rename. `model` may be on the meta device.
+    """
+    if find_spec("peft") is None or find_spec("transformers") is None or not layers:
+        return {}
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:
+        return {}
+    lost = _retargeted(conversion, model, layers)
+    rest = [name for name in layers if name not in lost]
+    return lost | _renamed(conversion, model, rest)
+
+
+def _retargeted(conversion: Any, model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """The layers whose names PEFT turns into names of parameters."""
+    import peft
+
+    reason = "PEFT takes its name for that of the experts and cannot adapt it"
+    config = peft.LoraConfig(target_modules=list(layers))
+    try:
+        conversion.convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # not all of the projections that it would join are there
+        config.target_modules = {
+            name for name in layers if not _retargeted_alone(conversion, model, name)
+        }
+    kept = set(config.target_modules or ())
+    return {name: reason for name in layers if name not in kept}
+
+
+def _retargeted_alone(conversion: Any, model: nn.Module, layer: str) -> bool:
+    import peft
+
+    config = peft.LoraConfig(target_modules=[layer])
+    try:
+        conversion.convert_peft_config_for_transformers(config, model, None)
+    except ValueError:
+        return True
+    return layer not in (config.target_modules or ())
+
+
+def _renamed(conversion: Any, model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """The layers whose tensors PEFT gives another name while it reads them."""
+    import peft
+
+    keys = {f"{PREFIX}{name}.lora_A.weight": name for name in layers}
+    tensors = {key: torch.empty(1, 1, device="meta") for key in keys}
+    config = peft.LoraConfig(target_modules=list(layers))
+    found = conversion.convert_peft_adapter_state_dict_for_transformers(
+        model, config, dict(tensors), "default"
+    )
+    reason = "PEFT gives its tensors another name while it reads them, which is no layer"
+    return {name: reason for key, name in keys.items() if key not in found}

@@ -1,0 +1,27 @@
+"""Which layers of a model are adapted, and the reasons for the others."""
+
+from .bypassed import bypassed_layers
+from .layers import (
+    Selection,
+    Targets,
+    find_candidates,
+    find_targets,
+    input_embeddings,
+    match_modules,
+    output_head,
+    select_layers,
+    with_task_head,
+)
+
+__all__ = [
+    "Selection",
+    "Targets",
+    "bypassed_layers",
+    "find_candidates",
+    "find_targets",
+    "input_embeddings",
+    "match_modules",
+    "output_head",
+    "select_layers",
+    "with_task_head",
+]

@@ -6,7 +6,7 @@ switches the adapters.
 
 from importlib.util import find_spec
 
-from .._utils.extras import needed
+from .._utils.errors import needed
 
 if find_spec("peft") is None:
     needed("peft", "lora_kernels.peft", "ecosystem")

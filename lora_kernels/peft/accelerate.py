@@ -9,6 +9,7 @@ import peft
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from .._utils.checks import FLOATS
 from ..layers.kinds import is_conv1d
@@ -89,17 +90,44 @@ def fused_forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
         return type(layer).forward(layer, x, *args, **kwargs)
     base, dropout = layer.base_layer, layer.lora_dropout[adapter]
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+    lora_A, lora_B, scaling, start_A, start_B = _operands(layer, adapter)
     return torch.ops.lora.linear(
         x,
         base.weight.T if layer.fan_in_fan_out else base.weight,  # [out, in]
         base.bias,  # [out]
-        layer.lora_A[adapter].weight,  # [r, in]
-        layer.lora_B[adapter].weight,  # [out, r]
-        layer.scaling[adapter],
+        lora_A,
+        lora_B,
+        scaling,
         p,
         dropout_seed(x.device) if p > 0 else None,
-        *(start_of(layer, adapter) or (None, None)),  # [r, in], [out, r]
+        start_A,
+        start_B,
     )
+
+
+def _operands(
+    layer: Linear, adapter: str
+) -> tuple[Tensor, Tensor, float, Tensor | None, Tensor | None]:
+    """A [r, in], B [out, r], s, A₀ [r, in] and B₀ [out, r] as the operator takes them.
+
+    PEFT's hot-swapping changes the rank of A and B only, and makes s a tensor where the model is
+    compiled, so that another s does not recompile it.
+    """
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    A0, B0 = start_of(layer, adapter) or (None, None)
+    if A0 is not None and B0 is not None and len(A0) != len(A):
+        r = max(len(A0), len(A))
+        A, B, A0, B0 = *_of_rank(r, A, B), *_of_rank(r, A0, B0)
+    scaling = layer.scaling[adapter]
+    if isinstance(scaling, Tensor):
+        B, B0, scaling = B * scaling, None if B0 is None else B0 * scaling, 1.0
+    return A, B, scaling, A0, B0
+
+
+def _of_rank(r: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] with the same product; the additional rows and columns are zero."""
+    missing = r - len(A)
+    return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
 
 
 def _why_never(layer: LoraLayer) -> str | None:

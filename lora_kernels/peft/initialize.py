@@ -15,13 +15,15 @@ from .._utils.peft_names import PREFIX
 from ..init import Initializer, Start, get_initializer
 from ..init.base import refuse_implicit
 from ..layers.base import base_of
-from ..model.starts import StartJob, make_starts, naming
+from ..model.selection import bypassed_layers
+from ..model.starts import StartJob, make_starts
 from .layers import (
     adapter_of,
     check_model,
     described,
     has_adapter,
     lora_layers,
+    pattern_name,
     why_not_linear,
 )
 from .overrides import install, uninstall
@@ -143,7 +145,8 @@ def initialize(
     If `add_adapter` is given the configuration object of an adapter that subtracts A₀ and B₀, the
     new adapter gets the same A₀ and B₀, as TRL's reference model needs. `get_peft_model_state_dict`
     returns A and B of rank r, with A₀ and B₀ as additional tensors that plain PEFT ignores: use
-    `save_pretrained`.
+    `save_pretrained`. An initialized model takes A₀ and B₀ from a state_dict together with A and B;
+    if A and B come without them, it warns, and subtracts nothing any longer.
 
     A₀ and B₀ are buffers. `DistributedDataParallel` broadcasts buffers before every forward; these
     buffers do not need that, so set broadcast_buffers=False (`ddp_broadcast_buffers` in
@@ -235,11 +238,12 @@ def _linear_layers(
     """The layers to initialize, and {name: reason} of the others that have the adapter."""
     if getattr(peft_model.peft_config[adapter], "target_modules_to_tie", None):
         raise ValueError(f"adapter {adapter!r} ties layers to the embedding's adapter")
+    bypassed = bypassed_layers(peft_model.get_base_model())
     layers, left = {}, {}
     for name, layer in lora_layers(peft_model).items():
         if not has_adapter(layer, adapter):
             continue
-        reason = why_not_linear(layer, adapter)
+        reason = why_not_linear(layer, adapter) or bypassed.get(name)
         if reason is None:
             layers[name] = layer
         else:
@@ -268,15 +272,17 @@ def _all_starts(
     jobs = []
     for name, layer in layers.items():
         base = base_of(layer.get_base_layer())
-        with naming(name):
-            if base is None:
-                kind = type(layer.get_base_layer()).__name__
-                raise TypeError(f"{kind} is no linear layer that can be adapted")
-            if any(factor.is_meta for factor in _factors(layer, adapter)):
-                raise ValueError("its lora_A and lora_B are on the meta device: load them first")
+        assert base is not None  # by `why_not_linear`
+        A, B = _factors(layer, adapter)
+        if A.is_meta or B.is_meta:
+            raise ValueError(
+                f"{name}: its lora_A and lora_B are on the meta device: load them first"
+            )
         base.refuse_sharded(name)
-        r, scaling = layer.r[adapter], layer.scaling[adapter]
-        jobs.append(StartJob(name, base, initializer, r, scaling))
+        # PEFT's hot-swapping changes the rank of A and B, and makes s a tensor.
+        r, scaling = len(A), float(layer.scaling[adapter])
+        aliases = (pattern_name(name, layer),)
+        jobs.append(StartJob(name, base, initializer, r, scaling, aliases=aliases))
     starts = make_starts(jobs, gradients, progress)
     if any(start.lora_R is not None for start in starts.values()):
         raise ValueError(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import peft
-from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
+from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
 from .._utils.errors import unknown_name
 from .._utils.peft_names import PREFIX
+from ..layers.base import base_of
+from ..layers.kinds import check_adaptable
 from .variant import StartVariant, start_of
 
 # PEFT's layers that support a `LoraVariant`, other than those derived from Linear.
@@ -63,6 +66,17 @@ def lora_layers(peft_model: nn.Module) -> dict[str, LoraLayer]:
     return found
 
 
+def pattern_name(name: str, layer: LoraLayer) -> str:
+    """The name that PEFT matches keys of `rank_pattern` and `alpha_pattern` with, if the layer is
+    called `name`.
+
+    It is that of the original model, without the layers that PEFT nests if it adapts several
+    parameters of a module, and for a parameter its own name.
+    """
+    name = re.sub(r"\.base_layer(?=\.|$)", "", name)
+    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
 def has_adapter(layer: LoraLayer, adapter: str) -> bool:
     """Whether the layer, linear or embedding, has this adapter."""
     return adapter in layer.lora_A or adapter in layer.lora_embedding_A
@@ -78,15 +92,34 @@ def adapters_with_start(model: nn.Module) -> set[str]:
     }
 
 
+def supports_start(layer: LoraLayer) -> bool:
+    """Whether PEFT's forward of this layer lets a `LoraVariant` subtract A₀ and B₀."""
+    kind = type(layer)
+    return kind.__name__ in _QUANTIZED or (
+        isinstance(layer, Linear) and kind.forward is Linear.forward
+    )
+
+
 def why_not_linear(layer: LoraLayer, adapter: str) -> str | None:
     """Why this layer's adapter cannot be initialized by `initialize`; None if it can."""
-    kind = type(layer).__name__
-    if not isinstance(layer, Linear) and kind not in _QUANTIZED:
-        return f"PEFT's {kind} is no linear layer known to lora_kernels"
+    if not supports_start(layer):
+        return f"PEFT's {type(layer).__name__} is no linear layer known to lora_kernels"
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, StartVariant):
         return f"it is PEFT's {type(variant).__name__}, not plain LoRA"
-    return None
+    return _why_not_base(layer.get_base_layer())
+
+
+def _why_not_base(base: nn.Module) -> str | None:
+    """Why the weight of a base layer is not W of x Wᵀ + b; None if it is."""
+    if base_of(base) is not None:
+        return None
+    if isinstance(base, nn.Linear):
+        try:
+            check_adaptable(base)
+        except TypeError as error:
+            return f"its base: {error}"
+    return f"its base, {type(base).__name__}, is no linear layer known to lora_kernels"
 
 
 def described(left: Mapping[str, str], names: int = 3) -> list[str]:

@@ -1,4 +1,4 @@
-"""Replacements, on one model, for the methods of PEFT that must handle A₀ and B₀."""
+"""Replacements, on one model, for the methods that must handle A₀ and B₀."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import peft
 import torch
 
-from .layers import adapters_with_start, lora_layers
+from .layers import adapters_with_start, lora_layers, supports_start
 from .patch import is_replaced, replace_method, restore_method
 from .saving import load_adapter, save_pretrained
-from .variant import set_start, start_of
+from .variant import load_from_state_dict, set_start, start_of
 
 
 def install(peft_model: peft.PeftModel) -> None:
@@ -85,4 +85,9 @@ def _methods(peft_model: peft.PeftModel) -> list[tuple[Any, str, Any]]:
         (peft_model, "load_adapter", load_adapter),
         (peft_model, "add_adapter", add_adapter),
         (peft_model.base_model, "add_weighted_adapter", add_weighted_adapter),
+        *(
+            (layer, "_load_from_state_dict", load_from_state_dict)
+            for layer in lora_layers(peft_model).values()
+            if supports_start(layer)
+        ),
     ]

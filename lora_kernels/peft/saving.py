@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
-import torch
+from peft.utils.warning import PeftWarning
 from torch import Tensor
 
 from .._utils.model_files import read_json
@@ -30,9 +31,9 @@ from ..files.adapter.content import NATIVE_FILE, FolderContent
 from ..files.adapter.recipe import PEFT, read_recipe, recipe_to_json
 from ..files.adapter.tensors import check_unedited, split_halves
 from ..layers.options import lora_scaling
-from ..layers.state import LayerState
-from .layers import adapters_with_start, has_adapter, lora_layers
-from .variant import drop_start, set_start, start_of
+from ..layers.state import LayerState, with_start
+from .layers import adapters_with_start, has_adapter, lora_layers, pattern_name
+from .variant import set_start, silently_loaded, start_of
 
 # The options of the configuration that rank 2r changes.
 _FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
@@ -82,12 +83,14 @@ def save_pretrained(
     for name in doubled:
         folder = Path(save_directory) / ("" if name == "default" else name)
         tensors = peft_model.state_dict() if state is None else state
-        tensors = _doubled_state(peft_model, name, tensors)
+        if is_main_process:  # the others may have none, and write nothing
+            _check_state(peft_model, name, tensors)
+        halves = _doubled_state(peft_model, name, tensors)
         with TemporaryDirectory() as scratch, _doubled_config(peft_model, name) as fields:
-            own(peft_model, scratch, True, [name], state_dict=tensors, **common, **kwargs)
+            own(peft_model, scratch, True, [name], state_dict=halves, **common, **kwargs)
             if is_main_process:
                 written = Path(scratch) / folder.relative_to(save_directory)
-                _publish(written, folder, _layer_states(peft_model, name), fields)
+                _publish(written, folder, _layer_states(peft_model, name, tensors), fields)
 
 
 def load_adapter(
@@ -99,7 +102,7 @@ def load_adapter(
 ) -> Any:
     """PEFT's `load_adapter`; if `save_pretrained` or `lora_kernels.save_adapter` wrote the folder
     with rank 2r, it is split into A, B and the start that the layers subtract. With any other
-    folder, nothing is subtracted.
+    folder, the layers whose A and B are loaded subtract nothing.
 
     Raises:
         ValueError: the file is damaged or has `save_adapter`'s format="native", its recipe is of
@@ -116,10 +119,11 @@ def load_adapter(
     folder = Path(model_id) / (kwargs.get("subfolder") or "")
     recipe = _read_recipe(folder)
     if recipe is None:
-        result, starts = own(peft_model, model_id, adapter_name, *args, **kwargs), {}
+        with silently_loaded():
+            result, starts = own(peft_model, model_id, adapter_name, *args, **kwargs), {}
     else:
         kwargs.pop("subfolder", None)
-        with TemporaryDirectory() as scratch:
+        with TemporaryDirectory() as scratch, silently_loaded():
             try:
                 starts = _split(folder, Path(scratch), recipe)
             except KeyError as error:
@@ -127,14 +131,56 @@ def load_adapter(
                     f"{folder}: the recipe does not fit its tensors: {error}"
                 ) from None
             result = own(peft_model, scratch, adapter_name, *args, **kwargs)
+    # Where A and B were loaded without a start, the layer has dropped its own already.
     for name, layer in lora_layers(peft_model).items():
         if name in starts and adapter_name in layer.lora_A:
             set_start(layer, adapter_name, *starts[name])
-        else:
-            drop_start(layer, adapter_name)
-    # PEFT reports the starts as missing tensors: they have been set here.
-    result.missing_keys[:] = [key for key in result.missing_keys if ".lora_start_" not in key]
     return result
+
+
+def _keys(name: str, adapter: str) -> tuple[str, str]:
+    """The names of A and B in the model's state_dict."""
+    return f"{PREFIX}{name}.lora_A.{adapter}.weight", f"{PREFIX}{name}.lora_B.{adapter}.weight"
+
+
+def _check_state(peft_model: peft.PeftModel, adapter: str, state: Mapping[str, Tensor]) -> None:
+    """Warns, as PEFT does, of factors that are not gathered: they cannot be read again.
+
+    Raises:
+        ValueError: a factor is missing, or PEFT's hot-swapping changed its rank, which PEFT's
+            configuration does not tell.
+
+    """
+    empty = []
+    for name, layer in lora_layers(peft_model).items():
+        if adapter not in layer.lora_A:
+            continue
+        keys = _keys(name, adapter)
+        started = start_of(layer, adapter) is not None
+        if started and (missing := set(keys) - state.keys()):
+            raise ValueError(f"state_dict lacks {min(missing)!r}")
+        if not all(_is_gathered(state[key]) for key in keys if key in state):
+            empty.append(name)
+        elif started and len(state[keys[0]]) != layer.r[adapter]:
+            raise ValueError(
+                f"lora_A of {name!r} has rank {len(state[keys[0]])}, but {layer.r[adapter]} in the "
+                "configuration: PEFT's hot-swapping changed it; save the adapter before, or copy "
+                "the folder that was swapped in"
+            )
+    if empty:
+        warnings.warn(
+            f"Adapter {adapter!r}: lora_A or lora_B of {len(empty)} layer(s) have an invalid shape "
+            f"({', '.join(empty[:3])}{' ...' if len(empty) > 3 else ''}): they are shards of "
+            "DeepSpeed ZeRO-3 or FSDP, and the saved adapter is incomplete. Gather them before "
+            "save_pretrained(), or pass a gathered state_dict",
+            PeftWarning,
+            stacklevel=4,
+        )
+
+
+def _is_gathered(factor: Tensor) -> bool:
+    """Whether the factor is a matrix, not a shard of DeepSpeed ZeRO-3 or FSDP."""
+    return factor.dim() == 2 and factor.numel() > 0
 
 
 def _doubled_state(
@@ -149,17 +195,12 @@ def _doubled_state(
                 continue
             for part in ("lora_start_A", "lora_start_B"):
                 state.pop(f"{PREFIX}{name}.{part}.{other}", None)
-            if other != adapter:
+            key_A, key_B = _keys(name, adapter)
+            if other != adapter or not {key_A, key_B} <= state.keys():
                 continue
-            start_A, start_B = start
-            key_A, key_B = (
-                f"{PREFIX}{name}.{part}.{adapter}.weight" for part in ("lora_A", "lora_B")
-            )
-            if missing := {key_A, key_B} - state.keys():
-                raise ValueError(f"state_dict lacks {min(missing)!r}")
             A, B = state[key_A], state[key_B]
-            state[key_A] = torch.cat([A, start_A.to(A)])
-            state[key_B] = torch.cat([B, -start_B.to(B)], dim=1)
+            if _is_gathered(A) and _is_gathered(B):
+                state[key_A], state[key_B] = with_start(A, B, start)
     return state
 
 
@@ -170,15 +211,19 @@ def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict[s
     doubled = copy.deepcopy(config)
     factor = math.sqrt(2) if config.use_rslora else 2  # s stays
     doubled.r, doubled.lora_alpha = 2 * config.r, factor * config.lora_alpha
-    doubled.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
-    doubled.alpha_pattern = {key: factor * a for key, a in config.alpha_pattern.items()}
     doubled.init_lora_weights = True
+    # One pattern for each layer, because PEFT sorts them, and the first that matches is used.
+    doubled.rank_pattern, doubled.alpha_pattern = {}, {}
     for name, layer in lora_layers(peft_model).items():
-        if has_adapter(layer, adapter) and start_of(layer, adapter) is None:
-            # In front of the patterns: the first that matches is used.
-            exact = f"^{re.escape(name)}"
-            doubled.rank_pattern = {exact: layer.r[adapter], **doubled.rank_pattern}
-            doubled.alpha_pattern = {exact: layer.lora_alpha[adapter], **doubled.alpha_pattern}
+        if has_adapter(layer, adapter):
+            r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
+            if start_of(layer, adapter) is not None:
+                r, alpha = 2 * r, factor * alpha
+            exact = f"^{re.escape(pattern_name(name, layer))}"
+            if r != doubled.r:
+                doubled.rank_pattern[exact] = r
+            if alpha != doubled.lora_alpha:
+                doubled.alpha_pattern[exact] = alpha
     fields = {name: getattr(config, name) for name in _FIELDS}
     peft_model.peft_config[adapter] = doubled
     try:
@@ -187,17 +232,22 @@ def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict[s
         peft_model.peft_config[adapter] = config
 
 
-def _layer_states(peft_model: peft.PeftModel, adapter: str) -> dict[str, LayerState]:
-    """The adapter of each layer that has it, except embeddings."""
+def _layer_states(
+    peft_model: peft.PeftModel, adapter: str, state: Mapping[str, Tensor]
+) -> dict[str, LayerState]:
+    """The adapter of each layer that has it, except embeddings; A and B are those of the
+    state_dict, because the layer's may be shards.
+    """
     rule = "rslora" if peft_model.peft_config[adapter].use_rslora else "lora"
     states = {}
     for name, layer in lora_layers(peft_model).items():
         if adapter in layer.lora_A:
+            key_A, key_B = _keys(name, adapter)
             start_A, start_B = start_of(layer, adapter) or (None, None)
             r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
             states[name] = LayerState(
-                layer.lora_A[adapter].weight,
-                layer.lora_B[adapter].weight,
+                state.get(key_A, layer.lora_A[adapter].weight),
+                state.get(key_B, layer.lora_B[adapter].weight),
                 lora_scaling(alpha, r, rule),
                 alpha,
                 start_A=start_A,

@@ -8,6 +8,9 @@ layers and to combine adapters by SVD.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch.nn.functional import linear
 from .patch import replace_method, restore_method
 
 _BUFFERS = ("lora_start_A", "lora_start_B")
+_LOADED_WITHOUT = "A and B were loaded without the initial factors that the model subtracted"
 
 
 class StartVariant(LoraVariant):
@@ -100,6 +104,7 @@ def set_start(layer: LoraLayer, adapter: str, start_A: Tensor, start_B: Tensor) 
         # PEFT moves and deletes the attributes with these names.
         layer.other_param_names = (*layer.other_param_names, *_BUFFERS)
         replace_method(layer, "get_delta_weight", delta_weight)
+        replace_method(layer, "_load_from_state_dict", load_from_state_dict)
     for buffers, factor, like in (
         (layer.lora_start_A, start_A, layer.lora_A[adapter].weight),
         (layer.lora_start_B, start_B, layer.lora_B[adapter].weight),
@@ -122,3 +127,62 @@ def drop_start(layer: LoraLayer, adapter: str) -> None:
         if names != layer.other_param_names:
             layer.other_param_names = names
         restore_method(layer, "get_delta_weight", delta_weight)
+
+
+def load_from_state_dict(
+    layer: LoraLayer, state: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+) -> None:
+    """In place of `nn.Module._load_from_state_dict`: A₀ and B₀ follow the A and B that are loaded.
+
+    - If A and B come with A₀ and B₀, the layer subtracts these, even if it subtracted nothing.
+    - If A and B come alone, they are those of a plain adapter, and the layer subtracts nothing. It
+      warns, because A₀ and B₀ may also have been lost.
+    - If A and B are not loaded, or do not fit, which is an error, A₀ and B₀ do not change.
+    """
+    loaded = [
+        name for name in layer.lora_A if _fit(layer, name, "lora_%s.%s.weight", state, prefix)
+    ]
+    if len(loaded) == 1:
+        _add_adapter_name(state, prefix, loaded[0])
+    for adapter in loaded:
+        started = start_of(layer, adapter) is not None
+        keys = [f"{prefix}{buffer}.{adapter}" for buffer in _BUFFERS]
+        if started and state.keys().isdisjoint(keys):
+            drop_start(layer, adapter)
+            warnings.warn(
+                f"{_LOADED_WITHOUT} for adapter {adapter!r}: nothing is subtracted any longer, as "
+                "for a plain adapter of PEFT. If these A and B need their initial factors, load "
+                f"the complete state_dict, with {' and '.join(_BUFFERS)}",
+                stacklevel=2,
+            )
+        elif adapter not in layer.lora_variant and _fit(
+            layer, adapter, "lora_start_%s.%s", state, prefix
+        ):
+            set_start(layer, adapter, *(state[key] for key in keys))
+    type(layer)._load_from_state_dict(layer, state, prefix, *args, **kwargs)
+
+
+@contextmanager
+def silently_loaded() -> Iterator[None]:
+    """Without the warning that A and B were loaded without A₀ and B₀: the caller handles these."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_LOADED_WITHOUT)
+        yield
+
+
+def _fit(layer: LoraLayer, adapter: str, form: str, state: dict[str, Any], prefix: str) -> bool:
+    """Whether the state has two factors, named as `form` says, with the shapes of A and B."""
+    return all(
+        getattr(state.get(prefix + form % (part, adapter)), "shape", None)
+        == own[adapter].weight.shape
+        for part, own in (("A", layer.lora_A), ("B", layer.lora_B))
+    )
+
+
+def _add_adapter_name(state: dict[str, Any], prefix: str, adapter: str) -> None:
+    """Renames A₀ and B₀ of a layer that subtracts nothing yet: PEFT's `set_peft_model_state_dict`
+    gives only those tensors their adapter's name that the model has.
+    """
+    for buffer in _BUFFERS:
+        if prefix + buffer in state:
+            state[f"{prefix}{buffer}.{adapter}"] = state.pop(prefix + buffer)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from ..support import ROOT
 from ..support.packages import needs_peft
 from ..support.peft_models import (
     MODELS,
+    accelerate,
     adapted,
     base_weight,
     float64,
@@ -226,15 +228,82 @@ def test_an_adapter_with_the_same_configuration(kind):
 def test_copies_and_pickles():
     model = adapted(llama())
     initialize(model, "loram")
+    accelerate(model)
     move(model)
     want = logits(model)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other), want)
-        layer = linear_layers(other)["model.layers.0.mlp.up_proj"]
-        assert layer.get_delta_weight.owner is layer
         assert other.save_pretrained.owner is other
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        layer = linear_layers(other)["model.layers.0.mlp.up_proj"]
+        assert layer.get_delta_weight.owner is layer and layer.forward.owner is layer
         assert close(logits(other.merge_and_unload()), want)
     assert torch.equal(logits(model), want)
+
+
+def test_a_shallow_copy_of_a_layer():
+    """It shares the parameters, and has its own state."""
+    model = adapted(llama())
+    initialize(model, "loram")
+    accelerate(model)
+    move(model)
+    layer = linear_layers(model)["model.layers.0.mlp.up_proj"]
+    copied = copy.copy(layer)
+    x = torch.randn(5, layer.in_features)
+    want, base = layer(x), layer.get_base_layer()(x)
+    assert torch.equal(copied(x), want)
+    copied._disable_adapters = True
+    assert torch.equal(copied(x), base) and torch.equal(layer(x), want)
+    copied.scaling = {"default": 0.0}
+    assert not copied.get_delta_weight("default").any()
+    assert layer.get_delta_weight("default").any()
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """What `nn.parallel.replicate` makes for another device; there the weights are doubled."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(replica, name, replica_of(child))
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, 2 * parameter)
+    for name, buffer in module.named_buffers(recurse=False):
+        replica._buffers[name] = 2 * buffer if buffer.is_floating_point() else buffer
+    return replica
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("method", ["loram", "lora"])
+def test_data_parallel(method, accelerated):
+    """A replica computes with its own weights in every method, and its gradients reach the
+    original's parameters.
+    """
+    model = adapted(llama())
+    initialize(model, method)
+    if accelerated:
+        accelerate(model)
+    move(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *(b for b in twin.buffers() if b.is_floating_point())):
+            tensor.mul_(2)
+    name = "model.layers.1.mlp.down_proj"
+    layer, other = linear_layers(model)[name], linear_layers(twin)[name]
+    replica, x = replica_of(layer), torch.randn(5, layer.in_features)
+    assert torch.equal(replica(x), other(x))
+    for again in (replica, copy.copy(replica), copy.deepcopy(layer)):
+        methods = {n: m.owner for n, m in vars(again).items() if hasattr(m, "owner")}
+        assert all(owner is again for owner in methods.values())
+    assert torch.equal(replica.get_delta_weight("default"), other.get_delta_weight("default"))
+    replica(x).sum().backward()
+    other(x).sum().backward()
+    got, want = layer.lora_B["default"].weight.grad, other.lora_B["default"].weight.grad
+    assert close(got, 2 * want)
+    whole = replica_of(model)
+    assert whole.save_pretrained.owner is whole
+    assert close(whole(token_ids()).logits, twin(token_ids()).logits)
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -445,6 +514,120 @@ def test_peft_is_imported_at_first_use():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert "lora_kernels.peft needs the package peft: pip install" in last
+
+
+class _Odd(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class _Custom(nn.Module):
+    """Not an `nn.Linear`; PEFT is told which LoRA layer to use."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+class _Plain(nn.Linear):
+    """Computes as nn.Linear does."""
+
+
+def _renamed(linear: nn.Linear) -> nn.Linear:
+    linear.__class__ = _Plain
+    return linear
+
+
+def _wrapped(linear: nn.Linear) -> nn.Linear:
+    inner = linear.forward
+    linear.forward = lambda x: inner(x)
+    return linear
+
+
+def _subclass(linear: nn.Linear) -> nn.Linear:
+    linear.__class__ = _Odd
+    return linear
+
+
+def _old_weight_norm(linear: nn.Linear) -> nn.Linear:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(linear)
+
+
+ODD = {
+    "subclass": (_subclass, "_Odd does not compute as nn.Linear does"),
+    "wrapped": (_wrapped, "the forward of this nn.Linear is replaced"),
+    "weight_norm": (nn.utils.parametrizations.weight_norm, "the weight is computed"),
+    "old_weight_norm": (_old_weight_norm, "the weight is computed"),
+    "spectral_norm": (nn.utils.parametrizations.spectral_norm, "the weight is computed"),
+    "custom": (_Custom, "_Custom, is no linear layer"),
+    "own_lora": (_renamed, "PEFT's Own is no linear layer"),
+}
+
+
+def with_odd_layer(kind: str, targets: list[str]) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear
+
+    class Own(Linear):
+        def forward(self, x, *args, **kwargs):
+            return super().forward(x, *args, **kwargs) * 2
+
+    base = llama()
+    mlp = base.model.layers[1].mlp
+    mlp.up_proj = ODD[kind][0](mlp.up_proj)
+    config = LoraConfig(r=4, target_modules=targets)
+    if kind == "custom":
+        config._register_custom_module({_Custom: type("Mine", (Linear,), {})})
+    if kind == "own_lora":
+        config._register_custom_module({_Plain: Own})
+    return get_peft_model(base, config).eval()
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_layer_is_left(kind):
+    """It stays as it is, the others are initialized; alone it is an error."""
+    reason = ODD[kind][1]
+    with pytest.raises(ValueError, match=f"no linear layer to initialise: .*{reason}"):
+        initialize(with_odd_layer(kind, ["layers.1.mlp.up_proj"]))
+    model = with_odd_layer(kind, ["up_proj", "q_proj"])
+    want = logits(model)
+    report = initialize(model)
+    assert list(report.left) == ["model.layers.1.mlp.up_proj"]
+    assert reason in report.left["model.layers.1.mlp.up_proj"] and len(report.layers) == 3
+    assert close(logits(model), want)
+    report.undo()
+    assert torch.equal(logits(model), want)
+
+
+class _Reader(nn.Module):
+    """Calls one layer, and multiplies with the weight of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+def test_a_layer_that_is_not_called_is_left():
+    """PEFT adapts it, but its adapter has no effect."""
+    from peft import LoraConfig, get_peft_model
+
+    reason = "its _Reader reads the weight directly"
+    model = get_peft_model(_Reader(), LoraConfig(r=2, target_modules=["called", "read"]))
+    report = initialize(model)
+    assert report.layers == ["called"] and report.left.keys() == {"read"}
+    assert reason in report.left["read"]
+    model = get_peft_model(nn.Sequential(_Reader()), LoraConfig(r=2, target_modules=["0.read"]))
+    with pytest.raises(ValueError, match=f"no linear layer to initialise: .*{reason}"):
+        initialize(model)
 
 
 def test_what_cannot_be_initialized():

@@ -13,7 +13,7 @@ from torch import nn
 from ..support.packages import needs_peft
 from ..support.peft_models import MODELS, adapted, float64, initialize, linear_layers, update_of
 from ..support.running import close, logits, move, same_bits, weights_of
-from ..support.tiny_models import gpt2, llama
+from ..support.tiny_models import gpt2, llama, mixtral
 
 pytestmark = needs_peft
 
@@ -80,6 +80,149 @@ def test_patterns_modules_and_layers_without_a_start(tmp_path, rslora):
     other.set_adapter("again")
     assert other.peft_config["again"].rank_pattern == {"k_proj": 3}
     assert torch.equal(logits(other), logits(model))
+
+
+def gpt_oss() -> nn.Module:
+    """Two blocks with four experts, whose parameters have biases."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96}
+    config = GptOssConfig(
+        **sizes,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    return GptOssForCausalLM(config).eval()
+
+
+EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]  # of one module
+
+
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (mixtral, {"target_parameters": EXPERTS}),
+        (mixtral, {"target_parameters": ["gate.weight"], "rank_pattern": {r".*gate\.weight": 2}}),
+        # PEFT targets parameters instead, with patterns of its own.
+        (mixtral, {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
+        (gpt_oss, {"target_parameters": ["mlp.router.weight", "mlp.experts.down_proj"]}),
+        (
+            gpt_oss,
+            {
+                "target_parameters": EXPERTS,
+                "rank_pattern": {"gate_up_proj": 2, "q_proj": 3},
+                "alpha_pattern": {"experts.down_proj": 5, r".*\.v_proj": 7},
+                "use_rslora": True,
+            },
+        ),
+    ],
+)
+def test_beside_targeted_parameters(tmp_path, make, options):
+    """They have no start, and keep their rank and s in the folder of rank 2r."""
+    base = make()
+    options = {"target_modules": ["q_proj", "v_proj"]} | options
+    model = adapted(base, **options)
+    report = initialize(model, "loram")
+    assert report.left
+    move(model)
+    model.save_pretrained(tmp_path)
+    loaded = plain(base, tmp_path)
+    assert close(logits(loaded), logits(model))
+    for name, layer in linear_layers(loaded).items():
+        own = linear_layers(model)[name]
+        assert layer.r["default"] == own.r["default"] * (1 if name in report.left else 2)
+        assert layer.scaling["default"] == pytest.approx(own.scaling["default"], rel=1e-15)
+    for name in ("default", "again"):
+        other = adapted(base, **options)
+        initialize(other, "pissa")
+        result = other.load_adapter(tmp_path, name, is_trainable=True)
+        assert not result.missing_keys and not result.unexpected_keys
+        other.set_adapter(name)
+        assert torch.equal(logits(other.eval()), logits(model))
+
+
+def test_patterns_keep_their_order(tmp_path):
+    """PEFT sorts them; the first that matches is used."""
+    base = llama()
+    options = {
+        "target_modules": ["embed_tokens", "q_proj", "k_proj"],
+        "rank_pattern": {".*embed_tokens": 2, "1.self_attn.k_proj": 3, "(.*)k_proj": 5},
+    }
+    model = adapted(base, **options)
+    initialize(model, "loram")
+    move(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert close(logits(plain(base, tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_factors_that_are_not_gathered(tmp_path, given):
+    """DeepSpeed ZeRO-3 leaves empty tensors: PEFT warns, and the file cannot be read."""
+    from peft.utils.warning import PeftWarning
+
+    model = adapted(llama(), target_modules=["q_proj", "up_proj"])
+    initialize(model, "loram")
+    move(model)
+    want, gathered = logits(model), weights_of(model)
+    layer = linear_layers(model)["model.layers.0.mlp.up_proj"]
+    for factor in (layer.lora_A, layer.lora_B):
+        factor["default"].weight.data = torch.empty(0)
+    options = {"state_dict": model.state_dict()} if given else {}
+    with pytest.warns(PeftWarning, match="invalid shape"):
+        model.save_pretrained(tmp_path / "shards", **options)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        plain(llama(), tmp_path / "shards")
+    again = adapted(llama(), target_modules=["q_proj", "up_proj"])
+    initialize(again)
+    with pytest.raises(ValueError, match="not those of a linear layer"):
+        again.load_adapter(tmp_path / "shards", "default")
+    # With the state_dict that DeepSpeed gathered, the folder is complete.
+    model.save_pretrained(tmp_path / "whole", state_dict=gathered)
+    other = adapted(llama(), target_modules=["q_proj", "up_proj"])
+    initialize(other, "pissa")
+    other.load_adapter(tmp_path / "whole", "default")
+    assert torch.equal(logits(other), want)
+    assert close(logits(plain(llama(), tmp_path / "whole")), want)
+    # The other processes have no state_dict, and write nothing.
+    model.save_pretrained(tmp_path / "none", state_dict={}, is_main_process=False)
+    assert not list((tmp_path / "none").glob("*.*"))
+
+
+@pytest.mark.parametrize("method", ["loram", "lora"])
+@pytest.mark.parametrize("make", [llama, lambda: llama(tied=True), gpt2], ids=["", "tied", "gpt2"])
+def test_resized_embeddings(tmp_path, make, method):
+    """PEFT saves them beside the adapter: loading sets their values, and they stay frozen."""
+    make().save_pretrained(tmp_path / "base")
+
+    def base(seed: int) -> nn.Module:
+        model = type(make()).from_pretrained(tmp_path / "base").eval()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(100)
+        return model
+
+    options = {"target_modules": ["q_proj", "c_attn"], "task_type": "CAUSAL_LM"}
+    model = adapted(base(1), **options)
+    initialize(model, method)
+    move(model)
+    model.get_input_embeddings().weight.data[-4:] += 1
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 96, 99, 98]])
+    want = logits(model, ids)
+    loaded = [plain(base(2), tmp_path / "adapter")]
+    for name in ("default", "again"):
+        loaded.append(adapted(base(2), **options))
+        initialize(loaded[-1], "pissa")
+        result = loaded[-1].load_adapter(tmp_path / "adapter", name, is_trainable=True)
+        assert not result.missing_keys and not result.unexpected_keys
+        loaded[-1].set_adapter(name)
+    for other in loaded:
+        assert close(logits(other.eval(), ids), want)
+        assert not [n for n, p in other.named_parameters() if p.requires_grad and "lora" not in n]
 
 
 def test_a_start_of_zero_is_peft_s_own_folder(tmp_path):
@@ -418,7 +561,7 @@ def test_what_this_package_does_not_know_stays_an_error(tmp_path):
     model = adapted(llama(), target_modules=["embed_tokens", "q_proj"])
     initialize(model)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(ValueError, match="embeddings, DoRA and other variants are not implemented"):
+    with pytest.raises(ValueError, match=r"embedding.* not implemented"):
         load_adapter(llama(), tmp_path)
 
 

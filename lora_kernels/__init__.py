@@ -12,6 +12,7 @@ if find_spec("lora_kernels.triton_kernels") is None:
 
 from . import init, ops
 from ._utils.version import __version__
+from .files.adapter.hotswap import hotswap_adapter
 from .files.adapter.saving import load_adapter, save_adapter
 from .layers.linear import LoRALinear
 from .model.config import LoRAConfig
@@ -38,6 +39,7 @@ __all__ = [
     "capture_gradients",
     "disable_adapters",
     "enable_adapters",
+    "hotswap_adapter",
     "init",
     "load_adapter",
     "lora_plus_groups",

@@ -38,8 +38,8 @@ LIMIT = 9  # parts in a room
 NOT_PARTS = ("__init__.py", "__main__.py", "__pycache__", "py.typed")
 PUBLIC = {
     *("LoRAConfig", "LoRALinear", "__version__", "adapter_names", "add_lora", "capture_gradients"),
-    *("disable_adapters", "enable_adapters", "init", "load_adapter", "lora_plus_groups"),
-    *("magnitude", "merge_lora", "ops", "optim", "rescaling", "save_adapter"),
+    *("disable_adapters", "enable_adapters", "hotswap_adapter", "init", "load_adapter"),
+    *("lora_plus_groups", "magnitude", "merge_lora", "ops", "optim", "rescaling", "save_adapter"),
     *("set_adapter", "svd", "trainer", "unload_lora"),
 }
 PUBLIC_MODULES = ("init", "magnitude", "ops", "optim", "rescaling", "svd", "trainer", "peft", "cli")

@@ -35,6 +35,7 @@ class AdaptedLayer(nn.Module):
     adapters: nn.ModuleDict
     active_adapter: str
     adapter_enabled: bool
+    _active: Adapter | None
 
     lora_A: nn.Parameter = _of_active("lora_A")  # [r, in]
     lora_B: nn.Parameter = _of_active("lora_B")  # [out, r]
@@ -52,6 +53,17 @@ class AdaptedLayer(nn.Module):
             setattr(self.active(), name, value)  # nn.Module would register a parameter here
         else:
             super().__setattr__(name, value)
+            if name == "active_adapter":
+                self._point_to(value)
+
+    def _point_to(self, name: str) -> None:
+        """Makes the adapter named `name` the one that `active` returns.
+
+        A compiled forward must not depend on the name: it would be compiled again for every
+        adapter. The reference is not in `_modules`, where the adapter would appear twice.
+        """
+        adapter = self.adapters._modules.get(name)
+        object.__setattr__(self, "_active", adapter)
 
     def _begin(self) -> None:
         """Sets the attributes of a layer that has no adapters yet."""
@@ -87,15 +99,14 @@ class AdaptedLayer(nn.Module):
 
     def active(self) -> Adapter:
         """The active adapter's module."""
-        # Not self.adapters[...]: every forward asks, and nn.Module's lookups take 1.8 us, this 0.3.
-        adapters: Any = self._modules["adapters"]
-        return adapters._modules[self.active_adapter]
+        active = self._active
+        return self.adapter(self.active_adapter) if active is None else active
 
     def attach(self, name: str, adapter: Adapter) -> None:
         """Adds an adapter; the layer's first adapter becomes active."""
-        if not self.adapters:
-            self.active_adapter = name
         self.adapters[name] = adapter.train(self.training)
+        if len(self.adapters) == 1:
+            self.active_adapter = name
 
     def detach(self, name: str) -> None:
         """Removes an adapter that is not active."""
@@ -134,6 +145,11 @@ class AdaptedLayer(nn.Module):
     def to_linear(self) -> nn.Module:
         """A new layer without adapters, whose weight is W + s·(BA − B₀A₀)."""
         raise NotImplementedError
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()
+        object.__setattr__(replica, "_active", None)  # the original's; the replica's is found later
+        return replica
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Until version 0.1 the first adapter's tensors were the layer's own.

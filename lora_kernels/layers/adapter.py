@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from ..init.start import Start, subtract_factors_, subtract_recipe_
 from .options import AdapterOptions
 from .state import LayerState, WithStart, product_factors
+
+_CALLS = (nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__)
+_LOAD = "load it as a further adapter, load_adapter(..., adapter_name=...)"
 
 
 class Adapter(WithStart, nn.Module):
@@ -24,12 +31,14 @@ class Adapter(WithStart, nn.Module):
     lora_B: nn.Parameter  # [out, r]
     lora_R: nn.Parameter | None  # [r, r]
     beta: Tensor | None
+    scaling: float
+    _scaling_bits: Tensor
 
     def __init__(self, options: AdapterOptions, start: Start, changes_base: bool) -> None:
         super().__init__()
         self.options = options
-        # Stored, because every forward reads them.
-        self.scaling, self.lora_dropout = options.scaling, options.lora_dropout
+        # Stored, because every forward reads it.
+        self.lora_dropout = options.lora_dropout
         self.residual = options.residual
         lora_R = None if start.lora_R is None else nn.Parameter(start.lora_R)
         self.lora_A = nn.Parameter(start.lora_A, requires_grad=lora_R is None)
@@ -40,11 +49,42 @@ class Adapter(WithStart, nn.Module):
         start_A = start.lora_A.clone() if lora_R is None else start.right()
         self.register_buffer("start_A", start_A if keep else None)
         self.register_buffer("start_B", start.lora_B.clone() if keep else None)
+        self._subtracts = keep and not absorbed
         self.beta = start.beta if changes_base else None
         # s, if s·B₀A₀ was subtracted from the base's weight.
         self.absorbed_scaling = options.scaling if absorbed else None
         self._weight_norm = start.weight_norm if changes_base else None
         self._rewritten = start.rewritten
+        self.register_buffer("_scaling_bits", None, persistent=False)
+        self.scaling = options.scaling
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "scaling":
+            self._store_scaling()
+
+    def _store_scaling(self) -> None:
+        """Stores s on the factors' device, for compiled forwards: a number would be part of the
+        graph, and every other s would need another graph. The buffer holds the bits of s as an
+        integer, because casting a model rounds all other buffers.
+        """
+        s = torch.tensor(self.scaling, dtype=torch.float64, device="cpu")
+        self._scaling_bits = s.view(torch.int64).to(self.lora_A.device)
+
+    def scaled(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """s · `factor`, for compiled forwards in this dtype: in it, the factor's or float32,
+        whichever is the widest.
+        """
+        work = torch.promote_types(torch.promote_types(factor.dtype, dtype), torch.float32)
+        return factor.to(work) * self._scaling_bits.view(torch.float64)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        if in_forward():  # of hooks that store a weight in fewer bits, and cast the whole layer
+            super()._apply(_keeping_dtype(fn), recurse)
+        else:
+            super()._apply(fn, recurse)
+            self._store_scaling()  # `to_empty` has lost it
+        return self
 
     @property
     def r(self) -> int:
@@ -58,6 +98,45 @@ class Adapter(WithStart, nn.Module):
         self.lora_R = None if lora_R is None else nn.Parameter(lora_R)
         self.set_trainable(True)
 
+    def check_replaceable(self, state: LayerState) -> None:
+        """Raises ValueError, with the reason, if `replace_` cannot take this state."""
+        if self.absorbed_scaling is not None:
+            raise ValueError(
+                "its start was subtracted from the weight (residual='absorb'), which would have to "
+                "change too: add the adapter with residual='implicit'"
+            )
+        if self.r != state.r:
+            raise ValueError(f"its rank is {self.r}, the new one has {state.r}: {_LOAD}")
+        for name, old in (
+            ("lora_A", self.lora_A),
+            ("lora_B", self.lora_B),
+            ("lora_R", self.lora_R),
+        ):
+            _check_same(name, old, getattr(state, name))
+        if state.changes_base and self.start_A is None:
+            raise ValueError(f"the new one has a start to subtract, this one has none: {_LOAD}")
+
+    @torch.no_grad()
+    def replace_(self, state: LayerState, options: AdapterOptions) -> None:
+        """Overwrites the factors, the start and the numbers by those of `state`, in place, so that
+        optimizers and compiled forwards keep their tensors. `options.residual` is this adapter's.
+        """
+        start_A, start_B = state.start_factors() or (torch.zeros(()), torch.zeros(()))
+        news = (state.lora_A, state.lora_B, state.lora_R, start_A, start_B)
+        olds = (self.lora_A, self.lora_B, self.lora_R, self.start_A, self.start_B)
+        for old, new in zip(olds, news, strict=True):
+            if old is not None and new is not None:
+                old.copy_(new)
+
+        def number(value: float | None) -> Tensor | None:
+            if value is None:
+                return None
+            return torch.tensor(value, dtype=torch.float64, device=self.lora_A.device)
+
+        self.beta, self._weight_norm = number(state.beta), number(state.weight_norm)
+        self.options, self.lora_dropout = options, options.lora_dropout
+        self.scaling = options.scaling
+
     def set_trainable(self, trainable: bool) -> None:
         """Sets `requires_grad` of the trained factors: R if there is one, else A and B."""
         self.lora_A.requires_grad_(trainable and self.lora_R is None)
@@ -67,7 +146,18 @@ class Adapter(WithStart, nn.Module):
 
     def implicit_start(self) -> tuple[Tensor | None, Tensor | None]:
         """A₀ [r, in] and B₀ [out, r] if the forward subtracts s·B₀A₀, else (None, None)."""
-        return (self.start_A, self.start_B) if self.residual == "implicit" else (None, None)
+        return (self.start_A, self.start_B) if self._subtracts else (None, None)
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, float, Tensor | None, Tensor | None]:
+        """B [out, r], s, A₀ [r, in] and B₀ [out, r] for a forward in this dtype. If it is being
+        compiled, B and B₀ are multiplied by s, and 1 is returned for s.
+        """
+        start_A, start_B = self.implicit_start()
+        if not is_dynamo_compiling():
+            return self.lora_B, self.scaling, start_A, start_B
+        if start_B is not None:
+            start_B = self.scaled(start_B, dtype)
+        return self.scaled(self.lora_B, dtype), 1.0, start_A, start_B
 
     def add_absorbed_(self, matrix: Tensor) -> None:
         """Adds the start that was absorbed, if one was, to the base's `matrix` [out, in]."""
@@ -101,7 +191,9 @@ class Adapter(WithStart, nn.Module):
         def copied_if_any(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else copied(tensor)
 
-        stored = self.beta is None and not self._rewritten
+        # A start of zeros: `replace_` has taken the state of an adapter without a start.
+        zero = self.start_A is not None and not bool(self.start_A.any())
+        stored = self.beta is None and not self._rewritten and not zero
         norm = None if self._rewritten else self._weight_norm
         return LayerState(
             lora_A=copied(self.lora_A),
@@ -156,3 +248,40 @@ class Adapter(WithStart, nn.Module):
         self.absorbed_scaling = scaling
         self.beta = values[1].clone() if values.numel() > 1 else None
         self._weight_norm = None
+
+
+def in_forward() -> bool:
+    """Whether the caller runs inside the call of a module, for example in a hook."""
+    if is_dynamo_compiling():
+        return True
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in _CALLS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn`, which moves and casts a tensor, without the cast."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+    return moved
+
+
+def _check_same(name: str, old: Tensor | None, new: Tensor | None) -> None:
+    """Raises ValueError unless both are None, or `new` has the shape of `old`, which can be written
+    in place.
+    """
+    if old is None and new is None:
+        return
+    if old is None or new is None:
+        has, lacks = ("this one", "the new one") if new is None else ("the new one", "this one")
+        raise ValueError(f"{has} has {name}, {lacks} does not: {_LOAD}")
+    if old.shape != new.shape:
+        raise ValueError(f"its {name} is {list(old.shape)}, the new one is {list(new.shape)}")
+    if type(old.data) is not Tensor or old.is_meta:
+        raise ValueError(f"its {name} is sharded or not loaded: replace it before that")

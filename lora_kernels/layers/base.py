@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .adapted import AdaptedLayer, transplant
 from .adapter import Adapter
 from .dequantize import compute_dtype, dequantized_weight, device_of
-from .kinds import FLOAT_KINDS, ForeignLayer, kind_of, refuse_sharded
+from .kinds import FLOAT_KINDS, ForeignLayer, is_conv1d, kind_of, refuse_sharded
 from .linear import AdaptedFloatLayer, LoRAConv1D, LoRALinear
 from .wrapper import LoRAWrapper
 
@@ -35,12 +35,12 @@ class BaseLayer:
         self.module, self.kind = module, kind
         self.layer = module.base_layer if isinstance(module, LoRAWrapper) else module
         self.rewritable = kind in FLOAT_KINDS
-        self.transposed = kind == "conv1d"
+        self.transposed = kind == "conv1d" or is_conv1d(self.layer)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        if self.rewritable:
+        if self.rewritable or self.kind == "float8":
             rows, cols = self.stored_weight.shape
             return (cols, rows) if self.transposed else (rows, cols)
         layer: ForeignLayer = self.layer
@@ -58,7 +58,7 @@ class BaseLayer:
 
     @property
     def stored_weight(self) -> Tensor:
-        """The weight of a `rewritable` layer as it is stored, [in, out] if `transposed`."""
+        """The weight of a `rewritable` or float8 layer as stored, [in, out] if `transposed`."""
         return cast(Tensor, self.layer.weight)
 
     def weight(self) -> Tensor:

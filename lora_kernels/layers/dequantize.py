@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .._utils.checks import FLOATS
-from .._utils.extras import needed
-from .kinds import ForeignLayer, kind_of
+from .._utils.errors import needed
+from .kinds import ForeignLayer, is_conv1d, kind_of
 
 _ROW_BLOCK = 256  # rows of the identity matrix in one forward
+_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NONLINEAR = 0.1  # relative error; rounding the inputs to 8 bits causes 0.01
 
 
@@ -34,6 +35,31 @@ def dequantized_weight(module: nn.Module) -> Tensor:
 
     """
     return _WEIGHTS[kind_of(module) or "forward"](module)
+
+
+@torch.no_grad()
+def check_cast(module: ForeignLayer) -> None:
+    """Raises ValueError unless something casts this layer, whose weight is float8, for its forward,
+    and the layer then is x Wᵀ + c.
+    """
+    weight = _stored_weight(module)  # [out, in]
+    stored = [(tensor, tensor.data) for tensor in module.parameters()]
+    try:
+        for dtype in _COMPUTE_DTYPES:
+            empty = torch.empty(0, dtype=dtype, device=weight.device)
+            try:
+                constant = module(empty.new_zeros(1, weight.shape[1])).float()  # [1, out]
+            except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+                continue
+            _check_linear(module, lambda x: module(x).float(), weight, constant, empty)
+            return
+    finally:
+        for tensor, data in stored:  # a failed forward leaves it cast
+            tensor.data = data
+    raise ValueError(
+        f"the weight is stored in {module.weight.dtype}, and nothing casts it for the forward: "
+        "cast the layer to bfloat16, or enable layerwise casting before adapting it"
+    )
 
 
 def compute_dtype(module: ForeignLayer) -> torch.dtype:
@@ -71,9 +97,11 @@ def passes_gradient(module: ForeignLayer) -> bool:
 
     torchao's layers that quantize their input, and kernels written for inference, may block it.
     Such layers are tried with one row of zeros; bitsandbytes' layers are known to pass gradients.
+    A float8 layer is taken not to: autograd may keep the weight itself, which a hook has cast back.
     """
-    if kind_of(module) not in ("torchao", "forward"):
-        return True
+    kind = kind_of(module)
+    if kind not in ("torchao", "forward"):
+        return kind != "float8"
     dtype, device = compute_dtype(module), device_of(module)
     x = torch.zeros(1, module.in_features, dtype=dtype, device=device, requires_grad=True)
     with torch.enable_grad():
@@ -185,6 +213,11 @@ def _weight_torchao(module: ForeignLayer) -> Tensor:
     return weight.detach().dequantize().float()
 
 
+def _stored_weight(module: ForeignLayer) -> Tensor:
+    weight = module.weight.detach().float()
+    return weight.T if is_conv1d(module) else weight
+
+
 def _weight_through_forward(module: ForeignLayer) -> Tensor:
     """W [out, in] from the layer's output for the identity matrix, a block of rows at a time."""
     rows, cols = module.out_features, module.in_features
@@ -244,6 +277,9 @@ class _Forward(nn.Module):
 
 
 _WEIGHTS: dict[str, Callable[[ForeignLayer], Tensor]] = {
+    "linear": _stored_weight,
+    "conv1d": _stored_weight,
+    "float8": _stored_weight,
     "bnb_4bit": _weight_4bit,
     "bnb_8bit": _weight_8bit,
     "torchao": _weight_torchao,

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.checks import FLOATS
 
+FLOAT8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+)
 FLOAT_KINDS = ("linear", "conv1d")  # the kinds whose weight can be rewritten
 
 # A layer that another package defines, perhaps without types.
@@ -25,6 +32,8 @@ def kind_of(module: nn.Module) -> str | None:
     - "conv1d": GPT-2's `Conv1D`, whose weight is [in, out].
     - "bnb_4bit", "bnb_8bit": bitsandbytes' `Linear4bit` and `Linear8bitLt`.
     - "torchao": an `nn.Linear` whose weight is one of torchao's tensors.
+    - "float8": an `nn.Linear` or `Conv1D` whose weight is stored in float8; something, such as a
+      hook, casts it for every forward.
     - "forward": any other layer with integers `in_features` and `out_features`, no floating-point
       weight, and a tensor of codes: GPTQ's, AWQ's, HQQ's.
 
@@ -33,7 +42,7 @@ def kind_of(module: nn.Module) -> str | None:
     return next((kind for kind, matches in _KINDS.items() if matches(module)), None)
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: object) -> bool:
     """Whether the module is GPT-2's `Conv1D`, a linear layer whose weight is [in, out]."""
     return any(
         cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
@@ -113,6 +122,16 @@ def _has_float_weight(module: nn.Module) -> bool:
     return weight.dtype in FLOATS and (type(weight) is nn.Parameter or _is_dtensor(weight))
 
 
+def _is_float8(module: nn.Module) -> bool:
+    """Whether W is a float8 Parameter. The hooks of diffusers replace the layer's forward."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dtype not in FLOAT8:
+        return False
+    hooked = type(module).forward is nn.Linear.forward and hasattr(module, "_diffusers_hook")
+    usual = is_conv1d(module) and not _forward_is_replaced(module)
+    return hooked or usual or _is_plain(module)
+
+
 def _is_dtensor(tensor: Tensor) -> bool:
     return _is_a(tensor, "torch", "DTensor")
 
@@ -176,5 +195,6 @@ _KINDS: dict[str, Callable[[nn.Module], bool]] = {
     "conv1d": lambda m: is_conv1d(m) and _has_float_weight(m) and not _forward_is_replaced(m),
     "linear": lambda m: _is_plain(m) and _has_float_weight(m),
     "torchao": lambda m: _is_plain(m) and _is_a(m.weight, "torchao"),
+    "float8": _is_float8,
     "forward": _is_forward_only,
 }

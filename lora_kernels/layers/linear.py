@@ -14,7 +14,7 @@ from ..init import Initializer, get_initializer
 from ..init.start import checked
 from ..ops.philox import dropout_seed
 from .adapted import AdaptedLayer, transplant
-from .adapter import Adapter
+from .adapter import Adapter, in_forward
 from .kinds import ForeignLayer, check_adaptable
 from .options import AdapterOptions
 
@@ -32,6 +32,7 @@ class AdaptedFloatLayer(AdaptedLayer):
     in_features: int
     out_features: int
     transposed = False
+    _cast_by_hooks = False  # whether something casts or moves the weight around every forward
 
     def matrix(self) -> Tensor:
         """A view of the stored weight as [out, in]; absorbed initial factors are not added back."""
@@ -43,18 +44,28 @@ class AdaptedFloatLayer(AdaptedLayer):
             return nn.functional.linear(x, self.base_weight(), self.bias)
         adapter = self.active()
         p = adapter.lora_dropout if self.training else 0.0
+        matrix = self.matrix()
+        if self._cast_by_hooks:  # a view keeps its data for the backward, the Parameter does not
+            matrix = matrix.view_as(matrix)
+        lora_B, scaling, start_A, start_B = adapter.operands(x.dtype)
         return torch.ops.lora.linear(
             x,
-            self.matrix(),  # [out, in]
+            matrix,  # [out, in]
             self.bias,  # [out]
             adapter.lora_A,  # [r, in]
-            adapter.lora_B,  # [out, r]
-            adapter.scaling,
+            lora_B,  # [out, r]
+            scaling,
             p,
             dropout_seed(x.device) if p else None,
-            *adapter.implicit_start(),  # [r, in], [out, r]
+            start_A,  # [r, in]
+            start_B,  # [out, r]
             adapter.lora_R,  # [r, r]
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedFloatLayer:
+        self._cast_by_hooks = self._cast_by_hooks or in_forward()
+        super()._apply(fn, recurse)
+        return self
 
     def freeze(self) -> None:
         """Sets `requires_grad` of W and the bias to False, and marks a W with absorbed factors."""

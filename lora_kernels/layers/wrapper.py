@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from .adapted import AdaptedLayer
 from .adapter import Adapter
 from .dequantize import dequantized_weight, frozen_forward, keep_unpacked, passes_gradient
+from .kinds import is_conv1d
 
 
 class LoRAWrapper(AdaptedLayer):
@@ -20,6 +22,7 @@ class LoRAWrapper(AdaptedLayer):
     """
 
     base_layer: nn.Module
+    transposed: bool  # whether the base layer is a `Conv1D`
     _differentiable: bool
 
     @classmethod
@@ -27,7 +30,7 @@ class LoRAWrapper(AdaptedLayer):
         """A wrapper around the layer, without adapters yet. Hooks stay on the layer."""
         layer = cls()
         layer._begin()
-        layer.base_layer = base_layer
+        layer.base_layer, layer.transposed = base_layer, is_conv1d(base_layer)
         layer._differentiable = passes_gradient(base_layer)
         keep_unpacked(base_layer)
         layer.training = base_layer.training
@@ -65,17 +68,23 @@ class LoRAWrapper(AdaptedLayer):
         """s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ) [..., out], as s · (z (B − B₀)ᵀ + (z − z₀) B₀ᵀ), whose
         two terms are both exactly zero before the first step.
         """
-        adapter = self.active()
-        dropped = nn.functional.dropout(x, adapter.lora_dropout, self.training)  # [..., in]
+        adapter, compiling = self.active(), is_dynamo_compiling()
+        p = adapter.lora_dropout if self.training else 0.0
+        dropped = nn.functional.dropout(x, p, self.training)  # [..., in]
         z = nn.functional.linear(dropped, adapter.lora_A.to(x.dtype))  # [..., r]
         if adapter.lora_R is not None:
             z = nn.functional.linear(z, adapter.lora_R.to(x.dtype))
         start_A, start_B = adapter.implicit_start()
-        if start_A is None or start_B is None:
-            return nn.functional.linear(z, adapter.lora_B.to(x.dtype)) * adapter.scaling
-        z0 = nn.functional.linear(x, start_A.to(x.dtype))  # [..., r]
-        trained = nn.functional.linear(z, (adapter.lora_B - start_B).to(x.dtype))  # [..., out]
-        return (trained + nn.functional.linear(z - z0, start_B.to(x.dtype))) * adapter.scaling
+        change = adapter.lora_B if start_B is None else adapter.lora_B - start_B  # [out, r]
+        if compiling:
+            change = adapter.scaled(change, x.dtype)
+        update = nn.functional.linear(z, change.to(x.dtype))  # [..., out]
+        if start_A is not None and start_B is not None:
+            if compiling:
+                start_B = adapter.scaled(start_B, x.dtype)
+            z0 = nn.functional.linear(x, start_A.to(x.dtype))  # [..., r]
+            update = update + nn.functional.linear(z - z0, start_B.to(x.dtype))
+        return update if compiling else update * adapter.scaling
 
     def base_weight(self) -> Tensor:
         """W [out, in], dequantized, in float32."""

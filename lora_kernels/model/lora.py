@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._utils.errors import unknown_name
-from .._utils.names import without_wrappers
+from .._utils.names import nearest, without_wrappers
 from .._utils.progress import tracked
+from ..layers.adapter import Adapter
 from ..layers.base import base_of
+from ..layers.dequantize import check_cast
+from ..layers.options import AdapterOptions
 from ..layers.wrapper import LoRAWrapper
 from .config import AdapterState, LoRAConfig
 from .install import (
@@ -30,8 +33,15 @@ from .install import (
 from .originals import OriginalWeights
 from .plan import LayerPlan, check_norms, plan_layers, plan_starts, plan_states
 from .report import LoRAReport, make_report
-from .saved_modules import SavedTensors, extra_places, saved_places, trained_biases
+from .saved_modules import (
+    SavedTensors,
+    extra_places,
+    frozen_places,
+    saved_places,
+    trained_biases,
+)
 from .selection import select_layers, with_task_head
+from .starts import naming
 
 _RECORD = "_lora_adapters"
 
@@ -99,7 +109,7 @@ def add_lora(
     saved = saved_places(model, config.modules_to_save)
     originals = None if original_weights is None else OriginalWeights(original_weights)
     plans = plan_layers(model, selection, config, originals)
-    _check_weights(plans, record)
+    _check_weights(model, plans, record)
     places = {**saved, **trained_biases(model, config.bias, plans)}
     with _all_or_nothing(model, record, adapter_name), torch.no_grad():
         plan_starts(plans, config.initializer, gradients, progress)
@@ -145,6 +155,7 @@ def merge_lora(
             "dequantize=True to turn them into nn.Linear"
         )
     set_adapter(model, name)
+    record.saved.settle()
     adapted = layers_with_names(model)
     while adapted:  # frees each old W before the next layer is merged
         paths, layer = adapted.pop()
@@ -251,11 +262,7 @@ def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterS
     model = unwrapped(model)
     record = _needed_record(model)
     name = _known_name(record, adapter_name)
-    layers = {
-        without_wrappers(path): layer.adapter(name).layer_state()
-        for path, layer in adapted_layers(model).items()
-        if name in layer.adapter_names
-    }
+    layers = {path: adapter.layer_state() for path, adapter in _adapters(model, name).items()}
     extra = {
         without_wrappers(path): tensor.detach().to("cpu", copy=True)
         for path, tensor in record.saved.tensors(name).items()
@@ -288,11 +295,12 @@ def apply_state(
     record = _record(model) or ModelAdapters()
     _check_name(adapter_name, record)
     plans, selection = plan_states(model, state)
-    _check_weights(plans, record)
+    _check_weights(model, plans, record)
     places = extra_places(model, state)
     with _all_or_nothing(model, record, adapter_name), torch.no_grad():
         check_norms(plans)
-        record.saved.add(adapter_name, places, state.extra)
+        frozen = frozen_places(model, places, state.config.modules_to_save)
+        record.saved.add(adapter_name, places, state.extra, frozen)
         install(model, record.saved, plans, tracked(plans, "loading", progress), adapter_name)
     _activate_new(model, record, state.config, adapter_name)
     if not is_trainable:
@@ -301,6 +309,60 @@ def apply_state(
                 layer.adapter(adapter_name).set_trainable(False)
         record.saved.set_trainable(adapter_name, False)
     return make_report(model, adapter_name, plans, selection, places, time.perf_counter() - began)
+
+
+@torch.no_grad()
+def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> None:
+    """Overwrites an adapter's tensors by those of a saved one, in place.
+
+    Raises:
+        ValueError: no adapter of that name, or the saved one has other layers, ranks or tensors
+            trained in full, or cannot be exchanged in place. The model is then unchanged.
+
+    """
+    record = _needed_record(model)
+    name = _known_name(record, adapter_name)
+    adapters, extra = _adapters(model, name), record.saved.tensors(name)
+    extra = {without_wrappers(path): tensor for path, tensor in extra.items()}
+    _check_same_names("layer", adapters, state.layers)
+    _check_same_names("tensor trained in full", extra, state.extra)
+    for path, layer in state.layers.items():
+        with naming(path):
+            adapters[path].check_replaceable(layer)
+    for path, tensor in state.extra.items():
+        if tensor.shape != extra[path].shape:
+            old, new = list(extra[path].shape), list(tensor.shape)
+            raise ValueError(f"{path} has shape {old} in this model, {new} in the new adapter")
+    rule, dropout = state.config.scaling_rule, state.config.lora_dropout
+    for path, layer in state.layers.items():
+        adapter = adapters[path]
+        options = AdapterOptions(layer.r, layer.lora_alpha, rule, dropout, adapter.residual)
+        adapter.replace_(layer, options)
+    for path, tensor in state.extra.items():
+        extra[path].copy_(tensor)
+    record.configs[name] = state.config
+
+
+def _adapters(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
+    """The modules of an adapter, by the layers' names in the base model."""
+    return {
+        without_wrappers(path): layer.adapter(adapter_name)
+        for path, layer in adapted_layers(model).items()
+        if adapter_name in layer.adapter_names
+    }
+
+
+def _check_same_names(what: str, old: Collection[str], new: Collection[str]) -> None:
+    """Raises ValueError for a name that only one of two adapters has."""
+    for name in (*new, *old):
+        if name not in old:
+            raise ValueError(
+                f"the new adapter has a {what} {name!r}, this one does not{nearest(name, old)}"
+            )
+        if name not in new:
+            raise ValueError(
+                f"this adapter has a {what} {name!r}, the new one does not{nearest(name, new)}"
+            )
 
 
 @contextmanager
@@ -345,9 +407,14 @@ def _apply(model: nn.Module, record: ModelAdapters) -> None:
     record.saved.activate(record.active if record.enabled else None)
 
 
-def _check_weights(plans: Sequence[LayerPlan], record: ModelAdapters) -> None:
-    """Raises ValueError for a layer whose weight another adapter trains in full."""
+def _check_weights(model: nn.Module, plans: Sequence[LayerPlan], record: ModelAdapters) -> None:
+    """Raises ValueError for a layer whose weight another adapter trains in full, or is stored in
+    float8 and not cast for the forward.
+    """
     for plan in plans:
+        if plan.base.kind == "float8" and not _is_in_hooked(model, plan.name):
+            with naming(plan.name):
+                check_cast(plan.base.layer)
         owner = record.saved.owner(plan.base.module, "weight")
         if owner is not None:
             raise ValueError(
@@ -355,6 +422,13 @@ def _check_weights(plans: Sequence[LayerPlan], record: ModelAdapters) -> None:
                 "out with exclude_modules; a layer is adapted by some adapters or trained in full "
                 "by others"
             )
+
+
+def _is_in_hooked(model: nn.Module, name: str) -> bool:
+    """Whether a module around the layer `name` has hooks, which may cast its layers."""
+    parts = name.split(".")[:-1]
+    around = [".".join(parts[:end]) for end in range(len(parts) + 1)]
+    return any(model.get_submodule(path)._forward_pre_hooks for path in around)
 
 
 def _forget(model: nn.Module, record: ModelAdapters) -> None:

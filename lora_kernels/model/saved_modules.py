@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ..layers.adapted import AdaptedLayer
 from ..layers.base import base_of
 from .config import AdapterState
 from .plan import LayerPlan
-from .selection import match_modules
+from .selection import input_embeddings, match_modules, output_head
 
 Place = tuple[nn.Module, str]  # a module, and the name of its attribute that holds the tensor
 
@@ -23,27 +24,37 @@ class SavedTensors:
     The modules hold either the active adapter's copies or the originals; the others are stored
     here. The module structure does not change. Tied weights are tied again when the originals are
     restored.
+
+    The copies of float16 Parameters are float32, because `GradScaler` takes no float16 gradients.
+    Modules that hold such copies read them in float16 in their forward.
     """
 
     def __init__(self) -> None:
         self._places: dict[str, Place] = {}
         self._base: dict[str, Tensor] = {}
         self._copies: dict[str, dict[str, Tensor]] = {}
+        self._frozen: dict[str, frozenset[str]] = {}  # names of copies that are never trained
         self._dtypes: dict[str, torch.dtype] = {}  # dtypes last seen in the modules
         self._active: str | None = None
 
     def add(
-        self, adapter: str, places: Mapping[str, Place], values: Mapping[str, Tensor] | None = None
+        self,
+        adapter: str,
+        places: Mapping[str, Place],
+        values: Mapping[str, Tensor] | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
         """Makes an adapter's copies from `values`, or from the originals if None. The modules must
-        hold the originals.
+        hold the originals. `frozen` names copies that are not trained.
         """
         copies = {}
         for name, (module, key) in places.items():
             base = getattr(module, key)
             value = base if values is None else values[name]
-            copy = value.detach().to(base.device, base.dtype, copy=True)
             is_parameter = isinstance(base, nn.Parameter)
+            half = is_parameter and base.dtype == torch.float16
+            dtype = torch.float32 if half else base.dtype
+            copy = value.detach().to(base.device, dtype, copy=True)
             copies[name] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
         self._collect()
         for name, (module, key) in places.items():
@@ -51,6 +62,7 @@ class SavedTensors:
             self._base.setdefault(name, getattr(module, key))
             self._dtypes.setdefault(name, self._base[name].dtype)
         self._copies[adapter] = copies
+        self._frozen[adapter] = frozenset(frozen)
 
     def activate(self, adapter: str | None) -> None:
         """Puts an adapter's tensors into the modules, or the originals if `adapter` is None."""
@@ -63,14 +75,28 @@ class SavedTensors:
                 wanted.data = wanted.data.to(current.device)
                 setattr(module, key, wanted)
                 self._dtypes[name] = wanted.dtype
+            base = self._base[name].dtype
+            if base == torch.float16 and wanted.dtype == torch.float32:
+                _read_as(base, module, key)
+            else:
+                _read_as_it_is(module, key)
         self._active = adapter
+
+    def settle(self) -> None:
+        """Casts the active adapter's float32 copies to float16, before they stay in the model."""
+        own = {} if self._active is None else self._copies.get(self._active, {})
+        for name, tensor in own.items():
+            module, key = self._places[name]
+            if key in vars(module).get(_CAST, ()):
+                _read_as_it_is(module, key)
+                tensor.data = tensor.data.to(self._base[name].dtype)
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Sets `requires_grad` of an adapter's parameters."""
         self._collect()
-        for tensor in self._copies.get(adapter, {}).values():
+        for name, tensor in self._copies.get(adapter, {}).items():
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-                tensor.requires_grad_(trainable)
+                tensor.requires_grad_(trainable and name not in self._frozen[adapter])
 
     def tensors(self, adapter: str) -> dict[str, Tensor]:
         """An adapter's tensors by name."""
@@ -80,6 +106,7 @@ class SavedTensors:
     def remove(self, adapter: str) -> None:
         """Removes an adapter that is not active."""
         self._copies.pop(adapter, None)
+        self._frozen.pop(adapter, None)
 
     def moved(self, old: nn.Module, new: nn.Module) -> None:
         """Records that the module `new` has replaced `old` and holds its tensors."""
@@ -97,6 +124,7 @@ class SavedTensors:
         """
         own = {} if self._active is None else self._copies.get(self._active, {})
         for name, (module, key) in self._places.items():
+            _forget_cast(module, key)
             current = getattr(module, key)
             (own if name in own else self._base)[name] = current
             if current.dtype not in (self._dtypes[name], torch.float32):
@@ -104,6 +132,61 @@ class SavedTensors:
                     if name in tensors:
                         tensors[name].data = tensors[name].data.to(current.dtype)
             self._dtypes[name] = current.dtype
+            if key in vars(module).get(_CAST, ()):
+                self._base[name].data = self._base[name].data.to(getattr(module, _MARK).dtype)
+
+
+# An empty buffer of a module, whose dtype is that of the model, also after `.to(dtype)`.
+_MARK = "_lora_dtype"
+_CAST = "_lora_cast"  # the names of the module's tensors that its forward reads in that dtype
+_HANDLES = "_lora_cast_handles"
+
+
+def _read_as(dtype: torch.dtype, module: nn.Module, key: str) -> None:
+    """Lets the module's forward read the tensor `key` in this dtype, or in the one that the model
+    is cast to later.
+    """
+    keys = vars(module).setdefault(_CAST, [])
+    if key in keys:
+        return
+    keys.append(key)
+    if len(keys) == 1:
+        module.register_buffer(_MARK, torch.empty(0, dtype=dtype), persistent=False)
+        vars(module)[_HANDLES] = (
+            module.register_forward_pre_hook(_cast),
+            module.register_forward_hook(_uncast),
+        )
+
+
+def _read_as_it_is(module: nn.Module, key: str) -> None:
+    """Undoes `_read_as`."""
+    keys = vars(module).get(_CAST, [])
+    if key not in keys:
+        return
+    _forget_cast(module, key)
+    keys.remove(key)
+    if not keys:
+        for handle in vars(module).pop(_HANDLES):
+            handle.remove()
+        del module._buffers[_MARK], vars(module)[_CAST]
+
+
+def _cast(module: nn.Module, args: object) -> None:
+    """Puts casts of the tensors in front of the module's own, which its attributes shadow."""
+    dtype = getattr(module, _MARK).dtype
+    for key in vars(module)[_CAST]:
+        _forget_cast(module, key)
+        vars(module)[key] = getattr(module, key).to(dtype)
+
+
+def _uncast(module: nn.Module, args: object, output: object) -> None:
+    for key in vars(module)[_CAST]:
+        _forget_cast(module, key)
+
+
+def _forget_cast(module: nn.Module, key: str) -> None:
+    if key in vars(module) and key in module._parameters:
+        del vars(module)[key]
 
 
 def module_places(name: str, module: nn.Module) -> dict[str, Place]:
@@ -152,7 +235,7 @@ def saved_places(model: nn.Module, modules_to_save: Sequence[str] | None) -> dic
         raise ValueError(
             f"modules_to_save names {', '.join(modules_to_save)}, which has no tensors"
         )
-    return places
+    return _trainable(places)
 
 
 def _check_saved(name: str, module: nn.Module) -> None:
@@ -179,7 +262,19 @@ def trained_biases(model: nn.Module, bias: str, plans: Sequence[LayerPlan]) -> d
         names |= {f"{name}.base_layer" for name in names}
         modules = {n: m for n, m in modules.items() if n in names}
     places = bias_places(modules)
-    return {_base_name(name): place for name, place in places.items()}
+    return _trainable({_base_name(name): place for name, place in places.items()})
+
+
+def _trainable(places: dict[str, Place]) -> dict[str, Place]:
+    """The places; raises ValueError for a tensor that is stored in float8."""
+    for name, (module, key) in places.items():
+        dtype = getattr(module, key).dtype
+        if dtype.is_floating_point and dtype.itemsize == 1:
+            raise ValueError(
+                f"{name} is stored in {dtype}, to which every forward would round it: it cannot be "
+                "trained in full (modules_to_save, bias)"
+            )
+    return places
 
 
 def _base_name(name: str) -> str:
@@ -216,8 +311,26 @@ def extra_places(model: nn.Module, state: AdapterState) -> dict[str, Place]:
             )
         shape = getattr(module, key).shape
         if shape != value.shape:
+            resized = module in (input_embeddings(model), output_head(model))
+            hint = f": model.resize_token_embeddings({len(value)}) first" if resized else ""
             raise ValueError(
                 f"the adapter's {name} has shape {list(value.shape)}, this model's {list(shape)}"
+                f"{hint}"
             )
         found[name] = known[name]
-    return found
+    return _trainable(found)
+
+
+def frozen_places(
+    model: nn.Module, places: Mapping[str, Place], modules_to_save: Sequence[str] | None
+) -> set[str]:
+    """The names of the places in the embeddings that `modules_to_save` does not name: an adapter
+    has them because the vocabulary was resized, and does not train them, as in PEFT.
+    """
+    embeddings = (input_embeddings(model), output_head(model))
+    pattern = "|".join(rf"(.*\.)?{re.escape(saved)}(\..*)?" for saved in modules_to_save or ())
+    return {
+        name
+        for name, (module, _) in places.items()
+        if module in embeddings and not (pattern and re.fullmatch(pattern, name))
+    }

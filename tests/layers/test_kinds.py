@@ -16,7 +16,7 @@ from torch.nn.utils.prune import random_unstructured
 from lora_kernels import LoRALinear
 from lora_kernels.layers.base import base_of
 from lora_kernels.layers.dequantize import frozen_forward, passes_gradient
-from lora_kernels.layers.kinds import kind_of, refuse_sharded
+from lora_kernels.layers.kinds import FLOAT8, kind_of, refuse_sharded
 
 from ..support.oracle import ROUNDING, to_numpy
 from ..support.packages import needs_bitsandbytes, needs_torchao, needs_transformers
@@ -82,6 +82,21 @@ class TestKinds:
     @needs_torchao
     def test_torchao(self):
         assert kind_of(torchao_linear(nn.Linear(64, 32), "int8")) == "torchao"
+
+    @needs_transformers
+    @pytest.mark.parametrize("dtype", FLOAT8)
+    def test_float8(self, dtype):
+        from transformers.pytorch_utils import Conv1D
+
+        for module in (nn.Linear(3, 5), Conv1D(5, 3)):
+            module.to(dtype)
+            base = base_of(module)
+            assert (base.kind, base.shape, base.rewritable) == ("float8", (5, 3), False)
+            stored = module.weight.float()
+            assert torch.equal(base.weight(), stored.T if base.transposed else stored)
+        replaced = nn.Linear(3, 5).to(dtype)
+        replaced.forward = lambda x: x  # perhaps with scales of its own
+        assert kind_of(replaced) == "forward"
 
     def test_only_a_forward(self):
         module = OnlyForward(torch.randn(5, 3), None, torch.float32)

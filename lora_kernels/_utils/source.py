@@ -6,7 +6,7 @@ import ast
 import inspect
 import linecache
 from functools import cached_property, lru_cache
-from types import FunctionType
+from types import FrameType, FunctionType
 
 # Attributes of a tensor that do not depend on its values; and methods of another tensor, or
 # functions, that take such attributes from an argument.
@@ -20,6 +20,26 @@ _TAKES_METADATA = (
     *("reshape_as", "to", "type", "type_as", "view_as", "zeros_like"),
 )
 WEIGHT = "weight"
+# Packages whose code calls the layers of a model, or reads weights to store, move or cast them.
+_TRUSTED = ("torch", "peft", "lora_kernels", "accelerate", "deepspeed", "bitsandbytes", "torchao")
+_TRUSTED_MODULES = ("transformers.modeling_utils", "transformers.generation", "transformers.utils")
+
+
+def is_trusted(module_name: str) -> bool:
+    """Whether the code of this module never computes with the weight of a layer that it could call
+    instead.
+    """
+    return module_name.partition(".")[0] in _TRUSTED or module_name.startswith(_TRUSTED_MODULES)
+
+
+def frame_needs_values(frame: FrameType) -> bool:
+    """Whether the code that a frame is running, the line of a read of `.weight`, may compute with
+    the values.
+    """
+    if is_trusted(frame.f_globals.get("__name__", "")):
+        return False
+    file = source_file(frame.f_code.co_filename)
+    return file is None or file.needs_values(frame.f_lineno)
 
 
 class SourceFile:

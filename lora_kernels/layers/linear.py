@@ -4,12 +4,15 @@ GPT-2 and use its weight.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from .._utils.checks import check_rank, check_weight
+from .._utils.source import frame_needs_values
 from ..init import Initializer, get_initializer
 from ..init.start import checked
 from ..ops.philox import dropout_seed
@@ -21,13 +24,35 @@ from .options import AdapterOptions
 ABSORBED = "_lora_absorbed"  # set on a Parameter from which initial factors were subtracted
 
 
+class _Weight:
+    """The attribute `weight` of an adapted layer: the stored Parameter.
+
+    Code of a model that reads it during a forward, in order to compute with it and not to call the
+    layer, would bypass the adapter. It gets W + s(BA − B₀A₀), with the gradients of A, B and R.
+    Such layers are left out where the source shows the read (`model.selection.bypassed`); no source
+    shows all reads. The attribute in an instance's `__dict__`, FSDP's view, comes before this one.
+    """
+
+    def __get__(self, layer: AdaptedFloatLayer | None, cls: type) -> Any:
+        if layer is None:
+            return self
+        stored = layer._parameters.get("weight")
+        if stored is None:
+            raise AttributeError("weight")
+        if is_dynamo_compiling():  # the compiler removes what is not used
+            return layer.effective_weight()
+        if frame_needs_values(sys._getframe(1)) and in_forward():
+            return layer.effective_weight()
+        return stored
+
+
 class AdaptedFloatLayer(AdaptedLayer):
     """An adapted layer with a floating-point W of its own, which it may rewrite.
 
     `weight` is W [out, in], or Wᵀ [in, out] if `transposed`; `bias` is [out] or None.
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter = _Weight()  # type: ignore[assignment]
     bias: nn.Parameter | None
     in_features: int
     out_features: int
@@ -36,7 +61,29 @@ class AdaptedFloatLayer(AdaptedLayer):
 
     def matrix(self) -> Tensor:
         """A view of the stored weight as [out, in]; absorbed initial factors are not added back."""
-        return self.weight.T if self.transposed else self.weight
+        weight = self._parameters.get("weight")
+        if weight is None:  # FSDP has replaced it by a view of its flat parameter
+            weight = vars(self)["weight"]
+        return weight.T if self.transposed else weight
+
+    def effective_weight(self) -> Tensor:
+        """The weight that the forward multiplies with, in the layout and dtype of `weight`:
+        W + s(BA − B₀A₀), with BRA for BA if there is an R, and the gradients of A, B and R. There
+        is no dropout in it. Without an enabled adapter it is the base's W.
+        """
+        stored = self.matrix()
+        if not self.adapter_enabled:
+            matrix = self.base_weight()
+        else:
+            adapter = self.active()
+            work = torch.promote_types(stored.dtype, adapter.lora_A.dtype)
+            lora_B, scaling, start_A, start_B = adapter.operands(work)
+            right = adapter.lora_A if adapter.lora_R is None else adapter.lora_R @ adapter.lora_A
+            update = lora_B.to(work) @ right.to(work)  # [out, in]
+            if start_A is not None and start_B is not None:
+                update = update - start_B.to(work) @ start_A.to(work)
+            matrix = (stored.to(work) + scaling * update).to(stored.dtype)
+        return matrix.T if self.transposed else matrix
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features], in x's dtype."""

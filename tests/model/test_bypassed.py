@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lora_kernels import LoRAConfig, add_lora
+from lora_kernels import LoRAConfig, add_lora, disable_adapters, merge_lora
 from lora_kernels.model.selection import bypassed_layers
 
 
@@ -209,3 +209,70 @@ def test_classes_of_transformers():
     assert read(ConditionalDetrMHAttentionMap) == {"k_proj"}
     assert read(MambaMixer) == {"x_proj", "dt_proj", "out_proj"}
     assert read(LlamaAttention) == read(T5DenseGatedActDense) == set()
+
+
+class Unreadable(Block):
+    """Its `read` has no source."""
+
+
+exec(
+    "def read(self, x):\n    return linear(x, self.a.weight, self.a.bias)",
+    namespace := {"linear": linear},
+)
+Unreadable.read = namespace["read"]
+
+
+@pytest.mark.parametrize("residual", ["absorb", "implicit"])
+@pytest.mark.parametrize("init", ["loram", "lora", "lora_xs"])
+def test_a_read_that_no_source_shows(residual, init):
+    """The code gets the weight with the adapter, and its gradient."""
+    if init == "lora_xs" and residual == "absorb":
+        residual = "auto"
+    torch.manual_seed(0)
+    model, x = Unreadable().double(), torch.randn(5, 8, dtype=torch.float64)
+    before = model(x)
+    config = LoRAConfig(r=3, init_lora_weights=init, residual=residual, target_modules=["a", "b"])
+    add_lora(model, config, progress=False)
+    if init != "lora_xs":  # LoRA-XS starts from a small random R
+        assert (model(x) - before).abs().max() < 1e-12
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    want = model.b(model.a(x))
+    got = model(x)
+    assert (got - want).abs().max() < 1e-12 and (got - before).abs().max() > 1e-2
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for one, other in zip(
+        torch.autograd.grad(got.sin().sum(), trained),
+        torch.autograd.grad(want.sin().sum(), trained),
+        strict=True,
+    ):
+        assert (one - other).abs().max() < 1e-12 and one.abs().max() > 1e-6
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert (compiled(x) - want).abs().max() < 1e-12
+    with disable_adapters(model):
+        assert (model(x) - before).abs().max() < 1e-12
+    merge_lora(model)
+    assert (model(x) - want).abs().max() < 1e-12
+
+
+def test_reads_of_metadata_get_the_parameter():
+    """In a forward too: T5 asks for the dtype of `wo.weight` in every block."""
+    seen = []
+
+    class Asks(Block):
+        def read(self, x):
+            seen.append(self.a.weight.dtype)
+            if isinstance(self.a.weight, nn.Parameter):
+                seen.append(self.a.weight.shape)
+            return self.a(x)
+
+    model = Asks()
+    add_lora(model, LoRAConfig(r=2, target_modules=["a"]), progress=False)
+    stored, calls = model.a.weight, []
+    assert isinstance(stored, nn.Parameter) and stored is model.a._parameters["weight"]
+    model.a.effective_weight = lambda: calls.append(1)
+    model(torch.randn(2, 8))
+    assert seen == [torch.float32, torch.Size([8, 8])] and not calls
+    assert model.get_parameter("a.weight") is stored

@@ -270,15 +270,24 @@ def test_05_plain_lora_needs_no_second_folder_and_keeps_all(tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_06_a_rank_too_large_is_refused(init):
-    """For r > min(n, m) PEFT silently builds a smaller rank."""
+    """For r > min(n, m) PEFT silently builds a smaller rank. Here such a layer is an error if it is
+    named, and "all-linear" leaves it out with the reason.
+    """
     model = peft_model(llama(), init, r=20)
     ranks = {m.lora_A["default"].weight.shape[0] for m in model.modules() if hasattr(m, "lora_A")}
     holds(ranks == {16, 20}, "a smaller rank in silence")
     model = llama()
     check_unchanged = snapshot(model)
-    with pytest.raises(ValueError, match=r"r = 20 is larger than .* = 16 of .*k_proj \[16, 32\]"):
-        ours(model, init, r=20)
-    check_unchanged()
+    for options in ({"target_modules": ["k_proj"]}, {"rank_pattern": {"k_proj": 20}}):
+        with pytest.raises(ValueError, match=r"r = 20 is larger than .* = 16 of .*k_proj \[16, 32"):
+            ours(model, init, r=20, **options)
+        check_unchanged()
+    report = add_lora(model, LoRAConfig(r=20, init_lora_weights=init), progress=False)
+    assert {row.r for row in report.adapted} == {20}
+    small = {n for n, m in model.named_modules() if n.endswith(("k_proj", "v_proj"))}
+    reason = "r = 20 is larger than min(out, in) = 16"
+    assert {name for name, why in report.skipped.items() if why == reason} == small
+    assert reason in str(report)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

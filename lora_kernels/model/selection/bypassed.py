@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..._utils.source import WEIGHT, SourceFile, definition, undecorated
+from ..._utils.source import WEIGHT, SourceFile, definition, is_trusted, undecorated
 
 # From a module to another one inside it: names of attributes; ANY for each child, DEEP for each
 # module below.
@@ -24,9 +24,6 @@ Path = tuple[str, ...]
 Class = Any  # a class of modules; nn.Module's annotations make it no Hashable for type checkers
 ANY, DEEP = "*", "**"
 
-# Packages whose classes call the layers inside them, or read weights with care.
-_TRUSTED = ("torch", "peft", "lora_kernels", "accelerate", "deepspeed", "bitsandbytes", "torchao")
-_TRUSTED_MODULES = ("transformers.modeling_utils", "transformers.generation", "transformers.utils")
 # Methods that prepare, save or change a model, but compute nothing of its output.
 _PREPARING = (
     *("__init__", "__repr__", "extra_repr", "get_input_embeddings", "get_output_embeddings"),
@@ -78,16 +75,12 @@ def _resolved(module: nn.Module, path: Path) -> Iterator[nn.Module]:
             yield from _resolved(child, rest)
 
 
-def _is_trusted(module_name: str) -> bool:
-    return module_name.partition(".")[0] in _TRUSTED or module_name.startswith(_TRUSTED_MODULES)
-
-
 @lru_cache(maxsize=4096)
 def _reads_of(cls: Class) -> frozenset[Path]:
     """The paths to the modules whose weights the methods of a class read."""
     found: set[Path] = set()
     for base in cls.__mro__:
-        if _is_trusted(base.__module__):
+        if is_trusted(base.__module__):
             continue
         for name, value in vars(base).items():
             if name not in _PREPARING and not name.startswith(_PREPARING_PREFIXES):
@@ -119,7 +112,7 @@ def _reads_of_call(
     """The paths to the modules whose weights a function reads that is given these modules, by the
     names of its parameters. The paths start at the module of the class `cls`.
     """
-    found = None if _is_trusted(function.__module__ or "") else definition(function)
+    found = None if is_trusted(function.__module__ or "") else definition(function)
     if found is None:
         return frozenset()
     file, node = found

@@ -19,7 +19,7 @@ GPU_PYTHON ?= python3
 GPU_OPTIONS ?= # such as --only layer decode, or --minutes 7
 OUT ?= build/gpu
 
-.PHONY: demo test bench bench-avx2 lint format clean sanitize clang arm gpu gpu-again gpu-build test-oldest
+.PHONY: demo test bench bench-avx2 lint format clean sanitize clang arm gpu gpu-again gpu-build test-oldest peft-suite
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -73,6 +73,11 @@ test-oldest:
 		safetensors rich matplotlib
 	cd $(OLDEST)/tree && ../bin/python setup.py --quiet build_ext --inplace
 	cd $(OLDEST)/tree && ../bin/python -m pytest -q
+
+# PEFT's own LoRA tests, plain and accelerated, and which outcomes differ. PEFT is a checkout or an
+# unpacked sdist of the installed version; TESTS are arguments of pytest, such as a file and -k.
+peft-suite: $(VENV)/built
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peft_suite "$(PEFT)" $(TESTS)
 
 # The same sources with other compilers, each in a copy of the tree under build/. `clang` needs the
 # Debian packages clang and libomp-dev, `arm` needs g++-aarch64-linux-gnu.

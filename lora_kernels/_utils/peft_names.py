@@ -1,5 +1,11 @@
 """PEFT's names, as of PEFT 0.21: files, tensors and the options of `LoraConfig`."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Container
+from dataclasses import dataclass
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 # Precedes the base model's own names: the model inside a LoraModel inside a PeftModel.
@@ -39,20 +45,126 @@ OPTIONS_WITHOUT_EFFECT = (
     "revision",
     "runtime_config",
 )
-# These select variants of LoRA, which compute something else.
-OPTIONS_OF_VARIANTS = (
-    "alora_invocation_tokens",
+# These select variants of LoRA. What each does that plain LoRA does not:
+VARIANTS = {
+    "alora_invocation_tokens": "aLoRA, whose update begins at these tokens",
+    "arrow_config": "Arrow, which routes each token to some of several adapters",
+    "kasa_config": "KaSA, which truncates the base and trains a diagonal between A and B",
+    "layer_replication": "layers of the base that are repeated, each with its own adapter",
+    "lora_bias": "a bias of lora_B",
+    "megatron_config": "Megatron's parallel layers",
+    "monteclora_config": "MonteCLoRA, which adds sampled noise to A",
+    "target_parameters": "LoRA on parameters that are not the weight of a linear layer",
+    "trainable_token_indices": "rows of an embedding that are trained",
+    "use_bdlora": "BD-LoRA, whose A or B is block-diagonal",
+    "use_dora": "DoRA, which trains the norms of the adapted weight's rows",
+    "use_qalora": "QA-LoRA, which averages groups of the input before A",
+    "velora_config": "VeLoRA, which trains with compressed inputs",
+}
+# PEFT makes an object of these even from {}: only None turns them off.
+GROUPS_OF_OPTIONS = (
     "arrow_config",
-    "ensure_weight_tying",
     "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
-    "use_qalora",
     "velora_config",
 )
+TIE = "ensure_weight_tying"
+# PEFT ties an adapter or a saved module only if the configuration names one of these.
+TIED_MODULES = ("embed_tokens", "lm_head")
+OPTIONS_OF_VARIANTS = (*VARIANTS, TIE)
+# Options of old versions of PEFT, of Swift and of Unsloth that PEFT ignores, and rightly so.
+OPTIONS_OF_OTHERS = (
+    "merge_weights",
+    "lora_dtype",
+    "lorap_emb_lr",
+    "lorap_lr_ratio",
+    "unsloth_fixed",
+)
+
+# A and B of a linear layer: its name, the factor, and the adapter's name, which `save_pretrained`
+# leaves out and a model's own state_dict has.
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+# The names of other tensors of an adapted layer or embedding, after the layer's own name.
+_TENSORS_OF_VARIANTS = {
+    r"lora_embedding_[AB]": "LoRA on an embedding",
+    r"lora_magnitude_vector": VARIANTS["use_dora"],
+    r"lora_diag": VARIANTS["kasa_config"],
+    r"lora_monteclora_sampler": VARIANTS["monteclora_config"],
+    r"lora_velora_\w+": VARIANTS["velora_config"],
+    r"lora_arrow": VARIANTS["arrow_config"],
+    r"lora_E|lora_ranknum": "AdaLoRA",
+    r"token_adapter\.trainable_tokens_\w+": VARIANTS["trainable_token_indices"],
+}
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The name of A or B of a layer. `adapter` is None where the adapter's name is left out."""
+
+    layer: str
+    half: str
+    adapter: str | None
+
+
+def as_factor(name: str) -> Factor | None:
+    """What the name of a tensor says, if it ends as that of A or B."""
+    found = _FACTOR.fullmatch(name)
+    return Factor(*found.groups()) if found else None
+
+
+def variant_of(name: str, layers: Container[str]) -> str | None:
+    """The variant of LoRA that a tensor belongs to, which is not A or B; None if it is one of the
+    base. `layers` are the layers that have A and B.
+    """
+    for layer, rest in _splits(name):
+        for pattern, variant in _TENSORS_OF_VARIANTS.items():
+            if re.fullmatch(rf"(?:{pattern})(\..+)?", rest):
+                return variant
+        if layer in layers and rest.startswith("lora_"):
+            return VARIANTS["lora_bias"] if rest.endswith(".bias") else "an unknown variant of LoRA"
+    return None
+
+
+def base_names(
+    names: Collection[str],
+    layers: Container[str],
+    adapters: Container[str | None],
+    modules_to_save: Collection[str],
+) -> dict[str, str | None]:
+    """The base's own names of tensors that are not A or B; None for the originals of saved modules,
+    which PEFT writes with bias="all" and does not train.
+
+    PEFT's parts of a name (base_layer, modules_to_save, original_module) are known by where they
+    are and by each other, since a module of the base may have such a name too.
+
+    Args:
+        names: those of the tensors.
+        layers: the layers that have A and B.
+        adapters: the names of the adapters in the names of A and B.
+        modules_to_save: the option of this name.
+
+    """
+    found: dict[str, str | None] = {name: name for name in names}
+    saved = tuple(modules_to_save)
+    for name in names:
+        for module, rest in _splits(name):
+            part, _, inner = rest.partition(".")
+            if part == "base_layer" and inner and module in layers:
+                found[name] = f"{module}.{inner}"
+            elif part == "modules_to_save" and module.endswith(saved):
+                adapter, _, last = inner.partition(".")
+                for tail in (inner, last):
+                    original = f"{module}.original_module.{tail}"
+                    if original in found or (tail and tail == last and adapter in adapters):
+                        found[name] = f"{module}.{tail}"
+                        if original in found:
+                            found[original] = None
+    return found
+
+
+def _splits(name: str) -> list[tuple[str, str]]:
+    """(the name of a module, the rest of the name), for each module that the name may lead into."""
+    parts = name.split(".")
+    return [(".".join(parts[:i]), ".".join(parts[i:])) for i in range(1, len(parts))]

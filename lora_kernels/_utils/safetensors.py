@@ -97,7 +97,6 @@ class Layout:
         in_header = [name for name in json.loads(self.header) if name != "__metadata__"]
         return render([by_name[name] for name in in_header], self.metadata)
 
-
     def edited(
         self, dropped: Collection[str], added: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     ) -> Layout:

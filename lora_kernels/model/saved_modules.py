@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._utils.names import nearest, without_wrappers
 from ..layers.adapted import AdaptedLayer
 from ..layers.base import base_of
+from ..layers.wrapper import LoRAWrapper
 from .config import AdapterState
 from .plan import LayerPlan
 from .selection import input_embeddings, match_modules, output_head
@@ -261,8 +262,7 @@ def trained_biases(model: nn.Module, bias: str, plans: Sequence[LayerPlan]) -> d
         names = {plan.name for plan in plans}
         names |= {f"{name}.base_layer" for name in names}
         modules = {n: m for n, m in modules.items() if n in names}
-    places = bias_places(modules)
-    return _trainable({_base_name(name): place for name, place in places.items()})
+    return _trainable(_in_base(model, bias_places(modules)))
 
 
 def _trainable(places: dict[str, Place]) -> dict[str, Place]:
@@ -277,9 +277,17 @@ def _trainable(places: dict[str, Place]) -> dict[str, Place]:
     return places
 
 
-def _base_name(name: str) -> str:
-    """A tensor's name in the base model, without the wrapper's part."""
-    return name.replace(".base_layer.", ".")
+def _in_base(model: nn.Module, places: Mapping[str, Place]) -> dict[str, Place]:
+    """The places by the tensors' names in the base model, without the part of the wrappers."""
+    wrappers = tuple(name for name, m in model.named_modules() if isinstance(m, LoRAWrapper))
+    inside = tuple(f"{name}.base_layer." for name in wrappers)
+    named = {}
+    for name, place in places.items():
+        if inside and name.startswith(inside):
+            owner = next(w for w in wrappers if name.startswith(f"{w}.base_layer."))
+            name = owner + name.removeprefix(f"{owner}.base_layer")
+        named[name] = place
+    return named
 
 
 def extra_places(model: nn.Module, state: AdapterState) -> dict[str, Place]:
@@ -293,10 +301,8 @@ def extra_places(model: nn.Module, state: AdapterState) -> dict[str, Place]:
     found: dict[str, Place] = {}
     if not state.extra:
         return found
-    known = {
-        without_wrappers(_base_name(name)): place
-        for name, place in module_places("", model).items()
-    }
+    places = _in_base(model, module_places("", model))
+    known = {without_wrappers(name): place for name, place in places.items()}
     for name, value in state.extra.items():
         if name not in known:
             raise ValueError(

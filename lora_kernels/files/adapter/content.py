@@ -49,14 +49,14 @@ class FolderContent:
     def write(self, folder: Path, owned: Collection[str] = ADAPTER_FILES) -> dict[str, int]:
         """Replaces the adapter in a folder, as `replace_files`; returns the sizes by name."""
         config = json.dumps(self.config, indent=2, allow_nan=False).encode()
-        replace_files(
+        size = replace_files(
             folder,
             self.file,
             lambda path: save_tensors(self.tensors, path, self.metadata),
             {ADAPTER_CONFIG: config},
             owned,
         )
-        return {self.file: (folder / self.file).stat().st_size, ADAPTER_CONFIG: len(config)}
+        return {self.file: size, ADAPTER_CONFIG: len(config)}
 
 
 def folder_content(

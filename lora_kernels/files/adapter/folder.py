@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..._utils.errors import unknown_name
 from ..._utils.model_files import read_json
@@ -17,6 +20,8 @@ from .content import ADAPTER_FILES, NATIVE_FILE, NATIVE_TYPE, folder_content
 from .peft_format import from_peft
 from .recipe import FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
 from .tensors import check_state, check_tensors, from_recipe
+
+_ATTEMPTS, _PAUSE = 3, 0.02  # seconds between attempts to read files that are being replaced
 
 
 @dataclass(frozen=True)
@@ -135,12 +140,7 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
 
     """
     folder = Path(folder)
-    for _ in range(3):
-        config = _read_config(folder)
-        file = _tensor_file(folder, config)
-        tensors, metadata = load_tensors(file)
-        if _read_config(folder) == config:
-            break  # else another adapter has just been written
+    config, file, tensors, metadata = _read_files(folder)
     try:
         check_tensors(tensors)
         recipe = recipe_from_json(metadata[METADATA]) if METADATA in metadata else None
@@ -163,6 +163,27 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
         return from_recipe(recipe, config, tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _read_files(
+    folder: Path,
+) -> tuple[dict[str, Any] | None, Path, dict[str, Tensor], dict[str, str]]:
+    """The configuration, and the file with its tensors and metadata: those of one adapter, also
+    while another one is being written in its place.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            config = _read_config(folder)
+            file = _tensor_file(folder, config)
+            tensors, metadata = load_tensors(file)
+        except (FileNotFoundError, RuntimeError):  # RuntimeError: a mapped file has become smaller
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(_PAUSE)
+            continue
+        if _read_config(folder) == config:
+            break
+    return config, file, tensors, metadata
 
 
 def is_adapter(path: Path) -> bool:

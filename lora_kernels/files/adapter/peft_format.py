@@ -17,14 +17,24 @@ from typing import Any
 
 from torch import Tensor
 
+from ..._utils.checks import FLOATS
 from ..._utils.errors import unknown_name
 from ..._utils.names import match_names, without_wrappers
 from ..._utils.peft_names import (
     BIASES,
+    GROUPS_OF_OPTIONS,
+    OPTIONS_OF_OTHERS,
     OPTIONS_WITHOUT_EFFECT,
     PREFIX,
     TASK_HEADS,
     TASK_TYPES,
+    TIE,
+    TIED_MODULES,
+    VARIANTS,
+    Factor,
+    as_factor,
+    base_names,
+    variant_of,
 )
 from ...layers.options import lora_scaling
 from ...layers.state import LayerState
@@ -115,7 +125,7 @@ def from_peft(
 
     """
     check_options(values, residual_base)
-    halves, extra = split_tensors(tensors)
+    halves, extra = split_tensors(tensors, values.get("modules_to_save") or ())
     if not halves:
         raise ValueError("it has no lora_A and lora_B of a linear layer")
     config = config_from_peft(values, tuple(halves))
@@ -130,44 +140,96 @@ def from_peft(
             )
         scaling = lora_scaling(alpha, r, config.scaling_rule)
         layers[name] = LayerState(lora_A, lora_B, scaling, alpha)
+    _warn_of_base(layers, extra)
     return AdapterState(config, layers, extra, values.get("base_model_name_or_path"))
 
 
 def split_tensors(
     tensors: Mapping[str, Tensor],
+    modules_to_save: Collection[str] = (),
+    layers: Collection[str] | None = None,
+    by_peft: bool = True,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """A and B of each layer, and all other tensors, by their names in the base model.
 
+    Args:
+        tensors: by PEFT's names, with or without the name of the adapter.
+        modules_to_save: the saved modules, which may have tensors with any name.
+        layers: the names of the layers, if they are known.
+        by_peft: whether the tensors of saved modules may have PEFT's own parts in their names.
+
     Raises:
-        ValueError: A or B is missing, or a tensor belongs to another kind of adapter.
+        ValueError: A or B is missing, there are several adapters, or a tensor belongs to another
+            kind of adapter.
 
     """
     halves: dict[str, dict[str, Tensor]] = {}
-    extra: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    adapters: set[str | None] = set()
     for key, tensor in tensors.items():
         name = without_wrappers(key).removeprefix(PREFIX)
-        pair = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        if pair:
-            if pair[2] in halves.setdefault(pair[1], {}):
-                raise ValueError(f"lora_{pair[2]} of {pair[1]!r} exists twice")
-            halves[pair[1]][pair[2]] = tensor
-        elif re.search(r"(^|\.)lora_\w+(\.|$)", name):
-            raise ValueError(
-                f"{key!r} is not A or B of a linear layer: embeddings, DoRA and other variants are "
-                "not implemented"
-            )
-        elif ".original_module." not in name:
-            # bias="all" also writes the biases of the originals of saved modules.
-            extra[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+        factor = as_factor(name)
+        if factor is None or not _is_of_layer(factor, name, modules_to_save, layers):
+            others[name] = tensor
+            continue
+        adapters.add(factor.adapter)
+        named = sorted(adapter for adapter in adapters if adapter)
+        if len(named) > 1:
+            raise ValueError(f"it has the tensors of {' and '.join(named)}: keep one adapter")
+        if factor.half in halves.setdefault(factor.layer, {}):
+            raise ValueError(f"lora_{factor.half} of {factor.layer!r} exists twice")
+        halves[factor.layer][factor.half] = tensor
     for name, found in halves.items():
         for half in "AB":
             if half not in found:
                 raise ValueError(f"lora_{half} of {name!r} is missing")
-    return {name: (found["A"], found["B"]) for name, found in halves.items()}, extra
+    pairs = {name: (found["A"], found["B"]) for name, found in halves.items()}
+    names = base_names(others, pairs, adapters, modules_to_save if by_peft else ())
+    return pairs, _base_tensors(others, names, pairs, modules_to_save)
+
+
+def _is_of_layer(
+    factor: Factor, name: str, modules_to_save: Collection[str], layers: Collection[str] | None
+) -> bool:
+    """Whether a tensor is A or B, and not one of a saved module that has such a name."""
+    if layers is None:  # PEFT adapts nothing in saved modules
+        return _saved_module(factor.layer, modules_to_save) is None
+    return factor.layer in layers or _saved_module(name.rpartition(".")[0], modules_to_save) is None
+
+
+def _base_tensors(
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, str | None],
+    layers: Collection[str],
+    modules_to_save: Collection[str],
+) -> dict[str, Tensor]:
+    """The tensors that are not A or B, by their names in the base model, which are in `names`.
+
+    Raises:
+        ValueError: one belongs to another kind of adapter.
+
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        variant = variant_of(name, layers)
+        if variant and _saved_module(name.rpartition(".")[0], modules_to_save) is None:
+            raise ValueError(
+                f"{name!r} is not A or B of a linear layer: it belongs to {variant}, which is not "
+                "implemented here"
+            )
+        base = names[name]
+        if base is not None:
+            found[base] = tensor
+    return found
 
 
 def check_pair(name: str, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Raises unless the two are A [r, in] and B [out, r]."""
+    """Raises unless the two are A [r, in] and B [out, r], of floating-point numbers."""
+    for half, factor in (("A", lora_A), ("B", lora_B)):
+        if factor.dtype not in FLOATS:
+            raise ValueError(
+                f"lora_{half} of {name!r} is {factor.dtype}, not a floating-point type"
+            )
     shapes = f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} of {name!r}"
     if lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(f"{shapes} are not those of a linear layer")
@@ -180,14 +242,12 @@ def check_options(values: Mapping[str, Any], residual_base: bool = False) -> Non
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"peft_type is {kind!r}: only 'LORA' adapters can be read")
-    for option, value in values.items():
-        # Options of variants are off, None or empty by default.
-        known = (*_SHARED, "init_lora_weights", *OPTIONS_WITHOUT_EFFECT)
-        if value and option not in known:
-            raise ValueError(
-                f"{option} = {value!r} is not implemented here: without it the adapter would "
-                "compute something else"
-            )
+    for option, variant in VARIANTS.items():
+        value = values.get(option)
+        if value or (option in GROUPS_OF_OPTIONS and value not in (None, False)):
+            raise ValueError(f"{option} = {value!r} is not implemented here: {variant}")
+    _check_ties(values)
+    _warn_of_unknown(values)
     init = values.get("init_lora_weights", True)
     changes_base = isinstance(init, str) and init.lower().startswith(_CHANGING_INITS)
     if changes_base and not residual_base:
@@ -202,6 +262,49 @@ def check_options(values: Mapping[str, Any], residual_base: bool = False) -> Non
     if init == "mica":
         warnings.warn(
             "init_lora_weights = 'mica': PEFT trains A only; further training here moves B too",
+            stacklevel=2,
+        )
+
+
+def _check_ties(values: Mapping[str, Any]) -> None:
+    """Raises if PEFT may tie modules, which depends on the base too."""
+    if not values.get(TIE):
+        return
+    targets, saved = values.get("target_modules") or (), values.get("modules_to_save") or ()
+    if isinstance(targets, str):
+        named = [name for name in TIED_MODULES if re.fullmatch(targets, name)]
+    else:
+        named = [name for name in targets if name.rpartition(".")[2] in TIED_MODULES]
+    named += [name for name in saved if name.rpartition(".")[2] in TIED_MODULES]
+    if named:
+        raise ValueError(
+            f"{TIE} = {values[TIE]!r} is not implemented here: {', '.join(named)} may be tied to "
+            "another module, which gets the same adapter then"
+        )
+
+
+def _warn_of_base(layers: Collection[str], extra: Mapping[str, Tensor]) -> None:
+    """PEFT itself writes the weight of an adapted layer only with embeddings."""
+    whole = [name for name in layers if name.rpartition(".")[2] not in TIED_MODULES]
+    if any(f"{name}.weight" in extra for name in whole):
+        warnings.warn(
+            f"the adapter's file is that of a whole model: its {len(extra)} tensors of the base "
+            "are part of the adapter, and further training here trains them too; PEFT's "
+            "save_pretrained leaves them out",
+            stacklevel=2,
+        )
+
+
+def _warn_of_unknown(values: Mapping[str, Any]) -> None:
+    known = {*_SHARED, "init_lora_weights", *OPTIONS_WITHOUT_EFFECT, *VARIANTS, TIE}
+    known.update(OPTIONS_OF_OTHERS)
+    unknown = [option for option, value in values.items() if value and option not in known]
+    if unknown:
+        version = values.get("peft_version")
+        written = f" (it was written by PEFT {version})" if version else ""
+        warnings.warn(
+            f"the adapter's configuration has options that PEFT 0.21 does not know and ignores, "
+            f"and so does this package: {', '.join(unknown)}{written}",
             stacklevel=2,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -32,13 +31,10 @@ def check_state(state: AdapterState) -> None:
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raises unless the tensors of a file can be those of an adapter."""
+    """Raises if a tensor of a file holds NaN or Inf."""
     for name, tensor in tensors.items():
-        if tensor.dtype in FLOATS:
-            if not bool(tensor.isfinite().all()):
-                raise ValueError(f"{name!r} holds NaN or Inf; take an earlier adapter")
-        elif re.search(r"\.(lora|start)_\w+(\.|$)", name):
-            raise ValueError(f"{name!r} is {tensor.dtype}, not a floating-point type")
+        if tensor.dtype in FLOATS and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name!r} holds NaN or Inf; take an earlier adapter")
 
 
 def native_tensors(state: AdapterState) -> dict[str, Tensor]:
@@ -126,7 +122,10 @@ def _split_peft(
     recipe: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The factors of each layer, without recomputable initial factors, and all other tensors."""
-    pairs, extra = split_tensors(tensors)
+    by_peft = recipe["config"] is None
+    config = recipe["peft_config" if by_peft else "config"]
+    saved = config.get("modules_to_save") or ()
+    pairs, extra = split_tensors(tensors, saved, recipe["layers"], by_peft)
     _check_names(recipe["layers"], pairs)
     factors = {}
     for name, layer in recipe["layers"].items():
@@ -174,6 +173,8 @@ def _check_layer(name: str, layer: LayerState, r: int) -> None:
     for key, like in (("start_A", "lora_A"), ("start_B", "lora_B"), ("lora_R", None)):
         factor = getattr(layer, key)
         if factor is not None:
+            if factor.dtype not in FLOATS:
+                raise ValueError(f"{key} of {name!r} is {factor.dtype}, not a floating-point type")
             shapes[key], expected[key] = factor.shape, expected[like] if like else (r, r)
     for key, shape in shapes.items():
         if tuple(shape) != expected[key]:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+# No code of the model's folder is run, and nobody is asked whether to run it.
+_OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 # transformers' names of PEFT's tasks.
 _TASKS = {
     "CAUSAL_LM": "CAUSAL_LM",
@@ -98,9 +100,9 @@ def _model_on_meta(path: Path, kind: str, num_labels: int | None) -> nn.Module |
     """The model of the class that `config.json` names, or the reason why there is none."""
     import transformers
 
-    options = {} if num_labels is None else {"num_labels": num_labels}
+    options = _OPTIONS if num_labels is None else {**_OPTIONS, "num_labels": num_labels}
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **options)
+        config = transformers.AutoConfig.from_pretrained(path, **options)
         cls = model_class(config, kind)
         if cls is None:
             return f"transformers has no model of the type {config.model_type!r}"
@@ -133,7 +135,7 @@ def classes_for(path: Path, task_type: str | None) -> list[str]:
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as auto
 
-    config = type(AutoConfig.from_pretrained(path, local_files_only=True))
+    config = type(AutoConfig.from_pretrained(path, **_OPTIONS))
     mappings = {name: value for name, value in vars(auto).items() if name.endswith("_MAPPING")}
     first = [f"MODEL_FOR_{_TASKS[task_type]}_MAPPING"] if task_type in _TASKS else []
     first += [f"MODEL_FOR_{task}_MAPPING" for task in _TASKS.values()]

@@ -37,7 +37,9 @@ def read_start(folder: Path) -> AdapterState:
             f"{folder} is not a start of lora-kernels init: give the folder {ADAPTER!r} of a model "
             "that it wrote"
         )
-    pairs, extra = split_tensors(load_tensors(folder / ADAPTER_FILE)[0])
+    saved = recipe["config"].get("modules_to_save") or ()
+    tensors, _ = load_tensors(folder / ADAPTER_FILE)
+    pairs, extra = split_tensors(tensors, saved, by_peft=False)
     layers = {}
     for name, values in recipe["layers"].items():
         if name not in pairs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -11,7 +12,7 @@ if sys.platform != "win32":
 
 
 def try_lock(descriptor: int) -> bool:
-    """Locks an open file or folder until it is closed; False if another process has locked it.
+    """Locks an open file until it is closed or released; False if another process has locked it.
 
     On Windows, which has no fcntl, nothing is locked.
     """
@@ -22,6 +23,52 @@ def try_lock(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def wait_for_lock(descriptor: int) -> bool:
+    """As `try_lock`, but waits for another process or thread. False if the file system has no
+    locks.
+    """
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def release(descriptor: int) -> None:
+    """Unlocks and closes a file."""
+    if sys.platform != "win32":
+        with suppress(OSError):  # a file system without locks
+            # Forked processes have the file too, and closing it here alone would leave it locked.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether the path still leads to this open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def mount_of(folder: Path) -> tuple[int, str]:
+    """The device of a folder, and where Linux tells it the mount: nothing can be renamed across
+    mounts, not even on one device.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        device, mount = os.fstat(descriptor).st_dev, ""
+        info = Path(f"/proc/self/fdinfo/{descriptor}")
+        if info.exists():
+            lines = [line for line in info.read_text().splitlines() if line.startswith("mnt_id")]
+            mount = "".join(lines)
+        return device, mount
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

@@ -1,25 +1,29 @@
 """Replaces the files of a folder together: a killed process leaves the old ones or the new ones.
 
-The new files are written to a temporary folder (a stage), synced to the disk, and then renamed. The
-next writer removes the stages of killed processes; a lock protects the stages that are in use.
+The new files are written to a temporary folder (a stage), synced to the disk, and then renamed.
+Several processes and threads may replace the files of one folder at the same time: they write their
+stages side by side and rename one after the other, and the last one wins. The next writer removes
+the stages of killed processes; a lock protects the stages that are in use.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
-from .disk import sync, try_lock
+from .disk import is_at, mount_of, release, sync, try_lock, wait_for_lock
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_INCOMPLETE = ".unfinished"  # in a stage until its files are complete
+# The first file in a stage, there until all others are complete. Its lock is the stage's lock.
+_INCOMPLETE = ".unfinished"
 
 
 def replace_files(
@@ -28,7 +32,7 @@ def replace_files(
     write_main: Callable[[Path], None],
     others: Mapping[str, bytes],
     owned: Collection[str],
-) -> None:
+) -> int:
     """Replaces the files in `folder` by `main`, written by `write_main(path)`, and `others`,
     {name: content}.
 
@@ -40,6 +44,9 @@ def replace_files(
     Otherwise the others are removed first and renamed into place last: a reader may find them
     missing meanwhile, but never with contents that do not belong to `main`.
 
+    Returns:
+        The size of `main` in bytes. In the folder another process may have replaced it already.
+
     Raises:
         ValueError: `folder` is a file.
         OSError: the disk is full, for example; the old files are intact then.
@@ -49,7 +56,25 @@ def replace_files(
         raise ValueError(f"{folder} is a file: give a folder to save into")
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
-    _remove_leftovers(folder, owned)
+    with _locked(folder) as locked:
+        if locked:
+            _remove_leftovers(folder, owned)
+    # The stage is left first: the lock covers its removal too.
+    with ExitStack() as lock, _staged(folder, owned) as stage:
+        write_main(stage / main)
+        # safetensors makes files that only their owner can read.
+        shutil.copymode(stage / _INCOMPLETE, stage / main)
+        sync(stage / main)
+        size = (stage / main).stat().st_size
+        lock.enter_context(_locked(folder))
+        _put_in_place(stage, folder, main, others, owned)
+    return size
+
+
+def _put_in_place(
+    stage: Path, folder: Path, main: str, others: Mapping[str, bytes], owned: Collection[str]
+) -> None:
+    """Completes a stage that holds `main`, and renames its files, or itself, into place."""
     present = {entry.name for entry in folder.iterdir()}
     stale = present.intersection(owned).difference([main, *others])
     same = not stale and all(
@@ -57,79 +82,135 @@ def replace_files(
         for name, content in others.items()
     )
     changing = () if same else tuple(others)
-    whole = not same and present.issubset(owned) and _may_exchange(folder)
-    with _staged(folder.parent if whole else folder, folder, owned) as stage:
-        write_main(stage / main)
-        # safetensors makes files that only their owner can read.
-        shutil.copymode(stage / _INCOMPLETE, stage / main)
-        sync(stage / main)
-        for name in changing:
-            (stage / name).write_bytes(others[name])
-            sync(stage / name)
-        (stage / _INCOMPLETE).unlink()
-        sync(stage)
-        if whole and _exchange(stage, folder):
-            sync(folder.parent)
-            return
-        for name in changing:
-            (folder / name).unlink(missing_ok=True)
-        (stage / main).replace(folder / main)
-        for name in stale:
-            (folder / name).unlink(missing_ok=True)
-        for name in changing:
-            (stage / name).replace(folder / name)
-        sync(folder)
+    for name in changing:
+        (stage / name).write_bytes(others[name])
+        sync(stage / name)
+    (stage / _INCOMPLETE).unlink()
+    sync(stage)
+    whole = not same and stage.parent != folder and present.issubset(owned)
+    if whole and _exchange(stage, folder):
+        sync(folder.parent)
+        return
+    for name in changing:
+        (folder / name).unlink(missing_ok=True)
+    (stage / main).replace(folder / main)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    for name in changing:
+        (stage / name).replace(folder / name)
+    sync(folder)
 
 
 @contextmanager
-def _staged(parent: Path, folder: Path, owned: Collection[str]) -> Iterator[Path]:
-    """A new folder in `parent` for the files of `folder`. It is removed at the end of the block; if
-    it was exchanged for the old folder, that is removed.
+def _staged(folder: Path, owned: Collection[str]) -> Iterator[Path]:
+    """A new folder for the files of `folder`. It is removed at the end of the block; if it was
+    exchanged for the old folder, that is removed.
     """
-    stage = Path(mkdtemp(prefix=_prefix(folder), dir=parent))
-    with _locked(stage):
+    stage, lock = _new_stage(folder)
+    try:
+        # It may take the folder's place, and mkdtemp lets only the owner read it.
+        shutil.copymode(folder, stage)
+        yield stage
+    finally:
         try:
-            # It may take the folder's place, and mkdtemp lets only the owner read it.
-            shutil.copymode(folder, stage)
-            (stage / _INCOMPLETE).touch()
-            yield stage
-        finally:
             _discard(stage, folder, owned)
+        finally:
+            release(lock)
+
+
+def _new_stage(folder: Path) -> tuple[Path, int]:
+    """A new stage, and the open file that locks it."""
+    while True:
+        stage = Path(mkdtemp(prefix=_prefix(folder), dir=_place(folder)))
+        mark = stage / _INCOMPLETE
+        # Before it is locked, another process may remove it as one of a killed process.
+        with suppress(FileNotFoundError):
+            lock = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            wait_for_lock(lock)
+            if is_at(lock, mark):
+                return stage, lock
+            release(lock)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Waits until no other process puts files into place in `folder`, and keeps others waiting.
+    False if nothing can be locked here.
+    """
+    file = _place(folder) / f".{folder.name}.saving"
+    lock = None if os.name == "nt" else _lock_file(file)
+    try:
+        yield os.name == "nt" or lock is not None
+    finally:
+        if lock is not None:
+            try:
+                # Those who wait for this file find out that it is gone.
+                file.unlink(missing_ok=True)
+            finally:
+                release(lock)
+
+
+def _lock_file(file: Path) -> int | None:
+    """Makes and locks a file that whoever has locked it removes; None if it cannot be locked."""
+    while True:
+        try:
+            lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # that of another user, for example
+            return None
+        locked = wait_for_lock(lock)
+        if locked and is_at(lock, file):
+            return lock
+        release(lock)
+        if not locked:
+            return None
 
 
 def _prefix(folder: Path) -> str:
     return f".{folder.name}.saving-"
 
 
-@contextmanager
-def _locked(stage: Path) -> Iterator[bool]:
-    """Locks a stage; False if another process is using it."""
-    if os.name == "nt":
-        yield True
-        return
-    descriptor = os.open(stage, os.O_RDONLY)
-    try:
-        yield try_lock(descriptor)
-    finally:
-        os.close(descriptor)
+def _place(folder: Path) -> Path:
+    """Where the stages of a folder and its lock are: beside it if it may be exchanged."""
+    return folder.parent if _may_exchange(folder) else folder
 
 
 def _remove_leftovers(folder: Path, owned: Collection[str]) -> None:
     """Removes the stages of killed processes, in the folder and beside it."""
+    prefix = _prefix(folder)
     for parent in (folder, folder.parent):
         with suppress(OSError):  # no permission to read it
             for entry in list(os.scandir(parent)):
-                if entry.name.startswith(_prefix(folder)) and entry.is_dir(follow_symlinks=False):
-                    with suppress(FileNotFoundError), _locked(Path(entry.path)) as alone:
-                        if alone:
-                            _discard(Path(entry.path), folder, owned)
+                name = entry.name.removeprefix(prefix)
+                # The stages of a folder called "<folder>.saving-x" have a further dot.
+                if name != entry.name and "." not in name and entry.is_dir(follow_symlinks=False):
+                    with suppress(OSError):  # its process removes it, or goes on with it
+                        _remove_if_left(Path(entry.path), folder, owned)
+
+
+def _remove_if_left(stage: Path, folder: Path, owned: Collection[str]) -> None:
+    """Removes a stage unless it is in use. The caller has locked the folder: of the processes that
+    have completed their stages, only killed ones have left them behind.
+    """
+    if not any(stage.iterdir()):
+        stage.rmdir()  # just made: its process makes another one
+        return
+    try:
+        lock = os.open(stage / _INCOMPLETE, os.O_RDWR)
+    except FileNotFoundError:
+        _discard(stage, folder, owned)
+        return
+    try:
+        if try_lock(lock):
+            _discard(stage, folder, owned)
+    finally:
+        release(lock)
 
 
 def _discard(stage: Path, folder: Path, owned: Collection[str]) -> None:
     """Removes a stage. If its files were complete, it may be the old folder after an exchange: then
-    files that another process has just added to it are moved to the present folder.
+    files that another program has just added to it are moved to the present folder.
     """
-    with suppress(FileNotFoundError):  # another process has cleaned up
+    with suppress(FileNotFoundError):  # it is removed already
         # Then it may also hold a temporary file of safetensors, under any name.
         incomplete = (stage / _INCOMPLETE).exists()
         for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == _INCOMPLETE):
@@ -137,27 +218,33 @@ def _discard(stage: Path, folder: Path, owned: Collection[str]) -> None:
                 entry.unlink(missing_ok=True)
             elif not (folder / entry.name).exists():
                 entry.rename(folder / entry.name)
-        stage.rmdir()
+        try:
+            stage.rmdir()
+        except OSError as error:
+            # A file of another program that came just now, or exists in both: the next writer
+            # tries again.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def _may_exchange(folder: Path) -> bool:
-    """Whether another folder may take the place of this one: this process's user owns it, and it is
-    not the working directory.
-    """
-    if sys.platform != "linux" or not os.access(folder.parent, os.W_OK | os.X_OK):
+    """Whether another folder may take the place of this one. All processes of a user agree."""
+    if sys.platform != "linux" or not os.access(folder.parent, os.R_OK | os.W_OK | os.X_OK):
         return False
-    here, above = folder.stat(), folder.parent.stat()
-    with suppress(FileNotFoundError):
+    here = folder.stat()
+    owner = (here.st_uid, here.st_gid) == (os.geteuid(), os.getegid())
+    return owner and mount_of(folder) == mount_of(folder.parent)
+
+
+def _exchange(stage: Path, folder: Path) -> bool:
+    """Exchanges two folders in one step; False if the system or the file system cannot, or if
+    `folder` is the working directory.
+    """
+    with suppress(FileNotFoundError):  # somebody has removed the working directory
         if Path.cwd() == folder:
             return False
-    owner = (here.st_uid, here.st_gid) == (os.geteuid(), os.getegid())
-    return owner and here.st_dev == above.st_dev and not os.path.ismount(folder)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one step; False if the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False
-    names = os.fsencode(one), os.fsencode(other)
+    names = os.fsencode(stage), os.fsencode(folder)
     return rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0

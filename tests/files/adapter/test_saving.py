@@ -53,6 +53,28 @@ safetensors = pytest.importorskip("safetensors.torch")
 NAMES = [n for n in initializer_names() if not get_initializer(n).rewrites_base]
 
 
+class OddNames(nn.Module):
+    """Its modules have names that begin as those of factors, or that PEFT gives to wrappers."""
+
+    def __init__(self):
+        super().__init__()
+
+        def tower(*names):
+            layers = nn.Sequential()
+            for name in names:
+                layers.add_module(name, nn.Linear(8, 8))
+            return layers
+
+        self.q, self.lora_B, self.lora_head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.lora_tower = tower("lora_A", "weight")
+        self.parts = tower("original_module", "modules_to_save")
+        self.start_norm = nn.BatchNorm1d(8)  # with an integer buffer
+
+    def forward(self, x):
+        x = self.start_norm(self.lora_head(self.lora_B(self.q(x))))
+        return self.parts(self.lora_tower(x))
+
+
 class TestRoundTrip:
     @pytest.mark.parametrize("residual", ["absorb", "implicit"])
     @pytest.mark.parametrize("form", ["peft", "native"])
@@ -318,6 +340,39 @@ class TestModels:
         load_adapter(plain, tmp_path)
         assert_agree(plain.eval()(IDS).logits, want.double())
 
+    @pytest.mark.parametrize("bias", ["none", "all"])
+    @pytest.mark.parametrize("form", ["peft", "native", "PEFT's"])
+    @pytest.mark.parametrize(
+        "saved",
+        ["lora_head", "lora_tower", "start_norm", "lora_A", "parts", "original_module"],
+    )
+    def test_modules_with_names_as_of_factors(self, saved, form, bias, tmp_path):
+        """A module of the model may be called as a part of PEFT's or our own tensors."""
+        base = OddNames()
+        model = copy.deepcopy(base)
+        options = {"r": 2, "target_modules": ["lora_B", "q"], "modules_to_save": [saved]}
+        if form != "PEFT's":
+            add_lora(model, LoRAConfig(bias=bias, **options))
+        elif saved in ("lora_A", "parts"):
+            pytest.skip("PEFT takes them for its own")
+        else:
+            peft = pytest.importorskip("peft")
+            model = peft.get_peft_model(model, peft.LoraConfig(bias=bias, **options))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+        x = torch.randn(3, 8)
+        want = model.eval()(x)
+        if form == "PEFT's":
+            model.save_pretrained(tmp_path)
+        else:
+            save_adapter(model, tmp_path, format=form)
+        loaded = copy.deepcopy(base)
+        load_adapter(loaded, tmp_path)
+        assert_agree(loaded.eval()(x), want.double())
+        assert (want - base.eval()(x)).abs().max() > 0.01
+
     def test_a_layer_with_two_names(self, tmp_path):
         """PEFT adapts it under one name only."""
         model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
@@ -491,8 +546,8 @@ class TestBadFiles:
                 {"lora_A": torch.randn(3, 6), "lora_B": torch.randn(5, 3)},
                 "has rank 3, the configuration says 2: they belong to different adapters",
             ),
-            ({"lora_embedding_A": torch.randn(2, 6)}, "is not A or B of a linear layer: embed"),
-            ({"lora_magnitude_vector": torch.randn(6)}, "DoRA and other variants"),
+            ({"lora_embedding_A": torch.randn(2, 6)}, "is not A or B of .*LoRA on an embedding"),
+            ({"lora_magnitude_vector": torch.randn(6)}, "it belongs to DoRA"),
             ({"lora_A": torch.full((2, 6), math.inf)}, "holds NaN or Inf"),
             ({"lora_A": torch.zeros(2, 6, dtype=torch.int8)}, "is torch.int8, not a floating"),
         ):

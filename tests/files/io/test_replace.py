@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,7 +85,7 @@ class TestReplacing:
         assert_same(read_adapter(tmp_path), pair[0])
 
     @pytest.mark.parametrize("form", ["peft", "native"])
-    @pytest.mark.parametrize("step", range(1, 9))
+    @pytest.mark.parametrize("step", range(1, 11))
     def test_stopped_at_every_step(self, step, form, pair, tmp_path, monkeypatch):
         """Where the folder cannot be exchanged: PEFT finds no configuration rather than one that
         is not of the tensors, and this package reads one of the two.
@@ -152,7 +153,7 @@ class TestReplacing:
     def test_a_stage_at_work_is_left_alone(self, pair, tmp_path):
         folder = tmp_path / "out"
         write_adapter(folder, pair[0])
-        with replace._staged(tmp_path, folder, ()) as stage:
+        with replace._staged(folder, ()) as stage:
             write_adapter(folder, pair[1])
             assert stage.is_dir()
         assert not stage.exists()
@@ -199,6 +200,164 @@ class TestReplacing:
         for state in pair:
             write_adapter(".", state)
             assert_same(read_adapter("."), state)  # the folder that we stand in is still there
+
+
+class TestAtOnce:
+    """Several savers of one folder: the last one wins, all return, and nothing stays behind."""
+
+    @pytest.fixture()
+    def pair(self):
+        return one_layer()[0], one_layer(r=3, init_lora_weights="lora")[0]
+
+    @pytest.mark.parametrize("name", ["mkdtemp", "wait_for_lock"])
+    def test_a_stage_that_is_not_locked_yet(self, name, pair, tmp_path, monkeypatch):
+        """Another saver takes it for that of a killed process: the first one makes a new one."""
+        write_adapter(tmp_path / "out", pair[1])
+        real, meanwhile = getattr(replace, name), threading.Event()
+        stages = []
+
+        def late(*args, **options):
+            result = real(*args, **options) if name == "mkdtemp" else None
+            if threading.current_thread() is first and list(tmp_path.glob("*.saving-*")):
+                stages.extend(tmp_path.glob("*.saving-*"))
+                if len(stages) == 1:
+                    other.start()
+                    assert meanwhile.wait(20)
+            return result if name == "mkdtemp" else real(*args, **options)
+
+        def save(state):
+            write_adapter(tmp_path / "out", state)
+            meanwhile.set()
+
+        monkeypatch.setattr(replace, name, late)
+        first = threading.Thread(target=save, args=(pair[0],))
+        other = threading.Thread(target=save, args=(pair[1],))
+        first.start()
+        first.join(20)
+        assert len(set(stages)) == 2  # the first one was removed
+        assert_same(read_adapter(tmp_path / "out"), pair[0])
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    @pytest.mark.parametrize("alone", [True, False], ids=["exchanged", "one by one"])
+    def test_one_renames_after_the_other(self, alone, pair, tmp_path):
+        folder = tmp_path / "out"
+        write_adapter(folder, pair[0])
+        if not alone:
+            (folder / "notes").write_text("mine")
+        saving = threading.Thread(target=write_adapter, args=(folder, pair[1]))
+        with replace._locked(folder) as locked:
+            assert locked
+            saving.start()
+            saving.join(0.1)
+            assert saving.is_alive()
+            assert_same(read_adapter(folder), pair[0])
+        saving.join(20)
+        assert_same(read_adapter(folder), pair[1])
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    def test_a_file_system_without_locks(self, pair, tmp_path, monkeypatch):
+        """Adapters are replaced all the same; no stage is taken for a killed process's."""
+        for name in ("wait_for_lock", "try_lock"):
+            monkeypatch.setattr(replace, name, lambda _: False)
+        (tmp_path / ".out.saving-x").mkdir()
+        for state in pair:
+            write_adapter(tmp_path / "out", state)
+            assert_same(read_adapter(tmp_path / "out"), state)
+        assert {p.name for p in tmp_path.iterdir()} >= {"out", ".out.saving-x"}
+
+    def test_stages_of_a_folder_with_a_similar_name(self, pair, tmp_path):
+        """Each folder's lock protects its own stages only."""
+        stage = tmp_path / ".out.saving-x.saving-abc"
+        stage.mkdir()
+        write_adapter(tmp_path / "out", pair[0])
+        assert stage.is_dir()
+        write_adapter(tmp_path / "out.saving-x", pair[0])
+        assert not stage.exists()
+
+    @pytest.mark.parametrize("kind", ["processes", "threads"])
+    def test_many(self, kind, pair, memory_folder):
+        """4 savers, 20 saves each, of two adapters by turns. Readers see one of the two, or none
+        while files are renamed one by one.
+        """
+        for index, state in enumerate(pair):
+            write_adapter(memory_folder / str(index), state)
+        folders = [memory_folder / "made" / "alone", memory_folder / "made" / "shared"]
+        folders[1].mkdir(parents=True)
+        (folders[1] / "notes").write_text("mine")
+        running, failed = RUNNING[kind]([*folders, memory_folder / "0", memory_folder / "1"])
+        seen = [0, 0]
+        while running():
+            for folder in folders:
+                try:
+                    got = read_adapter(folder)
+                except (OSError, RuntimeError):  # files come and go
+                    continue
+                index = 0 if got.config == pair[0].config else 1
+                assert_same(got, pair[index])
+                seen[index] += 1
+        assert failed() == [] and min(seen) > 0
+        assert sorted(p.name for p in folders[0].parent.iterdir()) == ["alone", "shared"]
+        for folder, more in zip(folders, ([], ["notes"]), strict=True):
+            got = read_adapter(folder)
+            assert_same(got, pair[0 if got.config == pair[0].config else 1])
+            names = sorted(p.name for p in folder.iterdir())
+            assert names == [ADAPTER_CONFIG, ADAPTER_FILE, *more]
+
+
+def save_by_turns(folders, states, turn: int) -> None:
+    for number in range(turn, turn + 20):
+        for folder in folders:
+            write_adapter(folder, states[number % 2])
+
+
+def saving_threads(folders):
+    states = [read_adapter(folder) for folder in folders[2:]]
+    errors = []
+
+    def save(turn):
+        try:
+            save_by_turns(folders[:2], states, turn)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save, args=(turn,)) for turn in range(4)]
+    for thread in threads:
+        thread.start()
+    return lambda: any(thread.is_alive() for thread in threads), lambda: errors
+
+
+def saving_processes(folders):
+    """Forked from a new process, since that of the tests has threads."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    code = f"""
+import os, pathlib, sys
+import torch
+from lora_kernels.files.adapter.folder import read_adapter
+from {__name__} import save_by_turns
+torch.set_num_threads(1)
+folders = [pathlib.Path(name) for name in sys.argv[1:]]
+states = [read_adapter(folder) for folder in folders[2:]]
+children = []
+for turn in range(4):
+    child = os.fork()
+    if not child:
+        save_by_turns(folders[:2], states, turn)
+        os._exit(0)
+    children.append(child)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
+    command = [sys.executable, "-c", code, *map(str, folders)]
+    savers = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    def failed():
+        errors = savers.communicate()[1]
+        return [errors] if savers.returncode else []
+
+    return lambda: savers.poll() is None, failed
+
+
+RUNNING = {"processes": saving_processes, "threads": saving_threads}
 
 
 # Forks a saver for each line it reads: importing torch anew for each would take minutes.

@@ -115,6 +115,40 @@ class Prepares(Block):
         return self.a(x)
 
 
+class Listed(Block):
+    """Calls a layer from a list that is no ModuleList, as OneFormer's heads do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [self.a, torch.relu]
+
+    def read(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class Bound(Block):
+    """Keeps a layer's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.a.forward
+
+    def read(self, x):
+        return self.first(x)
+
+
+def test_layers_that_are_kept_elsewhere():
+    for cls, attribute in ((Listed, "steps"), (Bound, "first")):
+        torch.manual_seed(0)
+        model, x = cls(), torch.randn(2, 8)
+        before = model(x)
+        report = add_lora(model, LoRAConfig(r=2), progress=False)
+        assert f"keeps the layer in '{attribute}' too" in report.skipped["a"]
+        assert (model(x) - before).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(
     "cls,names",
     [

@@ -149,6 +149,9 @@ def _loaded_vocab_size(base_model: str | None) -> int | None:
 
 
 def _vocab_size(config: Any) -> int | None:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # it has several
+        text = config
     size = getattr(text, "vocab_size", None)
     return size if isinstance(size, int) else None

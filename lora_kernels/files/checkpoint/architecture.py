@@ -183,7 +183,7 @@ def _matched(model: nn.Module, tensors: Iterable[str]) -> Architecture | str:
             unused[new] = name
     weights = [name for name in (*stored, *converted, *unused) if name.endswith(".weight")]
     foreign_weights = [name for name in weights if name in unused]
-    if 2 * len(foreign_weights) >= len(weights):
+    if foreign_weights and 2 * len(foreign_weights) >= len(weights):
         return (
             f"{type(model).__name__}, the class in its configuration, does not have most of the "
             f"weights in its files ({foreign_weights[0]} ...)"

@@ -325,7 +325,10 @@ def _change_tied(
         head = _head_name(architecture)
         others = [value for name, value in values.items() if name != head]
         if head not in names or not all(_equal(value, others[0]) for value in others):
-            raise ValueError(_why_tied(folder, names[0].rpartition(".")[0]))
+            raise ValueError(
+                f"the adapter changes {names[0]!r}, which {folder.path} shares with {names[1]!r}: "
+                "a merged model cannot store both; use the adapter unmerged"
+            )
         changes.options |= _in_config(folder.config, "tie_word_embeddings", True, False)
         for name in names:
             if name not in stored:
@@ -367,13 +370,6 @@ def _cast(folder: ModelFolder, tensor: Tensor, dtype: torch.dtype | None) -> Ten
     return cast
 
 
-def _why_tied(folder: ModelFolder, layer: str) -> str:
-    return (
-        f"the adapter changes {layer!r}, which {folder.path} ties to its output head or embedding: "
-        "a merged model cannot store both; use the adapter unmerged"
-    )
-
-
 def _check_tied(folder: ModelFolder, wanted: Wanted) -> None:
     """Raises if the adapter changes an input embedding or output head that the model ties, by its
     name.
@@ -383,4 +379,7 @@ def _check_tied(folder: ModelFolder, wanted: Wanted) -> None:
     for name in wanted:
         layer = name.rpartition(".")[0]
         if is_embedding(layer) or is_head(layer):
-            raise ValueError(_why_tied(folder, layer))
+            raise ValueError(
+                f"the adapter changes {layer!r}, which {folder.path} ties to its output head or "
+                "embedding: a merged model cannot store both; use the adapter unmerged"
+            )

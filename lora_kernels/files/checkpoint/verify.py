@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from ...model.config import AdapterState
 from ...model.lora import merge_lora
 from ..adapter.content import NATIVE_FILE
 from ..adapter.folder import read_adapter
+from ..adapter.peft_loading import lost_in_peft
 from ..adapter.saving import load_adapter
 from .architecture import Architecture
 from .folder import ModelFolder
@@ -127,8 +129,12 @@ class _Ways:
         base = self._load()
         self.inputs = inputs_for(base)
         plain = self._result(base)
-        del base
         merged = self._result(self._merged(self._load()))
+        if plain.shape != merged.shape:  # the length of what it says depends on the weights
+            self.inputs = None
+            plain = self._result(base)
+            merged = self._result(self._merged(self._load()))
+        del base
         scale = max(float(merged.abs().max()), torch.finfo(torch.float32).tiny)
         effect = float((merged - plain).abs().max()) / scale
         what, allowed = "outputs", TOLERANCE
@@ -153,7 +159,16 @@ class _Ways:
                 first = str(error).strip().partition("\n")[0]
                 yield Check("PEFT", False, f"cannot load it: {first}")
             else:
-                yield compared("PEFT", found)
+                yield self._with_reason(compared("PEFT", found))
+
+    def _with_reason(self, check: Check) -> Check:
+        """The check of PEFT; if it failed, with the layers that PEFT leaves bare."""
+        lost = lost_in_peft(self.architecture.model, list(self.state.layers))
+        if check.passed or not lost:
+            return check
+        name, reason = next(iter(lost.items()))
+        bare = f"; PEFT leaves {len(lost)} layers bare ({name} ...): {reason}"
+        return Check(check.name, check.passed, check.detail + bare)
 
     def _load(self) -> Any:
         """The base in float32, of the class that has the adapter's layers."""
@@ -245,14 +260,13 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
     }
     main = str(getattr(model, "main_input_name", "input_ids"))
     made: Inputs = {}
-    for name in sorted(makers, key=lambda name: name != main):  # the main one first
-        try:
-            made[name] = makers[name](config)
-        except _ERRORS:
-            continue
+    for name, maker in makers.items():
+        with suppress(*_ERRORS):
+            made[name] = maker(config)
+    for name in sorted(made, key=lambda name: name != main):  # the main one first
         yield {name: made[name]}
-        if bool(getattr(config, "is_encoder_decoder", False)):
-            yield {name: made[name], "decoder_input_ids": _token_ids(config)}
+        if "input_ids" in made and bool(getattr(config, "is_encoder_decoder", False)):
+            yield {name: made[name], "decoder_input_ids": made["input_ids"]}
     yield made
 
 

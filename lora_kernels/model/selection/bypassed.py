@@ -1,8 +1,10 @@
-"""Layers whose weight other code of the model reads directly, so that an adapter has no effect.
+"""Layers whose adapter would have no effect, because the model does not call the layer that it
+names.
 
 Mamba's mixers and WavLM's attention compute with `self.out_proj.weight` and do not call the layer.
 No list of classes can name them all: the source of each module's class is read instead, once per
-class. A read that only asks for the dtype, device or shape does not count.
+class. A read that only asks for the dtype, device or shape does not count. OneFormer's heads call a
+layer from a list, where PEFT does not replace it.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from types import FunctionType, ModuleType
+from functools import lru_cache, partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -34,10 +36,13 @@ _PREPARING_PREFIXES = ("_init", "init_", "_load", "load_", "_prune", "_resize", 
 _ITERATING = ("enumerate", "iter", "list", "reversed", "sorted", "tuple", "zip")
 _ITERATING_METHODS = ("children", "items", "named_children", "values")
 _DEPTH = 3  # of functions that are given a module
+# Attributes of every module: its submodules, and hooks, which others add.
+_OWN = tuple(vars(nn.Module()))
 
 
 def bypassed_layers(model: nn.Module) -> dict[str, str]:
-    """{name: reason} of the modules whose weight another module of the model reads directly.
+    """{name: reason} of the modules whose weight another module of the model reads directly, or
+    which a module also keeps in an attribute that is none of its submodules.
 
     A layer has an entry under each of its names. Code without a source cannot be read; of functions
     that are given a layer, those in Python are followed.
@@ -45,6 +50,15 @@ def bypassed_layers(model: nn.Module) -> dict[str, str]:
     reasons: dict[int, str] = {}
     for module in model.modules():
         cls: Class = type(module)
+        for attribute, value in vars(module).items():
+            if attribute in _OWN:
+                continue
+            for layer in _held(value):
+                if layer is not module:
+                    reasons[id(layer)] = (
+                        f"its {cls.__name__} keeps the layer in {attribute!r} too, where it cannot "
+                        "be replaced"
+                    )
         for path in _reads_of(cls) | _reads_of_instance(module):
             for layer in _resolved(module, path):
                 if layer is not module:
@@ -57,6 +71,19 @@ def bypassed_layers(model: nn.Module) -> dict[str, str]:
         return {}
     named = model.named_modules(remove_duplicate=False)
     return {name: reasons[id(module)] for name, module in named if id(module) in reasons}
+
+
+def _held(value: object, depth: int = 3) -> Iterator[nn.Module]:
+    """The modules in an attribute: itself, in a container, or as the owner of a method."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, MethodType):
+        yield from _held(value.__self__, 0)
+    elif isinstance(value, partial):
+        yield from _held([value.func, *value.args, *value.keywords.values()], depth)
+    elif isinstance(value, (list, tuple, set, dict)) and depth:
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _held(part, depth - 1)
 
 
 def _resolved(module: nn.Module, path: Path) -> Iterator[nn.Module]:

@@ -29,7 +29,13 @@ from ..io.pipeline import Actions, Shard, rewrite
 from .factors import FactorFile, StartRecord, read_records, write_tensors
 from .folder import ModelFolder, check_apart, check_space, pretty
 from .residual import ADAPTER, is_start
-from .weights import StoredWeight, chosen_weights, is_embedding, is_head
+from .weights import (
+    StoredWeight,
+    chosen_weights,
+    is_all_linear,
+    is_embedding,
+    is_head,
+)
 
 
 @dataclass(frozen=True)
@@ -156,13 +162,17 @@ def _choose(
     else:
         weights, skipped = folder.named_weights(config.target_modules, config.exclude_modules)
         _check_named(folder, absorb, weights)
-    for weight in weights:
-        r, full = config.layer_rank(weight.name), min(weight.tensor.entry.shape)
-        if r > full:
-            raise ValueError(
-                f"rank {r} is larger than min(n, m) = {full} of {weight.name}: use a smaller one, "
-                "or exclude this layer"
-            )
+    largest = {weight.name: min(weight.tensor.entry.shape) for weight in weights}
+    small = {name: full for name, full in largest.items() if config.layer_rank(name) > full}
+    unasked = is_all_linear(config.target_modules) and not config.rank_pattern
+    if unasked and len(small) < len(weights):
+        reasons = {n: f"r = {config.r} is larger than min(out, in) = {k}" for n, k in small.items()}
+        return [weight for weight in weights if weight.name not in small], skipped | reasons
+    for name, full in small.items():
+        raise ValueError(
+            f"rank {config.layer_rank(name)} is larger than min(n, m) = {full} of {name}: use a "
+            "smaller one, or exclude this layer"
+        )
     return weights, skipped
 
 

@@ -154,7 +154,7 @@ class _Ways:
             yield Check("PEFT", None, "is not installed")
         else:
             try:
-                found = self._result(self._peft(self._load()))
+                found = self._peft_result(self._load())
             except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
                 first = str(error).strip().partition("\n")[0]
                 yield Check("PEFT", False, f"cannot load it: {first}")
@@ -203,12 +203,23 @@ class _Ways:
         load_adapter(model, self.adapter, is_trainable=False, progress=False)
         return model if self.inputs is not None else merge_lora(model)
 
-    def _peft(self, model: Any) -> nn.Module:
+    @torch.no_grad()
+    def _peft_result(self, model: Any) -> Tensor:
+        """`_result` of the model with the adapter in PEFT. Its weights are summed here: PEFT's own
+        merging adds to a weight that several layers share once for each of them.
+        """
         import peft
 
         loaded: Any = peft.PeftModel.from_pretrained(model, self.adapter)
-        adapted: nn.Module = loaded.get_base_model()
-        return adapted.eval() if self.inputs is not None else loaded.merge_and_unload()
+        adapted: nn.Module = loaded.get_base_model().eval()
+        if self.inputs is not None:
+            return outputs_of(adapted, self.inputs)
+        weights = []
+        for name in self.state.layers:
+            layer: Any = adapted.get_submodule(name)
+            delta = layer.get_delta_weight("default") if hasattr(layer, "lora_A") else 0.0
+            weights.append((layer.weight.detach() + delta).float().flatten())
+        return torch.cat(weights)
 
     def _result(self, model: nn.Module) -> Tensor:
         """The model's outputs, or the weights that the adapter changes, as one vector."""

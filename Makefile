@@ -19,7 +19,8 @@ GPU_PYTHON ?= python3
 GPU_OPTIONS ?= # such as --only layer decode, or --minutes 7
 OUT ?= build/gpu
 
-.PHONY: demo test bench bench-avx2 lint format clean sanitize clang arm gpu gpu-again gpu-build test-oldest peft-suite
+.PHONY: demo test bench bench-avx2 lint format clean sanitize clang arm gpu gpu-again gpu-build test-oldest \
+	peft-suite survey
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -73,6 +74,11 @@ test-oldest:
 		safetensors rich matplotlib
 	cd $(OLDEST)/tree && ../bin/python setup.py --quiet build_ext --inplace
 	cd $(OLDEST)/tree && ../bin/python -m pytest -q
+
+# Every architecture of transformers, in a quarter of an hour.
+survey: $(VENV)/built
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.survey --out benchmarks/results/families.csv \
+		--table docs/families.md
 
 # PEFT's own LoRA tests, plain and accelerated, and which outcomes differ. PEFT is a checkout or an
 # unpacked sdist of the installed version; TESTS are arguments of pytest, such as a file and -k.

@@ -22,7 +22,7 @@ _COLUMNS += ["skipped", "seconds"]
 def main() -> None:
     options = _options()
     _quiet()
-    from tests.support.families import family_classes
+    from .families import family_classes
 
     classes = sorted(family_classes().items(), key=lambda item: (item[1], item[0]))
     chosen = [c for c in classes if re.search(options.only, f"{c[0]} {c[1]}")][: options.limit]

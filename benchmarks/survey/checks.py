@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from lora_kernels import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter
 from lora_kernels.cli import main as cli
 from lora_kernels.model.report import LoRAReport
-from tests.support.families import (
+
+from .compare import TOLERANCE, difference, differing_weight, disturb, floating_state, sensitivity
+from .families import (
     CannotBuildError,
     forward,
     inputs_for,
@@ -30,8 +32,6 @@ from tests.support.families import (
     time_limit,
     tiny_model,
 )
-
-from .compare import TOLERANCE, difference, differing_weight, disturb, floating_state, sensitivity
 
 CHECKS = {
     "start": "`add_lora` leaves the outputs as they are",

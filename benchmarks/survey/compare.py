@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tests.support.families import outputs
+from .families import outputs
 
 TOLERANCE = 1e-4  # of the largest value
 

@@ -17,7 +17,7 @@ Written by `make survey`; do not edit. With lora_kernels {lora_kernels}, peft {p
 transformers {transformers} and torch {torch}, on the CPU in float32.
 
 Every class of transformers' AutoModel mappings, as a random model of a few thousand parameters
-(`tests/support/families.py`), goes through these checks (`benchmarks/survey/`):
+(`benchmarks/survey/families.py`), goes through these checks (`benchmarks/survey/`):
 
 {checks}
 

@@ -1,5 +1,5 @@
-"""A sample of the survey (`benchmarks/survey`): a class of each kind of model, from `add_lora` to the
-command line and PEFT. `make survey` runs all of them.
+"""A sample of the survey (`benchmarks/survey`): a class of each kind of model, with `add_lora`,
+files, PEFT and the command line. `make survey` runs all of them.
 """
 
 from __future__ import annotations

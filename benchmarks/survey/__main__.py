@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import multiprocessing
 import os
 import re
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from .checks import CHECKS, Row, survey_class
@@ -28,14 +30,16 @@ def main() -> None:
     chosen = [c for c in classes if re.search(options.only, f"{c[0]} {c[1]}")][: options.limit]
     rows = []
     began = time.perf_counter()
-    with options.out.open("w", newline="") as file:
+    context = multiprocessing.get_context("spawn")
+    with (
+        options.out.open("w", newline="") as file,
+        ProcessPoolExecutor(options.jobs, context, _quiet) as pool,
+    ):
         writer = csv.DictWriter(file, _COLUMNS)
         writer.writeheader()
-        for number, (name, family) in enumerate(chosen, 1):
-            start = time.perf_counter()
-            row = survey_class(name, family)
+        for number, (row, seconds) in enumerate(pool.map(_timed, chosen), 1):
             rows.append(row)
-            writer.writerow(_record(row, time.perf_counter() - start))
+            writer.writerow(_record(row, seconds))
             file.flush()
             _tell(row, number, len(chosen), time.perf_counter() - began)
     if options.table:
@@ -43,10 +47,16 @@ def main() -> None:
     print(_summary(rows, time.perf_counter() - began))
 
 
+def _timed(named: tuple[str, str]) -> tuple[Row, float]:
+    start = time.perf_counter()
+    return survey_class(*named), time.perf_counter() - start
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.survey", description=__doc__)
     parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N classes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes")
     parser.add_argument("--out", type=Path, default=Path("build/survey.csv"), metavar="FILE.csv")
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="such as docs/families.md")
     return parser.parse_args()

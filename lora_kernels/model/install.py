@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -98,6 +99,20 @@ def untie_if_needed(model: nn.Module) -> None:
         return
     if getattr(embeddings(), "weight", None) is not getattr(head, "weight", None):
         config.tie_word_embeddings = False
+        _untie_others(model)
+
+
+def _untie_others(model: nn.Module) -> None:
+    """Gives modules that are still tied, such as BART's three embeddings, parameters of their own:
+    with `tie_word_embeddings` False transformers ties nothing when it loads the model.
+    """
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    for target in tied:
+        owner, _, key = target.rpartition(".")
+        module = model.get_submodule(owner)
+        source = model.get_parameter(tied[target])
+        if module._parameters.get(key) is source:
+            setattr(module, key, nn.Parameter(source.detach().clone(), source.requires_grad))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

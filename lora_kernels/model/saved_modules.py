@@ -46,9 +46,11 @@ class SavedTensors:
         frozen: Collection[str] = (),
     ) -> None:
         """Makes an adapter's copies from `values`, or from the originals if None. The modules must
-        hold the originals. `frozen` names copies that are not trained.
+        hold the originals. `frozen` names copies that are not trained; of these, those of one tied
+        tensor stay tied if they have the same values.
         """
-        copies = {}
+        copies: dict[str, Tensor] = {}
+        tied: dict[int, list[Tensor]] = {}  # frozen copies by the original
         for name, (module, key) in places.items():
             base = getattr(module, key)
             value = base if values is None else values[name]
@@ -56,7 +58,12 @@ class SavedTensors:
             half = is_parameter and base.dtype == torch.float16
             dtype = torch.float32 if half else base.dtype
             copy = value.detach().to(base.device, dtype, copy=True)
-            copies[name] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+            same = tied.setdefault(id(base), []) if name in frozen else []
+            equal = next((other for other in same if torch.equal(other, copy)), None)
+            if equal is None:
+                equal = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+                same.append(equal)
+            copies[name] = equal
         self._collect()
         for name, (module, key) in places.items():
             self._places.setdefault(name, (module, key))

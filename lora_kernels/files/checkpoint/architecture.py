@@ -80,29 +80,38 @@ class Architecture:
 
 
 def read_architecture(
-    path: Path, tensors: Iterable[str], kind: str = "", num_labels: int | None = None
+    path: Path,
+    tensors: Iterable[str],
+    kind: str = "",
+    num_labels: int | None = None,
+    vocab_size: int | None = None,
 ) -> Architecture | str:
     """The architecture of the model in the folder `path`, whose files have these tensors; or the
     reason why it is not known.
 
-    `kind` is the name of another class than the configuration names, `num_labels` of a classifier.
+    `kind` is the name of another class than the configuration names; `num_labels` of a classifier
+    and `vocab_size` replace the configuration's.
     """
     if find_spec("transformers") is None:
         return "transformers is not installed"
     with _quiet():
-        model = _model_on_meta(path, kind, num_labels)
+        model = _model_on_meta(path, kind, num_labels, vocab_size)
         if isinstance(model, str):
             return model
         return _matched(model, tensors)
 
 
-def _model_on_meta(path: Path, kind: str, num_labels: int | None) -> nn.Module | str:
+def _model_on_meta(
+    path: Path, kind: str, num_labels: int | None, vocab_size: int | None
+) -> nn.Module | str:
     """The model of the class that `config.json` names, or the reason why there is none."""
     import transformers
 
     options = _OPTIONS if num_labels is None else {**_OPTIONS, "num_labels": num_labels}
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
+        if vocab_size is not None:
+            config.get_text_config().vocab_size = vocab_size
         cls = model_class(config, kind)
         if cls is None:
             return f"transformers has no model of the type {config.model_type!r}"

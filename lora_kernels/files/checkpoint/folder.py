@@ -48,7 +48,8 @@ class ModelFolder:
     """A folder with `config.json` and safetensors files, with an index if there are several.
 
     `kind` names another class of transformers than the configuration does, for an adapter whose
-    task needs another head, and `num_labels` the size of that head.
+    task needs another head, and `num_labels` the size of that head; `vocab_size` is the size of a
+    resized vocabulary.
 
     Raises:
         ValueError: files are damaged or do not belong to a model.
@@ -59,6 +60,7 @@ class ModelFolder:
     path: Path
     kind: str = ""
     num_labels: int | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.path.is_file():
@@ -99,7 +101,9 @@ class ModelFolder:
 
     @cached_property
     def _read_architecture(self) -> Architecture | str:
-        return read_architecture(self.path, self.stored_names, self.kind, self.num_labels)
+        return read_architecture(
+            self.path, self.stored_names, self.kind, self.num_labels, self.vocab_size
+        )
 
     @property
     def architecture(self) -> Architecture | None:

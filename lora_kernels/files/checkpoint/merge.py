@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,34 @@ def changes_of(folder: ModelFolder, state: AdapterState) -> Changes:
             _change_tied(folder, architecture, changes, wanted, [name, *tied])
         else:
             _change(folder, changes, name, value)
+    if changes.vocab_size is not None:
+        _resize_others(folder, changes)
     return changes
+
+
+def _resize_others(folder: ModelFolder, changes: Changes) -> None:
+    """Gives the other tensors that depend on the size of the vocabulary, such as the bias of the
+    output head, their new sizes; new entries are zero, as `resize_token_embeddings` makes them.
+    """
+    resized = replace(folder, vocab_size=changes.vocab_size).architecture
+    known = {} if resized is None else resized.model.state_dict()
+    for name, stored in () if resized is None else resized.stored.items():
+        file, entry = folder.entries[stored]
+        shape = tuple(known[name].shape)
+        if stored in changes.dropped or shape == entry.shape:
+            continue
+        if math.prod(shape) != max(shape):
+            raise ValueError(
+                f"the adapter has the embeddings of {changes.vocab_size} tokens, but no {name!r} "
+                f"{list(shape)}: merge it into a base that was resized"
+            )
+        old, new = load_tensor(file, stored), torch.zeros(shape, dtype=DTYPES[entry.dtype])
+        kept = tuple(
+            slice(0, min(size, before)) for size, before in zip(shape, old.shape, strict=True)
+        )
+        new[kept] = old[kept]
+        changes.dropped.add(stored)
+        changes.added[stored] = new
 
 
 def _change(folder: ModelFolder, changes: Changes, name: str, value: LayerState | Tensor) -> None:
@@ -319,7 +347,11 @@ def _change_tied(
         raise ValueError(_why_not_stored(folder, names[0]))
     file, entry = folder.entries[folder.tensors[stored[0]]]
     base = load_tensor(file, entry.name)
-    values = {name: _merged(base, wanted[name]) if name in wanted else base for name in names}
+    embedding = wanted.get(_embedding_name(architecture))
+    # Resized, they all have the new size; otherwise one that is not trained stays as it is.
+    resized = changes.vocab_size is not None and isinstance(embedding, Tensor)
+    default = embedding if resized and isinstance(embedding, Tensor) else base
+    values = {name: _merged(base, wanted.get(name, default)) for name in names}
     first = values[names[0]]
     if not all(_equal(value, first) for value in values.values()):
         head = _head_name(architecture)

@@ -144,6 +144,73 @@ def test_a_resized_vocabulary(tied, resized_base, tmp_path):
             load_adapter(cls.from_pretrained(base), tmp_path / "adapter", progress=False)
 
 
+def small(family: str):
+    """A model whose vocabulary more tensors than the embedding depend on."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 32}
+    if family == "bart":  # one embedding in three modules, and a buffer
+        ends = ("layers", "attention_heads", "ffn_dim")
+        options = {f"{part}_{end}": 2 for part in ("encoder", "decoder") for end in ends}
+        config = transformers.BartConfig(**sizes, **options, max_position_embeddings=64)
+        return transformers.BartForConditionalGeneration(config)
+    if family == "t5":
+        config = transformers.T5Config(**sizes, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
+        config.decoder_start_token_id = 0
+        return transformers.T5ForConditionalGeneration(config)
+    if family == "bert":  # two biases of the head
+        model = tiny_models.bert()
+        return transformers.BertForMaskedLM(model.config)
+    return tiny_models.gpt2()
+
+
+@torch.no_grad()
+def decoded(model, ids):
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model(input_ids=ids, **decoder).logits
+
+
+@pytest.mark.parametrize("family", ["bart", "t5", "bert", "gpt2"])
+def test_a_resized_vocabulary_of_other_families(family, tmp_path):
+    base, ids = tmp_path / "base", torch.arange(90, 100)[None]
+    cls = type(small(family))
+    small(family).save_pretrained(base)
+
+    def load(seed):
+        torch.manual_seed(seed)
+        model = cls.from_pretrained(base).eval()
+        model.resize_token_embeddings(100, mean_resizing=False)
+        return model
+
+    model = load(1)
+    add_lora(model, LoRAConfig(r=2), progress=False)
+    save_adapter(trained(model), tmp_path / "adapter")
+    again = load(2)
+    load_adapter(again, tmp_path / "adapter", progress=False)
+    assert_same(decoded(again, ids), decoded(model, ids))
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    assert_same(decoded(cls.from_pretrained(tmp_path / "merged").eval(), ids), decoded(model, ids))
+    merge_lora(again).save_pretrained(tmp_path / "memory")
+    in_memory = cls.from_pretrained(tmp_path / "memory").eval()
+    assert_same(decoded(in_memory, ids), decoded(model, ids))
+    assert in_memory.config.tie_word_embeddings
+    assert_verified(tmp_path / "adapter", base)
+
+
+def test_a_trained_head_beside_three_tied_embeddings(tmp_path):
+    """BART without `tie_word_embeddings` ties none of them: the files have all."""
+    base, ids = tmp_path / "base", torch.arange(10)[None] + 3
+    small("bart").save_pretrained(base)
+    cls = transformers.BartForConditionalGeneration
+    model = cls.from_pretrained(base)
+    add_lora(model, LoRAConfig(r=2, modules_to_save=["lm_head"]), progress=False)
+    save_adapter(trained(model), tmp_path / "adapter")
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    want = decoded(model, ids)
+    assert_same(decoded(cls.from_pretrained(tmp_path / "merged").eval(), ids), want)
+    merge_lora(model).save_pretrained(tmp_path / "memory")
+    assert_same(decoded(cls.from_pretrained(tmp_path / "memory").eval(), ids), want)
+
+
 @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
 def test_a_tied_head_that_was_trained(saved, tmp_path):
     """Only one of the two was trained: the merged model has both."""

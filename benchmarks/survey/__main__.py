@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import multiprocessing
 import os
 import re
 import sys
 import time
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from .checks import CHECKS, Row, survey_class
+from .checks import CHECKS, Row, quiet, timed_survey
 from .table import write_table
 
 _COLUMNS = ["class", "family", "built", "parameters", "layers", "inputs", "effect", *CHECKS]
@@ -23,7 +21,7 @@ _COLUMNS += ["skipped", "seconds"]
 
 def main() -> None:
     options = _options()
-    _quiet()
+    quiet()
     from .families import family_classes
 
     classes = sorted(family_classes().items(), key=lambda item: (item[1], item[0]))
@@ -33,11 +31,11 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with (
         options.out.open("w", newline="") as file,
-        ProcessPoolExecutor(options.jobs, context, _quiet) as pool,
+        ProcessPoolExecutor(options.jobs, context, quiet) as pool,
     ):
         writer = csv.DictWriter(file, _COLUMNS)
         writer.writeheader()
-        for number, (row, seconds) in enumerate(pool.map(_timed, chosen), 1):
+        for number, (row, seconds) in enumerate(pool.map(timed_survey, chosen), 1):
             rows.append(row)
             writer.writerow(_record(row, seconds))
             file.flush()
@@ -45,11 +43,6 @@ def main() -> None:
     if options.table:
         write_table(rows, options.table)
     print(_summary(rows, time.perf_counter() - began))
-
-
-def _timed(named: tuple[str, str]) -> tuple[Row, float]:
-    start = time.perf_counter()
-    return survey_class(*named), time.perf_counter() - start
 
 
 def _options() -> argparse.Namespace:
@@ -60,18 +53,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("build/survey.csv"), metavar="FILE.csv")
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="such as docs/families.md")
     return parser.parse_args()
-
-
-def _quiet() -> None:
-    """Without what other packages say, and without the network."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _record(row: Row, seconds: float) -> dict[str, object]:

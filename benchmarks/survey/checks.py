@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import os
 import re
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,6 +115,23 @@ def survey_class(name: str, family: str) -> Row:
         except Exception as error:
             row.built = f"left out: {one_line(error)}"
     return row
+
+
+def timed_survey(named: tuple[str, str]) -> tuple[Row, float]:
+    """`survey_class` of a (class, family), and its seconds."""
+    start = time.perf_counter()
+    return survey_class(*named), time.perf_counter() - start
+
+
+def quiet() -> None:
+    """Without what other packages say, and without the network."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _fast_folder() -> str | None:

@@ -206,8 +206,7 @@ def changes_of(folder: ModelFolder, state: AdapterState) -> Changes:
         changes.options = _options(folder)
         changes.vocab_size = resized_to(architecture, state)
         if changes.vocab_size is not None:
-            old = len(architecture.parameters[_embedding_name(architecture)])
-            changes.options |= _in_config(folder.config, "vocab_size", old, changes.vocab_size)
+            _set_option(folder, changes, "vocab_size", changes.vocab_size, top=False)
     done: set[str] = set()
     for name, value in wanted.items():
         tied = [] if architecture is None else architecture.tied(name)
@@ -318,12 +317,16 @@ def _embedding_name(architecture: Architecture) -> str:
     return f"{next(names, '')}.weight"
 
 
-def _in_config(config: Mapping[str, Any], key: str, old: Any, new: Any) -> dict[str, Any]:
-    """`config.json` with another value of a key, also in the configuration of the text model."""
+def _set_option(folder: ModelFolder, changes: Changes, key: str, value: Any, top: bool) -> None:
+    """Sets a value of `config.json`, also in the configuration of the text model if there is one;
+    there only, unless the whole model's configuration has the key or `top` is True.
+    """
+    config = {**folder.config, **changes.options}
     text = config.get("text_config")
-    if isinstance(text, dict) and text.get(key, old) == old and config.get(key) != old:
-        return {"text_config": text | {key: new}}
-    return {key: new}
+    if isinstance(text, dict):
+        changes.options["text_config"] = text | {key: value}
+    if top or key in config or not isinstance(text, dict):
+        changes.options[key] = value
 
 
 def _is_resized(changes: Changes, shape: Sequence[int], stored: Sequence[int]) -> bool:
@@ -351,7 +354,7 @@ def _change_tied(
     # Resized, they all have the new size; otherwise one that is not trained stays as it is.
     resized = changes.vocab_size is not None and isinstance(embedding, Tensor)
     default = embedding if resized and isinstance(embedding, Tensor) else base
-    values = {name: _merged(base, wanted.get(name, default)) for name in names}
+    values = {name: _merged(folder, name, base, wanted.get(name, default)) for name in names}
     first = values[names[0]]
     if not all(_equal(value, first) for value in values.values()):
         head = _head_name(architecture)
@@ -361,7 +364,7 @@ def _change_tied(
                 f"the adapter changes {names[0]!r}, which {folder.path} shares with {names[1]!r}: "
                 "a merged model cannot store both; use the adapter unmerged"
             )
-        changes.options |= _in_config(folder.config, "tie_word_embeddings", True, False)
+        _set_option(folder, changes, "tie_word_embeddings", False, top=True)
         for name in names:
             if name not in stored:
                 changes.added[name] = values[name]
@@ -377,12 +380,13 @@ def _head_name(architecture: Architecture) -> str:
 
 
 @torch.no_grad()
-def _merged(base: Tensor, value: LayerState | Tensor) -> Tensor:
+def _merged(folder: ModelFolder, name: str, base: Tensor, value: LayerState | Tensor) -> Tensor:
     """A tensor of the base with its change, in its dtype."""
     if isinstance(value, Tensor):
         return value.to(base.dtype)
     merged = base.clone()
-    add_update_(merged, value)
+    transposed = folder.is_transposed(name.removesuffix(".weight"))
+    add_update_(merged.T if transposed else merged, value)
     return merged
 
 

@@ -208,6 +208,7 @@ def test_replaced_forwards():
     class Patched(Prepares):
         pass
 
+    assert set(bypassed_layers(Patched())) == set()
     Patched.forward = forward
     assert set(bypassed_layers(Patched())) == {"b"}
 
@@ -231,10 +232,10 @@ def test_classes_of_transformers():
     from transformers.models.wav2vec2.modeling_wav2vec2 import TDNNLayer
     from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-    from lora_kernels.model.selection.bypassed import _reads_of
+    from lora_kernels.model.selection.bypassed import reads_of
 
     def read(cls) -> set[str]:
-        return {path[0] for path in _reads_of(cls) if "conv" not in path[0]}
+        return {path[0] for path in reads_of(cls) if "conv" not in path[0]}
 
     assert read(WavLMAttention) == {"q_proj", "k_proj", "v_proj", "out_proj"}
     assert read(TDNNLayer) == {"kernel"}

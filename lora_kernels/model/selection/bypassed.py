@@ -48,6 +48,7 @@ def bypassed_layers(model: nn.Module) -> dict[str, str]:
     that are given a layer, those in Python are followed.
     """
     reasons: dict[int, str] = {}
+    reads: dict[Class, set[Path]] = {}
     for module in model.modules():
         cls: Class = type(module)
         for attribute, value in vars(module).items():
@@ -59,7 +60,9 @@ def bypassed_layers(model: nn.Module) -> dict[str, str]:
                         f"its {cls.__name__} keeps the layer in {attribute!r} too, where it cannot "
                         "be replaced"
                     )
-        for path in _reads_of(cls) | _reads_of_instance(module):
+        if cls not in reads:
+            reads[cls] = reads_of(cls)
+        for path in reads[cls] | _reads_of_instance(module):
             for layer in _resolved(module, path):
                 if layer is not module:
                     reasons.setdefault(
@@ -102,9 +105,9 @@ def _resolved(module: nn.Module, path: Path) -> Iterator[nn.Module]:
             yield from _resolved(child, rest)
 
 
-@lru_cache(maxsize=4096)
-def _reads_of(cls: Class) -> frozenset[Path]:
+def reads_of(cls: Class) -> set[Path]:
     """The paths to the modules whose weights the methods of a class read."""
+    # Not cached for the class, whose methods others may replace; each function's reads are.
     found: set[Path] = set()
     for base in cls.__mro__:
         if is_trusted(base.__module__):
@@ -112,7 +115,7 @@ def _reads_of(cls: Class) -> frozenset[Path]:
         for name, value in vars(base).items():
             if name not in _PREPARING and not name.startswith(_PREPARING_PREFIXES):
                 found |= _reads_of_method(cls, value)
-    return frozenset(found)
+    return found
 
 
 def _reads_of_instance(module: nn.Module) -> frozenset[Path]:

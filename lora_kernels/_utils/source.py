@@ -21,15 +21,18 @@ _TAKES_METADATA = (
 )
 WEIGHT = "weight"
 # Packages whose code calls the layers of a model, or reads weights to store, move or cast them.
-_TRUSTED = ("torch", "peft", "lora_kernels", "accelerate", "deepspeed", "bitsandbytes", "torchao")
-_TRUSTED_MODULES = ("transformers.modeling_utils", "transformers.generation", "transformers.utils")
+_TRUSTED = (
+    *("accelerate", "bitsandbytes", "deepspeed", "huggingface_hub", "lora_kernels", "peft"),
+    *("torch", "torchao", "transformers"),
+)
+_MODELS = "transformers.models."
 
 
 def is_trusted(module_name: str) -> bool:
     """Whether the code of this module never computes with the weight of a layer that it could call
     instead.
     """
-    return module_name.partition(".")[0] in _TRUSTED or module_name.startswith(_TRUSTED_MODULES)
+    return module_name.partition(".")[0] in _TRUSTED and not module_name.startswith(_MODELS)
 
 
 def frame_needs_values(frame: FrameType) -> bool:

@@ -21,7 +21,7 @@ from .peft_format import from_peft
 from .recipe import FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
 from .tensors import check_state, check_tensors, from_recipe
 
-_ATTEMPTS, _PAUSE = 3, 0.02  # seconds between attempts to read files that are being replaced
+_ATTEMPTS, _PAUSE = 20, 0.01  # seconds between attempts to read files that are being replaced
 
 
 @dataclass(frozen=True)
@@ -172,18 +172,31 @@ def _read_files(
     while another one is being written in its place.
     """
     for attempt in range(_ATTEMPTS):
+        before = _versions(folder)
         try:
             config = _read_config(folder)
             file = _tensor_file(folder, config)
             tensors, metadata = load_tensors(file)
         except (FileNotFoundError, RuntimeError):  # RuntimeError: a mapped file has become smaller
-            if attempt == _ATTEMPTS - 1:
+            if before == _versions(folder) or attempt == _ATTEMPTS - 1:
                 raise
-            time.sleep(_PAUSE)
-            continue
-        if _read_config(folder) == config:
-            break
+        else:
+            if before == _versions(folder):
+                break
+        time.sleep(_PAUSE)
     return config, file, tensors, metadata
+
+
+def _versions(folder: Path) -> list[tuple[int, int, int] | None]:
+    """What identifies the versions of an adapter's files: equal only if none was replaced."""
+    versions: list[tuple[int, int, int] | None] = []
+    for name in sorted(ADAPTER_FILES):
+        try:
+            status = (folder / name).stat()
+            versions.append((status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
+        except OSError:
+            versions.append(None)
+    return versions
 
 
 def is_adapter(path: Path) -> bool:

@@ -22,6 +22,8 @@ def lost_in_peft(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
     """
     if find_spec("peft") is None or find_spec("transformers") is None or not layers:
         return {}
+    if not hasattr(getattr(model, "config", None), "model_type"):  # no model of transformers
+        return {}
     try:
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..._utils.model_files import read_json
 from ..._utils.names import without_wrappers
 from ...model.config import AdapterState
 from ...model.install import unwrapped
@@ -137,15 +138,27 @@ def _resized_embeddings(model: Any, state: AdapterState) -> dict[str, Tensor]:
 
 
 def _loaded_vocab_size(base_model: str | None) -> int | None:
-    """The size of the vocabulary in the configuration of a model, if it is on this machine."""
+    """The size of the vocabulary in the configuration of a model, if it is on this machine. Code in
+    the model's folder is not run.
+    """
     if not base_model or find_spec("transformers") is None:
         return None
     from transformers import AutoConfig
+    from transformers.utils import cached_file
 
     try:
-        return _vocab_size(AutoConfig.from_pretrained(base_model, local_files_only=True))
+        config = AutoConfig.from_pretrained(
+            base_model, local_files_only=True, trust_remote_code=False
+        )
+        return _vocab_size(config)
     except (OSError, ValueError, KeyError, AttributeError):
+        pass  # it needs that code, for example
+    try:
+        values = read_json(Path(cached_file(base_model, "config.json", local_files_only=True)))
+    except (OSError, ValueError, TypeError):
         return None
+    size = values.get("vocab_size", values.get("text_config", {}).get("vocab_size"))
+    return size if isinstance(size, int) else None
 
 
 def _vocab_size(config: Any) -> int | None:

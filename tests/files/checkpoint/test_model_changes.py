@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lora_kernels import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter
+from lora_kernels.files.adapter.folder import read_adapter
 from lora_kernels.files.checkpoint.merge import merge
 from lora_kernels.files.checkpoint.verify import verify
 
@@ -209,6 +210,23 @@ def test_a_trained_head_beside_three_tied_embeddings(tmp_path):
     assert_same(decoded(cls.from_pretrained(tmp_path / "merged").eval(), ids), want)
     merge_lora(model).save_pretrained(tmp_path / "memory")
     assert_same(decoded(cls.from_pretrained(tmp_path / "memory").eval(), ids), want)
+
+
+def test_a_resized_vocabulary_of_a_model_with_its_own_code(tmp_path):
+    """Its configuration is read without running the code."""
+    base = tmp_path / "base"
+    tiny_models.llama().save_pretrained(base)
+    model = transformers.LlamaForCausalLM.from_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "configuration_mine.py").write_text("raise SystemExit('ran')")
+    for size, saved in ((96, set()), (100, {"model.embed_tokens.weight", "lm_head.weight"})):
+        model.resize_token_embeddings(size)
+        add_lora(model, LoRAConfig(r=2), progress=False)
+        save_adapter(model, tmp_path / "adapter")
+        assert read_adapter(tmp_path / "adapter").extra.keys() == saved
+        merge_lora(model)
 
 
 @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])

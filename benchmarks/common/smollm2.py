@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import json
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Iterable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,9 +122,10 @@ def _write_dequantised(gguf: Path, folder: Path) -> None:
 
     transformers = _offline_transformers()
     source = {"gguf_file": gguf.name, "local_files_only": True}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, dtype=torch.float32, **source
-    )
+    with redirect_stderr(io.StringIO()):  # a progress bar that transformers' switch leaves on
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.float32, **source
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
     # The weights are plain fp32 now; `save_pretrained` would refuse them as "quantized".
     del model.config.quantization_config

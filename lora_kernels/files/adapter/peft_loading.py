@@ -35,29 +35,25 @@ def lost_in_peft(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
 
 def _retargeted(conversion: Any, model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
     """The layers whose names PEFT turns into names of parameters."""
-    import peft
-
     reason = "PEFT takes its name for that of the experts and cannot adapt it"
-    config = peft.LoraConfig(target_modules=list(layers))
-    try:
-        conversion.convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # not all of the projections that it would join are there
-        config.target_modules = {
-            name for name in layers if not _retargeted_alone(conversion, model, name)
-        }
-    kept = set(config.target_modules or ())
+    kept = _kept_targets(conversion, model, layers)
+    if kept is None:
+        kept = {name for name in layers if _kept_targets(conversion, model, [name])}
     return {name: reason for name in layers if name not in kept}
 
 
-def _retargeted_alone(conversion: Any, model: nn.Module, layer: str) -> bool:
+def _kept_targets(conversion: Any, model: nn.Module, layers: Sequence[str]) -> set[str] | None:
+    """The targets that PEFT keeps as names of modules; None if it refuses to convert them, because
+    not all of the projections that it would join are there.
+    """
     import peft
 
-    config = peft.LoraConfig(target_modules=[layer])
+    config = peft.LoraConfig(target_modules=list(layers))
     try:
         conversion.convert_peft_config_for_transformers(config, model, None)
     except ValueError:
-        return True
-    return layer not in (config.target_modules or ())
+        return None
+    return set(config.target_modules or ())
 
 
 def _renamed(conversion: Any, model: nn.Module, layers: Sequence[str]) -> dict[str, str]:

@@ -158,7 +158,9 @@ def _choose(
     """The weights that start, and the reasons for the others."""
     absorb = residual == "absorb"
     if folder.architecture is not None:
-        weights, skipped = chosen_weights(folder.architecture, folder.path, config, absorb)
+        weights, skipped = chosen_weights(
+            folder.architecture, folder.path, folder.entries, config, absorb
+        )
     else:
         weights, skipped = folder.named_weights(config.target_modules, config.exclude_modules)
         _check_named(folder, absorb, weights)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..._utils.checks import all_finite
 from ..._utils.names import nearest
@@ -264,7 +264,7 @@ def _change(folder: ModelFolder, changes: Changes, name: str, value: LayerState 
     else:
         shape, expected = tuple(value.shape), entry.shape
         change = Change(name, entry, file, tensor=value)
-    resized = change.tensor is not None and _is_resized(changes, shape, entry.shape)
+    resized = change.tensor is not None and is_resized(changes.vocab_size, shape, entry.shape)
     if shape != tuple(expected) and not resized:
         raise ValueError(
             f"{name!r} of the adapter is {list(shape)}, of {folder.path} {list(expected)}"
@@ -311,9 +311,12 @@ def resized_to(architecture: Architecture, state: AdapterState) -> int | None:
 
 
 def _embedding_name(architecture: Architecture) -> str:
-    """The name of the input embedding's weight; "" if there is none."""
-    embedding = input_embeddings(architecture.model)
-    names = (name for name, module in architecture.modules.items() if module is embedding)
+    """The name of the input embedding's weight; ".weight" if there is none."""
+    return _weight_of(architecture, input_embeddings(architecture.model))
+
+
+def _weight_of(architecture: Architecture, wanted: nn.Module | None) -> str:
+    names = (name for name, module in architecture.modules.items() if module is wanted)
     return f"{next(names, '')}.weight"
 
 
@@ -329,10 +332,10 @@ def _set_option(folder: ModelFolder, changes: Changes, key: str, value: Any, top
         changes.options[key] = value
 
 
-def _is_resized(changes: Changes, shape: Sequence[int], stored: Sequence[int]) -> bool:
-    """Whether the shapes differ by the size of the vocabulary only."""
-    different = [size for size, old in zip(shape, stored, strict=False) if size != old]
-    return len(shape) == len(stored) and different == [changes.vocab_size]
+def is_resized(vocab_size: int | None, shape: Sequence[int], before: Sequence[int]) -> bool:
+    """Whether the shapes differ by the size of the vocabulary only, which is `vocab_size` now."""
+    different = [size for size, old in zip(shape, before, strict=False) if size != old]
+    return len(shape) == len(before) and different == [vocab_size]
 
 
 def _change_tied(
@@ -357,7 +360,7 @@ def _change_tied(
     values = {name: _merged(folder, name, base, wanted.get(name, default)) for name in names}
     first = values[names[0]]
     if not all(_equal(value, first) for value in values.values()):
-        head = _head_name(architecture)
+        head = _weight_of(architecture, output_head(architecture.model))
         others = [value for name, value in values.items() if name != head]
         if head not in names or not all(_equal(value, others[0]) for value in others):
             raise ValueError(
@@ -371,12 +374,6 @@ def _change_tied(
     for name in stored:
         if not _equal(values[name], base):
             _change(folder, changes, name, values[name])
-
-
-def _head_name(architecture: Architecture) -> str:
-    head = output_head(architecture.model)
-    names = (name for name, module in architecture.modules.items() if module is head)
-    return f"{next(names, '')}.weight"
 
 
 @torch.no_grad()

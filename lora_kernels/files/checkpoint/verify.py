@@ -22,7 +22,7 @@ from ..adapter.peft_loading import lost_in_peft
 from ..adapter.saving import load_adapter
 from .architecture import Architecture
 from .folder import ModelFolder
-from .merge import add_update_, changes_of, folder_for, resized_to
+from .merge import add_update_, changes_of, folder_for, is_resized, resized_to
 from .residual import refuse_residual
 
 Inputs = dict[str, Tensor]
@@ -90,7 +90,7 @@ def verify(adapter: Path, base: Path, logits: bool = True) -> Iterator[Check]:
 
 def _check_fit(folder: ModelFolder, state: AdapterState) -> None:
     """Raises ValueError if a layer or tensor of the adapter is not in the base, or has another
-    shape there; also if loading computes it, so that `merge` could not write it.
+    shape there. Loading may compute it, so that `merge` could not write it.
     """
     architecture = folder.architecture
     if architecture is None:
@@ -107,8 +107,7 @@ def _check_fit(folder: ModelFolder, state: AdapterState) -> None:
         if name not in known:
             changes_of(folder, state)  # its error says more, and older names are in the files
             raise ValueError(f"the adapter has {name!r}, which {folder.path} does not have")
-        differing = [size for size, own in zip(shape, known[name], strict=False) if size != own]
-        if len(shape) != len(known[name]) or (differing and differing != [vocabulary]):
+        if shape != known[name] and not is_resized(vocabulary, shape, known[name]):
             raise ValueError(
                 f"{name!r} of the adapter is {list(shape)}, of {folder.path} {list(known[name])}"
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._utils.model_files import StoredTensor, read_json, stored_tensors
 from ..._utils.names import ALL_LINEAR, match_names
 from ..._utils.peft_names import ADAPTER_CONFIG
-from ..._utils.safetensors import DTYPES
+from ..._utils.safetensors import DTYPES, Entry
 from ...model.config import LoRAConfig
 from ...model.selection import select_layers as select_modules
 from ..adapter.peft_loading import lost_in_peft
@@ -44,11 +44,16 @@ class StoredWeight:
 
 
 def chosen_weights(
-    architecture: Architecture, path: Path, config: LoRAConfig, absorb: bool
+    architecture: Architecture,
+    path: Path,
+    entries: Mapping[str, tuple[Path, Entry]],
+    config: LoRAConfig,
+    absorb: bool,
 ) -> tuple[list[StoredWeight], dict[str, str]]:
     """The weights of the layers that `add_lora` would adapt in the model, in its order; and the
     reason for each layer that is left out.
 
+    `entries` are the tensors in the files of the folder `path`, by their names there.
     `absorb`: a start will be subtracted from them, which PEFT adds back. Then the weights must not
     be tied to others, and PEFT must find each layer.
 
@@ -58,14 +63,13 @@ def chosen_weights(
 
     """
     selection = select_modules(architecture.model, config)
-    tensors = {tensor.name: tensor for tensor in stored_tensors(path)}
     weights, skipped = [], dict(selection.skipped)
     lost = lost_in_peft(architecture.model, list(selection.layers)) if absorb else {}
     quantized = []
     for name, base in selection.layers.items():
         tied = architecture.tied(f"{name}.weight")
         stored = next((n for n in (f"{name}.weight", *tied) if n in architecture.stored), "")
-        tensor = tensors[architecture.stored[stored]] if stored else None
+        tensor = StoredTensor(*entries[architecture.stored[stored]]) if stored else None
         if _is_quantized(architecture, name, tensor):
             quantized.append(name)
         elif tensor is None:

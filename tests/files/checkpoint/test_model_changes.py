@@ -34,6 +34,14 @@ def trained(model):
     return model.eval()
 
 
+def resized(cls, base, seed):
+    """The model in `base` with 100 tokens; the new ones depend on the seed."""
+    torch.manual_seed(seed)
+    model = cls.from_pretrained(base).eval()
+    model.resize_token_embeddings(100, mean_resizing=False)
+    return model
+
+
 @torch.no_grad()
 def logits(model, ids=IDS):
     return model(input_ids=ids)[0]
@@ -113,26 +121,20 @@ def test_a_resized_vocabulary(tied, resized_base, tmp_path):
     base, cls = tmp_path / "base", transformers.LlamaForCausalLM
     tiny_models.llama(tied=tied).save_pretrained(base)
 
-    def load(seed=2):
-        torch.manual_seed(seed)
-        model = cls.from_pretrained(base).eval()
-        model.resize_token_embeddings(100, mean_resizing=False)
-        return model
-
-    model = load(1)
+    model = resized(cls, base, 1)
     add_lora(model, LoRAConfig(r=4), progress=False)
     save_adapter(trained(model), tmp_path / "adapter")
     ids = torch.arange(90, 100)[None]
-    again = load()
+    again = resized(cls, base, 2)
     report = load_adapter(again, tmp_path / "adapter", progress=False)
     assert_same(logits(again, ids), logits(model, ids))
     assert not [n for n, p in again.named_parameters() if p.requires_grad and "lora_" not in n]
     assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     peft = pytest.importorskip("peft")
-    plain = peft.PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    plain = peft.PeftModel.from_pretrained(resized(cls, base, 2), tmp_path / "adapter").eval()
     assert_same(logits(plain, ids), logits(model, ids))
     if resized_base:
-        model_base = load(1)
+        model_base = resized(cls, base, 1)
         model_base.save_pretrained(tmp_path / "resized")
         base = tmp_path / "resized"
     merge(base, tmp_path / "adapter", tmp_path / "merged")
@@ -176,16 +178,10 @@ def test_a_resized_vocabulary_of_other_families(family, tmp_path):
     cls = type(small(family))
     small(family).save_pretrained(base)
 
-    def load(seed):
-        torch.manual_seed(seed)
-        model = cls.from_pretrained(base).eval()
-        model.resize_token_embeddings(100, mean_resizing=False)
-        return model
-
-    model = load(1)
+    model = resized(cls, base, 1)
     add_lora(model, LoRAConfig(r=2), progress=False)
     save_adapter(trained(model), tmp_path / "adapter")
-    again = load(2)
+    again = resized(cls, base, 2)
     load_adapter(again, tmp_path / "adapter", progress=False)
     assert_same(decoded(again, ids), decoded(model, ids))
     merge(base, tmp_path / "adapter", tmp_path / "merged")

@@ -23,7 +23,7 @@ from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from ..._utils.safetensors import save_tensors
 from ...model.config import AdapterState
 from ..io.replace import replace_files
-from .peft_format import rank_fields, to_peft
+from .peft_format.writing import rank_fields, to_peft
 from .recipe import METADATA, NATIVE, START, recipe_to_json
 from .tensors import native_tensors
 

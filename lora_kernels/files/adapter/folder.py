@@ -17,7 +17,7 @@ from ..._utils.safetensors import load_tensors
 from ...model.config import AdapterState
 from .compression import truncated
 from .content import ADAPTER_FILES, NATIVE_FILE, NATIVE_TYPE, folder_content
-from .peft_format import from_peft
+from .peft_format.reading import from_peft
 from .recipe import FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
 from .tensors import check_state, check_tensors, from_recipe
 

@@ -17,7 +17,7 @@ from ...model.lora import adapter_state, apply_state
 from ...model.report import LoRAReport
 from ...model.selection import input_embeddings, output_head
 from .folder import SavedAdapter, read_adapter, write_adapter
-from .peft_loading import lost_in_peft
+from .peft_format.loading import lost_in_peft
 
 
 def save_adapter(

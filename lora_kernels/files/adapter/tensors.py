@@ -11,7 +11,13 @@ from ..._utils.checks import FLOATS
 from ..._utils.peft_names import ADAPTER_CONFIG
 from ...layers.state import FACTORS, LayerState
 from ...model.config import AdapterState
-from .peft_format import DECISIVE, check_options, check_pair, config_from_peft, split_tensors
+from .peft_format.reading import (
+    DECISIVE,
+    check_options,
+    check_pair,
+    config_from_peft,
+    split_tensors,
+)
 from .recipe import PEFT, config_from_dict, layer_from_dict
 
 

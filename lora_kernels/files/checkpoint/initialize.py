@@ -22,7 +22,7 @@ from ...init.start import checked
 from ...model.config import AdapterState, LoRAConfig
 from ...ops.loram_init import log_gain
 from ..adapter.content import FolderContent, folder_content
-from ..adapter.peft_format import split_tensors
+from ..adapter.peft_format.reading import split_tensors
 from ..adapter.recipe import NATIVE, START, config_to_dict
 from ..io.journal import JournaledFolder
 from ..io.pipeline import Actions, Shard, rewrite

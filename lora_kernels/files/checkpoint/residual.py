@@ -13,7 +13,7 @@ from typing import Any
 from ..._utils.peft_names import ADAPTER_FILE
 from ..._utils.safetensors import load_tensors
 from ...model.config import AdapterState
-from ..adapter.peft_format import split_tensors
+from ..adapter.peft_format.reading import split_tensors
 from ..adapter.recipe import START, config_from_dict, layer_from_dict, read_recipe
 
 ADAPTER = "adapter"  # the name of its folder, in that of the residual base

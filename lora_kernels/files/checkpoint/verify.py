@@ -18,7 +18,7 @@ from ...model.config import AdapterState
 from ...model.lora import merge_lora
 from ..adapter.content import NATIVE_FILE
 from ..adapter.folder import read_adapter
-from ..adapter.peft_loading import lost_in_peft
+from ..adapter.peft_format.loading import lost_in_peft
 from ..adapter.saving import load_adapter
 from .architecture import Architecture
 from .folder import ModelFolder

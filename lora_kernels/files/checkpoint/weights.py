@@ -18,7 +18,7 @@ from ..._utils.peft_names import ADAPTER_CONFIG
 from ..._utils.safetensors import DTYPES, Entry
 from ...model.config import LoRAConfig
 from ...model.selection import select_layers as select_modules
-from ..adapter.peft_loading import lost_in_peft
+from ..adapter.peft_format.loading import lost_in_peft
 from .architecture import Architecture
 
 # Models with Conv1D layers, which are stored [in, out], and the names of these layers.

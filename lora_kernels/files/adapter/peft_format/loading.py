@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..._utils.peft_names import PREFIX
+from ...._utils.peft_names import PREFIX
 
 
 def lost_in_peft(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:

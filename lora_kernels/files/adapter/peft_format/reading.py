@@ -1,32 +1,27 @@
-"""PEFT's adapter format: `adapter_config.json` and names of tensors, to and from an `AdapterState`.
+"""PEFT's adapter format, read: `adapter_config.json` and names of tensors, into an `AdapterState`.
 
-It follows `LoraConfig`, `LoraModel` and `save_pretrained` of PEFT 0.21. The adapter is one of the
-original base: a start that was subtracted is the second half of the rank, A' = [A; A₀] and
-B' = [B, −B₀].
+It follows `LoraConfig`, `LoraModel` and `save_pretrained` of PEFT 0.21.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import warnings
-from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ..._utils.checks import FLOATS
-from ..._utils.errors import unknown_name
-from ..._utils.names import match_names, without_wrappers
-from ..._utils.peft_names import (
+from ...._utils.checks import FLOATS
+from ...._utils.errors import unknown_name
+from ...._utils.names import without_wrappers
+from ...._utils.peft_names import (
     BIASES,
     GROUPS_OF_OPTIONS,
     OPTIONS_OF_OTHERS,
     OPTIONS_WITHOUT_EFFECT,
     PREFIX,
-    TASK_HEADS,
     TASK_TYPES,
     TIE,
     TIED_MODULES,
@@ -36,9 +31,9 @@ from ..._utils.peft_names import (
     base_names,
     variant_of,
 )
-from ...layers.options import lora_scaling
-from ...layers.state import LayerState
-from ...model.config import AdapterState, LoRAConfig
+from ....layers.options import lora_scaling
+from ....layers.state import LayerState
+from ....model.config import AdapterState, LoRAConfig
 
 # Options of `LoRAConfig` that PEFT's `LoraConfig` has with the same meaning.
 _SHARED = tuple(
@@ -50,68 +45,6 @@ _SHARED = tuple(
 DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def to_peft(
-    state: AdapterState, module_names: Collection[str] | None = None, fan_in_fan_out: bool = False
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration, and the tensors in float32 or wider.
-
-    Args:
-        state: the adapter.
-        module_names: the names of all modules of the base. With them `target_modules` can be
-            endings that PEFT resolves to exactly these layers; without them it has full names.
-        fan_in_fan_out: whether the layers are Conv1D. PEFT corrects a wrong value, with a warning.
-
-    """
-    config = state.config
-    tensors, ranks = {}, {}
-    for name, layer in state.layers.items():
-        right, left = layer.update_factors()
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = right
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = left
-        ranks[name] = right.shape[0]
-    saved: dict[str, None] = {}  # the saved modules, in the order of their tensors
-    for key, tensor in state.extra.items():
-        owner, _, last = key.rpartition(".")
-        module = _saved_module(owner, config.modules_to_save or (), last != "bias")
-        if module is not None:
-            saved[module] = None
-        elif last == "bias" and owner in state.layers:
-            key = f"{owner}.base_layer.bias"
-        tensors[PREFIX + key] = tensor
-    return {
-        "peft_type": "LORA",
-        "task_type": _task_type(config.task_type, saved),
-        "base_model_name_or_path": state.base_model,
-        "inference_mode": True,
-        "use_rslora": config.scaling_rule != "lora",
-        **rank_fields(state, ranks),
-        "target_modules": _targets(list(state.layers), module_names, tuple(saved)),
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "modules_to_save": list(saved) or None,
-        "bias": config.bias,
-        "lora_dropout": config.lora_dropout,
-        "fan_in_fan_out": fan_in_fan_out,
-    }, tensors
-
-
-def rank_fields(state: AdapterState, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The fields that give the layers these ranks, and each its own s."""
-    rslora = state.config.scaling_rule != "lora"
-    alphas = {name: _alpha(state.layers[name].scaling, r, rslora) for name, r in ranks.items()}
-    # The most common pair: vLLM computes the s of all layers from these two and reads no pattern.
-    pairs = [(ranks[name], alphas[name]) for name in ranks]
-    r, lora_alpha = Counter(pairs).most_common(1)[0][0]
-    return {
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "rank_pattern": {_pattern(n): k for n, k in ranks.items() if k != r},
-        "alpha_pattern": {_pattern(n): a for n, a in alphas.items() if a != lora_alpha},
-        "init_lora_weights": True,
-    }
 
 
 def from_peft(
@@ -193,8 +126,8 @@ def _is_of_layer(
 ) -> bool:
     """Whether a tensor is A or B, and not one of a saved module that has such a name."""
     if layers is None:  # PEFT adapts nothing in saved modules
-        return _saved_module(factor.layer, modules_to_save) is None
-    return factor.layer in layers or _saved_module(name.rpartition(".")[0], modules_to_save) is None
+        return saved_module(factor.layer, modules_to_save) is None
+    return factor.layer in layers or saved_module(name.rpartition(".")[0], modules_to_save) is None
 
 
 def _base_tensors(
@@ -212,7 +145,7 @@ def _base_tensors(
     found = {}
     for name, tensor in tensors.items():
         variant = variant_of(name, layers)
-        if variant and _saved_module(name.rpartition(".")[0], modules_to_save) is None:
+        if variant and saved_module(name.rpartition(".")[0], modules_to_save) is None:
             raise ValueError(
                 f"{name!r} is not A or B of a linear layer: it belongs to {variant}, which is not "
                 "implemented here"
@@ -334,27 +267,7 @@ def config_from_peft(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAC
         raise ValueError(str(error)) from None
 
 
-def _task_type(task_type: str | None, saved: Collection[str]) -> str | None:
-    """None if PEFT would look for a head that is not among the saved modules."""
-    heads = TASK_HEADS.get(task_type or "", ())
-    return task_type if not heads or any(name.endswith(heads) for name in saved) else None
-
-
-def _alpha(scaling: float, r: int, rslora: bool) -> float:
-    """lora_alpha for which α / r, or α / √r, is `scaling`; an integer if possible."""
-    divisor = math.sqrt(r) if rslora else r
-    whole = round(scaling * divisor)
-    return whole if whole / divisor == scaling else scaling * divisor
-
-
-def _pattern(name: str) -> str:
-    """A pattern of a whole name: PEFT's are regular expressions for the end of a name."""
-    return "^" + re.escape(name)
-
-
-def _saved_module(
-    owner: str, modules_to_save: Collection[str], loosely: bool = False
-) -> str | None:
+def saved_module(owner: str, modules_to_save: Collection[str], loosely: bool = False) -> str | None:
     """The module in `modules_to_save` that is, or contains, the module `owner` of a tensor.
 
     `loosely`: as in PEFT, "norm" means "input_layernorm" too.
@@ -366,24 +279,3 @@ def _saved_module(
             if name == saved or name.endswith(saved if loosely else f".{saved}"):
                 return name
     return None
-
-
-def _targets(
-    names: list[str], module_names: Collection[str] | None, saved: tuple[str, ...]
-) -> list[str] | str:
-    """The shortest endings that match exactly these layers, or their names.
-
-    The last part of the names is tried first, by which serving engines know modules.
-    """
-    if module_names is None:
-        return sorted(names)
-    wanted = set(names)
-    # PEFT adapts nothing in saved modules.
-    others = [n for n in module_names if _saved_module(n, saved) is None]
-    for length in (1, 2, None):
-        endings = {
-            name if length is None else ".".join(name.split(".")[-length:]) for name in names
-        }
-        if set(match_names(others, sorted(endings), others)) == wanted:
-            return sorted(endings)
-    return "|".join(re.escape(name) for name in sorted(names))

@@ -28,6 +28,7 @@ FLOORS = (
     ("files.io", "training"),
     ("files.adapter",),
     ("files.checkpoint",),
+    ("files.serving",),
     ("files",),
     ("peft", "cli"),
     ("",),  # the front door, lora_kernels/__init__.py

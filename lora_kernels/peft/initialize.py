@@ -17,7 +17,9 @@ from ..init.base import refuse_implicit
 from ..layers.base import base_of
 from ..model.selection import bypassed_layers
 from ..model.starts import StartJob, make_starts
+from .foreign_kernels import explained, kernels_past
 from .layers import (
+    DEPTH,
     adapter_of,
     check_model,
     described,
@@ -31,8 +33,6 @@ from .variant import drop_start, set_start, start_of
 
 # PEFT's own starts that are subtracted from the base's weights when PEFT makes the adapter.
 _REWRITE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Attribute of the PeftModel: how often each adapter was initialized without being undone.
-_DEPTH = "_lora_kernels_depth"
 
 
 @dataclass
@@ -67,7 +67,7 @@ class InitializeReport:
         """
         if self._undone:
             return
-        name, depths = self.adapter_name, getattr(self._model, _DEPTH)
+        name, depths = self.adapter_name, getattr(self._model, DEPTH)
         if depths[name] != self._depth:
             raise RuntimeError(f"adapter {name!r} was initialised again since: undo that first")
         _refuse_merged(self._model)
@@ -83,7 +83,7 @@ class InitializeReport:
         depths[name] -= 1
         self._undone = True
         if not any(depths.values()):
-            delattr(self._model, _DEPTH)
+            delattr(self._model, DEPTH)
             uninstall(self._model)
 
     def __str__(self) -> str:
@@ -136,11 +136,11 @@ def initialize(
     The base's weights do not change, so that `disable_adapter`, other adapters and quantized bases
     work as before. Merging gives W + s·(BA − B₀A₀).
 
-    `save_pretrained` then writes an adapter of rank 2r, [A; A₀] and [B, −B₀], which plain PEFT
-    loads on the original base with the same outputs. On an initialized model, `load_adapter` reads
-    such a folder back exactly, at rank r, whichever start was used and also in a later process, so
-    that `Trainer` can resume. It also reads folders of `lora_kernels.save_adapter`, and
-    `lora_kernels.load_adapter` reads the folders written here.
+    `save_pretrained` then writes the portable form, with s in B and at rank 2r if a start is
+    subtracted, which plain PEFT and servers load on the original base with the same outputs. On an
+    initialized model, `load_adapter` reads such a folder back exactly, at rank r, whichever start
+    was used and also in a later process, so that `Trainer` can resume. It also reads folders of
+    `lora_kernels.save_adapter`, and `lora_kernels.load_adapter` reads the folders written here.
 
     If `add_adapter` is given the configuration object of an adapter that subtracts A₀ and B₀, the
     new adapter gets the same A₀ and B₀, as TRL's reference model needs. `get_peft_model_state_dict`
@@ -151,6 +151,12 @@ def initialize(
     A₀ and B₀ are buffers. `DistributedDataParallel` broadcasts buffers before every forward; these
     buffers do not need that, so set broadcast_buffers=False (`ddp_broadcast_buffers` in
     `TrainingArguments`).
+
+    Fused LoRA kernels, such as Axolotl's and Unsloth's, read a layer's weight, `lora_A` and
+    `lora_B` and do not call the layer, so that nothing would be subtracted. On models with such
+    kernels only starts with BA = 0 are possible. If the kernels come after `initialize`, the model
+    raises an error before its first forward and when it is put into training mode, and warns when
+    it is saved.
 
     All starts are computed before anything is changed; after an error the model is unchanged.
 
@@ -172,7 +178,7 @@ def initialize(
             cannot be read.
         ValueError: an unknown adapter or start; a start with an R; a start that cannot be computed
             (the layer is named); a base whose weights another adapter has changed (PEFT's "pissa",
-            "olora" ...).
+            "olora" ...); a subtracted start in layers that another package's kernels compute.
         RuntimeError: an adapter is merged.
 
     """
@@ -183,7 +189,9 @@ def initialize(
     adapter = adapter_of(peft_model, adapter_name)
     _refuse_changed_base(peft_model)
     _refuse_merged(peft_model)
-    layers, left = _linear_layers(peft_model, adapter)
+    kernels = kernels_past(peft_model)
+    layers, left = _linear_layers(peft_model, adapter, kernels)
+    _refuse_kernels(initializer, {name: kernels[name] for name in layers if name in kernels})
     starts = _all_starts(layers, adapter, initializer, gradients, progress)
     before = {name: _Snapshot.of(layer, adapter) for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -194,10 +202,10 @@ def initialize(
         else:
             drop_start(layer, adapter)
     install(peft_model)
-    depths = getattr(peft_model, _DEPTH, None)
+    depths = getattr(peft_model, DEPTH, None)
     if depths is None:
         depths = {}
-        setattr(peft_model, _DEPTH, depths)
+        setattr(peft_model, DEPTH, depths)
     depths[adapter] = depths.get(adapter, 0) + 1
     return InitializeReport(
         method=type(initializer).__name__,
@@ -232,10 +240,20 @@ def _refuse_changed_base(peft_model: peft.PeftModel) -> None:
             )
 
 
+def _refuse_kernels(initializer: Initializer, kernels: Mapping[str, str]) -> None:
+    if initializer.changes_base and kernels:
+        raise ValueError(
+            f"{type(initializer).__name__} starts with BA that is not zero: {explained(kernels)}"
+        )
+
+
 def _linear_layers(
-    peft_model: peft.PeftModel, adapter: str
+    peft_model: peft.PeftModel, adapter: str, kernels: Mapping[str, str]
 ) -> tuple[dict[str, LoraLayer], dict[str, str]]:
-    """The layers to initialize, and {name: reason} of the others that have the adapter."""
+    """The layers to initialize, and {name: reason} of the others that have the adapter.
+
+    Kernels, {name: kernel}, read the layer's weight too, but with A and B, so that these count.
+    """
     if getattr(peft_model.peft_config[adapter], "target_modules_to_tie", None):
         raise ValueError(f"adapter {adapter!r} ties layers to the embedding's adapter")
     bypassed = bypassed_layers(peft_model.get_base_model())
@@ -243,7 +261,9 @@ def _linear_layers(
     for name, layer in lora_layers(peft_model).items():
         if not has_adapter(layer, adapter):
             continue
-        reason = why_not_linear(layer, adapter) or bypassed.get(name)
+        reason = why_not_linear(layer, adapter)
+        if reason is None and name not in kernels:
+            reason = bypassed.get(name)
         if reason is None:
             layers[name] = layer
         else:

@@ -15,6 +15,8 @@ from ..layers.base import base_of
 from ..layers.kinds import check_adaptable
 from .variant import StartVariant, start_of
 
+# Attribute of the PeftModel: how often each adapter was initialized without being undone.
+DEPTH = "_lora_kernels_depth"
 # PEFT's layers that support a `LoraVariant`, other than those derived from Linear.
 _QUANTIZED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 
@@ -90,6 +92,12 @@ def adapters_with_start(model: nn.Module) -> set[str]:
         for adapter in layer.lora_A
         if start_of(layer, adapter) is not None
     }
+
+
+def initialized_adapters(model: nn.Module) -> set[str]:
+    """The adapters that `initialize` has given a start that was not undone."""
+    depths: Mapping[str, int] = getattr(model, DEPTH, {})
+    return {adapter for adapter, depth in depths.items() if depth}
 
 
 def supports_start(layer: LoraLayer) -> bool:

@@ -1,15 +1,24 @@
-"""Replacements, on one model, for the methods that must handle A₀ and B₀."""
+"""Replacements, on one model, for the methods that must handle A₀ and B₀.
+
+Other packages may put their kernels over the layers after `initialize`. The model therefore looks
+for them before its first forward, before the first forward of another adapter, when it is put into
+training mode, and when it is saved. A look at every forward would cost too much.
+"""
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 import peft
 import torch
+from torch import nn
 
+from . import saving
+from .foreign_kernels import explained, without_start
 from .layers import adapters_with_start, lora_layers, supports_start
 from .patch import is_replaced, replace_method, restore_method
-from .saving import load_adapter, save_pretrained
 from .variant import load_from_state_dict, set_start, start_of
 
 
@@ -18,6 +27,7 @@ def install(peft_model: peft.PeftModel) -> None:
     for owner, name, function in _methods(peft_model):
         if not is_replaced(owner, name, function):
             replace_method(owner, name, function)
+    _look_at_next_forward(peft_model)
 
 
 def uninstall(peft_model: peft.PeftModel) -> None:
@@ -25,6 +35,48 @@ def uninstall(peft_model: peft.PeftModel) -> None:
     if not adapters_with_start(peft_model):
         for owner, name, function in _methods(peft_model):
             restore_method(owner, name, function)
+        _forget(peft_model.get_base_model())
+
+
+def train(peft_model: peft.PeftModel, mode: bool = True) -> peft.PeftModel:
+    """`nn.Module.train`, which first looks for other packages' kernels if the mode changes to
+    training.
+
+    Raises:
+        RuntimeError: such kernels compute layers that should subtract B₀A₀.
+
+    """
+    if mode and not peft_model.training:
+        _refuse_kernels(peft_model)
+    type(peft_model).train(peft_model, mode)
+    return peft_model
+
+
+def save_pretrained(
+    peft_model: peft.PeftModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
+    """`saving.save_pretrained`; warns if other packages' kernels lose what the file subtracts."""
+    kernels = without_start(peft_model)
+    if kernels:
+        warnings.warn(
+            "the saved adapter subtracts s·B₀A₀, as its layers do, but the model did not if it was "
+            f"trained as it is now: {explained(kernels)}",
+            stacklevel=3,
+        )
+    saving.save_pretrained(peft_model, save_directory, *args, **kwargs)
+
+
+def load_adapter(
+    peft_model: peft.PeftModel,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`saving.load_adapter`; what it loads may subtract B₀A₀ in a model that did not before."""
+    loaded = saving.load_adapter(peft_model, model_id, adapter_name, *args, **kwargs)
+    _look_at_next_forward(peft_model)
+    return loaded
 
 
 @torch.no_grad()
@@ -47,6 +99,7 @@ def add_adapter(
             layer.lora_A[adapter_name].weight.copy_(start[0])
             layer.lora_B[adapter_name].weight.copy_(start[1])
             set_start(layer, adapter_name, *start)
+    _look_at_next_forward(peft_model)
 
 
 def add_weighted_adapter(
@@ -78,9 +131,38 @@ def add_weighted_adapter(
     )
 
 
+def _refuse_kernels(model: nn.Module) -> None:
+    kernels = without_start(model)
+    if kernels:
+        raise RuntimeError(f"since the model was initialized, {explained(kernels)}")
+
+
+def _look_before_forward(model: nn.Module, args: Any) -> None:
+    """A hook of the model inside the `PeftModel`, which `generate` calls too; it removes itself."""
+    if torch.compiler.is_compiling():
+        return
+    if any(layer.merged for layer in lora_layers(model).values()):
+        return  # kernels that read the merged weight are right
+    _refuse_kernels(model)
+    _forget(model)
+
+
+def _look_at_next_forward(peft_model: peft.PeftModel) -> None:
+    base = peft_model.get_base_model()
+    _forget(base)
+    base.register_forward_pre_hook(_look_before_forward)
+
+
+def _forget(model: nn.Module) -> None:
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _look_before_forward]:
+        hooks.pop(key, None)
+
+
 def _methods(peft_model: peft.PeftModel) -> list[tuple[Any, str, Any]]:
     """(owner, method name, replacement) of each replaced method."""
     return [
+        (peft_model, "train", train),
         (peft_model, "save_pretrained", save_pretrained),
         (peft_model, "load_adapter", load_adapter),
         (peft_model, "add_adapter", add_adapter),

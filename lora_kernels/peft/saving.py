@@ -1,8 +1,8 @@
 """Saves adapters of `initialize` in PEFT's folders, and loads them exactly as they were.
 
-A folder holds A' = [A; A₀], B' = [B, −B₀] of rank 2r with the same s, so that plain PEFT computes
-W + s·(BA − B₀A₀) on the original base. The recipe for splitting them is in the header of the
-safetensors file, which plain PEFT does not read. It is that of `lora_kernels.save_adapter`: each
+A folder holds the adapter in the portable form of `lora_kernels.save_adapter`, of the original base
+and with s = 1, so that plain PEFT and every server compute W + s·(BA − B₀A₀). The recipe that gives
+back the trained factors is in the header of the safetensors file, which they do not read: each
 reads the other's files.
 """
 
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,15 +26,22 @@ from .._utils.model_files import read_json
 from .._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
 from .._utils.safetensors import load_tensors, save_tensors
 from ..files.adapter.content import NATIVE_FILE, FolderContent
-from ..files.adapter.recipe import PEFT, read_recipe, recipe_to_json
-from ..files.adapter.tensors import check_unedited, split_halves
-from ..layers.options import lora_scaling
-from ..layers.state import LayerState, with_start
-from .layers import adapters_with_start, has_adapter, lora_layers, pattern_name
+from ..files.adapter.folder import beyond_vllm, read_files
+from ..files.adapter.peft_format.writing import exact_targets, portable_fields
+from ..files.adapter.portable import TRAINING_FILE, fingerprint
+from ..files.adapter.recipe import PEFT, layer_from_dict, read_recipe, recipe_to_json
+from ..files.adapter.tensors import by_layer, check_unedited, layer_factors
+from .layers import adapters_with_start, initialized_adapters, lora_layers
+from .portable import Pair, is_whole, pairs_of, scaled, trained, unscaled
 from .variant import set_start, silently_loaded, start_of
 
-# The options of the configuration that rank 2r changes.
-_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
+# The options of the configuration that the portable form changes.
+_FIELDS = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+)
+# Attribute of the PeftModel, see `_loaded`.
+_LOADED = "_lora_kernels_loaded"
 
 
 def save_pretrained(
@@ -49,7 +54,7 @@ def save_pretrained(
     path_initial_model_for_weight_conversion: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """PEFT's `save_pretrained`; adapters that subtract a start are written with rank 2r.
+    """PEFT's `save_pretrained`; adapters of `initialize` are written in the portable form.
 
     Raises:
         ValueError: such an adapter should be pickled, or converted, which is unnecessary; or
@@ -58,17 +63,17 @@ def save_pretrained(
     """
     own = type(peft_model).save_pretrained
     names = list(peft_model.peft_config) if selected_adapters is None else selected_adapters
-    doubled = [name for name in names if name in adapters_with_start(peft_model)]
-    if doubled and not safe_serialization:
+    portable = [name for name in names if name in _portable_adapters(peft_model)]
+    if portable and not safe_serialization:
         raise ValueError(
             "safe_serialization=False pickles the adapter, which cannot store the start's recipe"
         )
-    if doubled and path_initial_model_for_weight_conversion is not None:
+    if portable and path_initial_model_for_weight_conversion is not None:
         raise ValueError(
             "path_initial_model_for_weight_conversion is not needed: save_pretrained writes "
             "adapters for the original base anyway"
         )
-    others = [name for name in names if name not in doubled]
+    others = [name for name in names if name not in portable]
     common = {"save_embedding_layers": save_embedding_layers, "is_main_process": is_main_process}
     own(
         peft_model,
@@ -79,18 +84,19 @@ def save_pretrained(
         **common,
         **kwargs,
     )
-    state = kwargs.pop("state_dict", None) if doubled else None
-    for name in doubled:
+    state = kwargs.pop("state_dict", None) if portable else None
+    for name in portable:
         folder = Path(save_directory) / ("" if name == "default" else name)
         tensors = peft_model.state_dict() if state is None else state
         if is_main_process:  # the others may have none, and write nothing
             _check_state(peft_model, name, tensors)
-        halves = _doubled_state(peft_model, name, tensors)
-        with TemporaryDirectory() as scratch, _doubled_config(peft_model, name) as fields:
-            own(peft_model, scratch, True, [name], state_dict=halves, **common, **kwargs)
+        pairs = list(pairs_of(peft_model, name, tensors))
+        changed = _portable_state(peft_model, pairs, tensors)
+        with TemporaryDirectory() as scratch, _portable_config(peft_model, name, pairs) as fields:
+            own(peft_model, scratch, True, [name], state_dict=changed, **common, **kwargs)
             if is_main_process:
                 written = Path(scratch) / folder.relative_to(save_directory)
-                _publish(written, folder, _layer_states(peft_model, name, tensors), fields)
+                _publish(written, folder, pairs, tensors, changed, fields)
 
 
 def load_adapter(
@@ -100,9 +106,9 @@ def load_adapter(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """PEFT's `load_adapter`; if `save_pretrained` or `lora_kernels.save_adapter` wrote the folder
-    with rank 2r, it is split into A, B and the start that the layers subtract. With any other
-    folder, the layers whose A and B are loaded subtract nothing.
+    """PEFT's `load_adapter`; if `save_pretrained` or `lora_kernels.save_adapter` wrote the folder,
+    the layers get the A and B that were trained, and the start to subtract. With any other folder,
+    the layers whose A and B are loaded subtract nothing.
 
     Raises:
         ValueError: the file is damaged or has `save_adapter`'s format="native", its recipe is of
@@ -118,24 +124,39 @@ def load_adapter(
         )
     folder = Path(model_id) / (kwargs.get("subfolder") or "")
     recipe = _read_recipe(folder)
+    loaded = _loaded(peft_model) - {adapter_name}
     if recipe is None:
         with silently_loaded():
             result, starts = own(peft_model, model_id, adapter_name, *args, **kwargs), {}
     else:
         kwargs.pop("subfolder", None)
+        loaded |= {adapter_name}
         with TemporaryDirectory() as scratch, silently_loaded():
             try:
-                starts = _split(folder, Path(scratch), recipe)
-            except KeyError as error:
+                starts = _restored(folder, Path(scratch), recipe)
+            except (KeyError, ValueError) as error:
                 raise ValueError(
                     f"{folder}: the recipe does not fit its tensors: {error}"
                 ) from None
             result = own(peft_model, scratch, adapter_name, *args, **kwargs)
+    setattr(peft_model, _LOADED, loaded)
     # Where A and B were loaded without a start, the layer has dropped its own already.
     for name, layer in lora_layers(peft_model).items():
         if name in starts and adapter_name in layer.lora_A:
             set_start(layer, adapter_name, *starts[name])
     return result
+
+
+def _portable_adapters(peft_model: peft.PeftModel) -> set[str]:
+    """The adapters that are written in the portable form: those of this package."""
+    started = initialized_adapters(peft_model) | adapters_with_start(peft_model)
+    return started | _loaded(peft_model)
+
+
+def _loaded(peft_model: peft.PeftModel) -> frozenset[str]:
+    """The adapters that were loaded from the portable form."""
+    loaded: frozenset[str] = getattr(peft_model, _LOADED, frozenset())
+    return loaded
 
 
 def _keys(name: str, adapter: str) -> tuple[str, str]:
@@ -159,7 +180,7 @@ def _check_state(peft_model: peft.PeftModel, adapter: str, state: Mapping[str, T
         started = start_of(layer, adapter) is not None
         if started and (missing := set(keys) - state.keys()):
             raise ValueError(f"state_dict lacks {min(missing)!r}")
-        if not all(_is_gathered(state[key]) for key in keys if key in state):
+        if not all(is_whole(state[key]) for key in keys if key in state):
             empty.append(name)
         elif started and len(state[keys[0]]) != layer.r[adapter]:
             raise ValueError(
@@ -178,97 +199,90 @@ def _check_state(peft_model: peft.PeftModel, adapter: str, state: Mapping[str, T
         )
 
 
-def _is_gathered(factor: Tensor) -> bool:
-    """Whether the factor is a matrix, not a shard of DeepSpeed ZeRO-3 or FSDP."""
-    return factor.dim() == 2 and factor.numel() > 0
-
-
-def _doubled_state(
-    peft_model: peft.PeftModel, adapter: str, state: Mapping[str, Tensor]
+def _portable_state(
+    peft_model: peft.PeftModel, pairs: list[Pair], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The state_dict with A' and B' in place of A and B, and without the starts."""
-    state = dict(state)
-    for name, layer in lora_layers(peft_model).items():
-        for other in layer.lora_A:
-            start = start_of(layer, other)
-            if start is None:
-                continue
-            for part in ("lora_start_A", "lora_start_B"):
-                state.pop(f"{PREFIX}{name}.{part}.{other}", None)
-            key_A, key_B = _keys(name, adapter)
-            if other != adapter or not {key_A, key_B} <= state.keys():
-                continue
-            A, B = state[key_A], state[key_B]
-            if _is_gathered(A) and _is_gathered(B):
-                state[key_A], state[key_B] = with_start(A, B, start)
-    return state
+    """The state_dict with A' and s·B' in place of A and B, and without the starts."""
+    starts = {
+        f"{PREFIX}{name}.{part}.{adapter}"
+        for name, layer in lora_layers(peft_model).items()
+        for adapter in layer.lora_A
+        if start_of(layer, adapter) is not None
+        for part in ("lora_start_A", "lora_start_B")
+    }
+    changed = {key: tensor for key, tensor in state.items() if key not in starts}
+    r = _rank(pairs)
+    for pair in pairs:
+        changed[pair.key_A], changed[pair.key_B] = pair.portable(state, r)
+        if pair.key_bias is not None:
+            changed[pair.key_bias] = scaled(state[pair.key_bias].detach(), pair.scaling)
+    return changed
+
+
+def _rank(pairs: list[Pair]) -> int:
+    """The rank of the portable form."""
+    return max((2 * pair.r if pair.start else pair.r for pair in pairs), default=1)
 
 
 @contextmanager
-def _doubled_config(peft_model: peft.PeftModel, adapter: str) -> Iterator[dict[str, Any]]:
-    """Sets the adapter's configuration to rank 2r for a while; yields its options at rank r."""
+def _portable_config(
+    peft_model: peft.PeftModel, adapter: str, pairs: list[Pair]
+) -> Iterator[dict[str, Any]]:
+    """Sets the adapter's configuration to that of the portable form for a while; yields the options
+    that change.
+    """
     config = peft_model.peft_config[adapter]
-    doubled = copy.deepcopy(config)
-    factor = math.sqrt(2) if config.use_rslora else 2  # s stays
-    doubled.r, doubled.lora_alpha = 2 * config.r, factor * config.lora_alpha
-    doubled.init_lora_weights = True
-    # One pattern for each layer, because PEFT sorts them, and the first that matches is used.
-    doubled.rank_pattern, doubled.alpha_pattern = {}, {}
-    for name, layer in lora_layers(peft_model).items():
-        if has_adapter(layer, adapter):
-            r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
-            if start_of(layer, adapter) is not None:
-                r, alpha = 2 * r, factor * alpha
-            exact = f"^{re.escape(pattern_name(name, layer))}"
-            if r != doubled.r:
-                doubled.rank_pattern[exact] = r
-            if alpha != doubled.lora_alpha:
-                doubled.alpha_pattern[exact] = alpha
+    changed = copy.deepcopy(config)
+    values = portable_fields(_rank(pairs))
+    if isinstance(config.target_modules, str):  # a regular expression, which servers refuse
+        modules = [name.removeprefix(PREFIX) for name, _ in peft_model.named_modules()]
+        names = [pair.name for pair in pairs if pair.experts == 1]
+        targets, excluded = exact_targets(names, [n for n in modules if ".lora_" not in n])
+        values |= {"target_modules": targets, "exclude_modules": excluded}
+        values |= {"layers_to_transform": None, "layers_pattern": None}
+    for name, value in values.items():
+        setattr(changed, name, value)
     fields = {name: getattr(config, name) for name in _FIELDS}
-    peft_model.peft_config[adapter] = doubled
+    peft_model.peft_config[adapter] = changed
     try:
-        yield fields
+        yield {name: list(v) if isinstance(v, set) else v for name, v in fields.items()}
     finally:
         peft_model.peft_config[adapter] = config
 
 
-def _layer_states(
-    peft_model: peft.PeftModel, adapter: str, state: Mapping[str, Tensor]
-) -> dict[str, LayerState]:
-    """The adapter of each layer that has it, except embeddings; A and B are those of the
-    state_dict, because the layer's may be shards.
-    """
-    rule = "rslora" if peft_model.peft_config[adapter].use_rslora else "lora"
-    states = {}
-    for name, layer in lora_layers(peft_model).items():
-        if adapter in layer.lora_A:
-            key_A, key_B = _keys(name, adapter)
-            start_A, start_B = start_of(layer, adapter) or (None, None)
-            r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
-            states[name] = LayerState(
-                state.get(key_A, layer.lora_A[adapter].weight),
-                state.get(key_B, layer.lora_B[adapter].weight),
-                lora_scaling(alpha, r, rule),
-                alpha,
-                start_A=start_A,
-                start_B=start_B,
-                residual="implicit",
-            )
-    return states
-
-
 def _publish(
-    written: Path, folder: Path, layers: Mapping[str, LayerState], fields: Mapping[str, Any]
+    written: Path,
+    folder: Path,
+    pairs: list[Pair],
+    state: Mapping[str, Tensor],
+    changed: Mapping[str, Tensor],
+    fields: Mapping[str, Any],
 ) -> None:
     """Moves what PEFT wrote into the folder and adds the recipe; a killed process leaves the old
     files.
     """
     tensors, _ = load_tensors(written / ADAPTER_FILE)
     config = read_json(written / ADAPTER_CONFIG)
-    base = config.get("base_model_name_or_path")
-    recipe = recipe_to_json(layers, PEFT, None, base, peft_config=config, rank_fields=fields)
-    content = FolderContent(ADAPTER_FILE, config, tensors, recipe)
-    content.write(folder, (ADAPTER_CONFIG, ADAPTER_FILE))
+    training = {
+        name: factor
+        for pair in pairs
+        for name, factor in pair.lost(state, changed[pair.key_A], changed[pair.key_B]).items()
+    }
+    recipe = recipe_to_json(
+        {pair.name: pair.state(state) for pair in pairs if pair.linear},
+        PEFT,
+        None,
+        config.get("base_model_name_or_path"),
+        peft_config=config,
+        rank_fields=fields,
+        training=fingerprint(training),
+        others={pair.name: pair.recipe() for pair in pairs if not pair.linear},
+    )
+    content = FolderContent(ADAPTER_FILE, config, tensors, recipe, training)
+    content.write(folder, (ADAPTER_CONFIG, ADAPTER_FILE, TRAINING_FILE))
+    warning = beyond_vllm(config["r"])
+    if warning:
+        warnings.warn(warning, stacklevel=5)
 
 
 def _read_recipe(folder: Path) -> dict[str, Any] | None:
@@ -289,18 +303,46 @@ def _read_recipe(folder: Path) -> dict[str, Any] | None:
     return recipe
 
 
-def _split(folder: Path, scratch: Path, recipe: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Writes the adapter of rank r into `scratch`, as PEFT does; returns the starts."""
-    tensors, _ = load_tensors(folder / ADAPTER_FILE)
+def _restored(
+    folder: Path, scratch: Path, recipe: dict[str, Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Writes the adapter that was trained into `scratch`, as PEFT does; returns the starts."""
+    files = read_files(folder)
+    tensors, kept = files.tensors, by_layer(files.training(recipe))
     starts = {}
     for name, layer in recipe["layers"].items():
-        if not layer.get("start"):
-            continue
-        key_A, key_B = (f"{PREFIX}{name}.{part}.weight" for part in ("lora_A", "lora_B"))
-        factors = split_halves(name, layer, tensors[key_A], tensors[key_B])
-        starts[name] = factors["start_A"], factors["start_B"]
+        key_A, key_B = (f"{PREFIX}{name}.lora_{half}.weight" for half in "AB")
+        factors = layer_factors(recipe, name, (tensors[key_A], tensors[key_B]), kept)
+        if "lora_R" in factors:  # PEFT has none: A is RA
+            factors["lora_A"] = tensors[key_A][: layer["r"]]
+            del factors["lora_R"]
+        start = layer_from_dict(layer, dict(factors)).start_factors()
+        if start is not None:
+            starts[name] = start
         tensors[key_A], tensors[key_B] = factors["lora_A"], factors["lora_B"]
+        _restore_bias(tensors, name, layer["scaling"], kept, recipe["version"])
+    for name, other in recipe.get("others", {}).items():
+        keys = [f"{PREFIX}{name}.lora_{half}.weight" for half in "AB"]
+        if keys[0] not in tensors:
+            keys = [f"{PREFIX}{name}.lora_embedding_{half}" for half in "AB"]
+        tensors[keys[0]], B = trained(other, *(tensors[key] for key in keys))
+        tensors[keys[1]] = kept.get(name, {}).get("lora_B", B)
+        _restore_bias(tensors, name, other["scaling"], kept, recipe["version"])
     config = read_json(folder / ADAPTER_CONFIG) | recipe["rank_fields"]
     (scratch / ADAPTER_CONFIG).write_text(json.dumps(config))
     save_tensors(tensors, scratch / ADAPTER_FILE, {})
     return starts
+
+
+def _restore_bias(
+    tensors: dict[str, Tensor],
+    name: str,
+    scaling: float,
+    kept: Mapping[str, Mapping[str, Tensor]],
+    version: int,
+) -> None:
+    """Replaces the bias of a layer's B by the one that was trained, if there is one."""
+    key = f"{PREFIX}{name}.lora_B.bias"
+    if key in tensors and version > 1:
+        bias = kept.get(name, {}).get("lora_bias")
+        tensors[key] = unscaled(tensors[key], scaling) if bias is None else bias

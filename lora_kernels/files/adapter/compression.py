@@ -1,55 +1,65 @@
-"""Truncates an adapter to a smaller rank, with the smallest possible error."""
+"""Adapters of a smaller rank, and the error of an adapter that was truncated or rounded."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ..._utils.checks import as_integer
 from ...layers.state import LayerState
 from ...model.config import AdapterState
 
 
-def truncated(state: AdapterState, r: int) -> tuple[AdapterState, dict[str, float], float]:
-    """The best adapter of rank r for the original base, and its error.
+def truncated(state: AdapterState, r: int) -> AdapterState:
+    """The best adapter of rank r for the original base, without a start to subtract and without R.
 
     s(BA − B₀A₀), of twice the rank, is truncated to its r largest singular values. The SVD is that
     of the small core of two QRs, in float64: no [out, in] matrix is formed. s stays, √σ goes into
     both factors. A layer whose rank is r or less keeps its factors.
-
-    Returns:
-        The adapter, without a start to subtract and without R; ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F of each
-        layer; and the same over all layers. The error is 0 where ΔW is zero.
-
     """
     as_integer(r, "compress_to", minimum=1)
-    layers, errors = {}, {}
-    lost = total = 0.0
-    for name, layer in state.layers.items():
-        layers[name], missing, size = _truncated(layer, r)
-        errors[name] = missing / size if size else 0.0
-        lost += (layer.scaling * missing) ** 2
-        total += (layer.scaling * size) ** 2
-    error = math.sqrt(lost / total) if total else 0.0
-    return replace(state, layers=layers), errors, error
+    layers = {name: _truncated(layer, r) for name, layer in state.layers.items()}
+    return replace(state, layers=layers)
 
 
 @torch.no_grad()
-def _truncated(layer: LayerState, r: int) -> tuple[LayerState, float, float]:
-    """The layer, ‖·‖_F of the part of B'A' that was cut off, and ‖B'A'‖_F."""
+def _truncated(layer: LayerState, r: int) -> LayerState:
     right, left = layer.update_factors()
-    QB, RB = torch.linalg.qr(left.double())  # [out, k], [k, k]
-    QA, RA = torch.linalg.qr(right.double().T)  # [in, k], [k, k]
-    U, S, Vh = torch.linalg.svd(RB @ RA.T)
-    size = float(S.norm())
-    keep = min(r, right.shape[0])
-    missing = 0.0
-    if keep < right.shape[0]:
-        root = S[:keep].sqrt()
-        missing = float(S[keep:].norm())
-        left = ((QB @ U[:, :keep]) * root).to(left.dtype)
-        right = ((root[:, None] * Vh[:keep]) @ QA.T).to(right.dtype)
-    state = LayerState(right, left, layer.scaling, layer.lora_alpha, weight_norm=layer.weight_norm)
-    return state, missing, size
+    if r < right.shape[0]:
+        QB, RB = torch.linalg.qr(left.double())  # [out, k], [k, k]
+        QA, RA = torch.linalg.qr(right.double().T)  # [in, k], [k, k]
+        U, S, Vh = torch.linalg.svd(RB @ RA.T)
+        root = S[:r].sqrt()
+        left = ((QB @ U[:, :r]) * root).to(left.dtype)
+        right = ((root[:, None] * Vh[:r]) @ QA.T).to(right.dtype)
+    return LayerState(right, left, layer.scaling, layer.lora_alpha, weight_norm=layer.weight_norm)
+
+
+@torch.no_grad()
+def product_norm(right: Tensor, left: Tensor) -> float:
+    """‖B'A'‖_F in float64, of A' [k, in] and B' [out, k], whose parts may cancel."""
+    RB = torch.linalg.qr(left.double(), mode="r")[1]
+    RA = torch.linalg.qr(right.double().T, mode="r")[1]
+    return float((RB @ RA.T).norm())
+
+
+@torch.no_grad()
+def update_errors(
+    state: AdapterState, written: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, float], float]:
+    """‖ΔW − B'A'‖_F / ‖ΔW‖_F of each layer, whose A' and B' are `written`, and the same over all
+    layers; 0 where ΔW is zero.
+    """
+    errors, lost, total = {}, 0.0, 0.0
+    for name, (right, left) in written.items():
+        A, B = state.layers[name].portable_factors()
+        size = product_norm(A, B)
+        missing = product_norm(
+            torch.cat([A.double(), right.double()]), torch.cat([B.double(), -left.double()], dim=1)
+        )
+        errors[name] = missing / size if size else 0.0
+        lost, total = lost + missing**2, total + size**2
+    return errors, (lost / total) ** 0.5 if total else 0.0

@@ -1,9 +1,11 @@
 """What the files in an adapter's folder contain, in each format.
 
 "peft": `adapter_config.json` and `adapter_model.safetensors`, which give the adapted model on the
-original base, whatever the start (see `peft_format`). "start": the same two files, for a base from
-which the start was subtracted. "native": `adapter_native.safetensors`, another name on purpose,
-holds A, B, R and those initial factors that cannot be recomputed, at their own rank.
+original base, whatever the start and the loader (see `portable`); and, if the trained factors
+cannot be computed from these, `adapter_training.tensors`, which only this package reads. "start":
+the first two files, for a base from which the start was subtracted. "native":
+`adapter_native.safetensors`, another name on purpose, holds A, B, R and those initial factors that
+cannot be recomputed, at their own rank.
 
 In all of them the recipe, from which training continues exactly, is in the header of the tensors,
 which PEFT and serving engines do not read.
@@ -13,33 +15,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
-from ..._utils.safetensors import save_tensors
+from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
+from ..._utils.safetensors import save_tensors, tensors_to_bytes
 from ...model.config import AdapterState
 from ..io.replace import replace_files
 from .peft_format.writing import rank_fields, to_peft
-from .recipe import METADATA, NATIVE, START, recipe_to_json
+from .portable import TRAINING_FILE, fingerprint, training_tensors
+from .recipe import METADATA, NATIVE, PEFT, START, recipe_to_json
 from .tensors import native_tensors
 
 NATIVE_FILE = "adapter_native.safetensors"
 NATIVE_TYPE = "LORA_KERNELS"  # its peft_type, which PEFT does not know
-ADAPTER_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE})
+ADAPTER_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE, TRAINING_FILE})
 
 
 @dataclass(frozen=True)
 class FolderContent:
-    """`config` is the content of `adapter_config.json`; `tensors` and `recipe` are in `file`."""
+    """`config` is the content of `adapter_config.json`; `tensors` and `recipe` are in `file`,
+    `training` is in the training file.
+    """
 
     file: str
     config: dict[str, Any]
     tensors: Mapping[str, Tensor]
     recipe: str | None
+    training: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -48,15 +54,31 @@ class FolderContent:
 
     def write(self, folder: Path, owned: Collection[str] = ADAPTER_FILES) -> dict[str, int]:
         """Replaces the adapter in a folder, as `replace_files`; returns the sizes by name."""
-        config = json.dumps(self.config, indent=2, allow_nan=False).encode()
+        others = {ADAPTER_CONFIG: json.dumps(self.config, indent=2, allow_nan=False).encode()}
+        mark = fingerprint(self.training)
+        if mark is not None:
+            others[TRAINING_FILE] = tensors_to_bytes(self.training, {METADATA: mark})
         size = replace_files(
             folder,
             self.file,
             lambda path: save_tensors(self.tensors, path, self.metadata),
-            {ADAPTER_CONFIG: config},
+            others,
             owned,
         )
-        return {self.file: size, ADAPTER_CONFIG: len(config)}
+        return {self.file: size} | {name: len(content) for name, content in others.items()}
+
+
+def factors_of(
+    tensors: Mapping[str, Tensor], layers: Collection[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A' and B' of these layers, by PEFT's names."""
+    return {
+        name: (
+            tensors[f"{PREFIX}{name}.lora_A.weight"],
+            tensors[f"{PREFIX}{name}.lora_B.weight"],
+        )
+        for name in layers
+    }
 
 
 def folder_content(
@@ -85,12 +107,25 @@ def folder_content(
             for name, layer in state.layers.items()
         }
         plain = replace(state, layers=layers, config=replace(state.config, task_type=task_type))
-        config, tensors = to_peft(plain, module_names, fan_in_fan_out)
+        config, tensors = to_peft(plain, module_names, fan_in_fan_out, portable=False)
         config["inference_mode"] = False
-        more: dict[str, Any] = {"original": original}
-    else:
-        config, tensors = to_peft(state, module_names, fan_in_fan_out)
-        fields = rank_fields(state, {name: layer.r for name, layer in state.layers.items()})
-        more = {"peft_config": config, "rank_fields": fields}
-    recipe = recipe_to_json(state.layers, format, state.config, state.base_model, **more)
-    return FolderContent(ADAPTER_FILE, config, tensors, recipe)
+        recipe = recipe_to_json(
+            state.layers, START, state.config, state.base_model, original=original
+        )
+        return FolderContent(ADAPTER_FILE, config, tensors, recipe)
+    config, tensors = to_peft(state, module_names, fan_in_fan_out)
+    training = training_tensors(state, factors_of(tensors, state.layers))
+    recipe = recipe_to_json(
+        state.layers,
+        PEFT,
+        state.config,
+        state.base_model,
+        peft_config=config,
+        rank_fields=rank_fields(
+            {name: layer.scaling for name, layer in state.layers.items()},
+            {name: layer.r for name, layer in state.layers.items()},
+            rslora=state.config.scaling_rule != "lora",
+        ),
+        training=fingerprint(training),
+    )
+    return FolderContent(ADAPTER_FILE, config, tensors, recipe, training)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..._utils.checks import FLOATS
 from ..._utils.errors import unknown_name
 from ..._utils.model_files import read_json
 from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from ..._utils.safetensors import load_tensors
 from ...model.config import AdapterState
-from .compression import truncated
-from .content import ADAPTER_FILES, NATIVE_FILE, NATIVE_TYPE, folder_content
+from .compression import truncated, update_errors
+from .content import ADAPTER_FILES, NATIVE_FILE, NATIVE_TYPE, factors_of, folder_content
 from .peft_format.reading import from_peft
+from .portable import TRAINING_FILE
 from .recipe import FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
 from .tensors import check_state, check_tensors, from_recipe
 
+DTYPES = ("float32", "bfloat16", "float16")
+# The values of vLLM's --max-lora-rank above its default, which is the first one here.
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 _ATTEMPTS, _PAUSE = 20, 0.01  # seconds between attempts to read files that are being replaced
 
 
@@ -32,10 +39,9 @@ class SavedAdapter:
         folder: where it was written.
         files: the sizes of the files in bytes, by name.
         layers: the number of layers.
-        scalings: the different values of s.
-        folded: the layers whose R was multiplied into A, since format="peft" cannot store it:
-            training continues with A and B. format="native" keeps R.
-        errors: with `compress_to`, ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F of each layer; else None.
+        rank: the largest rank in the file. All layers have it if format="peft".
+        errors: with `compress_to` or `dtype`, ‖ΔW − ΔW'‖_F / ‖ΔW‖_F of each layer, where ΔW' is
+            the update that is in the file; else None.
         error: the same over all layers.
 
     """
@@ -43,31 +49,39 @@ class SavedAdapter:
     folder: Path
     files: dict[str, int]
     layers: int
-    scalings: tuple[float, ...]
-    folded: tuple[str, ...] = ()
+    rank: int
     errors: dict[str, float] | None = None
     error: float | None = None
 
+    @property
+    def warning(self) -> str | None:
+        """What a server has to be told to load the adapter, or None."""
+        return beyond_vllm(self.rank) if ADAPTER_FILE in self.files else None
+
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in self.files.items())
-        lines = [f"{self.folder}: {self.layers} layers in {sizes}"]
+        lines = [f"{self.folder}: {self.layers} layers of rank {self.rank} in {sizes}"]
         if self.errors:
             worst = max(self.errors, key=self.errors.__getitem__)
             lines.append(
-                f"truncated in rank with a relative error of {self.error:.2e}, at most "
+                f"truncated or rounded with a relative error of {self.error:.2e}, at most "
                 f"{self.errors[worst]:.2e} ({worst})"
             )
-        if len(self.scalings) > 1 and ADAPTER_FILE in self.files:
-            lines.append(
-                f"its layers have {len(self.scalings)} different scalings, in alpha_pattern: PEFT "
-                "reads it, vLLM does not and would scale all layers alike"
-            )
-        if self.folded:
-            lines.append(
-                f"R of {len(self.folded)} layers is multiplied into A; only format='native' keeps "
-                "it for further training"
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, self.warning] if self.warning else lines)
+
+
+def beyond_vllm(rank: int) -> str | None:
+    """What to do about vLLM's limit, if the rank of a file is above it."""
+    default, *allowed = VLLM_RANKS
+    if rank <= default:
+        return None
+    flag = next((limit for limit in allowed if limit >= rank), None)
+    remedy = f"start it with --max-lora-rank {flag}" if flag else f"{allowed[-1]} is its largest"
+    return (
+        f"the adapter has rank {rank}, and vLLM takes {default} by default: {remedy}, or truncate "
+        f"the adapter with save_adapter(..., compress_to={default}) or lora-kernels convert "
+        f"--compress-to {default}"
+    )
 
 
 def write_adapter(
@@ -76,6 +90,7 @@ def write_adapter(
     *,
     format: str = "peft",
     compress_to: int | None = None,
+    dtype: torch.dtype | str | None = None,
     module_names: Collection[str] | None = None,
     fan_in_fan_out: bool = False,
 ) -> SavedAdapter:
@@ -85,47 +100,84 @@ def write_adapter(
     Args:
         folder: made if it does not exist.
         state: the adapter.
-        format: "peft", which PEFT and serving engines load onto the original base. A start that
-            was subtracted doubles the rank: A' = [A; A₀], B' = [B, −B₀]. Or "native", for this
-            package: as small as the training state.
+        format: "peft", which PEFT and serving engines load onto the original base, all with the
+            same strength: s is multiplied into B, all layers have one rank, and `lora_alpha` is
+            equal to it. A start that was subtracted doubles the rank: A' = [A; A − A₀],
+            B' = s·[B − B₀, B₀]. If A and B cannot be computed from these to the last bit, they are
+            kept beside, in a file that only this package reads. Or "native", for this package: as
+            small as the training state.
         compress_to: the rank that format="peft" is truncated to, by the SVD of s(BA − B₀A₀). The
             result is a plain adapter, from which the start cannot be recovered.
+        dtype: float32, bfloat16 or float16, to which all tensors of format="peft" are rounded. If
+            this changes them, the result is a plain adapter too. None keeps float32, or float64.
         module_names: the names of all modules of the base. With them `target_modules` of the
             configuration can be endings ("q_proj") where those match exactly these layers.
         fan_in_fan_out: whether the layers are Conv1D, for PEFT's option of that name.
 
     Raises:
-        ValueError: an unknown format, or tensors that are not finite or do not fit each other;
-            nothing is written then.
+        ValueError: an unknown format or dtype, or tensors that are not finite, do not fit each
+            other or are too large for `dtype`; nothing is written then.
 
     """
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
-    if compress_to is not None and format != PEFT:
-        raise ValueError("compress_to makes a plain adapter: it needs format='peft'")
+    for option, value in (("compress_to", compress_to), ("dtype", dtype)):
+        if value is not None and format != PEFT:
+            raise ValueError(f"{option} makes a plain adapter: it needs format='peft'")
+    narrow = None if dtype is None else _float_dtype(dtype)
     check_state(state)
-    folder, errors, error = Path(folder), None, None
-    folded: tuple[str, ...] = ()
-    if compress_to is not None:
-        state, errors, error = truncated(state, compress_to)
-    elif format == PEFT:
-        folded = tuple(n for n, layer in state.layers.items() if layer.lora_R is not None)
+    written = state if compress_to is None else truncated(state, compress_to)
     content = folder_content(
-        state, format, module_names=module_names, fan_in_fan_out=fan_in_fan_out
+        written, format, module_names=module_names, fan_in_fan_out=fan_in_fan_out
     )
-    if compress_to is not None:  # what it was truncated from cannot be recovered
-        content = replace(content, recipe=None)
-    sizes = content.write(folder)
-    scalings = tuple(sorted({float(f"{layer.scaling:.12g}") for layer in state.layers.values()}))
-    return SavedAdapter(folder, sizes, len(state.layers), scalings, folded, errors, error)
+    tensors = content.tensors if narrow is None else _rounded(content.tensors, narrow)
+    plain = compress_to is not None or tensors is not content.tensors
+    if plain:  # what it was truncated or rounded from cannot be recovered
+        content = replace(content, recipe=None, tensors=tensors, training={})
+    pairs = factors_of(content.tensors, state.layers) if format == PEFT else {}
+    errors, error = update_errors(state, pairs) if plain else (None, None)
+    sizes = content.write(Path(folder))
+    rank = content.config["r"] if format == PEFT else max(s.r for s in state.layers.values())
+    return SavedAdapter(Path(folder), sizes, len(state.layers), rank, errors, error)
+
+
+def _float_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    known = {name: getattr(torch, name) for name in DTYPES}
+    found = known.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in known.values():
+        name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+        raise unknown_name("dtype", name, DTYPES)
+    return found
+
+
+def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """The tensors in this dtype; the same mapping if all of them have it.
+
+    Raises:
+        ValueError: a number is too large for the dtype.
+
+    """
+    wider = {name for name, tensor in tensors.items() if tensor.dtype in FLOATS}
+    wider = {name for name in wider if tensors[name].dtype != dtype}
+    if not wider:
+        return tensors
+    rounded = {n: t.to(dtype) if n in wider else t for n, t in tensors.items()}
+    for name in wider:
+        if not bool(rounded[name].isfinite().all()):
+            raise ValueError(
+                f"{name!r} has numbers up to {float(tensors[name].abs().max()):.3g}, too large for "
+                f"{str(dtype).removeprefix('torch.')}: use dtype='bfloat16'"
+            )
+    return rounded
 
 
 def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterState:
     """Reads the adapter in a folder, on the CPU.
 
     An adapter that this package wrote is restored as it was trained, bit for bit: A, B, R and the
-    start that is subtracted (an R that was folded excepted, see `SavedAdapter`). An adapter that
-    PEFT wrote is a plain one, with nothing to subtract.
+    start that is subtracted. If the training file is missing, which a copy of the two files that
+    servers read lacks, a warning says so: A and B are then rounded, and an R is multiplied into A.
+    An adapter that PEFT wrote is a plain one, with nothing to subtract.
 
     Args:
         folder: written by this package or PEFT.
@@ -140,7 +192,8 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
 
     """
     folder = Path(folder)
-    config, file, tensors, metadata = _read_files(folder)
+    files = read_files(folder)
+    config, file, tensors, metadata = files.config, files.file, files.tensors, files.metadata
     try:
         check_tensors(tensors)
         recipe = recipe_from_json(metadata[METADATA]) if METADATA in metadata else None
@@ -160,23 +213,46 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
             return from_peft(config, tensors, residual_base)
         if (recipe["format"] == NATIVE) != (file.name == NATIVE_FILE):
             raise ValueError(f"it was saved in the format {recipe['format']!r} and renamed")
-        return from_recipe(recipe, config, tensors)
+        return from_recipe(recipe, config, tensors, files.training(recipe))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _read_files(
-    folder: Path,
-) -> tuple[dict[str, Any] | None, Path, dict[str, Tensor], dict[str, str]]:
-    """The configuration, and the file with its tensors and metadata: those of one adapter, also
-    while another one is being written in its place.
-    """
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The files of an adapter's folder. `mark` is the fingerprint in the training file."""
+
+    config: dict[str, Any] | None
+    file: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    beside: dict[str, Tensor]
+    mark: str | None
+
+    def training(self, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors of the training file; warns if the recipe needs another one."""
+        wanted = recipe.get("training")
+        if wanted is None or self.mark == wanted:
+            return self.beside if wanted else {}
+        state = "missing" if self.mark is None else "that of another adapter"
+        warnings.warn(
+            f"{self.file.parent / TRAINING_FILE} is {state}: the adapter's update is right to "
+            "rounding, but training does not continue from the same bits",
+            stacklevel=3,
+        )
+        return {}
+
+
+def read_files(folder: Path) -> AdapterFiles:
+    """The files of one adapter, also while another one is being written in its place."""
     for attempt in range(_ATTEMPTS):
         before = _versions(folder)
         try:
             config = _read_config(folder)
             file = _tensor_file(folder, config)
             tensors, metadata = load_tensors(file)
+            training = folder / TRAINING_FILE
+            beside, mark = load_tensors(training) if training.is_file() else ({}, {})
         except (FileNotFoundError, RuntimeError):  # RuntimeError: a mapped file has become smaller
             if before == _versions(folder) or attempt == _ATTEMPTS - 1:
                 raise
@@ -184,7 +260,7 @@ def _read_files(
             if before == _versions(folder):
                 break
         time.sleep(_PAUSE)
-    return config, file, tensors, metadata
+    return AdapterFiles(config, file, tensors, metadata, beside, mark.get(METADATA))
 
 
 def _versions(folder: Path) -> list[tuple[int, int, int] | None]:

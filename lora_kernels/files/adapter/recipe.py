@@ -22,7 +22,9 @@ from ...layers.state import FACTORS, LayerState
 from ...model.config import LoRAConfig
 
 METADATA = "lora_kernels"  # its key in the header
-VERSION = 1
+VERSION = 2
+# In version 1, format "peft" holds [A; A₀] and [B, −B₀]; the configuration has s and the ranks.
+_VERSIONS = (1, VERSION)
 # Formats of a folder. START is that of the start beside a residual base, from which it was
 # subtracted (see lora_kernels.files.checkpoint.residual).
 PEFT, NATIVE, START = "peft", "native", "start"
@@ -40,16 +42,18 @@ def recipe_to_json(
 ) -> str:
     """The recipe of an adapter that is stored as `file_format`.
 
-    `more` depends on the format: "peft" has `peft_config`, the content of `adapter_config.json`,
-    and `rank_fields`, its fields at the rank that is trained; "start" has `original`, the original
-    base. An adapter of a PEFT model has no `config`.
+    `more` depends on the format: "peft" has `peft_config`, the content of `adapter_config.json`;
+    `rank_fields`, its fields at the rank that is trained; `training`, the fingerprint of the
+    factors that are kept beside, or None; and of a PEFT model `others`, layers that are not linear.
+    "start" has `original`, the original base. An adapter of
+    a PEFT model has no `config`.
     """
     recipe = {
         "version": VERSION,
         "format": file_format,
         "base_model": base_model,
         "config": None if config is None else config_to_dict(config),
-        "layers": {name: _layer_to_dict(layer) for name, layer in layers.items()},
+        "layers": {name: layer_to_dict(layer) for name, layer in layers.items()},
         **more,
     }
     return json.dumps(recipe, allow_nan=False)
@@ -65,10 +69,10 @@ def recipe_from_json(text: str) -> dict[str, Any]:
     try:
         recipe = json.loads(text)
         version = recipe["version"]
-        if version != VERSION:
+        if version not in _VERSIONS:
             raise ValueError(
-                f"its recipe is of version {version!r}, this package reads version {VERSION}: "
-                "update lora_kernels"
+                f"its recipe is of version {version!r}, this package reads up to version "
+                f"{VERSION}: update lora_kernels"
             )
         parts = ["config", "layers"]
         if recipe["format"] == PEFT:
@@ -99,6 +103,11 @@ def read_recipe(file: Path) -> dict[str, Any] | None:
         return None if text is None else recipe_from_json(text)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def narrow_dtype(recipe: Mapping[str, Any], factor: str) -> torch.dtype | None:
+    """The dtype in which a layer's factor was trained, if it has 16 bits; else None."""
+    return _NARROW.get(recipe.get("dtypes", {}).get(factor))
 
 
 def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) -> LayerState:
@@ -158,7 +167,8 @@ def config_from_dict(values: dict[str, Any]) -> LoRAConfig:
         raise ValueError(f"its configuration is damaged: {error}") from None
 
 
-def _layer_to_dict(layer: LayerState) -> dict[str, Any]:
+def layer_to_dict(layer: LayerState) -> dict[str, Any]:
+    """The recipe of a layer, the inverse of `layer_from_dict`."""
     recipe = {key: getattr(layer, key) for key in _NUMBERS} | {
         "r": layer.r,
         "residual": layer.residual,

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..._utils.model_files import read_json
@@ -27,11 +28,13 @@ def save_adapter(
     adapter_name: str | None = None,
     format: str = "peft",
     compress_to: int | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> SavedAdapter:
     """Writes an adapter of the model, by default the active one, as `write_adapter` does.
 
     If the vocabulary was resized since the model was loaded, the embeddings are stored too, as PEFT
-    stores them. A warning names the layers that PEFT will not find in the folder.
+    stores them. Warnings name the layers that PEFT will not find in the folder, and the limit of
+    vLLM that a larger rank exceeds.
     """
     state = adapter_state(model, adapter_name)
     state.extra = _resized_embeddings(unwrapped(model), state) | state.extra
@@ -49,14 +52,18 @@ def save_adapter(
         )
     modules = {without_wrappers(n): m for n, m in unwrapped(model).named_modules() if n}
     inside = tuple(f"{name}." for name in state.layers)  # modules that adapting has added
-    return write_adapter(
+    saved = write_adapter(
         folder,
         state,
         format=format,
         compress_to=compress_to,
+        dtype=dtype,
         module_names=[name for name in modules if not name.startswith(inside)],
         fan_in_fan_out=all(getattr(modules[n], "transposed", False) for n in state.layers),
     )
+    if saved.warning:
+        warnings.warn(saved.warning, stacklevel=2)
+    return saved
 
 
 def load_adapter(

@@ -18,6 +18,7 @@ from .peft_format.reading import (
     config_from_peft,
     split_tensors,
 )
+from .portable import trained_factors
 from .recipe import PEFT, config_from_dict, layer_from_dict
 
 
@@ -55,7 +56,10 @@ def native_tensors(state: AdapterState) -> dict[str, Tensor]:
 
 
 def from_recipe(
-    recipe: dict[str, Any], config: dict[str, Any] | None, tensors: dict[str, Tensor]
+    recipe: dict[str, Any],
+    config: dict[str, Any] | None,
+    tensors: dict[str, Tensor],
+    training: Mapping[str, Tensor],
 ) -> AdapterState:
     """An adapter that this package wrote.
 
@@ -63,6 +67,7 @@ def from_recipe(
         recipe: that of the file, from `recipe_from_json`.
         config: the content of `adapter_config.json`, if it exists.
         tensors: all tensors of the file.
+        training: the tensors of the training file beside it.
 
     Raises:
         ValueError: they do not fit each other.
@@ -70,7 +75,7 @@ def from_recipe(
     """
     if recipe["format"] == PEFT:
         check_unedited(recipe, config)
-        factors, extra = _split_peft(recipe, tensors)
+        factors, extra = peft_factors(recipe, tensors, training)
     else:
         factors, extra = _split_native(recipe, tensors)
     layers = {}
@@ -105,56 +110,93 @@ def check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> Non
             )
 
 
-def split_halves(
-    name: str, layer: dict[str, Any], right: Tensor, left: Tensor
-) -> dict[str, Tensor]:
-    """Splits [A; A₀] and [B, −B₀] into A and B, and A₀ and B₀ if a start is subtracted.
+def peft_factors(
+    recipe: dict[str, Any], tensors: Mapping[str, Tensor], training: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The factors of each layer, without recomputable initial factors, and all other tensors.
 
     Raises:
-        ValueError: they do not have the rank of the layer's recipe.
+        ValueError: the tensors do not fit the recipe.
 
     """
-    check_pair(name, right, left)
-    r, start = layer["r"], layer.get("start")
-    if right.shape[0] != (2 * r if start else r):
-        raise ValueError(f"lora_A of {name!r} has {right.shape[0]} rows, its recipe has r = {r}")
-    factors = {"lora_A": right[:r].clone(), "lora_B": left[:, :r].clone()}
-    if start:
-        factors |= {"start_A": right[r:].clone(), "start_B": -left[:, r:]}
-    return factors
-
-
-def _split_peft(
-    recipe: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The factors of each layer, without recomputable initial factors, and all other tensors."""
+    if recipe.get("others"):
+        raise ValueError(
+            f"{', '.join(recipe['others'])}: adapters of an embedding, a convolution or experts "
+            "are not implemented here; load it with PEFT"
+        )
     by_peft = recipe["config"] is None
     config = recipe["peft_config" if by_peft else "config"]
     saved = config.get("modules_to_save") or ()
     pairs, extra = split_tensors(tensors, saved, recipe["layers"], by_peft)
     _check_names(recipe["layers"], pairs)
-    factors = {}
-    for name, layer in recipe["layers"].items():
-        factors[name] = split_halves(name, layer, *pairs[name])
-        if layer.get("start") == "dst":
-            del factors[name]["start_A"], factors[name]["start_B"]
+    kept, factors = by_layer(training), {}
+    for name in recipe["layers"]:
+        factors[name] = layer_factors(recipe, name, pairs[name], kept)
     return factors, extra
+
+
+def layer_factors(
+    recipe: dict[str, Any],
+    name: str,
+    pair: tuple[Tensor, Tensor],
+    kept: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The factors of one layer.
+
+    Args:
+        recipe: that of the file.
+        name: the layer's.
+        pair: lora_A and lora_B of the file.
+        kept: the tensors of the training file, from `by_layer`.
+
+    Raises:
+        ValueError: the pair does not fit the recipe.
+
+    """
+    layer = recipe["layers"][name]
+    check_pair(name, *pair)
+    split = _doubled_factors if recipe["version"] == 1 else trained_factors
+    try:
+        return split(layer, *pair) | dict(kept.get(name, {}))
+    except ValueError as error:
+        raise ValueError(f"{error} ({name})") from None
+
+
+def _doubled_factors(layer: dict[str, Any], right: Tensor, left: Tensor) -> dict[str, Tensor]:
+    """Splits [A; A₀] and [B, −B₀], as version 1 wrote them, into A and B, and A₀ and B₀ if they are
+    stored.
+    """
+    r, start = layer["r"], layer.get("start")
+    if right.shape[0] != (2 * r if start else r):
+        raise ValueError(f"lora_A has {right.shape[0]} rows, its recipe has r = {r}")
+    factors = {"lora_A": right[:r].clone(), "lora_B": left[:, :r].clone()}
+    if start == "kept":
+        factors |= {"start_A": right[r:].clone(), "start_B": -left[:, r:]}
+    return factors
+
+
+def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{layer: {factor: tensor}} of tensors "layers.<layer>.<factor>".
+
+    Raises:
+        ValueError: a tensor has another name.
+
+    """
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        layer, _, part = name.rpartition(".")
+        if kind != "layers" or part not in (*FACTORS, "lora_bias"):
+            raise ValueError(f"{key!r} is not a tensor of an adapter")
+        factors.setdefault(layer, {})[part] = tensor
+    return factors
 
 
 def _split_native(
     recipe: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    factors: dict[str, dict[str, Tensor]] = {}
-    extra = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(".")
-        if kind == "extra":
-            extra[name] = tensor
-            continue
-        layer, _, part = name.rpartition(".")
-        if kind != "layers" or part not in FACTORS:
-            raise ValueError(f"{key!r} is not a tensor of an adapter")
-        factors.setdefault(layer, {})[part] = tensor
+    extra = {k.removeprefix("extra."): t for k, t in tensors.items() if k.startswith("extra.")}
+    factors = by_layer({k: t for k, t in tensors.items() if not k.startswith("extra.")})
     _check_names(recipe["layers"], factors)
     for name, layer in recipe["layers"].items():
         expected = {"lora_A", "lora_B"} | ({"lora_R"} if layer.get("R") else set())

@@ -6,6 +6,7 @@ adapter of the original base.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
                 "adapters that PEFT trained on the residual base"
             )
         for what in ("r", "scaling"):
-            if getattr(layer, what) != getattr(first, what):
+            # PEFT computes s from a lora_alpha that was computed from s.
+            if not math.isclose(getattr(layer, what), getattr(first, what), rel_tol=1e-12):
                 raise ValueError(
                     f"{name!r} has {what} = {getattr(layer, what):g}, its start "
                     f"{getattr(first, what):g}: it was not trained from this start"

@@ -1,1 +1,1 @@
-"""Adapters as other programs load them: checked against their rules, and written in their formats."""
+"""Adapters as other programs load them: checked by their rules, and written in their formats."""

@@ -13,11 +13,16 @@ from torch import Tensor
 from ...._utils.names import match_names
 from ...._utils.peft_names import PREFIX, TASK_HEADS
 from ....model.config import AdapterState
+from ..portable import padded
 from .reading import saved_module
 
 
 def to_peft(
-    state: AdapterState, module_names: Collection[str] | None = None, fan_in_fan_out: bool = False
+    state: AdapterState,
+    module_names: Collection[str] | None = None,
+    fan_in_fan_out: bool = False,
+    *,
+    portable: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration, and the tensors in float32 or wider.
 
@@ -26,15 +31,24 @@ def to_peft(
         module_names: the names of all modules of the base. With them `target_modules` can be
             endings that PEFT resolves to exactly these layers; without them it has full names.
         fan_in_fan_out: whether the layers are Conv1D. PEFT corrects a wrong value, with a warning.
+        portable: whether B is multiplied by s, and all layers get one rank (see
+            `lora_kernels.files.adapter.portable`). Otherwise the configuration has each layer's s
+            and rank, as an adapter needs that PEFT is to train.
 
     """
     config = state.config
-    tensors, ranks = {}, {}
-    for name, layer in state.layers.items():
-        right, left = layer.update_factors()
+    pairs = {
+        name: layer.portable_factors() if portable else layer.update_factors()
+        for name, layer in state.layers.items()
+    }
+    ranks = {name: right.shape[0] for name, (right, _) in pairs.items()}
+    largest = max(ranks.values())
+    tensors = {}
+    for name, (right, left) in pairs.items():
+        if portable:
+            right, left = padded(right, largest, 0), padded(left, largest, 1)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = right
         tensors[f"{PREFIX}{name}.lora_B.weight"] = left
-        ranks[name] = right.shape[0]
     saved: dict[str, None] = {}  # the saved modules, in the order of their tensors
     for key, tensor in state.extra.items():
         owner, _, last = key.rpartition(".")
@@ -44,15 +58,16 @@ def to_peft(
         elif last == "bias" and owner in state.layers:
             key = f"{owner}.base_layer.bias"
         tensors[PREFIX + key] = tensor
+    targets, excluded = exact_targets(list(state.layers), module_names, tuple(saved))
+    scalings = {name: layer.scaling for name, layer in state.layers.items()}
     return {
         "peft_type": "LORA",
         "task_type": _task_type(config.task_type, saved),
         "base_model_name_or_path": state.base_model,
         "inference_mode": True,
-        "use_rslora": config.scaling_rule != "lora",
-        **rank_fields(state, ranks),
-        "target_modules": _targets(list(state.layers), module_names, tuple(saved)),
-        "exclude_modules": None,
+        **(portable_fields(largest) if portable else rank_fields(scalings, ranks)),
+        "target_modules": targets,
+        "exclude_modules": excluded,
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": list(saved) or None,
@@ -62,16 +77,30 @@ def to_peft(
     }, tensors
 
 
-def rank_fields(state: AdapterState, ranks: Mapping[str, int]) -> dict[str, Any]:
+def portable_fields(r: int) -> dict[str, Any]:
+    """The fields of an adapter whose layers all have rank r, with s in their B."""
+    return {
+        "r": r,
+        "lora_alpha": r,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+    }
+
+
+def rank_fields(
+    scalings: Mapping[str, float], ranks: Mapping[str, int], rslora: bool = False
+) -> dict[str, Any]:
     """The fields that give the layers these ranks, and each its own s."""
-    rslora = state.config.scaling_rule != "lora"
-    alphas = {name: _alpha(state.layers[name].scaling, r, rslora) for name, r in ranks.items()}
+    alphas = {name: _alpha(scalings[name], r, rslora) for name, r in ranks.items()}
     # The most common pair: vLLM computes the s of all layers from these two and reads no pattern.
     pairs = [(ranks[name], alphas[name]) for name in ranks]
     r, lora_alpha = Counter(pairs).most_common(1)[0][0]
     return {
         "r": r,
         "lora_alpha": lora_alpha,
+        "use_rslora": rslora,
         "rank_pattern": {_pattern(n): k for n, k in ranks.items() if k != r},
         "alpha_pattern": {_pattern(n): a for n, a in alphas.items() if a != lora_alpha},
         "init_lora_weights": True,
@@ -96,22 +125,25 @@ def _pattern(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def _targets(
-    names: list[str], module_names: Collection[str] | None, saved: tuple[str, ...]
-) -> list[str] | str:
-    """The shortest endings that match exactly these layers, or their names.
+def exact_targets(
+    names: Collection[str], module_names: Collection[str] | None, saved: tuple[str, ...] = ()
+) -> tuple[list[str], str | None]:
+    """`target_modules`, the shortest endings that match exactly these layers, or their names; and
+    `exclude_modules`, for modules that even the names would match, as the end of theirs.
 
-    The last part of the names is tried first, by which serving engines know modules.
+    The last part of the names is tried first, by which serving engines know modules. They take a
+    regular expression for one name, or refuse it: it can be in `exclude_modules` only.
     """
     if module_names is None:
-        return sorted(names)
+        return sorted(names), None
     wanted = set(names)
     # PEFT adapts nothing in saved modules.
     others = [n for n in module_names if saved_module(n, saved) is None]
     for length in (1, 2, None):
-        endings = {
-            name if length is None else ".".join(name.split(".")[-length:]) for name in names
-        }
-        if set(match_names(others, sorted(endings), others)) == wanted:
-            return sorted(endings)
-    return "|".join(re.escape(name) for name in sorted(names))
+        endings = sorted(
+            {name if length is None else ".".join(name.split(".")[-length:]) for name in names}
+        )
+        found = set(match_names(others, endings, others))
+        if found == wanted:
+            return endings, None
+    return endings, "|".join(re.escape(name) for name in sorted(found - wanted))

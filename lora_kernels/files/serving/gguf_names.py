@@ -1,0 +1,259 @@
+"""Which tensor of a GGUF model each linear layer of a Hugging Face model becomes, and how llama.cpp
+changes its weight on the way.
+
+It follows llama.cpp's `conversion/` as of October 2026, which `convert_hf_to_gguf.py` runs. Only
+architectures whose linear layers are renamed, and no more than renamed or permuted, are here: the
+names come from the `gguf` package, the permutations from `llama.py` and `olmo.py` of that folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..._utils.errors import unknown_name
+from ..._utils.model_files import read_json
+
+_ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
+_LLAMA = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_SHARED = tuple(f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down"))
+_HEAD = "lm_head"
+_REMEDY = (
+    "leave it out of target_modules, or merge the adapter into the model (lora-kernels merge) and "
+    "convert the result with llama.cpp's convert_hf_to_gguf.py"
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A Hugging Face class that llama.cpp converts.
+
+    Attributes:
+        name: its name in `gguf.MODEL_ARCH`.
+        linears: the linear layers of a block, by their names in it.
+        blocks: the name of the list of blocks.
+        permuted: whether the rows of q and k are put into the order of llama.cpp's RoPE, which
+            rotates neighbors (0, 1), (2, 3); transformers rotates (0, d/2), (1, d/2 + 1).
+        tied: whether the head is tied to the embedding where `config.json` does not say.
+        head: whether llama.cpp reads a head of its own, if it is not tied.
+        nested: if the text model is inside another one, as `language_model`, the types of text
+            models (`text_config.model_type`) that become the same tensors.
+
+    """
+
+    name: str
+    linears: tuple[str, ...] = _LLAMA
+    blocks: str = "model.layers"
+    permuted: bool = False
+    tied: bool = False
+    head: bool = True
+    nested: tuple[str, ...] = ()
+
+
+_GEMMA3 = Architecture("GEMMA3", tied=True, head=False)
+ARCHITECTURES: dict[str, Architecture] = {
+    "ArceeForCausalLM": Architecture(
+        "ARCEE", (*_ATTENTION, "mlp.up_proj", "mlp.down_proj"), permuted=True
+    ),
+    "Cohere2ForCausalLM": Architecture("COHERE2", tied=True, head=False),
+    "CohereForCausalLM": Architecture("COMMAND_R", tied=True, head=False),
+    "GPT2LMHeadModel": Architecture(
+        "GPT2",
+        ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        "transformer.h",
+        tied=True,
+    ),
+    "Gemma2ForCausalLM": Architecture("GEMMA2", tied=True, head=False),
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(_GEMMA3, nested=("gemma3_text",)),
+    "GemmaForCausalLM": Architecture("GEMMA", tied=True, head=False),
+    "GraniteForCausalLM": Architecture("GRANITE", permuted=True),
+    "LlamaForCausalLM": Architecture("LLAMA", permuted=True),
+    "Ministral3ForCausalLM": Architecture("MISTRAL3", permuted=True),
+    "Mistral3ForConditionalGeneration": Architecture(
+        "MISTRAL3", permuted=True, tied=True, nested=("mistral", "ministral3")
+    ),
+    "MistralForCausalLM": Architecture("LLAMA", permuted=True),
+    "MixtralForCausalLM": Architecture("LLAMA", _ATTENTION, permuted=True),
+    "NemotronForCausalLM": Architecture("NEMOTRON", (*_ATTENTION, "mlp.up_proj", "mlp.down_proj")),
+    "Olmo2ForCausalLM": Architecture("OLMO2"),
+    "Olmo3ForCausalLM": Architecture("OLMO2"),
+    "OlmoForCausalLM": Architecture("OLMO", permuted=True),
+    "Phi3ForCausalLM": Architecture(
+        "PHI3",
+        ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    ),
+    "PhiForCausalLM": Architecture(
+        "PHI2", (*_ATTENTION[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2")
+    ),
+    "Qwen2ForCausalLM": Architecture("QWEN2"),
+    "Qwen2MoeForCausalLM": Architecture("QWEN2MOE", (*_ATTENTION, *_SHARED)),
+    "Qwen3ForCausalLM": Architecture("QWEN3"),
+    "Qwen3MoeForCausalLM": Architecture("QWEN3MOE", _ATTENTION),
+    "SeedOssForCausalLM": Architecture("SEED_OSS"),
+    "SmolLM3ForCausalLM": Architecture("SMOLLM3", permuted=True, tied=True),
+    "Starcoder2ForCausalLM": Architecture(
+        "STARCODER2", (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"), tied=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer's tensor: its `name` in the GGUF model, and the number of `heads` whose rows are
+    permuted; None if the rows stay in their order.
+    """
+
+    name: str
+    heads: int | None = None
+
+
+class BaseModel:
+    """What llama.cpp makes of the model with a `config.json`.
+
+    Args:
+        base: the model's folder, or its `config.json`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not valid, or of an architecture that is not known here.
+
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.file = base / "config.json" if base.is_dir() else base
+        if not self.file.is_file():
+            raise FileNotFoundError(
+                f"{self.file} does not exist: give the folder of the base model, or its config.json"
+            )
+        config = read_json(self.file)
+        names = config.get("architectures")
+        if not isinstance(names, list) or not names:
+            raise ValueError(
+                f"{self.file} does not name its class in 'architectures', from which llama.cpp "
+                "knows the model: take the config.json of the model on its hub"
+            )
+        self.kind = str(names[0])
+        if self.kind not in ARCHITECTURES:
+            raise unknown_name(
+                "architecture for GGUF (its conversion to GGUF is not known here to keep the rows "
+                "and columns of its linear layers)",
+                self.kind,
+                tuple(ARCHITECTURES),
+            )
+        self.architecture = ARCHITECTURES[self.kind]
+        self.config = {**config, **self._text_config(config)}
+        self.tied = config.get("tie_word_embeddings", self.architecture.tied) is not False
+        self.blocks = self._number("num_hidden_layers", "n_layer")
+
+    def targets(self, gguf: ModuleType, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Target]:
+        """The tensor of each layer.
+
+        Args:
+            gguf: the package of that name.
+            shapes: (out, in) of each layer, by its name in the Hugging Face model.
+
+        Raises:
+            ValueError: a layer has no tensor of its own in the GGUF model, or another shape than in
+                the configuration, or the package is too old.
+
+        """
+        arch = getattr(gguf.MODEL_ARCH, self.architecture.name, None)
+        if arch is None:
+            raise ValueError(
+                f"the installed package gguf does not know {self.kind}: "
+                "pip install --upgrade 'lora-kernels[gguf]'"
+            )
+        names = gguf.get_tensor_name_map(arch, self.blocks)
+        found: dict[str, Target] = {}
+        for layer, (out, _) in shapes.items():
+            known = self._known(layer)
+            name = names.get_name(known)
+            if name is None:
+                raise ValueError(f"the package gguf has no name for {layer!r} of {self.kind}")
+            found[layer] = Target(f"{name}.weight", self._heads(layer, known, out))
+        return found
+
+    def _text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of the text model, if it is inside another one."""
+        if not self.architecture.nested:
+            return {}
+        text = config.get("text_config")
+        kind = text.get("model_type") if isinstance(text, dict) else None
+        if not isinstance(text, dict) or kind not in self.architecture.nested:
+            raise unknown_name(
+                f"text model of {self.kind} for GGUF", kind, self.architecture.nested
+            )
+        return text
+
+    def gguf_architecture(self, gguf: ModuleType) -> str:
+        """The value of `general.architecture`."""
+        return str(gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, self.architecture.name)])
+
+    def _known(self, layer: str) -> str:
+        """The name of the layer in a model that only has text.
+
+        Raises:
+            ValueError: it is not one of the linear layers of the architecture.
+
+        """
+        name = layer
+        if self.architecture.nested:
+            # model.language_model.layers and, in older files, language_model.model.layers
+            name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", layer)
+            if name == layer and layer != _HEAD:
+                raise self._refused(layer, "it is not in the language model")
+        if name in (_HEAD, f"model.{_HEAD}"):
+            return self._checked_head(layer)
+        found = re.fullmatch(rf"{re.escape(self.architecture.blocks)}\.(\d+)\.(.+)", name)
+        if found is None or found[2] not in self.architecture.linears:
+            inside = found is not None and ".experts." in name
+            why = "the experts of a block are one tensor there" if inside else "it has no tensor"
+            raise self._refused(layer, why)
+        if int(found[1]) >= self.blocks:
+            raise ValueError(
+                f"the adapter has {layer!r}, but {self.file} says that the model has "
+                f"{self.blocks} blocks: it is another base model"
+            )
+        return name
+
+    def _checked_head(self, layer: str) -> str:
+        if self.tied or not self.architecture.head:
+            raise ValueError(
+                f"{layer!r} is tied to the embedding of this model, and llama.cpp has no tensor of "
+                f"its own for it, which an adapter could change: {_REMEDY}"
+            )
+        return _HEAD
+
+    def _heads(self, layer: str, known: str, out: int) -> int | None:
+        """The number of heads in the rows of q and k, if they are permuted."""
+        if not self.architecture.permuted or not known.endswith(("q_proj", "k_proj")):
+            return None
+        queries = self._number("num_attention_heads")
+        heads = queries
+        if known.endswith("k_proj") and self.config.get("num_key_value_heads") is not None:
+            heads = self._number("num_key_value_heads")
+        size = self.config.get("head_dim") or self._number("hidden_size") // queries
+        if out != heads * size or size % 2:
+            raise ValueError(
+                f"{layer!r} has {out} rows, but {self.file} says {heads} heads of {size}: it is "
+                "another base model"
+            )
+        return heads
+
+    def _number(self, *keys: str) -> int:
+        value = next((self.config[key] for key in keys if key in self.config), None)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{self.file}: {keys[0]} is {value!r}, not a positive number")
+        return value
+
+    def _refused(self, layer: str, why: str) -> ValueError:
+        linears = ", ".join(self.architecture.linears)
+        return ValueError(
+            f"{layer!r} cannot be adapted in a GGUF model of {self.kind}: {why} (those that can "
+            f"be are {self.architecture.blocks}.<i>. with {linears}); {_REMEDY}"
+        )

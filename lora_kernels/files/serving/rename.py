@@ -1,0 +1,143 @@
+"""An adapter with other names of layers, for a server whose class holds the text model elsewhere:
+`language_model.model.layers.0...` instead of `model.layers.0...`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..._utils.errors import did_you_mean
+from ..._utils.names import ALL_LINEAR, match_names
+from ...model.config import AdapterState, LoRAConfig
+
+_SHOWN = 3  # names in an error
+
+
+def renamed(state: AdapterState, old: str, new: str) -> AdapterState:
+    """The same adapter, whose names begin with `new` where they began with `old`.
+
+    Names of layers, of tensors that are trained in full, and those in the configuration are
+    renamed; names that do not begin with `old` stay. The tensors are shared with `state`.
+
+    Args:
+        state: the adapter, which is not changed.
+        old: a prefix of whole parts of names, with or without the dot at its end ("model.",
+            "model"); "" is the beginning of all names.
+        new: what takes its place; "" removes the prefix.
+
+    Raises:
+        ValueError: no layer's name begins with `old`, a prefix has an empty part, or two names
+            would be equal.
+
+    """
+    old, new = _prefix(old, "old"), _prefix(new, "new")
+    if not any(_begins(name, old) for name in state.layers):
+        raise ValueError(_not_found(old, list(state.layers)))
+    layers = _moved(state.layers, old, new)
+    extra = _moved(state.extra, old, new)
+    names = dict(zip(state.layers, layers, strict=True))
+    return replace(state, layers=layers, extra=extra, config=_config(state.config, names, old, new))
+
+
+def _prefix(prefix: str, option: str) -> str:
+    """The prefix without a dot at its end."""
+    prefix = prefix.removesuffix(".")
+    if prefix and not all(prefix.split(".")):
+        raise ValueError(
+            f"the {option} prefix {prefix!r} has an empty part: give whole parts of names, such as "
+            "'model.' or 'language_model.model.'"
+        )
+    return prefix
+
+
+def _not_found(old: str, names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
+    beginnings = {
+        ".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 1)
+    }
+    return (
+        f"no layer's name begins with {f'{old}.'!r}; the first are {shown}"
+        f"{did_you_mean(old, sorted(beginnings))}"
+    )
+
+
+def _begins(name: str, old: str) -> bool:
+    return not old or name == old or name.startswith(f"{old}.")
+
+
+def _move(name: str, old: str, new: str) -> str:
+    """The name with another prefix, if it has the old one."""
+    if not _begins(name, old):
+        return name
+    rest = name.removeprefix(old).removeprefix(".")
+    moved = f"{new}.{rest}" if new and rest else new or rest
+    if not moved:
+        raise ValueError(f"{name!r} would have no name without {old!r}")
+    return moved
+
+
+def _moved(named: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    before: dict[str, str] = {}
+    for name, value in named.items():
+        moved = _move(name, old, new)
+        if moved in found:
+            raise ValueError(f"{before[moved]!r} and {name!r} would both be called {moved!r}")
+        found[moved], before[moved] = value, name
+    return found
+
+
+def _config(config: LoRAConfig, names: Mapping[str, str], old: str, new: str) -> LoRAConfig:
+    """The configuration that means the same layers, by their new names in `names`, and gives them
+    the same r and lora_alpha.
+
+    Endings and patterns stay if they still mean that, which most do; otherwise the layers' names
+    take their place.
+    """
+    fields: dict[str, Any] = {
+        "modules_to_save": _listed(config.modules_to_save, old, new),
+        "exclude_modules": config.exclude_modules,
+        "target_modules": config.target_modules,
+    }
+    if not isinstance(config.target_modules, str):
+        fields["target_modules"] = _listed(config.target_modules, old, new)
+    if not isinstance(config.exclude_modules, str):
+        fields["exclude_modules"] = _listed(config.exclude_modules, old, new)
+    excluded = fields["exclude_modules"]
+    if not _mean(fields["target_modules"], names.values()) or isinstance(excluded, str):
+        # A regular expression of the old names says nothing of the new ones.
+        fields |= {"target_modules": tuple(names.values()), "exclude_modules": None}
+    moved = replace(config, **fields)
+    if any(moved.layer_rank(now) != config.layer_rank(name) for name, now in names.items()):
+        ranks = {now: config.layer_rank(name) for name, now in names.items()}
+        moved = replace(moved, rank_pattern=_exact(ranks, config.r))
+    if any(moved.layer_alpha(now) != config.layer_alpha(name) for name, now in names.items()):
+        alphas = {now: config.layer_alpha(name) for name, now in names.items()}
+        moved = replace(moved, alpha_pattern=_exact(alphas, config.lora_alpha))
+    return moved
+
+
+def _listed(values: Iterable[str] | None, old: str, new: str) -> tuple[str, ...] | None:
+    """The entries of a list of names and endings; without a prefix, all are endings."""
+    if values is None:
+        return None
+    return tuple(_move(value, old, new) if old else value for value in values)
+
+
+def _mean(targets: str | tuple[str, ...], names: Iterable[str]) -> bool:
+    """Whether the targets match all these names, and each entry of a list one of them."""
+    names = list(names)
+    if targets == ALL_LINEAR:
+        return True
+    try:
+        return match_names(names, targets) == names
+    except ValueError:
+        return False
+
+
+def _exact(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """A pattern for each layer whose value is not the default."""
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}

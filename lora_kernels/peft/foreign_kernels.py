@@ -1,0 +1,217 @@
+"""Kernels of other packages that compute PEFT's layers without calling them.
+
+Axolotl and Unsloth replace `mlp.forward`, `self_attn.apply_qkv` and `self_attn.apply_o`, Unsloth
+also the forward of whole classes, by functions that read the base's weight and the adapter's
+`lora_A` and `lora_B`. Such a function knows nothing of a `LoraVariant`: it computes W + s·BA,
+without − s·B₀A₀.
+
+The functions are recognized by their compiled code, which exists without a source, too: code from
+outside of PEFT and torch that a module computes with and that reads `lora_A` and a weight, itself
+or in a function that it calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from .._utils.source import is_trusted, undecorated
+from .layers import lora_layers
+from .variant import start_of
+
+_READ, _VARIANT = frozenset(("lora_A", "weight")), "lora_variant"
+_DEPTH = 8  # of functions that call each other
+# Methods that prepare, save or change a model, but compute nothing of its output.
+_PREPARING = ("__init__", "for_", "from_", "get_", "load_", "patch_", "push_", "save_", "set_")
+_SHOWN = 3  # names of layers in a message
+
+# How to go on with each package's kernels. Others get the advice without a package.
+_OFF = {
+    "axolotl": "in Axolotl's configuration lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel: "
+    "false",
+    "unsloth": "with Unsloth, load the model with transformers and PEFT in a process that has not "
+    "called FastLanguageModel",
+}
+
+
+def kernels_past(model: nn.Module, layers: Mapping[str, LoraLayer] | None = None) -> dict[str, str]:
+    """{name: "module.function"} of the LoRA layers that another package's code computes without
+    calling them.
+
+    Args:
+        model: a `PeftModel` or the model inside.
+        layers: the layers to look for, by name; all LoRA layers if None.
+
+    """
+    layers = lora_layers(model) if layers is None else layers
+    names = {id(layer): name for name, layer in layers.items()}
+    cache: dict[FunctionType, frozenset[str] | None] = {}
+    found: dict[str, str] = {}
+    for module in model.modules():
+        if id(module) in names:
+            kernel = _ignores_variants(module)
+            if kernel is not None:
+                found.setdefault(names[id(module)], kernel)
+            continue
+        for function, owner in _functions(module, names):
+            if function not in cache:
+                cache[function] = _names_read(function)
+            read = cache[function]
+            if read is not None:
+                for name in _layers_read(owner, read, names):
+                    found.setdefault(name, _full_name(function))
+    return found
+
+
+def without_start(model: nn.Module) -> dict[str, str]:
+    """`kernels_past` for those layers that should subtract B₀A₀ for an adapter."""
+    started = {
+        name: layer
+        for name, layer in lora_layers(model).items()
+        if any(start_of(layer, adapter) is not None for adapter in layer.lora_A)
+    }
+    return kernels_past(model, started) if started else {}
+
+
+def explained(kernels: Mapping[str, str]) -> str:
+    """A message about the layers, {name: kernel}, with what to do."""
+    layers = list(kernels)
+    shown = ", ".join(layers[:_SHOWN]) + (" ..." if len(layers) > _SHOWN else "")
+    used = sorted(set(kernels.values()))
+    packages = {name.partition(".")[0].partition("_")[0] for name in used}
+    advice = [_OFF[package] for package in sorted(packages) if package in _OFF]
+    off = f" ({'; '.join(advice)})" if advice else ""
+    return (
+        f"{', '.join(used)} compute{'s' if len(used) == 1 else ''} {len(layers)} layers ({shown}) "
+        "from the base's weight, lora_A and lora_B, without calling the layers, and would lose "
+        f"− s·B₀A₀. Turn these kernels off{off}; or use a start with BA = 0, such as "
+        "'lora'; or write a base without B₀A₀ and a plain adapter for it with the command "
+        "`lora-kernels init`"
+    )
+
+
+def _functions(
+    module: nn.Module, names: Mapping[int, str]
+) -> Iterator[tuple[FunctionType, nn.Module]]:
+    """The functions by which a module computes its output, from packages that are not trusted, and
+    the module that each one is given first.
+
+    For a module with LoRA layers as children these are all its functions, for others the forward.
+    """
+    cls: Any = type(module)
+    values: list[tuple[str, object]] = [
+        ("forward", vars(module).get("forward")),
+        ("forward", cls.forward),
+    ]
+    if any(id(child) in names for child in module.children()) or _holds_lists(module, names):
+        values = [*vars(module).items()]
+        for base in cls.__mro__:
+            values += () if is_trusted(base.__module__) else vars(base).items()
+        values.append(("forward", cls.forward))
+    for name, value in values:
+        function = None if name.startswith(_PREPARING) else _foreign(value)
+        if function is not None:
+            owner = value.__self__ if isinstance(value, MethodType) else None
+            yield function, owner if isinstance(owner, nn.Module) else module
+
+
+def _holds_lists(module: nn.Module, names: Mapping[int, str]) -> bool:
+    """Whether a child that is only a list or dictionary of modules holds LoRA layers."""
+    return any(
+        id(layer) in names
+        for child in module.children()
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict))
+        for layer in child.children()
+    )
+
+
+def _foreign(value: object) -> FunctionType | None:
+    """The Python function in an attribute, if it is from a package that is not trusted."""
+    if isinstance(value, (nn.Module, type)) or not callable(value):
+        return None
+    function = undecorated(value)
+    return None if function is None or is_trusted(function.__module__ or "") else function
+
+
+def _names_read(function: FunctionType) -> frozenset[str] | None:
+    """All names in the code of a function and of those that it calls; None if they do not read
+    both `lora_A` and a weight.
+    """
+    seen: set[FunctionType] = set()
+    names: set[str] = set()
+    pending = [(function, 0)]
+    while pending:
+        current, depth = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        own = _names(current.__code__)
+        names |= own
+        if depth < _DEPTH:
+            pending += [(called, depth + 1) for called in _called(current, own)]
+    return frozenset(names) if names >= _READ else None
+
+
+def _names(code: CodeType) -> set[str]:
+    """The attributes, globals and string constants in the code, with functions defined inside."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+        elif isinstance(constant, str):
+            names.add(constant)
+    return names
+
+
+def _called(function: FunctionType, names: Iterable[str]) -> Iterator[FunctionType]:
+    """The functions that these names may mean in the code of a function."""
+    scope = function.__globals__
+    values = [scope.get(name) for name in names]
+    values += [vars(module).get(name) for module in _modules(values) for name in names]
+    for cell in function.__closure__ or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # not assigned yet
+            continue
+    for value in values:
+        called = _foreign(value)
+        if called is not None:
+            yield called
+
+
+def _modules(values: Iterable[object]) -> list[Any]:
+    """The modules among some values, without trusted packages."""
+    return [
+        value
+        for value in values
+        if isinstance(value, ModuleType) and not is_trusted(value.__name__)
+    ]
+
+
+def _layers_read(owner: nn.Module, read: frozenset[str], names: Mapping[int, str]) -> Iterator[str]:
+    """The LoRA layers below a module that code with these names reads; all if it names none."""
+    below = {path: names[id(m)] for path, m in owner.named_modules() if id(m) in names}
+    named = [name for path, name in below.items() if _attribute(path) in read]
+    yield from named or below.values()
+
+
+def _attribute(path: str) -> str:
+    """The last attribute in a path of names and indices: "experts.up.0" -> "up"."""
+    return next((part for part in reversed(path.split(".")) if not part.isdecimal()), "")
+
+
+def _ignores_variants(layer: nn.Module) -> str | None:
+    """The function that replaces the forward of a LoRA layer and knows no `LoraVariant`."""
+    function = _foreign(vars(layer).get("forward", type(layer).forward))
+    names = None if function is None else _names_read(function)
+    if function is None or names is None or _VARIANT in names:
+        return None
+    return _full_name(function)
+
+
+def _full_name(function: FunctionType) -> str:
+    return f"{function.__module__}.{function.__name__}"

@@ -1,0 +1,159 @@
+"""The portable form of a PEFT model's adapter (see `lora_kernels.files.adapter.portable`).
+
+All kinds of PEFT's layers take part, also those that have no start here: embeddings, convolutions
+and the experts of a mixture, whose rank r is a dimension of A [E·r, in], the expert slowest, and of
+B [out, r·E], the expert fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import Tensor
+
+from .._utils.peft_names import PREFIX
+from ..files.adapter.portable import lost_factors, padded
+from ..layers.options import lora_scaling
+from ..layers.state import LayerState
+from .layers import has_adapter
+from .variant import start_of
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A and B of one layer: their names in the model's state_dict, and that of B's bias if there is
+    one; rank and s; the number of experts; whether they are those of a linear layer; and whether
+    they are there whole, not as shards of DeepSpeed ZeRO-3 or FSDP, which are left as they are.
+    """
+
+    name: str
+    key_A: str
+    key_B: str
+    key_bias: str | None
+    r: int
+    scaling: float
+    lora_alpha: float
+    experts: int
+    linear: bool
+    whole: bool
+    start: tuple[Tensor, Tensor] | None
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        return self.key_A, self.key_B
+
+    def state(self, tensors: Mapping[str, Tensor]) -> LayerState:
+        """The layer's adapter with A and B of the state_dict."""
+        start_A, start_B = self.start or (None, None)
+        A, B = (tensors[key].detach() for key in self.keys)
+        numbers = self.scaling, self.lora_alpha
+        return LayerState(A, B, *numbers, start_A=start_A, start_B=start_B, residual="implicit")
+
+    @torch.no_grad()
+    def portable(self, tensors: Mapping[str, Tensor], r: int) -> tuple[Tensor, Tensor]:
+        """A' and s·B' of rank r."""
+        if not self.whole:
+            return tensors[self.key_A], tensors[self.key_B]
+        if self.linear:
+            right, left = self.state(tensors).portable_factors()
+        else:
+            right, left = (_wide(tensors[key]) for key in self.keys)
+            left = scaled(left, self.scaling)
+        return _resized(right, r, self.experts, 0), _resized(left, r, self.experts, 1)
+
+    def lost(self, tensors: Mapping[str, Tensor], right: Tensor, left: Tensor) -> dict[str, Tensor]:
+        """What `trained` does not give back to the last bit, by its name in a training file."""
+        if not self.whole:
+            return {}
+        if self.linear:
+            lost = lost_factors(self.state(tensors), right, left)
+        else:
+            B = tensors[self.key_B].detach()
+            same = torch.equal(trained(self.recipe(), right, left)[1].to(B.dtype), B)
+            lost = {} if same else {"lora_B": B}
+        if self.key_bias is not None:
+            bias = tensors[self.key_bias].detach()
+            if not torch.equal(unscaled(scaled(bias, self.scaling), self.scaling), bias):
+                lost["lora_bias"] = bias
+        return {f"layers.{self.name}.{part}": factor for part, factor in lost.items()}
+
+    def recipe(self) -> dict[str, Any]:
+        """What `trained` needs of a layer that is not linear."""
+        return {"r": self.r, "scaling": self.scaling, "experts": self.experts}
+
+
+def pairs_of(
+    peft_model: peft.PeftModel, adapter: str, tensors: Mapping[str, Tensor]
+) -> Iterator[Pair]:
+    """A and B of every layer that has the adapter, if they are in the state_dict `tensors`."""
+    rule = "rslora" if peft_model.peft_config[adapter].use_rslora else "lora"
+    for path, layer in peft_model.named_modules():
+        if not isinstance(layer, LoraLayer) or not has_adapter(layer, adapter):
+            continue
+        embedding = adapter in layer.lora_embedding_A
+        form = "{}.lora_embedding_{}.{}" if embedding else "{}.lora_{}.{}.weight"
+        key_A, key_B = (form.format(path, half, adapter) for half in "AB")
+        if not {key_A, key_B} <= tensors.keys():
+            continue
+        A, B = tensors[key_A], tensors[key_B]
+        bias = f"{path}.lora_B.{adapter}.bias"
+        experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+        r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
+        yield Pair(
+            name=path.removeprefix(PREFIX),
+            key_A=key_A,
+            key_B=key_B,
+            key_bias=bias if bias in tensors else None,
+            r=r,
+            scaling=lora_scaling(alpha, r, rule),
+            lora_alpha=alpha,
+            experts=experts,
+            linear=not embedding
+            and A.dim() in (1, 2)  # a shard may be flat
+            and not isinstance(layer, ParamWrapper),
+            whole=is_whole(A) and is_whole(B),
+            start=None if embedding else start_of(layer, adapter),
+        )
+
+
+def is_whole(factor: Tensor) -> bool:
+    """Whether a factor is not a shard of DeepSpeed ZeRO-3 or FSDP."""
+    return factor.dim() >= 2 and factor.numel() > 0
+
+
+@torch.no_grad()
+def trained(recipe: Mapping[str, Any], right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of a layer that is not linear, from A' and s·B'."""
+    r, experts = recipe["r"], recipe["experts"]
+    left = _resized(left, r, experts, 1)
+    return _resized(right, r, experts, 0), unscaled(left, recipe["scaling"])
+
+
+def scaled(factor: Tensor, scaling: float) -> Tensor:
+    """s · `factor`, rounded once to its dtype."""
+    return (factor.double() * scaling).to(factor.dtype)
+
+
+def unscaled(factor: Tensor, scaling: float) -> Tensor:
+    """The inverse of `scaled`, exact if s is a power of two."""
+    return (factor.double() / scaling).to(factor.dtype)
+
+
+def _wide(factor: Tensor) -> Tensor:
+    return factor.detach().to(torch.promote_types(factor.dtype, torch.float32))
+
+
+def _resized(factor: Tensor, r: int, experts: int, dim: int) -> Tensor:
+    """A (`dim` 0) or B (1), of any rank, with rank r: zeros are added or taken away."""
+    if experts > 1:
+        # [E, r, in] or [out, r, E]
+        split = factor.unflatten(dim, (experts, -1) if dim == 0 else (-1, experts))
+        return _resized(split, r, 1, 1).flatten(dim, dim + 1)
+    if factor.shape[dim] >= r:
+        return factor.narrow(dim, 0, r)
+    return padded(factor, r, dim)

@@ -61,12 +61,14 @@ VARIANTS = {
     "use_qalora": "QA-LoRA, which averages groups of the input before A",
     "velora_config": "VeLoRA, which trains with compressed inputs",
 }
+# Of these, adapters that PEFT has written are read; `add_lora` does not make them.
+TOKEN_INDICES = "trainable_token_indices"
+READ = (TOKEN_INDICES,)
 # PEFT makes an object of these even from {}: only None turns them off.
 GROUPS_OF_OPTIONS = (
     "arrow_config",
     "kasa_config",
     "monteclora_config",
-    "trainable_token_indices",
     "use_bdlora",
     "velora_config",
 )

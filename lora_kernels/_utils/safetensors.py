@@ -198,22 +198,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     needed("safetensors", "saving adapters", "cli")
     import safetensors.torch
 
-    try:
-        safetensors.torch.save_file(_owned(tensors), path, dict(metadata) or None)
-    except safetensors.SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{path.name} could not be written: {error}") from None
-
-
-def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of the file that `save_tensors` writes."""
-    needed("safetensors", "saving adapters", "cli")
-    import safetensors.torch
-
-    return safetensors.torch.save(_owned(tensors), dict(metadata) or None)
-
-
-def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU; copies where two share memory, which the format cannot express."""
+    # Copies where two share memory, which the format cannot express.
     owned: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in tensors.items():
@@ -223,7 +208,10 @@ def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         owned[name] = tensor
-    return owned
+    try:
+        safetensors.torch.save_file(owned, path, dict(metadata) or None)
+    except safetensors.SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{path.name} could not be written: {error}") from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import OutOfMemoryError
 
 from .._utils.errors import MissingExtraError
 from .._utils.version import __version__
-from . import convert, init, inspect, merge, verify
+from . import check, convert, init, inspect, merge, verify
 
 _EXAMPLES = """\
 from a checkpoint to a trained adapter:
@@ -18,13 +18,14 @@ from a checkpoint to a trained adapter:
   (train start/adapter on the model in start, with PEFT or TRL, into trained)
   lora-kernels convert trained adapter --start start/adapter
   lora-kernels verify adapter models/base
+  lora-kernels check adapter --base models/base --for vllm,sglang
   lora-kernels merge models/base adapter merged
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. The exit status is 0; 1 after an error (one line on standard error), or if
-    `verify` finds one; 2 after wrong usage; 130 after Ctrl-C.
+    `verify` or `check` finds one; 2 after wrong usage; 130 after Ctrl-C.
     """
     options = _parser().parse_args(argv)
     try:
@@ -50,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.set_defaults(resumes=False)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for module in (init, merge, convert, verify, inspect):
+    for module in (init, merge, convert, verify, check, inspect):
         module.add_parser(commands)
     return parser

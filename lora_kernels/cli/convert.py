@@ -5,25 +5,32 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..files.adapter.recipe import FORMATS
-from ..files.checkpoint.convert import convert
-from ._options import Commands, add_command, add_path, add_quiet
+from ..files.serving.convert import TARGETS, convert
+from ._options import DTYPES, Commands, add_command, add_path, add_quiet
 
 _DESCRIPTION = """\
-Writes an adapter in another format.
+Writes an adapter in another format, rank or dtype, or with other names.
 
-peft (the default): PEFT and serving engines load it onto the original model. A start that was
-subtracted from the base doubles the rank, unless --compress-to truncates it. native: for
-lora_kernels, as small as the training state.
+--to peft (the default): PEFT and serving engines load it onto the original model, all with the same
+strength: s is multiplied into B, and all layers have one rank. A start that was subtracted from the
+base doubles the rank, unless --compress-to truncates it. --to native: for lora_kernels, as small as
+the training state. --to gguf: OUT is a file for llama.cpp and Ollama.
 
 --start: ADAPTER was trained with PEFT on the model that `lora-kernels init` wrote, and START is the
-folder "adapter" in that model, unchanged. The result is an adapter of the original model.
+folder "adapter" in that model, unchanged. Or PEFT itself has subtracted a start (init_lora_weights
+"pissa", "olora", "corda" or "lora_ga"), and START is the adapter that PEFT saved before training.
+The result is an adapter of the original model.
+
+--rename: for a server whose class holds the text model elsewhere, so that the names of the adapter
+silently match nothing. `lora-kernels check` tells which prefix would.
 """
 _EXAMPLES = """\
 examples:
   lora-kernels convert trained adapter --start start/adapter
-  lora-kernels convert trained adapter --start start/adapter --compress-to 16
-  lora-kernels convert runs/native adapter --format peft
+  lora-kernels convert trained adapter --start start/adapter --compress-to 16 --dtype bfloat16
+  lora-kernels convert runs/native adapter --to peft
+  lora-kernels convert adapter adapter.gguf --to gguf --base models/Llama-3-8B
+  lora-kernels convert adapter renamed --rename model. language_model.model.
 """
 
 
@@ -32,8 +39,10 @@ def add_parser(commands: Commands) -> None:
         commands, "convert", "write an adapter in another format", _DESCRIPTION, _EXAMPLES
     )
     add_path(parser, "ADAPTER", "folder of an adapter, written by PEFT or lora_kernels")
-    add_path(parser, "OUT", "folder to write; an adapter in it is replaced")
-    parser.add_argument("--format", choices=FORMATS, default="peft", help="default peft")
+    add_path(parser, "OUT", "folder to write, or file (gguf); an adapter in it is replaced")
+    parser.add_argument(
+        "--to", "--format", dest="format", choices=TARGETS, default="peft", help="default peft"
+    )
     parser.add_argument(
         "--compress-to",
         type=int,
@@ -41,7 +50,23 @@ def add_parser(commands: Commands) -> None:
         help="truncate the rank to R, by an SVD of the update; prints the error",
     )
     parser.add_argument(
+        "--dtype", choices=DTYPES, help="round the tensors (default: they keep their dtype)"
+    )
+    parser.add_argument(
         "--start", type=Path, metavar="START", help="the start that ADAPTER was trained from"
+    )
+    parser.add_argument(
+        "--rename",
+        nargs=2,
+        metavar=("OLD", "NEW"),
+        help="let the names of layers begin with NEW instead of OLD",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="BASE",
+        help="folder of the model, or for gguf its config.json (default: the base that ADAPTER "
+        "names, if it is a folder)",
     )
     add_quiet(parser, "summary")
     parser.set_defaults(run=_convert)
@@ -53,7 +78,10 @@ def _convert(options: argparse.Namespace) -> None:
         options.out,
         format=options.format,
         compress_to=options.compress_to,
+        dtype=options.dtype,
         start=options.start,
+        rename=None if options.rename is None else tuple(options.rename),
+        base=options.base,
     )
     if not options.quiet:
         print(saved)

@@ -21,6 +21,7 @@ _LOAD = "load it as a further adapter, load_adapter(..., adapter_name=...)"
 
 class Adapter(WithStart, nn.Module):
     """A [r, in], B [out, r] and, for some starts, R [r, r]; s; and the initial factors A₀ and B₀.
+    Adapters by PEFT may have a bias of B [out], whose s-fold is added to the output.
 
     A₀ and B₀ are needed to restore the base. Those of a DST start are computed from β; those of
     other starts are stored. A layer that subtracts s·B₀A₀ in its forward ("implicit") always stores
@@ -30,6 +31,7 @@ class Adapter(WithStart, nn.Module):
     lora_A: nn.Parameter  # [r, in]
     lora_B: nn.Parameter  # [out, r]
     lora_R: nn.Parameter | None  # [r, r]
+    lora_bias: nn.Parameter | None  # [out]
     beta: Tensor | None
     scaling: float
     _scaling_bits: Tensor
@@ -44,6 +46,7 @@ class Adapter(WithStart, nn.Module):
         self.lora_A = nn.Parameter(start.lora_A, requires_grad=lora_R is None)
         self.lora_B = nn.Parameter(start.lora_B, requires_grad=lora_R is None)
         self.register_parameter("lora_R", lora_R)
+        self.register_parameter("lora_bias", None)
         absorbed = changes_base and options.residual == "absorb"
         keep = changes_base and not (absorbed and start.beta is not None)
         start_A = start.lora_A.clone() if lora_R is None else start.right()
@@ -91,11 +94,20 @@ class Adapter(WithStart, nn.Module):
         """The rank."""
         return self.options.r
 
-    def load_factors(self, lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None) -> None:
-        """Replaces A [r, in], B [out, r] and R [r, r] by trained ones, which are not copied."""
+    def load_factors(
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        lora_R: Tensor | None,
+        lora_bias: Tensor | None = None,
+    ) -> None:
+        """Replaces A [r, in], B [out, r], R [r, r] and the bias of B [out] by trained ones, which
+        are not copied.
+        """
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.lora_R = None if lora_R is None else nn.Parameter(lora_R)
+        self.lora_bias = None if lora_bias is None else nn.Parameter(lora_bias)
         self.set_trainable(True)
 
     def check_replaceable(self, state: LayerState) -> None:
@@ -111,6 +123,7 @@ class Adapter(WithStart, nn.Module):
             ("lora_A", self.lora_A),
             ("lora_B", self.lora_B),
             ("lora_R", self.lora_R),
+            ("lora_bias", self.lora_bias),
         ):
             _check_same(name, old, getattr(state, name))
         if state.changes_base and self.start_A is None:
@@ -122,8 +135,9 @@ class Adapter(WithStart, nn.Module):
         optimizers and compiled forwards keep their tensors. `options.residual` is this adapter's.
         """
         start_A, start_B = state.start_factors() or (torch.zeros(()), torch.zeros(()))
-        news = (state.lora_A, state.lora_B, state.lora_R, start_A, start_B)
-        olds = (self.lora_A, self.lora_B, self.lora_R, self.start_A, self.start_B)
+        news: tuple[Tensor | None, ...]
+        news = (state.lora_A, state.lora_B, state.lora_R, start_A, start_B, state.lora_bias)
+        olds = (self.lora_A, self.lora_B, self.lora_R, self.start_A, self.start_B, self.lora_bias)
         for old, new in zip(olds, news, strict=True):
             if old is not None and new is not None:
                 old.copy_(new)
@@ -138,11 +152,15 @@ class Adapter(WithStart, nn.Module):
         self.scaling = options.scaling
 
     def set_trainable(self, trainable: bool) -> None:
-        """Sets `requires_grad` of the trained factors: R if there is one, else A and B."""
+        """Sets `requires_grad` of the trained factors: R if there is one, else A and B; and of the
+        bias of B.
+        """
         self.lora_A.requires_grad_(trainable and self.lora_R is None)
         self.lora_B.requires_grad_(trainable and self.lora_R is None)
         if self.lora_R is not None:
             self.lora_R.requires_grad_(trainable)
+        if self.lora_bias is not None:
+            self.lora_bias.requires_grad_(trainable)
 
     def implicit_start(self) -> tuple[Tensor | None, Tensor | None]:
         """A₀ [r, in] and B₀ [out, r] if the forward subtracts s·B₀A₀, else (None, None)."""
@@ -158,6 +176,14 @@ class Adapter(WithStart, nn.Module):
         if start_B is not None:
             start_B = self.scaled(start_B, dtype)
         return self.scaled(self.lora_B, dtype), 1.0, start_A, start_B
+
+    def output_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """s times the bias of B [out] for a forward in this dtype; None if there is none."""
+        if self.lora_bias is None:
+            return None
+        if is_dynamo_compiling():
+            return self.scaled(self.lora_bias, dtype)
+        return self.lora_bias * self.scaling
 
     def add_absorbed_(self, matrix: Tensor) -> None:
         """Adds the start that was absorbed, if one was, to the base's `matrix` [out, in]."""
@@ -206,6 +232,7 @@ class Adapter(WithStart, nn.Module):
             start_B=copied_if_any(self.start_B) if stored else None,
             residual=self.residual,
             weight_norm=None if norm is None else float(norm),
+            lora_bias=copied_if_any(self.lora_bias),
         )
 
     def get_extra_state(self) -> Tensor:

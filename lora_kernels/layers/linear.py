@@ -95,7 +95,7 @@ class AdaptedFloatLayer(AdaptedLayer):
         if self._cast_by_hooks:  # a view keeps its data for the backward, the Parameter does not
             matrix = matrix.view_as(matrix)
         lora_B, scaling, start_A, start_B = adapter.operands(x.dtype)
-        return torch.ops.lora.linear(
+        y: Tensor = torch.ops.lora.linear(
             x,
             matrix,  # [out, in]
             self.bias,  # [out]
@@ -108,6 +108,8 @@ class AdaptedFloatLayer(AdaptedLayer):
             start_B,  # [out, r]
             adapter.lora_R,  # [r, r]
         )
+        bias = adapter.output_bias(x.dtype)  # [out]
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedFloatLayer:
         self._cast_by_hooks = self._cast_by_hooks or in_forward()
@@ -146,13 +148,14 @@ class AdaptedFloatLayer(AdaptedLayer):
         """A new layer of the original kind, with the active adapter merged.
 
         Its weight is W + s·(BA − B₀A₀), with BRA for BA if there is an R; the sum is computed in
-        float32 or wider and rounded once.
+        float32 or wider and rounded once. A bias of B is merged into the layer's bias, which the
+        layer gets if it had none.
         """
         adapter = self.active()
         right, left = adapter.merge_factors()  # [k, in], [out, k]
         matrix = self.matrix().detach().to(right.dtype, copy=True)
         merged = matrix.addmm_(left, right, alpha=adapter.scaling)
-        return self._copied(merged.to(self.weight.dtype))
+        return self._copied(merged.to(self.weight.dtype), adapter.output_bias(right.dtype))
 
     def base_weight(self) -> Tensor:
         """The original W [out, in]: a view, or a copy to which absorbed factors were added back."""
@@ -168,11 +171,11 @@ class AdaptedFloatLayer(AdaptedLayer):
         self.training = layer.training
         self._begin()
 
-    def _copied(self, matrix: Tensor) -> nn.Module:
-        """A new layer with W = `matrix` [out, in] and a copy of the bias."""
+    def _copied(self, matrix: Tensor, added: Tensor | None = None) -> nn.Module:
+        """A new layer with W = `matrix` [out, in] and a copy of the bias plus `added` [out]."""
         weight = matrix.T.contiguous() if self.transposed else matrix
-        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
-        return self._plain(nn.Parameter(weight), bias)
+        bias = merged_bias(self.bias, added, matrix.dtype)
+        return self._plain(nn.Parameter(weight), None if bias is None else nn.Parameter(bias))
 
     def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
         """The layer without adapters, with these parameters."""
@@ -368,6 +371,18 @@ class LoRAConv1D(AdaptedFloatLayer):
             conv = self._class(self.nf, self.nx)
         conv.weight, conv.bias = weight, bias
         return conv.train(self.training)
+
+
+def merged_bias(bias: Tensor | None, added: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A new tensor `bias` + `added` [out], each of which may be None; in the dtype of `bias`, or in
+    `dtype` if it is None.
+    """
+    if added is None:
+        return None if bias is None else bias.detach().clone()
+    if bias is None:
+        return added.detach().to(dtype, copy=True)
+    work = torch.promote_types(bias.dtype, added.dtype)
+    return (bias.detach().to(work) + added.detach().to(bias.device)).to(bias.dtype)
 
 
 def check_startable(matrix: Tensor, weight: Tensor, r: int, initializer: Initializer) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B")  # an adapter's tensors
+# An adapter's tensors.
+FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B", "lora_bias")
 
 
 class WithStart:
@@ -43,6 +44,7 @@ class LayerState(WithStart):
     in every forward ("implicit").
 
     `weight_norm` is ‖W_base‖_F, which tells whether another base is the same; None if unknown.
+    `lora_bias` [out] is PEFT's bias of B, which adds s·`lora_bias` to the output; or None.
     """
 
     lora_A: Tensor
@@ -55,6 +57,7 @@ class LayerState(WithStart):
     start_B: Tensor | None = None
     residual: str = "absorb"
     weight_norm: float | None = None
+    lora_bias: Tensor | None = None
 
     @property
     def r(self) -> int:
@@ -78,6 +81,17 @@ class LayerState(WithStart):
         """A' [k, in] and s·B' [out, k] of `update_factors`: their product is the update."""
         right, left = self.update_factors()
         return right, (left.double() * self.scaling).to(left.dtype)
+
+
+    @torch.no_grad()
+    def portable_bias(self) -> Tensor | None:
+        """s·`lora_bias` [out] in float32 or wider, which the adapter adds to the layer's output;
+        None if there is none.
+        """
+        if self.lora_bias is None:
+            return None
+        work = torch.promote_types(self.lora_bias.dtype, torch.float32)
+        return (self.lora_bias.double() * self.scaling).to(work)
 
 
 def product_factors(

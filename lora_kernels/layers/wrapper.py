@@ -12,10 +12,12 @@ from .adapted import AdaptedLayer
 from .adapter import Adapter
 from .dequantize import dequantized_weight, frozen_forward, keep_unpacked, passes_gradient
 from .kinds import is_conv1d
+from .linear import merged_bias
 
 
 class LoRAWrapper(AdaptedLayer):
-    """y = base_layer(x) + s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ), mostly for quantized layers.
+    """y = base_layer(x) + s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ), mostly for quantized layers; plus s · b
+    if B has a bias b.
 
     The residual is always "implicit": before the first step y equals base_layer(x) bit for bit,
     unless dropout is drawn. The wrapper passes unknown attributes on to the base layer.
@@ -84,7 +86,9 @@ class LoRAWrapper(AdaptedLayer):
                 start_B = adapter.scaled(start_B, x.dtype)
             z0 = nn.functional.linear(x, start_A.to(x.dtype))  # [..., r]
             update = update + nn.functional.linear(z - z0, start_B.to(x.dtype))
-        return update if compiling else update * adapter.scaling
+        update = update if compiling else update * adapter.scaling
+        bias = adapter.output_bias(x.dtype)  # [out]
+        return update if bias is None else update + bias.to(x.dtype)
 
     def base_weight(self) -> Tensor:
         """W [out, in], dequantized, in float32."""
@@ -108,11 +112,13 @@ class LoRAWrapper(AdaptedLayer):
         right, left = (factor.to(matrix.device) for factor in adapter.merge_factors())
         merged = matrix.to(right.dtype).addmm(left, right, alpha=adapter.scaling).to(dtype)
         bias = getattr(self.base_layer, "bias", None)
+        bias = None if bias is None else bias.detach().to(dtype)
+        bias = merged_bias(bias, adapter.output_bias(right.dtype), dtype)
         rows, cols = merged.shape
         linear = nn.Linear(cols, rows, bias is not None, device="meta")
         linear.weight = nn.Parameter(merged)
         if bias is not None:
-            linear.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
+            linear.bias = nn.Parameter(bias)
         return linear.train(self.training)
 
     def extra_repr(self) -> str:

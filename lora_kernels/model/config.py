@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+import torch
 from torch import Tensor
 
 from .._utils.checks import as_integer, check_positive
@@ -228,15 +229,47 @@ def _matched(patterns: Mapping[str, float], name: str, default: float) -> float:
     return next((v for key, v in patterns.items() if pattern_matches(key, name)), default)
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding that PEFT has trained (`trainable_token_indices`): `values` [n, dim] are
+    the new rows of the tokens `indices`.
+    """
+
+    indices: tuple[int, ...]
+    values: Tensor
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raises ValueError if these are no rows of the weight `name`, which has this shape."""
+        if len(shape) != 2 or shape[1] != self.values.shape[1]:
+            raise ValueError(
+                f"the adapter has rows of {self.values.shape[1]} numbers for {name!r}, which is "
+                f"{list(shape)}"
+            )
+        if max(self.indices) >= shape[0]:
+            raise ValueError(
+                f"the adapter has a row of {name!r} for token {max(self.indices)}, the model's "
+                f"vocabulary has {shape[0]}: resize its embeddings first"
+            )
+
+    @torch.no_grad()
+    def put_(self, weight: Tensor) -> Tensor:
+        """Writes the rows into the weight, in its dtype, and returns it."""
+        index = torch.tensor(self.indices, device=weight.device)
+        return weight.index_copy_(0, index, self.values.to(weight.device, weight.dtype))
+
+
 @dataclass
 class AdapterState:
     """The adapter of a model: a `LayerState` for each layer, by its name in the base model.
 
     `extra` holds the tensors that are trained in full (`modules_to_save` and biases), by their
-    names in the base model's state_dict. `base_model` is the base model's name or path, if known.
+    names in the base model's state_dict, and `rows` those that have some trained rows. Modules that
+    are tied to the input embedding get its rows too, unless they have their own. `base_model` is
+    the base model's name or path, if known.
     """
 
     config: LoRAConfig
     layers: dict[str, LayerState]
     extra: dict[str, Tensor] = field(default_factory=dict)
     base_model: str | None = None
+    rows: dict[str, TokenRows] = field(default_factory=dict)

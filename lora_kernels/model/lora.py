@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..layers.base import base_of
 from ..layers.dequantize import check_cast
 from ..layers.options import AdapterOptions
 from ..layers.wrapper import LoRAWrapper
-from .config import AdapterState, LoRAConfig
+from .config import AdapterState, LoRAConfig, TokenRows
 from .install import (
     Setting,
     adapted_layers,
@@ -37,6 +38,7 @@ from .saved_modules import (
     SavedTensors,
     extra_places,
     frozen_places,
+    row_places,
     saved_places,
     trained_biases,
 )
@@ -54,6 +56,8 @@ class ModelAdapters:
     def __init__(self) -> None:
         self.configs: dict[str, LoRAConfig] = {}
         self.saved = SavedTensors()
+        # Of each adapter: the tokens whose rows it has of a weight; None of a weight that is tied.
+        self.tokens: dict[str, dict[str, tuple[int, ...] | None]] = {}
         self.active = ""
         self.enabled = True
         self.settings: list[Setting] = []
@@ -263,13 +267,16 @@ def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterS
     record = _needed_record(model)
     name = _known_name(record, adapter_name)
     layers = {path: adapter.layer_state() for path, adapter in _adapters(model, name).items()}
-    extra = {
-        without_wrappers(path): tensor.detach().to("cpu", copy=True)
-        for path, tensor in record.saved.tensors(name).items()
-    }
+    extra, rows, tokens = {}, {}, record.tokens.get(name, {})
+    for path, tensor in record.saved.tensors(name).items():
+        indices = tokens.get(path, ())
+        if indices:
+            rows[path] = TokenRows(indices, tensor.detach()[list(indices)].to("cpu", copy=True))
+        elif indices is not None:
+            extra[without_wrappers(path)] = tensor.detach().to("cpu", copy=True)
     config = getattr(model, "config", None)
     base = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
-    return AdapterState(record.configs[name], layers, extra, base or None)
+    return AdapterState(record.configs[name], layers, extra, base or None, rows)
 
 
 def apply_state(
@@ -297,10 +304,23 @@ def apply_state(
     plans, selection = plan_states(model, state)
     _check_weights(model, plans, record)
     places = extra_places(model, state)
+    frozen = frozen_places(model, places, state.config.modules_to_save)
+    with_rows, rows = row_places(model, state)
+    if rows and is_trainable:
+        warnings.warn(
+            f"the adapter's rows of {', '.join(state.rows)} are used as they are: training here "
+            "does not change them",
+            stacklevel=3,
+        )
     with _all_or_nothing(model, record, adapter_name), torch.no_grad():
         check_norms(plans)
-        frozen = frozen_places(model, places, state.config.modules_to_save)
-        record.saved.add(adapter_name, places, state.extra, frozen)
+        values = state.extra | {
+            name: rows[name].put_(getattr(module, key).detach().clone())
+            for name, (module, key) in with_rows.items()
+        }
+        places |= with_rows
+        record.saved.add(adapter_name, places, values, {*frozen, *rows})
+        record.tokens[adapter_name] = _tokens(state, rows)
         install(model, record.saved, plans, tracked(plans, "loading", progress), adapter_name)
     _activate_new(model, record, state.config, adapter_name)
     if not is_trainable:
@@ -324,8 +344,9 @@ def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> N
     name = _known_name(record, adapter_name)
     adapters, extra = _adapters(model, name), record.saved.tensors(name)
     extra = {without_wrappers(path): tensor for path, tensor in extra.items()}
+    rows = _tied_like(record.tokens.get(name, {}), state)
     _check_same_names("layer", adapters, state.layers)
-    _check_same_names("tensor trained in full", extra, state.extra)
+    _check_same_names("tensor trained in full", extra, {**state.extra, **rows})
     for path, layer in state.layers.items():
         with naming(path):
             adapters[path].check_replaceable(layer)
@@ -333,6 +354,8 @@ def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> N
         if tensor.shape != extra[path].shape:
             old, new = list(extra[path].shape), list(tensor.shape)
             raise ValueError(f"{path} has shape {old} in this model, {new} in the new adapter")
+    for path, row in rows.items():
+        row.check(path, extra[path].shape)
     rule, dropout = state.config.scaling_rule, state.config.lora_dropout
     for path, layer in state.layers.items():
         adapter = adapters[path]
@@ -340,7 +363,26 @@ def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> N
         adapter.replace_(layer, options)
     for path, tensor in state.extra.items():
         extra[path].copy_(tensor)
+    for path, row in rows.items():
+        row.put_(extra[path].copy_(record.saved.original(path)))
+    record.tokens[name] = _tokens(state, rows)
     record.configs[name] = state.config
+
+
+def _tokens(
+    state: AdapterState, rows: Mapping[str, TokenRows]
+) -> dict[str, tuple[int, ...] | None]:
+    """`ModelAdapters.tokens` of an adapter; `rows` has those of tied weights too."""
+    return {name: row.indices if name in state.rows else None for name, row in rows.items()}
+
+
+def _tied_like(
+    tokens: Mapping[str, tuple[int, ...] | None], state: AdapterState
+) -> dict[str, TokenRows]:
+    """The rows of a saved adapter, with those of the weights that are tied to its first one."""
+    tied = [name for name, indices in tokens.items() if indices is None and name not in state.rows]
+    first = next((state.rows[n] for n, i in tokens.items() if i and n in state.rows), None)
+    return {**state.rows, **({} if first is None else dict.fromkeys(tied, first))}
 
 
 def _adapters(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:

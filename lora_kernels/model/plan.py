@@ -30,13 +30,17 @@ from .starts import StartJob, make_starts, naming
 _NORM_TOLERANCE = 0.02
 
 
+# A [r, in], B [out, r], R [r, r] and the bias of B [out], the last two or None.
+Trained = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
 @dataclass
 class LayerPlan:
     """The plan for one layer: the base, the adapter's options and, once computed, its start.
 
     `note` says why the initial factors are not absorbed. `initializer` computes the start; if the
-    adapter comes from a file, `initializer` is None and `trained` holds A, B and R. `changes_base`
-    says whether s·B₀A₀ is subtracted, `subtracted` whether `subtract_` has done so.
+    adapter comes from a file, `initializer` is None and `trained` holds A, B, R and the bias of B.
+    `changes_base` says whether s·B₀A₀ is subtracted, `subtracted` whether `subtract_` has done so.
     """
 
     name: str
@@ -47,7 +51,7 @@ class LayerPlan:
     changes_base: bool = False
     initializer: Initializer | None = None
     start: Start | None = None
-    trained: tuple[Tensor, Tensor, Tensor | None] | None = None
+    trained: Trained | None = None
     subtracted: bool = False
 
     @property
@@ -280,11 +284,9 @@ def _memory(parameter: Tensor) -> object:
     return parameter.device, parameter.data_ptr()
 
 
-def _placed(
-    layer: LayerState, base: BaseLayer
-) -> tuple[Start, tuple[Tensor, Tensor, Tensor | None]]:
-    """The start that is subtracted, and the trained A [r, in], B [out, r] and R [r, r] or None, on
-    the layer's device and in the factors' dtype for this layer.
+def _placed(layer: LayerState, base: BaseLayer) -> tuple[Start, Trained]:
+    """The start that is subtracted, and what was trained, on the layer's device and in the factors'
+    dtype for this layer.
     """
     dtype, device = factor_dtype(base.dtype), base.device
 
@@ -295,7 +297,8 @@ def _placed(
         return None if value is None else torch.tensor(value, dtype=torch.float64, device=device)
 
     lora_R = None if layer.lora_R is None else placed(layer.lora_R)
-    trained = placed(layer.lora_A), placed(layer.lora_B), lora_R
+    lora_bias = None if layer.lora_bias is None else placed(layer.lora_bias)
+    trained = placed(layer.lora_A), placed(layer.lora_B), lora_R, lora_bias
     subtracted = layer.start_factors()
     if subtracted is None:
         return Start(trained[0], trained[1], lora_R=lora_R), trained

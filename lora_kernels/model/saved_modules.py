@@ -12,7 +12,7 @@ from .._utils.names import nearest, without_wrappers
 from ..layers.adapted import AdaptedLayer
 from ..layers.base import base_of
 from ..layers.wrapper import LoRAWrapper
-from .config import AdapterState
+from .config import AdapterState, TokenRows
 from .plan import LayerPlan
 from .selection import input_embeddings, match_modules, output_head
 
@@ -110,6 +110,11 @@ class SavedTensors:
         """An adapter's tensors by name."""
         self._collect()
         return dict(self._copies.get(adapter, {}))
+
+    def original(self, name: str) -> Tensor:
+        """The base's tensor of which adapters have copies."""
+        self._collect()
+        return self._base[name]
 
     def remove(self, adapter: str) -> None:
         """Removes an adapter that is not active."""
@@ -308,20 +313,9 @@ def extra_places(model: nn.Module, state: AdapterState) -> dict[str, Place]:
     found: dict[str, Place] = {}
     if not state.extra:
         return found
-    places = _in_base(model, module_places("", model))
-    known = {without_wrappers(name): place for name, place in places.items()}
+    known = _known_places(model)
     for name, value in state.extra.items():
-        if name not in known:
-            raise ValueError(
-                f"the adapter contains a tensor {name!r} that this model does not have"
-                f"{nearest(name, known)}"
-            )
-        module, key = known[name]
-        if isinstance(module, AdaptedLayer) and key != "bias":
-            raise ValueError(
-                f"the adapter trains {name} in full, but adapter {module.adapter_names[0]!r} has "
-                "adapted that layer: unload_lora first"
-            )
+        module, key = _known_place(known, name)
         shape = getattr(module, key).shape
         if shape != value.shape:
             resized = module in (input_embeddings(model), output_head(model))
@@ -332,6 +326,53 @@ def extra_places(model: nn.Module, state: AdapterState) -> dict[str, Place]:
             )
         found[name] = known[name]
     return _trainable(found)
+
+
+def _known_places(model: nn.Module) -> dict[str, Place]:
+    places = _in_base(model, module_places("", model))
+    return {without_wrappers(name): place for name, place in places.items()}
+
+
+def _known_place(known: Mapping[str, Place], name: str) -> Place:
+    """The place of a tensor that an adapter replaces; raises ValueError if it cannot."""
+    if name not in known:
+        raise ValueError(
+            f"the adapter contains a tensor {name!r} that this model does not have"
+            f"{nearest(name, known)}"
+        )
+    module, key = known[name]
+    if isinstance(module, AdaptedLayer) and key != "bias":
+        raise ValueError(
+            f"the adapter trains {name} in full, but adapter {module.adapter_names[0]!r} has "
+            "adapted that layer: unload_lora first"
+        )
+    return module, key
+
+
+def row_places(
+    model: nn.Module, state: AdapterState
+) -> tuple[dict[str, Place], dict[str, TokenRows]]:
+    """The places of the weights of which a saved adapter has some rows, and these rows, by name;
+    with those of the modules that are tied to the input embedding.
+
+    Raises:
+        ValueError: the model has no such weight or row, or the weight's layer is adapted.
+
+    """
+    known = _known_places(model) if state.rows else {}
+    rows = dict(state.rows)
+    for name in state.rows:
+        module, key = _known_place(known, name)
+        if module is input_embeddings(model):
+            shared = getattr(module, key)
+            tied = (n for n, (other, k) in known.items() if getattr(other, k) is shared)
+            rows = {n: state.rows[name] for n in tied} | rows
+    places = {name: _known_place(known, name) for name in rows}
+    for name, (module, key) in places.items():
+        if name in state.extra or name.rpartition(".")[0] in state.layers:
+            raise ValueError(f"the adapter has rows of {name!r} and trains all of it too")
+        rows[name].check(name, getattr(module, key).shape)
+    return _trainable(places), rows
 
 
 def frozen_places(

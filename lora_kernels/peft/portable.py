@@ -17,7 +17,10 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor
 
 from .._utils.peft_names import PREFIX
-from ..files.adapter.portable import lost_factors, padded
+from .._utils.safetensors import DTYPES, dtype_name
+from ..files.adapter.portable import padded, portable_recipe, with_bits
+from ..files.adapter.recipe import layer_to_dict
+from ..files.io.differences import changed, difference
 from ..layers.options import lora_scaling
 from ..layers.state import LayerState
 from .layers import has_adapter
@@ -66,25 +69,24 @@ class Pair:
             left = scaled(left, self.scaling)
         return _resized(right, r, self.experts, 0), _resized(left, r, self.experts, 1)
 
-    def lost(self, tensors: Mapping[str, Tensor], right: Tensor, left: Tensor) -> dict[str, Tensor]:
-        """What `trained` does not give back to the last bit, by its name in a training file."""
-        if not self.whole:
-            return {}
+    def recipe(self, tensors: Mapping[str, Tensor], right: Tensor, left: Tensor) -> dict[str, Any]:
+        """What `layer_from_dict`, or `trained` if the layer is not linear, needs of the layer."""
         if self.linear:
-            lost = lost_factors(self.state(tensors), right, left)
-        else:
-            B = tensors[self.key_B].detach()
-            same = torch.equal(trained(self.recipe(), right, left)[1].to(B.dtype), B)
-            lost = {} if same else {"lora_B": B}
-        if self.key_bias is not None:
-            bias = tensors[self.key_bias].detach()
-            if not torch.equal(unscaled(scaled(bias, self.scaling), self.scaling), bias):
-                lost["lora_bias"] = bias
-        return {f"layers.{self.name}.{part}": factor for part, factor in lost.items()}
+            state = self.state(tensors)
+            return portable_recipe(state, right, left) if self.whole else layer_to_dict(state)
+        recipe = {"r": self.r, "scaling": self.scaling, "experts": self.experts}
+        if not self.whole:
+            return recipe
+        B = tensors[self.key_B].detach()
+        got = trained(recipe, right, left)[1].to(B.dtype)
+        return recipe | {"dtype": dtype_name(B.dtype)} | with_bits({"lora_B": difference(B, got)})
 
-    def recipe(self) -> dict[str, Any]:
-        """What `trained` needs of a layer that is not linear."""
-        return {"r": self.r, "scaling": self.scaling, "experts": self.experts}
+    def bias(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What `trained_bias` needs."""
+        assert self.key_bias is not None
+        bias = tensors[self.key_bias].detach()
+        got = unscaled(scaled(bias, self.scaling), self.scaling)
+        return {"scaling": self.scaling, **with_bits({"bias": difference(bias, got)})}
 
 
 def pairs_of(
@@ -130,8 +132,16 @@ def is_whole(factor: Tensor) -> bool:
 def trained(recipe: Mapping[str, Any], right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     """A and B of a layer that is not linear, from A' and s·B'."""
     r, experts = recipe["r"], recipe["experts"]
-    left = _resized(left, r, experts, 1)
-    return _resized(right, r, experts, 0), unscaled(left, recipe["scaling"])
+    left = unscaled(_resized(left, r, experts, 1), recipe["scaling"])
+    if "bits" in recipe:
+        left = changed(left.to(DTYPES[recipe["dtype"]]), recipe["bits"]["lora_B"])
+    return _resized(right, r, experts, 0), left
+
+
+def trained_bias(recipe: Mapping[str, Any], bias: Tensor) -> Tensor:
+    """The bias of a layer's B, from s times it."""
+    bias = unscaled(bias, recipe["scaling"])
+    return changed(bias, recipe["bits"]["bias"]) if "bits" in recipe else bias
 
 
 def scaled(factor: Tensor, scaling: float) -> Tensor:

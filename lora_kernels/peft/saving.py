@@ -26,13 +26,13 @@ from .._utils.model_files import read_json
 from .._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
 from .._utils.safetensors import load_tensors, save_tensors
 from ..files.adapter.content import NATIVE_FILE, FolderContent
-from ..files.adapter.folder import beyond_vllm, read_files
+from ..files.adapter.folder import beyond_vllm
 from ..files.adapter.peft_format.writing import exact_targets, portable_fields
-from ..files.adapter.portable import TRAINING_FILE, fingerprint
+from ..files.adapter.portable import within_header
 from ..files.adapter.recipe import PEFT, layer_from_dict, read_recipe, recipe_to_json
-from ..files.adapter.tensors import by_layer, check_unedited, layer_factors
+from ..files.adapter.tensors import check_unedited, layer_factors
 from .layers import adapters_with_start, initialized_adapters, lora_layers
-from .portable import Pair, is_whole, pairs_of, scaled, trained, unscaled
+from .portable import Pair, is_whole, pairs_of, scaled, trained, trained_bias
 from .variant import set_start, silently_loaded, start_of
 
 # The options of the configuration that the portable form changes.
@@ -263,23 +263,21 @@ def _publish(
     """
     tensors, _ = load_tensors(written / ADAPTER_FILE)
     config = read_json(written / ADAPTER_CONFIG)
-    training = {
-        name: factor
-        for pair in pairs
-        for name, factor in pair.lost(state, changed[pair.key_A], changed[pair.key_B]).items()
-    }
+    recipes = within_header(
+        {pair.name: pair.recipe(state, changed[pair.key_A], changed[pair.key_B]) for pair in pairs}
+    )
     recipe = recipe_to_json(
-        {pair.name: pair.state(state) for pair in pairs if pair.linear},
+        {pair.name: recipes[pair.name] for pair in pairs if pair.linear},
         PEFT,
         None,
         config.get("base_model_name_or_path"),
         peft_config=config,
         rank_fields=fields,
-        training=fingerprint(training),
-        others={pair.name: pair.recipe() for pair in pairs if not pair.linear},
+        others={pair.name: recipes[pair.name] for pair in pairs if not pair.linear},
+        biases={pair.name: pair.bias(state) for pair in pairs if pair.key_bias is not None},
     )
-    content = FolderContent(ADAPTER_FILE, config, tensors, recipe, training)
-    content.write(folder, (ADAPTER_CONFIG, ADAPTER_FILE, TRAINING_FILE))
+    content = FolderContent(ADAPTER_FILE, config, tensors, recipe)
+    content.write(folder, (ADAPTER_CONFIG, ADAPTER_FILE))
     warning = beyond_vllm(config["r"])
     if warning:
         warnings.warn(warning, stacklevel=5)
@@ -307,42 +305,26 @@ def _restored(
     folder: Path, scratch: Path, recipe: dict[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Writes the adapter that was trained into `scratch`, as PEFT does; returns the starts."""
-    files = read_files(folder)
-    tensors, kept = files.tensors, by_layer(files.training(recipe))
+    tensors, _ = load_tensors(folder / ADAPTER_FILE)
     starts = {}
     for name, layer in recipe["layers"].items():
         key_A, key_B = (f"{PREFIX}{name}.lora_{half}.weight" for half in "AB")
-        factors = layer_factors(recipe, name, (tensors[key_A], tensors[key_B]), kept)
-        if "lora_R" in factors:  # PEFT has none: A is RA
-            factors["lora_A"] = tensors[key_A][: layer["r"]]
-            del factors["lora_R"]
-        start = layer_from_dict(layer, dict(factors)).start_factors()
+        factors = layer_factors(recipe, name, tensors[key_A], tensors[key_B])
+        state = layer_from_dict(layer, factors)
+        start = state.start_factors()
         if start is not None:
             starts[name] = start
-        tensors[key_A], tensors[key_B] = factors["lora_A"], factors["lora_B"]
-        _restore_bias(tensors, name, layer["scaling"], kept, recipe["version"])
+        tensors[key_A], tensors[key_B] = state.lora_A, state.lora_B
     for name, other in recipe.get("others", {}).items():
         keys = [f"{PREFIX}{name}.lora_{half}.weight" for half in "AB"]
         if keys[0] not in tensors:
             keys = [f"{PREFIX}{name}.lora_embedding_{half}" for half in "AB"]
-        tensors[keys[0]], B = trained(other, *(tensors[key] for key in keys))
-        tensors[keys[1]] = kept.get(name, {}).get("lora_B", B)
-        _restore_bias(tensors, name, other["scaling"], kept, recipe["version"])
+        pair = trained(other, *(tensors[key] for key in keys))
+        tensors |= dict(zip(keys, pair, strict=True))
+    for name, values in recipe.get("biases", {}).items():
+        key = f"{PREFIX}{name}.lora_B.bias"
+        tensors[key] = trained_bias(values, tensors[key])
     config = read_json(folder / ADAPTER_CONFIG) | recipe["rank_fields"]
     (scratch / ADAPTER_CONFIG).write_text(json.dumps(config))
     save_tensors(tensors, scratch / ADAPTER_FILE, {})
     return starts
-
-
-def _restore_bias(
-    tensors: dict[str, Tensor],
-    name: str,
-    scaling: float,
-    kept: Mapping[str, Mapping[str, Tensor]],
-    version: int,
-) -> None:
-    """Replaces the bias of a layer's B by the one that was trained, if there is one."""
-    key = f"{PREFIX}{name}.lora_B.bias"
-    if key in tensors and version > 1:
-        bias = kept.get(name, {}).get("lora_bias")
-        tensors[key] = unscaled(tensors[key], scaling) if bias is None else bias

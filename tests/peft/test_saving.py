@@ -35,11 +35,10 @@ def test_plain_peft_loads_it_on_the_original_base(tmp_path, kind, method):
     initialize(model, method)
     move(model)
     model.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} <= {
+    assert {p.name for p in tmp_path.iterdir()} == {
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
-        "adapter_training.tensors",
     }
     loaded = plain(base, tmp_path)
     assert close(logits(loaded), logits(model))
@@ -364,7 +363,7 @@ def test_a_killed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     assert close(logits(plain(base, tmp_path)), want)
     model.save_pretrained(tmp_path)
     assert close(logits(plain(base, tmp_path)), logits(model))
-    assert not list(tmp_path.glob(".*")) and not list(tmp_path.parent.glob(".*saving*"))
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def damaged(tmp_path, change):

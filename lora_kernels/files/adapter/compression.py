@@ -17,8 +17,8 @@ def truncated(state: AdapterState, r: int) -> AdapterState:
     """The best adapter of rank r for the original base, without a start to subtract and without R.
 
     s(BA − B₀A₀), of twice the rank, is truncated to its r largest singular values. The SVD is that
-    of the small core of two QRs, in float64: no [out, in] matrix is formed. s stays, √σ goes into
-    both factors. A layer whose rank is r or less keeps its factors.
+    of the small core of two QRs, in float64: no [out, in] matrix is formed. √σ goes into both
+    factors, and s becomes 1. A layer whose rank is r or less keeps its factors.
     """
     as_integer(r, "compress_to", minimum=1)
     layers = {name: _truncated(layer, r) for name, layer in state.layers.items()}
@@ -27,15 +27,22 @@ def truncated(state: AdapterState, r: int) -> AdapterState:
 
 @torch.no_grad()
 def _truncated(layer: LayerState, r: int) -> LayerState:
-    right, left = layer.update_factors()
+    right, left = layer.portable_factors()
     if r < right.shape[0]:
         QB, RB = torch.linalg.qr(left.double())  # [out, k], [k, k]
         QA, RA = torch.linalg.qr(right.double().T)  # [in, k], [k, k]
-        U, S, Vh = torch.linalg.svd(RB @ RA.T)
+        U, S, Vh = torch.linalg.svd(RB @ RA.T, full_matrices=False)
         root = S[:r].sqrt()
         left = ((QB @ U[:, :r]) * root).to(left.dtype)
         right = ((root[:, None] * Vh[:r]) @ QA.T).to(right.dtype)
-    return LayerState(right, left, layer.scaling, layer.lora_alpha, weight_norm=layer.weight_norm)
+    return LayerState(
+        right,
+        left,
+        1.0,
+        right.shape[0],
+        weight_norm=layer.weight_norm,
+        lora_bias=layer.portable_bias(),
+    )
 
 
 @torch.no_grad()
@@ -56,10 +63,14 @@ def update_errors(
     errors, lost, total = {}, 0.0, 0.0
     for name, (right, left) in written.items():
         A, B = state.layers[name].portable_factors()
-        size = product_norm(A, B)
-        missing = product_norm(
-            torch.cat([A.double(), right.double()]), torch.cat([B.double(), -left.double()], dim=1)
-        )
+        size, r = product_norm(A, B), A.shape[0]
+        if torch.equal(right[:r], A) and torch.equal(left[:, :r], B):  # the others are zeros
+            missing = 0.0
+        else:
+            missing = product_norm(
+                torch.cat([A.double(), right.double()]),
+                torch.cat([B.double(), -left.double()], dim=1),
+            )
         errors[name] = missing / size if size else 0.0
         lost, total = lost + missing**2, total + size**2
     return errors, (lost / total) ** 0.5 if total else 0.0

@@ -1,11 +1,9 @@
 """What the files in an adapter's folder contain, in each format.
 
 "peft": `adapter_config.json` and `adapter_model.safetensors`, which give the adapted model on the
-original base, whatever the start and the loader (see `portable`); and, if the trained factors
-cannot be computed from these, `adapter_training.tensors`, which only this package reads. "start":
-the first two files, for a base from which the start was subtracted. "native":
-`adapter_native.safetensors`, another name on purpose, holds A, B, R and those initial factors that
-cannot be recomputed, at their own rank.
+original base, whatever the start and the loader (see `portable`). "start": the same two files, for
+a base from which the start was subtracted. "native": `adapter_native.safetensors`, another name on
+purpose, holds A, B, R and those initial factors that cannot be recomputed, at their own rank.
 
 In all of them the recipe, from which training continues exactly, is in the header of the tensors,
 which PEFT and serving engines do not read.
@@ -15,37 +13,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
-from ..._utils.safetensors import save_tensors, tensors_to_bytes
+from ..._utils.safetensors import save_tensors
 from ...model.config import AdapterState
 from ..io.replace import replace_files
 from .peft_format.writing import rank_fields, to_peft
-from .portable import TRAINING_FILE, fingerprint, training_tensors
-from .recipe import METADATA, NATIVE, PEFT, START, recipe_to_json
+from .portable import portable_recipe, within_header
+from .recipe import METADATA, NATIVE, PEFT, START, layer_to_dict, recipe_to_json
 from .tensors import native_tensors
 
 NATIVE_FILE = "adapter_native.safetensors"
 NATIVE_TYPE = "LORA_KERNELS"  # its peft_type, which PEFT does not know
-ADAPTER_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE, TRAINING_FILE})
+ADAPTER_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE})
 
 
 @dataclass(frozen=True)
 class FolderContent:
-    """`config` is the content of `adapter_config.json`; `tensors` and `recipe` are in `file`,
-    `training` is in the training file.
-    """
+    """`config` is the content of `adapter_config.json`; `tensors` and `recipe` are in `file`."""
 
     file: str
     config: dict[str, Any]
     tensors: Mapping[str, Tensor]
     recipe: str | None
-    training: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -54,18 +49,15 @@ class FolderContent:
 
     def write(self, folder: Path, owned: Collection[str] = ADAPTER_FILES) -> dict[str, int]:
         """Replaces the adapter in a folder, as `replace_files`; returns the sizes by name."""
-        others = {ADAPTER_CONFIG: json.dumps(self.config, indent=2, allow_nan=False).encode()}
-        mark = fingerprint(self.training)
-        if mark is not None:
-            others[TRAINING_FILE] = tensors_to_bytes(self.training, {METADATA: mark})
+        config = json.dumps(self.config, indent=2, allow_nan=False).encode()
         size = replace_files(
             folder,
             self.file,
             lambda path: save_tensors(self.tensors, path, self.metadata),
-            others,
+            {ADAPTER_CONFIG: config},
             owned,
         )
-        return {self.file: size} | {name: len(content) for name, content in others.items()}
+        return {self.file: size, ADAPTER_CONFIG: len(config)}
 
 
 def factors_of(
@@ -96,8 +88,9 @@ def folder_content(
     own: `original`, the original base, of which `state.base_model` is the residual base; and
     `task_type`, for the configuration.
     """
+    recipes = {name: layer_to_dict(layer) for name, layer in state.layers.items()}
     if format == NATIVE:
-        recipe = recipe_to_json(state.layers, NATIVE, state.config, state.base_model)
+        recipe = recipe_to_json(recipes, NATIVE, state.config, state.base_model)
         config = {"peft_type": NATIVE_TYPE, **json.loads(recipe)}
         return FolderContent(NATIVE_FILE, config, native_tensors(state), recipe)
     if format == START:
@@ -109,14 +102,13 @@ def folder_content(
         plain = replace(state, layers=layers, config=replace(state.config, task_type=task_type))
         config, tensors = to_peft(plain, module_names, fan_in_fan_out, portable=False)
         config["inference_mode"] = False
-        recipe = recipe_to_json(
-            state.layers, START, state.config, state.base_model, original=original
-        )
+        recipe = recipe_to_json(recipes, START, state.config, state.base_model, original=original)
         return FolderContent(ADAPTER_FILE, config, tensors, recipe)
     config, tensors = to_peft(state, module_names, fan_in_fan_out)
-    training = training_tensors(state, factors_of(tensors, state.layers))
+    pairs = factors_of(tensors, state.layers)
+    recipes = {name: portable_recipe(state.layers[name], *pair) for name, pair in pairs.items()}
     recipe = recipe_to_json(
-        state.layers,
+        within_header(recipes),
         PEFT,
         state.config,
         state.base_model,
@@ -126,6 +118,5 @@ def folder_content(
             {name: layer.r for name, layer in state.layers.items()},
             rslora=state.config.scaling_rule != "lora",
         ),
-        training=fingerprint(training),
     )
-    return FolderContent(ADAPTER_FILE, config, tensors, recipe, training)
+    return FolderContent(ADAPTER_FILE, config, tensors, recipe)

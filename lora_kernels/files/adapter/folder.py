@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from ...model.config import AdapterState
 from .compression import truncated, update_errors
 from .content import ADAPTER_FILES, NATIVE_FILE, NATIVE_TYPE, factors_of, folder_content
 from .peft_format.reading import from_peft
-from .portable import TRAINING_FILE
 from .recipe import FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
 from .tensors import check_state, check_tensors, from_recipe
 
@@ -40,9 +38,12 @@ class SavedAdapter:
         files: the sizes of the files in bytes, by name.
         layers: the number of layers.
         rank: the largest rank in the file. All layers have it if format="peft".
+        folded: the layers whose R was multiplied into A, since format="peft" cannot store it:
+            training continues with A and B. format="native" keeps R.
         errors: with `compress_to` or `dtype`, ‖ΔW − ΔW'‖_F / ‖ΔW‖_F of each layer, where ΔW' is
             the update that is in the file; else None.
         error: the same over all layers.
+        changed: what `compress_to` and `dtype` did, in words.
 
     """
 
@@ -50,8 +51,10 @@ class SavedAdapter:
     files: dict[str, int]
     layers: int
     rank: int
+    folded: tuple[str, ...] = ()
     errors: dict[str, float] | None = None
     error: float | None = None
+    changed: str = ""
 
     @property
     def warning(self) -> str | None:
@@ -64,8 +67,13 @@ class SavedAdapter:
         if self.errors:
             worst = max(self.errors, key=self.errors.__getitem__)
             lines.append(
-                f"truncated or rounded with a relative error of {self.error:.2e}, at most "
+                f"{self.changed} with a relative error of {self.error:.2e}, at most "
                 f"{self.errors[worst]:.2e} ({worst})"
+            )
+        if self.folded:
+            lines.append(
+                f"R of {len(self.folded)} layers is multiplied into A; only format='native' keeps "
+                "it for further training"
             )
         return "\n".join([*lines, self.warning] if self.warning else lines)
 
@@ -103,9 +111,8 @@ def write_adapter(
         format: "peft", which PEFT and serving engines load onto the original base, all with the
             same strength: s is multiplied into B, all layers have one rank, and `lora_alpha` is
             equal to it. A start that was subtracted doubles the rank: A' = [A; A − A₀],
-            B' = s·[B − B₀, B₀]. If A and B cannot be computed from these to the last bit, they are
-            kept beside, in a file that only this package reads. Or "native", for this package: as
-            small as the training state.
+            B' = s·[B − B₀, B₀]. An R is multiplied into A. Or "native", for this package: as
+            small as the training state, and with R.
         compress_to: the rank that format="peft" is truncated to, by the SVD of s(BA − B₀A₀). The
             result is a plain adapter, from which the start cannot be recovered.
         dtype: float32, bfloat16 or float16, to which all tensors of format="peft" are rounded. If
@@ -124,24 +131,42 @@ def write_adapter(
     for option, value in (("compress_to", compress_to), ("dtype", dtype)):
         if value is not None and format != PEFT:
             raise ValueError(f"{option} makes a plain adapter: it needs format='peft'")
-    narrow = None if dtype is None else _float_dtype(dtype)
+    narrow = None if dtype is None else float_dtype(dtype)
     check_state(state)
     written = state if compress_to is None else truncated(state, compress_to)
     content = folder_content(
         written, format, module_names=module_names, fan_in_fan_out=fan_in_fan_out
     )
-    tensors = content.tensors if narrow is None else _rounded(content.tensors, narrow)
-    plain = compress_to is not None or tensors is not content.tensors
-    if plain:  # what it was truncated or rounded from cannot be recovered
-        content = replace(content, recipe=None, tensors=tensors, training={})
-    pairs = factors_of(content.tensors, state.layers) if format == PEFT else {}
-    errors, error = update_errors(state, pairs) if plain else (None, None)
+    changed = [] if compress_to is None else ["truncated in rank"]
+    if narrow is not None:
+        tensors = _rounded(content.tensors, narrow)
+        if tensors is not content.tensors:
+            changed.append(f"rounded to {str(narrow).removeprefix('torch.')}")
+            content = replace(content, tensors=tensors)
+    folded: tuple[str, ...] = ()
+    errors, error = None, None
+    if changed:  # what it was truncated or rounded from cannot be recovered
+        content = replace(content, recipe=None)
+        errors, error = update_errors(state, factors_of(content.tensors, state.layers))
+    elif format == PEFT:
+        folded = tuple(n for n, layer in state.layers.items() if layer.lora_R is not None)
     sizes = content.write(Path(folder))
-    rank = content.config["r"] if format == PEFT else max(s.r for s in state.layers.values())
-    return SavedAdapter(Path(folder), sizes, len(state.layers), rank, errors, error)
+    return SavedAdapter(
+        folder=Path(folder),
+        files=sizes,
+        layers=len(state.layers),
+        rank=max(layer.r for layer in state.layers.values())
+        if format == NATIVE
+        else content.config["r"],
+        folded=folded,
+        changed=" and ".join(changed),
+        errors=errors,
+        error=error,
+    )
 
 
-def _float_dtype(dtype: torch.dtype | str) -> torch.dtype:
+def float_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype of that name, or itself; raises a ValueError if it is none of `DTYPES`."""
     known = {name: getattr(torch, name) for name in DTYPES}
     found = known.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if found not in known.values():
@@ -177,7 +202,8 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
     An adapter that this package wrote is restored as it was trained, bit for bit: A, B, R and the
     start that is subtracted. If the training file is missing, which a copy of the two files that
     servers read lacks, a warning says so: A and B are then rounded, and an R is multiplied into A.
-    An adapter that PEFT wrote is a plain one, with nothing to subtract.
+    An adapter that PEFT wrote is a plain one, with nothing to subtract, unless PEFT has converted
+    it from a residual base: then A₀ and B₀ are subtracted, and the rank is half of the file's.
 
     Args:
         folder: written by this package or PEFT.
@@ -192,8 +218,7 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
 
     """
     folder = Path(folder)
-    files = read_files(folder)
-    config, file, tensors, metadata = files.config, files.file, files.tensors, files.metadata
+    config, file, tensors, metadata = _read_files(folder)
     try:
         check_tensors(tensors)
         recipe = recipe_from_json(metadata[METADATA]) if METADATA in metadata else None
@@ -213,46 +238,23 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
             return from_peft(config, tensors, residual_base)
         if (recipe["format"] == NATIVE) != (file.name == NATIVE_FILE):
             raise ValueError(f"it was saved in the format {recipe['format']!r} and renamed")
-        return from_recipe(recipe, config, tensors, files.training(recipe))
+        return from_recipe(recipe, config, tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-@dataclass(frozen=True)
-class AdapterFiles:
-    """The files of an adapter's folder. `mark` is the fingerprint in the training file."""
-
-    config: dict[str, Any] | None
-    file: Path
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    beside: dict[str, Tensor]
-    mark: str | None
-
-    def training(self, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors of the training file; warns if the recipe needs another one."""
-        wanted = recipe.get("training")
-        if wanted is None or self.mark == wanted:
-            return self.beside if wanted else {}
-        state = "missing" if self.mark is None else "that of another adapter"
-        warnings.warn(
-            f"{self.file.parent / TRAINING_FILE} is {state}: the adapter's update is right to "
-            "rounding, but training does not continue from the same bits",
-            stacklevel=3,
-        )
-        return {}
-
-
-def read_files(folder: Path) -> AdapterFiles:
-    """The files of one adapter, also while another one is being written in its place."""
+def _read_files(
+    folder: Path,
+) -> tuple[dict[str, Any] | None, Path, dict[str, Tensor], dict[str, str]]:
+    """The configuration, and the file with its tensors and metadata: those of one adapter, also
+    while another one is being written in its place.
+    """
     for attempt in range(_ATTEMPTS):
         before = _versions(folder)
         try:
             config = _read_config(folder)
             file = _tensor_file(folder, config)
             tensors, metadata = load_tensors(file)
-            training = folder / TRAINING_FILE
-            beside, mark = load_tensors(training) if training.is_file() else ({}, {})
         except (FileNotFoundError, RuntimeError):  # RuntimeError: a mapped file has become smaller
             if before == _versions(folder) or attempt == _ATTEMPTS - 1:
                 raise
@@ -260,7 +262,7 @@ def read_files(folder: Path) -> AdapterFiles:
             if before == _versions(folder):
                 break
         time.sleep(_PAUSE)
-    return AdapterFiles(config, file, tensors, metadata, beside, mark.get(METADATA))
+    return config, file, tensors, metadata
 
 
 def _versions(folder: Path) -> list[tuple[int, int, int] | None]:

@@ -1,28 +1,28 @@
 """The portable form of an adapter, and back: every loader applies it with the right strength.
 
 A' = [RA; RA − A₀] and s·B' = s·[B − B₀, B₀], with zero rows and columns up to one rank for all
-layers, so that the configuration needs no rsLoRA, no patterns, and lora_alpha = r. A, B, A₀ and B₀
-are computed from them exactly where no bit was lost: s is a power of two, and B and B₀ are within a
-factor of two of each other (Sterbenz). The trained factors of other layers are kept in a file
-beside.
+layers, so that the configuration needs no rsLoRA, no patterns, and lora_alpha = r.
+
+A, B, A₀ and B₀ are computed from them. No bit is lost where s is a power of two, and B and B₀ are
+within a factor of two of each other (Sterbenz). For all other numbers the recipe holds the
+differences of the bits: about two bits a number.
 """
 
 from __future__ import annotations
 
-import hashlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._utils.safetensors import dtype_name
 from ...layers.state import FACTORS, LayerState, dst_start
-from ...model.config import AdapterState
+from ..io.differences import difference
 from .recipe import layer_from_dict, layer_to_dict, narrow_dtype
 
-# Not *.safetensors, *.bin or *.pt: SGLang and Ollama read all files with such names in a folder.
-TRAINING_FILE = "adapter_training.tensors"
+# A header of the safetensors format has at most 100 MB, with escapes.
+_LIMIT = 80_000_000
 
 
 def padded(factor: Tensor, r: int, dim: int) -> Tensor:
@@ -71,36 +71,47 @@ def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> di
     }
 
 
-def lost_factors(layer: LayerState, right: Tensor, left: Tensor) -> dict[str, Tensor]:
-    """The factors that `trained_factors` does not give back to the last bit."""
-    recipe = layer_to_dict(layer)
-    back = layer_from_dict(recipe, trained_factors(recipe, right, left))
-    lost = {}
-    for key in FACTORS:
-        factor, got = getattr(layer, key), getattr(back, key)
-        # Without R, A is RA.
-        if factor is not None and (got is None or not torch.equal(got, factor)):
-            lost[key] = factor
-    return lost
+def trained_bias(layer: Mapping[str, Any], bias: Tensor) -> Tensor:
+    """The bias of B [out] from s times it; `layer` is the recipe of the layer."""
+    return (bias.double() / layer["scaling"]).to(bias.dtype)
 
 
-def training_tensors(state: AdapterState, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
-    """{"layers.<name>.<factor>": tensor} of all layers' `lost_factors`, if their A' and s·B' are
-    `factors`.
+def portable_recipe(layer: LayerState, right: Tensor, left: Tensor) -> dict[str, Any]:
+    """The recipe of a layer that is stored as A' and s·B', from which `layer_from_dict` gives back
+    its factors to the last bit, except that an R stays multiplied into A.
     """
-    return {
-        f"layers.{name}.{key}": factor
-        for name, layer in state.layers.items()
-        for key, factor in lost_factors(layer, *factors[name]).items()
-    }
+    recipe = layer_to_dict(layer)
+    factors = trained_factors(recipe, right, left)
+    bias = layer.portable_bias()
+    if bias is not None:
+        factors["lora_bias"] = trained_bias(recipe, bias)
+    back = layer_from_dict(recipe, factors)
+    bits = {}
+    for key in FACTORS:
+        want, got = getattr(layer, key), getattr(back, key)
+        folded = key == "lora_A" and layer.lora_R is not None
+        if want is not None and got is not None and not folded:
+            bits[key] = difference(want, got)
+    return recipe | with_bits(bits)
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str | None:
-    """Identifies the contents of a training file; None of an empty one."""
-    if not tensors:
-        return None
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def with_bits(bits: Mapping[str, str]) -> dict[str, Any]:
+    """The entry of a recipe for the differences of factors, if there are any."""
+    found = {key: text for key, text in bits.items() if text}
+    return {"bits": found} if found else {}
+
+
+def within_header(recipes: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The recipes; without the differences of bits, and with a warning, if a file cannot hold
+    them.
+    """
+    size = sum(len(text) for r in recipes.values() for text in r.get("bits", {}).values())
+    if size <= _LIMIT:
+        return dict(recipes)
+    warnings.warn(
+        f"{size:,} bytes would be needed to store the trained factors to the last bit, more than "
+        "the header of a file holds: training that continues from it begins with rounded factors; "
+        "save_adapter(..., format='native') keeps them exactly",
+        stacklevel=4,
+    )
+    return {n: {k: v for k, v in r.items() if k != "bits"} for n, r in recipes.items()}

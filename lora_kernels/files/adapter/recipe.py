@@ -20,6 +20,7 @@ from ..._utils.safetensors import read_layout
 from ...init import Initializer, get_initializer, initializer_names
 from ...layers.state import FACTORS, LayerState
 from ...model.config import LoRAConfig
+from ..io.differences import changed
 
 METADATA = "lora_kernels"  # its key in the header
 VERSION = 2
@@ -34,26 +35,25 @@ _NUMBERS = ("scaling", "lora_alpha", "beta", "weight_norm")
 
 
 def recipe_to_json(
-    layers: Mapping[str, LayerState],
+    layers: Mapping[str, dict[str, Any]],
     file_format: str,
     config: LoRAConfig | None,
     base_model: str | None,
     **more: Any,
 ) -> str:
-    """The recipe of an adapter that is stored as `file_format`.
+    """The recipe of an adapter that is stored as `file_format`, from those of its layers.
 
     `more` depends on the format: "peft" has `peft_config`, the content of `adapter_config.json`;
-    `rank_fields`, its fields at the rank that is trained; `training`, the fingerprint of the
-    factors that are kept beside, or None; and of a PEFT model `others`, layers that are not linear.
-    "start" has `original`, the original base. An adapter of
-    a PEFT model has no `config`.
+    `rank_fields`, its fields at the rank that is trained; and of a PEFT model `others`, layers that
+    are not linear, and `biases` of B. "start" has `original`, the original base. An adapter of a
+    PEFT model has no `config`.
     """
     recipe = {
         "version": VERSION,
         "format": file_format,
         "base_model": base_model,
         "config": None if config is None else config_to_dict(config),
-        "layers": {name: layer_to_dict(layer) for name, layer in layers.items()},
+        "layers": dict(layers),
         **more,
     }
     return json.dumps(recipe, allow_nan=False)
@@ -111,7 +111,7 @@ def narrow_dtype(recipe: Mapping[str, Any], factor: str) -> torch.dtype | None:
 
 
 def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) -> LayerState:
-    """The layer with these factors, cast to the dtypes that they were trained in.
+    """The layer with these factors, in the dtypes and with the bits that they were trained with.
 
     Raises:
         ValueError: a number is missing or wrong.
@@ -131,6 +131,8 @@ def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) ->
     for key, dtype in recipe.get("dtypes", {}).items():
         if key in factors:
             factors[key] = factors[key].to(_NARROW[dtype])
+    for key, text in recipe.get("bits", {}).items():
+        factors[key] = changed(factors[key], text)
     return LayerState(
         lora_A=factors["lora_A"],
         lora_B=factors["lora_B"],
@@ -142,6 +144,7 @@ def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) ->
         start_B=factors.get("start_B"),
         residual=recipe["residual"],
         weight_norm=numbers["weight_norm"],
+        lora_bias=factors.get("lora_bias"),
     )
 
 
@@ -174,6 +177,7 @@ def layer_to_dict(layer: LayerState) -> dict[str, Any]:
         "residual": layer.residual,
         "start": "dst" if layer.beta is not None else "kept" if layer.changes_base else None,
         "R": layer.lora_R is not None,
+        **({} if layer.lora_bias is None else {"bias": True}),
     }
     narrow = {
         key: name

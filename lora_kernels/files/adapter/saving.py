@@ -72,6 +72,7 @@ def load_adapter(
     *,
     adapter_name: str = "default",
     is_trainable: bool = True,
+    residual_base: bool = False,
     progress: bool = True,
 ) -> LoRAReport:
     """Adds the adapter in a folder to the model.
@@ -81,6 +82,10 @@ def load_adapter(
         folder: written by `save_adapter` or PEFT.
         adapter_name: its name in the model, where it becomes the active adapter.
         is_trainable: whether it can be trained further.
+        residual_base: whether `model` may be a residual base, from whose weights a start was
+            subtracted: the one that PEFT made for an adapter of "pissa", "olora", "corda",
+            "lora_ga" or "loftq", or that `lora-kernels init` wrote. The adapter belongs to it and
+            is wrong on the original model, and so is what `save_adapter` writes of it later.
         progress: whether a bar is shown, if standard error is a terminal.
 
     Returns:
@@ -91,7 +96,7 @@ def load_adapter(
             then.
 
     """
-    state = read_adapter(folder)
+    state = read_adapter(folder, residual_base=residual_base)
     return apply_state(
         model, state, adapter_name=adapter_name, is_trainable=is_trainable, progress=progress
     )

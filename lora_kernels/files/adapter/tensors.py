@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..._utils.checks import FLOATS
 from ..._utils.peft_names import ADAPTER_CONFIG
 from ...layers.state import FACTORS, LayerState
-from ...model.config import AdapterState
+from ...model.config import AdapterState, TokenRows
 from .peft_format.reading import (
     DECISIVE,
     check_options,
@@ -18,6 +19,7 @@ from .peft_format.reading import (
     config_from_peft,
     split_tensors,
 )
+from .peft_format.tokens import split_rows
 from .portable import trained_factors
 from .recipe import PEFT, config_from_dict, layer_from_dict
 
@@ -32,7 +34,8 @@ def check_state(state: AdapterState) -> None:
             factor = getattr(layer, key)
             if factor is not None and not bool(factor.isfinite().all()):
                 raise ValueError(f"{key} of {name!r} holds NaN or Inf; nothing was written")
-    for name, tensor in state.extra.items():
+    others = {**state.extra, **{name: row.values for name, row in state.rows.items()}}
+    for name, tensor in others.items():
         if tensor.dtype in FLOATS and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name!r} holds NaN or Inf; nothing was written")
 
@@ -47,6 +50,9 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
 def native_tensors(state: AdapterState) -> dict[str, Tensor]:
     """A, B, R and stored initial factors, by this package's names."""
     tensors = {f"extra.{name}": tensor for name, tensor in state.extra.items()}
+    for name, row in state.rows.items():
+        tensors[f"rows.{name}"] = row.values
+        tensors[f"tokens.{name}"] = torch.tensor(row.indices)
     for name, layer in state.layers.items():
         for key in FACTORS:
             factor = getattr(layer, key)
@@ -59,7 +65,6 @@ def from_recipe(
     recipe: dict[str, Any],
     config: dict[str, Any] | None,
     tensors: dict[str, Tensor],
-    training: Mapping[str, Tensor],
 ) -> AdapterState:
     """An adapter that this package wrote.
 
@@ -67,22 +72,22 @@ def from_recipe(
         recipe: that of the file, from `recipe_from_json`.
         config: the content of `adapter_config.json`, if it exists.
         tensors: all tensors of the file.
-        training: the tensors of the training file beside it.
 
     Raises:
         ValueError: they do not fit each other.
 
     """
+    rows, tensors = _split_rows(recipe, tensors)
     if recipe["format"] == PEFT:
         check_unedited(recipe, config)
-        factors, extra = peft_factors(recipe, tensors, training)
+        factors, extra = _split_peft(recipe, tensors)
     else:
         factors, extra = _split_native(recipe, tensors)
     layers = {}
     for name, layer in recipe["layers"].items():
         try:
             layers[name] = layer_from_dict(layer, factors[name])
-        except (ValueError, AttributeError, KeyError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"the recipe of {name!r} is damaged: {error}") from None
         _check_layer(name, layers[name], layer["r"])
     if recipe["config"] is None:
@@ -91,7 +96,25 @@ def from_recipe(
         adapted = config_from_peft(values, tuple(layers))
     else:
         adapted = config_from_dict(recipe["config"])
-    return AdapterState(adapted, layers, extra, recipe["base_model"])
+    return AdapterState(adapted, layers, extra, recipe["base_model"], rows)
+
+
+def _split_rows(
+    recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
+    """Rows of embeddings by the names of their weights, and all other tensors."""
+    if recipe["format"] == PEFT:
+        return split_rows(recipe["peft_config"], tensors)
+    rows, others = {}, {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "tokens":
+            if f"rows.{name}" not in tensors:
+                raise ValueError(f"the rows of {name!r} are missing")
+            rows[name] = TokenRows(tuple(tensor.tolist()), tensors[f"rows.{name}"])
+        elif kind != "rows":
+            others[key] = tensor
+    return rows, others
 
 
 def check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> None:
@@ -110,15 +133,10 @@ def check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> Non
             )
 
 
-def peft_factors(
-    recipe: dict[str, Any], tensors: Mapping[str, Tensor], training: Mapping[str, Tensor]
+def _split_peft(
+    recipe: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The factors of each layer, without recomputable initial factors, and all other tensors.
-
-    Raises:
-        ValueError: the tensors do not fit the recipe.
-
-    """
+    """The factors of each layer, without recomputable initial factors, and all other tensors."""
     if recipe.get("others"):
         raise ValueError(
             f"{', '.join(recipe['others'])}: adapters of an embedding, a convolution or experts "
@@ -129,35 +147,23 @@ def peft_factors(
     saved = config.get("modules_to_save") or ()
     pairs, extra = split_tensors(tensors, saved, recipe["layers"], by_peft)
     _check_names(recipe["layers"], pairs)
-    kept, factors = by_layer(training), {}
-    for name in recipe["layers"]:
-        factors[name] = layer_factors(recipe, name, pairs[name], kept)
-    return factors, extra
+    return {name: layer_factors(recipe, name, *pairs[name]) for name in recipe["layers"]}, extra
 
 
 def layer_factors(
-    recipe: dict[str, Any],
-    name: str,
-    pair: tuple[Tensor, Tensor],
-    kept: Mapping[str, Mapping[str, Tensor]],
+    recipe: dict[str, Any], name: str, lora_A: Tensor, lora_B: Tensor
 ) -> dict[str, Tensor]:
-    """The factors of one layer.
-
-    Args:
-        recipe: that of the file.
-        name: the layer's.
-        pair: lora_A and lora_B of the file.
-        kept: the tensors of the training file, from `by_layer`.
+    """The factors of one layer for `layer_from_dict`, from those of PEFT's file and its recipe.
 
     Raises:
-        ValueError: the pair does not fit the recipe.
+        ValueError: they do not fit the recipe.
 
     """
     layer = recipe["layers"][name]
-    check_pair(name, *pair)
+    check_pair(name, lora_A, lora_B)
     split = _doubled_factors if recipe["version"] == 1 else trained_factors
     try:
-        return split(layer, *pair) | dict(kept.get(name, {}))
+        return split(layer, lora_A, lora_B)
     except ValueError as error:
         raise ValueError(f"{error} ({name})") from None
 
@@ -175,28 +181,20 @@ def _doubled_factors(layer: dict[str, Any], right: Tensor, left: Tensor) -> dict
     return factors
 
 
-def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{layer: {factor: tensor}} of tensors "layers.<layer>.<factor>".
-
-    Raises:
-        ValueError: a tensor has another name.
-
-    """
-    factors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(".")
-        layer, _, part = name.rpartition(".")
-        if kind != "layers" or part not in (*FACTORS, "lora_bias"):
-            raise ValueError(f"{key!r} is not a tensor of an adapter")
-        factors.setdefault(layer, {})[part] = tensor
-    return factors
-
-
 def _split_native(
     recipe: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    extra = {k.removeprefix("extra."): t for k, t in tensors.items() if k.startswith("extra.")}
-    factors = by_layer({k: t for k, t in tensors.items() if not k.startswith("extra.")})
+    factors: dict[str, dict[str, Tensor]] = {}
+    extra = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "extra":
+            extra[name] = tensor
+            continue
+        layer, _, part = name.rpartition(".")
+        if kind != "layers" or part not in FACTORS:
+            raise ValueError(f"{key!r} is not a tensor of an adapter")
+        factors.setdefault(layer, {})[part] = tensor
     _check_names(recipe["layers"], factors)
     for name, layer in recipe["layers"].items():
         expected = {"lora_A", "lora_B"} | ({"lora_R"} if layer.get("R") else set())

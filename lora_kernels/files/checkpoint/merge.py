@@ -19,7 +19,7 @@ from ..._utils.safetensors import DTYPES, Entry, load_tensor
 from ..._utils.version import __version__
 from ...init.start import subtract_factors_
 from ...layers.state import LayerState
-from ...model.config import AdapterState
+from ...model.config import AdapterState, TokenRows
 from ...model.selection import input_embeddings, output_head
 from ..adapter.folder import read_adapter
 from ..io.journal import JournaledFolder, identity
@@ -29,13 +29,13 @@ from .folder import ModelFolder, check_apart, check_outside, check_space
 from .residual import refuse_residual
 from .weights import is_embedding, is_head
 
-Wanted = Mapping[str, LayerState | Tensor]  # by a tensor's name in the model
+Wanted = Mapping[str, LayerState | TokenRows | Tensor]  # by a tensor's name in the model
 
 
 @dataclass(frozen=True)
 class Change:
-    """The change of a tensor of the base: s·B'A' is added, or another tensor replaces it. `name` is
-    the tensor's in the model.
+    """The change of a tensor of the base: s·B'A' is added, or another tensor or some rows replace
+    its own. `name` is the tensor's in the model.
     """
 
     name: str
@@ -44,11 +44,14 @@ class Change:
     transposed: bool = False
     layer: LayerState | None = None
     tensor: Tensor | None = None
+    rows: TokenRows | None = None
 
     def apply_(self, weight: Tensor) -> None:
         """Changes the weight in place; raises a ValueError if the result is not finite."""
         if self.tensor is not None:
             weight.copy_(self.tensor)
+        elif self.rows is not None:
+            self.rows.put_(weight)
         elif self.layer is not None:
             add_update_(weight.T if self.transposed else weight, self.layer)
         if not all_finite(weight):
@@ -150,7 +153,8 @@ def merge(
             folder.copy_others(work)
             folder.publish(work, shards, changes.options)
         work.complete()
-    return MergeSummary(len(state.layers), len(state.extra), size, folder.assumption)
+    replaced = len(state.extra) + len(state.rows)
+    return MergeSummary(len(state.layers), replaced, size, folder.assumption)
 
 
 def folder_for(folder: ModelFolder, state: AdapterState) -> ModelFolder:
@@ -170,7 +174,8 @@ def folder_for(folder: ModelFolder, state: AdapterState) -> ModelFolder:
 
 
 def _wanted(state: AdapterState) -> Wanted:
-    return {**{f"{name}.weight": layer for name, layer in state.layers.items()}, **state.extra}
+    layers = {f"{name}.weight": layer for name, layer in state.layers.items()}
+    return {**layers, **state.extra, **state.rows}
 
 
 def _has_all(folder: ModelFolder, wanted: Wanted) -> bool:
@@ -182,7 +187,7 @@ def _labels(architecture: Architecture, wanted: Wanted) -> int | None:
     """The number of labels of a head that the adapter brings, if the model's has another one."""
     known = architecture.model.state_dict()
     for name, value in wanted.items():
-        if isinstance(value, LayerState) or name in architecture.stored or not value.dim():
+        if not isinstance(value, Tensor) or name in architecture.stored or not value.dim():
             continue
         if value.shape[1:] == known[name].shape[1:] and len(value) != len(known[name]):
             return len(value)
@@ -247,11 +252,13 @@ def _resize_others(folder: ModelFolder, changes: Changes) -> None:
         changes.added[stored] = new
 
 
-def _change(folder: ModelFolder, changes: Changes, name: str, value: LayerState | Tensor) -> None:
+def _change(
+    folder: ModelFolder, changes: Changes, name: str, value: LayerState | TokenRows | Tensor
+) -> None:
     """Adds the change of one tensor."""
     stored = folder.tensors.get(name)
     if stored is None:
-        if isinstance(value, LayerState) or not _has_all(folder, {name: value}):
+        if not isinstance(value, Tensor) or not _has_all(folder, {name: value}):
             raise ValueError(_why_not_stored(folder, name))
         changes.added[name] = value
         return
@@ -261,6 +268,10 @@ def _change(folder: ModelFolder, changes: Changes, name: str, value: LayerState 
         shape: tuple[int, ...] = (value.lora_B.shape[0], value.lora_A.shape[1])
         expected = entry.shape[::-1] if transposed else entry.shape
         change = Change(name, entry, file, transposed, layer=value)
+    elif isinstance(value, TokenRows):
+        value.check(name, entry.shape)
+        shape, expected = entry.shape, entry.shape
+        change = Change(name, entry, file, rows=value)
     else:
         shape, expected = tuple(value.shape), entry.shape
         change = Change(name, entry, file, tensor=value)
@@ -357,6 +368,9 @@ def _change_tied(
     # Resized, they all have the new size; otherwise one that is not trained stays as it is.
     resized = changes.vocab_size is not None and isinstance(embedding, Tensor)
     default = embedding if resized and isinstance(embedding, Tensor) else base
+    if isinstance(embedding, TokenRows):  # tied modules get them too
+        embedding.check(names[0], base.shape)
+        default = embedding.put_(base.clone())
     values = {name: _merged(folder, name, base, wanted.get(name, default)) for name in names}
     first = values[names[0]]
     if not all(_equal(value, first) for value in values.values()):
@@ -377,10 +391,15 @@ def _change_tied(
 
 
 @torch.no_grad()
-def _merged(folder: ModelFolder, name: str, base: Tensor, value: LayerState | Tensor) -> Tensor:
+def _merged(
+    folder: ModelFolder, name: str, base: Tensor, value: LayerState | TokenRows | Tensor
+) -> Tensor:
     """A tensor of the base with its change, in its dtype."""
     if isinstance(value, Tensor):
         return value.to(base.dtype)
+    if isinstance(value, TokenRows):
+        value.check(name, base.shape)
+        return value.put_(base.clone())
     merged = base.clone()
     transposed = folder.is_transposed(name.removesuffix(".weight"))
     add_update_(merged.T if transposed else merged, value)

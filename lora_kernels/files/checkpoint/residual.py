@@ -1,7 +1,9 @@
-"""The start that `initialize` writes beside a residual base, and adapters trained from it.
+"""The start that belongs to a residual base, and adapters trained from it.
 
-Both are PEFT adapters of the residual base, and wrong on the original one. Together they are an
-adapter of the original base.
+`initialize` writes such a start beside the residual base; PEFT writes one if an adapter of "pissa",
+"olora", "corda" or "lora_ga" is saved before it is trained. The start and the trained adapter are
+PEFT adapters of the residual base, and wrong on the original one. Together they are an adapter of
+the original base.
 """
 
 from __future__ import annotations
@@ -11,13 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..._utils.peft_names import ADAPTER_FILE
+from ..._utils.model_files import read_json
+from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from ..._utils.safetensors import load_tensors
+from ...init.base import initializer_names
 from ...model.config import AdapterState
-from ..adapter.peft_format.reading import split_tensors
+from ..adapter.folder import read_adapter
+from ..adapter.peft_format.reading import changes_base, split_tensors
 from ..adapter.recipe import START, config_from_dict, layer_from_dict, read_recipe
 
 ADAPTER = "adapter"  # the name of its folder, in that of the residual base
+# PEFT's starts that it subtracts from the base; "loftq" rounds the base too.
+_SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
 
 
 def is_start(folder: Path) -> bool:
@@ -32,12 +39,11 @@ def read_start(folder: Path) -> AdapterState:
         ValueError: the folder does not hold a start, or is damaged.
 
     """
+    if not (folder / ADAPTER_FILE).is_file() or read_recipe(folder / ADAPTER_FILE) is None:
+        return _start_by_peft(folder)
     recipe = _recipe_of(folder)
     if recipe is None:
-        raise ValueError(
-            f"{folder} is not a start of lora-kernels init: give the folder {ADAPTER!r} of a model "
-            "that it wrote"
-        )
+        raise _no_start(folder)
     saved = recipe["config"].get("modules_to_save") or ()
     tensors, _ = load_tensors(folder / ADAPTER_FILE)
     pairs, extra = split_tensors(tensors, saved, by_peft=False)
@@ -52,6 +58,63 @@ def read_start(folder: Path) -> AdapterState:
         layers[name] = layer_from_dict(values, factors)
     config = config_from_dict(recipe["config"])
     return AdapterState(config, layers, extra, recipe.get("original"))
+
+
+def _start_by_peft(folder: Path) -> AdapterState:
+    """`read_start` of an adapter that PEFT saved before training.
+
+    PEFT's guides set `init_lora_weights` to true before saving: whether a start was subtracted then
+    shows in B, which is zero in a start that was not.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise _no_start(folder)
+    state = read_adapter(folder, residual_base=True)
+    refuse_residual(folder, state)
+    method = _method(folder)
+    layers = state.layers.values()
+    if method == "loftq" or any(layer.changes_base for layer in layers):
+        raise _no_start(folder, "PEFT has made a new base for it" if method == "loftq" else "")
+    if method not in (None, *_SUBTRACTED) or not any(bool(layer.lora_B.any()) for layer in layers):
+        raise _no_start(folder, "B = 0, so that nothing was subtracted from the base")
+    known = method if method in initializer_names() else None
+    config = replace(state.config, init_lora_weights=known or "lora")
+    started = {
+        name: replace(layer, start_A=layer.lora_A, start_B=layer.lora_B)
+        for name, layer in state.layers.items()
+    }
+    return AdapterState(config, started, {}, state.base_model)
+
+
+def _method(folder: Path) -> str | None:
+    """The start by which PEFT has changed the base, "pissa" for "pissa_niter_4"; None if the
+    configuration names none.
+    """
+    file = folder / ADAPTER_CONFIG
+    values = read_json(file) if file.is_file() else {}
+    if not changes_base(values):
+        return None
+    found = values["init_lora_weights"].lower()
+    return next((name for name in _SUBTRACTED if found.startswith(name)), found)
+
+
+def _no_start(folder: Path, why: str = "") -> ValueError:
+    return ValueError(
+        f"{folder} is not a start{why and ': '}{why}. Give the folder {ADAPTER!r} of a model that "
+        "lora-kernels init wrote, or an adapter that PEFT saved before training, with "
+        "init_lora_weights 'pissa', 'olora', 'corda' or 'lora_ga'"
+    )
+
+
+def check_method(start: Path, trained: Path) -> None:
+    """Raises ValueError if PEFT made the two adapters by different starts."""
+    if is_start(start):
+        return
+    first, then = _method(start), _method(trained)
+    if first is not None and then is not None and first != then:
+        raise ValueError(
+            f"{trained} was trained from init_lora_weights = {then!r}, {start} is a start of "
+            f"{first!r}"
+        )
 
 
 def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
@@ -88,7 +151,14 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
                 )
         if layer.lora_A.shape != first.lora_A.shape or layer.lora_B.shape != first.lora_B.shape:
             raise ValueError(f"{name!r} and its start have different shapes")
-        layers[name] = replace(first, lora_A=layer.lora_A, lora_B=layer.lora_B)
+        layers[name] = replace(
+            first,
+            lora_A=layer.lora_A,
+            lora_B=layer.lora_B,
+            # Of the trained configuration, which may have another rule for s.
+            scaling=layer.scaling,
+            lora_alpha=layer.lora_alpha,
+        )
     config = replace(
         trained.config,
         init_lora_weights=start.config.init_lora_weights,

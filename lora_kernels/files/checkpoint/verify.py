@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ...layers.kinds import is_conv1d
 from ...model.config import AdapterState
 from ...model.lora import merge_lora
+from ...model.saved_modules import row_places
 from ..adapter.content import NATIVE_FILE
 from ..adapter.folder import read_adapter
 from ..adapter.peft_format.loading import lost_in_peft
@@ -73,7 +74,7 @@ def verify(adapter: Path, base: Path, logits: bool = True) -> Iterator[Check]:
     ranks = sorted({layer.r for layer in state.layers.values()})
     yield Check("the adapter's files", True, f"{len(state.layers)} layers, {_ranks(ranks)}")
     folder = folder_for(folder, state)
-    count = len(state.layers) + len(state.extra)
+    count = len(state.layers) + len(state.extra) + len(state.rows)
     try:
         _check_fit(folder, state)
     except ValueError as error:
@@ -102,6 +103,10 @@ def _check_fit(folder: ModelFolder, state: AdapterState) -> None:
         transposed = folder.is_transposed(name)
         wanted[f"{name}.weight"] = (cols, rows) if transposed else (rows, cols)
     known = {name: tuple(t.shape) for name, t in architecture.model.state_dict().items()}
+    for name, found in state.rows.items():
+        wanted[name] = known.get(name, ())
+        if name in known:
+            found.check(name, known[name])
     vocabulary = resized_to(architecture, state)
     for name, shape in wanted.items():
         if name not in known:
@@ -191,7 +196,10 @@ class _Ways:
             weight = module.weight.data.clone()
             add_update_(weight.T if is_conv1d(module) else weight, layer)
             module.weight = nn.Parameter(weight)  # its own, if it was tied to another
-        for name, tensor in self.state.extra.items():
+        _, rows = row_places(model, self.state)
+        weights = model.state_dict()
+        with_rows = {name: row.put_(weights[name].clone()) for name, row in rows.items()}
+        for name, tensor in {**self.state.extra, **with_rows}.items():
             owner, _, key = name.rpartition(".")
             module = model.get_submodule(owner)
             value = tensor.to(torch.float32) if tensor.is_floating_point() else tensor

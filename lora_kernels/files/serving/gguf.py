@@ -6,7 +6,6 @@ So s is folded into B, all layers are padded with zeros to one rank r, and α = 
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +43,8 @@ class GGUFSummary:
         dtype: that of its tensors.
         layers: the number of layers.
         r: the rank of all layers, and `adapter.lora.alpha`.
+        error: ‖ΔW − ΔW'‖_F / ‖ΔW‖_F over all layers, where ΔW' is the update in the file; None if
+            it was neither truncated nor rounded.
 
     """
 
@@ -53,12 +54,14 @@ class GGUFSummary:
     dtype: torch.dtype
     layers: int
     r: int
+    error: float | None = None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.file}: {self.layers} layers of rank {self.r} in {dtype} for a GGUF model of "
             f"{self.architecture} ({self.size:,} bytes)"
+            + ("" if self.error is None else f", with a relative error of {self.error:.2e}")
         )
 
 
@@ -112,7 +115,7 @@ def write_gguf(
         sync(temporary)
         _check_written(gguf, temporary, fields, tensors, dtype)
         size = temporary.stat().st_size
-        os.replace(temporary, out)  # noqa: PTH105  (Path.replace returns a new path)
+        temporary.replace(out)
         sync(out.parent)
     finally:
         temporary.unlink(missing_ok=True)

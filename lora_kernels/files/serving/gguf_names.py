@@ -1,9 +1,10 @@
 """Which tensor of a GGUF model each linear layer of a Hugging Face model becomes, and how llama.cpp
 changes its weight on the way.
 
-It follows llama.cpp's `conversion/` as of October 2026, which `convert_hf_to_gguf.py` runs. Only
-architectures whose linear layers are renamed, and no more than renamed or permuted, are here: the
-names come from the `gguf` package, the permutations from `llama.py` and `olmo.py` of that folder.
+It follows llama.cpp's folder `conversion`, which `convert_hf_to_gguf.py` runs, as of October 2026.
+The names come from the package gguf, the permutations from `llama.py` and `olmo.py` of that folder.
+Architectures whose linear layers are joined, split or reordered otherwise are not here. GPT-2's
+Conv1D weights are transposed there: its A and B are those of W [out, in] already.
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..._utils.errors import did_you_mean
-from ..._utils.names import ALL_LINEAR, match_names
+from ..._utils.names import match_names
 from ...model.config import AdapterState, LoRAConfig
+from ..adapter.peft_format.reading import saved_module
+from ..checkpoint.weights import is_all_linear
 
 _SHOWN = 3  # names in an error
 
@@ -39,7 +41,9 @@ def renamed(state: AdapterState, old: str, new: str) -> AdapterState:
     layers = _moved(state.layers, old, new)
     extra = _moved(state.extra, old, new)
     names = dict(zip(state.layers, layers, strict=True))
-    return replace(state, layers=layers, extra=extra, config=_config(state.config, names, old, new))
+    config = _config(state.config, names, old, new)
+    saved = _saved(state, old, new)
+    return replace(state, layers=layers, extra=extra, config=replace(config, modules_to_save=saved))
 
 
 def _prefix(prefix: str, option: str) -> str:
@@ -98,7 +102,6 @@ def _config(config: LoRAConfig, names: Mapping[str, str], old: str, new: str) ->
     take their place.
     """
     fields: dict[str, Any] = {
-        "modules_to_save": _listed(config.modules_to_save, old, new),
         "exclude_modules": config.exclude_modules,
         "target_modules": config.target_modules,
     }
@@ -120,6 +123,20 @@ def _config(config: LoRAConfig, names: Mapping[str, str], old: str, new: str) ->
     return moved
 
 
+def _saved(state: AdapterState, old: str, new: str) -> tuple[str, ...] | None:
+    """`modules_to_save` that means the same modules by their new names."""
+    before = state.config.modules_to_save
+    if before is None:
+        return None
+    found = dict.fromkeys(_listed(before, old, new) or ())
+    for key in state.extra:
+        owner, _, last = key.rpartition(".")
+        module = saved_module(owner, before, last != "bias")
+        if module is not None and saved_module(_move(module, old, new), tuple(found)) is None:
+            found[_move(module, old, new)] = None
+    return tuple(found)
+
+
 def _listed(values: Iterable[str] | None, old: str, new: str) -> tuple[str, ...] | None:
     """The entries of a list of names and endings; without a prefix, all are endings."""
     if values is None:
@@ -130,7 +147,7 @@ def _listed(values: Iterable[str] | None, old: str, new: str) -> tuple[str, ...]
 def _mean(targets: str | tuple[str, ...], names: Iterable[str]) -> bool:
     """Whether the targets match all these names, and each entry of a list one of them."""
     names = list(names)
-    if targets == ALL_LINEAR:
+    if is_all_linear(targets):
         return True
     try:
         return match_names(names, targets) == names

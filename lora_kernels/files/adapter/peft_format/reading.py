@@ -6,6 +6,7 @@ It follows `LoraConfig`, `LoraModel` and `save_pretrained` of PEFT 0.21.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
@@ -22,6 +23,7 @@ from ...._utils.peft_names import (
     OPTIONS_OF_OTHERS,
     OPTIONS_WITHOUT_EFFECT,
     PREFIX,
+    READ,
     TASK_TYPES,
     TIE,
     TIED_MODULES,
@@ -34,6 +36,8 @@ from ...._utils.peft_names import (
 from ....layers.options import lora_scaling
 from ....layers.state import LayerState
 from ....model.config import AdapterState, LoRAConfig
+from .converted import with_starts
+from .tokens import split_rows
 
 # Options of `LoRAConfig` that PEFT's `LoraConfig` has with the same meaning.
 _SHARED = tuple(
@@ -58,23 +62,51 @@ def from_peft(
 
     """
     check_options(values, residual_base)
-    halves, extra = split_tensors(tensors, values.get("modules_to_save") or ())
+    rows, others = split_rows(values, tensors)
+    halves, extra = split_tensors(others, values.get("modules_to_save") or ())
     if not halves:
         raise ValueError("it has no lora_A and lora_B of a linear layer")
     config = config_from_peft(values, tuple(halves))
-    layers = {}
-    for name, (lora_A, lora_B) in halves.items():
-        check_pair(name, lora_A, lora_B)
-        r, alpha = config.layer_rank(name), config.layer_alpha(name)
-        if lora_A.shape[0] != r:
-            raise ValueError(
-                f"lora_A of {name!r} has rank {lora_A.shape[0]}, the configuration says {r}: they "
-                "belong to different adapters"
-            )
-        scaling = lora_scaling(alpha, r, config.scaling_rule)
-        layers[name] = LayerState(lora_A, lora_B, scaling, alpha)
+    layers = {name: _layer(name, *pair, config) for name, pair in halves.items()}
     _warn_of_base(layers, extra)
-    return AdapterState(config, layers, extra, values.get("base_model_name_or_path"))
+    config = _with_smaller_ranks(config, layers)
+    state = AdapterState(config, layers, extra, values.get("base_model_name_or_path"), rows)
+    return state if changes_base(values) else with_starts(state)
+
+
+def _layer(name: str, lora_A: Tensor, lora_B: Tensor, config: LoRAConfig) -> LayerState:
+    """The layer with these factors.
+
+    PEFT's starts by an SVD or a QR have at most min(out, in) rows, whatever r is; s is that of the
+    configuration's r.
+    """
+    check_pair(name, lora_A, lora_B)
+    r, alpha = config.layer_rank(name), config.layer_alpha(name)
+    scaling = lora_scaling(alpha, r, config.scaling_rule)
+    rows, full = lora_A.shape[0], min(lora_B.shape[0], lora_A.shape[1])
+    if rows == r:
+        return LayerState(lora_A, lora_B, scaling, alpha)
+    if rows != min(r, full):
+        raise ValueError(
+            f"lora_A of {name!r} has rank {rows}, the configuration says {r}: they belong to "
+            "different adapters"
+        )
+    divisor = rows if config.scaling_rule == "lora" else math.sqrt(rows)
+    return LayerState(lora_A, lora_B, scaling, scaling * divisor)
+
+
+def _with_smaller_ranks(config: LoRAConfig, layers: Mapping[str, LayerState]) -> LoRAConfig:
+    """The configuration with the ranks of layers that have a smaller one than it says."""
+    smaller = {n: layer for n, layer in layers.items() if layer.r != config.layer_rank(n)}
+    if not smaller:
+        return config
+    ranks = {f"^{re.escape(name)}": layer.r for name, layer in smaller.items()}
+    alphas = {f"^{re.escape(name)}": layer.lora_alpha for name, layer in smaller.items()}
+    return dataclasses.replace(
+        config,
+        rank_pattern={**ranks, **config.rank_pattern},
+        alpha_pattern={**alphas, **config.alpha_pattern},
+    )
 
 
 def split_tensors(
@@ -176,27 +208,32 @@ def check_options(values: Mapping[str, Any], residual_base: bool = False) -> Non
     if kind != "LORA":
         raise ValueError(f"peft_type is {kind!r}: only 'LORA' adapters can be read")
     for option, variant in VARIANTS.items():
-        value = values.get(option)
+        value = None if option in READ else values.get(option)
         if value or (option in GROUPS_OF_OPTIONS and value not in (None, False)):
             raise ValueError(f"{option} = {value!r} is not implemented here: {variant}")
     _check_ties(values)
     _warn_of_unknown(values)
     init = values.get("init_lora_weights", True)
-    changes_base = isinstance(init, str) and init.lower().startswith(_CHANGING_INITS)
-    if changes_base and not residual_base:
+    if changes_base(values) and not residual_base:
         raise ValueError(
             f"init_lora_weights = {init!r}: its factors belong to a base that PEFT changed, which "
-            "is not in the folder; save it from PEFT with "
-            "path_initial_model_for_weight_conversion=<the adapter saved before training>, or if "
-            "the changed base was saved, set init_lora_weights to true and load it onto that"
+            "is not in the folder; load it onto that base with load_adapter(..., "
+            "residual_base=True), or make it an adapter of the original base with lora-kernels "
+            "convert --start FOLDER, where FOLDER is the adapter as PEFT saved it before training"
         )
-    if isinstance(init, str) and not changes_base and init not in _INITS:
+    if isinstance(init, str) and not changes_base(values) and init not in _INITS:
         raise unknown_name("init_lora_weights of PEFT", init, _INITS)
     if init == "mica":
         warnings.warn(
             "init_lora_weights = 'mica': PEFT trains A only; further training here moves B too",
             stacklevel=2,
         )
+
+
+def changes_base(values: Mapping[str, Any]) -> bool:
+    """Whether PEFT has subtracted the start of a configuration from the base's weights."""
+    init = values.get("init_lora_weights", True)
+    return isinstance(init, str) and init.lower().startswith(_CHANGING_INITS)
 
 
 def _check_ties(values: Mapping[str, Any]) -> None:

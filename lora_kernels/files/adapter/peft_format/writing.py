@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from ...._utils.names import match_names
-from ...._utils.peft_names import PREFIX, TASK_HEADS
+from ...._utils.peft_names import PREFIX, TASK_HEADS, TOKEN_INDICES
 from ....model.config import AdapterState
 from ..portable import padded
 from .reading import saved_module
+from .tokens import rows_to_peft
 
 
 def to_peft(
@@ -58,6 +59,8 @@ def to_peft(
         elif last == "bias" and owner in state.layers:
             key = f"{owner}.base_layer.bias"
         tensors[PREFIX + key] = tensor
+    indices, rows = rows_to_peft(state.rows)
+    tensors |= rows
     targets, excluded = exact_targets(list(state.layers), module_names, tuple(saved))
     scalings = {name: layer.scaling for name, layer in state.layers.items()}
     return {
@@ -74,6 +77,7 @@ def to_peft(
         "bias": config.bias,
         "lora_dropout": config.lora_dropout,
         "fan_in_fan_out": fan_in_fan_out,
+        **({TOKEN_INDICES: indices} if indices else {}),
     }, tensors
 
 

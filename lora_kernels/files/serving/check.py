@@ -1,0 +1,218 @@
+"""Checks how engines would load an adapter, without them: what they refuse, which layers they
+leave out, and how far the updates that they apply are from the trained ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..._utils.errors import did_you_mean
+from .engines import ENGINES
+from .engines.model import BaseModel, read_base
+from .engines.ollama import takes
+from .engines.verdict import (
+    REFUSED,
+    RIGHT,
+    WRONG,
+    Applied,
+    Engine,
+    Ignored,
+    Refusal,
+    Verdict,
+)
+from .stored import DIFFUSERS, NATIVE, PEFT, StoredAdapter, StoredLayer, read_stored
+from .updates import Update, relative_error, trained_update
+
+TOLERANCE = 0.005  # of ‖ΔW‖_F, for each layer; a cast to bfloat16 takes half of it
+_PIPELINE = ("down_blocks", "up_blocks", "mid_block", "transformer_blocks",
+             "single_transformer_blocks", "double_blocks", "single_blocks")  # fmt: skip
+_TEXT_ENGINES = ("vllm", "sglang", "llama.cpp", "peft")
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What an engine does with one layer.
+
+    Attributes:
+        name: of the module, without "base_model.model.".
+        effect: whether it is applied at all.
+        reason: why it is not, or why it is another update than the trained one; "" if right.
+        matching_name: the name by which it would have an effect; None if there is none.
+        scale: s that the engine applies; None without effect.
+        trained_scale: s of the training.
+        dtype: that of the factors in the engine; None without effect.
+        error: ‖ΔW − ΔW_trained‖_F / ‖ΔW_trained‖_F; None if it cannot be computed, 1 without
+            effect.
+
+    """
+
+    name: str
+    effect: bool
+    reason: str
+    matching_name: str | None
+    scale: float | None
+    trained_scale: float
+    dtype: torch.dtype | None
+    error: float | None
+
+    @property
+    def strength(self) -> float:
+        """s that is applied relative to s of the training: 1 if right, 0 without effect."""
+        if self.scale is None:
+            return 0.0
+        if self.trained_scale:
+            return self.scale / self.trained_scale
+        return math.inf if self.scale else 1.0
+
+    @property
+    def is_right(self) -> bool:
+        known = self.error is not None and self.error <= TOLERANCE
+        return known and not self.reason and self.effect
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an engine does with an adapter.
+
+    Attributes:
+        engine: its name.
+        as_of: the version whose rules these are.
+        layers: all layers of the adapter; empty if the engine cannot read its files at all.
+        verdict: refusals, notes and the like.
+        names_compared: whether the base's modules are known.
+
+    """
+
+    engine: str
+    as_of: str
+    layers: list[LayerResult]
+    verdict: Verdict
+    names_compared: bool
+
+    @property
+    def outcome(self) -> str:
+        """RIGHT: every layer is applied as trained; WRONG: it loads, and is not; or REFUSED."""
+        if self.verdict.refusals:
+            return REFUSED
+        right = all(layer.is_right for layer in self.layers) and not self.verdict.dropped
+        return RIGHT if right else WRONG
+
+    @property
+    def worst_error(self) -> float | None:
+        """The largest error of the layers; None if there is none."""
+        errors = [layer.error for layer in self.layers if layer.error is not None]
+        return max(errors, default=None)
+
+
+def check(
+    adapter: Path, base: Path | None = None, engines: Sequence[str] | None = None
+) -> list[Result]:
+    """How engines would load an adapter.
+
+    Args:
+        adapter: a folder of PEFT, Axolotl, Unsloth or this package, or a file or folder of
+            diffusers.
+        base: the base's folder, or its `config.json`: names and shapes are compared with the model
+            that transformers builds of it, and factors are cast to its dtype. Without it, names are
+            not compared, and engines that cast are taken to cast to bfloat16.
+        engines: names of `ENGINES`; default: `engines_for`.
+
+    Raises:
+        FileNotFoundError: there is no adapter, or no configuration of the base.
+        ValueError: an engine is unknown, or files are damaged or hold something else than LoRA.
+
+    """
+    chosen = None if engines is None else [_engine(name) for name in engines]
+    stored = read_stored(adapter)
+    model = None if base is None else read_base(base, stored.layers)
+    if chosen is None:
+        chosen = [ENGINES[name] for name in engines_for(stored, model)]
+    return judged(stored, model, chosen)
+
+
+def engines_for(adapter: StoredAdapter, base: BaseModel | None) -> list[str]:
+    """The engines that could take this kind of adapter.
+
+    Files of diffusers: diffusers. Folders of PEFT: PEFT and, if their layers are those of a
+    pipeline's model, diffusers; else vLLM, SGLang and llama.cpp, and Ollama if the base is one of
+    the two whose adapters it converts.
+    """
+    if adapter.kind == DIFFUSERS:
+        return ["diffusers"]
+    pipeline = any(part in _PIPELINE for name in adapter.layers for part in name.split("."))
+    if adapter.kind == PEFT and pipeline:
+        return ["diffusers", "peft"]
+    chosen = set(_TEXT_ENGINES) | ({"ollama"} if takes(base) else set())
+    return [name for name in ENGINES if name in chosen]
+
+
+def judged(
+    adapter: StoredAdapter, base: BaseModel | None, engines: Sequence[Engine]
+) -> list[Result]:
+    """The results of these engines. Each layer's factors are loaded once."""
+    verdicts = [_verdict(adapter, base, engine) for engine in engines]
+    rows: list[list[LayerResult]] = [[] for _ in engines]
+    for name, layer in adapter.layers.items():
+        trained = trained_update(adapter, layer)
+        measured: dict[Applied, float] = {}
+        for verdict, results in zip(verdicts, rows, strict=True):
+            found = verdict.layers.get(name)
+            if isinstance(found, Applied):
+                key = replace(found, fault="", folded=found.folded and found.scale != 1)
+                if key not in measured:
+                    measured[key] = _error(key, trained)
+                results.append(_applied(layer, found, trained, measured[key]))
+            elif isinstance(found, Ignored):
+                results.append(LayerResult(name, False, found.reason, found.name, None,
+                                           trained.scale, None, 1.0))  # fmt: skip
+    compared = base is not None and base.architecture is not None
+    for verdict in verdicts:
+        if base is not None and not compared:
+            verdict.notes.append(f"names were not compared with the base: {base.unknown}")
+        if base is not None and base.assumed:
+            verdict.notes.append(
+                f"{base.path} names no class (architectures): {base.assumed} is assumed"
+            )
+    return [
+        Result(engine.name, engine.as_of, results, verdict, compared)
+        for engine, results, verdict in zip(engines, rows, verdicts, strict=True)
+    ]
+
+
+def _engine(name: str) -> Engine:
+    if name not in ENGINES:
+        raise ValueError(
+            f"unknown engine {name!r}: expected one of {', '.join(ENGINES)}"
+            f"{did_you_mean(name.lower(), ENGINES)}"
+        )
+    return ENGINES[name]
+
+
+def _verdict(adapter: StoredAdapter, base: BaseModel | None, engine: Engine) -> Verdict:
+    """The engine's verdict; refused without its rules if the files are not for it."""
+    if adapter.kind == NATIVE:
+        rule = "the native format of lora_kernels is read by no engine"
+        remedy = "lora-kernels convert ADAPTER OUT --format peft"
+    elif adapter.kind == DIFFUSERS and engine.name != "diffusers":
+        rule = "it needs a folder of PEFT, with adapter_config.json and adapter_model.safetensors"
+        remedy = "use diffusers, or save the adapter from PEFT"
+    else:
+        return engine.judge(adapter, base)
+    return Verdict([Refusal(rule, remedy)])
+
+
+def _error(applied: Applied, trained: Update) -> float:
+    right, left, scale = applied.factors((trained.right, trained.left))
+    return relative_error(Update(right, left, scale), trained)
+
+
+def _applied(layer: StoredLayer, found: Applied, trained: Update, error: float) -> LayerResult:
+    # What a fault does is not in the factors, but for a change that was measured.
+    known = None if found.fault and found.change is None else error
+    return LayerResult(layer.name, True, found.fault, None, found.scale, trained.scale,
+                       found.dtype, known)  # fmt: skip

@@ -1,0 +1,110 @@
+"""Converts an adapter to another format, rank, dtype or base, or to other names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..._utils.errors import unknown_name
+from ...model.config import AdapterState
+from ..adapter.compression import truncated, update_errors
+from ..adapter.folder import SavedAdapter, float_dtype, read_adapter, write_adapter
+from ..adapter.recipe import FORMATS
+from ..checkpoint.folder import CONFIG, ModelFolder, check_outside
+from ..checkpoint.residual import check_method, read_start, refuse_residual, trained_from
+from .gguf import GGUFSummary, write_gguf
+from .rename import renamed
+
+GGUF = "gguf"
+TARGETS = (*FORMATS, GGUF)
+
+
+def convert(
+    adapter: Path,
+    out: Path,
+    *,
+    format: str = "peft",
+    compress_to: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    start: Path | None = None,
+    rename: tuple[str, str] | None = None,
+    base: Path | None = None,
+) -> SavedAdapter | GGUFSummary:
+    """Reads the adapter of a folder and writes it elsewhere.
+
+    Args:
+        adapter: a folder that PEFT or this package wrote.
+        out: the folder to write, or the file if `format` is "gguf".
+        format: "peft" or "native", as `lora_kernels.files.adapter.folder.write_adapter`; or "gguf",
+            a file for llama.cpp and Ollama, as `lora_kernels.files.serving.gguf.write_gguf`.
+        compress_to: the rank to truncate to, unless `format` is "native".
+        dtype: that of the tensors, unless `format` is "native".
+        start: the folder that `initialize` wrote beside a residual base, or that PEFT saved before
+            training with its "pissa", "olora", "corda" or "lora_ga". `adapter` was trained from it;
+            the result is an adapter of the original base.
+        rename: the prefix of the layers' names, and the one that takes its place.
+        base: the folder of the model, or for "gguf" its `config.json`; by default the base that
+            the adapter names, if it is a folder here.
+
+    Raises:
+        ValueError: the adapter was not trained from this start, the start would be overwritten, or
+            the adapter was trained on a residual base and there is no `start`; an unknown format;
+            a prefix that no layer has; a base without the layers; and as `read_adapter`,
+            `write_adapter` and `write_gguf`.
+
+    """
+    if format not in TARGETS:
+        raise unknown_name("format", format, TARGETS)
+    state = read_adapter(adapter, residual_base=start is not None)
+    if start is not None:
+        check_outside(start, out)  # every adapter of that residual base needs it
+        first = read_start(start)
+        check_method(start, adapter)
+        state = trained_from(first, state)
+    else:
+        refuse_residual(adapter, state)
+    if rename is not None:
+        state = renamed(state, *rename)
+    elif base is None and state.base_model and (Path(state.base_model) / CONFIG).is_file():
+        base = Path(state.base_model)
+    if format == GGUF:
+        return _to_gguf(state, base, out, compress_to, dtype)
+    names, conv1d = None, False
+    if base is not None:  # the configuration can name layers by their endings
+        folder = ModelFolder(base)
+        names = folder.module_names
+        conv1d = all(folder.is_transposed(name) for name in state.layers)
+    return write_adapter(
+        out,
+        state,
+        format=format,
+        compress_to=compress_to,
+        dtype=dtype,
+        module_names=names,
+        fan_in_fan_out=conv1d,
+    )
+
+
+def _to_gguf(
+    state: AdapterState,
+    base: Path | None,
+    out: Path,
+    compress_to: int | None,
+    dtype: torch.dtype | str | None,
+) -> GGUFSummary:
+    if base is None:
+        raise ValueError(
+            "GGUF names the layers by the model's architecture, and the adapter's base "
+            f"{state.base_model!r} is not a folder here: give --base, the folder of the Hugging "
+            "Face model or its config.json"
+        )
+    kind = torch.float32 if dtype is None else float_dtype(dtype)
+    written = state if compress_to is None else truncated(state, compress_to)
+    summary = write_gguf(written, base, out, dtype=kind)
+    if written is state and kind == torch.float32:
+        return summary
+    pairs = {n: layer.portable_factors() for n, layer in written.layers.items()}
+    rounded = {n: (right.to(kind), left.to(kind)) for n, (right, left) in pairs.items()}
+    return replace(summary, error=update_errors(state, rounded)[1])

@@ -1,0 +1,128 @@
+"""llama.cpp's rules.
+
+They stand in `convert_lora_to_gguf.py` (names of tensors; α; the file is float32 unless --outtype
+says otherwise), in the classes of `convert_hf_to_gguf.py` (which names a model has) and in
+`src/llama-adapter.cpp` and `.h` (s = α / rank of the tensor; norms are passed over), as of October
+2026.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..stored import CONVOLUTION, StoredAdapter, StoredLayer, names_in_brief
+from ..updates import experts_of, number
+from .model import MISSING, BaseModel
+from .verdict import (
+    PORTABLE,
+    Applied,
+    Engine,
+    Ignored,
+    Verdict,
+    refuse_shapes,
+    residual_fault,
+    variants,
+)
+
+_MERGE = "merge it into the model (lora-kernels merge BASE ADAPTER OUT) and convert the result"
+# llama.cpp applies activated LoRA; the others are refused by the names of their tensors.
+_KNOWN = ("alora_invocation_tokens", "use_dora", "lora_bias", "trainable_token_indices")
+
+
+def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
+    """What llama.cpp does with an adapter that its own script has converted."""
+    config = adapter.config
+    verdict = Verdict(rank=max(layer.rank for layer in adapter.layers.values()))
+    if "lora_alpha" not in config:
+        verdict.refuse("adapter_config.json lacks lora_alpha", PORTABLE)
+    _tensors(verdict, adapter)
+    refuse_shapes(verdict, adapter, base)
+    alpha, fault = float(number(config, "lora_alpha", 8)), residual_fault(adapter, base)
+    ignored = [what for option, what in variants(config).items() if option not in _KNOWN]
+    if ignored:
+        fault = fault or f"it ignores {names_in_brief(ignored)}"
+    for name, layer in adapter.layers.items():
+        scale = alpha / layer.rank if alpha else 1.0
+        verdict.layers[name] = _layer(layer, base, Applied(scale, torch.float32, fault=fault))
+    _names(verdict, adapter, base)
+    if not config.get("base_model_name_or_path"):
+        verdict.flags.append("--base <folder with the base's config.json and tokenizer>")
+    if base is None:
+        verdict.notes.append("names were not compared with a base (--base)")
+    verdict.notes.append(
+        "applies to convert_lora_to_gguf.py with its default --outtype f32; lora-kernels convert "
+        "--to gguf writes the same format with s folded in"
+    )
+    return verdict
+
+
+def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
+    strange = []
+    for name in adapter.others:
+        if ".base_layer.weight" in name:
+            continue
+        if "_layernorm" in name or ".norm" in name:
+            verdict.dropped[name] = "norms are converted, and passed over when the file is loaded"
+        else:
+            strange.append(name)
+    if strange:
+        verdict.refuse(
+            f"every tensor must be lora_A, lora_B or a norm; not {names_in_brief(strange)}", _MERGE
+        )
+    named = [layer.right.name for layer in adapter.layers.values()
+             if layer.style != "lora_A" or layer.adapter]  # fmt: skip
+    if named:
+        verdict.refuse(
+            "names of tensors must contain .lora_A.weight and .lora_B.weight: "
+            f"{names_in_brief(named)}",
+            PORTABLE,
+        )
+    joined = [n for n, layer in adapter.layers.items() if experts_of(adapter, layer) > 1]
+    if joined:
+        verdict.refuse(
+            f"experts in one tensor (target_parameters) match no tensor: {names_in_brief(joined)}",
+            _MERGE,
+        )
+    convolutions = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
+    if convolutions:
+        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(convolutions)}", _MERGE)
+    if adapter.config.get("fan_in_fan_out"):
+        verdict.refuse(
+            "layers that are stored transposed (fan_in_fan_out, GPT-2): the script transposes A "
+            "and B, too, which do not fit then; square layers load and are wrong",
+            _MERGE,
+        )
+
+
+def _layer(layer: StoredLayer, base: BaseModel | None, applied: Applied) -> Applied | Ignored:
+    if base is None or not base.modules:
+        return applied
+    place = base.place(layer.name)
+    if base.is_multimodal and place.kind != MISSING and not base.is_text(place):
+        return Ignored("the script converts the text model only")
+    if place.kind == MISSING:
+        return Ignored("no tensor of the base has this name", place.name)
+    return applied
+
+
+def _names(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
+    """A name that no tensor of the model has is an error, of the script or when it is loaded."""
+    missing = [n for n, found in verdict.layers.items()
+               if isinstance(found, Ignored) and found.reason.startswith("no tensor")]  # fmt: skip
+    if missing:
+        verdict.refuse(
+            f"no tensor of the base has the name of {names_in_brief(missing)}",
+            "use the base that the adapter was trained on",
+        )
+    heads = [n for n, layer in adapter.layers.items() if layer.last == "lm_head"]
+    if not heads:
+        return
+    if base is not None and base.option("tie_word_embeddings"):
+        verdict.refuse(
+            "the output head cannot be adapted if it is tied to the embedding: lm_head", _MERGE
+        )
+    elif base is None:
+        verdict.notes.append("lm_head cannot be adapted if it is tied to the embedding (--base)")
+
+
+ENGINE = Engine("llama.cpp", "llama.cpp, October 2026", judge)

@@ -1,0 +1,157 @@
+"""Ollama's rules, for `ADAPTER <folder>` in a Modelfile.
+
+They stand in Ollama's `convert/`: `convert.go` (the architectures, α as an unsigned integer),
+`convert_llama_adapter.go` and `convert_gemma2_adapter.go` (names; factors of the other orientation
+are known by their shapes; rows of q and k), `reader.go` and `reader_safetensors.go` (dtypes), read
+as of mid 2026; and in llama.cpp, which loads the result (s = α / rank of the tensor).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..stored import CONVOLUTION, EMBEDDING, StoredAdapter, StoredLayer, names_in_brief
+from .model import BaseModel
+from .verdict import (
+    PORTABLE,
+    Applied,
+    Engine,
+    Factors,
+    Verdict,
+    refuse_shapes,
+    residual_fault,
+    variants,
+)
+
+# Architectures of GGUF files, and the classes that become them.
+_LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")
+_GEMMA = ("Gemma2ForCausalLM",)
+_NAME = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
+_ROTATED = ("q_proj", "k_proj")
+_GGUF = "lora-kernels convert ADAPTER OUT --to gguf, and ADAPTER ./OUT in the Modelfile"
+_MERGE = "merge it into the model (lora-kernels merge BASE ADAPTER OUT) and import the result"
+
+
+def takes(base: BaseModel | None) -> bool:
+    """Whether the base has one of the architectures whose adapters are converted."""
+    return base is not None and any(name in (*_LLAMA, *_GEMMA) for name in base.classes)
+
+
+def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
+    """What Ollama does with an adapter's folder."""
+    verdict = Verdict(rank=max(layer.rank for layer in adapter.layers.values()))
+    alpha = _alpha(verdict, adapter)
+    if base is not None and base.classes and not takes(base):
+        verdict.refuse(
+            f"adapters of {base.classes[0]} are not converted, only those of Llama and Gemma 2",
+            _GGUF,
+        )
+    _tensors(verdict, adapter)
+    refuse_shapes(verdict, adapter, base)
+    fault = residual_fault(adapter, base)
+    ignored = list(variants(adapter.config).values())
+    if ignored:
+        fault = fault or f"it ignores {names_in_brief(ignored)}"
+    llama = base is None or any(name in _LLAMA for name in base.classes)
+    for name, layer in adapter.layers.items():
+        scale = alpha / layer.rank if alpha else 1.0
+        dtype = torch.bfloat16 if layer.left.entry.dtype == "BF16" else torch.float16
+        change, wrong = _rotation(layer, base) if llama else (None, "")
+        verdict.layers[name] = Applied(scale, dtype, fault=fault or wrong, change=change)
+    if llama and any(layer.last in _ROTATED for layer in adapter.layers.values()):
+        verdict.notes.append(
+            "of Llama's q_proj and k_proj, the source permutes A, where the rows of B belong "
+            f"permuted. {_GGUF}"
+        )
+    if base is None:
+        verdict.notes.append(
+            "only adapters of Llama and Gemma 2 are converted; the base is not known (--base)"
+        )
+    return verdict
+
+
+def _alpha(verdict: Verdict, adapter: StoredAdapter) -> float:
+    alpha = adapter.config.get("lora_alpha", 0)
+    if isinstance(alpha, int) and not isinstance(alpha, bool) and 0 <= alpha < 2**32:
+        return float(alpha)
+    verdict.refuse(
+        f"lora_alpha must be written as a whole number, it is {alpha!r}",
+        PORTABLE,
+    )
+    return float(alpha) if isinstance(alpha, (int, float)) else 0.0
+
+
+def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
+    strange = [n for n, layer in adapter.layers.items()
+               if not _NAME.fullmatch(n) or layer.kind in (EMBEDDING, CONVOLUTION)]  # fmt: skip
+    strange += adapter.others
+    if strange:
+        verdict.refuse(
+            "only q, k, v, o, gate, up and down_proj in model.layers.<number> have a name in the "
+            f"converted file; {names_in_brief(strange)} fail when the model is loaded",
+            _MERGE if adapter.others else _GGUF,
+        )
+    named = [layer.right.name for layer in adapter.layers.values()
+             if layer.adapter or layer.style != "lora_A"]  # fmt: skip
+    if named:
+        verdict.refuse(
+            "names of tensors must end in lora_A.weight and lora_B.weight: "
+            f"{names_in_brief(named)}",
+            PORTABLE,
+        )
+    wide = [n for n, layer in adapter.layers.items() if layer.rank > min(layer.shape)]
+    if wide:
+        verdict.refuse(
+            "the rank must not be above a layer's sizes, or the factors are taken for transposed "
+            f"ones: {names_in_brief(wide)}",
+            "lora-kernels convert ADAPTER OUT --compress-to R",
+        )
+    floats = {t.entry.dtype for layer in adapter.layers.values() for t in (layer.right, layer.left)}
+    if not floats <= {"F32", "F16", "BF16"}:
+        verdict.refuse(
+            f"tensors must be float32, float16 or bfloat16, not {', '.join(sorted(floats))}",
+            PORTABLE,
+        )
+
+
+def _rotation(
+    layer: StoredLayer, base: BaseModel | None
+) -> tuple[Callable[[Factors], Factors] | None, str]:
+    """What is done to the factors of q_proj and k_proj, and how to say it if it cannot be computed.
+
+    The base's rows are permuted, so that the update has to be: B's rows. The source permutes A.
+    """
+    if layer.last not in _ROTATED:
+        return None, ""
+    heads = None if base is None else base.option("num_attention_heads")
+    groups = heads if layer.last == "q_proj" or base is None else base.option("num_key_value_heads")
+    groups = groups or heads
+    out, features = layer.shape
+    if not isinstance(heads, int) or not isinstance(groups, int):
+        return None, "A is permuted instead of B"
+    if features % (2 * heads) or out % (2 * groups):
+        return None, f"A is permuted as if the layer had {heads} heads, which do not divide it"
+
+    def change(factors: Factors) -> Factors:
+        right, left = factors
+        # A's memory is read as [in, r].
+        moved = _swapped(right.reshape(features, -1), heads).reshape(right.shape)
+        # Compared in the order of transformers: the base's rows, which the engine's B does not
+        # know of, are put back.
+        halves = left.reshape(groups, out // groups // 2, 2, -1)
+        return moved, halves.transpose(1, 2).reshape(left.shape)
+
+    return change, ""
+
+
+def _swapped(matrix: Tensor, heads: int) -> Tensor:
+    """The rows of each head, [2, d/2], in the order [d/2, 2]."""
+    rows, cols = matrix.shape
+    return matrix.reshape(heads, 2, rows // heads // 2, cols).transpose(1, 2).reshape(rows, cols)
+
+
+ENGINE = Engine("ollama", "Ollama, mid 2026", judge)

@@ -1,0 +1,251 @@
+"""SGLang's rules.
+
+They stand in SGLang 0.5.23 in `python/sglang/srt/lora/`: `lora_config.py`, `lora_manager.py`
+(`validate_new_adapter`, `init_lora_shapes`), `lora.py` (s = α / r; q, k, v and gate, up are
+joined), `mem_pool.py` (shapes; the buffers have the model's dtype), `utils.py` (target modules;
+tensors are assigned by the number of the layer and by a part of their name),
+`layers/utils/common.py` (that number); and in `srt/configs/model_config.py` (the dtype). The
+refusal of patterns stands in the source after 0.5.23.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ...._utils.model_files import read_json
+from ..stored import CONVOLUTION, StoredAdapter, StoredLayer, names_in_brief
+from ..updates import experts_of, number
+from .model import MISSING, BaseModel
+from .verdict import (
+    PORTABLE,
+    Applied,
+    Engine,
+    Ignored,
+    Verdict,
+    refuse_shapes,
+    residual_fault,
+    variants,
+)
+
+_BLOCK = re.compile(r"layers\.(\d+)\.")
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+# What SGLang calls the target modules.
+_TARGETS = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "vocab_emb": "embed_tokens",
+    "embeddings": "embed_tokens",
+    "word_embeddings": "embed_tokens",
+    "output": "lm_head",
+    "unembed_tokens": "lm_head",
+}
+_EXPERT_WORDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_ADDED_TOKENS = "added_tokens.json"
+_MERGE = "merge it into the model: lora-kernels merge BASE ADAPTER OUT"
+
+
+def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
+    """What SGLang does with an adapter."""
+    config = adapter.config
+    verdict = Verdict(rank=int(number(config, "r", 8)))
+    targets = _targets(verdict, config)
+    _options(verdict, adapter, base)
+    _tensors(verdict, adapter)
+    refuse_shapes(verdict, adapter, base)
+    scale = number(config, "lora_alpha", 8) / number(config, "r", 8)
+    fault = residual_fault(adapter, base)
+    ignored = [what for option, what in variants(config).items() if option not in _REFUSED]
+    if ignored:
+        fault = fault or f"it ignores {names_in_brief(ignored)}"
+    dtype = _dtype(base)
+    for name, layer in adapter.layers.items():
+        verdict.layers[name] = _layer(layer, targets, base, Applied(scale, dtype, fault=fault))
+    _joined(verdict, adapter)
+    _blocks(verdict, adapter, base)
+    verdict.dropped.update({name: "tensors outside the blocks are not loaded"
+                            for name in adapter.saved if not _BLOCK.search(name)})  # fmt: skip
+    verdict.notes.append(
+        f"adapters that are loaded later need --max-lora-rank {verdict.rank} or more, and their "
+        "modules in --lora-target-modules, when the server starts"
+    )
+    if base is None:
+        verdict.notes.append("names were not compared with a base (--base)")
+    return verdict
+
+
+_REFUSED = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices")
+
+
+def _targets(verdict: Verdict, config: Mapping[str, Any]) -> set[str] | None:
+    """What SGLang calls the target modules; None of all."""
+    targets = config.get("target_modules")
+    if targets in ("all", "all-linear"):
+        return None
+    if isinstance(targets, list) and targets:
+        ends = [str(target).rpartition(".")[2] for target in targets]
+        return {_TARGETS.get(end, end) for end in ends}
+    verdict.refuse(
+        "target_modules must be a list of names, or 'all-linear'; a regular expression is not "
+        f"understood, it is {targets!r}",
+        PORTABLE,
+    )
+    return None
+
+
+def _options(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
+    config = adapter.config
+    if config.get("use_dora"):
+        verdict.refuse("DoRA (use_dora) is not supported", _MERGE)
+    if config.get("layer_replication"):
+        verdict.refuse(
+            "layers of the base are not repeated (layer_replication): the adapter has more layers "
+            "than the model",
+            _MERGE,
+        )
+    defaults = {"rank_pattern": number(config, "r", 8),
+                "alpha_pattern": number(config, "lora_alpha", 8)}  # fmt: skip
+    for option, default in defaults.items():
+        patterns = config.get(option) or {}
+        if any(value != default for value in patterns.values()):
+            verdict.refuse(
+                f"{option} is refused after 0.5.23; up to 0.5.23 it is ignored: all layers get the "
+                "same α / r, and a layer of another rank fails",
+                PORTABLE,
+            )
+    if _ADDED_TOKENS in adapter.files:
+        tokens = read_json(adapter.path / _ADDED_TOKENS)
+        size = None if base is None else base.option("vocab_size")
+        if size is not None and any(isinstance(t, int) and t >= size for t in tokens.values()):
+            verdict.refuse(
+                f"the adapter adds tokens to the vocabulary ({_ADDED_TOKENS})",
+                f"resize the base and serve that; if the tokens are the base's, delete "
+                f"{_ADDED_TOKENS} from the adapter's folder",
+            )
+        elif size is None and tokens:
+            verdict.notes.append(
+                f"{_ADDED_TOKENS}: adapters that add tokens to the vocabulary are refused; tokens "
+                "of the base do no harm (--base tells)"
+            )
+
+
+def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
+    """Ranks, and tensors in the blocks that are not A or B."""
+    r = number(adapter.config, "r", 8)
+    other = [f"{n} has {layer.rank}" for n, layer in adapter.layers.items()
+             if layer.rank != r and experts_of(adapter, layer) == 1]  # fmt: skip
+    if other:
+        verdict.refuse(
+            f"all layers must have the configuration's rank, r = {r:g}: {names_in_brief(other)}",
+            PORTABLE,
+        )
+    strange = [name for name in adapter.saved if _BLOCK.search(name)]
+    if strange:
+        verdict.refuse(
+            "a tensor in a block that is neither lora_A nor lora_B is taken for lora_B, and does "
+            f"not fit: {names_in_brief(strange)}",
+            _MERGE,
+        )
+    joined = [n for n, layer in adapter.layers.items() if experts_of(adapter, layer) > 1]
+    if joined:
+        verdict.refuse(
+            f"experts in one tensor (target_parameters) match no module: {names_in_brief(joined)}",
+            _MERGE,
+        )
+    convolutions = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
+    if convolutions:
+        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(convolutions)}", _MERGE)
+    down = [n for n, layer in adapter.layers.items() if layer.style != "lora_A"]
+    if down:
+        verdict.refuse(f"tensors must be called lora_A and lora_B: {names_in_brief(down)}",
+                       PORTABLE)  # fmt: skip
+
+
+def _dtype(base: BaseModel | None) -> torch.dtype:
+    """The base's; float32 is served as float16, of Gemma as bfloat16."""
+    if base is None:
+        return torch.bfloat16
+    if base.dtype in (torch.float16, torch.bfloat16):
+        return base.dtype
+    gemma = str(base.config.get("model_type", "")).startswith("gemma")
+    return torch.bfloat16 if gemma else torch.float16
+
+
+def _layer(
+    layer: StoredLayer, targets: set[str] | None, base: BaseModel | None, applied: Applied
+) -> Applied | Ignored:
+    if not _BLOCK.search(layer.name):
+        if not any(part in layer.name for part in _EMBEDDINGS):
+            return Ignored("only layers whose names have 'layers.<number>.', embed_tokens and "
+                           "lm_head are loaded")  # fmt: skip
+        own = "embed_tokens" if "embed_tokens" in layer.name else "lm_head"
+        if targets is not None and own not in targets:
+            return Ignored(f"{own} is loaded only if target_modules names it")
+        return applied
+    if base is None or not base.modules:
+        return applied
+    place = base.place(layer.name)
+    if base.is_multimodal and place.kind != MISSING and not base.is_text(place):
+        fault = (
+            "it is assigned by its number alone: what was trained for another part of the model is "
+            "applied to the text model"
+        )
+        return Applied(applied.scale, applied.dtype, fault=fault)
+    number_and_end = f"layers.{_BLOCK.findall(layer.name)[-1]}.", f".{layer.last}"
+    if place.kind == MISSING and not any(
+        number_and_end[0] in n and n.endswith(number_and_end[1]) for n in base.modules
+    ):
+        return Ignored("the block has no module of this name", place.name)
+    return applied
+
+
+def _joined(verdict: Verdict, adapter: StoredAdapter) -> None:
+    """q, k, v and gate, up are joined: what is needed beside what."""
+    siblings: dict[str, set[str]] = {}
+    for layer in adapter.layers.values():
+        if _BLOCK.search(layer.name):
+            owner, _, last = layer.name.rpartition(".")
+            siblings.setdefault(owner, set()).add(_EXPERT_WORDS.get(last, last))
+    _refuse_unjoined(
+        verdict,
+        (o for o, ends in siblings.items() if ends & {"q_proj", "k_proj", "v_proj"}
+         and not {"q_proj", "v_proj"} <= ends),
+        "q_proj and v_proj must both be adapted where one of q_proj, k_proj and v_proj is (in "
+        "older versions all three)",
+    )  # fmt: skip
+    _refuse_unjoined(
+        verdict,
+        (o for o, ends in siblings.items() if "up_proj" in ends and "gate_proj" not in ends),
+        "up_proj without gate_proj fits no module",
+    )
+
+
+def _refuse_unjoined(verdict: Verdict, owners: Iterable[str], rule: str) -> None:
+    owners = list(owners)
+    if owners:
+        verdict.refuse(
+            f"{rule}: {names_in_brief(owners)}",
+            "train all of them, or add factors of zeros for the missing ones",
+        )
+
+
+def _blocks(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
+    """A block that the model does not have, and two layers for one place."""
+    numbers = {name: int(found[1]) for name in adapter.layers
+               if (found := _BLOCK.search(name))}  # fmt: skip
+    count = None if base is None else base.option("num_hidden_layers")
+    beyond = [name for name, block in numbers.items() if isinstance(count, int) and block >= count]
+    if beyond:
+        verdict.refuse(
+            f"the base has {count} blocks: {names_in_brief(beyond)}",
+            "use the base that the adapter was trained on",
+        )
+
+
+ENGINE = Engine("sglang", "SGLang 0.5.23", judge)

@@ -1,0 +1,276 @@
+"""vLLM's rules.
+
+They stand in vLLM 0.33.0 in `vllm/lora/`: `peft_helper.py` (the configuration), `lora_model.py` and
+`utils.py` (names of tensors), `lora_weights.py` (s is multiplied into B, in the engine's dtype),
+`model_manager.py` (which modules get the factors: those whose whole name is equal; others get none
+without an error), `worker_manager.py`; and in `vllm/config/lora.py` (the rank) and `model.py` (the
+dtype).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..stored import CONVOLUTION, EMBEDDING, StoredAdapter, StoredLayer, names_in_brief
+from ..updates import (
+    experts_of,
+    number,
+    option_name,
+    pattern_value,
+    rank_of,
+    rank_per_expert,
+)
+from .model import MISSING, TEXT, BaseModel
+from .verdict import (
+    PORTABLE,
+    Applied,
+    Engine,
+    Ignored,
+    Verdict,
+    changing_start,
+    refuse_shapes,
+    residual_fault,
+)
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that max_lora_rank may have
+_DEFAULT_RANK = 16
+_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_HEADS = ("classifier", "score")
+# Options that vLLM reads only to refuse them.
+_REFUSED = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias of lora_B",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "layer_replication",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QA-LoRA",
+}
+# Classes that keep their experts in one tensor, as PEFT's target_parameters do.
+_JOINED_EXPERTS = (
+    "GptOssForCausalLM",
+    "InternS1ProForConditionalGeneration",
+    "Qwen3OmniMoeForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+)
+# Multimodal classes that do not tell vLLM where their text model is.
+_WITHOUT_MAPPING = (
+    "BagelForConditionalGeneration",
+    "Ernie4_5_VLMoeForConditionalGeneration",
+    "WhisperForConditionalGeneration",
+)
+_MERGE = "merge it into the model: lora-kernels merge BASE ADAPTER OUT"
+
+
+def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
+    """What vLLM does with an adapter."""
+    verdict = Verdict(limit=RANKS[-1])
+    _options(verdict, adapter.config)
+    _ranks(verdict, adapter)
+    _tensors(verdict, adapter)
+    refuse_shapes(verdict, adapter, base)
+    dtype = _dtype(base)
+    for name, layer in adapter.layers.items():
+        verdict.layers[name] = _layer(adapter, layer, base, dtype)
+    _experts(verdict, adapter, base)
+    _unknown_names(verdict, adapter, base)
+    _notes(verdict, adapter, base)
+    return verdict
+
+
+def _options(verdict: Verdict, config: Mapping[str, Any]) -> None:
+    missing = [name for name in ("r", "lora_alpha", "target_modules") if name not in config]
+    if missing:
+        verdict.refuse(
+            f"adapter_config.json must have r, lora_alpha and target_modules; it lacks "
+            f"{', '.join(missing)}",
+            PORTABLE,
+        )
+    saved = [name for name in config.get("modules_to_save") or () if name not in _HEADS]
+    if saved:
+        verdict.refuse(
+            f"modules_to_save may be classifier and score only, not {names_in_brief(saved)}",
+            _MERGE,
+        )
+    if config.get("bias", "none") != "none":
+        verdict.refuse(f"bias must be 'none', not {config['bias']!r}", _MERGE)
+    for option, what in _REFUSED.items():
+        if config.get(option):
+            verdict.refuse(f"{what} ({option}) is not supported", _MERGE)
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _STARTS:
+        verdict.refuse(
+            f"init_lora_weights = {start!r} is not supported: PEFT changes the base for it. "
+            "Releases before autumn 2026 load it, and are silently wrong on the original model",
+            "lora-kernels convert ADAPTER OUT --start <the adapter saved before training>; or, if "
+            "the changed base is served, set init_lora_weights to true",
+        )
+
+
+def _ranks(verdict: Verdict, adapter: StoredAdapter) -> None:
+    ranks = [rank_per_expert(adapter, layer) for layer in adapter.layers.values()]
+    patterns = adapter.config.get("rank_pattern") or {}
+    ranks += [int(number(adapter.config, "r", 8))]
+    ranks += [int(number(patterns, pattern, None)) for pattern in patterns]
+    verdict.rank = max(ranks)
+    if verdict.rank > RANKS[-1]:
+        verdict.refuse(
+            f"the rank {verdict.rank} is above {RANKS[-1]}, the highest max_lora_rank",
+            "lora-kernels convert ADAPTER OUT --compress-to R",
+        )
+    elif verdict.rank > _DEFAULT_RANK:
+        needed = next(rank for rank in RANKS if rank >= verdict.rank)
+        verdict.flags.append(f"--max-lora-rank {needed}")
+
+
+def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
+    """Every tensor's name must be understood."""
+    base_copies = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+    heads = tuple(f"{head}.{kind}" for head in _HEADS for kind in ("weight", "bias"))
+    strange = [name for name in adapter.others if not name.endswith((*base_copies, *heads))]
+    if strange:
+        verdict.refuse(
+            "every tensor must be lora_A or lora_B of a layer; the file also has "
+            f"{names_in_brief(strange)}",
+            _MERGE,
+        )
+    named = [n for n, layer in adapter.layers.items() if layer.adapter or layer.style != "lora_A"]
+    if named:
+        layer = adapter.layers[named[0]]
+        verdict.refuse(
+            "names of tensors must end in lora_A.weight and lora_B.weight; the file has "
+            f"{layer.right.name}",
+            PORTABLE,
+        )
+    folded = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
+    if folded:
+        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(folded)}", _MERGE)
+
+
+def _scale(config: Mapping[str, Any], layer: StoredLayer) -> float:
+    """α / r, or α / √r, with the patterns' α and r."""
+    name = option_name(config, layer)
+    alpha = pattern_value(config, "alpha_pattern", name)
+    if alpha is None:
+        alpha = number(config, "lora_alpha", 8)
+    r = rank_of(config, name)
+    return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+
+
+def _dtype(base: BaseModel | None) -> torch.dtype:
+    """The base's; float32 is served as bfloat16."""
+    dtype = None if base is None else base.dtype
+    return torch.float16 if dtype is torch.float16 else torch.bfloat16
+
+
+def _layer(
+    adapter: StoredAdapter, layer: StoredLayer, base: BaseModel | None, dtype: torch.dtype
+) -> Applied | Ignored:
+    scale, fault = _scale(adapter.config, layer), residual_fault(adapter, base)
+    applied = Applied(scale, dtype, folded=True, fault=fault)
+    if base is None or not base.modules:
+        return applied
+    place = base.place(layer.name)
+    if place.kind == MISSING:
+        return Ignored("no module has this name", place.name)
+    if place.kind == TEXT and any(c in _WITHOUT_MAPPING for c in base.classes):
+        return Ignored(f"{base.classes[0]} has its text model under another name", place.name)
+    if base.is_multimodal and not base.is_text(place):
+        return Ignored("adapters of other parts than the text model need "
+                       "--enable-tower-connector-lora")  # fmt: skip
+    return applied
+
+
+def _unknown_names(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
+    """A last part that no linear layer has is an error; a wrong beginning is not."""
+    if base is None or not base.modules:
+        return
+    strange = [
+        name
+        for name, found in verdict.layers.items()
+        if isinstance(found, Ignored)
+        and ".experts" not in name
+        and adapter.layers[name].last not in base.linear_names
+    ]
+    if strange:
+        ends = sorted({adapter.layers[name].last for name in strange})
+        verdict.refuse(
+            f"no linear layer of the base is called {', '.join(ends)}: {names_in_brief(strange)}",
+            "use the base that the adapter was trained on",
+        )
+
+
+def _experts(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
+    classes = set() if base is None else set(base.classes)
+    split = any(re.search(r"\.experts\.\d+\.", name) for name in adapter.layers)
+    if split and classes & set(_JOINED_EXPERTS):
+        verdict.flags.append("--enable-mixed-moe-lora-format")
+    joined = {n for n, layer in adapter.layers.items() if experts_of(adapter, layer) > 1}
+    if not joined:
+        return
+    halves = {n for n in joined if n.endswith(".base_layer")}
+    alone = [n for n in joined - halves if f"{n}.base_layer" not in halves]
+    alone += [n for n in halves if n.removesuffix(".base_layer") not in joined]
+    if alone:
+        verdict.refuse(
+            "of experts in one tensor, gate_up_proj and down_proj must both be adapted: "
+            f"{names_in_brief(sorted(alone))}",
+            _MERGE,
+        )
+    if base is None:
+        verdict.notes.append(
+            "experts in one tensor are loaded for models that keep them so "
+            f"({', '.join(_JOINED_EXPERTS)}); others need --enable-mixed-moe-lora-format and "
+            "is_3d_lora_weight in the request"
+        )
+    elif not classes & set(_JOINED_EXPERTS):
+        verdict.flags.append(
+            "--enable-mixed-moe-lora-format (and is_3d_lora_weight in the request)"
+        )
+
+
+def _notes(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
+    config = adapter.config
+    if config.get("alpha_pattern") or config.get("rank_pattern"):
+        verdict.notes.append(
+            "releases before autumn 2026 ignore rank_pattern and alpha_pattern: one s for all "
+            f"layers. {PORTABLE}"
+        )
+    if config.get("use_rslora") and any(".experts" in name for name in adapter.layers):
+        verdict.notes.append(
+            "releases before September 2026 (pull request 55548) ignore use_rslora for experts: √r "
+            f"times too weak. {PORTABLE}"
+        )
+    if changing_start(config) and not verdict.refusals:
+        verdict.notes.append("it is loaded, and wrong unless the changed base is served")
+    others = [n for n, layer in adapter.layers.items() if layer.kind == EMBEDDING
+              and layer.last not in ("embed_tokens", "lm_head")]  # fmt: skip
+    if others:
+        verdict.notes.append(
+            "of embeddings, most classes adapt embed_tokens only: try whether "
+            f"{names_in_brief(others)} loads"
+        )
+    if base is None:
+        verdict.notes.append(
+            "names were not compared with a base (--base): a layer whose name is not that of the "
+            "served class is silently left out"
+        )
+        return
+    texts = [
+        n for n in adapter.layers if base.modules and base.place(n).kind == TEXT
+        and isinstance(verdict.layers[n], Applied)
+    ]  # fmt: skip
+    if texts:
+        verdict.notes.append(
+            f"{len(texts)} layers have the names of the text model alone ({texts[0]} instead of "
+            f"{base.place(texts[0]).name}): releases before autumn 2026 silently leave them out "
+            "(issues 34186, 48019)"
+        )
+
+
+ENGINE = Engine("vllm", "vLLM 0.33.0", judge)

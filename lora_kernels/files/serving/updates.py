@@ -1,0 +1,242 @@
+"""A layer's update as it was trained: two factors and s, by the rules of the program that wrote it;
+and how far another update is from it.
+
+PEFT's rules: s = α / r, or α / √r with `use_rslora`, where `rank_pattern` and `alpha_pattern` may
+give a layer its own r and α. diffusers' rules: those of PEFT's options in the file's header, or
+else s = α / r with the α in the file, or else s = 1. The update of a linear layer is s·B·A; that of
+an embedding is its transpose; of a convolution, that of the flattened kernel.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._utils.names import pattern_matches
+from .stored import PEFT, StoredAdapter, StoredLayer, plain_name
+
+_DEFAULT_R, _DEFAULT_ALPHA = 8, 8  # of PEFT's LoraConfig
+
+
+@dataclass(frozen=True)
+class Update:
+    """scale · left · right.
+
+    Attributes:
+        right: [..., k, in].
+        left: [..., out, k]. Leading dimensions are experts.
+        scale: s.
+
+    """
+
+    right: Tensor
+    left: Tensor
+    scale: float
+
+    def norm(self) -> float:
+        """‖scale · left · right‖_F, in float64."""
+        return abs(self.scale) * _product_norm(self.left.double(), self.right.double())
+
+
+def relative_error(got: Update, want: Update) -> float:
+    """‖got − want‖_F / ‖want‖_F; 0 if both are 0, infinite if only `want` is or got is not finite.
+
+    Computed in float64 from the QR decompositions of the stacked factors, so that nothing of size
+    [out, in] is made, and factors that cancel to a small update lose no digits.
+    """
+    if got.right is want.right and got.left is want.left:
+        return _error_of_scale(got, want)
+    right = torch.cat([got.right.double(), want.right.double()], dim=-2)
+    left = torch.cat([got.scale * got.left.double(), -want.scale * want.left.double()], dim=-1)
+    if not (right.isfinite().all() and left.isfinite().all()):
+        return math.inf
+    difference, size = _product_norm(left, right), want.norm()
+    # Rounding of two equal updates, which may be sums of much larger terms.
+    noise = 64 * torch.finfo(torch.float64).eps * float(left.norm()) * float(right.norm())
+    if difference <= noise:
+        return 0.0
+    return difference / size if size > 0 else math.inf
+
+
+def _error_of_scale(got: Update, want: Update) -> float:
+    """The error where only the scales differ."""
+    if not (want.right.isfinite().all() and want.left.isfinite().all()):
+        return math.inf
+    if got.scale == want.scale:
+        return 0.0
+    if want.scale == 0:
+        return math.inf if got.norm() > 0 else 0.0
+    return abs(got.scale / want.scale - 1) if want.norm() > 0 else 0.0
+
+
+def _product_norm(left: Tensor, right: Tensor) -> float:
+    """‖left · right‖_F of [..., out, k] and [..., k, in]."""
+    left, right = _triangle(left), _triangle(right.mT)
+    return float((left @ right.mT).norm())
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """R of the QR decomposition of [..., n, k]; the matrix itself if it is not taller than wide."""
+    if matrix.shape[-2] <= matrix.shape[-1]:
+        return matrix
+    return torch.linalg.qr(matrix, mode="r").R
+
+
+def trained_scale(adapter: StoredAdapter, layer: StoredLayer) -> float:
+    """s of a layer.
+
+    Raises:
+        ValueError: an option that it depends on is not a number.
+
+    """
+    options = options_of(adapter, layer)
+    if options is None:
+        return alpha_of(layer, float(layer.rank)) / layer.rank
+    return scale_of(options, option_name(options, layer))
+
+
+def trained_update(adapter: StoredAdapter, layer: StoredLayer) -> Update:
+    """The update of a layer, as trained, in the dtype of the file.
+
+    Raises:
+        ValueError: as `trained_scale`, or the tensors have another rank than the options say.
+
+    """
+    right, left = factors_of(adapter, layer)
+    return Update(right, left, trained_scale(adapter, layer))
+
+
+def factors_of(adapter: StoredAdapter, layer: StoredLayer) -> tuple[Tensor, Tensor]:
+    """A [..., r, in] and B [..., out, r], of each expert where one tensor holds all of them."""
+    right, left = layer.right.load().flatten(1), layer.left.load().flatten(1)
+    experts = experts_of(adapter, layer)
+    if experts > 1:
+        # PEFT's layout: the expert varies slowest in A's rows, fastest in B's columns.
+        right = right.reshape(experts, -1, right.shape[-1])
+        left = left.reshape(left.shape[0], -1, experts).permute(2, 0, 1)
+    return right, left
+
+
+def experts_of(adapter: StoredAdapter, layer: StoredLayer) -> int:
+    """How many experts the tensors of a layer hold; 1 of a linear layer.
+
+    Raises:
+        ValueError: their rank is not a multiple of r.
+
+    """
+    options = options_of(adapter, layer)
+    name = parameter_of(options or {}, layer)
+    if name is None:
+        return 1
+    r = rank_of(options or {}, name)
+    if layer.rank % r:
+        raise ValueError(
+            f"lora_A of {layer.name!r} has {layer.rank} rows, which is not a multiple of r = {r}: "
+            "the configuration belongs to another adapter"
+        )
+    return layer.rank // r
+
+
+def rank_per_expert(adapter: StoredAdapter, layer: StoredLayer) -> int:
+    """The rank of a layer's update, or of one expert's."""
+    return layer.rank // experts_of(adapter, layer)
+
+
+def options_of(adapter: StoredAdapter, layer: StoredLayer) -> Mapping[str, Any] | None:
+    """PEFT's options for a layer; None if the file has none, as many of diffusers'."""
+    if adapter.kind == PEFT:
+        return adapter.config
+    if adapter.components is None:
+        return None
+    return adapter.components.get(layer.component, adapter.components.get(""))
+
+
+def alpha_of(layer: StoredLayer, default: float) -> float:
+    """The α that is stored as a tensor."""
+    return default if layer.alpha is None else float(layer.alpha.load().double())
+
+
+def option_name(options: Mapping[str, Any], layer: StoredLayer) -> str:
+    """The name that PEFT matches patterns with: that of the module, or of the parameter."""
+    name = layer.name
+    if layer.component and name.startswith(f"{layer.component}."):
+        name = name.removeprefix(f"{layer.component}.")
+    return parameter_of(options, layer) or name
+
+
+def parameter_of(options: Mapping[str, Any], layer: StoredLayer) -> str | None:
+    """The name of the parameter that is adapted (PEFT's `target_parameters`); None if the layer is
+    a module.
+
+    PEFT wraps a module once for each of its parameters. The names of experts are those by which
+    vLLM knows them: "experts.base_layer" is gate_up_proj, "experts" is down_proj.
+    """
+    targets = options.get("target_parameters") or ()
+    if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"target_parameters = {targets!r} is not a list of names")
+    module = plain_name(layer.name)
+    depth = (len(layer.name) - len(module)) // len(".base_layer")
+    own = [
+        target.rpartition(".")[2]
+        for target in targets
+        if f".{module}".endswith(f".{target.rpartition('.')[0]}")
+    ]
+    if sorted(own) in (["down_proj", "gate_up_proj"], []) and module.endswith(".experts"):
+        own = ["gate_up_proj", "down_proj"]
+    if not own or depth >= len(own):
+        return None
+    return f"{module}.{own[len(own) - 1 - depth]}"
+
+
+def scale_of(options: Mapping[str, Any], name: str) -> float:
+    """s of the layer or parameter of this name."""
+    r, alpha = rank_of(options, name), number(options, "lora_alpha", _DEFAULT_ALPHA)
+    own = pattern_value(options, "alpha_pattern", name)
+    alpha = alpha if own is None else own
+    return alpha / (math.sqrt(r) if options.get("use_rslora") else r)
+
+
+def rank_of(options: Mapping[str, Any], name: str) -> int:
+    """r of the layer or parameter of this name."""
+    own = pattern_value(options, "rank_pattern", name)
+    r = number(options, "r", _DEFAULT_R) if own is None else own
+    if r < 1 or r != int(r):
+        raise ValueError(f"r = {r!r} of {name!r} is not a positive whole number")
+    return int(r)
+
+
+def pattern_value(options: Mapping[str, Any], option: str, name: str) -> float | None:
+    """The value of the first pattern that matches; None if none does."""
+    patterns = options.get(option) or {}
+    if not isinstance(patterns, Mapping):
+        raise ValueError(f"{option} = {patterns!r} is not an object of patterns and numbers")
+    for pattern in patterns:
+        try:
+            matches = pattern_matches(pattern, name)
+        except re.error as error:
+            raise ValueError(
+                f"{option} has {pattern!r}, not a regular expression: {error}"
+            ) from None
+        if matches:
+            return number(patterns, pattern, None)
+    return None
+
+
+def number(options: Mapping[str, Any], option: str, default: float | None) -> float:
+    """A number of the configuration.
+
+    Raises:
+        ValueError: it is something else.
+
+    """
+    value = options.get(option)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{option} = {value!r} is not a number")
+    return value

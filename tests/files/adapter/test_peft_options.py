@@ -1,0 +1,279 @@
+"""Adapters that PEFT wrote with options that `add_lora` does not have: read, merged and saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import (
+    disable_adapters,
+    hotswap_adapter,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+    set_adapter,
+    unload_lora,
+)
+from lora_kernels._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
+from lora_kernels.files.adapter.folder import read_adapter
+from lora_kernels.files.checkpoint.convert import convert
+from lora_kernels.files.checkpoint.merge import merge
+from lora_kernels.files.checkpoint.verify import verify
+
+from ...support.packages import needs_peft
+from ...support.peft_models import MODELS, adapted
+from ...support.running import close, logits, move, same_bits, train, weights_of
+from ...support.tiny_models import gpt2, llama
+
+safetensors = pytest.importorskip("safetensors.torch")
+pytestmark = needs_peft
+
+
+def by_peft(folder: Path, base: nn.Module, **options) -> nn.Module:
+    """A PEFT model with a random adapter, saved in the folder."""
+    model = adapted(base, **options)
+    move(model, 0.05)
+    model.save_pretrained(folder)
+    return model
+
+
+def with_config(folder: Path, **values) -> None:
+    """Changes fields of the configuration in place."""
+    file = folder / ADAPTER_CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def loaded(base: nn.Module, folder: Path, **options) -> nn.Module:
+    """A copy of the base with the adapter of the folder."""
+    model = copy.deepcopy(base)
+    load_adapter(model, folder, progress=False, **options)
+    return model.eval()
+
+
+def in_peft(base: nn.Module, folder: Path) -> nn.Module:
+    """A copy of the base with the adapter of the folder, in PEFT."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+
+
+def merged_files(base: nn.Module, folder: Path, scratch: Path) -> nn.Module:
+    """The model that `lora-kernels merge` writes."""
+    base.save_pretrained(scratch / "base")
+    merge(scratch / "base", folder, scratch / "merged")
+    return type(base).from_pretrained(scratch / "merged").eval()
+
+
+def verified(folder: Path, base: Path) -> dict[str, bool | None]:
+    return {check.name: check.passed for check in verify(folder, base)}
+
+
+class TestRanksAboveTheSize:
+    """r > min(n, m), which adds nothing to a layer but is allowed in PEFT."""
+
+    R = 40
+
+    @pytest.mark.parametrize("kind", MODELS)
+    def test_everything(self, kind, tmp_path):
+        base = MODELS[kind]()
+        model = by_peft(tmp_path / "peft", base, r=self.R)
+        want = logits(model)
+        assert close(logits(merged_files(base, tmp_path / "peft", tmp_path)), want)
+        assert all(verified(tmp_path / "peft", tmp_path / "base").values())
+        ours = loaded(base, tmp_path / "peft")
+        assert close(logits(ours), want)
+        for form in ("peft", "native"):
+            save_adapter(ours, tmp_path / form, format=form)
+            again = loaded(base, tmp_path / form)
+            assert torch.equal(logits(again), logits(ours))
+        assert close(logits(in_peft(base, tmp_path / "peft")), want)
+        hotswap_adapter(again, tmp_path / "peft")
+        assert torch.equal(logits(again), logits(ours))
+        convert(tmp_path / "peft", tmp_path / "small", compress_to=32)
+        assert close(logits(loaded(base, tmp_path / "small")), want)  # the rank of the update
+        before = weights_of(base)
+        unload_lora(again)
+        assert same_bits(weights_of(again), before)
+        assert close(logits(merge_lora(ours)), want)
+
+    def test_trains_as_in_peft(self, tmp_path):
+        model = by_peft(tmp_path / "peft", llama(), r=self.R)
+        ours = loaded(llama(), tmp_path / "peft")
+        assert train(ours) == pytest.approx(train(model), rel=1e-5)
+
+    @pytest.mark.parametrize("rslora", [False, True])
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_starts_for_which_peft_takes_a_smaller_rank_in_silence(self, init, rslora, tmp_path):
+        """k_proj has 16 rows: A [16, in], while the configuration says r = 20, as does s."""
+        options = {"r": 20, "init_lora_weights": init, "use_rslora": rslora}
+        model = by_peft(tmp_path / "peft", llama(), **options)
+        state = read_adapter(tmp_path / "peft", residual_base=True)
+        assert {layer.r for layer in state.layers.values()} == {16, 20}
+        s = 8 / (20**0.5 if rslora else 20)
+        for name, layer in state.layers.items():
+            assert layer.scaling == pytest.approx(s)
+            assert state.config.layer_rank(name) == layer.r
+            assert state.config.layer_scaling(name) == pytest.approx(s)
+        want = logits(model)
+        ours = loaded(model.unload(), tmp_path / "peft", residual_base=True)
+        assert close(logits(ours), want)
+
+    def test_another_rank_than_that_is_another_adapter(self, tmp_path):
+        by_peft(tmp_path, llama(), r=20, init_lora_weights="pissa")
+        tensors = safetensors.load_file(tmp_path / ADAPTER_FILE)
+        layer = "base_model.model.model.layers.0.self_attn.k_proj"
+        tensors[f"{layer}.lora_A.weight"] = tensors[f"{layer}.lora_A.weight"][:8].clone()
+        tensors[f"{layer}.lora_B.weight"] = tensors[f"{layer}.lora_B.weight"][:, :8].clone()
+        safetensors.save_file(tensors, tmp_path / ADAPTER_FILE)
+        with pytest.raises(ValueError, match="rank 8, the configuration says 20"):
+            read_adapter(tmp_path, residual_base=True)
+
+
+# Name: (model, trainable_token_indices, target_modules)
+TOKENS = {
+    "list": (llama, [7, 1, 30], ("q_proj", "v_proj")),
+    "tied": (lambda: llama(tied=True), [7, 1, 30], ("q_proj", "v_proj")),
+    "dict": (llama, {"embed_tokens": [3, 4], "lm_head": [5]}, ("q_proj",)),
+    "dict of tied": (
+        lambda: llama(tied=True),
+        {"embed_tokens": [3, 4], "lm_head": [3, 4]},
+        ("q_proj",),
+    ),
+    "two of tied": (
+        lambda: llama(tied=True),
+        {"embed_tokens": [3, 4], "lm_head": [5]},
+        ("q_proj",),
+    ),
+    "gpt2": (gpt2, [11], ("c_attn",)),
+}
+
+
+class TestTrainedTokens:
+    """`trainable_token_indices`: PEFT stores new rows of an embedding."""
+
+    def made(self, kind: str, folder: Path) -> tuple[nn.Module, nn.Module]:
+        make, tokens, targets = TOKENS[kind]
+        base = make()
+        return base, by_peft(
+            folder, base, trainable_token_indices=tokens, target_modules=list(targets)
+        )
+
+    @pytest.mark.parametrize("kind", TOKENS)
+    def test_computes_what_peft_computes(self, kind, tmp_path):
+        base, model = self.made(kind, tmp_path / "peft")
+        ids = torch.arange(96).view(4, 24)  # all tokens
+        want = logits(model, ids)
+        plain = logits(base, ids)
+        assert not close(want, plain, 1e4)
+        before = weights_of(base)
+        with pytest.warns(UserWarning, match="are used as they are"):
+            ours = loaded(base, tmp_path / "peft")
+        assert close(logits(ours, ids), want)
+        with disable_adapters(ours):
+            assert torch.equal(logits(ours, ids), plain)
+        assert close(logits(ours, ids), want)
+        for form in ("peft", "native"):
+            save_adapter(ours, tmp_path / form, format=form)
+            again = loaded(base, tmp_path / form, is_trainable=False)
+            assert torch.equal(logits(again, ids), logits(ours, ids))
+        saved, first = read_adapter(tmp_path / "peft"), read_adapter(tmp_path / "native")
+        assert saved.rows.keys() == first.rows.keys() and not saved.extra
+        assert close(logits(in_peft(base, tmp_path / "peft"), ids), want)
+        unload_lora(again)
+        assert same_bits(weights_of(again), before)
+        assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == (
+            base.get_output_embeddings().weight is base.get_input_embeddings().weight
+        )
+        assert close(logits(merge_lora(ours), ids), want)
+
+    @pytest.mark.parametrize("kind", TOKENS)
+    def test_the_commands(self, kind, tmp_path):
+        base, model = self.made(kind, tmp_path / "peft")
+        ids = torch.arange(96).view(4, 24)
+        merged = merged_files(base, tmp_path / "peft", tmp_path)
+        assert close(logits(merged, ids), logits(model, ids))
+        assert all(verified(tmp_path / "peft", tmp_path / "base").values())
+        convert(tmp_path / "peft", tmp_path / "small", compress_to=2)
+        assert read_adapter(tmp_path / "small").rows.keys() == (
+            read_adapter(tmp_path / "peft").rows.keys()
+        )
+
+    def test_several_adapters(self, tmp_path):
+        base, first = self.made("tied", tmp_path / "first")
+        second = by_peft(
+            tmp_path / "second", base, trainable_token_indices=[2], target_modules=["q_proj"]
+        )
+        move(second, 0.1, seed=4)
+        second.save_pretrained(tmp_path / "second")
+        ours = loaded(base, tmp_path / "first", is_trainable=False)
+        load_adapter(
+            ours, tmp_path / "second", adapter_name="b", is_trainable=False, progress=False
+        )
+        assert close(logits(ours), logits(second))
+        set_adapter(ours, "default")
+        assert close(logits(ours), logits(first))
+
+    def test_training_leaves_the_rows_as_they_are(self, tmp_path):
+        base, _ = self.made("tied", tmp_path / "peft")
+        ours = loaded(base, tmp_path / "peft")
+        rows = ours.model.embed_tokens.weight.detach().clone()
+        losses = train(ours)
+        assert torch.equal(ours.model.embed_tokens.weight, rows) and losses[-1] != losses[0]
+        assert ours.lm_head.weight is ours.model.embed_tokens.weight
+
+    def test_hotswapping(self, tmp_path):
+        """Also other tokens of the same embedding; what had been replaced is the base's again."""
+        base, _ = self.made("tied", tmp_path / "first")
+        other = by_peft(
+            tmp_path / "other",
+            base,
+            trainable_token_indices=[2, 3],
+            target_modules=["q_proj", "v_proj"],
+        )
+        ours = loaded(base, tmp_path / "first", is_trainable=False)
+        hotswap_adapter(ours, tmp_path / "other")
+        assert close(logits(ours), logits(other))
+        save_adapter(ours, tmp_path / "again")
+        again = loaded(base, tmp_path / "again", is_trainable=False)
+        assert torch.equal(logits(again), logits(ours))
+
+    @pytest.mark.parametrize(
+        "tokens,shape,match",
+        [
+            ([1, 2], (3, 32), r"are \[3, 32\] of torch.float32, for 2 tokens"),
+            ([1, 1], (2, 32), "no different tokens"),
+            ([1, -1], (2, 32), "no different tokens"),
+            ([1, 96], (2, 32), "for token 96, the model's vocabulary has 96"),
+            ([1, 2], (2, 31), "rows of 31 numbers"),
+            ({"wte": [1, 2]}, (2, 32), "no tokens of 'model.embed_tokens'"),
+            (
+                {"embed_tokens": [1, 2], "lm_head": [3]},
+                (2, 32),
+                "names lm_head, whose rows are missing",
+            ),
+            (None, (2, 32), "rows of an embedding that are trained"),
+        ],
+    )
+    def test_damaged(self, tokens, shape, match, tmp_path):
+        self.made("list", tmp_path)
+        tensors = safetensors.load_file(tmp_path / ADAPTER_FILE)
+        key = next(key for key in tensors if "trainable_tokens_delta" in key)
+        tensors[key] = torch.ones(shape)
+        safetensors.save_file(tensors, tmp_path / ADAPTER_FILE)
+        with_config(tmp_path, trainable_token_indices=tokens)
+        model = llama()
+        before = weights_of(model)
+        with pytest.raises(ValueError, match=match):
+            load_adapter(model, tmp_path, is_trainable=False, progress=False)
+        assert same_bits(weights_of(model), before)
+
+    def test_rows_that_are_missing(self, tmp_path):
+        by_peft(tmp_path, llama())
+        with_config(tmp_path, trainable_token_indices=[1])
+        with pytest.raises(ValueError, match="but it has no rows of an embedding"):
+            read_adapter(tmp_path)

@@ -1,0 +1,265 @@
+"""PiSSA, OLoRA and the like by PEFT: loaded onto PEFT's residual base, converted to the original
+base by the adapter that was saved before training, and read as PEFT itself has converted them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import load_adapter, save_adapter, unload_lora
+from lora_kernels._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
+from lora_kernels.cli import main
+from lora_kernels.files.adapter.folder import read_adapter
+from lora_kernels.files.checkpoint.convert import convert
+from lora_kernels.files.checkpoint.merge import merge
+from lora_kernels.files.checkpoint.verify import verify
+
+from ...support.packages import needs_peft
+from ...support.peft_models import MODELS, adapted
+from ...support.running import close, logits, move, same_bits, train, weights_of
+from ...support.tiny_models import llama
+
+safetensors = pytest.importorskip("safetensors.torch")
+pytestmark = needs_peft
+
+LARGE = 1e4  # roundings, of a base that PEFT has rounded in float32
+OPTIONS = [
+    {},
+    {"use_rslora": True},
+    {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 3}},
+    {"modules_to_save": ["norm"]},
+    {"r": 20},  # more than some layers' min(out, in), where PEFT's rank is smaller
+]
+
+
+def trained_by_peft(
+    folder: Path, base: nn.Module, init: str, named: bool = True, lr: float = 1e-2, **options
+):
+    """The trained PEFT model; the adapter before training in "start", after it in "trained".
+    `named`: whether the files name the start, as PEFT's guides do not.
+    """
+    model = adapted(base, init_lora_weights=init, **options)
+    config = model.peft_config["default"]
+    config.init_lora_weights = init if named else True
+    model.save_pretrained(folder / "start")
+    train(model.train(), lr=lr)
+    model.eval().save_pretrained(folder / "trained")
+    config.init_lora_weights = init
+    return model
+
+
+def with_config(folder: Path, **values) -> Path:
+    """Changes fields of the configuration in place."""
+    file = folder / ADAPTER_CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    return folder
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_loads_onto_the_base_that_peft_made(kind, init, tmp_path):
+    if kind == "gpt2" and init == "olora":
+        pytest.skip("PEFT's OLoRA takes Conv1D's weight for that of a linear layer")
+    model = trained_by_peft(tmp_path, MODELS[kind](), init)
+    want = logits(model)
+    with pytest.raises(ValueError, match=r"(?s)residual_base=True.*convert --start"):
+        load_adapter(MODELS[kind](), tmp_path / "trained", progress=False)
+    base = model.unload()
+    before = weights_of(base)
+    load_adapter(base, tmp_path / "trained", residual_base=True, progress=False)
+    assert close(logits(base), want)
+    save_adapter(base, tmp_path / "again")
+    unload_lora(base)
+    assert same_bits(weights_of(base), before)
+    load_adapter(base, tmp_path / "again", progress=False)
+    assert close(logits(base), want)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_conversion_by_the_start(init, options, named, tmp_path):
+    """What PEFT computes on its residual base, on the original one; and what plain PEFT computes
+    there with the result.
+    """
+    peft = pytest.importorskip("peft")
+    base = llama()
+    model = trained_by_peft(tmp_path, base, init, named, **options)
+    want = logits(model)
+    saved = convert(tmp_path / "trained", tmp_path / "out", start=tmp_path / "start")
+    assert saved.layers == 14
+    ours = copy.deepcopy(base)
+    load_adapter(ours, tmp_path / "out", progress=False)
+    assert close(logits(ours), want, LARGE)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
+    assert close(logits(again), want, LARGE)
+    unload_lora(ours)
+    assert close(logits(ours), logits(base), LARGE)
+    state = read_adapter(tmp_path / "out")
+    assert {layer.r for layer in state.layers.values()} == {
+        m.lora_A["default"].weight.shape[0] for m in model.modules() if hasattr(m, "lora_A")
+    }
+    assert ("model.norm.weight" in state.extra) == ("modules_to_save" in options)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_conversion_agrees_with_peft_s_own(init, tmp_path):
+    model = trained_by_peft(tmp_path, llama(), init, lr=1e-3)
+    convert(tmp_path / "trained", tmp_path / "out", start=tmp_path / "start")
+    model.save_pretrained(
+        tmp_path / "theirs", path_initial_model_for_weight_conversion=tmp_path / "start"
+    )
+    ours, theirs = read_adapter(tmp_path / "out"), read_adapter(tmp_path / "theirs")
+    assert ours.layers.keys() == theirs.layers.keys()
+    for name, layer in ours.layers.items():
+        assert torch.equal(layer.lora_A, theirs.layers[name].lora_A)
+        assert torch.equal(layer.lora_B, theirs.layers[name].lora_B)
+        for got, expected in zip(
+            layer.start_factors(), theirs.layers[name].start_factors(), strict=True
+        ):
+            assert torch.equal(got, expected)
+        assert layer.scaling == theirs.layers[name].scaling
+    assert ours.config.init_lora_weights == init
+
+
+def test_the_command(tmp_path, capsys):
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    model = trained_by_peft(tmp_path, base, "pissa")
+    paths = [str(tmp_path / name) for name in ("trained", "out")]
+    assert main(["convert", *paths]) != 0
+    assert "--start" in capsys.readouterr().err
+    assert main(["convert", *paths, "--start", str(tmp_path / "start")]) == 0
+    merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
+    merged = type(base).from_pretrained(tmp_path / "merged").eval()
+    assert close(logits(merged), logits(model), LARGE)
+    assert all(check.passed for check in verify(tmp_path / "out", tmp_path / "base"))
+
+
+class TestRefusedStarts:
+    @pytest.fixture
+    def trained(self, tmp_path):
+        trained_by_peft(tmp_path, llama(), "pissa")
+        return tmp_path / "trained"
+
+    def refused(self, trained: Path, start: Path, match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            convert(trained, trained.parent / "out", start=start)
+        assert not (trained.parent / "out").exists()
+
+    @pytest.mark.parametrize(
+        "options,match",
+        [
+            ({"r": 2}, "has r = 4, its start 2"),
+            ({"lora_alpha": 4}, "has scaling = 2, its start 1"),
+            ({"init_lora_weights": "olora"}, "'pissa', .*start is a start of 'olora'"),
+            ({"init_lora_weights": True}, "is not a start: B = 0, so that nothing was subtracted"),
+            ({"init_lora_weights": "gaussian"}, "is not a start: B = 0"),
+        ],
+        ids=str,
+    )
+    def test_another_start(self, options, match, trained):
+        start = trained.parent / "other" / "start"
+        adapted(llama(), **{"init_lora_weights": "pissa"} | options).save_pretrained(start)
+        self.refused(trained, start, match)
+
+    def test_another_model(self, trained):
+        start = trained.parent / "other" / "start"
+        adapted(llama(intermediate_size=64), init_lora_weights="pissa").save_pretrained(start)
+        self.refused(trained, start, "different shapes")
+        adapted(llama(num_hidden_layers=3), init_lora_weights="pissa").save_pretrained(start)
+        self.refused(trained, start, r"lacks 'model\.layers\.2")
+
+    def test_no_adapter_and_no_start(self, trained):
+        self.refused(trained, trained.parent, "is not a start")
+        loftq = with_config(trained.parent / "start", init_lora_weights="loftq")
+        self.refused(trained, loftq, "PEFT has made a new base")
+
+    def test_converted_adapters(self, trained):
+        """One that is of the original base already is neither a start nor trained from one."""
+        out = trained.parent / "done"
+        convert(trained, out, start=trained.parent / "start")
+        self.refused(out, trained.parent / "start", "of the original base already")
+        self.refused(trained, out, "is not a start")
+
+
+class TestConvertedByPeft:
+    """[A; A₀], [B, −B₀] in a file of PEFT."""
+
+    def converted(self, folder: Path, init: str, **options) -> tuple[nn.Module, Path]:
+        model = trained_by_peft(folder, llama(), init, lr=1e-3, **options)
+        model.save_pretrained(
+            folder / "theirs", path_initial_model_for_weight_conversion=folder / "start"
+        )
+        return model, folder / "theirs"
+
+    @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_is_held_as_a_start(self, init, options, tmp_path):
+        model, folder = self.converted(tmp_path, init, **options)
+        tensors = safetensors.load_file(folder / ADAPTER_FILE)
+        state = read_adapter(folder)
+        config = model.peft_config["default"]
+        assert state.config.r == config.r and state.config.lora_alpha == pytest.approx(
+            config.lora_alpha
+        )
+        for name, layer in state.layers.items():
+            A, B = (tensors[f"base_model.model.{name}.lora_{k}.weight"].double() for k in "AB")
+            trained = model.get_base_model().get_submodule(name)
+            assert layer.r == len(A) // 2 and layer.changes_base and layer.residual == "implicit"
+            assert layer.scaling == pytest.approx(trained.scaling["default"], rel=1e-12)
+            assert layer.r == state.config.layer_rank(name)
+            assert layer.scaling == pytest.approx(state.config.layer_scaling(name), rel=1e-12)
+            want = trained.scaling["default"] * B @ A
+            right, left = layer.update_factors()
+            got = layer.scaling * left.double() @ right.double()
+            assert (got - want).norm() <= 1e-6 * want.norm()
+        base = llama()
+        load_adapter(base, folder, progress=False)
+        assert close(logits(base), logits(model), LARGE)
+
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_survives_16_bits_once_it_is_saved_again(self, init, tmp_path):
+        _, folder = self.converted(tmp_path, init)
+        model = llama()
+        load_adapter(model, folder, progress=False)
+        save_adapter(model, tmp_path / "ours")
+
+        def errors(path: Path) -> list[float]:
+            s = json.loads((path / ADAPTER_CONFIG).read_text())
+            s = s["lora_alpha"] / s["r"]
+            tensors = safetensors.load_file(path / ADAPTER_FILE)
+            found = []
+            for name, layer in read_adapter(folder).layers.items():
+                A, B = (
+                    tensors[f"base_model.model.{name}.lora_{k}.weight"].bfloat16().double()
+                    for k in "AB"
+                )
+                right, left = layer.update_factors()
+                want = layer.scaling * left.double() @ right.double()
+                found.append(float((s * B @ A - want).norm() / want.norm()))
+            return found
+
+        assert max(errors(tmp_path / "ours")) <= 0.005
+        assert min(errors(folder)) > 0.005
+
+    def test_other_adapters_keep_their_rank(self, tmp_path):
+        model = adapted(llama())
+        move(model)
+        model.save_pretrained(tmp_path / "plain")
+        assert all(not s.changes_base for s in read_adapter(tmp_path / "plain").layers.values())
+        _, folder = self.converted(tmp_path, "pissa")
+        tensors = safetensors.load_file(folder / ADAPTER_FILE)
+        key = next(key for key in tensors if key.endswith("lora_B.weight"))
+        tensors[key] = tensors[key].abs()  # one layer does not cancel
+        safetensors.save_file(tensors, folder / ADAPTER_FILE)
+        assert {layer.r for layer in read_adapter(folder).layers.values()} == {8}
+        zeros = {k: torch.zeros_like(t) for k, t in tensors.items()}
+        safetensors.save_file(zeros, folder / ADAPTER_FILE)
+        assert {layer.r for layer in read_adapter(folder).layers.values()} == {8}

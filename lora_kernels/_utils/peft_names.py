@@ -62,8 +62,8 @@ VARIANTS = {
     "velora_config": "VeLoRA, which trains with compressed inputs",
 }
 # Of these, adapters that PEFT has written are read; `add_lora` does not make them.
-TOKEN_INDICES = "trainable_token_indices"
-READ = (TOKEN_INDICES,)
+TOKEN_INDICES, BIAS_OF_B = "trainable_token_indices", "lora_bias"
+READ = (TOKEN_INDICES, BIAS_OF_B)
 # PEFT makes an object of these even from {}: only None turns them off.
 GROUPS_OF_OPTIONS = (
     "arrow_config",

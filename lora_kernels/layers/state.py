@@ -82,7 +82,6 @@ class LayerState(WithStart):
         right, left = self.update_factors()
         return right, (left.double() * self.scaling).to(left.dtype)
 
-
     @torch.no_grad()
     def portable_bias(self) -> Tensor | None:
         """s·`lora_bias` [out] in float32 or wider, which the adapter adds to the layer's output;

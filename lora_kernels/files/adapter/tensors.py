@@ -12,6 +12,8 @@ from ..._utils.checks import FLOATS
 from ..._utils.peft_names import ADAPTER_CONFIG
 from ...layers.state import FACTORS, LayerState
 from ...model.config import AdapterState, TokenRows
+from ..io.differences import changed
+from .peft_format.biases import check_biases, split_biases
 from .peft_format.reading import (
     DECISIVE,
     check_options,
@@ -20,7 +22,7 @@ from .peft_format.reading import (
     split_tensors,
 )
 from .peft_format.tokens import split_rows
-from .portable import trained_factors
+from .portable import trained_bias, trained_factors
 from .recipe import PEFT, config_from_dict, layer_from_dict
 
 
@@ -145,9 +147,20 @@ def _split_peft(
     by_peft = recipe["config"] is None
     config = recipe["peft_config" if by_peft else "config"]
     saved = config.get("modules_to_save") or ()
+    biases, tensors = split_biases(recipe["peft_config"], tensors)
     pairs, extra = split_tensors(tensors, saved, recipe["layers"], by_peft)
     _check_names(recipe["layers"], pairs)
-    return {name: layer_factors(recipe, name, *pairs[name]) for name in recipe["layers"]}, extra
+    factors = {name: layer_factors(recipe, name, *pairs[name]) for name in recipe["layers"]}
+    check_biases(biases, {name: len(left) for name, (_, left) in pairs.items()}, ())
+    for name, bias in biases.items():
+        if by_peft:  # written from a PEFT model
+            layer = recipe["biases"][name]
+            bias = trained_bias(layer, bias)
+            bias = changed(bias, layer["bits"]["bias"]) if "bits" in layer else bias
+            factors[name]["lora_bias"] = bias
+        elif recipe["layers"][name].get("bias"):
+            factors[name]["lora_bias"] = trained_bias(recipe["layers"][name], bias)
+    return factors, extra
 
 
 def layer_factors(
@@ -199,6 +212,7 @@ def _split_native(
     for name, layer in recipe["layers"].items():
         expected = {"lora_A", "lora_B"} | ({"lora_R"} if layer.get("R") else set())
         expected |= {"start_A", "start_B"} if layer.get("start") == "kept" else set()
+        expected |= {"lora_bias"} if layer.get("bias") else set()
         if factors[name].keys() != expected:
             wrong = ", ".join(sorted(factors[name].keys() ^ expected))
             raise ValueError(f"{wrong} of {name!r} is missing, or not in the recipe")
@@ -215,6 +229,7 @@ def _check_names(recipe: Collection[str], stored: Collection[str]) -> None:
 def _check_layer(name: str, layer: LayerState, r: int) -> None:
     check_pair(name, layer.lora_A, layer.lora_B)
     shapes = {"lora_A": layer.lora_A.shape, "lora_B": layer.lora_B.shape}
+    expected: dict[str, tuple[int, ...]]
     expected = {"lora_A": (r, shapes["lora_A"][1]), "lora_B": (shapes["lora_B"][0], r)}
     for key, like in (("start_A", "lora_A"), ("start_B", "lora_B"), ("lora_R", None)):
         factor = getattr(layer, key)
@@ -222,6 +237,8 @@ def _check_layer(name: str, layer: LayerState, r: int) -> None:
             if factor.dtype not in FLOATS:
                 raise ValueError(f"{key} of {name!r} is {factor.dtype}, not a floating-point type")
             shapes[key], expected[key] = factor.shape, expected[like] if like else (r, r)
+    if layer.lora_bias is not None:
+        shapes["lora_bias"], expected["lora_bias"] = layer.lora_bias.shape, (len(layer.lora_B),)
     for key, shape in shapes.items():
         if tuple(shape) != expected[key]:
             raise ValueError(f"{key} of {name!r} is {list(shape)}, expected {list(expected[key])}")

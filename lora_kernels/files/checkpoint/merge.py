@@ -29,13 +29,22 @@ from .folder import ModelFolder, check_apart, check_outside, check_space
 from .residual import refuse_residual
 from .weights import is_embedding, is_head
 
-Wanted = Mapping[str, LayerState | TokenRows | Tensor]  # by a tensor's name in the model
+
+@dataclass(frozen=True)
+class Added:
+    """s·b of a bias b of B, which is added to a bias of the base."""
+
+    tensor: Tensor
+
+
+Value = LayerState | TokenRows | Added | Tensor
+Wanted = Mapping[str, Value]  # by a tensor's name in the model
 
 
 @dataclass(frozen=True)
 class Change:
-    """The change of a tensor of the base: s·B'A' is added, or another tensor or some rows replace
-    its own. `name` is the tensor's in the model.
+    """The change of a tensor of the base: s·B'A' or a tensor is added, or another tensor or some
+    rows replace its own. `name` is the tensor's in the model.
     """
 
     name: str
@@ -45,6 +54,7 @@ class Change:
     layer: LayerState | None = None
     tensor: Tensor | None = None
     rows: TokenRows | None = None
+    added: Tensor | None = None
 
     def apply_(self, weight: Tensor) -> None:
         """Changes the weight in place; raises a ValueError if the result is not finite."""
@@ -52,6 +62,8 @@ class Change:
             weight.copy_(self.tensor)
         elif self.rows is not None:
             self.rows.put_(weight)
+        elif self.added is not None:
+            weight.copy_(_sum(weight, self.added))
         elif self.layer is not None:
             add_update_(weight.T if self.transposed else weight, self.layer)
         if not all_finite(weight):
@@ -174,8 +186,21 @@ def folder_for(folder: ModelFolder, state: AdapterState) -> ModelFolder:
 
 
 def _wanted(state: AdapterState) -> Wanted:
-    layers = {f"{name}.weight": layer for name, layer in state.layers.items()}
-    return {**layers, **state.extra, **state.rows}
+    wanted: dict[str, Value] = {f"{name}.weight": layer for name, layer in state.layers.items()}
+    wanted |= {**state.extra, **state.rows}
+    for layer_name, layer in state.layers.items():
+        bias = layer.portable_bias()
+        if bias is not None:
+            name = f"{layer_name}.bias"
+            trained = state.extra.get(name)
+            wanted[name] = Added(bias) if trained is None else _sum(trained, bias)
+    return wanted
+
+
+def _sum(tensor: Tensor, added: Tensor) -> Tensor:
+    """The sum in the dtype of `tensor`, rounded once."""
+    work = torch.promote_types(tensor.dtype, added.dtype)
+    return (tensor.to(work) + added.to(tensor.device, work)).to(tensor.dtype)
 
 
 def _has_all(folder: ModelFolder, wanted: Wanted) -> bool:
@@ -252,12 +277,15 @@ def _resize_others(folder: ModelFolder, changes: Changes) -> None:
         changes.added[stored] = new
 
 
-def _change(
-    folder: ModelFolder, changes: Changes, name: str, value: LayerState | TokenRows | Tensor
-) -> None:
+def _change(folder: ModelFolder, changes: Changes, name: str, value: Value) -> None:
     """Adds the change of one tensor."""
     stored = folder.tensors.get(name)
     if stored is None:
+        if isinstance(value, Added):
+            raise ValueError(
+                f"the adapter has a bias of lora_B, and {folder.path} has no {name!r} to merge it "
+                "into: use the adapter unmerged, or load_adapter and merge_lora"
+            )
         if not isinstance(value, Tensor) or not _has_all(folder, {name: value}):
             raise ValueError(_why_not_stored(folder, name))
         changes.added[name] = value
@@ -272,6 +300,9 @@ def _change(
         value.check(name, entry.shape)
         shape, expected = entry.shape, entry.shape
         change = Change(name, entry, file, rows=value)
+    elif isinstance(value, Added):
+        shape, expected = tuple(value.tensor.shape), entry.shape
+        change = Change(name, entry, file, added=value.tensor)
     else:
         shape, expected = tuple(value.shape), entry.shape
         change = Change(name, entry, file, tensor=value)
@@ -391,15 +422,15 @@ def _change_tied(
 
 
 @torch.no_grad()
-def _merged(
-    folder: ModelFolder, name: str, base: Tensor, value: LayerState | TokenRows | Tensor
-) -> Tensor:
+def _merged(folder: ModelFolder, name: str, base: Tensor, value: Value) -> Tensor:
     """A tensor of the base with its change, in its dtype."""
     if isinstance(value, Tensor):
         return value.to(base.dtype)
     if isinstance(value, TokenRows):
         value.check(name, base.shape)
         return value.put_(base.clone())
+    if isinstance(value, Added):
+        return _sum(base, value.tensor)
     merged = base.clone()
     transposed = folder.is_transposed(name.removesuffix(".weight"))
     add_update_(merged.T if transposed else merged, value)

@@ -196,6 +196,9 @@ class _Ways:
             weight = module.weight.data.clone()
             add_update_(weight.T if is_conv1d(module) else weight, layer)
             module.weight = nn.Parameter(weight)  # its own, if it was tied to another
+            bias = layer.portable_bias()
+            if bias is not None:
+                module.bias = nn.Parameter(bias if module.bias is None else module.bias + bias)
         _, rows = row_places(model, self.state)
         weights = model.state_dict()
         with_rows = {name: row.put_(weights[name].clone()) for name, row in rows.items()}

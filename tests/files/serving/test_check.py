@@ -219,6 +219,7 @@ EXTRA = torch.ones(32)
         ("sglang", {"target_modules": None}, (), "must be a list"),
         ("sglang", {"rank_pattern": {"q_proj": 2}}, (), "rank_pattern is refused"),
         ("sglang", {"alpha_pattern": {"q_proj": 2.5}}, (), "alpha_pattern is refused"),
+        ("sglang", {"target_modules": ["o_proj"]}, (), "must name the modules of all layers"),
         ("sglang", {"r": 8}, (), "must have the configuration's rank, r = 8"),
         ("sglang", {"lora_bias": True}, ("self_attn.q_proj.lora_B.bias",), "is taken for lora_B"),
         ("sglang", {"layer_replication": [[0, 2], [1, 2]]}, (), "layer_replication"),
@@ -514,8 +515,11 @@ def test_experts_of_older_names(tmp_path):
               for i in range(4) for w in ("w1", "w2", "w3")}  # fmt: skip
     adapter = write(tmp_path / "a", named(layers), target_modules=["w1", "w2", "w3"])
     found = {result.engine: result for result in check(adapter, base, TEXT_ENGINES)}
-    for engine in ("vllm", "sglang", "llama.cpp"):
-        assert found[engine].outcome == RIGHT, rules(found[engine])
+    assert found["vllm"].outcome == found["llama.cpp"].outcome == RIGHT
+    assert "w1, w2 and w3 as gate_proj" in rules(found["sglang"])
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    adapter = write(tmp_path / "c", named(layers), target_modules=targets)
+    assert one(adapter, "sglang", base).outcome == RIGHT
     elsewhere = named({n.replace("block_sparse_moe", "moe"): f for n, f in layers.items()})
     found = check(write(tmp_path / "b", elsewhere, target_modules=["w1"]), base, ["vllm"])
     assert not any(layer.effect for layer in found[0].layers)

@@ -18,6 +18,7 @@ from ...._utils.checks import FLOATS
 from ...._utils.errors import unknown_name
 from ...._utils.names import without_wrappers
 from ...._utils.peft_names import (
+    BIAS_OF_B,
     BIASES,
     GROUPS_OF_OPTIONS,
     OPTIONS_OF_OTHERS,
@@ -36,6 +37,7 @@ from ...._utils.peft_names import (
 from ....layers.options import lora_scaling
 from ....layers.state import LayerState
 from ....model.config import AdapterState, LoRAConfig
+from .biases import check_biases, split_biases
 from .converted import with_starts
 from .tokens import split_rows
 
@@ -63,11 +65,16 @@ def from_peft(
     """
     check_options(values, residual_base)
     rows, others = split_rows(values, tensors)
+    biases, others = split_biases(values, others)
     halves, extra = split_tensors(others, values.get("modules_to_save") or ())
     if not halves:
         raise ValueError("it has no lora_A and lora_B of a linear layer")
     config = config_from_peft(values, tuple(halves))
     layers = {name: _layer(name, *pair, config) for name, pair in halves.items()}
+    if values.get(BIAS_OF_B):
+        check_biases(biases, {n: len(layer.lora_B) for n, layer in layers.items()}, layers)
+    for name, bias in biases.items():
+        layers[name].lora_bias = bias
     _warn_of_base(layers, extra)
     config = _with_smaller_ranks(config, layers)
     state = AdapterState(config, layers, extra, values.get("base_model_name_or_path"), rows)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ...._utils.names import match_names
-from ...._utils.peft_names import PREFIX, TASK_HEADS, TOKEN_INDICES
+from ...._utils.peft_names import BIAS_OF_B, PREFIX, TASK_HEADS, TOKEN_INDICES
 from ....model.config import AdapterState
 from ..portable import padded
 from .reading import saved_module
@@ -59,6 +59,8 @@ def to_peft(
         elif last == "bias" and owner in state.layers:
             key = f"{owner}.base_layer.bias"
         tensors[PREFIX + key] = tensor
+    biases = _biases(state, portable)
+    tensors |= biases
     indices, rows = rows_to_peft(state.rows)
     tensors |= rows
     targets, excluded = exact_targets(list(state.layers), module_names, tuple(saved))
@@ -78,7 +80,20 @@ def to_peft(
         "lora_dropout": config.lora_dropout,
         "fan_in_fan_out": fan_in_fan_out,
         **({TOKEN_INDICES: indices} if indices else {}),
+        **({BIAS_OF_B: True} if biases else {}),
     }, tensors
+
+
+def _biases(state: AdapterState, portable: bool) -> dict[str, Tensor]:
+    """The biases of all B by PEFT's names; zeros for layers without one, if others have one."""
+    if all(layer.lora_bias is None for layer in state.layers.values()):
+        return {}
+    biases = {}
+    for name, layer in state.layers.items():
+        bias = layer.portable_bias() if portable else layer.lora_bias
+        bias = layer.lora_B.new_zeros(len(layer.lora_B)) if bias is None else bias
+        biases[f"{PREFIX}{name}.lora_B.bias"] = bias
+    return biases
 
 
 def portable_fields(r: int) -> dict[str, Any]:

@@ -134,10 +134,11 @@ class BaseModel:
         if module in self.modules:
             return Place(FOUND, module)
         expert = _EXPERT.fullmatch(module)
-        if expert:
-            inside = self.place(expert[1])
-            rest = module.removeprefix(expert[1])
-            return Place(inside.kind, None if inside.name is None else inside.name + rest)
+        experts = self.place(expert[1]) if expert else Place(MISSING)
+        if expert and experts.name is not None:
+            inside = experts.name + module.removeprefix(expert[1])
+            if experts.kind != MISSING:
+                return Place(experts.kind, inside)
         inner = self._text_modules.get(module)
         if inner is not None:
             return Place(TEXT, inner)

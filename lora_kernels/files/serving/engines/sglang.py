@@ -67,6 +67,7 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     dtype = _dtype(base)
     for name, layer in adapter.layers.items():
         verdict.layers[name] = _layer(layer, targets, base, Applied(scale, dtype, fault=fault))
+    _targeted(verdict, adapter, targets)
     _joined(verdict, adapter)
     _blocks(verdict, adapter, base)
     verdict.dropped.update({name: "tensors outside the blocks are not loaded"
@@ -203,6 +204,24 @@ def _layer(
     ):
         return Ignored("the block has no module of this name", place.name)
     return applied
+
+
+def _targeted(verdict: Verdict, adapter: StoredAdapter, targets: set[str] | None) -> None:
+    """In a block, the name of every layer must contain that of a target module."""
+    if targets is None:
+        return
+    strange = []
+    for name, layer in adapter.layers.items():
+        end = _EXPERT_WORDS.get(layer.last, layer.last)
+        joined = name.removesuffix(layer.last) + _TARGETS.get(end, end)
+        if _BLOCK.search(name) and not any(target in joined for target in targets):
+            strange.append(name)
+    if strange:
+        verdict.refuse(
+            "target_modules must name the modules of all layers (experts' w1, w2 and w3 as "
+            f"gate_proj, down_proj and up_proj): {names_in_brief(strange)}",
+            "correct target_modules in adapter_config.json",
+        )
 
 
 def _joined(verdict: Verdict, adapter: StoredAdapter) -> None:

@@ -1,0 +1,55 @@
+"""PEFT's `lora_bias`: a bias of B, whose s-fold is added to the layer's output."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ...._utils.checks import FLOATS
+from ...._utils.names import without_wrappers
+from ...._utils.peft_names import BIAS_OF_B, PREFIX
+
+# The layer, and the adapter's name, which `save_pretrained` leaves out.
+_NAME = re.compile(r"(.+)\.lora_B(?:\.[^.]+)?\.bias")
+
+
+def split_biases(
+    values: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The biases [out] by their layers' names in the base model, and all other tensors.
+
+    Args:
+        values: the content of `adapter_config.json`.
+        tensors: by PEFT's names.
+
+    """
+    if not values.get(BIAS_OF_B):
+        return {}, dict(tensors)
+    biases, others = {}, {}
+    for key, tensor in tensors.items():
+        found = _NAME.fullmatch(without_wrappers(key).removeprefix(PREFIX))
+        if found is None:
+            others[key] = tensor
+        else:
+            biases[found[1]] = tensor
+    return biases, others
+
+
+def check_biases(
+    biases: Mapping[str, Tensor], sizes: Mapping[str, int], layers: Collection[str]
+) -> None:
+    """Raises ValueError unless each of the layers, and no other, has a bias of its size."""
+    for name in (*layers, *biases):
+        if name not in biases:
+            raise ValueError(f"{BIAS_OF_B} is true, but the bias of lora_B of {name!r} is missing")
+        if name not in sizes:
+            raise ValueError(f"{name!r} has a bias of lora_B, but no lora_A and lora_B")
+        bias = biases[name]
+        if bias.dtype not in FLOATS or tuple(bias.shape) != (sizes[name],):
+            raise ValueError(
+                f"the bias of lora_B of {name!r} is {list(bias.shape)} of {bias.dtype}, expected "
+                f"[{sizes[name]}] of a floating-point type"
+            )

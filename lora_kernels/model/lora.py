@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from .._utils.errors import unknown_name
 from .._utils.names import nearest, without_wrappers
 from .._utils.progress import tracked
+from ..layers.adapted import AdaptedLayer
 from ..layers.adapter import Adapter
 from ..layers.base import base_of
 from ..layers.dequantize import check_cast
@@ -129,7 +130,8 @@ def merge_lora(
     """Merges an adapter into the weights, in place, and removes all adapters.
 
     The layers become what they were before `add_lora`, with the weight W + s·(BA − B₀A₀), summed in
-    float32 or wider and rounded once. All parameters are frozen afterwards.
+    float32 or wider and rounded once. A bias of B (PEFT's `lora_bias`) is added to the layer's
+    bias; a layer without one gets it, with a warning. All parameters are frozen afterwards.
 
     Args:
         model: a model adapted by `add_lora` or `load_adapter`.
@@ -161,6 +163,7 @@ def merge_lora(
     set_adapter(model, name)
     record.saved.settle()
     adapted = layers_with_names(model)
+    _warn_of_new_biases([layer for _, layer in adapted if name in layer.adapter_names])
     while adapted:  # frees each old W before the next layer is merged
         paths, layer = adapted.pop()
         plain = layer.to_linear() if name in layer.adapter_names else layer.restore_()
@@ -169,6 +172,18 @@ def merge_lora(
     untie_if_needed(model)
     _forget(model, record)
     return model
+
+
+def _warn_of_new_biases(layers: Sequence[AdaptedLayer]) -> None:
+    new = [layer for layer in layers if layer.active().lora_bias is not None]
+    new = [layer for layer in new if getattr(layer, "bias", None) is None]
+    if new:
+        warnings.warn(
+            f"{len(new)} layers have got a bias from the adapter, which their model's class does "
+            "not have: from_pretrained will drop it if you save this model; save the adapter "
+            "instead",
+            stacklevel=3,
+        )
 
 
 def unload_lora(model: nn.Module) -> nn.Module:

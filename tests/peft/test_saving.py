@@ -582,3 +582,77 @@ def test_the_start_of_a_residual_base_is_a_plain_adapter(tmp_path):
     model.load_adapter(str(residual / "adapter"), "start")
     model.set_adapter("start")
     assert close(logits(model.eval()), logits(llama()))
+
+
+@pytest.mark.parametrize("method", ["loram", "lora"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_kind_of_layer_has_its_strength_in_b(tmp_path, method, bias):
+    """s is no power of two, and the embedding and the biases of B take part."""
+    from safetensors.torch import load_file
+
+    options = {"r": 3, "use_rslora": True, "rank_pattern": {"k_proj": 5}, "lora_bias": bias}
+    targets = ["q_proj", "k_proj", "up_proj"] + ([] if bias else ["embed_tokens"])
+    options["target_modules"] = targets
+    base = llama()
+    model = adapted(base, **options)
+    initialize(model, method)
+    move(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    r = 10 if method == "loram" else 5
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (r, r, False)
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {len(t) for n, t in tensors.items() if n.endswith("lora_A.weight")} == {r}
+    assert close(logits(plain(base, tmp_path)), logits(model))
+    again = adapted(base, **options)
+    initialize(again, "pissa")
+    again.load_adapter(tmp_path, "default", is_trainable=True)
+    ours, theirs = weights_of(model), weights_of(again)
+    for name, tensor in ours.items():
+        if "lora_" in name:
+            assert torch.equal(tensor, theirs[name]), name
+    again.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def test_convolutions(tmp_path):
+    from torch import nn
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 16))
+    base.config = {"model_type": "custom"}
+    model = adapted(base, target_modules=["0", "2"], r=3, rank_pattern={"0": 2}, use_rslora=True)
+    report = initialize(model, "loram")
+    assert report.left
+    move(model)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        want = model.eval()(x)
+        assert close(plain(base, tmp_path)(x), want)
+        again = adapted(base, target_modules=["0", "2"], r=3, rank_pattern={"0": 2},
+                        use_rslora=True)  # fmt: skip
+        initialize(again, "loram")
+        again.load_adapter(tmp_path, "default")
+        assert torch.equal(again.eval()(x), want)
+
+
+def test_a_regular_expression_becomes_a_list(tmp_path):
+    base = llama()
+    model = adapted(base, target_modules=r".*\.1\.self_attn\.(q|v)_proj")
+    initialize(model, "loram")
+    move(model)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["1.self_attn.q_proj", "1.self_attn.v_proj"] or sorted(
+        config["target_modules"]
+    ) == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+    assert close(logits(plain(base, tmp_path)), logits(model))
+    again = adapted(base, target_modules=["q_proj"])
+    initialize(again, "loram")
+    again.load_adapter(tmp_path, "again")
+    again.set_adapter("again")
+    assert torch.equal(logits(again), logits(model))
+    assert again.peft_config["again"].target_modules == r".*\.1\.self_attn\.(q|v)_proj"

@@ -21,12 +21,16 @@ from lora_kernels import (
 )
 from lora_kernels._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels.files.adapter.folder import read_adapter
-from lora_kernels.files.checkpoint.convert import convert
 from lora_kernels.files.checkpoint.merge import merge
 from lora_kernels.files.checkpoint.verify import verify
+from lora_kernels.files.serving.convert import convert
+from lora_kernels.layers.state import LayerState
+from lora_kernels.model.config import AdapterState, LoRAConfig
+from lora_kernels.model.lora import apply_state
 
-from ...support.packages import needs_peft
-from ...support.peft_models import MODELS, adapted
+from ...support.packages import needs_bitsandbytes, needs_peft
+from ...support.peft_models import MODELS, adapted, initialize
+from ...support.quantized import linear_4bit
 from ...support.running import close, logits, move, same_bits, train, weights_of
 from ...support.tiny_models import gpt2, llama
 
@@ -291,7 +295,7 @@ class TestBiasOfB:
         assert close(logits(ours), want)
         with disable_adapters(ours):
             assert torch.equal(logits(ours), logits(base))
-        for form in ("peft", "native"):
+        for form in ("native", "peft"):
             save_adapter(ours, tmp_path / form, format=form)
             again = loaded(base, tmp_path / form)
             assert torch.equal(logits(again), logits(ours))
@@ -345,7 +349,7 @@ class TestBiasOfB:
     def test_over_a_quantized_layer(self, tmp_path):
         """Where a wrapper adds them."""
         linear = nn.Linear(64, 48)
-        quantized = nf4(linear)
+        quantized = linear_4bit(linear)
         holder = nn.Sequential(quantized)
         bias, x = torch.randn(48), torch.randn(5, 64)
         state = LayerState(torch.randn(4, 64), torch.randn(48, 4), 0.5, 2, lora_bias=bias)
@@ -401,7 +405,7 @@ class TestBiasOfB:
                 "of torch.int32, expected",
             ),
             (
-                lambda key, t: t.update({key.replace("h.0", "h.7"): t[key]}),
+                lambda key, t: t.update({key.replace("h.0", "h.7"): t[key].clone()}),
                 r"h.7.*has a bias of lora_B, but no lora_A",
             ),
         ],

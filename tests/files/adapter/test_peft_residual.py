@@ -16,9 +16,9 @@ from lora_kernels import load_adapter, save_adapter, unload_lora
 from lora_kernels._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels.cli import main
 from lora_kernels.files.adapter.folder import read_adapter
-from lora_kernels.files.checkpoint.convert import convert
 from lora_kernels.files.checkpoint.merge import merge
 from lora_kernels.files.checkpoint.verify import verify
+from lora_kernels.files.serving.convert import convert
 
 from ...support.packages import needs_peft
 from ...support.peft_models import MODELS, adapted

@@ -134,11 +134,10 @@ class BaseModel:
         if module in self.modules:
             return Place(FOUND, module)
         expert = _EXPERT.fullmatch(module)
-        experts = self.place(expert[1]) if expert else Place(MISSING)
-        if expert and experts.name is not None:
-            inside = experts.name + module.removeprefix(expert[1])
-            if experts.kind != MISSING:
-                return Place(experts.kind, inside)
+        if expert:
+            experts = self.place(expert[1])
+            if experts.kind != MISSING and experts.name is not None:
+                return Place(experts.kind, experts.name + module.removeprefix(expert[1]))
         inner = self._text_modules.get(module)
         if inner is not None:
             return Place(TEXT, inner)

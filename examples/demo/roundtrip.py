@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,10 @@ def through_peft(trained: nn.Module, fresh: nn.Module, path: Path) -> nn.Module:
     """As a PEFT adapter of rank 2r for the original weights, loaded with PEFT alone."""
     from peft import PeftModel
 
-    save_adapter(trained, path)
+    with warnings.catch_warnings():
+        # PEFT has no limit of the rank; vLLM has.
+        warnings.filterwarnings("ignore", message="the adapter has rank")
+        save_adapter(trained, path)
     return PeftModel.from_pretrained(fresh, path)
 
 

@@ -63,7 +63,8 @@ VARIANTS = {
 }
 # Of these, adapters that PEFT has written are read; `add_lora` does not make them.
 TOKEN_INDICES, BIAS_OF_B = "trainable_token_indices", "lora_bias"
-READ = (TOKEN_INDICES, BIAS_OF_B)
+REPLICATION = "layer_replication"
+READ = (TOKEN_INDICES, BIAS_OF_B, REPLICATION)
 # PEFT makes an object of these even from {}: only None turns them off.
 GROUPS_OF_OPTIONS = (
     "arrow_config",

@@ -211,6 +211,10 @@ def _layer_lines(layers: Sequence[LayerResult]) -> Iterator[str]:
         word = "layer" if len(members) == 1 else "layers"
         names = _some([layer.name for layer in members])
         yield f"{len(members)} {word}: {fault}{worst} ({names})"
+        change = None if members[0].effect else _renaming(members[0])
+        if change is not None:
+            new, old = (part or "''" for part in change)
+            yield f"  remedy: lora-kernels convert ADAPTER OUT --rename {old} {new}"
 
 
 def _fault(layer: LayerResult) -> tuple[str, ...]:

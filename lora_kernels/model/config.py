@@ -258,14 +258,20 @@ class TokenRows:
         return weight.index_copy_(0, index, self.values.to(weight.device, weight.dtype))
 
 
+# PEFT's `layer_replication`: the blocks of the adapted model are those of the base from each start
+# to before each end.
+Replication = tuple[tuple[int, int], ...]
+
+
 @dataclass
 class AdapterState:
     """The adapter of a model: a `LayerState` for each layer, by its name in the base model.
 
     `extra` holds the tensors that are trained in full (`modules_to_save` and biases), by their
     names in the base model's state_dict, and `rows` those that have some trained rows. Modules that
-    are tied to the input embedding get its rows too, unless they have their own. `base_model` is
-    the base model's name or path, if known.
+    are tied to the input embedding get its rows too, unless they have their own. If `replication`
+    is not empty, the names of the layers are those of a model whose blocks are repeated so.
+    `base_model` is the base model's name or path, if known.
     """
 
     config: LoRAConfig
@@ -273,3 +279,4 @@ class AdapterState:
     extra: dict[str, Tensor] = field(default_factory=dict)
     base_model: str | None = None
     rows: dict[str, TokenRows] = field(default_factory=dict)
+    replication: Replication = ()

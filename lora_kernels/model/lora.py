@@ -21,14 +21,16 @@ from ..layers.base import base_of
 from ..layers.dequantize import check_cast
 from ..layers.options import AdapterOptions
 from ..layers.wrapper import LoRAWrapper
-from .config import AdapterState, LoRAConfig, TokenRows
+from .config import AdapterState, LoRAConfig, Replication, TokenRows
 from .install import (
+    RepeatedBlocks,
     Setting,
     adapted_layers,
     disable_fast_path,
     install,
     layers_with_names,
     replace_adapted,
+    separate_blocks,
     untie_if_needed,
     unwrapped,
 )
@@ -62,6 +64,12 @@ class ModelAdapters:
         self.active = ""
         self.enabled = True
         self.settings: list[Setting] = []
+        self.blocks: RepeatedBlocks | None = None  # of PEFT's layer_replication
+
+    @property
+    def replication(self) -> Replication:
+        """How the model's blocks are repeated."""
+        return () if self.blocks is None else self.blocks.replication
 
 
 def add_lora(
@@ -170,6 +178,7 @@ def merge_lora(
         replace_adapted(model, paths, layer, plain)
     model.requires_grad_(False)
     untie_if_needed(model)
+    separate_blocks(model, record.replication)
     _forget(model, record)
     return model
 
@@ -203,6 +212,8 @@ def unload_lora(model: nn.Module) -> nn.Module:
     record.saved.activate(None)
     for paths, layer in layers_with_names(model):
         replace_adapted(model, paths, layer, layer.restore_())
+    if record.blocks is not None:
+        record.blocks.restore()
     _forget(model, record)
     return model
 
@@ -291,7 +302,7 @@ def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterS
             extra[without_wrappers(path)] = tensor.detach().to("cpu", copy=True)
     config = getattr(model, "config", None)
     base = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
-    return AdapterState(record.configs[name], layers, extra, base or None, rows)
+    return AdapterState(record.configs[name], layers, extra, base or None, rows, record.replication)
 
 
 def apply_state(
@@ -312,10 +323,41 @@ def apply_state(
             shape. The model is then unchanged.
 
     """
-    began = time.perf_counter()
     _check_model(model)
     record = _record(model) or ModelAdapters()
     _check_name(adapter_name, record)
+    if record.configs:
+        _check_replication(record, state)
+    elif state.replication:
+        record.blocks = RepeatedBlocks(model, state.replication)
+    try:
+        return _add_state(model, record, state, adapter_name, is_trainable, progress)
+    except BaseException:
+        if record.blocks is not None and not record.configs:
+            record.blocks.restore()
+        raise
+
+
+def _check_replication(record: ModelAdapters, state: AdapterState) -> None:
+    """Raises ValueError if the model's blocks are not repeated as an adapter needs them."""
+    if record.replication != state.replication:
+        wanted, found = (list(map(list, r)) for r in (state.replication, record.replication))
+        raise ValueError(
+            f"the adapter has layer_replication = {wanted}, the model with its other adapters "
+            f"{found}: they name other blocks; unload_lora first"
+        )
+
+
+def _add_state(
+    model: nn.Module,
+    record: ModelAdapters,
+    state: AdapterState,
+    adapter_name: str,
+    is_trainable: bool,
+    progress: bool,
+) -> LoRAReport:
+    """`apply_state` for a model whose blocks are those of the adapter."""
+    began = time.perf_counter()
     plans, selection = plan_states(model, state)
     _check_weights(model, plans, record)
     places = extra_places(model, state)
@@ -325,7 +367,7 @@ def apply_state(
         warnings.warn(
             f"the adapter's rows of {', '.join(state.rows)} are used as they are: training here "
             "does not change them",
-            stacklevel=3,
+            stacklevel=4,
         )
     with _all_or_nothing(model, record, adapter_name), torch.no_grad():
         check_norms(plans)
@@ -357,6 +399,7 @@ def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> N
     """
     record = _needed_record(model)
     name = _known_name(record, adapter_name)
+    _check_replication(record, state)
     adapters, extra = _adapters(model, name), record.saved.tensors(name)
     extra = {without_wrappers(path): tensor for path, tensor in extra.items()}
     rows = _tied_like(record.tokens.get(name, {}), state)

@@ -59,6 +59,7 @@ def test_names_without_effect(tmp_path, capsys):
     adapter, base = write(tmp_path / "a", tensors), write_base(tmp_path / "base")
     out = run(capsys, adapter, "--base", base, "--for", "vllm", code=1)
     assert "no effect: no module has this name; 'model.' instead of 'text.' would match" in out
+    assert "remedy: lora-kernels convert ADAPTER OUT --rename text. model." in out
     text = write(tmp_path / "b")
     out = run(capsys, text, "--base", gemma3(tmp_path / "gemma"), "--for", "vllm,peft", code=1)
     assert "'model.language_model.' instead of 'model.' would match" in out  # PEFT

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
+from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX, REPLICATION
 from ..._utils.safetensors import save_tensors
 from ...model.config import AdapterState
 from ..io.replace import replace_files
@@ -90,7 +90,8 @@ def folder_content(
     """
     recipes = {name: layer_to_dict(layer) for name, layer in state.layers.items()}
     if format == NATIVE:
-        recipe = recipe_to_json(recipes, NATIVE, state.config, state.base_model)
+        more = {REPLICATION: state.replication} if state.replication else {}
+        recipe = recipe_to_json(recipes, NATIVE, state.config, state.base_model, **more)
         config = {"peft_type": NATIVE_TYPE, **json.loads(recipe)}
         return FolderContent(NATIVE_FILE, config, native_tensors(state), recipe)
     if format == START:

@@ -19,6 +19,7 @@ from .peft_format.reading import (
     check_options,
     check_pair,
     config_from_peft,
+    replication,
     split_tensors,
 )
 from .peft_format.tokens import split_rows
@@ -98,7 +99,8 @@ def from_recipe(
         adapted = config_from_peft(values, tuple(layers))
     else:
         adapted = config_from_dict(recipe["config"])
-    return AdapterState(adapted, layers, extra, recipe["base_model"], rows)
+    repeated = replication(recipe.get("peft_config", recipe))
+    return AdapterState(adapted, layers, extra, recipe["base_model"], rows, repeated)
 
 
 def _split_rows(

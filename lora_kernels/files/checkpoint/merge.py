@@ -138,6 +138,12 @@ def merge(
     check_apart(base, out)
     check_outside(adapter, out)
     state = read_adapter(adapter)
+    if state.replication:
+        raise ValueError(
+            f"{adapter} repeats blocks of the model (layer_replication = "
+            f"{list(map(list, state.replication))}), and the files of {base} hold each of them "
+            "once: load the model and the adapter, and use merge_lora and save_pretrained"
+        )
     folder = folder_for(ModelFolder(base), state)
     refuse_residual(adapter, state, base)
     changes = changes_of(folder, state)

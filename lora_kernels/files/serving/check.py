@@ -197,7 +197,7 @@ def _verdict(adapter: StoredAdapter, base: BaseModel | None, engine: Engine) -> 
     """The engine's verdict; refused without its rules if the files are not for it."""
     if adapter.kind == NATIVE:
         rule = "the native format of lora_kernels is read by no engine"
-        remedy = "lora-kernels convert ADAPTER OUT --format peft"
+        remedy = "lora-kernels convert ADAPTER OUT --to peft"
     elif adapter.kind == DIFFUSERS and engine.name != "diffusers":
         rule = "it needs a folder of PEFT, with adapter_config.json and adapter_model.safetensors"
         remedy = "use diffusers, or save the adapter from PEFT"

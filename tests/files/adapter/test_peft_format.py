@@ -61,7 +61,6 @@ NAMES = [n for n in initializer_names() if not get_initializer(n).rewrites_base]
 # What each field of PEFT's LoraConfig does to a trained adapter: (option, value, why it is refused)
 REFUSED = [
     ("use_dora", True, "DoRA"),
-    ("layer_replication", [[0, 2], [1, 2]], "repeated"),
     ("target_parameters", ["experts.weight"], "parameters"),
     ("alora_invocation_tokens", [3], "aLoRA"),
     ("use_qalora", True, "QA-LoRA"),

@@ -12,6 +12,7 @@ import torch
 from lora_kernels import LoRAConfig, add_lora, save_adapter
 from lora_kernels._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels.files.serving.check import REFUSED, RIGHT, WRONG, check
+from lora_kernels.files.serving.convert import convert
 from lora_kernels.files.serving.stored import DIFFUSERS, NATIVE, PEFT, read_stored
 from lora_kernels.files.serving.updates import Update, relative_error
 
@@ -120,7 +121,7 @@ def test_native_folder_is_refused_everywhere(tmp_path):
     assert read_stored(tmp_path).kind == NATIVE
     for result in check(tmp_path):
         assert result.outcome == REFUSED and not result.layers
-        assert "--format peft" in result.verdict.refusals[0].remedy
+        assert "--to peft" in result.verdict.refusals[0].remedy
 
 
 @pytest.mark.parametrize(
@@ -555,6 +556,52 @@ def test_one_build_for_all_older_names(tmp_path, monkeypatch):
 
 
 # This package's own folders
+
+
+def test_remedies(tmp_path):
+    """What they say is done makes the adapter right."""
+    base = write_base(tmp_path / "base")
+    troubles = {
+        "rslora": {"use_rslora": True},
+        "patterns": {"alpha_pattern": {"q_proj": 3.5}, "use_rslora": True},
+        "alpha": {"lora_alpha": 2.5},
+        "regex": {"target_modules": r".*\.[qv]_proj"},
+    }
+    for name, options in troubles.items():
+        convert(write(tmp_path / name, **options), tmp_path / f"{name}-out")
+        results = check(tmp_path / f"{name}-out", base, TEXT_ENGINES)
+        assert [result.outcome for result in results] == [RIGHT] * 4
+        assert "whole number" not in rules(one(tmp_path / f"{name}-out", "ollama"))
+    bare = write(tmp_path / "bare", named(QV, prefix=""))
+    assert one(bare, "peft").outcome == WRONG
+    convert(bare, tmp_path / "bare-out")
+    assert one(tmp_path / "bare-out", "peft").outcome == RIGHT
+    tensors = {name: pair(4, 600, 600) for name in QV}
+    wide = {n: (torch.cat([A] * 130), torch.cat([B] * 130, 1)) for n, (A, B) in tensors.items()}
+    adapter = write(tmp_path / "wide", named(wide), r=520)
+    assert "--compress-to" in one(adapter, "vllm").verdict.refusals[0].remedy
+    convert(adapter, tmp_path / "narrow", compress_to=8)
+    assert one(tmp_path / "narrow", "vllm").outcome == RIGHT
+
+
+def test_renaming_as_the_result_says(tmp_path):
+    tensors = named([name.replace("model.", "text.", 1) for name in QV])
+    adapter, base = write(tmp_path / "a", tensors), gemma3(tmp_path / "base")
+    (layer, *_) = one(adapter, "vllm", base).layers
+    assert (layer.name, layer.matching_name) == (
+        "text.layers.0.self_attn.q_proj",
+        None,  # the tower has a layer of that number and name, too
+    )
+    deeper = named([name.replace("model.", "text.layers.", 1) for name in QV])
+    assert one(write(tmp_path / "b", deeper), "vllm", base).layers[0].matching_name is None
+    plain = write_base(tmp_path / "plain")
+    (layer, *_) = one(adapter, "vllm", plain).layers
+    assert layer.matching_name == "model.layers.0.self_attn.q_proj"
+    convert(adapter, tmp_path / "renamed", rename=("text.", "model."))
+    assert one(tmp_path / "renamed", "vllm", plain).outcome == RIGHT
+    convert(adapter, tmp_path / "served", rename=("text.", "language_model.model."))
+    results = check(tmp_path / "served", base, TEXT_ENGINES)
+    assert [result.outcome for result in results] == [RIGHT] * 4
 
 
 def test_the_start_of_init_and_what_is_trained_from_it(tmp_path):

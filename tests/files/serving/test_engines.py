@@ -388,6 +388,39 @@ def test_convolutions(tmp_path):
                    for r in result.verdict.refusals)  # fmt: skip
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_strength_is_that_of_diffusers(seed, tmp_path):
+    """s of every layer, with and without options in the header, as diffusers and PEFT set it."""
+    pytest.importorskip("diffusers")
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    class Model(torch.nn.Module, PeftAdapterMixin):
+        device = torch.device("cpu")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (torch.nn.Linear(16, 16) for _ in range(3))
+
+    rng = random.Random(seed)
+    ranks = {name: rng.choice((2, 4, 8)) for name in "abc"}
+    tensors = {}
+    for name, r in ranks.items():
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(r, 16)
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(16, r)
+    options = {"r": 4, "lora_alpha": 3, "use_rslora": True, "target_modules": list("abc"),
+               "rank_pattern": ranks, "alpha_pattern": {"b": 5}}  # fmt: skip
+    header = {f"transformer.{key}": value for key, value in options.items()}
+    metadata = {"lora_adapter_metadata": json.dumps(header)} if seed % 2 else None
+    safetensors.save_file(tensors, tmp_path / "a.safetensors", metadata)
+    model = Model()
+    model.load_lora_adapter(str(tmp_path), weight_name="a.safetensors", adapter_name="x")
+    (result,) = check(tmp_path / "a.safetensors")
+    for layer in result.layers:
+        end = layer.name.removeprefix("transformer.")
+        assert math.isclose(layer.scale, model.get_submodule(end).scaling["x"])
+    assert result.outcome == RIGHT
+
+
 def test_pissa_of_peft_is_right_in_peft_alone(tmp_path):
     """PEFT makes the start again; others add factors of a changed base to the original one."""
     peft = pytest.importorskip("peft")

@@ -25,6 +25,7 @@ from ...._utils.peft_names import (
     OPTIONS_WITHOUT_EFFECT,
     PREFIX,
     READ,
+    REPLICATION,
     TASK_TYPES,
     TIE,
     TIED_MODULES,
@@ -36,7 +37,7 @@ from ...._utils.peft_names import (
 )
 from ....layers.options import lora_scaling
 from ....layers.state import LayerState
-from ....model.config import AdapterState, LoRAConfig
+from ....model.config import AdapterState, LoRAConfig, Replication
 from .biases import check_biases, split_biases
 from .converted import with_starts
 from .tokens import split_rows
@@ -77,8 +78,22 @@ def from_peft(
         layers[name].lora_bias = bias
     _warn_of_base(layers, extra)
     config = _with_smaller_ranks(config, layers)
-    state = AdapterState(config, layers, extra, values.get("base_model_name_or_path"), rows)
+    base_model = values.get("base_model_name_or_path")
+    state = AdapterState(config, layers, extra, base_model, rows, replication(values))
     return state if changes_base(values) else with_starts(state)
+
+
+def replication(values: Mapping[str, Any]) -> Replication:
+    """The blocks that a configuration repeats; raises ValueError unless it is a list of pairs."""
+    pairs = values.get(REPLICATION) or ()
+    try:
+        found = tuple((start, end) for start, end in pairs)
+        valid = all(type(n) is int for pair in found for n in pair)
+    except (TypeError, ValueError):
+        valid = False
+    if not valid or not all(0 <= start < end for start, end in found):
+        raise ValueError(f"{REPLICATION} = {pairs!r} is no list of [start, end] of blocks")
+    return found
 
 
 def _layer(name: str, lora_A: Tensor, lora_B: Tensor, config: LoRAConfig) -> LayerState:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ...._utils.names import match_names
-from ...._utils.peft_names import BIAS_OF_B, PREFIX, TASK_HEADS, TOKEN_INDICES
+from ...._utils.peft_names import BIAS_OF_B, PREFIX, REPLICATION, TASK_HEADS, TOKEN_INDICES
 from ....model.config import AdapterState
 from ..portable import padded
 from .reading import saved_module
@@ -81,6 +81,7 @@ def to_peft(
         "fan_in_fan_out": fan_in_fan_out,
         **({TOKEN_INDICES: indices} if indices else {}),
         **({BIAS_OF_B: True} if biases else {}),
+        **({REPLICATION: list(map(list, state.replication))} if state.replication else {}),
     }, tensors
 
 

@@ -14,6 +14,7 @@ from ..stored import CONVOLUTION, StoredAdapter, StoredLayer, names_in_brief
 from ..updates import experts_of, number
 from .model import MISSING, BaseModel
 from .verdict import (
+    MERGE,
     PORTABLE,
     Applied,
     Engine,
@@ -24,7 +25,6 @@ from .verdict import (
     variants,
 )
 
-_MERGE = "merge it into the model (lora-kernels merge BASE ADAPTER OUT) and convert the result"
 # llama.cpp applies activated LoRA; the others are refused by the names of their tensors.
 _KNOWN = ("alora_invocation_tokens", "use_dora", "lora_bias", "trainable_token_indices")
 
@@ -51,7 +51,7 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
         verdict.notes.append("names were not compared with a base (--base)")
     verdict.notes.append(
         "applies to convert_lora_to_gguf.py with its default --outtype f32; lora-kernels convert "
-        "--to gguf writes the same format with s folded in"
+        "ADAPTER OUT.gguf --to gguf writes the same format with s folded in"
     )
     return verdict
 
@@ -67,7 +67,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
             strange.append(name)
     if strange:
         verdict.refuse(
-            f"every tensor must be lora_A, lora_B or a norm; not {names_in_brief(strange)}", _MERGE
+            f"every tensor must be lora_A, lora_B or a norm; not {names_in_brief(strange)}", MERGE
         )
     named = [layer.right.name for layer in adapter.layers.values()
              if layer.style != "lora_A" or layer.adapter]  # fmt: skip
@@ -81,16 +81,16 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
     if joined:
         verdict.refuse(
             f"experts in one tensor (target_parameters) match no tensor: {names_in_brief(joined)}",
-            _MERGE,
+            MERGE,
         )
     convolutions = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
     if convolutions:
-        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(convolutions)}", _MERGE)
+        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(convolutions)}", MERGE)
     if adapter.config.get("fan_in_fan_out"):
         verdict.refuse(
             "layers that are stored transposed (fan_in_fan_out, GPT-2): the script transposes A "
             "and B, too, which do not fit then; square layers load and are wrong",
-            _MERGE,
+            MERGE,
         )
 
 
@@ -119,7 +119,7 @@ def _names(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> 
         return
     if base is not None and base.option("tie_word_embeddings"):
         verdict.refuse(
-            "the output head cannot be adapted if it is tied to the embedding: lm_head", _MERGE
+            "the output head cannot be adapted if it is tied to the embedding: lm_head", MERGE
         )
     elif base is None:
         verdict.notes.append("lm_head cannot be adapted if it is tied to the embedding (--base)")

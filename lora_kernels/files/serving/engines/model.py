@@ -73,8 +73,11 @@ class BaseModel:
 
     @property
     def classes(self) -> list[str]:
+        """The names in the configuration, or the one that is assumed."""
         found = self.config.get("architectures")
-        return [str(name) for name in found] if isinstance(found, list) else []
+        if isinstance(found, list) and found:
+            return [str(name) for name in found]
+        return [self.assumed] if self.assumed else []
 
     @property
     def text_config(self) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..stored import CONVOLUTION, EMBEDDING, StoredAdapter, StoredLayer, names_in_brief
 from .model import BaseModel
 from .verdict import (
+    MERGE,
     PORTABLE,
     Applied,
     Engine,
@@ -32,8 +33,10 @@ _LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")
 _GEMMA = ("Gemma2ForCausalLM",)
 _NAME = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 _ROTATED = ("q_proj", "k_proj")
-_GGUF = "lora-kernels convert ADAPTER OUT --to gguf, and ADAPTER ./OUT in the Modelfile"
-_MERGE = "merge it into the model (lora-kernels merge BASE ADAPTER OUT) and import the result"
+_GGUF = (
+    "lora-kernels convert ADAPTER OUT.gguf --to gguf --base BASE, and ADAPTER ./OUT.gguf in the "
+    "Modelfile"
+)
 
 
 def takes(base: BaseModel | None) -> bool:
@@ -48,7 +51,8 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     if base is not None and base.classes and not takes(base):
         verdict.refuse(
             f"adapters of {base.classes[0]} are not converted, only those of Llama and Gemma 2",
-            _GGUF,
+            f"{_GGUF}; if Ollama's own engine serves the model and says 'loras are not yet "
+            f"implemented', {MERGE}",
         )
     _tensors(verdict, adapter)
     refuse_shapes(verdict, adapter, base)
@@ -75,7 +79,9 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
 
 
 def _alpha(verdict: Verdict, adapter: StoredAdapter) -> float:
-    alpha = adapter.config.get("lora_alpha", 0)
+    alpha = adapter.config.get("lora_alpha")
+    if alpha is None:
+        return 0.0
     if isinstance(alpha, int) and not isinstance(alpha, bool) and 0 <= alpha < 2**32:
         return float(alpha)
     verdict.refuse(
@@ -93,7 +99,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
         verdict.refuse(
             "only q, k, v, o, gate, up and down_proj in model.layers.<number> have a name in the "
             f"converted file; {names_in_brief(strange)} fail when the model is loaded",
-            _MERGE if adapter.others else _GGUF,
+            MERGE if adapter.others else _GGUF,
         )
     named = [layer.right.name for layer in adapter.layers.values()
              if layer.adapter or layer.style != "lora_A"]  # fmt: skip

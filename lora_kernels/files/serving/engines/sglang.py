@@ -21,6 +21,7 @@ from ..stored import CONVOLUTION, StoredAdapter, StoredLayer, names_in_brief
 from ..updates import experts_of, number
 from .model import MISSING, BaseModel
 from .verdict import (
+    MERGE,
     PORTABLE,
     Applied,
     Engine,
@@ -48,7 +49,6 @@ _TARGETS = {
 }
 _EXPERT_WORDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _ADDED_TOKENS = "added_tokens.json"
-_MERGE = "merge it into the model: lora-kernels merge BASE ADAPTER OUT"
 
 
 def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
@@ -103,12 +103,12 @@ def _targets(verdict: Verdict, config: Mapping[str, Any]) -> set[str] | None:
 def _options(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
     config = adapter.config
     if config.get("use_dora"):
-        verdict.refuse("DoRA (use_dora) is not supported", _MERGE)
+        verdict.refuse("DoRA (use_dora) is not supported", MERGE)
     if config.get("layer_replication"):
         verdict.refuse(
             "layers of the base are not repeated (layer_replication): the adapter has more layers "
             "than the model",
-            _MERGE,
+            MERGE,
         )
     defaults = {"rank_pattern": number(config, "r", 8),
                 "alpha_pattern": number(config, "lora_alpha", 8)}  # fmt: skip
@@ -151,17 +151,17 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
         verdict.refuse(
             "a tensor in a block that is neither lora_A nor lora_B is taken for lora_B, and does "
             f"not fit: {names_in_brief(strange)}",
-            _MERGE,
+            MERGE,
         )
     joined = [n for n, layer in adapter.layers.items() if experts_of(adapter, layer) > 1]
     if joined:
         verdict.refuse(
             f"experts in one tensor (target_parameters) match no module: {names_in_brief(joined)}",
-            _MERGE,
+            MERGE,
         )
     convolutions = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
     if convolutions:
-        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(convolutions)}", _MERGE)
+        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(convolutions)}", MERGE)
     down = [n for n, layer in adapter.layers.items() if layer.style != "lora_A"]
     if down:
         verdict.refuse(f"tensors must be called lora_A and lora_B: {names_in_brief(down)}",

@@ -20,6 +20,10 @@ Factors = tuple[Tensor, Tensor]
 
 RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
 PORTABLE = "lora-kernels convert ADAPTER OUT writes the form that all engines read alike"
+MERGE = (
+    "merge it into the model (lora-kernels merge BASE ADAPTER OUT, or PEFT's merge_and_unload) and "
+    "serve that"
+)
 # Starts that PEFT subtracts from the base's weights.
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 

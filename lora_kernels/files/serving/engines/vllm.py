@@ -27,6 +27,7 @@ from ..updates import (
 )
 from .model import MISSING, TEXT, BaseModel
 from .verdict import (
+    MERGE,
     PORTABLE,
     Applied,
     Engine,
@@ -64,7 +65,6 @@ _WITHOUT_MAPPING = (
     "Ernie4_5_VLMoeForConditionalGeneration",
     "WhisperForConditionalGeneration",
 )
-_MERGE = "merge it into the model: lora-kernels merge BASE ADAPTER OUT"
 
 
 def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
@@ -95,13 +95,13 @@ def _options(verdict: Verdict, config: Mapping[str, Any]) -> None:
     if saved:
         verdict.refuse(
             f"modules_to_save may be classifier and score only, not {names_in_brief(saved)}",
-            _MERGE,
+            MERGE,
         )
     if config.get("bias", "none") != "none":
-        verdict.refuse(f"bias must be 'none', not {config['bias']!r}", _MERGE)
+        verdict.refuse(f"bias must be 'none', not {config['bias']!r}", MERGE)
     for option, what in _REFUSED.items():
         if config.get(option):
-            verdict.refuse(f"{what} ({option}) is not supported", _MERGE)
+            verdict.refuse(f"{what} ({option}) is not supported", MERGE)
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in _STARTS:
         verdict.refuse(
@@ -137,7 +137,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
         verdict.refuse(
             "every tensor must be lora_A or lora_B of a layer; the file also has "
             f"{names_in_brief(strange)}",
-            _MERGE,
+            MERGE,
         )
     named = [n for n, layer in adapter.layers.items() if layer.adapter or layer.style != "lora_A"]
     if named:
@@ -149,7 +149,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
         )
     folded = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
     if folded:
-        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(folded)}", _MERGE)
+        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(folded)}", MERGE)
 
 
 def _scale(config: Mapping[str, Any], layer: StoredLayer) -> float:
@@ -220,7 +220,7 @@ def _experts(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -
         verdict.refuse(
             "of experts in one tensor, gate_up_proj and down_proj must both be adapted: "
             f"{names_in_brief(sorted(alone))}",
-            _MERGE,
+            MERGE,
         )
     if base is None:
         verdict.notes.append(

@@ -76,7 +76,7 @@ def add_parser(commands: Commands) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from ..files.serving.check import check
-    from .verify import _quiet_packages
+    from .verify import quiet_packages
 
     console = None if options.quiet or options.json else table_console()
     engines = options.engines
@@ -84,7 +84,7 @@ def _check(options: argparse.Namespace) -> int:
         engines = [name.strip() for name in engines.split(",") if name.strip()]
         if not engines:
             raise ValueError("--for is empty: give names of engines, such as vllm,sglang")
-    with _quiet_packages():
+    with quiet_packages():
         results = check(options.adapter, options.base, engines)
     right = all(result.outcome == "right" for result in results)
     if options.json:

@@ -46,7 +46,7 @@ def _verify(options: argparse.Namespace) -> int:
     # The first import of transformers reads them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with _quiet_packages():
+    with quiet_packages():
         checks = list(verify(options.adapter, options.base, logits=not options.files_only))
     if console:
         table = needed("rich.table", "the table", "cli").Table(show_header=False)
@@ -58,7 +58,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _quiet_packages() -> Iterator[None]:
+def quiet_packages() -> Iterator[None]:
     """Hides logs and warnings of other packages, which do not concern the adapter."""
     logging.disable(logging.WARNING)
     try:

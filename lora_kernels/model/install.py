@@ -152,6 +152,9 @@ def disable_fast_path(model: nn.Module) -> list[Setting]:
     return changed
 
 
+_SIZE = "num_hidden_layers"  # the option of a model's configuration
+
+
 class RepeatedBlocks:
     """A model's blocks, repeated as PEFT's `layer_replication` says; copies of a block share its
     parameters. Nothing is done to a model whose blocks are repeated so already.
@@ -174,17 +177,15 @@ class RepeatedBlocks:
         lists = _lists(model)
         configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
         sizes = [(c, getattr(c, _SIZE, None)) for c in configs.values()]
-        numbers = [(m, vars(m).get(_INDEX)) for m in model.modules() if _INDEX in vars(m)]
         try:
             tuners.replicate_layers(model, [list(pair) for pair in replication])
         except (IndexError, AttributeError) as error:
             raise ValueError(
-                f"the adapter repeats blocks of the model, {list(map(list, replication))}, and this "
+                f"the adapter repeats blocks {list(map(list, replication))} of the model, and this "
                 f"{type(model).__name__} does not have them: {error}"
             ) from None
         self._before = [(m, key, old) for m, key, old in lists if getattr(m, key) is not old]
         self._options = [(c, _SIZE, n) for c, n in sizes if getattr(c, _SIZE, None) != n]
-        self._options += [(m, _INDEX, n) for m, n in numbers if vars(m).get(_INDEX) != n]
 
     def restore(self) -> None:
         """The blocks as they were before, with the tensors that the first copy of each has now."""
@@ -195,9 +196,6 @@ class RepeatedBlocks:
             setattr(module, key, old.train(module.training))
         for owner, key, value in self._options:
             setattr(owner, key, value)
-
-
-_SIZE, _INDEX = "num_hidden_layers", "layer_idx"
 
 
 def separate_blocks(model: nn.Module, replication: Replication) -> None:

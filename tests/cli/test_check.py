@@ -63,7 +63,7 @@ def test_names_without_effect(tmp_path, capsys):
     text = write(tmp_path / "b")
     out = run(capsys, text, "--base", gemma3(tmp_path / "gemma"), "--for", "vllm,peft", code=1)
     assert "'model.language_model.' instead of 'model.' would match" in out  # PEFT
-    assert "silently leave them out" in out  # older vLLM
+    assert "earlier releases silently leave these layers out" in out  # vLLM
 
 
 def test_needed_flags_and_dropped_tensors(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...layers.kinds import is_conv1d
 from ...model.config import AdapterState
+from ...model.install import RepeatedBlocks
 from ...model.lora import merge_lora
 from ...model.saved_modules import row_places
 from ..adapter.content import NATIVE_FILE
@@ -102,7 +104,11 @@ def _check_fit(folder: ModelFolder, state: AdapterState) -> None:
         rows, cols = layer.lora_B.shape[0], layer.lora_A.shape[1]
         transposed = folder.is_transposed(name)
         wanted[f"{name}.weight"] = (cols, rows) if transposed else (rows, cols)
-    known = {name: tuple(t.shape) for name, t in architecture.model.state_dict().items()}
+    model = architecture.model
+    if state.replication:
+        model = copy.deepcopy(model)
+        RepeatedBlocks(model, state.replication)
+    known = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     for name, found in state.rows.items():
         wanted[name] = known.get(name, ())
         if name in known:
@@ -130,14 +136,14 @@ class _Ways:
 
     def checks(self) -> Iterator[Check]:
         """Compares each way with the merged weights."""
-        base = self._load()
+        base = self._repeated()
         self.inputs = inputs_for(base)
         plain = self._result(base)
-        merged = self._result(self._merged(self._load()))
+        merged = self._result(self._merged(self._repeated()))
         if plain.shape != merged.shape:  # the length of what it says depends on the weights
             self.inputs = None
             plain = self._result(base)
-            merged = self._result(self._merged(self._load()))
+            merged = self._result(self._merged(self._repeated()))
         del base
         scale = max(float(merged.abs().max()), torch.finfo(torch.float32).tiny)
         effect = float((merged - plain).abs().max()) / scale
@@ -186,6 +192,13 @@ class _Ways:
         vocabulary = resized_to(self.architecture, self.state)
         if vocabulary is not None:
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        return model
+
+    def _repeated(self) -> Any:
+        """The base with the blocks that the adapter is for."""
+        model = self._load()
+        if self.state.replication:
+            RepeatedBlocks(model, self.state.replication)
         return model
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ from .engines.verdict import (
     Verdict,
 )
 from .stored import DIFFUSERS, NATIVE, PEFT, StoredAdapter, StoredLayer, read_stored
-from .updates import Update, relative_error, trained_update
+from .updates import Update, relative_error, trained_scale, trained_update
 
 TOLERANCE = 0.005  # of ‖ΔW‖_F, for each layer; a cast to bfloat16 takes half of it
 _PIPELINE = ("down_blocks", "up_blocks", "mid_block", "transformer_blocks",
@@ -155,6 +155,8 @@ def judged(
     adapter: StoredAdapter, base: BaseModel | None, engines: Sequence[Engine]
 ) -> list[Result]:
     """The results of these engines. Each layer's factors are loaded once."""
+    for layer in adapter.layers.values():  # wrong options are an error before any rule reads them
+        trained_scale(adapter, layer)
     verdicts = [_verdict(adapter, base, engine) for engine in engines]
     rows: list[list[LayerResult]] = [[] for _ in engines]
     for name, layer in adapter.layers.items():

@@ -123,7 +123,14 @@ def write_gguf(
 
 
 def _check_extra(state: AdapterState) -> None:
-    """Raises if there are tensors beside A and B."""
+    """Raises if there is more than A and B, or the layers are not those of the model's files."""
+    biased = any(layer.lora_bias is not None for layer in state.layers.values())
+    if state.rows or state.replication or biased:
+        raise ValueError(
+            "the adapter has trained rows of an embedding, biases of lora_B or repeated blocks, "
+            "which a GGUF adapter cannot hold: load it with load_adapter, merge it with "
+            "merge_lora, and convert the model with llama.cpp's convert_hf_to_gguf.py"
+        )
     if state.extra:
         names = ", ".join(list(state.extra)[:4]) + (" ..." if len(state.extra) > 4 else "")
         raise ValueError(

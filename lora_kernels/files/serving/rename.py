@@ -39,11 +39,12 @@ def renamed(state: AdapterState, old: str, new: str) -> AdapterState:
     if not any(_begins(name, old) for name in state.layers):
         raise ValueError(_not_found(old, list(state.layers)))
     layers = _moved(state.layers, old, new)
-    extra = _moved(state.extra, old, new)
+    extra, rows = _moved(state.extra, old, new), _moved(state.rows, old, new)
     names = dict(zip(state.layers, layers, strict=True))
     config = _config(state.config, names, old, new)
     saved = _saved(state, old, new)
-    return replace(state, layers=layers, extra=extra, config=replace(config, modules_to_save=saved))
+    config = replace(config, modules_to_save=saved)
+    return replace(state, layers=layers, extra=extra, rows=rows, config=config)
 
 
 def _prefix(prefix: str, option: str) -> str:

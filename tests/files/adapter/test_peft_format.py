@@ -339,7 +339,7 @@ class TestFromPeft:
         peft = pytest.importorskip("peft")
         fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
         lists = ([name for name, *_ in REFUSED], IGNORED, IMPLEMENTED)
-        others = {"ensure_weight_tying", *READ}  # those of READ: test_peft_options.py
+        others = {"ensure_weight_tying", *READ}  # those of READ have tests of their own
         assert fields == {name for names in lists for name in names} | others
         assert set(OPTIONS_OF_VARIANTS) | set(OPTIONS_WITHOUT_EFFECT) == fields - set(IMPLEMENTED)
         assert set(GROUPS_OF_OPTIONS) < set(OPTIONS_OF_VARIANTS)

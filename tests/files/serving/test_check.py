@@ -450,7 +450,7 @@ def test_gpt2_blocks_have_no_number_for_sglang(tmp_path):
     "start,outcomes",
     [
         # the text model alone; as vLLM and older versions of transformers call it; as it is
-        ("model.", (RIGHT, RIGHT, RIGHT, WRONG)),
+        ("model.", (WRONG, RIGHT, RIGHT, WRONG)),
         ("language_model.model.", (RIGHT, RIGHT, RIGHT, RIGHT)),
         ("model.language_model.", (RIGHT, RIGHT, RIGHT, RIGHT)),
         ("text.", (WRONG, RIGHT, REFUSED, WRONG)),
@@ -462,8 +462,10 @@ def test_text_adapters_on_multimodal_models(start, outcomes, tmp_path):
     results = check(write(tmp_path / "a", tensors), base, TEXT_ENGINES)
     assert tuple(result.outcome for result in results) == outcomes
     notes = str(results[0].verdict.notes)
-    assert ("silently leave them out" in notes) == (start == "model.")
-    assert "language_model" in notes or start != "model."
+    assert ("earlier releases silently leave these layers out" in notes) == (start == "model.")
+    if start == "model.":
+        names = {layer.matching_name for layer in results[0].layers}
+        assert names == {name.replace("model.", "model.language_model.", 1) for name in QV}
 
 
 def test_vision_towers(tmp_path):
@@ -496,6 +498,13 @@ def test_added_tokens(tmp_path):
     assert "added_tokens" in str(one(adapter, "sglang").verdict.notes)
     (adapter / "added_tokens.json").write_text(json.dumps({"<old>": 95}))
     assert one(adapter, "sglang", base).outcome == RIGHT
+
+
+def test_other_files_of_the_folder(tmp_path):
+    adapter = write(tmp_path / "a")
+    (adapter / "optimizer.safetensors").write_bytes(b"")
+    for engine, noted in {"sglang": True, "ollama": True, "vllm": False}.items():
+        assert ("optimizer.safetensors" in str(one(adapter, engine).verdict.notes)) == noted
 
 
 def test_bases_that_are_not_known(tmp_path):
@@ -588,12 +597,10 @@ def test_renaming_as_the_result_says(tmp_path):
     tensors = named([name.replace("model.", "text.", 1) for name in QV])
     adapter, base = write(tmp_path / "a", tensors), gemma3(tmp_path / "base")
     (layer, *_) = one(adapter, "vllm", base).layers
-    assert (layer.name, layer.matching_name) == (
-        "text.layers.0.self_attn.q_proj",
-        None,  # the tower has a layer of that number and name, too
-    )
-    deeper = named([name.replace("model.", "text.layers.", 1) for name in QV])
-    assert one(write(tmp_path / "b", deeper), "vllm", base).layers[0].matching_name is None
+    # The tower has a layer of that number and name, too: that of the text model is meant.
+    assert layer.matching_name == "model.language_model.layers.0.self_attn.q_proj"
+    ends = named(["self_attn.q_proj", "self_attn.v_proj"])
+    assert one(write(tmp_path / "b", ends), "vllm", base).layers[0].matching_name is None
     plain = write_base(tmp_path / "plain")
     (layer, *_) = one(adapter, "vllm", plain).layers
     assert layer.matching_name == "model.layers.0.self_attn.q_proj"

@@ -17,6 +17,7 @@ import torch
 
 from lora_kernels._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_kernels.files.serving.check import RIGHT, TOLERANCE, check
+from lora_kernels.files.serving.convert import convert
 from lora_kernels.files.serving.engines import ENGINES
 
 from ...support.tiny_models import llama
@@ -161,8 +162,10 @@ class Adapter:
         rank = A.shape[0]
         if engine == "peft":  # float32 factors, s of its own configuration
             return self.peft_scale(name) * B @ A
-        if engine == "vllm":  # s is multiplied into B in bfloat16
-            s = np.float32(self.peft_scale(name))
+        if engine == "vllm":  # one s, multiplied into B in bfloat16
+            r = self.config["r"]
+            root = math.sqrt(r) if self.config["use_rslora"] else r
+            s = np.float32(self.config["lora_alpha"] / root)
             B16 = round_bf16(B)
             B16 = B16 if s == 1 else round_bf16(B16 * s)
             return B16.astype(np.float64) @ round_bf16(A).astype(np.float64)
@@ -361,7 +364,9 @@ def test_experts_in_peft_layout(tmp_path):
         want = want if want.shape == delta.shape else want.mT
         assert_same_update(delta, want)
     outcomes = {result.engine: result for result in check(tmp_path)}
-    assert outcomes["vllm"].outcome == outcomes["peft"].outcome == RIGHT
+    assert outcomes["peft"].outcome == RIGHT
+    wrong = [layer.name for layer in outcomes["vllm"].layers if not layer.is_right]
+    assert wrong and all(name.endswith("experts") for name in wrong)  # of the pattern
     assert any("experts" in refusal.rule for refusal in outcomes["sglang"].verdict.refusals)
     assert any("experts" in refusal.rule for refusal in outcomes["llama.cpp"].verdict.refusals)
 
@@ -428,6 +433,7 @@ def test_pissa_of_peft_is_right_in_peft_alone(tmp_path):
     ids = torch.arange(24).reshape(2, 12)
     config = peft.LoraConfig(init_lora_weights="pissa", target_modules=["q_proj", "v_proj"], r=4)
     adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    adapted.save_pretrained(tmp_path / "start")
     _randomize(adapted, 0.01)
     adapted.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -437,6 +443,8 @@ def test_pissa_of_peft_is_right_in_peft_alone(tmp_path):
     assert outcomes["peft"].outcome == RIGHT and outcomes["vllm"].outcome == "refused"
     assert outcomes["sglang"].outcome == outcomes["llama.cpp"].outcome == "wrong"
     assert all("--start" in layer.reason for layer in outcomes["llama.cpp"].layers)
+    convert(tmp_path, tmp_path / "converted", start=tmp_path / "start")
+    assert [result.outcome for result in check(tmp_path / "converted")] == [RIGHT] * 4
 
 
 def _randomize(model, spread: float = 1.0) -> None:

@@ -63,6 +63,8 @@ def to_peft(
     tensors |= biases
     indices, rows = rows_to_peft(state.rows)
     tensors |= rows
+    if state.replication and not state.layers.keys() <= set(module_names or ()):
+        module_names = None  # those of the base, without its repeated blocks
     targets, excluded = exact_targets(list(state.layers), module_names, tuple(saved))
     scalings = {name: layer.scaling for name, layer in state.layers.items()}
     return {

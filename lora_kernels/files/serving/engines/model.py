@@ -167,13 +167,17 @@ class BaseModel:
         return {text: name for text, name in found.items() if text not in self.modules}
 
     def _similar(self, name: str) -> str | None:
-        """The module whose name ends with the longest end of `name`, if there is only one."""
+        """The module whose name ends with the longest end of `name`, if there is only one, or only
+        one in the text model.
+        """
         parts = name.split(".")
         for start in range(1, len(parts)):
             end = "." + ".".join(parts[start:])
             found = [module for module in self.modules if f".{module}".endswith(end)]
-            if len(found) == 1:
-                return found[0]
+            inside = [module for module in found if TEXT_MODEL in module.split(".")]
+            for modules in (found, inside):
+                if len(modules) == 1:
+                    return modules[0]
             if found:
                 return None
         return None

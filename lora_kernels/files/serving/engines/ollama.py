@@ -23,6 +23,7 @@ from .verdict import (
     Engine,
     Factors,
     Verdict,
+    note_other_files,
     refuse_shapes,
     residual_fault,
     variants,
@@ -71,6 +72,7 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
             "of Llama's q_proj and k_proj, the source permutes A, where the rows of B belong "
             f"permuted. {_GGUF}"
         )
+    note_other_files(verdict, adapter)
     if base is None:
         verdict.notes.append(
             "only adapters of Llama and Gemma 2 are converted; the base is not known (--base)"

@@ -27,6 +27,7 @@ from .verdict import (
     Engine,
     Ignored,
     Verdict,
+    note_other_files,
     refuse_shapes,
     residual_fault,
     variants,
@@ -76,6 +77,7 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
         f"adapters that are loaded later need --max-lora-rank {verdict.rank} or more, and their "
         "modules in --lora-target-modules, when the server starts"
     )
+    note_other_files(verdict, adapter)
     if base is None:
         verdict.notes.append("names were not compared with a base (--base)")
     return verdict

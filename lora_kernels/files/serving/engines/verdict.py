@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...._utils.peft_names import VARIANTS
+from ...._utils.peft_names import ADAPTER_FILE, VARIANTS
 from ...checkpoint.residual import ADAPTER as RESIDUAL_ADAPTER
 from ...checkpoint.residual import is_start
 from ..stored import StoredAdapter, names_in_brief
@@ -132,6 +132,18 @@ def refuse_shapes(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | No
             f"the base has other shapes ([out, in]): {names_in_brief(wrong)}",
             "use the base that the adapter was trained on; if its vocabulary was resized, serve "
             "the resized model",
+        )
+
+
+def note_other_files(verdict: Verdict, adapter: StoredAdapter) -> None:
+    """Notes files that an engine reads which takes all .safetensors files of a folder."""
+    others = sorted(
+        name for name in adapter.files if name.endswith(".safetensors") and name != ADAPTER_FILE
+    )
+    if others:
+        verdict.notes.append(
+            "it reads all .safetensors files of the folder as parts of the adapter: move "
+            f"{names_in_brief(others)} elsewhere"
         )
 
 

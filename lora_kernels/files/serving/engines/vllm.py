@@ -4,7 +4,9 @@ They stand in vLLM 0.33.0 in `vllm/lora/`: `peft_helper.py` (the configuration),
 `utils.py` (names of tensors), `lora_weights.py` (s is multiplied into B, in the engine's dtype),
 `model_manager.py` (which modules get the factors: those whose whole name is equal; others get none
 without an error), `worker_manager.py`; and in `vllm/config/lora.py` (the rank) and `model.py` (the
-dtype).
+dtype). Servers run older releases too. Where those of early 2026 load an adapter otherwise, their
+rule decides, since it fails without an error: one s for all layers, no rsLoRA for experts, and
+names of the text model alone match nothing. A note says what 0.33.0 does.
 """
 
 from __future__ import annotations
@@ -20,9 +22,6 @@ from ..stored import CONVOLUTION, EMBEDDING, StoredAdapter, StoredLayer, names_i
 from ..updates import (
     experts_of,
     number,
-    option_name,
-    pattern_value,
-    rank_of,
     rank_per_expert,
 )
 from .model import MISSING, TEXT, BaseModel
@@ -153,13 +152,10 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
 
 
 def _scale(config: Mapping[str, Any], layer: StoredLayer) -> float:
-    """α / r, or α / √r, with the patterns' α and r."""
-    name = option_name(config, layer)
-    alpha = pattern_value(config, "alpha_pattern", name)
-    if alpha is None:
-        alpha = number(config, "lora_alpha", 8)
-    r = rank_of(config, name)
-    return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+    """α / r, or α / √r except for experts, without the patterns."""
+    alpha, r = number(config, "lora_alpha", 8), number(config, "r", 8)
+    rslora = config.get("use_rslora") and ".experts" not in layer.name
+    return alpha / math.sqrt(r) if rslora else alpha / r
 
 
 def _dtype(base: BaseModel | None) -> torch.dtype:
@@ -178,8 +174,9 @@ def _layer(
     place = base.place(layer.name)
     if place.kind == MISSING:
         return Ignored("no module has this name", place.name)
-    if place.kind == TEXT and any(c in _WITHOUT_MAPPING for c in base.classes):
-        return Ignored(f"{base.classes[0]} has its text model under another name", place.name)
+    if place.kind == TEXT:
+        return Ignored("the name is that of the text model alone, which the served class has "
+                       "inside another module", place.name)  # fmt: skip
     if base.is_multimodal and not base.is_text(place):
         return Ignored("adapters of other parts than the text model need "
                        "--enable-tower-connector-lora")  # fmt: skip
@@ -238,13 +235,13 @@ def _notes(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> 
     config = adapter.config
     if config.get("alpha_pattern") or config.get("rank_pattern"):
         verdict.notes.append(
-            "releases before autumn 2026 ignore rank_pattern and alpha_pattern: one s for all "
-            f"layers. {PORTABLE}"
+            "0.33.0 reads rank_pattern and alpha_pattern, earlier releases ignore them: one s for "
+            f"all layers. {PORTABLE}"
         )
     if config.get("use_rslora") and any(".experts" in name for name in adapter.layers):
         verdict.notes.append(
-            "releases before September 2026 (pull request 55548) ignore use_rslora for experts: √r "
-            f"times too weak. {PORTABLE}"
+            "0.33.0 reads use_rslora for experts, releases before September 2026 ignore it (issue "
+            f"55545): √r times too weak. {PORTABLE}"
         )
     if changing_start(config) and not verdict.refusals:
         verdict.notes.append("it is loaded, and wrong unless the changed base is served")
@@ -261,16 +258,12 @@ def _notes(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> 
             "served class is silently left out"
         )
         return
-    texts = [
-        n for n in adapter.layers if base.modules and base.place(n).kind == TEXT
-        and isinstance(verdict.layers[n], Applied)
-    ]  # fmt: skip
-    if texts:
+    texts = [n for n in adapter.layers if base.modules and base.place(n).kind == TEXT]
+    if texts and not any(c in _WITHOUT_MAPPING for c in base.classes):
         verdict.notes.append(
-            f"{len(texts)} layers have the names of the text model alone ({texts[0]} instead of "
-            f"{base.place(texts[0]).name}): releases before autumn 2026 silently leave them out "
-            "(issues 34186, 48019)"
+            f"0.33.0 finds {base.classes[0]}'s text model by names such as {texts[0]}; earlier "
+            "releases silently leave these layers out (issues 34186, 48019)"
         )
 
 
-ENGINE = Engine("vllm", "vLLM 0.33.0", judge)
+ENGINE = Engine("vllm", "vLLM 0.33.0 and earlier in 2026", judge)

@@ -1,8 +1,9 @@
 """Replacements, on one model, for the methods that must handle A₀ and B₀.
 
 Other packages may put their kernels over the layers after `initialize`. The model therefore looks
-for them before its first forward, before the first forward of another adapter, when it is put into
-training mode, and when it is saved. A look at every forward would cost too much.
+for them before its first forward, before the first one after an adapter was loaded, added or
+unmerged, when it is put into training mode, and when it is saved. A look at every forward would
+cost too much.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def install(peft_model: peft.PeftModel) -> None:
     for owner, name, function in _methods(peft_model):
         if not is_replaced(owner, name, function):
             replace_method(owner, name, function)
-    _look_at_next_forward(peft_model)
+    _look_at_next_forward(peft_model.get_base_model())
 
 
 def uninstall(peft_model: peft.PeftModel) -> None:
@@ -75,7 +76,7 @@ def load_adapter(
 ) -> Any:
     """`saving.load_adapter`; what it loads may subtract B₀A₀ in a model that did not before."""
     loaded = saving.load_adapter(peft_model, model_id, adapter_name, *args, **kwargs)
-    _look_at_next_forward(peft_model)
+    _look_at_next_forward(peft_model.get_base_model())
     return loaded
 
 
@@ -99,7 +100,7 @@ def add_adapter(
             layer.lora_A[adapter_name].weight.copy_(start[0])
             layer.lora_B[adapter_name].weight.copy_(start[1])
             set_start(layer, adapter_name, *start)
-    _look_at_next_forward(peft_model)
+    _look_at_next_forward(peft_model.get_base_model())
 
 
 def add_weighted_adapter(
@@ -141,22 +142,27 @@ def _look_before_forward(model: nn.Module, args: Any) -> None:
     """A hook of the model inside the `PeftModel`, which `generate` calls too; it removes itself."""
     if torch.compiler.is_compiling():
         return
-    if any(layer.merged for layer in lora_layers(model).values()):
-        return  # kernels that read the merged weight are right
-    _refuse_kernels(model)
+    if not any(layer.merged for layer in lora_layers(model).values()):
+        _refuse_kernels(model)  # those that read a merged weight are right
     _forget(model)
 
 
-def _look_at_next_forward(peft_model: peft.PeftModel) -> None:
-    base = peft_model.get_base_model()
-    _forget(base)
-    base.register_forward_pre_hook(_look_before_forward)
+def _look_at_next_forward(model: nn.Module) -> None:
+    """`model` is the one inside the `PeftModel`."""
+    _forget(model)
+    model.register_forward_pre_hook(_look_before_forward)
 
 
 def _forget(model: nn.Module) -> None:
     hooks = model._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _look_before_forward]:
         hooks.pop(key, None)
+
+
+def unmerge_adapter(lora_model: Any, *args: Any, **kwargs: Any) -> None:
+    """PEFT's `unmerge_adapter`, after which the layers subtract B₀A₀ themselves again."""
+    type(lora_model).unmerge_adapter(lora_model, *args, **kwargs)
+    _look_at_next_forward(lora_model.model)
 
 
 def _methods(peft_model: peft.PeftModel) -> list[tuple[Any, str, Any]]:
@@ -167,6 +173,7 @@ def _methods(peft_model: peft.PeftModel) -> list[tuple[Any, str, Any]]:
         (peft_model, "load_adapter", load_adapter),
         (peft_model, "add_adapter", add_adapter),
         (peft_model.base_model, "add_weighted_adapter", add_weighted_adapter),
+        (peft_model.base_model, "unmerge_adapter", unmerge_adapter),
         *(
             (layer, "_load_from_state_dict", load_from_state_dict)
             for layer in lora_layers(peft_model).values()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._utils.peft_names import PREFIX
 from .._utils.safetensors import DTYPES, dtype_name
-from ..files.adapter.portable import padded, portable_recipe, with_bits
+from ..files.adapter.portable import padded, portable_recipe, unscaled, with_bits
 from ..files.adapter.recipe import layer_to_dict
 from ..files.io.differences import changed, difference
 from ..layers.options import lora_scaling
@@ -47,46 +47,62 @@ class Pair:
     start: tuple[Tensor, Tensor] | None
 
     @property
-    def keys(self) -> tuple[str, str]:
-        return self.key_A, self.key_B
+    def keys(self) -> tuple[str, str, str]:
+        """The names of A, B and the bias; "" if there is none."""
+        return self.key_A, self.key_B, self.key_bias or ""
 
     def state(self, tensors: Mapping[str, Tensor]) -> LayerState:
-        """The layer's adapter with A and B of the state_dict."""
+        """The adapter of a linear layer, with the tensors of the state_dict."""
         start_A, start_B = self.start or (None, None)
-        A, B = (tensors[key].detach() for key in self.keys)
-        numbers = self.scaling, self.lora_alpha
-        return LayerState(A, B, *numbers, start_A=start_A, start_B=start_B, residual="implicit")
+        return LayerState(
+            tensors[self.key_A].detach(),
+            tensors[self.key_B].detach(),
+            self.scaling,
+            self.lora_alpha,
+            start_A=start_A,
+            start_B=start_B,
+            residual="implicit",
+            lora_bias=None if self.key_bias is None else tensors[self.key_bias].detach(),
+        )
 
     @torch.no_grad()
-    def portable(self, tensors: Mapping[str, Tensor], r: int) -> tuple[Tensor, Tensor]:
-        """A' and s·B' of rank r."""
+    def portable(self, tensors: Mapping[str, Tensor], r: int) -> dict[str, Tensor]:
+        """A' and s·B' of rank r, and s times the bias of B if there is one, by their names."""
         if not self.whole:
-            return tensors[self.key_A], tensors[self.key_B]
+            return {key: tensors[key] for key in (self.key_A, self.key_B)}
         if self.linear:
             right, left = self.state(tensors).portable_factors()
         else:
-            right, left = (_wide(tensors[key]) for key in self.keys)
-            left = scaled(left, self.scaling)
-        return _resized(right, r, self.experts, 0), _resized(left, r, self.experts, 1)
+            right, left = _wide(tensors[self.key_A]), scaled(tensors[self.key_B], self.scaling)
+        found = {
+            self.key_A: _resized(right, r, self.experts, 0),
+            self.key_B: _resized(left, r, self.experts, 1),
+        }
+        if self.key_bias is not None:
+            found[self.key_bias] = scaled(tensors[self.key_bias], self.scaling)
+        return found
 
-    def recipe(self, tensors: Mapping[str, Tensor], right: Tensor, left: Tensor) -> dict[str, Any]:
-        """What `layer_from_dict`, or `trained` if the layer is not linear, needs of the layer."""
+    def recipe(
+        self, tensors: Mapping[str, Tensor], written: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """What `layer_from_dict`, or `trained` if the layer is not linear, needs of the layer.
+        `written` has what `portable` returned.
+        """
         if self.linear:
             state = self.state(tensors)
-            return portable_recipe(state, right, left) if self.whole else layer_to_dict(state)
+            if not self.whole:
+                return layer_to_dict(state)
+            return portable_recipe(state, written[self.key_A], written[self.key_B])
+        recipe: dict[str, Any]
         recipe = {"r": self.r, "scaling": self.scaling, "experts": self.experts}
         if not self.whole:
             return recipe
-        B = tensors[self.key_B].detach()
-        got = trained(recipe, right, left)[1].to(B.dtype)
-        return recipe | {"dtype": dtype_name(B.dtype)} | with_bits({"lora_B": difference(B, got)})
-
-    def bias(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What `trained_bias` needs."""
-        assert self.key_bias is not None
-        bias = tensors[self.key_bias].detach()
-        got = unscaled(scaled(bias, self.scaling), self.scaling)
-        return {"scaling": self.scaling, **with_bits({"bias": difference(bias, got)})}
+        wanted = {"lora_B": tensors[self.key_B].detach()}
+        if self.key_bias is not None:
+            wanted["lora_bias"] = tensors[self.key_bias].detach()
+        recipe["dtypes"] = {part: dtype_name(tensor.dtype) for part, tensor in wanted.items()}
+        got = trained(recipe, *(written.get(key) for key in self.keys))
+        return recipe | with_bits({part: difference(wanted[part], got[part]) for part in wanted})
 
 
 def pairs_of(
@@ -129,29 +145,27 @@ def is_whole(factor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def trained(recipe: Mapping[str, Any], right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B of a layer that is not linear, from A' and s·B'."""
-    r, experts = recipe["r"], recipe["experts"]
-    left = unscaled(_resized(left, r, experts, 1), recipe["scaling"])
-    if "bits" in recipe:
-        left = changed(left.to(DTYPES[recipe["dtype"]]), recipe["bits"]["lora_B"])
-    return _resized(right, r, experts, 0), left
-
-
-def trained_bias(recipe: Mapping[str, Any], bias: Tensor) -> Tensor:
-    """The bias of a layer's B, from s times it."""
-    bias = unscaled(bias, recipe["scaling"])
-    return changed(bias, recipe["bits"]["bias"]) if "bits" in recipe else bias
+def trained(
+    recipe: Mapping[str, Any], right: Tensor | None, left: Tensor | None, bias: Tensor | None
+) -> dict[str, Tensor]:
+    """A, B and, if there is one, its bias, of a layer that is not linear, from A', s·B' and s times
+    the bias.
+    """
+    assert right is not None
+    assert left is not None
+    r, experts, scaling = recipe["r"], recipe["experts"], recipe["scaling"]
+    found = {"lora_B": unscaled(_resized(left, r, experts, 1), scaling)}
+    if bias is not None:
+        found["lora_bias"] = unscaled(bias, scaling)
+    for part, text in recipe.get("bits", {}).items():
+        found[part] = changed(found[part].to(DTYPES[recipe["dtypes"][part]]), text)
+    return {"lora_A": _resized(right, r, experts, 0), **found}
 
 
 def scaled(factor: Tensor, scaling: float) -> Tensor:
-    """s · `factor`, rounded once to its dtype."""
-    return (factor.double() * scaling).to(factor.dtype)
-
-
-def unscaled(factor: Tensor, scaling: float) -> Tensor:
-    """The inverse of `scaled`, exact if s is a power of two."""
-    return (factor.double() / scaling).to(factor.dtype)
+    """s · `factor`, in float32 or wider, rounded once."""
+    work = torch.promote_types(factor.dtype, torch.float32)
+    return (factor.detach().double() * scaling).to(work)
 
 
 def _wide(factor: Tensor) -> Tensor:

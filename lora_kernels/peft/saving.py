@@ -32,7 +32,7 @@ from ..files.adapter.portable import within_header
 from ..files.adapter.recipe import PEFT, layer_from_dict, read_recipe, recipe_to_json
 from ..files.adapter.tensors import check_unedited, layer_factors
 from .layers import adapters_with_start, initialized_adapters, lora_layers
-from .portable import Pair, is_whole, pairs_of, scaled, trained, trained_bias
+from .portable import Pair, is_whole, pairs_of, trained
 from .variant import set_start, silently_loaded, start_of
 
 # The options of the configuration that the portable form changes.
@@ -213,9 +213,7 @@ def _portable_state(
     changed = {key: tensor for key, tensor in state.items() if key not in starts}
     r = _rank(pairs)
     for pair in pairs:
-        changed[pair.key_A], changed[pair.key_B] = pair.portable(state, r)
-        if pair.key_bias is not None:
-            changed[pair.key_bias] = scaled(state[pair.key_bias].detach(), pair.scaling)
+        changed |= pair.portable(state, r)
     return changed
 
 
@@ -263,9 +261,7 @@ def _publish(
     """
     tensors, _ = load_tensors(written / ADAPTER_FILE)
     config = read_json(written / ADAPTER_CONFIG)
-    recipes = within_header(
-        {pair.name: pair.recipe(state, changed[pair.key_A], changed[pair.key_B]) for pair in pairs}
-    )
+    recipes = within_header({pair.name: pair.recipe(state, changed) for pair in pairs})
     recipe = recipe_to_json(
         {pair.name: recipes[pair.name] for pair in pairs if pair.linear},
         PEFT,
@@ -274,7 +270,6 @@ def _publish(
         peft_config=config,
         rank_fields=fields,
         others={pair.name: recipes[pair.name] for pair in pairs if not pair.linear},
-        biases={pair.name: pair.bias(state) for pair in pairs if pair.key_bias is not None},
     )
     content = FolderContent(ADAPTER_FILE, config, tensors, recipe)
     content.write(folder, (ADAPTER_CONFIG, ADAPTER_FILE))
@@ -308,23 +303,29 @@ def _restored(
     tensors, _ = load_tensors(folder / ADAPTER_FILE)
     starts = {}
     for name, layer in recipe["layers"].items():
-        key_A, key_B = (f"{PREFIX}{name}.lora_{half}.weight" for half in "AB")
-        factors = layer_factors(recipe, name, tensors[key_A], tensors[key_B])
+        key_A, key_B, key_bias = _stored_keys(name, tensors)
+        factors = layer_factors(recipe, name, tensors[key_A], tensors[key_B], tensors.get(key_bias))
         state = layer_from_dict(layer, factors)
         start = state.start_factors()
         if start is not None:
             starts[name] = start
         tensors[key_A], tensors[key_B] = state.lora_A, state.lora_B
+        if state.lora_bias is not None:
+            tensors[key_bias] = state.lora_bias
     for name, other in recipe.get("others", {}).items():
-        keys = [f"{PREFIX}{name}.lora_{half}.weight" for half in "AB"]
-        if keys[0] not in tensors:
-            keys = [f"{PREFIX}{name}.lora_embedding_{half}" for half in "AB"]
-        pair = trained(other, *(tensors[key] for key in keys))
-        tensors |= dict(zip(keys, pair, strict=True))
-    for name, values in recipe.get("biases", {}).items():
-        key = f"{PREFIX}{name}.lora_B.bias"
-        tensors[key] = trained_bias(values, tensors[key])
+        keys = _stored_keys(name, tensors)
+        parts = trained(other, *(tensors.get(key) for key in keys))
+        tensors |= dict(zip(keys, parts.values(), strict=False))
     config = read_json(folder / ADAPTER_CONFIG) | recipe["rank_fields"]
     (scratch / ADAPTER_CONFIG).write_text(json.dumps(config))
     save_tensors(tensors, scratch / ADAPTER_FILE, {})
     return starts
+
+
+def _stored_keys(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str, str]:
+    """The names of a layer's A, B and bias of B in a file, which may lack the bias."""
+    path = f"{PREFIX}{name}"
+    key_A, key_B = (f"{path}.lora_{half}.weight" for half in "AB")
+    if key_A not in tensors:
+        key_A, key_B = (f"{path}.lora_embedding_{half}" for half in "AB")
+    return key_A, key_B, f"{path}.lora_B.bias"

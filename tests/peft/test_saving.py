@@ -612,6 +612,17 @@ def test_every_kind_of_layer_has_its_strength_in_b(tmp_path, method, bias):
     for name, tensor in ours.items():
         if "lora_" in name:
             assert torch.equal(tensor, theirs[name]), name
+    if bias:  # nothing but linear layers: lora_kernels reads it, too
+        import lora_kernels
+
+        plain_model = copy.deepcopy(base)
+        lora_kernels.load_adapter(plain_model, tmp_path)
+        layers = linear_layers(model)
+        for name, layer in layers.items():
+            adapter = plain_model.get_submodule(name).active()
+            assert torch.equal(adapter.lora_bias, layer.lora_B["default"].bias)
+            assert torch.equal(adapter.lora_B, layer.lora_B["default"].weight)
+        assert close(logits(plain_model.eval()), logits(model))
     again.save_pretrained(tmp_path / "again", save_embedding_layers=False)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / file).read_bytes() == (tmp_path / "again" / file).read_bytes()

@@ -52,7 +52,7 @@ def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> di
     if right.shape[0] < k:
         raise ValueError(f"lora_A has {right.shape[0]} rows, its recipe needs {k}")
     lora_A = right[:r].clone()
-    left = (left[:, :k].double() / layer["scaling"]).to(left.dtype)
+    left = unscaled(left[:, :k], layer["scaling"])
     if not start:
         return {"lora_A": lora_A, "lora_B": left}
     if start == "dst":
@@ -71,9 +71,9 @@ def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> di
     }
 
 
-def trained_bias(layer: Mapping[str, Any], bias: Tensor) -> Tensor:
-    """The bias of B [out] from s times it; `layer` is the recipe of the layer."""
-    return (bias.double() / layer["scaling"]).to(bias.dtype)
+def unscaled(factor: Tensor, scaling: float) -> Tensor:
+    """A factor from s times it, rounded once; exact if s is a power of two."""
+    return (factor.double() / scaling).to(factor.dtype)
 
 
 def portable_recipe(layer: LayerState, right: Tensor, left: Tensor) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def portable_recipe(layer: LayerState, right: Tensor, left: Tensor) -> dict[str,
     factors = trained_factors(recipe, right, left)
     bias = layer.portable_bias()
     if bias is not None:
-        factors["lora_bias"] = trained_bias(recipe, bias)
+        factors["lora_bias"] = unscaled(bias, layer.scaling)
     back = layer_from_dict(recipe, factors)
     bits = {}
     for key in FACTORS:

@@ -45,8 +45,8 @@ def recipe_to_json(
 
     `more` depends on the format: "peft" has `peft_config`, the content of `adapter_config.json`;
     `rank_fields`, its fields at the rank that is trained; and of a PEFT model `others`, layers that
-    are not linear, and `biases` of B. "start" has `original`, the original base. An adapter of a
-    PEFT model has no `config`.
+    are not linear. "start" has `original`, the original base. An adapter of a PEFT model has no
+    `config`.
     """
     recipe = {
         "version": VERSION,

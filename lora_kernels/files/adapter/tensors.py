@@ -12,7 +12,6 @@ from ..._utils.checks import FLOATS
 from ..._utils.peft_names import ADAPTER_CONFIG
 from ...layers.state import FACTORS, LayerState
 from ...model.config import AdapterState, TokenRows
-from ..io.differences import changed
 from .peft_format.biases import check_biases, split_biases
 from .peft_format.reading import (
     DECISIVE,
@@ -23,7 +22,7 @@ from .peft_format.reading import (
     split_tensors,
 )
 from .peft_format.tokens import split_rows
-from .portable import trained_bias, trained_factors
+from .portable import trained_factors, unscaled
 from .recipe import PEFT, config_from_dict, layer_from_dict
 
 
@@ -152,23 +151,19 @@ def _split_peft(
     biases, tensors = split_biases(recipe["peft_config"], tensors)
     pairs, extra = split_tensors(tensors, saved, recipe["layers"], by_peft)
     _check_names(recipe["layers"], pairs)
-    factors = {name: layer_factors(recipe, name, *pairs[name]) for name in recipe["layers"]}
     check_biases(biases, {name: len(left) for name, (_, left) in pairs.items()}, ())
-    for name, bias in biases.items():
-        if by_peft:  # written from a PEFT model
-            layer = recipe["biases"][name]
-            bias = trained_bias(layer, bias)
-            bias = changed(bias, layer["bits"]["bias"]) if "bits" in layer else bias
-            factors[name]["lora_bias"] = bias
-        elif recipe["layers"][name].get("bias"):
-            factors[name]["lora_bias"] = trained_bias(recipe["layers"][name], bias)
+    factors = {
+        name: layer_factors(recipe, name, *pairs[name], biases.get(name))
+        for name in recipe["layers"]
+    }
     return factors, extra
 
 
 def layer_factors(
-    recipe: dict[str, Any], name: str, lora_A: Tensor, lora_B: Tensor
+    recipe: dict[str, Any], name: str, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> dict[str, Tensor]:
-    """The factors of one layer for `layer_from_dict`, from those of PEFT's file and its recipe.
+    """The factors of one layer for `layer_from_dict`, from those of PEFT's file, with the bias of B
+    [out] if the file has one, and its recipe.
 
     Raises:
         ValueError: they do not fit the recipe.
@@ -178,9 +173,14 @@ def layer_factors(
     check_pair(name, lora_A, lora_B)
     split = _doubled_factors if recipe["version"] == 1 else trained_factors
     try:
-        return split(layer, lora_A, lora_B)
+        factors = split(layer, lora_A, lora_B)
     except ValueError as error:
         raise ValueError(f"{error} ({name})") from None
+    if layer.get("bias"):
+        if bias is None:
+            raise ValueError(f"the bias of lora_B of {name!r} is missing")
+        factors["lora_bias"] = unscaled(bias, layer["scaling"])
+    return factors
 
 
 def _doubled_factors(layer: dict[str, Any], right: Tensor, left: Tensor) -> dict[str, Tensor]:

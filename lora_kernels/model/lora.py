@@ -4,72 +4,55 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from .._utils.errors import unknown_name
 from .._utils.names import nearest, without_wrappers
 from .._utils.progress import tracked
 from ..layers.adapted import AdaptedLayer
-from ..layers.adapter import Adapter
-from ..layers.base import base_of
-from ..layers.dequantize import check_cast
 from ..layers.options import AdapterOptions
 from ..layers.wrapper import LoRAWrapper
-from .config import AdapterState, LoRAConfig, Replication, TokenRows
-from .install import (
-    RepeatedBlocks,
-    Setting,
+from .config import AdapterState, LoRAConfig, TokenRows
+from .install.blocks import RepeatedBlocks, separate_blocks
+from .install.layers import (
     adapted_layers,
-    disable_fast_path,
     install,
     layers_with_names,
     replace_adapted,
-    separate_blocks,
     untie_if_needed,
     unwrapped,
 )
-from .originals import OriginalWeights
-from .plan import LayerPlan, check_norms, plan_layers, plan_starts, plan_states
-from .report import LoRAReport, make_report
-from .saved_modules import (
-    SavedTensors,
+from .install.record import (
+    ModelAdapters,
+    activate_new,
+    adapters_of,
+    all_or_nothing,
+    apply,
+    check_model,
+    check_name,
+    check_weights,
+    forget,
+    known_name,
+    needed_record,
+    record_of,
+    switch,
+)
+from .install.saved_modules import (
     extra_places,
     frozen_places,
     row_places,
     saved_places,
     trained_biases,
 )
+from .originals import OriginalWeights
+from .plan import check_norms, plan_layers, plan_starts, plan_states
+from .report import LoRAReport, make_report
 from .selection import select_layers, with_task_head
 from .starts import naming
-
-_RECORD = "_lora_adapters"
-
-
-class ModelAdapters:
-    """The adapters' data that belong to the whole model, not to a layer: their configurations, the
-    active adapter's name, the tensors trained in full, and settings to restore on unloading.
-    """
-
-    def __init__(self) -> None:
-        self.configs: dict[str, LoRAConfig] = {}
-        self.saved = SavedTensors()
-        # Of each adapter: the tokens whose rows it has of a weight; None of a weight that is tied.
-        self.tokens: dict[str, dict[str, tuple[int, ...] | None]] = {}
-        self.active = ""
-        self.enabled = True
-        self.settings: list[Setting] = []
-        self.blocks: RepeatedBlocks | None = None  # of PEFT's layer_replication
-
-    @property
-    def replication(self) -> Replication:
-        """How the model's blocks are repeated."""
-        return () if self.blocks is None else self.blocks.replication
 
 
 def add_lora(
@@ -114,21 +97,21 @@ def add_lora(
     config = LoRAConfig() if config is None else config
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
-    _check_model(model)
-    record = _record(model) or ModelAdapters()
-    _check_name(adapter_name, record)
+    check_model(model)
+    record = record_of(model) or ModelAdapters()
+    check_name(adapter_name, record)
     config = with_task_head(model, config)
     selection = select_layers(model, config)
     saved = saved_places(model, config.modules_to_save)
     originals = None if original_weights is None else OriginalWeights(original_weights)
     plans = plan_layers(model, selection, config, originals)
-    _check_weights(model, plans, record)
+    check_weights(model, plans, record)
     places = {**saved, **trained_biases(model, config.bias, plans)}
-    with _all_or_nothing(model, record, adapter_name), torch.no_grad():
+    with all_or_nothing(model, record, adapter_name), torch.no_grad():
         plan_starts(plans, config.initializer, gradients, progress)
         record.saved.add(adapter_name, places)
         install(model, record.saved, plans, plans, adapter_name)
-    _activate_new(model, record, config, adapter_name)
+    activate_new(model, record, config, adapter_name)
     return make_report(model, adapter_name, plans, selection, places, time.perf_counter() - began)
 
 
@@ -155,8 +138,8 @@ def merge_lora(
             model is then unchanged.
 
     """
-    record = _needed_record(model)
-    name = _known_name(record, adapter_name)
+    record = needed_record(model)
+    name = known_name(record, adapter_name)
     wrapped = [
         path
         for path, layer in adapted_layers(model).items()
@@ -179,7 +162,7 @@ def merge_lora(
     model.requires_grad_(False)
     untie_if_needed(model)
     separate_blocks(model, record.replication)
-    _forget(model, record)
+    forget(model, record)
     return model
 
 
@@ -208,13 +191,13 @@ def unload_lora(model: nn.Module) -> nn.Module:
         ValueError: the model has no adapters.
 
     """
-    record = _needed_record(model)
+    record = needed_record(model)
     record.saved.activate(None)
     for paths, layer in layers_with_names(model):
         replace_adapted(model, paths, layer, layer.restore_())
     if record.blocks is not None:
         record.blocks.restore()
-    _forget(model, record)
+    forget(model, record)
     return model
 
 
@@ -226,15 +209,8 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         ValueError: no adapter of that name.
 
     """
-    record = _needed_record(model)
-    record.active = _known_name(record, adapter_name)
-    record.enabled = True
-    _apply(model, record)
-    for layer in adapted_layers(model).values():
-        for name in layer.adapter_names:
-            layer.adapter(name).set_trainable(name == adapter_name)
-    for name in record.configs:
-        record.saved.set_trainable(name, name == adapter_name)
+    record = needed_record(model)
+    switch(model, record, known_name(record, adapter_name))
 
 
 class disable_adapters(AbstractContextManager["disable_adapters"]):  # noqa: N801  (used as a function)
@@ -251,17 +227,17 @@ class disable_adapters(AbstractContextManager["disable_adapters"]):  # noqa: N80
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        record = _needed_record(model)
+        record = needed_record(model)
         self._before = record.enabled
         record.enabled = False
-        _apply(model, record)
+        apply(model, record)
 
     def __exit__(self, *error: object) -> None:
-        record = _record(self._model)
+        record = record_of(self._model)
         if record is None:  # merged or unloaded within the block
             return
         record.enabled = self._before
-        _apply(self._model, record)
+        apply(self._model, record)
 
 
 def enable_adapters(model: nn.Module) -> None:
@@ -271,14 +247,14 @@ def enable_adapters(model: nn.Module) -> None:
         ValueError: the model has no adapters.
 
     """
-    record = _needed_record(model)
+    record = needed_record(model)
     record.enabled = True
-    _apply(model, record)
+    apply(model, record)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the model's adapters, in the order in which they were added."""
-    record = _record(model)
+    record = record_of(model)
     return [] if record is None else list(record.configs)
 
 
@@ -290,9 +266,9 @@ def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterS
 
     """
     model = unwrapped(model)
-    record = _needed_record(model)
-    name = _known_name(record, adapter_name)
-    layers = {path: adapter.layer_state() for path, adapter in _adapters(model, name).items()}
+    record = needed_record(model)
+    name = known_name(record, adapter_name)
+    layers = {path: adapter.layer_state() for path, adapter in adapters_of(model, name).items()}
     extra, rows, tokens = {}, {}, record.tokens.get(name, {})
     for path, tensor in record.saved.tensors(name).items():
         indices = tokens.get(path, ())
@@ -323,9 +299,9 @@ def apply_state(
             shape. The model is then unchanged.
 
     """
-    _check_model(model)
-    record = _record(model) or ModelAdapters()
-    _check_name(adapter_name, record)
+    check_model(model)
+    record = record_of(model) or ModelAdapters()
+    check_name(adapter_name, record)
     if record.configs:
         _check_replication(record, state)
     elif state.replication:
@@ -359,7 +335,7 @@ def _add_state(
     """`apply_state` for a model whose blocks are those of the adapter."""
     began = time.perf_counter()
     plans, selection = plan_states(model, state)
-    _check_weights(model, plans, record)
+    check_weights(model, plans, record)
     places = extra_places(model, state)
     frozen = frozen_places(model, places, state.config.modules_to_save)
     with_rows, rows = row_places(model, state)
@@ -369,7 +345,7 @@ def _add_state(
             "does not change them",
             stacklevel=4,
         )
-    with _all_or_nothing(model, record, adapter_name), torch.no_grad():
+    with all_or_nothing(model, record, adapter_name), torch.no_grad():
         check_norms(plans)
         values = state.extra | {
             name: rows[name].put_(getattr(module, key).detach().clone())
@@ -379,7 +355,7 @@ def _add_state(
         record.saved.add(adapter_name, places, values, {*frozen, *rows})
         record.tokens[adapter_name] = _tokens(state, rows)
         install(model, record.saved, plans, tracked(plans, "loading", progress), adapter_name)
-    _activate_new(model, record, state.config, adapter_name)
+    activate_new(model, record, state.config, adapter_name)
     if not is_trainable:
         for layer in adapted_layers(model).values():
             if adapter_name in layer.adapter_names:
@@ -397,10 +373,10 @@ def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> N
             trained in full, or cannot be exchanged in place. The model is then unchanged.
 
     """
-    record = _needed_record(model)
-    name = _known_name(record, adapter_name)
+    record = needed_record(model)
+    name = known_name(record, adapter_name)
     _check_replication(record, state)
-    adapters, extra = _adapters(model, name), record.saved.tensors(name)
+    adapters, extra = adapters_of(model, name), record.saved.tensors(name)
     extra = {without_wrappers(path): tensor for path, tensor in extra.items()}
     rows = _tied_like(record.tokens.get(name, {}), state)
     _check_same_names("layer", adapters, state.layers)
@@ -443,15 +419,6 @@ def _tied_like(
     return {**state.rows, **({} if first is None else dict.fromkeys(tied, first))}
 
 
-def _adapters(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
-    """The modules of an adapter, by the layers' names in the base model."""
-    return {
-        without_wrappers(path): layer.adapter(adapter_name)
-        for path, layer in adapted_layers(model).items()
-        if adapter_name in layer.adapter_names
-    }
-
-
 def _check_same_names(what: str, old: Collection[str], new: Collection[str]) -> None:
     """Raises ValueError for a name that only one of two adapters has."""
     for name in (*new, *old):
@@ -463,130 +430,3 @@ def _check_same_names(what: str, old: Collection[str], new: Collection[str]) -> 
             raise ValueError(
                 f"this adapter has a {what} {name!r}, the new one does not{nearest(name, new)}"
             )
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module, record: ModelAdapters, adapter_name: str) -> Iterator[None]:
-    """Inside the context, the modules hold the original tensors, not another adapter's trained
-    copies. After an error the record is restored.
-    """
-    record.saved.activate(None)
-    try:
-        yield
-    except BaseException:
-        record.saved.remove(adapter_name)
-        _apply(model, record)
-        raise
-
-
-def _activate_new(
-    model: nn.Module, record: ModelAdapters, config: LoRAConfig, adapter_name: str
-) -> None:
-    if not record.configs:
-        _freeze_base(model, record)
-        setattr(unwrapped(model), _RECORD, record)
-    record.settings += disable_fast_path(model)
-    record.configs[adapter_name] = config
-    set_adapter(model, adapter_name)
-
-
-def _freeze_base(model: nn.Module, record: ModelAdapters) -> None:
-    own = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
-
-
-def _apply(model: nn.Module, record: ModelAdapters) -> None:
-    """Activates the record's active adapter in all layers, and its tensors trained in full."""
-    for layer in adapted_layers(model).values():
-        has_it = record.active in layer.adapter_names
-        if has_it:
-            layer.active_adapter = record.active
-        layer.adapter_enabled = record.enabled and has_it
-    record.saved.activate(record.active if record.enabled else None)
-
-
-def _check_weights(model: nn.Module, plans: Sequence[LayerPlan], record: ModelAdapters) -> None:
-    """Raises ValueError for a layer whose weight another adapter trains in full, or is stored in
-    float8 and not cast for the forward.
-    """
-    for plan in plans:
-        if plan.base.kind == "float8" and not _is_in_hooked(model, plan.name):
-            with naming(plan.name):
-                check_cast(plan.base.layer)
-        owner = record.saved.owner(plan.base.module, "weight")
-        if owner is not None:
-            raise ValueError(
-                f"{plan.name} is trained in full by adapter {owner!r} (modules_to_save): leave it "
-                "out with exclude_modules; a layer is adapted by some adapters or trained in full "
-                "by others"
-            )
-
-
-def _is_in_hooked(model: nn.Module, name: str) -> bool:
-    """Whether a module around the layer `name` has hooks, which may cast its layers."""
-    parts = name.split(".")[:-1]
-    around = [".".join(parts[:end]) for end in range(len(parts) + 1)]
-    return any(model.get_submodule(path)._forward_pre_hooks for path in around)
-
-
-def _forget(model: nn.Module, record: ModelAdapters) -> None:
-    for module, name, value in record.settings:
-        setattr(module, name, value)
-    delattr(unwrapped(model), _RECORD)
-
-
-def _record(model: nn.Module) -> ModelAdapters | None:
-    return vars(unwrapped(model)).get(_RECORD)
-
-
-def _needed_record(model: nn.Module) -> ModelAdapters:
-    record = _record(model)
-    if record is None:
-        raise ValueError(
-            f"this {type(model).__name__} has no adapters: add_lora or load_adapter first"
-        )
-    return record
-
-
-def _known_name(record: ModelAdapters, adapter_name: str | None) -> str:
-    if adapter_name is None:
-        return record.active
-    if adapter_name not in record.configs:
-        raise unknown_name("adapter", adapter_name, list(record.configs))
-    return adapter_name
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if hasattr(model, "peft_config"):
-        raise TypeError(
-            "this model has PEFT's adapters: lora_kernels.peft.initialize gives them our starts"
-        )
-    if unwrapped(model) is not model:
-        raise TypeError(f"adapt the model before it is wrapped in {type(model).__name__}")
-    if base_of(model) is not None:
-        raise TypeError(f"the model is a single {type(model).__name__}: use LoRALinear.from_linear")
-    if any(is_lazy(parameter) for parameter in model.parameters()):
-        raise ValueError("the model has lazy layers without a shape: call it once first")
-    if _record(model) is None and (strange := next(iter(adapted_layers(model)), None)):
-        raise ValueError(
-            f"{strange} is adapted already, on its own or as part of another model than this "
-            f"{type(model).__name__}: add further adapters there, or remove that adapter first"
-        )
-
-
-def _check_name(adapter_name: str, record: ModelAdapters) -> None:
-    if not isinstance(adapter_name, str):
-        raise TypeError(f"adapter_name must be a string, got {type(adapter_name).__name__}")
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
-        raise ValueError(
-            f"adapter_name cannot be {adapter_name!r}: it becomes part of tensors' names"
-        )
-    if adapter_name in record.configs:
-        raise ValueError(
-            f"the model has an adapter {adapter_name!r} already: give another adapter_name, or "
-            "unload_lora first"
-        )

@@ -2,92 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..._utils.checks import all_finite
-from ..._utils.names import nearest
 from ..._utils.progress import ByteCounter, uncounted
-from ..._utils.safetensors import DTYPES, Entry, load_tensor
+from ..._utils.safetensors import DTYPES
 from ..._utils.version import __version__
-from ...init.start import subtract_factors_
-from ...layers.state import LayerState
-from ...model.config import AdapterState, TokenRows
-from ...model.selection import input_embeddings, output_head
 from ..adapter.folder import read_adapter
 from ..io.journal import JournaledFolder, identity
 from ..io.pipeline import Actions, Shard, rewrite
-from .architecture import Architecture, classes_for
+from .changes import changes_of, folder_for
 from .folder import ModelFolder, check_apart, check_outside, check_space
 from .residual import refuse_residual
-from .weights import is_embedding, is_head
-
-
-@dataclass(frozen=True)
-class Added:
-    """s·b of a bias b of B, which is added to a bias of the base."""
-
-    tensor: Tensor
-
-
-Value = LayerState | TokenRows | Added | Tensor
-Wanted = Mapping[str, Value]  # by a tensor's name in the model
-
-
-@dataclass(frozen=True)
-class Change:
-    """The change of a tensor of the base: s·B'A' or a tensor is added, or another tensor or some
-    rows replace its own. `name` is the tensor's in the model.
-    """
-
-    name: str
-    entry: Entry
-    file: Path
-    transposed: bool = False
-    layer: LayerState | None = None
-    tensor: Tensor | None = None
-    rows: TokenRows | None = None
-    added: Tensor | None = None
-
-    def apply_(self, weight: Tensor) -> None:
-        """Changes the weight in place; raises a ValueError if the result is not finite."""
-        if self.tensor is not None:
-            weight.copy_(self.tensor)
-        elif self.rows is not None:
-            self.rows.put_(weight)
-        elif self.added is not None:
-            weight.copy_(_sum(weight, self.added))
-        elif self.layer is not None:
-            add_update_(weight.T if self.transposed else weight, self.layer)
-        if not all_finite(weight):
-            raise ValueError(f"the merged weight is not finite in {weight.dtype}")
-
-
-@dataclass
-class Changes:
-    """What an adapter changes in the files of its base.
-
-    Attributes:
-        edits: the changed tensors by their names in the files.
-        added: tensors that the files do not have, or have in another shape: by their names there.
-        dropped: the names of those that have another shape.
-        options: new values in `config.json`.
-        vocab_size: the size of the vocabulary, if it is another one than the base's.
-
-    """
-
-    edits: dict[str, Change] = field(default_factory=dict)
-    added: dict[str, Tensor] = field(default_factory=dict)
-    dropped: set[str] = field(default_factory=set)
-    options: dict[str, Any] = field(default_factory=dict)
-    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,15 +31,6 @@ class MergeSummary:
     replaced: int
     size: int
     assumption: str = ""
-
-
-@torch.no_grad()
-def add_update_(weight: Tensor, layer: LayerState) -> None:
-    """W ← W + s(BA − B₀A₀) for a weight W [out, in] of the original base, with BRA for BA if there
-    is an R; in float32 or wider, and rounded once.
-    """
-    right, left = (f.to(weight.device) for f in layer.update_factors())
-    subtract_factors_(weight, right, left, -layer.scaling)
 
 
 def merge(
@@ -175,278 +97,6 @@ def merge(
     return MergeSummary(len(state.layers), replaced, size, folder.assumption)
 
 
-def folder_for(folder: ModelFolder, state: AdapterState) -> ModelFolder:
-    """The folder as that of the class that has all of the adapter's layers and tensors: the one in
-    `config.json`, or else one for the adapter's task or another task. An adapter of a classifier
-    may so belong to a base that has no head.
-    """
-    wanted = _wanted(state)
-    if folder.architecture is None or _has_all(folder, wanted):
-        return folder
-    for kind in classes_for(folder.path, state.config.task_type):
-        other = ModelFolder(folder.path, kind)
-        if other.architecture is not None and _has_all(other, wanted):
-            labels = _labels(other.architecture, wanted)
-            return other if labels is None else ModelFolder(folder.path, kind, labels)
-    return folder
-
-
-def _wanted(state: AdapterState) -> Wanted:
-    wanted: dict[str, Value] = {f"{name}.weight": layer for name, layer in state.layers.items()}
-    wanted |= {**state.extra, **state.rows}
-    for layer_name, layer in state.layers.items():
-        bias = layer.portable_bias()
-        if bias is not None:
-            name = f"{layer_name}.bias"
-            trained = state.extra.get(name)
-            wanted[name] = Added(bias) if trained is None else _sum(trained, bias)
-    return wanted
-
-
-def _sum(tensor: Tensor, added: Tensor) -> Tensor:
-    """The sum in the dtype of `tensor`, rounded once."""
-    work = torch.promote_types(tensor.dtype, added.dtype)
-    return (tensor.to(work) + added.to(tensor.device, work)).to(tensor.dtype)
-
-
-def _has_all(folder: ModelFolder, wanted: Wanted) -> bool:
-    known = {} if folder.architecture is None else folder.architecture.model.state_dict()
-    return all(name in folder.tensors or name in known for name in wanted)
-
-
-def _labels(architecture: Architecture, wanted: Wanted) -> int | None:
-    """The number of labels of a head that the adapter brings, if the model's has another one."""
-    known = architecture.model.state_dict()
-    for name, value in wanted.items():
-        if not isinstance(value, Tensor) or name in architecture.stored or not value.dim():
-            continue
-        if value.shape[1:] == known[name].shape[1:] and len(value) != len(known[name]):
-            return len(value)
-    return None
-
-
-def changes_of(folder: ModelFolder, state: AdapterState) -> Changes:
-    """The adapter's changes of the files.
-
-    Raises:
-        ValueError: a layer or a tensor is not in the base, has another shape there, or is not
-            stored as it is in the model.
-
-    """
-    wanted = _wanted(state)
-    changes = Changes()
-    architecture = folder.architecture
-    if architecture is None:
-        _check_tied(folder, wanted)
-    else:
-        changes.options = _options(folder)
-        changes.vocab_size = resized_to(architecture, state)
-        if changes.vocab_size is not None:
-            _set_option(folder, changes, "vocab_size", changes.vocab_size, top=False)
-    done: set[str] = set()
-    for name, value in wanted.items():
-        tied = [] if architecture is None else architecture.tied(name)
-        if name in done:
-            continue
-        if architecture is not None and tied:
-            done |= {name, *tied}
-            _change_tied(folder, architecture, changes, wanted, [name, *tied])
-        else:
-            _change(folder, changes, name, value)
-    if changes.vocab_size is not None:
-        _resize_others(folder, changes)
-    return changes
-
-
-def _resize_others(folder: ModelFolder, changes: Changes) -> None:
-    """Gives the other tensors that depend on the size of the vocabulary, such as the bias of the
-    output head, their new sizes; new entries are zero, as `resize_token_embeddings` makes them.
-    """
-    resized = replace(folder, vocab_size=changes.vocab_size).architecture
-    known = {} if resized is None else resized.model.state_dict()
-    for name, stored in () if resized is None else resized.stored.items():
-        file, entry = folder.entries[stored]
-        shape = tuple(known[name].shape)
-        if stored in changes.dropped or shape == entry.shape:
-            continue
-        if math.prod(shape) != max(shape):
-            raise ValueError(
-                f"the adapter has the embeddings of {changes.vocab_size} tokens, but no {name!r} "
-                f"{list(shape)}: merge it into a base that was resized"
-            )
-        old, new = load_tensor(file, stored), torch.zeros(shape, dtype=DTYPES[entry.dtype])
-        kept = tuple(
-            slice(0, min(size, before)) for size, before in zip(shape, old.shape, strict=True)
-        )
-        new[kept] = old[kept]
-        changes.dropped.add(stored)
-        changes.added[stored] = new
-
-
-def _change(folder: ModelFolder, changes: Changes, name: str, value: Value) -> None:
-    """Adds the change of one tensor."""
-    stored = folder.tensors.get(name)
-    if stored is None:
-        if isinstance(value, Added):
-            raise ValueError(
-                f"the adapter has a bias of lora_B, and {folder.path} has no {name!r} to merge it "
-                "into: use the adapter unmerged, or load_adapter and merge_lora"
-            )
-        if not isinstance(value, Tensor) or not _has_all(folder, {name: value}):
-            raise ValueError(_why_not_stored(folder, name))
-        changes.added[name] = value
-        return
-    file, entry = folder.entries[stored]
-    transposed = folder.is_transposed(name.removesuffix(".weight"))
-    if isinstance(value, LayerState):
-        shape: tuple[int, ...] = (value.lora_B.shape[0], value.lora_A.shape[1])
-        expected = entry.shape[::-1] if transposed else entry.shape
-        change = Change(name, entry, file, transposed, layer=value)
-    elif isinstance(value, TokenRows):
-        value.check(name, entry.shape)
-        shape, expected = entry.shape, entry.shape
-        change = Change(name, entry, file, rows=value)
-    elif isinstance(value, Added):
-        shape, expected = tuple(value.tensor.shape), entry.shape
-        change = Change(name, entry, file, added=value.tensor)
-    else:
-        shape, expected = tuple(value.shape), entry.shape
-        change = Change(name, entry, file, tensor=value)
-    resized = change.tensor is not None and is_resized(changes.vocab_size, shape, entry.shape)
-    if shape != tuple(expected) and not resized:
-        raise ValueError(
-            f"{name!r} of the adapter is {list(shape)}, of {folder.path} {list(expected)}"
-        )
-    integers = change.tensor is not None and not change.tensor.is_floating_point()
-    if entry.dtype not in DTYPES and not integers:
-        raise ValueError(
-            f"{name!r} is stored as {entry.dtype} in {folder.path}: use a base that is not "
-            "quantised"
-        )
-    if change.tensor is not None and (resized or integers):
-        changes.dropped.add(stored)
-        changes.added[stored] = change.tensor
-    else:
-        changes.edits[stored] = change
-
-
-def _why_not_stored(folder: ModelFolder, name: str) -> str:
-    if folder.architecture is not None and name in folder.architecture.converted:
-        return (
-            f"{name!r} is computed from other tensors of {folder.path} by loading: load the model "
-            "and the adapter, and use merge_lora and save_pretrained"
-        )
-    near = nearest(name, folder.tensors)
-    return f"the adapter has {name!r}, which {folder.path} does not have{near}"
-
-
-def _options(folder: ModelFolder) -> dict[str, Any]:
-    """The class and its labels in `config.json`, if they are not those of the base."""
-    options: dict[str, Any] = {"architectures": [folder.kind]} if folder.kind else {}
-    if folder.num_labels is not None:
-        labels = [f"LABEL_{k}" for k in range(folder.num_labels)]
-        options["id2label"] = {str(k): label for k, label in enumerate(labels)}
-        options["label2id"] = {label: k for k, label in enumerate(labels)}
-    return options
-
-
-def resized_to(architecture: Architecture, state: AdapterState) -> int | None:
-    """The size of the vocabulary in the adapter's embedding, if the base has another one."""
-    name = _embedding_name(architecture)
-    value = state.extra.get(name)
-    resized = value is not None and len(value) != len(architecture.parameters[name])
-    return len(value) if value is not None and resized else None
-
-
-def _embedding_name(architecture: Architecture) -> str:
-    """The name of the input embedding's weight; ".weight" if there is none."""
-    return _weight_of(architecture, input_embeddings(architecture.model))
-
-
-def _weight_of(architecture: Architecture, wanted: nn.Module | None) -> str:
-    names = (name for name, module in architecture.modules.items() if module is wanted)
-    return f"{next(names, '')}.weight"
-
-
-def _set_option(folder: ModelFolder, changes: Changes, key: str, value: Any, top: bool) -> None:
-    """Sets a value of `config.json`, also in the configuration of the text model if there is one;
-    there only, unless the whole model's configuration has the key or `top` is True.
-    """
-    config = {**folder.config, **changes.options}
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        changes.options["text_config"] = text | {key: value}
-    if top or key in config or not isinstance(text, dict):
-        changes.options[key] = value
-
-
-def is_resized(vocab_size: int | None, shape: Sequence[int], before: Sequence[int]) -> bool:
-    """Whether the shapes differ by the size of the vocabulary only, which is `vocab_size` now."""
-    different = [size for size, old in zip(shape, before, strict=False) if size != old]
-    return len(shape) == len(before) and different == [vocab_size]
-
-
-def _change_tied(
-    folder: ModelFolder,
-    architecture: Architecture,
-    changes: Changes,
-    wanted: Wanted,
-    names: Sequence[str],
-) -> None:
-    """Adds the changes of a tensor that several modules share. If its values then differ, the
-    output head gets a tensor of its own, as `merge_lora` gives it.
-    """
-    stored = [name for name in names if name in folder.tensors]
-    if not stored:
-        raise ValueError(_why_not_stored(folder, names[0]))
-    file, entry = folder.entries[folder.tensors[stored[0]]]
-    base = load_tensor(file, entry.name)
-    embedding = wanted.get(_embedding_name(architecture))
-    # Resized, they all have the new size; otherwise one that is not trained stays as it is.
-    resized = changes.vocab_size is not None and isinstance(embedding, Tensor)
-    default = embedding if resized and isinstance(embedding, Tensor) else base
-    if isinstance(embedding, TokenRows):  # tied modules get them too
-        embedding.check(names[0], base.shape)
-        default = embedding.put_(base.clone())
-    values = {name: _merged(folder, name, base, wanted.get(name, default)) for name in names}
-    first = values[names[0]]
-    if not all(_equal(value, first) for value in values.values()):
-        head = _weight_of(architecture, output_head(architecture.model))
-        others = [value for name, value in values.items() if name != head]
-        if head not in names or not all(_equal(value, others[0]) for value in others):
-            raise ValueError(
-                f"the adapter changes {names[0]!r}, which {folder.path} shares with {names[1]!r}: "
-                "a merged model cannot store both; use the adapter unmerged"
-            )
-        _set_option(folder, changes, "tie_word_embeddings", False, top=True)
-        for name in names:
-            if name not in stored:
-                changes.added[name] = values[name]
-    for name in stored:
-        if not _equal(values[name], base):
-            _change(folder, changes, name, values[name])
-
-
-@torch.no_grad()
-def _merged(folder: ModelFolder, name: str, base: Tensor, value: Value) -> Tensor:
-    """A tensor of the base with its change, in its dtype."""
-    if isinstance(value, Tensor):
-        return value.to(base.dtype)
-    if isinstance(value, TokenRows):
-        value.check(name, base.shape)
-        return value.put_(base.clone())
-    if isinstance(value, Added):
-        return _sum(base, value.tensor)
-    merged = base.clone()
-    transposed = folder.is_transposed(name.removesuffix(".weight"))
-    add_update_(merged.T if transposed else merged, value)
-    return merged
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one is other or torch.equal(one, other)
-
-
 def _cast(folder: ModelFolder, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor that is added to the files, in their most frequent dtype or in `dtype`."""
     if not tensor.is_floating_point():
@@ -457,18 +107,3 @@ def _cast(folder: ModelFolder, tensor: Tensor, dtype: torch.dtype | None) -> Ten
     if not all_finite(cast):
         raise ValueError(f"a tensor of the adapter exceeds the range of {cast.dtype}")
     return cast
-
-
-def _check_tied(folder: ModelFolder, wanted: Wanted) -> None:
-    """Raises if the adapter changes an input embedding or output head that the model ties, by its
-    name.
-    """
-    if not folder.tied:
-        return
-    for name in wanted:
-        layer = name.rpartition(".")[0]
-        if is_embedding(layer) or is_head(layer):
-            raise ValueError(
-                f"the adapter changes {layer!r}, which {folder.path} ties to its output head or "
-                "embedding: a merged model cannot store both; use the adapter unmerged"
-            )

@@ -16,16 +16,15 @@ from torch.utils._pytree import tree_leaves
 
 from ...layers.kinds import is_conv1d
 from ...model.config import AdapterState
-from ...model.install import RepeatedBlocks
+from ...model.install import RepeatedBlocks, row_places
 from ...model.lora import merge_lora
-from ...model.saved_modules import row_places
 from ..adapter.content import NATIVE_FILE
 from ..adapter.folder import read_adapter
 from ..adapter.peft_format.loading import lost_in_peft
 from ..adapter.saving import load_adapter
 from .architecture import Architecture
+from .changes import add_update_, changes_of, folder_for, is_resized, resized_to
 from .folder import ModelFolder
-from .merge import add_update_, changes_of, folder_for, is_resized, resized_to
 from .residual import refuse_residual
 
 Inputs = dict[str, Tensor]

@@ -8,13 +8,13 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .._utils.names import nearest, without_wrappers
-from ..layers.adapted import AdaptedLayer
-from ..layers.base import base_of
-from ..layers.wrapper import LoRAWrapper
-from .config import AdapterState, TokenRows
-from .plan import LayerPlan
-from .selection import input_embeddings, match_modules, output_head
+from ..._utils.names import nearest, without_wrappers
+from ...layers.adapted import AdaptedLayer
+from ...layers.base import base_of
+from ...layers.wrapper import LoRAWrapper
+from ..config import AdapterState, TokenRows
+from ..plan import LayerPlan
+from ..selection import input_embeddings, match_modules, output_head
 
 Place = tuple[nn.Module, str]  # a module, and the name of its attribute that holds the tensor
 

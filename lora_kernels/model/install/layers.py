@@ -1,6 +1,4 @@
-"""Replaces a model's layers by adapted ones, and restores all of them if an error occurs; repeats
-a model's blocks for adapters by PEFT that need it.
-"""
+"""Replaces a model's layers by adapted ones, and restores all of them if an error occurs."""
 
 from __future__ import annotations
 
@@ -10,13 +8,11 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .._utils.errors import needed
-from ..layers.adapted import AdaptedLayer, transplant
-from ..layers.linear import AdaptedFloatLayer
-from .config import Replication
-from .plan import LayerPlan
+from ...layers.adapted import AdaptedLayer, transplant
+from ...layers.linear import AdaptedFloatLayer
+from ..plan import LayerPlan
+from ..selection import output_head
 from .saved_modules import SavedTensors
-from .selection import output_head
 
 
 def install(
@@ -150,96 +146,3 @@ def disable_fast_path(model: nn.Module) -> list[Setting]:
             changed.append((module, name, before))
             setattr(module, name, off)
     return changed
-
-
-_SIZE = "num_hidden_layers"  # the option of a model's configuration
-
-
-class RepeatedBlocks:
-    """A model's blocks, repeated as PEFT's `layer_replication` says; copies of a block share its
-    parameters. Nothing is done to a model whose blocks are repeated so already.
-
-    Raises:
-        ValueError: the model has no such blocks.
-        MissingExtraError: PEFT, whose function does it, is not installed.
-
-    """
-
-    def __init__(self, model: nn.Module, replication: Replication) -> None:
-        self.replication = replication
-        self._before: list[tuple[nn.Module, str, nn.ModuleList]] = []
-        self._options: list[tuple[Any, str, Any]] = []
-        if any(_are_repeated(blocks, replication) for _, _, blocks in _lists(model)):
-            return
-        tuners = needed(
-            "peft.tuners.tuners_utils", "an adapter with layer_replication", "ecosystem"
-        )
-        lists = _lists(model)
-        configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
-        sizes = [(c, getattr(c, _SIZE, None)) for c in configs.values()]
-        try:
-            tuners.replicate_layers(model, [list(pair) for pair in replication])
-        except (IndexError, AttributeError) as error:
-            raise ValueError(
-                f"the adapter repeats blocks {list(map(list, replication))} of the model, and this "
-                f"{type(model).__name__} does not have them: {error}"
-            ) from None
-        self._before = [(m, key, old) for m, key, old in lists if getattr(m, key) is not old]
-        self._options = [(c, _SIZE, n) for c, n in sizes if getattr(c, _SIZE, None) != n]
-
-    def restore(self) -> None:
-        """The blocks as they were before, with the tensors that the first copy of each has now."""
-        for module, key, old in self._before:
-            copies: Any = getattr(module, key)
-            for index, copy in reversed(list(enumerate(copies))):
-                _share(copy, old[_source(self.replication, index)])
-            setattr(module, key, old.train(module.training))
-        for owner, key, value in self._options:
-            setattr(owner, key, value)
-
-
-def separate_blocks(model: nn.Module, replication: Replication) -> None:
-    """Gives every copy of a block parameters of its own, without which no file can hold them."""
-    size = sum(end - start for start, end in replication)
-    for _, _, blocks in _lists(model):
-        seen: set[int] = set()
-        for module in blocks.modules() if len(blocks) == size else ():
-            for key, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) in seen:
-                    own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                    module._parameters[key] = own
-                elif parameter is not None:
-                    seen.add(id(parameter))
-
-
-def _lists(model: nn.Module) -> list[tuple[nn.Module, str, nn.ModuleList]]:
-    """(the module, the attribute's name, the list) of each list of modules."""
-    return [
-        (module, key, child)
-        for module in model.modules()
-        for key, child in module._modules.items()
-        if isinstance(child, nn.ModuleList)
-    ]
-
-
-def _source(replication: Replication, index: int) -> int:
-    """The number of the original block of which the block `index` is a copy."""
-    return [block for start, end in replication for block in range(start, end)][index]
-
-
-def _are_repeated(blocks: nn.ModuleList, replication: Replication) -> bool:
-    """Whether these blocks share their parameters as the copies would, and only so."""
-    sources = [block for start, end in replication for block in range(start, end)]
-    firsts = [id(next(block.parameters(), None)) for block in blocks]
-    if len(firsts) != len(sources) or len(set(sources)) == len(sources):
-        return False
-    pairs = set(zip(sources, firsts, strict=True))
-    return len(pairs) == len(set(sources)) == len(set(firsts))
-
-
-def _share(source: nn.Module, target: nn.Module) -> None:
-    """Puts the parameters and buffers of a copy into the module that it is a copy of."""
-    for name, module in target.named_modules():
-        twin = source.get_submodule(name)
-        module._parameters.update(twin._parameters)
-        module._buffers.update(twin._buffers)

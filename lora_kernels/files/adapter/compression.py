@@ -47,10 +47,17 @@ def _truncated(layer: LayerState, r: int) -> LayerState:
 
 @torch.no_grad()
 def product_norm(right: Tensor, left: Tensor) -> float:
-    """‖B'A'‖_F in float64, of A' [k, in] and B' [out, k], whose parts may cancel."""
-    RB = torch.linalg.qr(left.double(), mode="r")[1]
-    RA = torch.linalg.qr(right.double().T, mode="r")[1]
-    return float((RB @ RA.T).norm())
+    """‖B'A'‖_F in float64, of A' [..., k, in] and B' [..., out, k], whose parts may cancel: from
+    their QR decompositions, so that nothing of size [out, in] is made.
+    """
+    return float((_triangle(left.double()) @ _triangle(right.double().mT).mT).norm())
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """R of the QR decomposition of [..., n, k]; the matrix itself if it is not taller than wide."""
+    if matrix.shape[-2] <= matrix.shape[-1]:
+        return matrix
+    return torch.linalg.qr(matrix, mode="r").R
 
 
 @torch.no_grad()

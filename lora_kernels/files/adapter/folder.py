@@ -24,8 +24,8 @@ from .recipe import FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
 from .tensors import check_state, check_tensors, from_recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
-# The values of vLLM's --max-lora-rank above its default, which is the first one here.
-VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank
+VLLM_RANK = 16  # its default
 _ATTEMPTS, _PAUSE = 20, 0.01  # seconds between attempts to read files that are being replaced
 
 
@@ -80,15 +80,14 @@ class SavedAdapter:
 
 def beyond_vllm(rank: int) -> str | None:
     """What to do about vLLM's limit, if the rank of a file is above it."""
-    default, *allowed = VLLM_RANKS
-    if rank <= default:
+    if rank <= VLLM_RANK:
         return None
-    flag = next((limit for limit in allowed if limit >= rank), None)
-    remedy = f"start it with --max-lora-rank {flag}" if flag else f"{allowed[-1]} is its largest"
+    flag = next((limit for limit in VLLM_RANKS if limit >= rank), None)
+    remedy = f"start it with --max-lora-rank {flag}" if flag else f"{VLLM_RANKS[-1]} is its largest"
     return (
-        f"the adapter has rank {rank}, and vLLM takes {default} by default: {remedy}, or truncate "
-        f"the adapter with save_adapter(..., compress_to={default}) or lora-kernels convert "
-        f"--compress-to {default}"
+        f"the adapter has rank {rank}, and vLLM takes {VLLM_RANK} by default: {remedy}, or "
+        f"truncate the adapter with save_adapter(..., compress_to={VLLM_RANK}) or lora-kernels "
+        f"convert --compress-to {VLLM_RANK}"
     )
 
 

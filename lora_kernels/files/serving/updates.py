@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..._utils.names import pattern_matches
+from ..adapter.compression import product_norm
 from .stored import PEFT, StoredAdapter, StoredLayer, plain_name
 
 _DEFAULT_R, _DEFAULT_ALPHA = 8, 8  # of PEFT's LoraConfig
@@ -41,14 +42,13 @@ class Update:
 
     def norm(self) -> float:
         """‖scale · left · right‖_F, in float64."""
-        return abs(self.scale) * _product_norm(self.left.double(), self.right.double())
+        return abs(self.scale) * product_norm(self.right, self.left)
 
 
 def relative_error(got: Update, want: Update) -> float:
     """‖got − want‖_F / ‖want‖_F; 0 if both are 0, infinite if only `want` is or got is not finite.
 
-    Computed in float64 from the QR decompositions of the stacked factors, so that nothing of size
-    [out, in] is made, and factors that cancel to a small update lose no digits.
+    Factors that cancel to a small update lose no digits (see `product_norm`).
     """
     if got.right is want.right and got.left is want.left:
         return _error_of_scale(got, want)
@@ -56,7 +56,7 @@ def relative_error(got: Update, want: Update) -> float:
     left = torch.cat([got.scale * got.left.double(), -want.scale * want.left.double()], dim=-1)
     if not (right.isfinite().all() and left.isfinite().all()):
         return math.inf
-    difference, size = _product_norm(left, right), want.norm()
+    difference, size = product_norm(right, left), want.norm()
     # Rounding of two equal updates, which may be sums of much larger terms.
     noise = 64 * torch.finfo(torch.float64).eps * float(left.norm()) * float(right.norm())
     if difference <= noise:
@@ -73,19 +73,6 @@ def _error_of_scale(got: Update, want: Update) -> float:
     if want.scale == 0:
         return math.inf if got.norm() > 0 else 0.0
     return abs(got.scale / want.scale - 1) if want.norm() > 0 else 0.0
-
-
-def _product_norm(left: Tensor, right: Tensor) -> float:
-    """‖left · right‖_F of [..., out, k] and [..., k, in]."""
-    left, right = _triangle(left), _triangle(right.mT)
-    return float((left @ right.mT).norm())
-
-
-def _triangle(matrix: Tensor) -> Tensor:
-    """R of the QR decomposition of [..., n, k]; the matrix itself if it is not taller than wide."""
-    if matrix.shape[-2] <= matrix.shape[-1]:
-        return matrix
-    return torch.linalg.qr(matrix, mode="r").R
 
 
 def trained_scale(adapter: StoredAdapter, layer: StoredLayer) -> float:

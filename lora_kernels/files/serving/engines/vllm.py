@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ...adapter.folder import VLLM_RANK, VLLM_RANKS
 from ..stored import CONVOLUTION, EMBEDDING, StoredAdapter, StoredLayer, names_in_brief
 from ..updates import (
     experts_of,
@@ -37,8 +38,6 @@ from .verdict import (
     residual_fault,
 )
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that max_lora_rank may have
-_DEFAULT_RANK = 16
 _STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _HEADS = ("classifier", "score")
 # Options that vLLM reads only to refuse them.
@@ -68,7 +67,7 @@ _WITHOUT_MAPPING = (
 
 def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     """What vLLM does with an adapter."""
-    verdict = Verdict(limit=RANKS[-1])
+    verdict = Verdict(limit=VLLM_RANKS[-1])
     _options(verdict, adapter.config)
     _ranks(verdict, adapter)
     _tensors(verdict, adapter)
@@ -117,13 +116,13 @@ def _ranks(verdict: Verdict, adapter: StoredAdapter) -> None:
     ranks += [int(number(adapter.config, "r", 8))]
     ranks += [int(number(patterns, pattern, None)) for pattern in patterns]
     verdict.rank = max(ranks)
-    if verdict.rank > RANKS[-1]:
+    if verdict.rank > VLLM_RANKS[-1]:
         verdict.refuse(
-            f"the rank {verdict.rank} is above {RANKS[-1]}, the highest max_lora_rank",
+            f"the rank {verdict.rank} is above {VLLM_RANKS[-1]}, the highest max_lora_rank",
             "lora-kernels convert ADAPTER OUT --compress-to R",
         )
-    elif verdict.rank > _DEFAULT_RANK:
-        needed = next(rank for rank in RANKS if rank >= verdict.rank)
+    elif verdict.rank > VLLM_RANK:
+        needed = next(rank for rank in VLLM_RANKS if rank >= verdict.rank)
         verdict.flags.append(f"--max-lora-rank {needed}")
 
 

@@ -27,7 +27,7 @@ The magnitudes of every layer: one line each, as a table, a CSV or a picture.
 Of a model's weights W: the mean square nu[W]; the exact spectral gain rho[r] and Q[r] beside
 LoRAM's ln r / ln min(n, m); LoRAM's beta and the size of its start; the predicted growth k1 of
 the update for lora, pissa and loram (arXiv 2507.06558). Of an adapter: nu of A, B and s.B.A; if
-a start is subtracted, A and B have it as the second half of their rank.
+a start is subtracted, those of [A; A - A0] and [B - B0, B0], whose product is the update.
 
 The weights of a model are read one at a time: peak memory is the largest.
 """

@@ -73,6 +73,9 @@ GROUPS_OF_OPTIONS = (
     "use_bdlora",
     "velora_config",
 )
+# Values of `init_lora_weights`, or their beginnings, for which PEFT subtracts the start from the
+# base's weights; "loftq" rounds them too.
+BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 TIE = "ensure_weight_tying"
 # PEFT ties an adapter or a saved module only if the configuration names one of these.
 TIED_MODULES = ("embed_tokens", "lm_head")
@@ -100,6 +103,16 @@ _TENSORS_OF_VARIANTS = {
     r"lora_E|lora_ranknum": "AdaLoRA",
     r"token_adapter\.trainable_tokens_\w+": VARIANTS["trainable_token_indices"],
 }
+
+
+def base_changing_start(init_lora_weights: object) -> str | None:
+    """The one of `BASE_CHANGING_STARTS` that an option names, "pissa" for "pissa_niter_4"; None if
+    it names another start.
+    """
+    if not isinstance(init_lora_weights, str):
+        return None
+    given = init_lora_weights.lower()
+    return next((start for start in BASE_CHANGING_STARTS if given.startswith(start)), None)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class AdaptedLayer(nn.Module):
     lora_A: nn.Parameter = _of_active("lora_A")  # [r, in]
     lora_B: nn.Parameter = _of_active("lora_B")  # [out, r]
     lora_R: nn.Parameter | None = _of_active("lora_R")  # [r, r]
+    lora_bias: nn.Parameter | None = _of_active("lora_bias")  # [out]
     start_A: Tensor | None = _of_active("start_A")  # [r, in]
     start_B: Tensor | None = _of_active("start_B")  # [out, r]
     options: AdapterOptions = _of_active("options")

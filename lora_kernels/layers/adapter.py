@@ -21,7 +21,7 @@ _LOAD = "load it as a further adapter, load_adapter(..., adapter_name=...)"
 
 class Adapter(WithStart, nn.Module):
     """A [r, in], B [out, r] and, for some starts, R [r, r]; s; and the initial factors A₀ and B₀.
-    Adapters by PEFT may have a bias of B [out], whose s-fold is added to the output.
+    Adapters by PEFT may have a bias of B [out], which is multiplied by s and added to the output.
 
     A₀ and B₀ are needed to restore the base. Those of a DST start are computed from β; those of
     other starts are stored. A layer that subtracts s·B₀A₀ in its forward ("implicit") always stores

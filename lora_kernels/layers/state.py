@@ -80,17 +80,20 @@ class LayerState(WithStart):
     def portable_factors(self) -> tuple[Tensor, Tensor]:
         """A' [k, in] and s·B' [out, k] of `update_factors`: their product is the update."""
         right, left = self.update_factors()
-        return right, (left.double() * self.scaling).to(left.dtype)
+        return right, scaled(left, self.scaling)
 
     @torch.no_grad()
     def portable_bias(self) -> Tensor | None:
         """s·`lora_bias` [out] in float32 or wider, which the adapter adds to the layer's output;
         None if there is none.
         """
-        if self.lora_bias is None:
-            return None
-        work = torch.promote_types(self.lora_bias.dtype, torch.float32)
-        return (self.lora_bias.double() * self.scaling).to(work)
+        return None if self.lora_bias is None else scaled(self.lora_bias, self.scaling)
+
+
+def scaled(factor: Tensor, scaling: float) -> Tensor:
+    """s · `factor`, in float32 or wider, rounded once."""
+    work = torch.promote_types(factor.dtype, torch.float32)
+    return (factor.detach().double() * scaling).to(work)
 
 
 def product_factors(
@@ -100,7 +103,7 @@ def product_factors(
     wider. k = r if `start` is None, else 2r.
 
     The product may be rounded: its parts have the size of the update. Those of [RA; A₀] and
-    [B, −B₀] have the size of W and cancel: in bfloat16 up to 127 % of the update was lost.
+    [B, −B₀] have the size of W and cancel: bfloat16 can lose all of a small update.
     """
     work = torch.promote_types(lora_A.dtype, torch.float32)
     right, left = lora_A.to(work), lora_B.to(work)

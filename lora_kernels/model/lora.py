@@ -171,7 +171,7 @@ def _warn_of_new_biases(layers: Sequence[AdaptedLayer]) -> None:
     new = [layer for layer in new if getattr(layer, "bias", None) is None]
     if new:
         warnings.warn(
-            f"{len(new)} layers have got a bias from the adapter, which their model's class does "
+            f"{len(new)} layers now have a bias from the adapter, which their model's class does "
             "not have: from_pretrained will drop it if you save this model; save the adapter "
             "instead",
             stacklevel=3,

@@ -6,8 +6,9 @@ also the forward of whole classes, by functions that read the base's weight and 
 without − s·B₀A₀.
 
 The functions are recognized by their compiled code, which exists without a source, too: code from
-outside of PEFT and torch that a module computes with and that reads `lora_A` and a weight, itself
-or in a function that it calls.
+outside of PEFT and torch that a module computes with and that reads `lora_A`, `lora_B`, `scaling`
+and a weight, itself or in a function that it calls. Code that only looks at a factor, to print its
+norm or to cast to its dtype, does not read them all.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from .._utils.source import is_trusted, undecorated
+from .._utils.source import is_trusted
 from .layers import lora_layers
 from .variant import start_of
 
-_READ, _VARIANT = frozenset(("lora_A", "weight")), "lora_variant"
+_READ, _VARIANT = frozenset(("lora_A", "lora_B", "scaling", "weight")), "lora_variant"
 _DEPTH = 8  # of functions that call each other
 # Methods that prepare, save or change a model, but compute nothing of its output.
 _PREPARING = ("__init__", "for_", "from_", "get_", "load_", "patch_", "push_", "save_", "set_")
@@ -85,8 +86,9 @@ def explained(kernels: Mapping[str, str]) -> str:
     packages = {name.partition(".")[0].partition("_")[0] for name in used}
     advice = [_OFF[package] for package in sorted(packages) if package in _OFF]
     off = f" ({'; '.join(advice)})" if advice else ""
+    count = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
     return (
-        f"{', '.join(used)} compute{'s' if len(used) == 1 else ''} {len(layers)} layers ({shown}) "
+        f"{', '.join(used)} compute{'s' if len(used) == 1 else ''} {count} ({shown}) "
         "from the base's weight, lora_A and lora_B, without calling the layers, and would lose "
         f"− s·B₀A₀. Turn these kernels off{off}; or use a start with BA = 0, such as "
         "'lora'; or write a base without B₀A₀ and a plain adapter for it with the command "
@@ -97,26 +99,34 @@ def explained(kernels: Mapping[str, str]) -> str:
 def _functions(
     module: nn.Module, names: Mapping[int, str]
 ) -> Iterator[tuple[FunctionType, nn.Module]]:
-    """The functions by which a module computes its output, from packages that are not trusted, and
-    the module that each one is given first.
+    """The functions with which a module may compute its output, from packages that are not trusted,
+    and the module that each one is given first.
 
     For a module with LoRA layers as children these are all its functions, for others the forward.
     """
-    cls: Any = type(module)
-    values: list[tuple[str, object]] = [
-        ("forward", vars(module).get("forward")),
-        ("forward", cls.forward),
-    ]
+    values = {"forward": vars(module).get("forward", type(module).forward)}
     if any(id(child) in names for child in module.children()) or _holds_lists(module, names):
-        values = [*vars(module).items()]
-        for base in cls.__mro__:
-            values += () if is_trusted(base.__module__) else vars(base).items()
-        values.append(("forward", cls.forward))
-    for name, value in values:
-        function = None if name.startswith(_PREPARING) else _foreign(value)
-        if function is not None:
-            owner = value.__self__ if isinstance(value, MethodType) else None
+        values = _attributes(module)
+    for name, value in values.items():
+        if name.startswith(_PREPARING):
+            continue
+        owner = value.__self__ if isinstance(value, MethodType) else None
+        for function in _foreign(value):
             yield function, owner if isinstance(owner, nn.Module) else module
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that are not those of a trusted package, and its forward: its own
+    ones hide those of its class, and these those of the class's bases.
+    """
+    found: dict[str, Any] = {}
+    for base in reversed(type(module).__mro__):
+        own = vars(base)
+        if is_trusted(base.__module__):
+            found |= {name: own[name] for name in own.keys() & {*found, "forward"}}
+        else:
+            found |= own
+    return found | vars(module)
 
 
 def _holds_lists(module: nn.Module, names: Mapping[int, str]) -> bool:
@@ -129,17 +139,39 @@ def _holds_lists(module: nn.Module, names: Mapping[int, str]) -> bool:
     )
 
 
-def _foreign(value: object) -> FunctionType | None:
-    """The Python function in an attribute, if it is from a package that is not trusted."""
-    if isinstance(value, (nn.Module, type)) or not callable(value):
-        return None
-    function = undecorated(value)
-    return None if function is None or is_trusted(function.__module__ or "") else function
+def _foreign(value: object) -> list[FunctionType]:
+    """The Python functions in an attribute, those that are wrapped included, from packages that are
+    not trusted.
+    """
+    found: list[FunctionType] = []
+    for _ in range(_DEPTH):
+        if value is None or isinstance(value, (nn.Module, type)):
+            break
+        for part in ("fget", "func", "__func__"):  # of properties, partial functions, methods
+            value = getattr(value, part, None) or value
+        called = value if isinstance(value, FunctionType) else _call_of(value)
+        # Where it was written: functools.wraps gives a function the __module__ of another one.
+        if isinstance(called, FunctionType) and not is_trusted(_written_in(called)):
+            found.append(called)
+        inner = getattr(value, "_torchdynamo_orig_callable", None)
+        value = inner or getattr(value, "__wrapped__", None)
+    return found
+
+
+def _call_of(value: object) -> object:
+    """What a callable object runs."""
+    return next((vars(base)["__call__"] for base in type(value).__mro__
+                 if "__call__" in vars(base)), None)  # fmt: skip
+
+
+def _written_in(function: FunctionType) -> str:
+    """The name of the module with a function's code."""
+    return str(function.__globals__.get("__name__", ""))
 
 
 def _names_read(function: FunctionType) -> frozenset[str] | None:
     """All names in the code of a function and of those that it calls; None if they do not read
-    both `lora_A` and a weight.
+    all of `_READ`.
     """
     seen: set[FunctionType] = set()
     names: set[str] = set()
@@ -177,10 +209,9 @@ def _called(function: FunctionType, names: Iterable[str]) -> Iterator[FunctionTy
             values.append(cell.cell_contents)
         except ValueError:  # not assigned yet
             continue
+    values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for value in values:
-        called = _foreign(value)
-        if called is not None:
-            yield called
+        yield from _foreign(value)
 
 
 def _modules(values: Iterable[object]) -> list[Any]:
@@ -206,12 +237,12 @@ def _attribute(path: str) -> str:
 
 def _ignores_variants(layer: nn.Module) -> str | None:
     """The function that replaces the forward of a LoRA layer and knows no `LoraVariant`."""
-    function = _foreign(vars(layer).get("forward", type(layer).forward))
-    names = None if function is None else _names_read(function)
-    if function is None or names is None or _VARIANT in names:
-        return None
-    return _full_name(function)
+    for function in _foreign(vars(layer).get("forward", type(layer).forward)):
+        names = _names_read(function)
+        if names is not None and _VARIANT not in names:
+            return _full_name(function)
+    return None
 
 
 def _full_name(function: FunctionType) -> str:
-    return f"{function.__module__}.{function.__name__}"
+    return f"{_written_in(function)}.{function.__name__}"

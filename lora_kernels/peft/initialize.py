@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
-from .._utils.peft_names import PREFIX
+from .._utils.peft_names import PREFIX, base_changing_start
 from ..init import Initializer, Start, get_initializer
 from ..init.base import refuse_implicit
 from ..layers.base import base_of
@@ -30,9 +30,6 @@ from .layers import (
 )
 from .overrides import install, uninstall
 from .variant import drop_start, set_start, start_of
-
-# PEFT's own starts that are subtracted from the base's weights when PEFT makes the adapter.
-_REWRITE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass
@@ -232,7 +229,7 @@ def _refuse_merged(peft_model: peft.PeftModel) -> None:
 def _refuse_changed_base(peft_model: peft.PeftModel) -> None:
     for name, config in peft_model.peft_config.items():
         method = config.init_lora_weights
-        if isinstance(method, str) and method.lower().startswith(_REWRITE_BASE):
+        if base_changing_start(method):
             raise ValueError(
                 f"adapter {name!r} was made with init_lora_weights={method!r}, for which PEFT has "
                 "rewritten the base's weights: load the base again, and make the adapter with "

@@ -22,13 +22,13 @@ from ..files.adapter.portable import padded, portable_recipe, unscaled, with_bit
 from ..files.adapter.recipe import layer_to_dict
 from ..files.io.differences import changed, difference
 from ..layers.options import lora_scaling
-from ..layers.state import LayerState
+from ..layers.state import LayerState, scaled
 from .layers import has_adapter
 from .variant import start_of
 
 
 @dataclass(frozen=True)
-class Pair:
+class LayerFactors:
     """A and B of one layer: their names in the model's state_dict, and that of B's bias if there is
     one; rank and s; the number of experts; whether they are those of a linear layer; and whether
     they are there whole, not as shards of DeepSpeed ZeRO-3 or FSDP, which are left as they are.
@@ -105,9 +105,9 @@ class Pair:
         return recipe | with_bits({part: difference(wanted[part], got[part]) for part in wanted})
 
 
-def pairs_of(
+def layer_factors_of(
     peft_model: peft.PeftModel, adapter: str, tensors: Mapping[str, Tensor]
-) -> Iterator[Pair]:
+) -> Iterator[LayerFactors]:
     """A and B of every layer that has the adapter, if they are in the state_dict `tensors`."""
     rule = "rslora" if peft_model.peft_config[adapter].use_rslora else "lora"
     for path, layer in peft_model.named_modules():
@@ -122,7 +122,7 @@ def pairs_of(
         bias = f"{path}.lora_B.{adapter}.bias"
         experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
         r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
-        yield Pair(
+        yield LayerFactors(
             name=path.removeprefix(PREFIX),
             key_A=key_A,
             key_B=key_B,
@@ -160,12 +160,6 @@ def trained(
     for part, text in recipe.get("bits", {}).items():
         found[part] = changed(found[part].to(DTYPES[recipe["dtypes"][part]]), text)
     return {"lora_A": _resized(right, r, experts, 0), **found}
-
-
-def scaled(factor: Tensor, scaling: float) -> Tensor:
-    """s · `factor`, in float32 or wider, rounded once."""
-    work = torch.promote_types(factor.dtype, torch.float32)
-    return (factor.detach().double() * scaling).to(work)
 
 
 def _wide(factor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from ..files.adapter.portable import within_header
 from ..files.adapter.recipe import PEFT, layer_from_dict, read_recipe, recipe_to_json
 from ..files.adapter.tensors import check_unedited, layer_factors
 from .layers import adapters_with_start, initialized_adapters, lora_layers
-from .portable import Pair, is_whole, pairs_of, trained
+from .portable import LayerFactors, is_whole, layer_factors_of, trained
 from .variant import set_start, silently_loaded, start_of
 
 # The options of the configuration that the portable form changes.
@@ -90,7 +90,7 @@ def save_pretrained(
         tensors = peft_model.state_dict() if state is None else state
         if is_main_process:  # the others may have none, and write nothing
             _check_state(peft_model, name, tensors)
-        pairs = list(pairs_of(peft_model, name, tensors))
+        pairs = list(layer_factors_of(peft_model, name, tensors))
         changed = _portable_state(peft_model, pairs, tensors)
         with TemporaryDirectory() as scratch, _portable_config(peft_model, name, pairs) as fields:
             own(peft_model, scratch, True, [name], state_dict=changed, **common, **kwargs)
@@ -195,12 +195,12 @@ def _check_state(peft_model: peft.PeftModel, adapter: str, state: Mapping[str, T
             "DeepSpeed ZeRO-3 or FSDP, and the saved adapter is incomplete. Gather them before "
             "save_pretrained(), or pass a gathered state_dict",
             PeftWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
 def _portable_state(
-    peft_model: peft.PeftModel, pairs: list[Pair], state: Mapping[str, Tensor]
+    peft_model: peft.PeftModel, pairs: list[LayerFactors], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The state_dict with A' and s·B' in place of A and B, and without the starts."""
     starts = {
@@ -217,14 +217,14 @@ def _portable_state(
     return changed
 
 
-def _rank(pairs: list[Pair]) -> int:
+def _rank(pairs: list[LayerFactors]) -> int:
     """The rank of the portable form."""
     return max((2 * pair.r if pair.start else pair.r for pair in pairs), default=1)
 
 
 @contextmanager
 def _portable_config(
-    peft_model: peft.PeftModel, adapter: str, pairs: list[Pair]
+    peft_model: peft.PeftModel, adapter: str, pairs: list[LayerFactors]
 ) -> Iterator[dict[str, Any]]:
     """Sets the adapter's configuration to that of the portable form for a while; yields the options
     that change.
@@ -251,7 +251,7 @@ def _portable_config(
 def _publish(
     written: Path,
     folder: Path,
-    pairs: list[Pair],
+    pairs: list[LayerFactors],
     state: Mapping[str, Tensor],
     changed: Mapping[str, Tensor],
     fields: Mapping[str, Any],

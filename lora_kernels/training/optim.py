@@ -17,7 +17,7 @@ def lora_plus_groups(
     There are two parameter groups: B with the learning rate `ratio` · `lr`, and all other trainable
     parameters (A, R, those of `modules_to_save`) with `lr`. A group without parameters is omitted.
     Frozen parameters are in no group; a shared parameter is in one. A parameter belongs to B if
-    `lora_B` is a part of its name, in our layers and in PEFT's.
+    `lora_B`, or `lora_bias` for the bias of B, is a part of its name, in our layers and in PEFT's.
 
     Args:
         model: a module whose layers are adapted already.
@@ -38,7 +38,8 @@ def lora_plus_groups(
     factors_B: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (factors_B if "lora_B" in name.split(".") else rest).append(parameter)
+            belongs_to_B = not {"lora_B", "lora_bias"}.isdisjoint(name.split("."))
+            (factors_B if belongs_to_B else rest).append(parameter)
     if not rest and not factors_B:
         raise ValueError("the model has no parameter that trains: adapt its layers first")
     groups = [{"params": rest, "lr": lr}, {"params": factors_B, "lr": ratio * lr}]

@@ -69,7 +69,7 @@ class Setup:
         """Two parameter groups for the optimizer: the A and the B of all `LoRALinear` layers.
 
         Raises:
-            ValueError: the model has no `LoRALinear`, or one of them trains an R.
+            ValueError: the model has no `LoRALinear`, or one of them trains an R or a bias of B.
 
         """
         layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
@@ -77,6 +77,8 @@ class Setup:
             raise ValueError(f"{type(model).__name__} has no LoRALinear")
         if any(layer.lora_R is not None for layer in layers):
             raise ValueError("a layer trains R between a frozen A and B, which cannot be rescaled")
+        if any(layer.lora_bias is not None for layer in layers):
+            raise ValueError("a layer has a bias of B, which grows with s and cannot be rescaled")
         groups = []
         for half in "AB":
             group = {

@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ..._utils.model_files import read_json
-from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
+from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, base_changing_start
 from ..._utils.safetensors import load_tensors
 from ...init.base import initializer_names
 from ...model.config import AdapterState
 from ..adapter.folder import read_adapter
-from ..adapter.peft_format.reading import changes_base, split_tensors
+from ..adapter.peft_format.reading import split_tensors
 from ..adapter.recipe import START, config_from_dict, layer_from_dict, read_recipe
 
 ADAPTER = "adapter"  # the name of its folder, in that of the residual base
-# PEFT's starts that it subtracts from the base; "loftq" rounds the base too.
-_SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
 
 
 def is_start(folder: Path) -> bool:
@@ -74,7 +72,7 @@ def _start_by_peft(folder: Path) -> AdapterState:
     layers = state.layers.values()
     if method == "loftq" or any(layer.changes_base for layer in layers):
         raise _no_start(folder, "PEFT has made a new base for it" if method == "loftq" else "")
-    if method not in (None, *_SUBTRACTED) or not any(bool(layer.lora_B.any()) for layer in layers):
+    if not any(bool(layer.lora_B.any()) for layer in layers):
         raise _no_start(folder, "B = 0, so that nothing was subtracted from the base")
     known = method if method in initializer_names() else None
     config = replace(state.config, init_lora_weights=known or "lora")
@@ -91,10 +89,7 @@ def _method(folder: Path) -> str | None:
     """
     file = folder / ADAPTER_CONFIG
     values = read_json(file) if file.is_file() else {}
-    if not changes_base(values):
-        return None
-    found = values["init_lora_weights"].lower()
-    return next((name for name in _SUBTRACTED if found.startswith(name)), found)
+    return base_changing_start(values.get("init_lora_weights"))
 
 
 def _no_start(folder: Path, why: str = "") -> ValueError:
@@ -126,8 +121,15 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
     """
     if start.config.initializer.rewrites_base:
         raise ValueError(
-            f"{start.config.init_lora_weights!r} has made a new base, which is not the original "
-            "minus the start: adapters that are trained on it belong to it as they are"
+            f"{start.config.init_lora_weights!r} replaces the base instead of subtracting the "
+            "start: adapters that are trained on that base belong to it as they are"
+        )
+    blocks = [block for begin, end in trained.replication for block in range(begin, end)]
+    if len(set(blocks)) < len(blocks):
+        raise ValueError(
+            f"layer_replication = {list(map(list, trained.replication))} repeats blocks: the "
+            "starts of all copies were subtracted from the weights that they share, and no adapter "
+            "of the original base gives that back"
         )
     layers = dict(trained.layers)
     for name, first in start.layers.items():
@@ -152,19 +154,19 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
         if layer.lora_A.shape != first.lora_A.shape or layer.lora_B.shape != first.lora_B.shape:
             raise ValueError(f"{name!r} and its start have different shapes")
         layers[name] = replace(
-            first,
-            lora_A=layer.lora_A,
-            lora_B=layer.lora_B,
-            # Of the trained configuration, which may have another rule for s.
-            scaling=layer.scaling,
-            lora_alpha=layer.lora_alpha,
+            layer,
+            beta=first.beta,
+            start_A=first.start_A,
+            start_B=first.start_B,
+            residual=first.residual,
+            weight_norm=first.weight_norm,
         )
     config = replace(
         trained.config,
         init_lora_weights=start.config.init_lora_weights,
         residual=start.config.residual,
     )
-    return AdapterState(config, layers, trained.extra, start.base_model)
+    return replace(trained, config=config, layers=layers, base_model=start.base_model)
 
 
 def refuse_residual(adapter: Path, state: AdapterState, base: Path | None = None) -> None:

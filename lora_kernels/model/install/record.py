@@ -63,6 +63,7 @@ def all_or_nothing(model: nn.Module, record: ModelAdapters, adapter_name: str) -
         yield
     except BaseException:
         record.saved.remove(adapter_name)
+        record.tokens.pop(adapter_name, None)
         apply(model, record)
         raise
 

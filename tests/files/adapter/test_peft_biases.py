@@ -92,7 +92,7 @@ class TestBiasOfB:
         want = logits(model)
         ours = loaded(base, tmp_path / "peft")
         assert close(logits(ours), want)
-        with pytest.warns(UserWarning, match="14 layers have got a bias"):
+        with pytest.warns(UserWarning, match="14 layers now have a bias"):
             assert close(logits(merge_lora(ours)), want)
         with pytest.raises(ValueError, match=r"a bias of lora_B, and .* has no 'model.layers.0"):
             merged_files(base, tmp_path / "peft", tmp_path)

@@ -152,8 +152,8 @@ class TestTrainedTokens:
         "tokens,shape,match",
         [
             ([1, 2], (3, 32), r"are \[3, 32\] of torch.float32, for 2 tokens"),
-            ([1, 1], (2, 32), "no different tokens"),
-            ([1, -1], (2, 32), "no different tokens"),
+            ([1, 1], (2, 32), "not distinct"),
+            ([1, -1], (2, 32), "not distinct"),
             ([1, 96], (2, 32), "for token 96, the model's vocabulary has 96"),
             ([1, 2], (2, 31), "rows of 31 numbers"),
             ({"wte": [1, 2]}, (2, 32), "no tokens of 'model.embed_tokens'"),

@@ -1,4 +1,4 @@
-"""PEFT's `lora_bias`: a bias of B, whose s-fold is added to the layer's output."""
+"""PEFT's `lora_bias`: a bias of B, which is multiplied by s and added to the layer's output."""
 
 from __future__ import annotations
 

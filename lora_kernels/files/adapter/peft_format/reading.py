@@ -32,6 +32,7 @@ from ...._utils.peft_names import (
     VARIANTS,
     Factor,
     as_factor,
+    base_changing_start,
     base_names,
     variant_of,
 )
@@ -51,7 +52,6 @@ _SHARED = tuple(
 # Options that s and the names of the tensors depend on.
 DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
-_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def from_peft(
@@ -80,7 +80,8 @@ def from_peft(
     config = _with_smaller_ranks(config, layers)
     base_model = values.get("base_model_name_or_path")
     state = AdapterState(config, layers, extra, base_model, rows, replication(values))
-    return state if changes_base(values) else with_starts(state)
+    changed = base_changing_start(values.get("init_lora_weights"))
+    return state if changed else with_starts(state)
 
 
 def replication(values: Mapping[str, Any]) -> Replication:
@@ -236,26 +237,21 @@ def check_options(values: Mapping[str, Any], residual_base: bool = False) -> Non
     _check_ties(values)
     _warn_of_unknown(values)
     init = values.get("init_lora_weights", True)
-    if changes_base(values) and not residual_base:
+    changed = base_changing_start(init)
+    if changed and not residual_base:
         raise ValueError(
             f"init_lora_weights = {init!r}: its factors belong to a base that PEFT changed, which "
             "is not in the folder; load it onto that base with load_adapter(..., "
             "residual_base=True), or make it an adapter of the original base with lora-kernels "
             "convert --start FOLDER, where FOLDER is the adapter as PEFT saved it before training"
         )
-    if isinstance(init, str) and not changes_base(values) and init not in _INITS:
+    if isinstance(init, str) and not changed and init not in _INITS:
         raise unknown_name("init_lora_weights of PEFT", init, _INITS)
     if init == "mica":
         warnings.warn(
             "init_lora_weights = 'mica': PEFT trains A only; further training here moves B too",
             stacklevel=2,
         )
-
-
-def changes_base(values: Mapping[str, Any]) -> bool:
-    """Whether PEFT has subtracted the start of a configuration from the base's weights."""
-    init = values.get("init_lora_weights", True)
-    return isinstance(init, str) and init.lower().startswith(_CHANGING_INITS)
 
 
 def _check_ties(values: Mapping[str, Any]) -> None:

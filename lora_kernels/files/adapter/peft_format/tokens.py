@@ -77,7 +77,9 @@ def _checked(module: str, indices: Any, values: Tensor) -> TokenRows:
         type(index) is int and index >= 0 for index in indices
     )
     if not whole or len(set(indices)) != len(indices):
-        raise ValueError(f"{TOKEN_INDICES} of {module!r} are no different tokens: {indices!r}")
+        raise ValueError(
+            f"{TOKEN_INDICES} of {module!r} are not distinct non-negative integers: {indices!r}"
+        )
     if values.dim() != 2 or values.dtype not in FLOATS or len(values) != len(indices):
         raise ValueError(
             f"the rows of {module!r} are {list(values.shape)} of {values.dtype}, for "

@@ -1,6 +1,6 @@
 """diffusers' rules, of `load_lora_weights` and `load_lora_adapter`.
 
-They stand in diffusers 0.42.1 in `loaders/peft.py`, `loaders/lora_base.py`,
+They are in diffusers 0.42.1 in `loaders/peft.py`, `loaders/lora_base.py`,
 `loaders/lora_pipeline.py`, `loaders/lora_conversion_utils.py` (kohya's names) and
 `utils/peft_utils.py` (`get_peft_kwargs`: ranks and α from the tensors). PEFT applies the layers,
 cast to the base's dtype.

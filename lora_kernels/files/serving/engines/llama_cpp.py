@@ -1,6 +1,6 @@
 """llama.cpp's rules.
 
-They stand in `convert_lora_to_gguf.py` (names of tensors; α; the file is float32 unless --outtype
+They are in `convert_lora_to_gguf.py` (names of tensors; α; the file is float32 unless --outtype
 says otherwise), in the classes of `convert_hf_to_gguf.py` (which names a model has) and in
 `src/llama-adapter.cpp` and `.h` (s = α / rank of the tensor; norms are passed over), as of October
 2026.

@@ -1,6 +1,6 @@
 """Ollama's rules, for `ADAPTER <folder>` in a Modelfile.
 
-They stand in Ollama's `convert/`: `convert.go` (the architectures, α as an unsigned integer),
+They are in Ollama's `convert/`: `convert.go` (the architectures, α as an unsigned integer),
 `convert_llama_adapter.go` and `convert_gemma2_adapter.go` (names; factors of the other orientation
 are known by their shapes; rows of q and k), `reader.go` and `reader_safetensors.go` (dtypes), read
 as of mid 2026; and in llama.cpp, which loads the result (s = α / rank of the tensor).

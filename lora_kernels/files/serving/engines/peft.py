@@ -1,6 +1,6 @@
 """PEFT's rules, of `PeftModel.from_pretrained`.
 
-They stand in PEFT 0.21.2 in `peft_model.py`, `utils/save_and_load.py`, `tuners/lora/layer.py` (s;
+They are in PEFT 0.21.2 in `peft_model.py`, `utils/save_and_load.py`, `tuners/lora/layer.py` (s;
 starts are made again while an adapter is loaded) and `tuners/tuners_utils.py` (16-bit factors are
 cast to float32, unless autocast_adapter_dtype=False).
 """

@@ -1,11 +1,11 @@
 """SGLang's rules.
 
-They stand in SGLang 0.5.23 in `python/sglang/srt/lora/`: `lora_config.py`, `lora_manager.py`
+They are in SGLang 0.5.23 in `python/sglang/srt/lora/`: `lora_config.py`, `lora_manager.py`
 (`validate_new_adapter`, `init_lora_shapes`), `lora.py` (s = α / r; q, k, v and gate, up are
 joined), `mem_pool.py` (shapes; the buffers have the model's dtype), `utils.py` (target modules;
 tensors are assigned by the number of the layer and by a part of their name),
 `layers/utils/common.py` (that number); and in `srt/configs/model_config.py` (the dtype). The
-refusal of patterns stands in the source after 0.5.23.
+refusal of patterns is in the source after 0.5.23.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def _refuse_unjoined(verdict: Verdict, owners: Iterable[str], rule: str) -> None
 
 
 def _blocks(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
-    """A block that the model does not have, and two layers for one place."""
+    """A block that the model does not have."""
     numbers = {name: int(found[1]) for name in adapter.layers
                if (found := _BLOCK.search(name))}  # fmt: skip
     count = None if base is None else base.option("num_hidden_layers")

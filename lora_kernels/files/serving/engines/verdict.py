@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...._utils.peft_names import ADAPTER_FILE, VARIANTS
+from ...._utils.peft_names import ADAPTER_FILE, VARIANTS, base_changing_start
 from ...checkpoint.residual import ADAPTER as RESIDUAL_ADAPTER
 from ...checkpoint.residual import is_start
 from ..stored import StoredAdapter, names_in_brief
@@ -24,8 +24,6 @@ MERGE = (
     "merge it into the model (lora-kernels merge BASE ADAPTER OUT, or PEFT's merge_and_unload) and "
     "serve that"
 )
-# Starts that PEFT subtracts from the base's weights.
-CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -189,10 +187,8 @@ def _is_same(base: BaseModel | None, model: Any) -> bool:
 
 def changing_start(config: Mapping[str, Any]) -> str:
     """The option `init_lora_weights`, if PEFT changed the base for it; else ""."""
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(CHANGING_STARTS):
-        return start
-    return ""
+    start = config.get("init_lora_weights")
+    return str(start) if base_changing_start(start) else ""
 
 
 # Options of PEFT that change what a trained adapter computes.

@@ -1,6 +1,6 @@
 """vLLM's rules.
 
-They stand in vLLM 0.33.0 in `vllm/lora/`: `peft_helper.py` (the configuration), `lora_model.py` and
+They are in vLLM 0.33.0 in `vllm/lora/`: `peft_helper.py` (the configuration), `lora_model.py` and
 `utils.py` (names of tensors), `lora_weights.py` (s is multiplied into B, in the engine's dtype),
 `model_manager.py` (which modules get the factors: those whose whole name is equal; others get none
 without an error), `worker_manager.py`; and in `vllm/config/lora.py` (the rank) and `model.py` (the

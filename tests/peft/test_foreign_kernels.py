@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import pickle
 import sys
+import textwrap
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -419,3 +420,85 @@ def test_a_compiled_model_has_no_graph_break():
     initialize(model, "loram")
     compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
     assert close(logits(compiled), logits(model))
+
+
+HARMLESS = {
+    "the MLP's forward prints a norm": ("mlp", """
+        def forward(self, x):
+            self.seen = float(self.gate_proj.lora_A["default"].weight.norm())
+            return type(self).forward(self, x)
+    """),
+    "it casts to the dtype of a factor": ("mlp", """
+        def forward(self, x):
+            x = x.to(self.gate_proj.lora_A["default"].weight.dtype)
+            return type(self).forward(self, x)
+    """),
+    "a method that no forward calls": ("mlp", """
+        def penalty(self):
+            return self.gate_proj.lora_A["default"].weight.norm() + self.gate_proj.weight.norm()
+    """),
+    "the attention's forward prints a norm": ("self_attn", """
+        def forward(self, *args, **kwargs):
+            self.seen = float(self.q_proj.lora_A["default"].weight.norm())
+            return type(self).forward(self, *args, **kwargs)
+    """),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_code_that_calls_the_layers_is_no_kernel(modules, kind):
+    model = made()
+    where, source = HARMLESS[kind]
+    code = modules("mytrainer.patches", textwrap.dedent(source))
+    for layer in model.get_base_model().model.layers:
+        owner = getattr(layer, where)
+        for name in ("forward", "penalty"):
+            if hasattr(code, name):
+                setattr(owner, name, types.MethodType(getattr(code, name), owner))
+    want = logits(model)
+    initialize(model, "pissa")
+    assert close(logits(model), want)
+
+
+WRAPPED = {
+    "functools.wraps": """
+        def wrapped(old):
+            @functools.wraps(old)
+            def forward(self, x):
+                return apply_lora_mlp_swiglu(self, x)
+            return forward
+    """,
+    "a default argument": """
+        def wrapped(old):
+            @functools.wraps(old)
+            def forward(self, x, kernel=apply_lora_mlp_swiglu):
+                return kernel(self, x)
+            return forward
+    """,
+    "torch.compile": """
+        def wrapped(old):
+            return torch.compile(apply_lora_mlp_swiglu, backend="eager")
+    """,
+    "a callable object": """
+        class Kernel:
+            def __call__(self, mlp, x):
+                return apply_lora_mlp_swiglu(mlp, x)
+
+        def wrapped(old):
+            kernel = Kernel()
+            return lambda self, x: kernel(self, x)
+    """,
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_kernels_inside_other_functions(modules, kind, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    model = made()
+    source = PARAMETERS.replace("{base}", AXOLOTL_BASE) + KERNELS
+    code = modules("somekernels", "import functools\nimport torch\n" + source +
+                   textwrap.dedent(WRAPPED[kind]))  # fmt: skip
+    monkeypatch.setattr(LlamaMLP, "forward", code.wrapped(LlamaMLP.forward))
+    with pytest.raises(ValueError, match=r"computes? 6 layers"):
+        initialize(model, "pissa")

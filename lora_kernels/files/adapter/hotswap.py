@@ -10,7 +10,13 @@ from ...model.lora import replace_state
 from .folder import read_adapter
 
 
-def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
+def hotswap_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    adapter_name: str = "default",
+    *,
+    residual_base: bool = False,
+) -> None:
     """Overwrites an adapter of the model by the one in a folder, in place.
 
     A model compiled by `torch.compile` is not compiled again. `save_adapter` then saves the new
@@ -20,6 +26,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         model: a model adapted by `add_lora` or `load_adapter`.
         folder: written by `save_adapter` or PEFT; an adapter of the same layers and ranks.
         adapter_name: the adapter to overwrite; active or not.
+        residual_base: as for `load_adapter`.
 
     Raises:
         FileNotFoundError: there is no adapter in the folder.
@@ -29,4 +36,4 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
             The model is then unchanged.
 
     """
-    replace_state(model, read_adapter(folder), adapter_name)
+    replace_state(model, read_adapter(folder, residual_base=residual_base), adapter_name)

@@ -263,3 +263,64 @@ class TestConvertedByPeft:
         zeros = {k: torch.zeros_like(t) for k, t in tensors.items()}
         safetensors.save_file(zeros, folder / ADAPTER_FILE)
         assert {layer.r for layer in read_adapter(folder).layers.values()} == {8}
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+def test_conversion_keeps_all_that_was_trained(init, tmp_path):
+    """Rows of the embedding and the bias of B; no field of the trained state is lost."""
+    base = llama()
+    options = {"trainable_token_indices": [1, 5], "lora_bias": True}
+    try:
+        model = trained_by_peft(tmp_path, base, init, True, **options)
+    except ValueError:  # PEFT has no bias of B with these starts
+        model = trained_by_peft(tmp_path, base, init, True, trainable_token_indices=[1, 5])
+    convert(tmp_path / "trained", tmp_path / "out", start=tmp_path / "start")
+    ours = copy.deepcopy(base)
+    load_adapter(ours, tmp_path / "out", progress=False)
+    assert close(logits(ours), logits(model), LARGE)
+    assert read_adapter(tmp_path / "out").rows
+
+
+def test_every_field_survives_conversions():
+    """Of `AdapterState` and `LayerState`, through each function that makes another state."""
+    from lora_kernels.files.adapter.compression import truncated
+    from lora_kernels.files.checkpoint.residual import trained_from
+    from lora_kernels.files.serving.rename import renamed
+    from lora_kernels.layers.state import LayerState
+    from lora_kernels.model.config import AdapterState, LoRAConfig, TokenRows
+
+    def layer(start: bool) -> LayerState:
+        A, B = torch.randn(4, 6), torch.randn(5, 4)
+        factors = {"start_A": torch.randn(4, 6), "start_B": torch.randn(5, 4)} if start else {}
+        return LayerState(A, B, 2.0, 8.0, weight_norm=3.0, lora_bias=torch.randn(5), **factors)
+
+    config = LoRAConfig(r=4, lora_alpha=8, target_modules=["q"], init_lora_weights="pissa")
+    rows = {"model.e.weight": TokenRows((1, 2), torch.randn(2, 6))}
+    extra = {"model.norm.weight": torch.randn(6)}
+    trained = AdapterState(config, {"model.q": layer(False)}, extra, "residual", rows, ((0, 1),))
+    first = AdapterState(config, {"model.q": layer(True)}, {}, "original")
+    for got in (
+        trained_from(first, trained),
+        renamed(trained, "model", "x"),
+        truncated(trained, 2),
+    ):
+        assert len(got.extra) == len(got.rows) == len(got.layers) == 1
+        assert got.replication == ((0, 1),)
+        (own,) = got.layers.values()
+        assert own.lora_bias is not None and own.weight_norm == 3.0
+    got = trained_from(first, trained)
+    assert got.base_model == "original" and got.layers["model.q"].changes_base
+    repeated = AdapterState(config, trained.layers, {}, None, {}, ((0, 2), (1, 2)))
+    with pytest.raises(ValueError, match="repeats blocks"):
+        trained_from(first, repeated)
+
+
+def test_a_saved_module_without_tensors(tmp_path):
+    """PEFT's own conversion of PiSSA drops them."""
+    from safetensors.torch import load_file, save_file
+
+    trained_by_peft(tmp_path, llama(), True, modules_to_save=["lm_head"])
+    file = tmp_path / "trained" / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "lm_head" not in k}, file)
+    with pytest.raises(ValueError, match="modules_to_save names 'lm_head', but the file has no"):
+        read_adapter(tmp_path / "trained")

@@ -26,6 +26,7 @@ from ...._utils.peft_names import (
     PREFIX,
     READ,
     REPLICATION,
+    TASK_HEADS,
     TASK_TYPES,
     TIE,
     TIED_MODULES,
@@ -76,6 +77,7 @@ def from_peft(
         check_biases(biases, {n: len(layer.lora_B) for n, layer in layers.items()}, layers)
     for name, bias in biases.items():
         layers[name].lora_bias = bias
+    _check_saved(config, extra)
     _warn_of_base(layers, extra)
     config = _with_smaller_ranks(config, layers)
     base_model = values.get("base_model_name_or_path")
@@ -95,6 +97,20 @@ def replication(values: Mapping[str, Any]) -> Replication:
     if not valid or not all(0 <= start < end for start, end in found):
         raise ValueError(f"{REPLICATION} = {pairs!r} is no list of [start, end] of blocks")
     return found
+
+
+def _check_saved(config: LoRAConfig, extra: Mapping[str, Tensor]) -> None:
+    """Raises if the file lacks a saved module, as that of PEFT's conversion of PiSSA does. PEFT
+    itself names two heads for a classifier, of which a model has one.
+    """
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    owners = [key.rpartition(".")[0] for key in extra]
+    for module in config.modules_to_save or ():
+        if module not in heads and not any(saved_module(o, [module], True) for o in owners):
+            raise ValueError(
+                f"modules_to_save names {module!r}, but the file has no tensor of it: save the "
+                "adapter again, or remove the name to use the base's"
+            )
 
 
 def _layer(name: str, lora_A: Tensor, lora_B: Tensor, config: LoRAConfig) -> LayerState:

@@ -183,3 +183,31 @@ class TestTrainedTokens:
         with_config(tmp_path, trainable_token_indices=[1])
         with pytest.raises(ValueError, match="but it has no rows of an embedding"):
             read_adapter(tmp_path)
+
+
+def test_a_failed_load_leaves_nothing_of_its_rows(tmp_path, monkeypatch):
+    """An adapter that later gets the same name is saved as what it is."""
+    from lora_kernels import LoRAConfig, add_lora
+    from lora_kernels.model import lora
+
+    base = llama()
+    by_peft(tmp_path / "rows", base, trainable_token_indices=[1, 5], target_modules=["q_proj"])
+    model = llama()
+    add_lora(model, LoRAConfig(r=2, target_modules=["v_proj"], residual="implicit"))
+
+    def failing(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "install", failing)
+        with pytest.raises(MemoryError):
+            load_adapter(model, tmp_path / "rows", adapter_name="two", progress=False)
+    config = LoRAConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], residual="implicit"
+    )
+    add_lora(model, config, adapter_name="two")
+    train(model)
+    save_adapter(model, tmp_path / "two")
+    state = read_adapter(tmp_path / "two")
+    assert not state.rows and "model.embed_tokens.weight" in state.extra
+    assert close(logits(loaded(llama(), tmp_path / "two")), logits(model.eval()))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..._utils.checks import FLOATS
 from ..._utils.errors import unknown_name
 from ..._utils.model_files import read_json
-from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
+from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
 from ..._utils.safetensors import load_tensors
 from ...model.config import AdapterState
 from .compression import truncated, update_errors
@@ -24,6 +24,7 @@ from .recipe import FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
 from .tensors import check_state, check_tensors, from_recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
+HALF = (torch.bfloat16, torch.float16)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank
 VLLM_RANK = 16  # its default
 _ATTEMPTS, _PAUSE = 20, 0.01  # seconds between attempts to read files that are being replaced
@@ -138,7 +139,10 @@ def write_adapter(
     )
     changed = [] if compress_to is None else ["truncated in rank"]
     if narrow is not None:
-        tensors = _rounded(content.tensors, narrow)
+        tensors = content.tensors
+        if narrow in HALF:
+            tensors = dict(tensors) | _balanced(tensors, state.layers)
+        tensors = _rounded(tensors, narrow)
         if tensors is not content.tensors:
             changed.append(f"rounded to {str(narrow).removeprefix('torch.')}")
             content = replace(content, tensors=tensors)
@@ -174,6 +178,21 @@ def float_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
+def _balanced(tensors: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
+    """A' and B' of these layers, by their names, with entries of equal size in each row of A' and
+    column of B'. The product has the same bits: the factors are powers of two. Small updates would
+    otherwise have entries that float16 cannot hold.
+    """
+    found: dict[str, Tensor] = {}
+    for name, (right, left) in factors_of(tensors, layers).items():
+        sizes = [f.double().norm(dim=d) / f.shape[d] ** 0.5 for f, d in ((right, 1), (left, 0))]
+        powers = (0.5 * torch.log2(sizes[1] / sizes[0])).round().nan_to_num(0.0, 0.0, 0.0)
+        scale = torch.exp2(powers).to(right.dtype)
+        keys = (f"{PREFIX}{name}.lora_{half}.weight" for half in "AB")
+        found |= dict(zip(keys, (right * scale[:, None], left / scale), strict=True))
+    return found
+
+
 def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
     """The tensors in this dtype; the same mapping if all of them have it.
 
@@ -199,10 +218,9 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
     """Reads the adapter in a folder, on the CPU.
 
     An adapter that this package wrote is restored as it was trained, bit for bit: A, B, R and the
-    start that is subtracted. If the training file is missing, which a copy of the two files that
-    servers read lacks, a warning says so: A and B are then rounded, and an R is multiplied into A.
-    An adapter that PEFT wrote is a plain one, with nothing to subtract, unless PEFT has converted
-    it from a residual base: then A₀ and B₀ are subtracted, and the rank is half of the file's.
+    start that is subtracted (an R that was folded excepted, see `SavedAdapter`). An adapter that
+    PEFT wrote is a plain one, with nothing to subtract, unless PEFT has converted it from a
+    residual base: then A₀ and B₀ are subtracted, and the rank is half of the file's.
 
     Args:
         folder: written by this package or PEFT.

@@ -162,6 +162,19 @@ def test_dtype(dtype, tmp_path):
     assert_agree(peft_logits(tiny_model("llama"), tmp_path)[1], want)
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-3])
+@pytest.mark.parametrize("name", ["loram", "pissa", "lora"])
+def test_small_updates_in_float16(name, size, tmp_path):
+    """A − A₀ alone would have entries below float16's smallest normal number, 6e-5."""
+    torch.manual_seed(0)
+    layer, _ = adapt(nn.Linear(96, 80), LoRAConfig(r=8, init_lora_weights=name))
+    state = AdapterState(LoRAConfig(r=8, init_lora_weights=name), {"a.q": layer})
+    delta = nudge(state, size)["a.q"]
+    report = write_adapter(tmp_path, state, dtype="float16")
+    error = np.linalg.norm(stored_updates(tmp_path)["a.q"] - delta) / np.linalg.norm(delta)
+    assert error <= 1e-3 and report.error == pytest.approx(error, rel=1e-3)
+
+
 def test_truncated_and_rounded(tmp_path):
     state, deltas = adapt_model(tiny_model("llama"), LLAMA_LAYERS, LoRAConfig(r=6))
     report = write_adapter(tmp_path, state, compress_to=5, dtype="bfloat16")
@@ -178,7 +191,7 @@ def test_bad_dtypes(tmp_path):
             write_adapter(tmp_path, state, dtype=dtype)
     with pytest.raises(ValueError, match="dtype makes a plain adapter: it needs format='peft'"):
         write_adapter(tmp_path, state, dtype="bfloat16", format="native")
-    state.layers["block.1.q"].lora_B[0, 0] = 1e5
+    state.layers["block.1.q"].lora_B[0, 0] = 1e12
     with pytest.raises(ValueError, match="too large for float16: use dtype='bfloat16'"):
         write_adapter(tmp_path, state, dtype="float16")
     assert list(tmp_path.iterdir()) == []

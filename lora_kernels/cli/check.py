@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,11 +41,13 @@ is 0), and engines, a list of objects with
   refusals           a list of {rule, remedy}
   notes, flags       what depends on versions; options that the server needs
   rank, rank_limit   null if there is no limit
+  remedies           what to do, each once; empty if it is right
   names_compared     whether the base's names are known
   worst_error        of all layers; null if none could be computed or it is infinite
   dropped            {tensor: reason} of other trained tensors that are left out
   layers             a list of {name, right, effect, reason, matching_name, scale, trained_scale,
-                     strength, dtype, error}
+                     strength, dtype, error, remedy}; if it is refused, none is right, and the rest
+                     is what the engine would do without the refusals
 """
 _EXAMPLES = """\
 examples:
@@ -88,18 +92,33 @@ def _check(options: argparse.Namespace) -> int:
         results = check(options.adapter, options.base, engines)
     right = all(result.outcome == "right" for result in results)
     if options.json:
-        print(json.dumps(_document(options, results, right), indent=2, allow_nan=False))
+        _print(json.dumps(_document(options, results, right), indent=2, allow_nan=False) + "\n")
     elif console:
-        table = needed("rich.table", "the table", "cli").Table(title=str(options.adapter))
-        for column in ("engine", "verdict", "layers", "strength", "error", "rank"):
-            table.add_column(column)
-        for result in results:
-            table.add_row(*_row(result))
-        console.print(table, markup=False)
-        for result in results:
-            for line in _details(result):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+        with console.capture() as captured:
+            _show(console, str(options.adapter), results)
+        _print(captured.get())
     return int(not right)
+
+
+def _print(text: str) -> None:
+    """Prints; a reader such as head may stop before the end, which changes no exit status."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what is left in the buffer would be written again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show(console: Any, title: str, results: Sequence[Result]) -> None:
+    table = needed("rich.table", "the table", "cli").Table(title=title)
+    for column in ("engine", "verdict", "names", "layers", "strength", "error", "rank"):
+        table.add_column(column)
+    for result in results:
+        table.add_row(*_row(result))
+    console.print(table, markup=False)
+    for result in results:
+        for line in _details(result):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _document(
@@ -123,6 +142,7 @@ def _engine_object(result: Result) -> dict[str, Any]:
         "as_of": result.as_of,
         "outcome": result.outcome,
         "refusals": [{"rule": r.rule, "remedy": r.remedy} for r in verdict.refusals],
+        "remedies": result.remedies,
         "notes": verdict.notes,
         "flags": verdict.flags,
         "rank": verdict.rank,
@@ -130,14 +150,14 @@ def _engine_object(result: Result) -> dict[str, Any]:
         "names_compared": result.names_compared,
         "worst_error": _finite(result.worst_error),
         "dropped": verdict.dropped,
-        "layers": [_layer_object(layer) for layer in result.layers],
+        "layers": [_layer_object(layer, bool(verdict.refusals)) for layer in result.layers],
     }
 
 
-def _layer_object(layer: LayerResult) -> dict[str, Any]:
+def _layer_object(layer: LayerResult, refused: bool) -> dict[str, Any]:
     return {
         "name": layer.name,
-        "right": layer.is_right,
+        "right": layer.is_right and not refused,
         "effect": layer.effect,
         "reason": layer.reason or None,
         "matching_name": layer.matching_name,
@@ -146,6 +166,7 @@ def _layer_object(layer: LayerResult) -> dict[str, Any]:
         "strength": _finite(layer.strength),
         "dtype": None if layer.dtype is None else str(layer.dtype).removeprefix("torch."),
         "error": _finite(layer.error),
+        "remedy": layer.remedy or None,
     }
 
 
@@ -156,12 +177,13 @@ def _finite(value: float | None) -> float | None:
 
 def _row(result: Result) -> list[str]:
     layers = result.layers
-    right = sum(layer.is_right for layer in layers)
+    right = 0 if result.verdict.refusals else sum(layer.is_right for layer in layers)
     strengths = sorted({float(f"{layer.strength:.3g}") for layer in layers})
     errors = result.worst_error
     return [
         f"{result.engine} ({result.as_of})",
         result.outcome,
+        "compared" if result.names_compared else "not compared",
         f"{right} of {len(layers)} right" if layers else "",
         _span(strengths),
         "" if errors is None else _percent(errors),
@@ -191,6 +213,7 @@ def _details(result: Result) -> Iterator[str]:
     lines += _layer_lines(result.layers)
     for reason, names in _grouped(verdict.dropped).items():
         lines.append(f"{len(names)} tensors are left out: {reason} ({_some(names)})")
+        lines.append(f"  remedy: {verdict.merge}")
     lines += [f"needs {flag}" for flag in verdict.flags]
     lines += [f"note: {note}" for note in verdict.notes]
     if lines:
@@ -211,16 +234,15 @@ def _layer_lines(layers: Sequence[LayerResult]) -> Iterator[str]:
         word = "layer" if len(members) == 1 else "layers"
         names = _some([layer.name for layer in members])
         yield f"{len(members)} {word}: {fault}{worst} ({names})"
-        change = None if members[0].effect else _renaming(members[0])
-        if change is not None:
-            new, old = (part or "''" for part in change)
-            yield f"  remedy: lora-kernels convert ADAPTER OUT --rename {old} {new}"
+        yield from (f"  remedy: {r}" for r in dict.fromkeys(m.remedy for m in members) if r)
 
 
 def _fault(layer: LayerResult) -> tuple[str, ...]:
     """What is wrong with a layer, first; then what else distinguishes groups."""
+    from ..files.serving.engines.verdict import beginnings
+
     if not layer.effect:
-        change = _renaming(layer)
+        change = beginnings(layer.name, layer.matching_name)
         hint = f"; {change[0]!r} instead of {change[1]!r} would match" if change else ""
         return (f"no effect: {layer.reason}{hint}",)
     if layer.reason:
@@ -229,17 +251,6 @@ def _fault(layer: LayerResult) -> tuple[str, ...]:
         return (f"applied at {layer.strength:.4g} times the trained strength",)
     kind = str(layer.dtype).removeprefix("torch.")
     return (f"another update than the trained one, in {kind}",)
-
-
-def _renaming(layer: LayerResult) -> tuple[str, str] | None:
-    """(the beginning of the name that would match, the beginning of this one)."""
-    if layer.matching_name is None:
-        return None
-    there, here = layer.matching_name.split("."), layer.name.split(".")
-    while there and here and there[-1] == here[-1]:
-        there.pop()
-        here.pop()
-    return "".join(f"{part}." for part in there), "".join(f"{part}." for part in here)
 
 
 def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# Rounding to bfloat16 loses 0.24 % of a product, times `cancellation`: 0.43 % at most.
+_MOST_CANCELLATION = 1.8
 # An adapter's tensors.
 FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B", "lora_bias")
 
@@ -78,9 +81,14 @@ class LayerState(WithStart):
 
     @torch.no_grad()
     def portable_factors(self) -> tuple[Tensor, Tensor]:
-        """A' [k, in] and s·B' [out, k] of `update_factors`: their product is the update."""
+        """A' [k, in] and s·B' [out, k], whose product is the update, and which may be rounded to 16
+        bits: those of `update_factors`, or if their parts cancel, those of an SVD.
+        """
         right, left = self.update_factors()
-        return right, scaled(left, self.scaling)
+        left = scaled(left, self.scaling)
+        if cancellation(right, left) > _MOST_CANCELLATION:
+            return svd_factors(right, left, right.shape[0])
+        return right, left
 
     @torch.no_grad()
     def portable_bias(self) -> Tensor | None:
@@ -96,6 +104,37 @@ def scaled(factor: Tensor, scaling: float) -> Tensor:
     return (factor.detach().double() * scaling).to(work)
 
 
+def cancellation(right: Tensor, left: Tensor) -> float:
+    """√(Σ ‖bₖ‖²‖aₖ‖²) / ‖BA‖_F of A = `right` [k, in] and B = `left` [out, k]: how much more of the
+    product is lost if its factors are rounded than if its parts were orthogonal.
+    """
+    right, left = right.double(), left.double()
+    gram_A, gram_B = right @ right.T, left.T @ left
+    parts = float((gram_A.diagonal() * gram_B.diagonal()).sum())
+    whole = float((gram_A * gram_B).sum())
+    if parts == 0 or not math.isfinite(parts):
+        return 1.0
+    return math.sqrt(parts / whole) if whole > 0 else math.inf
+
+
+def svd_factors(right: Tensor, left: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A' [r, in] and B' [out, r], the best of rank r for the product of A = `right` [k, in] and
+    B = `left` [out, k]; √σ is in both. The SVD is that of the small core of two QRs, in float64: no
+    [out, in] matrix is formed. If the product has a smaller rank than r, the rest is zero.
+    """
+    QB, RB = torch.linalg.qr(left.double())
+    QA, RA = torch.linalg.qr(right.double().T)
+    U, S, Vh = torch.linalg.svd(RB @ RA.T, full_matrices=False)
+    root = S[:r].sqrt()
+    new_left = (QB @ U[:, :r]) * root
+    new_right = (root[:, None] * Vh[:r]) @ QA.T
+    missing = r - len(root)
+    if missing > 0:
+        new_right = torch.cat([new_right, new_right.new_zeros(missing, new_right.shape[1])])
+        new_left = torch.cat([new_left, new_left.new_zeros(len(new_left), missing)], dim=1)
+    return new_right.to(right.dtype), new_left.to(left.dtype)
+
+
 def product_factors(
     lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None, start: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
@@ -105,7 +144,7 @@ def product_factors(
     The product may be rounded: its parts have the size of the update. Those of [RA; A₀] and
     [B, −B₀] have the size of W and cancel: bfloat16 can lose all of a small update.
     """
-    work = torch.promote_types(lora_A.dtype, torch.float32)
+    work = widest(lora_A, lora_B, lora_R, *(start or ()))
     right, left = lora_A.to(work), lora_B.to(work)
     if lora_R is not None:
         right = lora_R.to(work) @ right
@@ -113,6 +152,14 @@ def product_factors(
         return right, left
     start_A, start_B = (factor.to(work) for factor in start)
     return torch.cat([right, right - start_A]), torch.cat([left - start_B, start_B], dim=1)
+
+
+def widest(*factors: Tensor | None) -> torch.dtype:
+    """The dtype that holds all factors, float32 at least."""
+    dtype = torch.float32
+    for factor in factors:
+        dtype = dtype if factor is None else torch.promote_types(dtype, factor.dtype)
+    return dtype
 
 
 def dst_start(lora_A: Tensor, lora_B: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The portable form of a PEFT model's adapter (see `lora_kernels.files.adapter.portable`).
 
-All kinds of PEFT's layers take part, also those that have no start here: embeddings, convolutions
-and the experts of a mixture, whose rank r is a dimension of A [E·r, in], the expert slowest, and of
+All kinds of PEFT's layers take part, also those that have no start here: embeddings; convolutions,
+whose B is [out, r / g, 1, 1] with g groups, each of which takes r / g consecutive rows of A; and the
+experts of a mixture, whose rank r is a dimension of A [E·r, in], the expert slowest, and of
 B [out, r·E], the expert fastest.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._utils.peft_names import PREFIX
 from .._utils.safetensors import DTYPES, dtype_name
@@ -26,12 +27,15 @@ from ..layers.state import LayerState, scaled
 from .layers import has_adapter
 from .variant import start_of
 
+Parts = tuple[int, int]  # the numbers of experts and of groups
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass(frozen=True)
 class LayerFactors:
     """A and B of one layer: their names in the model's state_dict, and that of B's bias if there is
-    one; rank and s; the number of experts; whether they are those of a linear layer; and whether
-    they are there whole, not as shards of DeepSpeed ZeRO-3 or FSDP, which are left as they are.
+    one; rank and s; the numbers of experts and groups; whether they are those of a linear layer;
+    and whether they are there whole, not as shards of DeepSpeed ZeRO-3 or FSDP, which are left as they are.
     """
 
     name: str
@@ -41,7 +45,7 @@ class LayerFactors:
     r: int
     scaling: float
     lora_alpha: float
-    experts: int
+    parts: Parts
     linear: bool
     whole: bool
     start: tuple[Tensor, Tensor] | None
@@ -75,8 +79,8 @@ class LayerFactors:
         else:
             right, left = _wide(tensors[self.key_A]), scaled(tensors[self.key_B], self.scaling)
         found = {
-            self.key_A: _resized(right, r, self.experts, 0),
-            self.key_B: _resized(left, r, self.experts, 1),
+            self.key_A: _resized(right, r, self.parts, 0),
+            self.key_B: _resized(left, r, self.parts, 1),
         }
         if self.key_bias is not None:
             found[self.key_bias] = scaled(tensors[self.key_bias], self.scaling)
@@ -94,7 +98,7 @@ class LayerFactors:
                 return layer_to_dict(state)
             return portable_recipe(state, written[self.key_A], written[self.key_B])
         recipe: dict[str, Any]
-        recipe = {"r": self.r, "scaling": self.scaling, "experts": self.experts}
+        recipe = {"r": self.r, "scaling": self.scaling, "parts": list(self.parts)}
         if not self.whole:
             return recipe
         wanted = {"lora_B": tensors[self.key_B].detach()}
@@ -121,6 +125,8 @@ def layer_factors_of(
         A, B = tensors[key_A], tensors[key_B]
         bias = f"{path}.lora_B.{adapter}.bias"
         experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+        base = layer.get_base_layer()
+        groups = base.groups if isinstance(base, _CONVOLUTIONS) else 1
         r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
         yield LayerFactors(
             name=path.removeprefix(PREFIX),
@@ -130,7 +136,7 @@ def layer_factors_of(
             r=r,
             scaling=lora_scaling(alpha, r, rule),
             lora_alpha=alpha,
-            experts=experts,
+            parts=(experts, groups),
             linear=not embedding
             and A.dim() in (1, 2)  # a shard may be flat
             and not isinstance(layer, ParamWrapper),
@@ -153,25 +159,34 @@ def trained(
     """
     assert right is not None
     assert left is not None
-    r, experts, scaling = recipe["r"], recipe["experts"], recipe["scaling"]
-    found = {"lora_B": unscaled(_resized(left, r, experts, 1), scaling)}
+    r, scaling = recipe["r"], recipe["scaling"]
+    parts = (recipe["parts"][0], recipe["parts"][1])
+    found = {"lora_B": unscaled(_resized(left, r, parts, 1), scaling)}
     if bias is not None:
         found["lora_bias"] = unscaled(bias, scaling)
     for part, text in recipe.get("bits", {}).items():
         found[part] = changed(found[part].to(DTYPES[recipe["dtypes"][part]]), text)
-    return {"lora_A": _resized(right, r, experts, 0), **found}
+    return {"lora_A": _resized(right, r, parts, 0), **found}
 
 
 def _wide(factor: Tensor) -> Tensor:
     return factor.detach().to(torch.promote_types(factor.dtype, torch.float32))
 
 
-def _resized(factor: Tensor, r: int, experts: int, dim: int) -> Tensor:
+def _resized(factor: Tensor, r: int, parts: Parts, dim: int) -> Tensor:
     """A (`dim` 0) or B (1), of any rank, with rank r: zeros are added or taken away."""
+    experts, groups = parts
     if experts > 1:
         # [E, r, in] or [out, r, E]
         split = factor.unflatten(dim, (experts, -1) if dim == 0 else (-1, experts))
-        return _resized(split, r, 1, 1).flatten(dim, dim + 1)
-    if factor.shape[dim] >= r:
-        return factor.narrow(dim, 0, r)
-    return padded(factor, r, dim)
+        return _filled(split, r, 1).flatten(dim, dim + 1)
+    if groups > 1 and dim == 0:
+        # [g, r / g, in, ...]
+        return _filled(factor.unflatten(0, (groups, -1)), r // groups, 1).flatten(0, 1)
+    return _filled(factor, r // groups if dim == 1 else r, dim)
+
+
+def _filled(factor: Tensor, size: int, dim: int) -> Tensor:
+    if factor.shape[dim] >= size:
+        return factor.narrow(dim, 0, size)
+    return padded(factor, size, dim)

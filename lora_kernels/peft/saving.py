@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,11 +27,18 @@ from .._utils.model_files import read_json
 from .._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
 from .._utils.safetensors import load_tensors, save_tensors
 from ..files.adapter.content import NATIVE_FILE, FolderContent
-from ..files.adapter.folder import beyond_vllm
+from ..files.adapter.folder import beyond_vllm, read_files, warn_of_changed
 from ..files.adapter.peft_format.writing import exact_targets, portable_fields
 from ..files.adapter.portable import within_header
-from ..files.adapter.recipe import PEFT, layer_from_dict, read_recipe, recipe_to_json
-from ..files.adapter.tensors import check_unedited, layer_factors
+from ..files.adapter.recipe import (
+    METADATA,
+    PEFT,
+    layer_from_dict,
+    read_recipe,
+    recipe_from_json,
+    recipe_to_json,
+)
+from ..files.adapter.tensors import ChangedTensorsError, check_unedited, layer_factors
 from .layers import adapters_with_start, initialized_adapters, lora_layers
 from .portable import LayerFactors, is_whole, layer_factors_of, trained
 from .variant import set_start, silently_loaded, start_of
@@ -123,21 +131,14 @@ def load_adapter(
             f"{adapter_name!r} is merged into the base: call unmerge_adapter() first"
         )
     folder = Path(model_id) / (kwargs.get("subfolder") or "")
-    recipe = _read_recipe(folder)
-    loaded = _loaded(peft_model) - {adapter_name}
-    if recipe is None:
-        with silently_loaded():
-            result, starts = own(peft_model, model_id, adapter_name, *args, **kwargs), {}
-    else:
-        kwargs.pop("subfolder", None)
-        loaded |= {adapter_name}
-        with TemporaryDirectory() as scratch, silently_loaded():
-            try:
-                starts = _restored(folder, Path(scratch), recipe)
-            except (KeyError, ValueError) as error:
-                raise ValueError(
-                    f"{folder}: the recipe does not fit its tensors: {error}"
-                ) from None
+    loaded, starts = _loaded(peft_model) - {adapter_name}, {}
+    with TemporaryDirectory() as scratch, silently_loaded():
+        restored = _restored(folder, Path(scratch))
+        if restored is None:
+            result = own(peft_model, model_id, adapter_name, *args, **kwargs)
+        else:
+            kwargs.pop("subfolder", None)
+            loaded, starts = loaded | {adapter_name}, restored
             result = own(peft_model, scratch, adapter_name, *args, **kwargs)
     setattr(peft_model, _LOADED, loaded)
     # Where A and B were loaded without a start, the layer has dropped its own already.
@@ -218,8 +219,10 @@ def _portable_state(
 
 
 def _rank(pairs: list[LayerFactors]) -> int:
-    """The rank of the portable form."""
-    return max((2 * pair.r if pair.start else pair.r for pair in pairs), default=1)
+    """The rank of the portable form, which the groups of convolutions divide."""
+    groups = math.lcm(*(pair.parts[1] for pair in pairs))
+    r = max((2 * pair.r if pair.start else pair.r for pair in pairs), default=1)
+    return -(-r // groups) * groups
 
 
 @contextmanager
@@ -234,7 +237,7 @@ def _portable_config(
     values = portable_fields(_rank(pairs))
     if isinstance(config.target_modules, str):  # a regular expression, which servers refuse
         modules = [name.removeprefix(PREFIX) for name, _ in peft_model.named_modules()]
-        names = [pair.name for pair in pairs if pair.experts == 1]
+        names = [pair.name for pair in pairs if pair.parts[0] == 1]
         targets, excluded = exact_targets(names, [n for n in modules if ".lora_" not in n])
         values |= {"target_modules": targets, "exclude_modules": excluded}
         values |= {"layers_to_transform": None, "layers_pattern": None}
@@ -278,8 +281,10 @@ def _publish(
         warnings.warn(warning, stacklevel=5)
 
 
-def _read_recipe(folder: Path) -> dict[str, Any] | None:
-    """The recipe; None if there is none, or it is one of a start, which PEFT reads itself."""
+def _restored(folder: Path, scratch: Path) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """Writes the adapter that was trained into `scratch`, as PEFT does; returns the starts. None if
+    PEFT can read the folder itself: it has no recipe, that of a start, or that of other tensors.
+    """
     file = folder / ADAPTER_FILE
     if (folder / NATIVE_FILE).is_file() and not file.is_file():
         raise ValueError(
@@ -289,18 +294,32 @@ def _read_recipe(folder: Path) -> dict[str, Any] | None:
     recipe = read_recipe(file)
     if recipe is None or recipe["format"] != PEFT:
         return None
+    # All files at once: another process may be saving into the folder.
+    config, _, tensors, metadata = read_files(folder)
+    if METADATA not in metadata:  # PEFT itself has just written it
+        return None
     try:
-        check_unedited(recipe, read_json(folder / ADAPTER_CONFIG))
+        recipe = recipe_from_json(metadata[METADATA])
+        check_unedited(recipe, config)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    return recipe
+    try:
+        starts = _restore(tensors, recipe)
+    except ChangedTensorsError as error:
+        warn_of_changed(file, error)
+        return None
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{folder}: the recipe does not fit its tensors: {error}") from None
+    values = (config or recipe["peft_config"]) | recipe["rank_fields"]
+    (scratch / ADAPTER_CONFIG).write_text(json.dumps(values))
+    save_tensors(tensors, scratch / ADAPTER_FILE, {})
+    return starts
 
 
-def _restored(
-    folder: Path, scratch: Path, recipe: dict[str, Any]
+def _restore(
+    tensors: dict[str, Tensor], recipe: dict[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Writes the adapter that was trained into `scratch`, as PEFT does; returns the starts."""
-    tensors, _ = load_tensors(folder / ADAPTER_FILE)
+    """Replaces the tensors of a file by those that were trained; returns the starts."""
     starts = {}
     for name, layer in recipe["layers"].items():
         key_A, key_B, key_bias = _stored_keys(name, tensors)
@@ -316,9 +335,6 @@ def _restored(
         keys = _stored_keys(name, tensors)
         parts = trained(other, *(tensors.get(key) for key in keys))
         tensors |= dict(zip(keys, parts.values(), strict=False))
-    config = read_json(folder / ADAPTER_CONFIG) | recipe["rank_fields"]
-    (scratch / ADAPTER_CONFIG).write_text(json.dumps(config))
-    save_tensors(tensors, scratch / ADAPTER_FILE, {})
     return starts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -628,26 +629,68 @@ def test_every_kind_of_layer_has_its_strength_in_b(tmp_path, method, bias):
         assert (tmp_path / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
-def test_convolutions(tmp_path):
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_convolutions(tmp_path, groups):
+    """Each group of a convolution has consecutive rows of A."""
     from torch import nn
 
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 16))
+    base = nn.Sequential(nn.Conv2d(4, 8, 3, groups=groups), nn.Flatten(), nn.Linear(8 * 36, 16))
     base.config = {"model_type": "custom"}
-    model = adapted(base, target_modules=["0", "2"], r=3, rank_pattern={"0": 2}, use_rslora=True)
+    model = adapted(base, target_modules=["0", "2"], r=3, rank_pattern={"0": 4}, use_rslora=True)
     report = initialize(model, "loram")
     assert report.left
     move(model)
     model.save_pretrained(tmp_path)
-    x = torch.randn(2, 3, 8, 8)
+    x = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         want = model.eval()(x)
         assert close(plain(base, tmp_path)(x), want)
-        again = adapted(base, target_modules=["0", "2"], r=3, rank_pattern={"0": 2},
+        again = adapted(base, target_modules=["0", "2"], r=3, rank_pattern={"0": 4},
                         use_rslora=True)  # fmt: skip
         initialize(again, "loram")
         again.load_adapter(tmp_path, "default")
         assert torch.equal(again.eval()(x), want)
+
+
+def test_saved_while_it_is_loaded(tmp_path):
+    """The bridge reads one of two adapters that replace each other, never parts of both."""
+    from threading import Event, Thread
+
+    models = {}
+    for name, alpha in (("one", 7), ("two", 13)):
+        models[name] = adapted(llama(), target_modules=["q_proj"], r=5, lora_alpha=alpha)
+        initialize(models[name], "pissa")
+        move(models[name], seed=alpha)
+        models[name].save_pretrained(tmp_path / name)
+    folder, stop = tmp_path / "both", Event()
+    shutil.copytree(tmp_path / "one", folder)
+
+    def saving():
+        while not stop.is_set():
+            for model in models.values():
+                model.save_pretrained(folder)
+
+    writer = Thread(target=saving)
+    writer.start()
+    try:
+        for _ in range(25):
+            reader = adapted(llama(), target_modules=["q_proj"], r=5, lora_alpha=7)
+            initialize(reader, "loram")
+            reader.load_adapter(folder, "new")
+            found = [
+                all(
+                    torch.equal(layer.lora_B["new"].weight, own.lora_B["default"].weight)
+                    for layer, own in zip(
+                        linear_layers(reader).values(), linear_layers(model).values(), strict=True
+                    )
+                )
+                for model in models.values()
+            ]
+            assert any(found)
+    finally:
+        stop.set()
+        writer.join()
 
 
 def test_a_regular_expression_becomes_a_list(tmp_path):

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from ..._utils.checks import as_integer
-from ...layers.state import LayerState
+from ...layers.state import LayerState, svd_factors
 from ...model.config import AdapterState
 
 
 def truncated(state: AdapterState, r: int) -> AdapterState:
     """The best adapter of rank r for the original base, without a start to subtract and without R.
 
-    s(BA − B₀A₀), of twice the rank, is truncated to its r largest singular values. The SVD is that
-    of the small core of two QRs, in float64: no [out, in] matrix is formed. √σ goes into both
-    factors, and s becomes 1. A layer whose rank is r or less keeps its factors.
+    s(BA − B₀A₀), of twice the rank, is truncated to its r largest singular values, and s becomes 1.
+    A layer whose rank is r or less keeps its factors.
     """
     as_integer(r, "compress_to", minimum=1)
     layers = {name: _truncated(layer, r) for name, layer in state.layers.items()}
@@ -29,12 +28,7 @@ def truncated(state: AdapterState, r: int) -> AdapterState:
 def _truncated(layer: LayerState, r: int) -> LayerState:
     right, left = layer.portable_factors()
     if r < right.shape[0]:
-        QB, RB = torch.linalg.qr(left.double())  # [out, k], [k, k]
-        QA, RA = torch.linalg.qr(right.double().T)  # [in, k], [k, k]
-        U, S, Vh = torch.linalg.svd(RB @ RA.T, full_matrices=False)
-        root = S[:r].sqrt()
-        left = ((QB @ U[:, :r]) * root).to(left.dtype)
-        right = ((root[:, None] * Vh[:r]) @ QA.T).to(right.dtype)
+        right, left = svd_factors(right, left, r)
     return LayerState(
         right,
         left,

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..._utils.checks import all_finite
 from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX, REPLICATION
 from ..._utils.safetensors import save_tensors
 from ...model.config import AdapterState
@@ -48,7 +49,19 @@ class FolderContent:
         return {METADATA: self.recipe} if self.recipe else {}
 
     def write(self, folder: Path, owned: Collection[str] = ADAPTER_FILES) -> dict[str, int]:
-        """Replaces the adapter in a folder, as `replace_files`; returns the sizes by name."""
+        """Replaces the adapter in a folder, as `replace_files`; returns the sizes by name.
+
+        Raises:
+            ValueError: a tensor is not finite, because s·B was too large; nothing is written then.
+            OSError: as `replace_files`.
+
+        """
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point() and not all_finite(tensor):
+                raise ValueError(
+                    f"{name!r}, which has s multiplied in, exceeds the range of {tensor.dtype}; "
+                    "nothing was written"
+                )
         config = json.dumps(self.config, indent=2, allow_nan=False).encode()
         size = replace_files(
             folder,

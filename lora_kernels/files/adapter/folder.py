@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from .compression import truncated, update_errors
 from .content import ADAPTER_FILES, NATIVE_FILE, NATIVE_TYPE, factors_of, folder_content
 from .peft_format.reading import from_peft
 from .recipe import FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
-from .tensors import check_state, check_tensors, from_recipe
+from .tensors import ChangedTensorsError, check_state, check_tensors, from_recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 HALF = (torch.bfloat16, torch.float16)
@@ -209,7 +210,8 @@ def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, 
         if not bool(rounded[name].isfinite().all()):
             raise ValueError(
                 f"{name!r} has numbers up to {float(tensors[name].abs().max()):.3g}, too large for "
-                f"{str(dtype).removeprefix('torch.')}: use dtype='bfloat16'"
+                f"{str(dtype).removeprefix('torch.')}: "
+                + ("use dtype='bfloat16'" if dtype == torch.float16 else "leave out dtype")
             )
     return rounded
 
@@ -235,7 +237,7 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
 
     """
     folder = Path(folder)
-    config, file, tensors, metadata = _read_files(folder)
+    config, file, tensors, metadata = read_files(folder)
     try:
         check_tensors(tensors)
         recipe = recipe_from_json(metadata[METADATA]) if METADATA in metadata else None
@@ -255,12 +257,27 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
             return from_peft(config, tensors, residual_base)
         if (recipe["format"] == NATIVE) != (file.name == NATIVE_FILE):
             raise ValueError(f"it was saved in the format {recipe['format']!r} and renamed")
-        return from_recipe(recipe, config, tensors)
+        try:
+            return from_recipe(recipe, config, tensors)
+        except ChangedTensorsError as error:
+            if config is None:
+                raise
+            warn_of_changed(file, error)
+            return from_peft(config, tensors, residual_base)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _read_files(
+def warn_of_changed(file: Path, error: ChangedTensorsError) -> None:
+    """Warns that a file's tensors are read without its recipe."""
+    warnings.warn(
+        f"{file}: {error}: another program has changed the tensors. They are read as a plain "
+        "adapter of the original base, without the start and the numbers of the training",
+        stacklevel=4,
+    )
+
+
+def read_files(
     folder: Path,
 ) -> tuple[dict[str, Any] | None, Path, dict[str, Tensor], dict[str, str]]:
     """The configuration, and the file with its tensors and metadata: those of one adapter, also

@@ -1,25 +1,29 @@
 """The portable form of an adapter, and back: every loader applies it with the right strength.
 
 A' = [RA; RA − A₀] and s·B' = s·[B − B₀, B₀], with zero rows and columns up to one rank for all
-layers, so that the configuration needs no rsLoRA, no patterns, and lora_alpha = r.
+layers, so that the configuration needs no rsLoRA, no patterns, and lora_alpha = r. Where these
+parts cancel too, A' and s·B' are those of an SVD of the update.
 
 A, B, A₀ and B₀ are computed from them. No bit is lost where s is a power of two, and B and B₀ are
 within a factor of two of each other (Sterbenz). For all other numbers the recipe holds the
-differences of the bits: about two bits a number.
+differences of the bits: about two bits a number, and all bits where A' and B' are those of an SVD.
 """
 
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...layers.state import FACTORS, LayerState, dst_start
+from ..io.buffers import memory_of
 from ..io.differences import difference
-from .recipe import layer_from_dict, layer_to_dict, narrow_dtype
+from .recipe import layer_from_dict, layer_numbers, layer_to_dict, narrow_dtype
 
 # A header of the safetensors format has at most 100 MB, with escapes.
 _LIMIT = 80_000_000
@@ -36,7 +40,8 @@ def padded(factor: Tensor, r: int, dim: int) -> Tensor:
 
 
 def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> dict[str, Tensor]:
-    """A and B, and A₀ and B₀ if the layer stores them, in the dtype of the file.
+    """A and B, and A₀ and B₀ if the layer stores them, in the dtype of the file, without the
+    differences of bits.
 
     Args:
         layer: the recipe of the layer.
@@ -44,15 +49,20 @@ def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> di
         left: s·B' [out, k].
 
     Raises:
-        ValueError: they have a smaller rank than the recipe.
+        ValueError: the recipe is damaged, or they have a smaller rank than it says.
 
     """
-    r, start = layer["r"], layer.get("start")
+    numbers, r, start = layer_numbers(layer), layer["r"], layer.get("start")
     k = 2 * r if start else r
     if right.shape[0] < k:
         raise ValueError(f"lora_A has {right.shape[0]} rows, its recipe needs {k}")
+    if layer.get("svd"):  # all bits are in the recipe
+        found = {"lora_A": torch.zeros_like(right[:r]), "lora_B": torch.zeros_like(left[:, :r])}
+        if start == "kept":
+            found |= {"start_A": found["lora_A"].clone(), "start_B": found["lora_B"].clone()}
+        return found
     lora_A = right[:r].clone()
-    left = unscaled(left[:, :k], layer["scaling"])
+    left = unscaled(left[:, :k], numbers["scaling"])
     if not start:
         return {"lora_A": lora_A, "lora_B": left}
     if start == "dst":
@@ -60,7 +70,7 @@ def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> di
             factor.to(narrow_dtype(layer, key) or factor.dtype)
             for key, factor in (("lora_A", lora_A), ("lora_B", left[:, :r]))
         ]
-        start_B = dst_start(like[0], like[1], layer["beta"])[1].to(left.dtype)
+        start_B = dst_start(like[0], like[1], numbers["beta"])[1].to(left.dtype)
         return {"lora_A": lora_A, "lora_B": left[:, :r] + start_B}
     start_B = left[:, r:].clone()
     return {
@@ -80,7 +90,13 @@ def portable_recipe(layer: LayerState, right: Tensor, left: Tensor) -> dict[str,
     """The recipe of a layer that is stored as A' and s·B', from which `layer_from_dict` gives back
     its factors to the last bit, except that an R stays multiplied into A.
     """
-    recipe = layer_to_dict(layer)
+    recipe = layer_to_dict(layer) | {"checksum": checksum(right, left)}
+    plain, _ = layer.update_factors()
+    if not torch.equal(plain, right[: len(plain)]):
+        recipe["svd"] = len(plain)
+        if layer.lora_R is not None:
+            product = plain[: layer.r].to(layer.lora_A.dtype)
+            layer = replace(layer, lora_A=product, lora_R=None)
     factors = trained_factors(recipe, right, left)
     bias = layer.portable_bias()
     if bias is not None:
@@ -93,6 +109,12 @@ def portable_recipe(layer: LayerState, right: Tensor, left: Tensor) -> dict[str,
         if want is not None and got is not None and not folded:
             bits[key] = difference(want, got)
     return recipe | with_bits(bits)
+
+
+def checksum(right: Tensor, left: Tensor) -> int:
+    """Of the bytes of A' and s·B', as they are in the file."""
+    first = zlib.crc32(str(right.dtype).encode())
+    return zlib.crc32(memory_of(left), zlib.crc32(memory_of(right), first))
 
 
 def with_bits(bits: Mapping[str, str]) -> dict[str, Any]:
@@ -114,4 +136,16 @@ def within_header(recipes: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, 
         "save_adapter(..., format='native') keeps them exactly",
         stacklevel=4,
     )
-    return {n: {k: v for k, v in r.items() if k != "bits"} for n, r in recipes.items()}
+    return {name: _without_bits(recipe) for name, recipe in recipes.items()}
+
+
+def _without_bits(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without the differences of bits; a layer that is nothing without them becomes a
+    plain one, of the rank in the file.
+    """
+    left = {key: value for key, value in recipe.items() if key != "bits"}
+    if "svd" not in left:
+        return left
+    r = left.pop("svd")
+    return left | {"r": r, "scaling": 1.0, "lora_alpha": r, "beta": None, "start": None,
+                   "R": False, "dtypes": {}}  # fmt: skip

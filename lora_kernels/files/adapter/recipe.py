@@ -8,6 +8,7 @@ other's.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -16,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ..._utils.safetensors import read_layout
+from ..._utils.safetensors import DTYPES, read_layout
 from ...init import Initializer, get_initializer, initializer_names
-from ...layers.state import FACTORS, LayerState
+from ...layers.state import FACTORS, LayerState, widest
 from ...model.config import LoRAConfig
 from ..io.differences import changed
 
@@ -30,7 +31,7 @@ _VERSIONS = (1, VERSION)
 # subtracted (see lora_kernels.files.checkpoint.residual).
 PEFT, NATIVE, START = "peft", "native", "start"
 FORMATS = (PEFT, NATIVE)
-_NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {str(d).removeprefix("torch."): d for d in DTYPES.values()}
 _NUMBERS = ("scaling", "lora_alpha", "beta", "weight_norm")
 
 
@@ -106,8 +107,35 @@ def read_recipe(file: Path) -> dict[str, Any] | None:
 
 
 def narrow_dtype(recipe: Mapping[str, Any], factor: str) -> torch.dtype | None:
-    """The dtype in which a layer's factor was trained, if it has 16 bits; else None."""
-    return _NARROW.get(recipe.get("dtypes", {}).get(factor))
+    """The dtype in which a layer's factor was trained, if it is not that of the file; else None."""
+    return _DTYPES.get(recipe.get("dtypes", {}).get(factor))
+
+
+def layer_numbers(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers in the recipe of a layer.
+
+    Raises:
+        ValueError: a number is missing or wrong, or another value that a layer needs.
+
+    """
+    numbers: dict[str, Any] = {}
+    for key in _NUMBERS:
+        value = recipe.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{key} is {value!r}, not a number")
+        numbers[key] = value
+    for key in ("scaling", "lora_alpha"):
+        if numbers[key] is None or not 0 < numbers[key] < math.inf:
+            raise ValueError(f"{key} is {numbers[key]!r}, not a positive number")
+    if type(recipe.get("r")) is not int or recipe["r"] < 1:
+        raise ValueError(f"r is {recipe.get('r')!r}, not a positive whole number")
+    if recipe.get("residual") not in ("absorb", "implicit"):
+        raise ValueError(f"residual is {recipe.get('residual')!r}")
+    if recipe.get("start") not in (None, "dst", "kept"):
+        raise ValueError(f"start is {recipe['start']!r}")
+    if (recipe.get("start") == "dst") != (numbers["beta"] is not None):
+        raise ValueError(f"beta is {numbers['beta']!r}, for the start {recipe.get('start')!r}")
+    return numbers
 
 
 def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) -> LayerState:
@@ -117,27 +145,17 @@ def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) ->
         ValueError: a number is missing or wrong.
 
     """
-    numbers: dict[str, float | None] = {}
-    for key in _NUMBERS:
-        value = recipe.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"{key} is {value!r}, not a number")
-        numbers[key] = value
-    scaling, lora_alpha = numbers["scaling"], numbers["lora_alpha"]
-    if scaling is None or lora_alpha is None:
-        raise ValueError("scaling or lora_alpha is missing")
-    if recipe.get("residual") not in ("absorb", "implicit"):
-        raise ValueError(f"residual is {recipe.get('residual')!r}")
+    numbers = layer_numbers(recipe)
     for key, dtype in recipe.get("dtypes", {}).items():
         if key in factors:
-            factors[key] = factors[key].to(_NARROW[dtype])
+            factors[key] = factors[key].to(_DTYPES[dtype])
     for key, text in recipe.get("bits", {}).items():
         factors[key] = changed(factors[key], text)
     return LayerState(
         lora_A=factors["lora_A"],
         lora_B=factors["lora_B"],
-        scaling=scaling,
-        lora_alpha=lora_alpha,
+        scaling=numbers["scaling"],
+        lora_alpha=numbers["lora_alpha"],
         lora_R=factors.get("lora_R"),
         beta=numbers["beta"],
         start_A=factors.get("start_A"),
@@ -179,13 +197,14 @@ def layer_to_dict(layer: LayerState) -> dict[str, Any]:
         "R": layer.lora_R is not None,
         **({} if layer.lora_bias is None else {"bias": True}),
     }
-    narrow = {
-        key: name
-        for key in FACTORS
-        for name, dtype in _NARROW.items()
-        if getattr(layer, key) is not None and getattr(layer, key).dtype == dtype
+    factors = {key: factor for key in FACTORS if (factor := getattr(layer, key)) is not None}
+    work = widest(*factors.values())
+    dtypes = {
+        key: str(factor.dtype).removeprefix("torch.")
+        for key, factor in factors.items()
+        if factor.dtype != work
     }
-    return recipe | ({"dtypes": narrow} if narrow else {})
+    return recipe | ({"dtypes": dtypes} if dtypes else {})
 
 
 def _initializer_to_json(value: Any) -> Any:

@@ -22,8 +22,12 @@ from .peft_format.reading import (
     split_tensors,
 )
 from .peft_format.tokens import split_rows
-from .portable import trained_factors, unscaled
+from .portable import checksum, trained_factors, unscaled
 from .recipe import PEFT, config_from_dict, layer_from_dict
+
+
+class ChangedTensorsError(ValueError):
+    """The tensors of a file are not those that its recipe belongs to."""
 
 
 def check_state(state: AdapterState) -> None:
@@ -76,6 +80,7 @@ def from_recipe(
         tensors: all tensors of the file.
 
     Raises:
+        ChangedTensorsError: A and B were changed after they were saved.
         ValueError: they do not fit each other.
 
     """
@@ -166,11 +171,14 @@ def layer_factors(
     [out] if the file has one, and its recipe.
 
     Raises:
+        ChangedTensorsError: they were changed after they were saved.
         ValueError: they do not fit the recipe.
 
     """
     layer = recipe["layers"][name]
     check_pair(name, lora_A, lora_B)
+    if layer.get("checksum", found := checksum(lora_A, lora_B)) != found:
+        raise ChangedTensorsError(f"lora_A or lora_B of {name!r} is not the one that was saved")
     split = _doubled_factors if recipe["version"] == 1 else trained_factors
     try:
         factors = split(layer, lora_A, lora_B)

@@ -9,20 +9,27 @@ the original base.
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..._utils.model_files import read_json
 from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, base_changing_start
 from ..._utils.safetensors import load_tensors
 from ...init.base import initializer_names
+from ...layers.state import LayerState
 from ...model.config import AdapterState
 from ..adapter.folder import read_adapter
 from ..adapter.peft_format.reading import split_tensors
 from ..adapter.recipe import START, config_from_dict, layer_from_dict, read_recipe
 
 ADAPTER = "adapter"  # the name of its folder, in that of the residual base
+_GIVE = "give the adapter as it was saved before training as the start (--start)"
 
 
 def is_start(folder: Path) -> bool:
@@ -100,16 +107,66 @@ def _no_start(folder: Path, why: str = "") -> ValueError:
     )
 
 
-def check_method(start: Path, trained: Path) -> None:
-    """Raises ValueError if PEFT made the two adapters by different starts."""
-    if is_start(start):
-        return
+def without_start(state: AdapterState, trained: Path, start: Path) -> AdapterState:
+    """Converts the adapter of the folder `trained` from one of the residual base to one of the
+    original base, by the start in the folder `start`.
+
+    Warns if neither configuration says that PEFT subtracted a start: its guides set
+    `init_lora_weights` to true before saving, and so the files of many starts do not say it.
+
+    Raises:
+        ValueError: `start` is no start, or the adapter was not trained from it.
+
+    """
+    if start.exists() and start.samefile(trained):
+        raise ValueError(
+            f"{start} is the trained adapter itself, from which nothing would be left: {_GIVE}"
+        )
+    first = read_start(start)
+    method = None if is_start(start) else _common_method(start, trained)
+    if method is not None and not _orthogonal(first.layers.values()):
+        raise _no_start(
+            start,
+            f"the columns of lora_B are not orthogonal, as those that PEFT makes by {method!r} are "
+            "before they are trained",
+        )
+    converted = trained_from(first, state)
+    if method is None and not is_start(start):
+        warnings.warn(
+            f"nothing in {start} or {trained} says that {start} was subtracted from the weights of "
+            "a base: neither names a start as PEFT's 'pissa', 'olora', 'corda' or 'lora_ga' in "
+            "init_lora_weights. The result is right if it was set to true before saving, as in "
+            "PEFT's guides; it is wrong if this is ordinary LoRA or another training run",
+            stacklevel=3,
+        )
+    return converted
+
+
+def _common_method(start: Path, trained: Path) -> str | None:
+    """PEFT's start that one of the two names; raises ValueError if they name different ones."""
     first, then = _method(start), _method(trained)
     if first is not None and then is not None and first != then:
         raise ValueError(
             f"{trained} was trained from init_lora_weights = {then!r}, {start} is a start of "
             f"{first!r}"
         )
+    return first or then
+
+
+def _orthogonal(layers: Iterable[LayerState]) -> bool:
+    """Whether the columns of B are orthogonal in every layer, up to a rounding to 16 bits.
+
+    PEFT makes B of singular vectors or of a QR. The cosines of random columns of n numbers have a
+    spread of 1 / sqrt(n), those of orthogonal columns that were rounded to bfloat16 1/500 of it.
+    """
+    for layer in layers:
+        B = layer.lora_B.detach().double()
+        B = B / B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
+        cosines = (B.T @ B).triu(1)
+        pairs = max(1, B.shape[1] * (B.shape[1] - 1) // 2)
+        if cosines.square().sum() / pairs > 0.05**2 / B.shape[0]:
+            return False
+    return True
 
 
 def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
@@ -121,7 +178,7 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
     """
     if start.config.initializer.rewrites_base:
         raise ValueError(
-            f"{start.config.init_lora_weights!r} replaces the base instead of subtracting the "
+            f"{start.config.init_lora_weights!r} has made a new base instead of subtracting the "
             "start: adapters that are trained on that base belong to it as they are"
         )
     blocks = [block for begin, end in trained.replication for block in range(begin, end)]
@@ -132,6 +189,7 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
             "of the original base gives that back"
         )
     layers = dict(trained.layers)
+    trained_anew = False
     for name, first in start.layers.items():
         layer = layers.get(name)
         if layer is None:
@@ -153,6 +211,7 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
                 )
         if layer.lora_A.shape != first.lora_A.shape or layer.lora_B.shape != first.lora_B.shape:
             raise ValueError(f"{name!r} and its start have different shapes")
+        trained_anew |= not _equal(first, layer)
         layers[name] = replace(
             layer,
             beta=first.beta,
@@ -160,6 +219,12 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
             start_B=first.start_B,
             residual=first.residual,
             weight_norm=first.weight_norm,
+        )
+    if not trained_anew:
+        raise ValueError(
+            "the adapter and its start have the same factors in every layer, from which nothing "
+            "would be left: it was not trained, or the start is a copy of the trained adapter; "
+            f"{_GIVE}"
         )
     config = replace(
         trained.config,
@@ -169,16 +234,39 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
     return replace(trained, config=config, layers=layers, base_model=start.base_model)
 
 
+def _equal(start: LayerState, trained: LayerState) -> bool:
+    """Whether A and B are equal, or would be if both were rounded to the narrower dtype."""
+    pairs = ((start.lora_A, trained.lora_A), (start.lora_B, trained.lora_B))
+    return all(_same(one, other) for one, other in pairs)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    dtype = min(one.dtype, other.dtype, key=lambda kind: kind.itemsize)
+    return torch.equal(one.to(dtype), other.to(dtype))
+
+
 def refuse_residual(adapter: Path, state: AdapterState, base: Path | None = None) -> None:
     """Raises if the adapter was trained on a residual base other than `base`."""
     if state.base_model is None or any(layer.changes_base for layer in state.layers.values()):
         return
-    trained_on = Path(state.base_model)
-    if is_start(trained_on / ADAPTER) and (base is None or not trained_on.samefile(base)):
+    trained_on = find_base(state.base_model, adapter)
+    if trained_on is None or not is_start(trained_on / ADAPTER):
+        return
+    if base is None or not trained_on.samefile(base):
         raise ValueError(
             f"{adapter} was trained on {trained_on}, from whose weights a start was subtracted, "
             f"and is wrong on another model: convert it with --start {trained_on / ADAPTER}"
         )
+
+
+def find_base(name: str, adapter: Path) -> Path | None:
+    """The folder of the model that an adapter was trained on: as it is named, or from the adapter's
+    folder or one of its parents, since the training may have had another working directory; None
+    if it is not here.
+    """
+    folder = adapter.absolute()
+    places = (Path(name), *(parent / name for parent in (folder, *folder.parents)))
+    return next((place for place in places if name and place.is_dir()), None)
 
 
 def _recipe_of(folder: Path) -> dict[str, Any] | None:

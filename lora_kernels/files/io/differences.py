@@ -21,6 +21,11 @@ def difference(want: Tensor, got: Tensor) -> str:
     differs. The differences of the bits, as integers, follow, byte by byte of their size, since
     most are small. The text needs no escape in JSON.
     """
+    if want.dtype != got.dtype or want.shape != got.shape:
+        raise ValueError(
+            f"{want.dtype} {list(want.shape)} and {got.dtype} {list(got.shape)} have no differences "
+            "of bits: dtypes and shapes must be equal"
+        )
     new, old = _bits(want), _bits(got)
     differs = new != old
     if not differs.any():

@@ -16,6 +16,7 @@ from .engines import ENGINES
 from .engines.model import BaseModel, read_base
 from .engines.ollama import takes
 from .engines.verdict import (
+    OTHER_BASE,
     REFUSED,
     RIGHT,
     WRONG,
@@ -24,6 +25,8 @@ from .engines.verdict import (
     Ignored,
     Refusal,
     Verdict,
+    base_notes,
+    renaming,
 )
 from .stored import DIFFUSERS, NATIVE, PEFT, StoredAdapter, StoredLayer, read_stored
 from .updates import Update, relative_error, trained_scale, trained_update
@@ -48,6 +51,7 @@ class LayerResult:
         dtype: that of the factors in the engine; None without effect.
         error: ‖ΔW − ΔW_trained‖_F / ‖ΔW_trained‖_F; None if it cannot be computed, 1 without
             effect.
+        remedy: what to do; "" if it is right.
 
     """
 
@@ -59,6 +63,7 @@ class LayerResult:
     trained_scale: float
     dtype: torch.dtype | None
     error: float | None
+    remedy: str = ""
 
     @property
     def strength(self) -> float:
@@ -103,6 +108,14 @@ class Result:
         return RIGHT if right else WRONG
 
     @property
+    def remedies(self) -> list[str]:
+        """What to do, each once; empty if nothing is wrong."""
+        found = [refusal.remedy for refusal in self.verdict.refusals]
+        found += [layer.remedy for layer in self.layers]
+        found += [self.verdict.merge] if self.verdict.dropped else []
+        return [remedy for remedy in dict.fromkeys(found) if remedy]
+
+    @property
     def worst_error(self) -> float | None:
         """The largest error of the layers; None if there is none."""
         errors = [layer.error for layer in self.layers if layer.error is not None]
@@ -127,7 +140,7 @@ def check(
         ValueError: an engine is unknown, or files are damaged or hold something else than LoRA.
 
     """
-    chosen = None if engines is None else [_engine(name) for name in engines]
+    chosen = None if engines is None else [_engine(name) for name in dict.fromkeys(engines)]
     stored = read_stored(adapter)
     model = None if base is None else read_base(base, stored.layers)
     if chosen is None:
@@ -165,15 +178,22 @@ def judged(
         for verdict, results in zip(verdicts, rows, strict=True):
             found = verdict.layers.get(name)
             if isinstance(found, Applied):
-                key = replace(found, fault="", folded=found.folded and found.scale != 1)
+                folded = found.folded and found.scale != 1
+                key = replace(found, fault="", remedy="", folded=folded)
                 if key not in measured:
                     measured[key] = _error(key, trained)
-                results.append(_applied(layer, found, trained, measured[key]))
+                result = _applied(layer, found, trained, measured[key])
+                if not result.is_right and not result.remedy:
+                    result = replace(result, remedy=_remedy(verdict, result, key, trained))
+                results.append(result)
             elif isinstance(found, Ignored):
+                remedy = found.remedy or renaming(name, found.name) or OTHER_BASE
                 results.append(LayerResult(name, False, found.reason, found.name, None,
-                                           trained.scale, None, 1.0))  # fmt: skip
+                                           trained.scale, None, 1.0, remedy))  # fmt: skip
     compared = base is not None and base.architecture is not None
     for verdict in verdicts:
+        if verdict.portable:  # the engine has judged
+            verdict.notes += base_notes(adapter, base)
         if base is not None and not compared:
             verdict.notes.append(f"names were not compared with the base: {base.unknown}")
         if base is not None and base.assumed:
@@ -216,5 +236,19 @@ def _error(applied: Applied, trained: Update) -> float:
 def _applied(layer: StoredLayer, found: Applied, trained: Update, error: float) -> LayerResult:
     # What a fault does is not in the factors, but for a change that was measured.
     known = None if found.fault and found.change is None else error
-    return LayerResult(layer.name, True, found.fault, None, found.scale, trained.scale,
-                       found.dtype, known)  # fmt: skip
+    result = LayerResult(layer.name, True, found.fault, None, found.scale, trained.scale,
+                         found.dtype, known)  # fmt: skip
+    return result if result.is_right else replace(result, remedy=found.remedy)
+
+
+def _remedy(verdict: Verdict, result: LayerResult, applied: Applied, trained: Update) -> str:
+    """What to do about a layer whose scale or dtype is wrong."""
+    if not (trained.right.isfinite().all() and trained.left.isfinite().all()):
+        return "the file has values that are not finite: save or train the adapter again"
+    if not math.isclose(result.strength, 1, rel_tol=TOLERANCE):
+        return verdict.portable
+    for dtype in (torch.bfloat16, torch.float16):
+        if _error(replace(applied, dtype=dtype), trained) <= TOLERANCE:
+            name = str(dtype).removeprefix("torch.")
+            return f"serve the model in {name} (--dtype {name}, or torch_dtype of diffusers)"
+    return verdict.portable if verdict.is_old else verdict.merge

@@ -13,7 +13,7 @@ from ..adapter.compression import truncated, update_errors
 from ..adapter.folder import SavedAdapter, float_dtype, read_adapter, write_adapter
 from ..adapter.recipe import FORMATS
 from ..checkpoint.folder import CONFIG, ModelFolder, check_outside
-from ..checkpoint.residual import check_method, read_start, refuse_residual, trained_from
+from ..checkpoint.residual import refuse_residual, without_start
 from .gguf import GGUFSummary, write_gguf
 from .rename import renamed
 
@@ -60,9 +60,7 @@ def convert(
     state = read_adapter(adapter, residual_base=start is not None)
     if start is not None:
         check_outside(start, out)  # every adapter of that residual base needs it
-        first = read_start(start)
-        check_method(start, adapter)
-        state = trained_from(first, state)
+        state = without_start(state, adapter, start)
     else:
         refuse_residual(adapter, state)
     if rename is not None:

@@ -10,14 +10,17 @@ Conv1D weights are transposed there: its A and B are those of W [out, in] alread
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..._utils.errors import unknown_name
 from ..._utils.model_files import read_json
+from .engines.model import TEXT_MODEL, read_base
 
 _ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
 _LLAMA = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -103,6 +106,21 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+# Classes whose heads are not hidden_size / num_attention_heads wide if `config.json` does not say.
+OWN_HEAD_SIZE = frozenset(
+    {
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "Gemma3ForConditionalGeneration",
+        "GemmaForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "SeedOssForCausalLM",
+    }
+)
+Size = int | None  # None: not known
+
+
 @dataclass(frozen=True)
 class Target:
     """A layer's tensor: its `name` in the GGUF model, and the number of `heads` whose rows are
@@ -158,9 +176,12 @@ class BaseModel:
             gguf: the package of that name.
             shapes: (out, in) of each layer, by its name in the Hugging Face model.
 
+        Warns if the configuration does not tell the whole shape of a layer, which needs a model
+        that transformers cannot build from it.
+
         Raises:
             ValueError: a layer has no tensor of its own in the GGUF model, or another shape than in
-                the configuration, or the package is too old.
+                the base, or the package is too old.
 
         """
         arch = getattr(gguf.MODEL_ARCH, self.architecture.name, None)
@@ -171,13 +192,98 @@ class BaseModel:
             )
         names = gguf.get_tensor_name_map(arch, self.blocks)
         found: dict[str, Target] = {}
-        for layer, (out, _) in shapes.items():
+        unknown = []
+        for layer, shape in shapes.items():
             known = self._known(layer)
             name = names.get_name(known)
             if name is None:
                 raise ValueError(f"the package gguf has no name for {layer!r} of {self.kind}")
-            found[layer] = Target(f"{name}.weight", self._heads(layer, known, out))
+            if not self._check_shape(layer, known, shape):
+                unknown.append(layer)
+            found[layer] = Target(f"{name}.weight", self._heads(layer, known, shape[0]))
+        if unknown:
+            warnings.warn(
+                f"the shapes of {len(unknown)} layers ({unknown[0]} ...) could not be compared "
+                f"with the base: {self.file} does not say all of its sizes, and {self._built}",
+                stacklevel=3,
+            )
         return found
+
+    def _check_shape(self, layer: str, known: str, shape: tuple[int, int]) -> bool:
+        """Raises ValueError if the base has a layer of another shape, [out, in]; False if the shape
+        there is not known.
+        """
+        expected = self._numbers(known) if isinstance(self._built, str) else self._built.get(known)
+        if expected is None:
+            raise ValueError(
+                f"the adapter has {layer!r}, but the model of {self.file} has no such linear "
+                "layer: it is another base model; give the one that the adapter was trained on "
+                "(--base)"
+            )
+        if any(want not in (None, got) for want, got in zip(expected, shape, strict=True)):
+            there = ", ".join("?" if size is None else str(size) for size in expected)
+            raise ValueError(
+                f"the weight of {layer!r} is [{shape[0]}, {shape[1]}] ([out, in]) for the adapter, "
+                f"and [{there}] in the model of {self.file}: it is another base model; give the "
+                "one that the adapter was trained on (--base)"
+            )
+        return None not in expected
+
+    @cached_property
+    def _built(self) -> dict[str, tuple[int, int]] | str:
+        """(out, in) of the linear layers of the model that transformers builds, by their names in a
+        model that only has text; or the reason why there is none.
+        """
+        if "model_type" not in self.config:  # transformers would guess it from the path
+            return "'model_type' is missing"
+        try:
+            base = read_base(self.file)
+        except Exception as error:  # transformers' own kinds, for values that it does not allow
+            first = str(error).strip().partition("\n")[0]
+            return f"transformers cannot build it from its configuration ({first})"
+        if base.architecture is None:
+            return base.unknown
+        shapes = {name: base.shape(name) for name in base.modules}
+        inside = re.compile(rf"^(model\.)?{TEXT_MODEL}\.(model\.)?(?=layers\.)")
+        return {
+            inside.sub("model.", n).removeprefix(f"{TEXT_MODEL}."): shape
+            for n, shape in shapes.items()
+            if shape is not None
+        }
+
+    def _numbers(self, known: str) -> tuple[Size, Size]:
+        """(out, in) of a layer by the numbers in the configuration."""
+        hidden = self._optional("hidden_size", "n_embd")
+        if known == _HEAD:
+            return self._optional("vocab_size"), hidden
+        queries, keys = self._rows_of_heads(hidden)
+        inner = self._optional("intermediate_size", "n_inner")
+        if inner is None and self.kind == "GPT2LMHeadModel":
+            inner = _times(4, hidden)
+        module, _, part = known.split(".", 3)[3].rpartition(".")
+        if module == "mlp.shared_expert":
+            inner = self._optional("shared_expert_intermediate_size")
+        joined = None if queries is None or keys is None else queries + 2 * keys
+        if module.startswith("mlp"):
+            if part in ("down_proj", "fc2", "c_proj"):
+                return hidden, inner
+            return _times(2, inner) if part == "gate_up_proj" else inner, hidden
+        rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "qkv_proj": joined}
+        if part in rows:
+            return rows[part], hidden
+        if module == "attn":  # GPT-2
+            return _times(3, hidden) if part == "c_attn" else hidden, hidden
+        return hidden, queries  # o_proj, dense
+
+    def _rows_of_heads(self, hidden: Size) -> tuple[Size, Size]:
+        """The rows of q, and of k and v."""
+        heads, size = self._optional("num_attention_heads", "n_head"), self._optional("head_dim")
+        groups = self._optional("num_key_value_heads")
+        if "num_key_value_heads" in self.config and groups is None:
+            groups = heads
+        if size is None and hidden and heads and self.kind not in OWN_HEAD_SIZE:
+            size = hidden // heads
+        return _times(heads, size), _times(groups, size)
 
     def _text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration of the text model, if it is inside another one."""
@@ -246,6 +352,10 @@ class BaseModel:
             )
         return heads
 
+    def _optional(self, *keys: str) -> Size:
+        given = [key for key in keys if self.config.get(key) is not None]
+        return self._number(given[0]) if given else None
+
     def _number(self, *keys: str) -> int:
         value = next((self.config[key] for key in keys if key in self.config), None)
         if type(value) is not int or value < 1:
@@ -258,3 +368,7 @@ class BaseModel:
             f"{layer!r} cannot be adapted in a GGUF model of {self.kind}: {why} (those that can "
             f"be are {self.architecture.blocks}.<i>. with {linears}); {_REMEDY}"
         )
+
+
+def _times(one: Size, other: Size) -> Size:
+    return None if one is None or other is None else one * other

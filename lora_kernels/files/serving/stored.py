@@ -117,6 +117,7 @@ class StoredAdapter:
         layers: by name; empty if NATIVE.
         others: all other tensors by their names in the file.
         components: diffusers' metadata: PEFT's options, by component ("" if the file is of one).
+        damaged: whether diffusers' metadata is not JSON.
         recipe: this package's recipe, as it is.
         files: the names of all files in the folder.
 
@@ -130,6 +131,7 @@ class StoredAdapter:
     components: Mapping[str, Mapping[str, Any]] | None = None
     recipe: Mapping[str, Any] | None = None
     files: frozenset[str] = frozenset()
+    damaged: bool = False
 
     @property
     def is_start(self) -> bool:
@@ -138,9 +140,19 @@ class StoredAdapter:
 
     @property
     def saved(self) -> list[str]:
-        """The names of `others` that are trained, not copies of the base's weights."""
-        copies = (".base_layer.weight", ".base_layer.bias")
-        return [n for n in self.others if not n.endswith(copies) and ".original_module." not in n]
+        """The names of `others` that are trained, not copies of the base's weights.
+
+        `<layer>.base_layer.bias` is PEFT's name for a trained bias, except beside a copy of the
+        layer's weight.
+        """
+        return [n for n in self.others if not self._is_copy(n) and ".original_module." not in n]
+
+    def _is_copy(self, name: str) -> bool:
+        if name.endswith(".base_layer.weight"):
+            return True
+        owner, found, _ = name.partition(".base_layer.bias")
+        frozen = self.config.get("bias", "none") in ("none", None)
+        return bool(found) and frozen and f"{owner}.base_layer.weight" in self.others
 
 
 def plain_name(name: str) -> str:
@@ -244,7 +256,8 @@ def _diffusers(path: Path, file: Path) -> StoredAdapter:
         )
     options = _json(metadata.get(DIFFUSERS_METADATA))
     components = None if options is None else _by_component(options)
-    return StoredAdapter(path, DIFFUSERS, {}, layers, others, components)
+    damaged = options is None and DIFFUSERS_METADATA in metadata
+    return StoredAdapter(path, DIFFUSERS, {}, layers, others, components, damaged=damaged)
 
 
 def _by_component(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -215,8 +215,15 @@ def pattern_value(options: Mapping[str, Any], option: str, name: str) -> float |
     return None
 
 
+def saved_modules(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The entries of `modules_to_save`; a single name is one entry."""
+    saved = options.get("modules_to_save") or ()
+    return (saved,) if isinstance(saved, str) else tuple(str(name) for name in saved)
+
+
 def number(options: Mapping[str, Any], option: str, default: float | None) -> float:
-    """A number of the configuration.
+    """A number of the configuration; the default where it is missing or null, which engines may
+    refuse (`refuse_missing`).
 
     Raises:
         ValueError: it is something else.

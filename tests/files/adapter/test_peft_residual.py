@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,7 @@ from ...support.tiny_models import llama
 safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = needs_peft
 
+UNNAMED = "says that"  # in the warning if neither adapter names a start of PEFT
 LARGE = 1e4  # roundings, of a base that PEFT has rounded in float32
 OPTIONS = [
     {},
@@ -92,7 +96,10 @@ def test_conversion_by_the_start(init, options, named, tmp_path):
     base = llama()
     model = trained_by_peft(tmp_path, base, init, named, **options)
     want = logits(model)
-    saved = convert(tmp_path / "trained", tmp_path / "out", start=tmp_path / "start")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        saved = convert(tmp_path / "trained", tmp_path / "out", start=tmp_path / "start")
+    assert any(UNNAMED in str(warning.message) for warning in caught) is not named
     assert saved.layers == 14
     ours = copy.deepcopy(base)
     load_adapter(ours, tmp_path / "out", progress=False)
@@ -187,6 +194,94 @@ class TestRefusedStarts:
         convert(trained, out, start=trained.parent / "start")
         self.refused(out, trained.parent / "start", "of the original base already")
         self.refused(trained, out, "is not a start")
+
+    @pytest.mark.parametrize("named", [True, False])
+    def test_the_trained_adapter_itself(self, named, tmp_path):
+        trained_by_peft(tmp_path, llama(), "pissa", named)
+        trained = tmp_path / "trained"
+        (tmp_path / "link").symlink_to(trained)
+        for folder in (trained, tmp_path / "start" / ".." / "trained", tmp_path / "link"):
+            self.refused(trained, folder, "is the trained adapter itself.*before training.*--start")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            again = in_dtype(trained, tmp_path / "copy", dtype)
+            why = "lora_B are not orthogonal" if named else "the same factors in every layer"
+            self.refused(trained, again, why)
+            self.refused(again, trained, why)
+
+    @pytest.mark.parametrize("init", ["pissa", True, "gaussian"])
+    def test_an_adapter_that_was_not_trained(self, init, tmp_path):
+        """Nothing is left of it, whatever the dtype that it was saved in."""
+        trained_by_peft(tmp_path, llama(), "pissa")
+        start = with_config(tmp_path / "start", init_lora_weights=init)
+        for dtype in (torch.float32, torch.bfloat16):
+            same = in_dtype(start, tmp_path / "trained", dtype)
+            self.refused(same, start, "the same factors in every layer.*was not trained")
+
+    def test_one_trained_factor_is_enough(self, tmp_path):
+        trained_by_peft(tmp_path, llama(), "pissa")
+        file = shutil.copytree(tmp_path / "start", tmp_path / "moved") / ADAPTER_FILE
+        tensors = safetensors.load_file(file)
+        next(t for name, t in tensors.items() if "lora_A" in name)[0, 0] += 1
+        safetensors.save_file(tensors, file)
+        assert convert(tmp_path / "moved", tmp_path / "out", start=tmp_path / "start").layers == 14
+
+    @pytest.mark.parametrize("inits", [(True, True), ("gaussian", True), (False, "orthogonal")])
+    def test_ordinary_lora_is_told_apart_by_a_warning(self, inits, tmp_path):
+        for seed, init in enumerate(inits):
+            model = adapted(llama())
+            move(model, seed=seed)
+            model.save_pretrained(tmp_path / str(seed))
+            with_config(tmp_path / str(seed), init_lora_weights=init)
+        with pytest.warns(UserWarning, match=f"{UNNAMED}.*PEFT's guides.*wrong if.*ordinary LoRA"):
+            convert(tmp_path / "1", tmp_path / "out", start=tmp_path / "0")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"])
+    def test_a_start_has_orthogonal_columns_and_a_checkpoint_has_not(self, init, dtype, tmp_path):
+        model = started_by_peft(init)
+        model.save_pretrained(tmp_path / "first")
+        for name in ("middle", "trained"):
+            train(model.train())
+            model.save_pretrained(tmp_path / name)
+        first = in_dtype(tmp_path / "first", tmp_path / "start", dtype)
+        middle = in_dtype(tmp_path / "middle", tmp_path / "checkpoint", dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            convert(tmp_path / "trained", tmp_path / "fine", start=first)
+        why = f"not a start: the columns of lora_B.*by '{init.partition('_niter')[0]}'"
+        self.refused(tmp_path / "trained", middle, why)
+        # The name in one of the two is enough.
+        with_config(middle, init_lora_weights=True)
+        self.refused(tmp_path / "trained", middle, why)
+
+
+def started_by_peft(init: str) -> nn.Module:
+    """A PEFT model with the start, made of random data if it needs some."""
+    peft = pytest.importorskip("peft")
+    model, options = llama(), {}
+    generator = torch.Generator().manual_seed(3)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or name == "lm_head":
+            continue
+        out, cols = layer.weight.shape
+        if init == "lora_ga":
+            layer._peft_loraga_grad = torch.randn(out, cols, generator=generator)
+            options = {"lora_ga_config": peft.LoraGAConfig()}
+        elif init == "corda":  # W·C = U·S·Vᵀ, and V is multiplied by the inverse of C
+            x = torch.randn(cols, 2 * cols, generator=generator)
+            C = x @ x.T
+            U, S, Vh = torch.linalg.svd(layer.weight.detach() @ C, full_matrices=False)
+            U, S, V = U[:, -4:], S[-4:], (Vh[-4:] @ C.inverse()).T
+            layer.eigens = types.SimpleNamespace(U_WC=U, S_WC=S, V_WC=V)
+    return adapted(model, init_lora_weights=init, **options)
+
+
+def in_dtype(folder: Path, out: Path, dtype: torch.dtype) -> Path:
+    """A copy of an adapter with tensors in another dtype."""
+    shutil.copytree(folder, out, dirs_exist_ok=True)
+    tensors = safetensors.load_file(folder / ADAPTER_FILE)
+    safetensors.save_file({k: t.to(dtype) for k, t in tensors.items()}, out / ADAPTER_FILE)
+    return out
 
 
 class TestConvertedByPeft:

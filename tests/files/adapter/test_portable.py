@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 import warnings
@@ -311,3 +312,97 @@ def test_damaged_bits(tmp_path):
         safetensors.save_file(safetensors.load_file(file), file, text)
         with pytest.raises(ValueError, match=r"recipe of 'block\.1\.q' is damaged"):
             read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["loram", "pissa", "lora", "init_ab"])
+@pytest.mark.parametrize("c", [1.02, 1.1, 1.5, 3, 10])
+def test_factors_that_move_against_each_other(name, c, tmp_path):
+    """A grows as B shrinks: the parts (B − B₀)A and B₀(A − A₀) cancel, so an SVD is written."""
+    torch.manual_seed(0)
+    config = LoRAConfig(r=16, lora_alpha=12, init_lora_weights=name)
+    layer, _ = adapt(nn.Linear(96, 80), config)
+    state = AdapterState(config, {"a.q": layer})
+    nudge(state, 1e-3)
+    layer = state.layers["a.q"]
+    layer = replace(layer, lora_A=layer.lora_A * c, lora_B=layer.lora_B / c)
+    state.layers["a.q"] = layer
+    start = layer.start_factors()
+    delta = to_numpy(layer.lora_B) @ to_numpy(layer.lora_A)
+    if start is not None:
+        delta -= to_numpy(start[1]) @ to_numpy(start[0])
+    delta *= layer.scaling
+    write_adapter(tmp_path, state)
+    for cast in (torch.float32, torch.bfloat16):
+        error = np.linalg.norm(stored_updates(tmp_path, cast)["a.q"] - delta)
+        assert error <= 5e-3 * np.linalg.norm(delta)
+    assert_same(read_adapter(tmp_path), state)
+
+
+@pytest.mark.parametrize("kinds", itertools.product(["float32", "float64", "bfloat16"], repeat=3))
+def test_factors_of_different_dtypes(kinds, tmp_path):
+    A, B, start = (getattr(torch, kind) for kind in kinds)
+    state, _ = one_layer(init_lora_weights="pissa", lora_alpha=7)
+    layer = state.layers["block.1.q"]
+    layer = replace(
+        layer,
+        lora_A=layer.lora_A.to(A),
+        lora_B=layer.lora_B.to(B),
+        start_A=layer.start_A.to(start),
+        start_B=layer.start_B.to(start),
+    )
+    state.layers["block.1.q"] = layer
+    write_adapter(tmp_path, state)
+    assert_same(read_adapter(tmp_path), state)
+    delta = to_numpy(layer.lora_B) @ to_numpy(layer.lora_A)
+    delta = layer.scaling * (delta - to_numpy(layer.start_B) @ to_numpy(layer.start_A))
+    error = np.linalg.norm(stored_updates(tmp_path)["block.1.q"] - delta)
+    assert error <= 1e-6 * np.linalg.norm(delta)
+
+
+def test_numbers_that_overflow(tmp_path):
+    """s·B may be infinite where B is not; the old adapter stays."""
+    good, _ = one_layer(init_lora_weights="lora")
+    write_adapter(tmp_path, good)
+    bad, _ = one_layer(init_lora_weights="lora", scaling="alpha_sqrt", lora_alpha=256)
+    bad.layers["block.1.q"].lora_B.fill_(1e37)
+    with pytest.raises(ValueError, match=r"exceeds the range of torch\.float32; nothing"):
+        write_adapter(tmp_path, bad)
+    assert_same(read_adapter(tmp_path), good)
+
+
+def test_tensors_that_another_program_has_changed(tmp_path):
+    """It has kept the metadata: the start and the bits of the recipe belong to other tensors."""
+    state, delta = one_layer(use_rslora=True, lora_alpha=7, r=5)
+    write_adapter(tmp_path, state)
+    file = tmp_path / ADAPTER_FILE
+    with safetensors.safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = {k: v.bfloat16() for k, v in safetensors.load_file(file).items()}
+    safetensors.save_file(tensors, file, metadata)
+    with pytest.warns(UserWarning, match="another program has changed the tensors"):
+        got = read_adapter(tmp_path).layers["block.1.q"]
+    right, left = got.portable_factors()
+    error = np.linalg.norm(to_numpy(left) @ to_numpy(right) - delta)
+    assert error <= 5e-3 * np.linalg.norm(delta)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scaling": "2"}, {"scaling": None}, {"scaling": 0}, {"scaling": -1.0}, {"r": -1},
+        {"r": 2.0}, {"start": "xyz"}, {"beta": None}, {"beta": "x"}, {"residual": "none"},
+        {"lora_alpha": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_recipes(change, tmp_path):
+    state, _ = one_layer()
+    write_adapter(tmp_path, state)
+    file = tmp_path / ADAPTER_FILE
+    with safetensors.safe_open(file, "pt") as opened:
+        recipe = json.loads(opened.metadata()["lora_kernels"])
+    recipe["layers"]["block.1.q"] |= change
+    text = {"lora_kernels": json.dumps(recipe)}
+    safetensors.save_file(safetensors.load_file(file), file, text)
+    with pytest.raises(ValueError, match=ADAPTER_FILE):
+        read_adapter(tmp_path)

@@ -126,12 +126,31 @@ def _layer(name: str, lora_A: Tensor, lora_B: Tensor, config: LoRAConfig) -> Lay
     if rows == r:
         return LayerState(lora_A, lora_B, scaling, alpha)
     if rows != min(r, full):
-        raise ValueError(
-            f"lora_A of {name!r} has rank {rows}, the configuration says {r}: they belong to "
-            "different adapters"
-        )
+        raise _other_rank(name, rows, r)
     divisor = rows if config.scaling_rule == "lora" else math.sqrt(rows)
     return LayerState(lora_A, lora_B, scaling, scaling * divisor)
+
+
+def _other_rank(name: str, rows: int, r: int) -> ValueError:
+    """PEFT's `target_parameters` give all experts of a tensor one A [experts · r, in], and nest the
+    adapters of two tensors of a module as `experts.base_layer` and `experts`.
+    """
+    joined = (
+        "of experts whose weights are one tensor (PEFT's target_parameters, which the "
+        "configuration does not name)"
+    )
+    remedy = "which is not implemented here: load it with PEFT"
+    if name.rpartition(".")[2] in ("experts", "base_layer"):
+        return ValueError(
+            f"lora_A of {name!r} has {rows} rows, the configuration says r = {r}: it is an adapter "
+            f"{joined}, {remedy}"
+        )
+    several = rows > r and rows % r == 0
+    return ValueError(
+        f"lora_A of {name!r} has rank {rows}, the configuration says {r}: they belong to different "
+        "adapters"
+        + (f", or it is one of {rows // r} experts in one tensor, {remedy}" if several else "")
+    )
 
 
 def _with_smaller_ranks(config: LoRAConfig, layers: Mapping[str, LayerState]) -> LoRAConfig:

@@ -14,10 +14,19 @@ from collections.abc import Mapping
 import torch
 
 from ..stored import COMPONENTS, KOHYA, PEFT, StoredAdapter, StoredLayer, names_in_brief
-from ..updates import alpha_of, option_name, options_of, scale_of
+from ..updates import alpha_of, option_name, options_of, rank_of, scale_of
 from .model import BaseModel
 from .verdict import Applied, Engine, Ignored, Verdict, residual_fault
 
+# The models of Stable Diffusion, whose pipelines read α of kohya's files only.
+_STABLE_DIFFUSION = ("unet", "text_encoder", "text_encoder_2")
+_DROPPED_ALPHA = (
+    "Stable Diffusion's pipelines drop the tensors <layer>.alpha, except those of kohya's files"
+)
+_FOLD_ALPHA = (
+    "multiply <layer>.lora_B.weight by <layer>.alpha / rank and delete <layer>.alpha; or save the "
+    "adapter with save_lora_weights, which writes lora_adapter_metadata"
+)
 _RENAME = "rename its tensors to <component>.<layer>.lora_A.weight, with one of the components " + (
     ", ".join(COMPONENTS[:4]) + " ..."
 )
@@ -25,25 +34,37 @@ _RENAME = "rename its tensors to <component>.<layer>.lora_A.weight, with one of 
 
 def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     """What a pipeline of diffusers does with an adapter."""
-    verdict = Verdict(rank=max(layer.rank for layer in adapter.layers.values()))
+    verdict = Verdict.of(adapter)
+    verdict.rank = max(layer.rank for layer in adapter.layers.values())
+    if adapter.kind != PEFT:  # no files for `lora-kernels`
+        verdict.portable = _FOLD_ALPHA
+        verdict.merge = "merge it into the model with the program that trained it"
     kohya = all(name.startswith(tuple(KOHYA)) for name in adapter.layers)
     _tensors(verdict, adapter, kohya)
     dtype = torch.bfloat16 if base is None or base.dtype is None else base.dtype
-    scales = _scales(verdict, adapter)
+    _ranks(verdict, adapter)
+    drops = not kohya and adapter.components is None and _is_stable_diffusion(adapter)
+    scales = _scales(verdict, adapter, drops)
+    fault, remedy = residual_fault(adapter, base)
     for name, layer in adapter.layers.items():
         if adapter.kind == PEFT and layer.prefixed:
             verdict.layers[name] = Ignored(
-                "names must begin with a component of the pipeline", f"unet.{name}"
+                "names must begin with a component of the pipeline", f"unet.{name}", _RENAME
             )
         elif not layer.component:
             verdict.layers[name] = Ignored(
-                "its name begins with no component that is known here; some pipelines rename it"
+                "its name begins with no component that is known here; some pipelines rename it",
+                remedy=_RENAME,
             )
         else:
-            fault = residual_fault(adapter, base)
-            verdict.layers[name] = Applied(scales[name], dtype, fault=fault)
+            changed = drops and layer.alpha is not None
+            verdict.layers[name] = Applied(
+                scales[name], dtype, fault=fault, remedy=remedy or (_FOLD_ALPHA if changed else "")
+            )
     if adapter.kind == PEFT and any(layer.prefixed for layer in adapter.layers.values()):
-        verdict.notes.append(f"a warning, and no error, says that nothing was loaded. {_RENAME}")
+        verdict.notes.append("a warning, and no error, says that nothing was loaded")
+    if drops and _alphas(adapter):
+        verdict.notes.append(_DROPPED_ALPHA)
     verdict.notes.append("names were not compared with a pipeline's models")
     return verdict
 
@@ -66,6 +87,11 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter, kohya: bool) -> None:
                 f"{names_in_brief(strange)}",
                 "delete these tensors",
             )
+    if adapter.damaged:
+        verdict.refuse(
+            "lora_adapter_metadata in the file's header is not JSON",
+            "save the adapter again with save_lora_weights, or delete the entry of the header",
+        )
     if adapter.components is not None and any(n.endswith(".alpha") for n in _alphas(adapter)):
         verdict.refuse(
             "a file has either lora_adapter_metadata in its header or tensors <layer>.alpha",
@@ -73,18 +99,40 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter, kohya: bool) -> None:
         )
 
 
+def _ranks(verdict: Verdict, adapter: StoredAdapter) -> None:
+    """The options must have the ranks of the tensors."""
+    other = []
+    for name, layer in adapter.layers.items():
+        options = options_of(adapter, layer)
+        r = layer.rank if options is None else rank_of(options, option_name(options, layer))
+        if layer.rank != r:
+            other.append(f"{name} has {layer.rank} instead of {r}")
+    if other:
+        verdict.refuse(
+            f"the tensors must have the ranks of the options: {names_in_brief(other)}",
+            "correct r and rank_pattern, in the file's header or in adapter_config.json",
+        )
+
+
+def _is_stable_diffusion(adapter: StoredAdapter) -> bool:
+    components = {layer.component for layer in adapter.layers.values()}
+    return adapter.kind != PEFT and components <= {*_STABLE_DIFFUSION, ""}
+
+
 def _alphas(adapter: StoredAdapter) -> list[str]:
     return [layer.alpha.name for layer in adapter.layers.values() if layer.alpha is not None]
 
 
-def _scales(verdict: Verdict, adapter: StoredAdapter) -> dict[str, float]:
+def _scales(verdict: Verdict, adapter: StoredAdapter, drops: bool) -> dict[str, float]:
     """s of each layer: of the header's options, or α / r with the most frequent α where a layer has
-    none of its own.
+    none of its own; 1 if the pipeline drops α.
     """
     if adapter.kind == PEFT:
         config = adapter.config
         return {n: scale_of(config, option_name(config, layer))
                 for n, layer in adapter.layers.items()}  # fmt: skip
+    if drops:
+        return dict.fromkeys(adapter.layers, 1.0)
     found: dict[str, float] = {}
     by_component: dict[str, list[StoredLayer]] = {}
     for layer in adapter.layers.values():

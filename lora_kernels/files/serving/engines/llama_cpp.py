@@ -11,18 +11,19 @@ from __future__ import annotations
 import torch
 
 from ..stored import CONVOLUTION, StoredAdapter, StoredLayer, names_in_brief
-from ..updates import experts_of, number
+from ..updates import experts_of, number, saved_modules
 from .model import MISSING, BaseModel
 from .verdict import (
-    MERGE,
-    PORTABLE,
+    GGUF,
     Applied,
     Engine,
     Ignored,
     Verdict,
+    fault_of,
+    is_gguf,
+    refuse_missing,
     refuse_shapes,
-    residual_fault,
-    variants,
+    renaming_of,
 )
 
 # llama.cpp applies activated LoRA; the others are refused by the names of their tensors.
@@ -32,27 +33,28 @@ _KNOWN = ("alora_invocation_tokens", "use_dora", "lora_bias", "trainable_token_i
 def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     """What llama.cpp does with an adapter that its own script has converted."""
     config = adapter.config
-    verdict = Verdict(rank=max(layer.rank for layer in adapter.layers.values()))
-    if "lora_alpha" not in config:
-        verdict.refuse("adapter_config.json lacks lora_alpha", PORTABLE)
+    verdict = Verdict.of(adapter)
+    verdict.rank = max(layer.rank for layer in adapter.layers.values())
+    refuse_missing(verdict, config, "lora_alpha")
     _tensors(verdict, adapter)
     refuse_shapes(verdict, adapter, base)
-    alpha, fault = float(number(config, "lora_alpha", 8)), residual_fault(adapter, base)
-    ignored = [what for option, what in variants(config).items() if option not in _KNOWN]
-    if ignored:
-        fault = fault or f"it ignores {names_in_brief(ignored)}"
+    alpha = float(number(config, "lora_alpha", 8))
+    fault, remedy = fault_of(adapter, base, _KNOWN)
     for name, layer in adapter.layers.items():
         scale = alpha / layer.rank if alpha else 1.0
-        verdict.layers[name] = _layer(layer, base, Applied(scale, torch.float32, fault=fault))
+        applied = Applied(scale, torch.float32, fault=fault, remedy=remedy)
+        verdict.layers[name] = _layer(layer, base, applied)
     _names(verdict, adapter, base)
     if not config.get("base_model_name_or_path"):
         verdict.flags.append("--base <folder with the base's config.json and tokenizer>")
     if base is None:
         verdict.notes.append("names were not compared with a base (--base)")
-    verdict.notes.append(
-        "applies to convert_lora_to_gguf.py with its default --outtype f32; lora-kernels convert "
-        "ADAPTER OUT.gguf --to gguf writes the same format with s folded in"
-    )
+    verdict.notes.append("applies to convert_lora_to_gguf.py with its default --outtype f32")
+    lost = any(isinstance(found, Ignored) for found in verdict.layers.values())
+    tied = any(_is_head(layer) and base is not None and base.is_tied(name)
+               for name, layer in adapter.layers.items())  # fmt: skip
+    if is_gguf(adapter) and not saved_modules(config) and not lost and not tied:
+        verdict.notes.append(f"{GGUF} writes the same format with s folded in")
     return verdict
 
 
@@ -67,7 +69,8 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
             strange.append(name)
     if strange:
         verdict.refuse(
-            f"every tensor must be lora_A, lora_B or a norm; not {names_in_brief(strange)}", MERGE
+            f"every tensor must be lora_A, lora_B or a norm; not {names_in_brief(strange)}",
+            verdict.merge,
         )
     named = [layer.right.name for layer in adapter.layers.values()
              if layer.style != "lora_A" or layer.adapter]  # fmt: skip
@@ -75,22 +78,24 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
         verdict.refuse(
             "names of tensors must contain .lora_A.weight and .lora_B.weight: "
             f"{names_in_brief(named)}",
-            PORTABLE,
+            verdict.portable,
         )
     joined = [n for n, layer in adapter.layers.items() if experts_of(adapter, layer) > 1]
     if joined:
         verdict.refuse(
             f"experts in one tensor (target_parameters) match no tensor: {names_in_brief(joined)}",
-            MERGE,
+            verdict.merge,
         )
     convolutions = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
     if convolutions:
-        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(convolutions)}", MERGE)
+        verdict.refuse(
+            f"convolutions cannot be adapted: {names_in_brief(convolutions)}", verdict.merge
+        )
     if adapter.config.get("fan_in_fan_out"):
         verdict.refuse(
             "layers that are stored transposed (fan_in_fan_out, GPT-2): the script transposes A "
             "and B, too, which do not fit then; square layers load and are wrong",
-            MERGE,
+            verdict.merge,
         )
 
 
@@ -107,22 +112,26 @@ def _layer(layer: StoredLayer, base: BaseModel | None, applied: Applied) -> Appl
 
 def _names(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
     """A name that no tensor of the model has is an error, of the script or when it is loaded."""
-    missing = [n for n, found in verdict.layers.items()
-               if isinstance(found, Ignored) and found.reason.startswith("no tensor")]  # fmt: skip
+    missing = {n: found.name for n, found in verdict.layers.items()
+               if isinstance(found, Ignored) and found.reason.startswith("no tensor")}  # fmt: skip
     if missing:
         verdict.refuse(
             f"no tensor of the base has the name of {names_in_brief(missing)}",
-            "use the base that the adapter was trained on",
+            renaming_of(missing),
         )
-    heads = [n for n, layer in adapter.layers.items() if layer.last == "lm_head"]
-    if not heads:
-        return
-    if base is not None and base.option("tie_word_embeddings"):
+    heads = [name for name, layer in adapter.layers.items() if _is_head(layer)]
+    tied = [None if base is None else base.is_tied(name) for name in heads]
+    if any(tied):
         verdict.refuse(
-            "the output head cannot be adapted if it is tied to the embedding: lm_head", MERGE
+            "the output head cannot be adapted if it is tied to the embedding: lm_head",
+            verdict.merge,
         )
-    elif base is None:
+    elif None in tied:
         verdict.notes.append("lm_head cannot be adapted if it is tied to the embedding (--base)")
+
+
+def _is_head(layer: StoredLayer) -> bool:
+    return layer.last == "lm_head"
 
 
 ENGINE = Engine("llama.cpp", "llama.cpp, October 2026", judge)

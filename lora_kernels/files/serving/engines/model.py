@@ -90,6 +90,17 @@ class BaseModel:
         value = self.text_config.get(name)
         return self.config.get(name) if value is None else value
 
+    def is_tied(self, name: str) -> bool | None:
+        """Whether the layer has its weight from another one; None if that is not known.
+
+        The built model knows more than its configuration file, whose classes have defaults.
+        """
+        if self.architecture is not None:
+            place = self.place(name)
+            return bool(self.architecture.tied(f"{place.name or name}.weight"))
+        value = self.option("tie_word_embeddings")
+        return None if value is None else bool(value)
+
     @property
     def dtype(self) -> torch.dtype | None:
         """That of the weights; None if the configuration does not say."""
@@ -198,6 +209,11 @@ def read_base(path: Path, layers: Iterable[str] = ()) -> BaseModel:
         what = f"has no {CONFIG}" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {what}: give the folder of a model, or its {CONFIG}")
     config = read_json(file)
+    if "peft_type" in config:
+        raise ValueError(
+            f"{file} is the configuration of an adapter: give the folder of the model that it was "
+            "trained on, or the model's config.json"
+        )
     if "_class_name" in config and "architectures" not in config:
         return BaseModel(path, config, None, "it is a model of diffusers")
     kind = "" if config.get("architectures") else _likely_class(path)
@@ -242,5 +258,5 @@ def _likely_class(path: Path) -> str:
     """
     try:
         return next(iter(classes_for(path, None)), "")
-    except (ValueError, KeyError, OSError, ImportError):  # read_architecture says more
+    except Exception:  # a stranger's configuration; read_architecture says more
         return ""

@@ -17,16 +17,16 @@ from torch import Tensor
 from ..stored import CONVOLUTION, EMBEDDING, StoredAdapter, StoredLayer, names_in_brief
 from .model import BaseModel
 from .verdict import (
-    MERGE,
-    PORTABLE,
+    GGUF,
     Applied,
     Engine,
     Factors,
     Verdict,
+    fault_of,
+    is_gguf,
     note_other_files,
     refuse_shapes,
-    residual_fault,
-    variants,
+    renaming,
 )
 
 # Architectures of GGUF files, and the classes that become them.
@@ -34,10 +34,7 @@ _LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")
 _GEMMA = ("Gemma2ForCausalLM",)
 _NAME = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 _ROTATED = ("q_proj", "k_proj")
-_GGUF = (
-    "lora-kernels convert ADAPTER OUT.gguf --to gguf --base BASE, and ADAPTER ./OUT.gguf in the "
-    "Modelfile"
-)
+_MODELFILE = "and ADAPTER ./OUT.gguf in the Modelfile"
 
 
 def takes(base: BaseModel | None) -> bool:
@@ -47,30 +44,36 @@ def takes(base: BaseModel | None) -> bool:
 
 def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     """What Ollama does with an adapter's folder."""
-    verdict = Verdict(rank=max(layer.rank for layer in adapter.layers.values()))
+    verdict = Verdict.of(adapter)
+    verdict.rank = max(layer.rank for layer in adapter.layers.values())
+    llama = base is None or any(name in _LLAMA for name in base.classes)
+    rotated = llama and any(layer.last in _ROTATED for layer in adapter.layers.values())
+    gguf = _gguf(verdict, adapter, base)
+    if rotated:  # a folder will not do
+        verdict.portable = gguf
     alpha = _alpha(verdict, adapter)
     if base is not None and base.classes and not takes(base):
         verdict.refuse(
             f"adapters of {base.classes[0]} are not converted, only those of Llama and Gemma 2",
-            f"{_GGUF}; if Ollama's own engine serves the model and says 'loras are not yet "
-            f"implemented', {MERGE}",
+            gguf
+            if gguf == verdict.merge
+            else f"{gguf}; if Ollama's own engine serves the model and says 'loras are not yet "
+            f"implemented', {verdict.merge}",
         )
-    _tensors(verdict, adapter)
+    _tensors(verdict, adapter, gguf)
     refuse_shapes(verdict, adapter, base)
-    fault = residual_fault(adapter, base)
-    ignored = list(variants(adapter.config).values())
-    if ignored:
-        fault = fault or f"it ignores {names_in_brief(ignored)}"
-    llama = base is None or any(name in _LLAMA for name in base.classes)
+    fault, remedy = fault_of(adapter, base)
     for name, layer in adapter.layers.items():
         scale = alpha / layer.rank if alpha else 1.0
         dtype = torch.bfloat16 if layer.left.entry.dtype == "BF16" else torch.float16
         change, wrong = _rotation(layer, base) if llama else (None, "")
-        verdict.layers[name] = Applied(scale, dtype, fault=fault or wrong, change=change)
-    if llama and any(layer.last in _ROTATED for layer in adapter.layers.values()):
+        verdict.layers[name] = Applied(
+            scale, dtype, fault=fault or wrong, remedy=remedy or gguf, change=change
+        )
+    if rotated:
         verdict.notes.append(
             "of Llama's q_proj and k_proj, the source permutes A, where the rows of B belong "
-            f"permuted. {_GGUF}"
+            f"permuted. {gguf}"
         )
     note_other_files(verdict, adapter)
     if base is None:
@@ -78,6 +81,26 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
             "only adapters of Llama and Gemma 2 are converted; the base is not known (--base)"
         )
     return verdict
+
+
+def _gguf(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> str:
+    """How to give Ollama a GGUF file; how to merge the adapter where none can be made of it."""
+    heads = [name for name, layer in adapter.layers.items() if layer.last == "lm_head"]
+    tied = any(base is not None and base.is_tied(name) for name in heads)
+    if not is_gguf(adapter) or tied:
+        return verdict.merge
+    wrong = [_renamed(name) for name in adapter.layers if not _NAME.fullmatch(name)]
+    change = wrong[0] if len(set(wrong)) == 1 and len(wrong) == len(adapter.layers) else ""
+    return f"{GGUF}{change}, {_MODELFILE}"
+
+
+def _renamed(name: str) -> str:
+    """The option that gives the name its usual beginning; "" if the name has no usual end."""
+    block = re.search(r"layers\.\d+\.", name)
+    usual = "" if block is None else f"model.{name[block.start() :]}"
+    if not _NAME.fullmatch(usual):
+        return ""
+    return renaming(name, usual).removeprefix("lora-kernels convert ADAPTER OUT")
 
 
 def _alpha(verdict: Verdict, adapter: StoredAdapter) -> float:
@@ -88,12 +111,12 @@ def _alpha(verdict: Verdict, adapter: StoredAdapter) -> float:
         return float(alpha)
     verdict.refuse(
         f"lora_alpha must be written as a whole number, it is {alpha!r}",
-        PORTABLE,
+        verdict.portable,
     )
     return float(alpha) if isinstance(alpha, (int, float)) else 0.0
 
 
-def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
+def _tensors(verdict: Verdict, adapter: StoredAdapter, gguf: str) -> None:
     strange = [n for n, layer in adapter.layers.items()
                if not _NAME.fullmatch(n) or layer.kind in (EMBEDDING, CONVOLUTION)]  # fmt: skip
     strange += adapter.others
@@ -101,7 +124,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
         verdict.refuse(
             "only q, k, v, o, gate, up and down_proj in model.layers.<number> have a name in the "
             f"converted file; {names_in_brief(strange)} fail when the model is loaded",
-            MERGE if adapter.others else _GGUF,
+            gguf,
         )
     named = [layer.right.name for layer in adapter.layers.values()
              if layer.adapter or layer.style != "lora_A"]  # fmt: skip
@@ -109,7 +132,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
         verdict.refuse(
             "names of tensors must end in lora_A.weight and lora_B.weight: "
             f"{names_in_brief(named)}",
-            PORTABLE,
+            verdict.portable,
         )
     wide = [n for n, layer in adapter.layers.items() if layer.rank > min(layer.shape)]
     if wide:
@@ -122,7 +145,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
     if not floats <= {"F32", "F16", "BF16"}:
         verdict.refuse(
             f"tensors must be float32, float16 or bfloat16, not {', '.join(sorted(floats))}",
-            PORTABLE,
+            verdict.portable,
         )
 
 

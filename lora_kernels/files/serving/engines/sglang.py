@@ -21,16 +21,15 @@ from ..stored import CONVOLUTION, StoredAdapter, StoredLayer, names_in_brief
 from ..updates import experts_of, number
 from .model import MISSING, BaseModel
 from .verdict import (
-    MERGE,
-    PORTABLE,
+    OTHER_BASE,
     Applied,
     Engine,
     Ignored,
     Verdict,
+    fault_of,
     note_other_files,
+    refuse_missing,
     refuse_shapes,
-    residual_fault,
-    variants,
 )
 
 _BLOCK = re.compile(r"layers\.(\d+)\.")
@@ -55,19 +54,19 @@ _ADDED_TOKENS = "added_tokens.json"
 def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     """What SGLang does with an adapter."""
     config = adapter.config
-    verdict = Verdict(rank=int(number(config, "r", 8)))
+    verdict = Verdict.of(adapter)
+    verdict.rank = int(number(config, "r", 8))
+    refuse_missing(verdict, config, "r", "lora_alpha")
     targets = _targets(verdict, config)
     _options(verdict, adapter, base)
     _tensors(verdict, adapter)
     refuse_shapes(verdict, adapter, base)
     scale = number(config, "lora_alpha", 8) / number(config, "r", 8)
-    fault = residual_fault(adapter, base)
-    ignored = [what for option, what in variants(config).items() if option not in _REFUSED]
-    if ignored:
-        fault = fault or f"it ignores {names_in_brief(ignored)}"
+    fault, remedy = fault_of(adapter, base, _REFUSED)
     dtype = _dtype(base)
     for name, layer in adapter.layers.items():
-        verdict.layers[name] = _layer(layer, targets, base, Applied(scale, dtype, fault=fault))
+        applied = Applied(scale, dtype, fault=fault, remedy=remedy)
+        verdict.layers[name] = _layer(verdict, layer, targets, base, applied)
     _targeted(verdict, adapter, targets)
     _joined(verdict, adapter)
     _blocks(verdict, adapter, base)
@@ -97,7 +96,7 @@ def _targets(verdict: Verdict, config: Mapping[str, Any]) -> set[str] | None:
     verdict.refuse(
         "target_modules must be a list of names, or 'all-linear'; a regular expression is not "
         f"understood, it is {targets!r}",
-        PORTABLE,
+        verdict.portable,
     )
     return None
 
@@ -105,22 +104,19 @@ def _targets(verdict: Verdict, config: Mapping[str, Any]) -> set[str] | None:
 def _options(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
     config = adapter.config
     if config.get("use_dora"):
-        verdict.refuse("DoRA (use_dora) is not supported", MERGE)
+        verdict.refuse("DoRA (use_dora) is not supported", verdict.merge)
     if config.get("layer_replication"):
         verdict.refuse(
             "layers of the base are not repeated (layer_replication): the adapter has more layers "
             "than the model",
-            MERGE,
+            verdict.merge,
         )
-    defaults = {"rank_pattern": number(config, "r", 8),
-                "alpha_pattern": number(config, "lora_alpha", 8)}  # fmt: skip
-    for option, default in defaults.items():
-        patterns = config.get(option) or {}
-        if any(value != default for value in patterns.values()):
+    for option in ("rank_pattern", "alpha_pattern"):
+        if config.get(option):
             verdict.refuse(
                 f"{option} is refused after 0.5.23; up to 0.5.23 it is ignored: all layers get the "
                 "same α / r, and a layer of another rank fails",
-                PORTABLE,
+                verdict.portable,
             )
     if _ADDED_TOKENS in adapter.files:
         tokens = read_json(adapter.path / _ADDED_TOKENS)
@@ -146,28 +142,30 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
     if other:
         verdict.refuse(
             f"all layers must have the configuration's rank, r = {r:g}: {names_in_brief(other)}",
-            PORTABLE,
+            verdict.portable,
         )
     strange = [name for name in adapter.saved if _BLOCK.search(name)]
     if strange:
         verdict.refuse(
             "a tensor in a block that is neither lora_A nor lora_B is taken for lora_B, and does "
             f"not fit: {names_in_brief(strange)}",
-            MERGE,
+            verdict.merge,
         )
     joined = [n for n, layer in adapter.layers.items() if experts_of(adapter, layer) > 1]
     if joined:
         verdict.refuse(
             f"experts in one tensor (target_parameters) match no module: {names_in_brief(joined)}",
-            MERGE,
+            verdict.merge,
         )
     convolutions = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
     if convolutions:
-        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(convolutions)}", MERGE)
+        verdict.refuse(
+            f"convolutions cannot be adapted: {names_in_brief(convolutions)}", verdict.merge
+        )
     down = [n for n, layer in adapter.layers.items() if layer.style != "lora_A"]
     if down:
         verdict.refuse(f"tensors must be called lora_A and lora_B: {names_in_brief(down)}",
-                       PORTABLE)  # fmt: skip
+                       verdict.portable)  # fmt: skip
 
 
 def _dtype(base: BaseModel | None) -> torch.dtype:
@@ -181,15 +179,21 @@ def _dtype(base: BaseModel | None) -> torch.dtype:
 
 
 def _layer(
-    layer: StoredLayer, targets: set[str] | None, base: BaseModel | None, applied: Applied
+    verdict: Verdict,
+    layer: StoredLayer,
+    targets: set[str] | None,
+    base: BaseModel | None,
+    applied: Applied,
 ) -> Applied | Ignored:
     if not _BLOCK.search(layer.name):
         if not any(part in layer.name for part in _EMBEDDINGS):
             return Ignored("only layers whose names have 'layers.<number>.', embed_tokens and "
-                           "lm_head are loaded")  # fmt: skip
+                           "lm_head are loaded", remedy=verdict.merge)  # fmt: skip
         own = "embed_tokens" if "embed_tokens" in layer.name else "lm_head"
         if targets is not None and own not in targets:
-            return Ignored(f"{own} is loaded only if target_modules names it")
+            return Ignored(
+                f"{own} is loaded only if target_modules names it", remedy=verdict.portable
+            )
         return applied
     if base is None or not base.modules:
         return applied
@@ -199,7 +203,7 @@ def _layer(
             "it is assigned by its number alone: what was trained for another part of the model is "
             "applied to the text model"
         )
-        return Applied(applied.scale, applied.dtype, fault=fault)
+        return Applied(applied.scale, applied.dtype, fault=fault, remedy=verdict.merge)
     number_and_end = f"layers.{_BLOCK.findall(layer.name)[-1]}.", f".{layer.last}"
     if place.kind == MISSING and not any(
         number_and_end[0] in n and n.endswith(number_and_end[1]) for n in base.modules
@@ -222,7 +226,7 @@ def _targeted(verdict: Verdict, adapter: StoredAdapter, targets: set[str] | None
         verdict.refuse(
             "target_modules must name the modules of all layers (experts' w1, w2 and w3 as "
             f"gate_proj, down_proj and up_proj): {names_in_brief(strange)}",
-            "correct target_modules in adapter_config.json",
+            verdict.portable,
         )
 
 
@@ -252,7 +256,7 @@ def _refuse_unjoined(verdict: Verdict, owners: Iterable[str], rule: str) -> None
     if owners:
         verdict.refuse(
             f"{rule}: {names_in_brief(owners)}",
-            "train all of them, or add factors of zeros for the missing ones",
+            f"{verdict.merge}; or add factors of zeros for the missing ones",
         )
 
 
@@ -265,7 +269,7 @@ def _blocks(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) ->
     if beyond:
         verdict.refuse(
             f"the base has {count} blocks: {names_in_brief(beyond)}",
-            "use the base that the adapter was trained on",
+            OTHER_BASE,
         )
 
 

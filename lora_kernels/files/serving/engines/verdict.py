@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...._utils.peft_names import ADAPTER_FILE, VARIANTS, base_changing_start
+from ...._utils.peft_names import ADAPTER_FILE, READ, VARIANTS, base_changing_start
+from ....init import get_initializer, initializer_names
 from ...checkpoint.residual import ADAPTER as RESIDUAL_ADAPTER
-from ...checkpoint.residual import is_start
-from ..stored import StoredAdapter, names_in_brief
+from ...checkpoint.residual import find_base, is_start
+from ..stored import LINEAR, StoredAdapter, names_in_brief, plain_name
 from .model import BaseModel
 
 Factors = tuple[Tensor, Tensor]
 
 RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
-PORTABLE = "lora-kernels convert ADAPTER OUT writes the form that all engines read alike"
-MERGE = (
-    "merge it into the model (lora-kernels merge BASE ADAPTER OUT, or PEFT's merge_and_unload) and "
-    "serve that"
-)
+_FORM = "writes the form that all engines read alike"
+GGUF = "lora-kernels convert ADAPTER OUT.gguf --to gguf --base BASE"
+OTHER_BASE = "use the base that the adapter was trained on"
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,13 @@ class Refusal:
 
     rule: str
     remedy: str
+
+
+class Fault(NamedTuple):
+    """Why an update is another one than was trained, and what to do; empty if it is the same."""
+
+    reason: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Applied:
         dtype: that of the factors in the engine.
         folded: whether the engine multiplies B with `scale` and rounds the product to `dtype`.
         fault: why the result is another one than was trained, if scale and dtype do not show it.
+        remedy: what to do about the fault.
         change: what else it does to A and B, so that its error is measured.
 
     """
@@ -51,6 +58,7 @@ class Applied:
     dtype: torch.dtype
     folded: bool = False
     fault: str = ""
+    remedy: str = ""
     change: Callable[[Factors], Factors] | None = None
 
     def factors(self, factors: Factors) -> tuple[Tensor, Tensor, float]:
@@ -64,10 +72,11 @@ class Applied:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Why an engine silently leaves a layer out, and the name by which it would not."""
+    """Why an engine silently leaves a layer out, the name by which it would not, and what to do."""
 
     reason: str
     name: str | None = None
+    remedy: str = ""
 
 
 @dataclass
@@ -82,6 +91,9 @@ class Verdict:
         flags: options that the server needs.
         rank: what it calls the rank of the adapter.
         limit: the highest rank that it takes; None if there is none.
+        portable: what makes its configuration harmless to this engine, where that is possible.
+        merge: what to do where nothing else helps.
+        is_old: whether the files are in this package's older form, whose factors cancel.
 
     """
 
@@ -92,6 +104,17 @@ class Verdict:
     flags: list[str] = field(default_factory=list)
     rank: int = 0
     limit: int | None = None
+    portable: str = ""
+    merge: str = ""
+    is_old: bool = False
+
+    @classmethod
+    def of(cls, adapter: StoredAdapter, limit: int | None = None) -> Verdict:
+        """An empty verdict, with the remedies that work for this adapter."""
+        is_old = (adapter.recipe or {}).get("version") == 1
+        return cls(
+            [], limit=limit, portable=portable(adapter), merge=merging(adapter), is_old=is_old
+        )
 
     def refuse(self, rule: str, remedy: str) -> None:
         self.refusals.append(Refusal(rule, remedy))
@@ -128,8 +151,18 @@ def refuse_shapes(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | No
     if wrong:
         verdict.refuse(
             f"the base has other shapes ([out, in]): {names_in_brief(wrong)}",
-            "use the base that the adapter was trained on; if its vocabulary was resized, serve "
-            "the resized model",
+            f"{OTHER_BASE}; if its vocabulary was resized, serve the resized model",
+        )
+
+
+def refuse_missing(verdict: Verdict, config: Mapping[str, Any], *options: str) -> None:
+    """Refuses a configuration that lacks numbers, or has null for them, which is no default."""
+    missing = [option for option in options if config.get(option) is None]
+    if missing:
+        verdict.refuse(
+            f"adapter_config.json must have {' and '.join(missing)}, which is missing or null",
+            "write the numbers of the training into adapter_config.json; r is the rank of the "
+            "tensors",
         )
 
 
@@ -145,44 +178,114 @@ def note_other_files(verdict: Verdict, adapter: StoredAdapter) -> None:
         )
 
 
-def residual_fault(adapter: StoredAdapter, base: BaseModel | None) -> str:
-    """Why the adapter is wrong on the base: its start was subtracted from another one; "" if it is
-    right.
+def fault_of(adapter: StoredAdapter, base: BaseModel | None, known: Container[str] = ()) -> Fault:
+    """Why an engine's update is another one than was trained, whatever its scale and dtype: the
+    base is another one, or the engine ignores options that are not `known`; empty if it is right.
+    """
+    fault = residual_fault(adapter, base)
+    ignored = [what for option, what in variants(adapter.config).items() if option not in known]
+    if ignored and not fault.reason:
+        return Fault(f"it ignores {names_in_brief(ignored)}", merging(adapter))
+    return fault
+
+
+def residual_fault(adapter: StoredAdapter, base: BaseModel | None) -> Fault:
+    """Why the adapter is wrong on the base: its start was subtracted from another one, or LoftQ
+    made another one; empty if it is right.
     """
     if adapter.is_start:
         model = (adapter.recipe or {}).get("base_model")
-        if _is_same(base, model):
-            return ""
-        return (
+        if _is_same(base, model, adapter):
+            return Fault()
+        return Fault(
             f"it is the start of {model}, which was subtracted from those weights: wrong on the "
-            "original model. Train it there with PEFT, and convert the result with lora-kernels "
-            f"convert TRAINED OUT --start {adapter.path}"
+            "original model",
+            "train it there with PEFT, and convert the result with lora-kernels convert TRAINED "
+            f"OUT --start {adapter.path}",
         )
-    trained_on = adapter.config.get("base_model_name_or_path")
-    if isinstance(trained_on, str) and is_start(Path(trained_on) / RESIDUAL_ADAPTER):
-        if _is_same(base, trained_on):
-            return ""
-        return (
+    rewritten = _rewritten_base(adapter, base)
+    if rewritten.reason:
+        return rewritten
+    name = adapter.config.get("base_model_name_or_path")
+    trained_on = find_base(name, adapter.path) if isinstance(name, str) else None
+    if trained_on is not None and is_start(trained_on / RESIDUAL_ADAPTER):
+        if _is_same(base, name, adapter):
+            return Fault()
+        return Fault(
             f"it was trained on {trained_on}, from whose weights a start was subtracted: wrong on "
-            "another model. Convert it with lora-kernels convert ADAPTER OUT --start "
-            f"{Path(trained_on) / RESIDUAL_ADAPTER}"
+            "another model",
+            f"lora-kernels convert ADAPTER OUT --start {trained_on / RESIDUAL_ADAPTER}",
         )
     start = changing_start(adapter.config)
     if not start:
-        return ""
-    return (
+        return Fault()
+    return Fault(
         f"init_lora_weights = {start!r}: its factors belong to weights from which PEFT subtracted "
-        "the start, and are wrong on the original model. Convert it with lora-kernels convert "
-        "ADAPTER OUT --start <the adapter saved before training>, or serve the changed base"
+        "the start, and are wrong on the original model",
+        f"{CONVERT_START}; or serve the changed base",
     )
 
 
-def _is_same(base: BaseModel | None, model: Any) -> bool:
+def _rewritten_base(adapter: StoredAdapter, base: BaseModel | None) -> Fault:
+    """The fault of an adapter of this package whose initializer rounds the base (LoftQ)."""
+    method = _rewriting_method(adapter)
+    model = (adapter.recipe or {}).get("base_model")
+    if not method or not (base is None or _is_same(base, model, adapter)):
+        return Fault()
+    return Fault(
+        f"it was trained with {method!r}, which replaced the weights of the base by rounded ones: "
+        "wrong on the original model",
+        "serve the base that it made, and give it as --base: save it with model.save_pretrained "
+        "before save_adapter",
+    )
+
+
+def _rewriting_method(adapter: StoredAdapter) -> str:
+    """The initializer in the recipe, if it replaces the base; else ""."""
+    config = (adapter.recipe or {}).get("config")
+    method = config.get("init_lora_weights") if isinstance(config, Mapping) else None
+    name = method.get("name") if isinstance(method, Mapping) else method
+    if not isinstance(name, str) or name not in initializer_names():
+        return ""
+    return name if get_initializer(name).rewrites_base else ""
+
+
+def base_notes(adapter: StoredAdapter, base: BaseModel | None) -> list[str]:
+    """What cannot be told of the base that the adapter was trained on."""
+    notes = []
+    method = _rewriting_method(adapter)
+    if method and not _rewritten_base(adapter, base).reason:
+        notes.append(
+            f"it was trained with {method!r}, which replaced the weights of the base: right only "
+            "on the base that it made, which the configuration does not tell from the original"
+        )
+    name = adapter.config.get("base_model_name_or_path")
+    if isinstance(name, str) and find_base(name, adapter.path) is None:
+        folders = (Path.cwd(), adapter.path.absolute(), *adapter.path.absolute().parents)
+        first = Path(name).parts[0] if Path(name).parts else ""
+        is_local = (
+            Path(name).is_absolute()
+            or name.startswith((".", "~"))
+            or "\\" in name
+            or name.count("/") > 1
+            or ("/" in name and any((folder / first).is_dir() for folder in folders))
+        )
+        if is_local:
+            notes.append(
+                f"it was trained on {name}, a folder that is not here: whether a start was "
+                "subtracted from its weights, which makes the adapter wrong on another model, is "
+                "not known"
+            )
+    return notes
+
+
+def _is_same(base: BaseModel | None, model: Any, adapter: StoredAdapter) -> bool:
     """Whether the base is the folder `model`."""
-    if base is None or not isinstance(model, str) or not Path(model).is_dir():
+    there = find_base(model, adapter.path) if isinstance(model, str) else None
+    if base is None or there is None:
         return False
     folder = base.path if base.path.is_dir() else base.path.parent
-    return folder.samefile(model)
+    return folder.samefile(there)
 
 
 def changing_start(config: Mapping[str, Any]) -> str:
@@ -209,3 +312,72 @@ _DECISIVE = (
 def variants(config: Mapping[str, Any]) -> dict[str, str]:
     """{option: what it does} of the variants of LoRA that the configuration turns on."""
     return {option: VARIANTS[option] for option in _DECISIVE if config.get(option)}
+
+
+# Remedies
+
+
+CONVERT_START = "lora-kernels convert ADAPTER OUT --start <the adapter saved before training>"
+
+
+def is_readable(adapter: StoredAdapter) -> bool:
+    """Whether `lora-kernels convert` reads this kind of adapter: LoRA of linear layers."""
+    config = adapter.config
+    linear = all(layer.kind == LINEAR and plain_name(name) == name
+                 for name, layer in adapter.layers.items())  # fmt: skip
+    strange = set(variants(config)) - set(READ)
+    return linear and not strange and not config.get("target_parameters")
+
+
+def portable(adapter: StoredAdapter) -> str:
+    """How to write the adapter so that all engines apply it alike; else how to merge it."""
+    if not is_readable(adapter):
+        return merging(adapter)
+    if changing_start(adapter.config):
+        return CONVERT_START
+    tensors = (t for layer in adapter.layers.values() for t in (layer.right, layer.left))
+    wide = " --dtype float32" if any(t.entry.dtype == "F64" for t in tensors) else ""
+    return f"lora-kernels convert ADAPTER OUT{wide} {_FORM}"
+
+
+def merging(adapter: StoredAdapter) -> str:
+    """How to merge the adapter."""
+    own = "lora-kernels merge BASE ADAPTER OUT, or " if is_readable(adapter) else ""
+    return f"merge it into the model ({own}PEFT's merge_and_unload) and serve that"
+
+
+def is_gguf(adapter: StoredAdapter) -> bool:
+    """Whether `lora-kernels convert --to gguf` takes the adapter, if the base has the layers."""
+    extra = any(adapter.config.get(option) for option in READ)
+    changed = changing_start(adapter.config) or adapter.is_start
+    return is_readable(adapter) and not adapter.others and not extra and not changed
+
+
+def beginnings(name: str, matching: str | None) -> tuple[str, str] | None:
+    """(the beginning of the name that would match, the beginning of this one); None if another
+    beginning would not do, or means another block.
+    """
+    if matching is None:
+        return None
+    there, here = matching.split("."), name.split(".")
+    while there and here and there[-1] == here[-1]:
+        there.pop()
+        here.pop()
+    if any(part.isdecimal() for part in (*there, *here)) or there == here:
+        return None
+    return "".join(f"{part}." for part in there), "".join(f"{part}." for part in here)
+
+
+def renaming(name: str, matching: str | None) -> str:
+    """The remedy for a name with a wrong beginning; "" if it has none."""
+    change = beginnings(name, matching)
+    if change is None:
+        return ""
+    new, old = (part or "''" for part in change)
+    return f"lora-kernels convert ADAPTER OUT --rename {old} {new}"
+
+
+def renaming_of(names: Mapping[str, str | None]) -> str:
+    """The remedy for {name: matching name}: one renaming for all, or else another base."""
+    found = {renaming(name, matching) for name, matching in names.items()}
+    return found.pop() if len(found) == 1 and "" not in found else OTHER_BASE

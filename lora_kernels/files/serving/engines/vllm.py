@@ -5,8 +5,8 @@ They are in vLLM 0.33.0 in `vllm/lora/`: `peft_helper.py` (the configuration), `
 `model_manager.py` (which modules get the factors: those whose whole name is equal; others get none
 without an error), `worker_manager.py`; and in `vllm/config/lora.py` (the rank) and `model.py` (the
 dtype). Servers run older releases too. Where those of early 2026 load an adapter otherwise, their
-rule decides, since it fails without an error: one s for all layers, no rsLoRA for experts, and
-names of the text model alone match nothing. A note says what 0.33.0 does.
+rule decides: one s for all layers, no rsLoRA for experts, names of the text model alone match
+nothing, and whole modules are refused. A note says what 0.33.0 does.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from ..updates import (
     experts_of,
     number,
     rank_per_expert,
+    saved_modules,
 )
 from .model import MISSING, TEXT, BaseModel
 from .verdict import (
-    MERGE,
-    PORTABLE,
+    OTHER_BASE,
     Applied,
     Engine,
+    Fault,
     Ignored,
     Verdict,
     changing_start,
+    refuse_missing,
     refuse_shapes,
     residual_fault,
 )
@@ -67,14 +69,14 @@ _WITHOUT_MAPPING = (
 
 def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     """What vLLM does with an adapter."""
-    verdict = Verdict(limit=VLLM_RANKS[-1])
+    verdict = Verdict.of(adapter, VLLM_RANKS[-1])
     _options(verdict, adapter.config)
     _ranks(verdict, adapter)
     _tensors(verdict, adapter)
     refuse_shapes(verdict, adapter, base)
-    dtype = _dtype(base)
+    dtype, fault = _dtype(base), residual_fault(adapter, base)
     for name, layer in adapter.layers.items():
-        verdict.layers[name] = _layer(adapter, layer, base, dtype)
+        verdict.layers[name] = _layer(adapter, layer, base, dtype, fault)
     _experts(verdict, adapter, base)
     _unknown_names(verdict, adapter, base)
     _notes(verdict, adapter, base)
@@ -82,24 +84,27 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
 
 
 def _options(verdict: Verdict, config: Mapping[str, Any]) -> None:
-    missing = [name for name in ("r", "lora_alpha", "target_modules") if name not in config]
-    if missing:
+    refuse_missing(verdict, config, "r", "lora_alpha")
+    if "target_modules" not in config:
+        verdict.refuse("adapter_config.json must have target_modules", verdict.portable)
+    saved = saved_modules(config)
+    strange = [name for name in saved if name not in _HEADS]
+    if strange:
         verdict.refuse(
-            f"adapter_config.json must have r, lora_alpha and target_modules; it lacks "
-            f"{', '.join(missing)}",
-            PORTABLE,
+            f"modules_to_save may be classifier and score only, not {names_in_brief(strange)}",
+            verdict.merge,
         )
-    saved = [name for name in config.get("modules_to_save") or () if name not in _HEADS]
-    if saved:
+    elif saved:
         verdict.refuse(
-            f"modules_to_save may be classifier and score only, not {names_in_brief(saved)}",
-            MERGE,
+            "releases before 0.33.0 refuse modules_to_save; 0.33.0 takes classifier and score: "
+            f"{names_in_brief(saved)}",
+            f"serve it with 0.33.0; or {verdict.merge}",
         )
     if config.get("bias", "none") != "none":
-        verdict.refuse(f"bias must be 'none', not {config['bias']!r}", MERGE)
+        verdict.refuse(f"bias must be 'none', not {config['bias']!r}", verdict.merge)
     for option, what in _REFUSED.items():
         if config.get(option):
-            verdict.refuse(f"{what} ({option}) is not supported", MERGE)
+            verdict.refuse(f"{what} ({option}) is not supported", verdict.merge)
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in _STARTS:
         verdict.refuse(
@@ -135,7 +140,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
         verdict.refuse(
             "every tensor must be lora_A or lora_B of a layer; the file also has "
             f"{names_in_brief(strange)}",
-            MERGE,
+            verdict.merge,
         )
     named = [n for n, layer in adapter.layers.items() if layer.adapter or layer.style != "lora_A"]
     if named:
@@ -143,11 +148,11 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
         verdict.refuse(
             "names of tensors must end in lora_A.weight and lora_B.weight; the file has "
             f"{layer.right.name}",
-            PORTABLE,
+            verdict.portable,
         )
     folded = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
     if folded:
-        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(folded)}", MERGE)
+        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(folded)}", verdict.merge)
 
 
 def _scale(config: Mapping[str, Any], layer: StoredLayer) -> float:
@@ -164,10 +169,14 @@ def _dtype(base: BaseModel | None) -> torch.dtype:
 
 
 def _layer(
-    adapter: StoredAdapter, layer: StoredLayer, base: BaseModel | None, dtype: torch.dtype
+    adapter: StoredAdapter,
+    layer: StoredLayer,
+    base: BaseModel | None,
+    dtype: torch.dtype,
+    fault: Fault,
 ) -> Applied | Ignored:
-    scale, fault = _scale(adapter.config, layer), residual_fault(adapter, base)
-    applied = Applied(scale, dtype, folded=True, fault=fault)
+    scale = _scale(adapter.config, layer)
+    applied = Applied(scale, dtype, folded=True, fault=fault.reason, remedy=fault.remedy)
     if base is None or not base.modules:
         return applied
     place = base.place(layer.name)
@@ -178,7 +187,9 @@ def _layer(
                        "inside another module", place.name)  # fmt: skip
     if base.is_multimodal and not base.is_text(place):
         return Ignored("adapters of other parts than the text model need "
-                       "--enable-tower-connector-lora")  # fmt: skip
+                       "--enable-tower-connector-lora",
+                       remedy="start the server with --enable-tower-connector-lora, where the "
+                       "class has it")  # fmt: skip
     return applied
 
 
@@ -197,7 +208,7 @@ def _unknown_names(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | N
         ends = sorted({adapter.layers[name].last for name in strange})
         verdict.refuse(
             f"no linear layer of the base is called {', '.join(ends)}: {names_in_brief(strange)}",
-            "use the base that the adapter was trained on",
+            OTHER_BASE,
         )
 
 
@@ -216,7 +227,7 @@ def _experts(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -
         verdict.refuse(
             "of experts in one tensor, gate_up_proj and down_proj must both be adapted: "
             f"{names_in_brief(sorted(alone))}",
-            MERGE,
+            verdict.merge,
         )
     if base is None:
         verdict.notes.append(
@@ -235,12 +246,12 @@ def _notes(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> 
     if config.get("alpha_pattern") or config.get("rank_pattern"):
         verdict.notes.append(
             "0.33.0 reads rank_pattern and alpha_pattern, earlier releases ignore them: one s for "
-            f"all layers. {PORTABLE}"
+            f"all layers. {verdict.portable}"
         )
     if config.get("use_rslora") and any(".experts" in name for name in adapter.layers):
         verdict.notes.append(
             "0.33.0 reads use_rslora for experts, releases before September 2026 ignore it (issue "
-            f"55545): √r times too weak. {PORTABLE}"
+            f"55545): √r times too weak. {verdict.portable}"
         )
     if changing_start(config) and not verdict.refusals:
         verdict.notes.append("it is loaded, and wrong unless the changed base is served")

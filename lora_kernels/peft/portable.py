@@ -1,8 +1,8 @@
 """The portable form of a PEFT model's adapter (see `lora_kernels.files.adapter.portable`).
 
 All kinds of PEFT's layers take part, also those that have no start here: embeddings; convolutions,
-whose B is [out, r / g, 1, 1] with g groups, each of which takes r / g consecutive rows of A; and the
-experts of a mixture, whose rank r is a dimension of A [E·r, in], the expert slowest, and of
+whose B is [out, r / g, 1, 1] with g groups, each of which takes r / g consecutive rows of A; and
+the experts of a mixture, whose rank r is a dimension of A [E·r, in], the expert slowest, and of
 B [out, r·E], the expert fastest.
 """
 
@@ -35,7 +35,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class LayerFactors:
     """A and B of one layer: their names in the model's state_dict, and that of B's bias if there is
     one; rank and s; the numbers of experts and groups; whether they are those of a linear layer;
-    and whether they are there whole, not as shards of DeepSpeed ZeRO-3 or FSDP, which are left as they are.
+    and whether they are there whole, not as shards of DeepSpeed ZeRO-3 or FSDP, which are left as
+    they are.
     """
 
     name: str

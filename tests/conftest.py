@@ -23,6 +23,8 @@ if not torch.cuda.is_available():
     # decorates, Triton's own library included: set before anything imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -60,6 +62,7 @@ def device(request) -> str:
 def _seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(autouse=True)

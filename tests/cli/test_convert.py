@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from lora_kernels.files.adapter.folder import read_adapter
 from lora_kernels.model.config import LoRAConfig
 
 from ..support.adapters import IDS, assert_agree, peft_config, peft_logits, tiny_model, train
+from ..support.tiny_models import gpt2
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -130,3 +134,111 @@ def test_unknown_format(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(trained[1], tmp_path / "x", "--to", "gguff")
     assert "gguf" in capsys.readouterr().err
+
+
+def save_other(kind: str, folder: Path) -> Path:
+    """The configuration of another model than the adapter's, or a broken one."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    config = {
+        "wider": lambda: transformers.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"]),
+        "gpt2": lambda: transformers.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, architectures=["GPT2LMHeadModel"]
+        ),
+        "falcon": lambda: transformers.FalconConfig(**sizes, architectures=["FalconForCausalLM"]),
+        "bert": lambda: transformers.BertConfig(**sizes, architectures=["BertModel"]),
+    }[kind]()
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("wider", "is another base model; give the one that the adapter was trained on (--base)"),
+        ("gpt2", "cannot be adapted in a GGUF model of GPT2LMHeadModel: it has no tensor"),
+        ("falcon", "'FalconForCausalLM'"),
+        ("bert", "'BertModel'"),
+    ],
+)
+def test_gguf_for_another_base(kind, match, as_file, trained, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    other = save_other(kind, tmp_path / "other")
+    out = tmp_path / "x.gguf"
+    arguments = ["--to", "gguf", "--base", other / "config.json" if as_file else other]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert run(trained[1], out, *arguments) == 1
+    assert match in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    out.write_text("old")
+    assert run(trained[1], out, *arguments) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "x.gguf"])
+    assert out.read_text() == "old"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("to", ["peft", "native"])
+@pytest.mark.parametrize("fault", ["prefix", "base", "start", "itself", "factor", "dtype"])
+def test_after_an_error_the_old_folder_is_as_it_was(fault, to, trained, tmp_path, capsys):
+    _, adapter, _ = trained
+    arguments, match = {
+        "prefix": (["--rename", "modle.", "x."], "begins with 'modle.'"),
+        "base": (["--base", tmp_path / "no"], str(tmp_path / "no")),
+        "start": (["--start", tmp_path / "no"], "is not a start"),
+        "itself": (["--start", adapter], "is the trained adapter itself"),
+        "factor": ([], "do not fit each other"),
+        "dtype": (["--dtype", "float16"], "format='peft'" if to == "native" else "too large"),
+    }[fault]
+    out = tmp_path / "out"
+    assert run(adapter, out) == 0
+    old = contents(out)
+    if fault in ("factor", "dtype"):
+        adapter = shutil.copytree(adapter, tmp_path / "bad")
+        stored = safetensors.load_file(adapter / ADAPTER_FILE)
+        if fault == "factor":
+            name = next(name for name in stored if "lora_A" in name)
+            stored[name] = stored[name].repeat(4, 1)
+        else:
+            stored = {name: 1e9 * tensor for name, tensor in stored.items()}
+        safetensors.save_file(stored, adapter / ADAPTER_FILE)
+    capsys.readouterr()
+    assert run(adapter, out, "--to", to, *arguments) == 1
+    assert match in capsys.readouterr().err
+    assert contents(out) == old
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert run(adapter, tmp_path / "new", "--to", to, *arguments) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("to", ["peft", "native"])
+@pytest.mark.parametrize(
+    ("kind", "options", "match"),
+    [
+        ("gpt2", {}, "which .* does not have: it is another base model; give the one"),
+        ("llama", {"num_hidden_layers": 1}, r"layers\.1.*which .* does not have"),
+        (
+            "llama",
+            {"hidden_size": 32, "head_dim": 8},
+            r"\[out, in\].* for the adapter.*another base model",
+        ),
+        ("llama", {"intermediate_size": 48}, r"mlp.*for the adapter.*another base model"),
+    ],
+)
+def test_folders_for_another_base(kind, options, match, to, trained, tmp_path, capsys):
+    other = gpt2()
+    if kind == "llama":
+        config = copy.deepcopy(tiny_model("llama").config)
+        config.update(options)
+        other = type(tiny_model("llama"))(config)
+    other.save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    for out in (tmp_path / "new", shutil.copytree(trained[1], tmp_path / "old")):
+        arguments = ["--to", to, "--base", tmp_path / "other"]
+        assert run(trained[1], out, *arguments) == 1
+        assert re.search(match, capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+    assert contents(tmp_path / "old") == contents(trained[1])

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..._utils.errors import unknown_name
+from ...layers.kinds import is_conv1d
 from ...model.config import AdapterState
 from ..adapter.compression import truncated, update_errors
 from ..adapter.folder import SavedAdapter, float_dtype, read_adapter, write_adapter
 from ..adapter.recipe import FORMATS
 from ..checkpoint.folder import CONFIG, ModelFolder, check_outside
 from ..checkpoint.residual import refuse_residual, without_start
+from ..checkpoint.weights import is_embedding, is_head
 from .gguf import GGUFSummary, write_gguf
 from .rename import renamed
 
@@ -48,15 +52,18 @@ def convert(
         base: the folder of the model, or for "gguf" its `config.json`; by default the base that
             the adapter names, if it is a folder here.
 
+    Warns if neither the adapter nor the start names a start that PEFT subtracts.
+
     Raises:
-        ValueError: the adapter was not trained from this start, the start would be overwritten, or
-            the adapter was trained on a residual base and there is no `start`; an unknown format;
-            a prefix that no layer has; a base without the layers; and as `read_adapter`,
-            `write_adapter` and `write_gguf`.
+        ValueError: the adapter was not trained from this start, or is the start itself, the start
+            would be overwritten, or the adapter was trained on a residual base and there is no
+            `start`; an unknown format; a prefix that no layer has; a base without the layers, or
+            with layers of other shapes; and as `read_adapter`, `write_adapter` and `write_gguf`.
 
     """
     if format not in TARGETS:
         raise unknown_name("format", format, TARGETS)
+    given = base is not None
     state = read_adapter(adapter, residual_base=start is not None)
     if start is not None:
         check_outside(start, out)  # every adapter of that residual base needs it
@@ -73,6 +80,8 @@ def convert(
     if base is not None:  # the configuration can name layers by their endings
         folder = ModelFolder(base)
         names = folder.module_names
+        if given and not state.replication:  # whose blocks have other names
+            _check_base(state, folder)
         conv1d = all(folder.is_transposed(name) for name in state.layers)
     return write_adapter(
         out,
@@ -83,6 +92,37 @@ def convert(
         module_names=names,
         fan_in_fan_out=conv1d,
     )
+
+
+def _check_base(state: AdapterState, folder: ModelFolder) -> None:
+    """Raises ValueError if the model lacks a layer, or has one of another shape."""
+    modules = {} if folder.architecture is None else folder.architecture.modules
+    wrong = ""
+    for name, layer in state.layers.items():
+        # transformers joins experts, and a vocabulary may have been resized for the training.
+        if ".experts." in name or is_head(name) or is_embedding(name):
+            continue
+        shape = [layer.lora_B.shape[0], layer.lora_A.shape[1]]
+        there = _shape(modules.get(name))
+        if name not in folder.module_names:
+            wrong = f"the adapter has {name!r}, which {folder.path} does not have"
+        elif there not in (None, shape):
+            wrong = (
+                f"the weight of {name!r} is {shape} ([out, in]) for the adapter, and {there} in "
+                f"{folder.path}"
+            )
+        if wrong:
+            raise ValueError(
+                f"{wrong}: it is another base model; give the one that the adapter was trained on "
+                "(--base)"
+            )
+
+
+def _shape(module: Any) -> list[int] | None:
+    """[out, in] of a linear layer; None of others."""
+    if is_conv1d(module):
+        return list(reversed(module.weight.shape))
+    return list(module.weight.shape) if isinstance(module, nn.Linear) else None
 
 
 def _to_gguf(

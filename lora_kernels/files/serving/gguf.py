@@ -84,7 +84,8 @@ def write_gguf(
         MissingExtraError: the package gguf is not installed.
         FileNotFoundError: the configuration, or the folder to write into, does not exist.
         ValueError: the architecture, a layer or the dtype cannot be written, the adapter has
-            tensors that such a file cannot hold, or does not fit the model.
+            tensors that such a file cannot hold, or layers that the model has not or has in another
+            shape.
         OSError: what was read back is not what was written.
 
     """

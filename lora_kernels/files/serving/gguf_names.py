@@ -113,8 +113,9 @@ OWN_HEAD_SIZE = frozenset(
         "Gemma3ForCausalLM",
         "Gemma3ForConditionalGeneration",
         "GemmaForCausalLM",
+        "Ministral3ForCausalLM",
+        "Mistral3ForConditionalGeneration",
         "Qwen3ForCausalLM",
-        "Qwen3MoeForCausalLM",
         "SeedOssForCausalLM",
     }
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,12 +14,12 @@ from lora_kernels.cli import main
 from ..files.serving.test_check import QV, gemma3, named, write, write_base
 
 ENGINE_KEYS = {
-    "engine", "as_of", "outcome", "refusals", "notes", "flags", "rank", "rank_limit",
-    "names_compared", "worst_error", "dropped", "layers",
+    "engine", "as_of", "outcome", "refusals", "remedies", "notes", "flags", "rank",
+    "rank_limit", "names_compared", "worst_error", "dropped", "layers",
 }  # fmt: skip
 LAYER_KEYS = {
     "name", "right", "effect", "reason", "matching_name", "scale", "trained_scale", "strength",
-    "dtype", "error",
+    "dtype", "error", "remedy",
 }  # fmt: skip
 
 
@@ -34,7 +36,7 @@ def test_right(tmp_path, capsys):
     out = run(capsys, adapter, "--base", base, "--for", "vllm, sglang,llama.cpp,peft")
     for engine in ("vllm (vLLM 0.", "sglang (SGLang 0.", "llama.cpp", "peft (PEFT 0.21"):
         assert engine in out
-    assert out.count("4 of 4 right") == 4 and "not compared" not in out
+    assert out.count("4 of 4 right") == 4 and "not compared" not in out and "compared" in out
     assert run(capsys, adapter, "--base", base / "config.json", "--for", "vllm", "--quiet") == ""
     assert "names were not compared with a base (--base)" in run(capsys, adapter)
 
@@ -70,9 +72,11 @@ def test_needed_flags_and_dropped_tensors(tmp_path, capsys):
     layers = {name: (torch.randn(24, 32), torch.randn(32, 24)) for name in QV}
     tensors = named(layers) | {"base_model.model.score.weight": torch.ones(2, 32)}
     adapter = write(tmp_path / "a", tensors, r=24, modules_to_save=["score"])
-    assert "needs --max-lora-rank 32" in run(capsys, adapter, "--for", "vllm")
+    out = run(capsys, adapter, "--for", "vllm", code=1)
+    assert "needs --max-lora-rank 32" in out and "0.33.0 takes classifier and score" in out
     out = run(capsys, adapter, "--for", "sglang", code=1)
     assert "1 tensors are left out: tensors outside the blocks are not loaded" in out
+    assert "remedy: merge it into the model" in out
 
 
 def test_json(tmp_path, capsys):
@@ -126,6 +130,88 @@ def test_missing_and_pickled_adapters(tmp_path, capsys):
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     assert main(["check", str(tmp_path)]) == 1
     assert "pickled files are not read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [{"hidden_size": "abc"}, {"hidden_size": 33}, {"num_hidden_layers": None}], ids=str
+)
+def test_bases_that_transformers_rejects(options, tmp_path, capsys):
+    adapter, base = write(tmp_path / "a"), write_base(tmp_path / "base", **options)
+    out = run(capsys, adapter, "--base", base, "--for", "vllm")
+    assert "transformers cannot build it from its configuration (" in out
+    assert "not compared" in out
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"architectures": ["MyModel"], "model_type": "mine", "auto_map": {"AutoConfig": "c.Mine"}},
+        {"_class_name": "UNet2DConditionModel"},
+    ],
+    ids=["empty", "remote code", "diffusers"],
+)
+def test_bases_that_cannot_be_compared(config, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    adapter = write(tmp_path / "a")
+    out = run(capsys, adapter, "--base", file, "--for", "vllm")
+    assert "names" in out and "not compared" in out
+    assert "note: names were not compared with the base: " in out
+    found = json.loads(run(capsys, adapter, "--base", file, "--for", "vllm", "--json"))
+    assert found["engines"][0]["names_compared"] is False
+
+
+def test_the_adapter_is_no_base(tmp_path, capsys):
+    adapter = write(tmp_path / "a")
+    assert main(["check", str(adapter), "--base", str(adapter / "adapter_config.json")]) == 1
+    printed = capsys.readouterr()
+    assert "is the configuration of an adapter" in printed.err and printed.err.count("\n") == 1
+
+
+def test_each_engine_once(tmp_path, capsys):
+    adapter = write(tmp_path / "a")
+    found = json.loads(run(capsys, adapter, "--for", "vllm,peft,vllm", "--json"))
+    assert [engine["engine"] for engine in found["engines"]] == ["vllm", "peft"]
+
+
+def test_no_layer_of_a_refused_adapter_is_right(tmp_path, capsys):
+    adapter = write(tmp_path / "a", alpha_pattern={"nothing": 3})
+    found = json.loads(run(capsys, adapter, "--for", "sglang", "--json", code=1))["engines"][0]
+    assert found["outcome"] == "refused" and found["layers"]
+    assert not any(layer["right"] for layer in found["layers"])
+    assert found["remedies"] == [refusal["remedy"] for refusal in found["refusals"]]
+    assert "0 of 4 right" in run(capsys, adapter, "--for", "sglang", code=1)
+
+
+def test_remedies_in_json(tmp_path, capsys):
+    adapter = write(tmp_path / "a", use_rslora=True)
+    wrong, right = json.loads(run(capsys, adapter, "--for", "sglang,vllm", "--json", code=1))[
+        "engines"
+    ]
+    assert right["remedies"] == [] and all(x["remedy"] is None for x in right["layers"])
+    assert {x["remedy"] for x in wrong["layers"]} == set(wrong["remedies"])
+    assert wrong["remedies"][0].startswith("lora-kernels convert ADAPTER OUT")
+    out = run(capsys, adapter, "--for", "sglang", code=1)
+    assert out.count("remedy: lora-kernels convert ADAPTER OUT") == 1
+
+
+def test_one_line_for_each_reason(tmp_path, capsys):
+    adapter = write(tmp_path / "a", named(QV, prefix=""))
+    out = run(capsys, adapter, "--for", "peft", code=1)
+    assert out.count("no effect") == 1 and "4 layers: no effect: the names of its tensors" in out
+
+
+@pytest.mark.parametrize("option", [(), ("--json",)], ids=["table", "json"])
+@pytest.mark.parametrize("engine,code", [("vllm", 0), ("sglang", 1)])
+def test_a_reader_that_stops_changes_no_exit_status(option, engine, code, tmp_path):
+    """As `lora-kernels check ... | head -0`, with a pipe that nobody reads."""
+    adapter = write(tmp_path / "a", use_rslora=True)
+    command = [sys.executable, "-m", "lora_kernels.cli", "check", adapter, "--for", engine, *option]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == code and "roken" not in errors and "Traceback" not in errors
 
 
 def test_help(capsys):

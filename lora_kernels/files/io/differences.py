@@ -23,8 +23,8 @@ def difference(want: Tensor, got: Tensor) -> str:
     """
     if want.dtype != got.dtype or want.shape != got.shape:
         raise ValueError(
-            f"{want.dtype} {list(want.shape)} and {got.dtype} {list(got.shape)} have no differences "
-            "of bits: dtypes and shapes must be equal"
+            "dtypes and shapes must be equal, they are "
+            f"{want.dtype} {list(want.shape)} and {got.dtype} {list(got.shape)}"
         )
     new, old = _bits(want), _bits(got)
     differs = new != old

@@ -213,8 +213,8 @@ EXTRA = torch.ones(32)
         ("vllm", {"alora_invocation_tokens": [1]}, (), "activated LoRA"),
         ("vllm", {"use_qalora": True}, (), "QA-LoRA"),
         ("vllm", {"init_lora_weights": "pissa_niter_4"}, (), "PEFT changes the base"),
-        ("vllm", {"lora_alpha": "absent"}, (), "it lacks lora_alpha"),
-        ("vllm", {"target_modules": "absent"}, (), "it lacks target_modules"),
+        ("vllm", {"lora_alpha": "absent"}, (), "must have lora_alpha"),
+        ("vllm", {"target_modules": "absent"}, (), "must have target_modules"),
         ("sglang", {"use_dora": True}, (), "DoRA"),
         ("sglang", {"target_modules": REGEX}, (), "regular expression is not understood"),
         ("sglang", {"target_modules": None}, (), "must be a list"),
@@ -228,7 +228,7 @@ EXTRA = torch.ones(32)
         ("llama.cpp", {"modules_to_save": ["score"]}, ("score.weight",), "must be lora_A"),
         ("llama.cpp", {"use_dora": True}, ("self_attn.q_proj.lora_magnitude_vector",), "must be"),
         ("llama.cpp", {"fan_in_fan_out": True}, (), "stored transposed"),
-        ("llama.cpp", {"lora_alpha": "absent"}, (), "lacks lora_alpha"),
+        ("llama.cpp", {"lora_alpha": "absent"}, (), "must have lora_alpha"),
         ("ollama", {"lora_alpha": 8.5}, (), "whole number, it is 8.5"),
         ("ollama", {"lora_alpha": 8.0}, (), "whole number, it is 8.0"),
         ("ollama", {}, ("self_attn.q_proj.bias",), "fail when the model is loaded"),
@@ -300,7 +300,7 @@ def test_a_start_is_wrong_on_the_original_base(tmp_path):
     for result in check(adapter):
         assert result.outcome == WRONG and result.layers
         for layer in result.layers:
-            assert "out/residual" in layer.reason and "--start" in layer.reason
+            assert "out/residual" in layer.reason and "--start" in layer.remedy
             assert layer.error is None
 
 
@@ -308,7 +308,8 @@ def test_a_start_is_wrong_on_the_original_base(tmp_path):
 def test_starts_of_a_changed_base(start, tmp_path):
     adapter = write(tmp_path / "a", init_lora_weights=start)
     for result in check(adapter, engines=["sglang", "llama.cpp", "ollama"]):
-        assert all("--start" in layer.reason for layer in result.layers)
+        helps = "LoftQ made" if start == "loftq" else "--start"
+        assert all(helps in layer.remedy for layer in result.layers)
         assert result.outcome != RIGHT
     assert one(adapter, "vllm").outcome == (WRONG if start == "lora_ga" else REFUSED)
 
@@ -330,7 +331,9 @@ def test_saved_modules_are_dropped(tmp_path):
     adapter = write(tmp_path / "a", tensors, modules_to_save=["score"])
     result = one(adapter, "sglang")
     assert result.outcome == WRONG and list(result.verdict.dropped) == [f"{PREFIX}score.weight"]
-    assert one(adapter, "vllm").outcome == RIGHT  # a classifier's head
+    assert "lora-kernels merge" in result.remedies[0]
+    result = one(adapter, "vllm")  # a classifier's head, which some releases take
+    assert result.outcome == REFUSED and "0.33.0 takes classifier and score" in rules(result)
     norm = named(QV) | {f"{PREFIX}model.layers.0.input_layernorm.weight": EXTRA}
     result = one(write(tmp_path / "b", norm), "llama.cpp")
     assert result.outcome == WRONG and len(result.verdict.dropped) == 1
@@ -608,6 +611,12 @@ def test_renaming_as_the_result_says(tmp_path):
     assert one(tmp_path / "renamed", "vllm", plain).outcome == RIGHT
     convert(adapter, tmp_path / "served", rename=("text.", "language_model.model."))
     results = check(tmp_path / "served", base, TEXT_ENGINES)
+    assert [result.outcome for result in results] == [RIGHT] * 3 + [REFUSED]
+    # PEFT compares target_modules, which are whole names now, with those of the base.
+    old, new = "language_model.model.", "model.language_model."
+    assert results[3].remedies == [f"lora-kernels convert ADAPTER OUT --rename {old} {new}"]
+    convert(tmp_path / "served", tmp_path / "again", rename=(old, new))
+    results = check(tmp_path / "again", base, TEXT_ENGINES)
     assert [result.outcome for result in results] == [RIGHT] * 4
 
 
@@ -630,7 +639,7 @@ def test_the_start_of_init_and_what_is_trained_from_it(tmp_path):
     for folder in (start, trained):
         for result in check(folder, original, TEXT_ENGINES):
             assert result.outcome == WRONG
-            assert all(f"--start {start}" in layer.reason for layer in result.layers)
+            assert all(f"--start {start}" in layer.remedy for layer in result.layers)
         assert one(folder, "peft", residual).outcome == RIGHT
 
 

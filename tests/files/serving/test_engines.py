@@ -183,8 +183,7 @@ class Adapter:
         ends = {n.rpartition(".")[2] for n in names}
         ranks = {A.shape[0] for A, _ in self.factors.values()}
         if engine == "sglang":
-            patterned = any(v != config["r"] for v in config["rank_pattern"].values())
-            patterned |= any(v != config["lora_alpha"] for v in config["alpha_pattern"].values())
+            patterned = bool(config["rank_pattern"] or config["alpha_pattern"])
             joined = bool(ends & {"q_proj", "k_proj", "v_proj"})
             joined = joined and not {"q_proj", "v_proj"} <= ends
             joined |= "up_proj" in ends and "gate_proj" not in ends
@@ -442,7 +441,7 @@ def test_pissa_of_peft_is_right_in_peft_alone(tmp_path):
     outcomes = {result.engine: result for result in check(tmp_path)}
     assert outcomes["peft"].outcome == RIGHT and outcomes["vllm"].outcome == "refused"
     assert outcomes["sglang"].outcome == outcomes["llama.cpp"].outcome == "wrong"
-    assert all("--start" in layer.reason for layer in outcomes["llama.cpp"].layers)
+    assert all("--start" in layer.remedy for layer in outcomes["llama.cpp"].layers)
     convert(tmp_path, tmp_path / "converted", start=tmp_path / "start")
     assert [result.outcome for result in check(tmp_path / "converted")] == [RIGHT] * 4
 

@@ -29,6 +29,9 @@ from .verdict import (
 # llama.cpp applies activated LoRA; the others are refused by the names of their tensors.
 _KNOWN = ("alora_invocation_tokens", "use_dora", "lora_bias", "trainable_token_indices")
 
+# How most names begin in the models that GGUF files are made of.
+_USUAL = ("model.layers.", "lm_head")
+
 
 def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     """What llama.cpp does with an adapter that its own script has converted."""
@@ -50,7 +53,8 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     if base is None:
         verdict.notes.append("names were not compared with a base (--base)")
     verdict.notes.append("applies to convert_lora_to_gguf.py with its default --outtype f32")
-    lost = any(isinstance(found, Ignored) for found in verdict.layers.values())
+    known = base is not None or all(name.startswith(_USUAL) for name in adapter.layers)
+    lost = any(isinstance(found, Ignored) for found in verdict.layers.values()) or not known
     tied = any(_is_head(layer) and base is not None and base.is_tied(name)
                for name, layer in adapter.layers.items())  # fmt: skip
     if is_gguf(adapter) and not saved_modules(config) and not lost and not tied:

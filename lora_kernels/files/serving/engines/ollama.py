@@ -139,7 +139,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter, gguf: str) -> None:
         verdict.refuse(
             "the rank must not be above a layer's sizes, or the factors are taken for transposed "
             f"ones: {names_in_brief(wide)}",
-            "lora-kernels convert ADAPTER OUT --compress-to R",
+            gguf if is_gguf(adapter) else verdict.merge,
         )
     floats = {t.entry.dtype for layer in adapter.layers.values() for t in (layer.right, layer.left)}
     if not floats <= {"F32", "F16", "BF16"}:

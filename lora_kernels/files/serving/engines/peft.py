@@ -21,6 +21,7 @@ from .model import FOUND, RENAMED, SERVED, BaseModel, Place
 from .selection import unselected
 from .verdict import (
     CONVERT_START,
+    SERVE_MADE_BASE,
     Applied,
     Engine,
     Fault,
@@ -126,7 +127,10 @@ def _options(verdict: Verdict, config: Mapping[str, Any]) -> None:
             else f"write true into {_WRITE}, if the start did not change the base",
         )
     if start == "loftq" and not config.get("loftq_config"):
-        verdict.refuse("init_lora_weights = 'loftq' needs loftq_config", CONVERT_START_OF_LOFTQ)
+        verdict.refuse(
+            "init_lora_weights = 'loftq' needs loftq_config",
+            f"write true into {_WRITE}, and {SERVE_MADE_BASE}",
+        )
     if config.get("lora_bias") and start not in (True, False):
         verdict.refuse("lora_bias needs init_lora_weights = true or false", "write true")
     if config.get("lora_bias") and config.get("use_dora"):
@@ -140,12 +144,6 @@ def _options(verdict: Verdict, config: Mapping[str, Any]) -> None:
         )
     elif config.get("layers_pattern") and config.get("layers_to_transform") is None:
         verdict.refuse("layers_pattern needs layers_to_transform", verdict.portable)
-
-
-CONVERT_START_OF_LOFTQ = (
-    "write true instead of 'loftq', and serve the base that LoftQ made: save it with "
-    "model.save_pretrained before the training"
-)
 
 
 def _is_known_start(start: str) -> bool:

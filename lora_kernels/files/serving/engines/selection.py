@@ -20,7 +20,7 @@ from ....layers.kinds import is_conv1d
 from ..stored import LINEAR, StoredAdapter, plain_name
 from ..updates import parameter_of, saved_modules
 from .model import FOUND, RENAMED, SERVED, BaseModel
-from .verdict import Ignored, Verdict
+from .verdict import Ignored, Verdict, renaming
 
 # Where an output layer is that "all-linear" leaves out, if the base does not tell.
 _OUTPUTS = ("lm_head", "embed_out")
@@ -56,9 +56,21 @@ def unselected(
             )
             options = "target_modules"
         if not chosen:
-            found[name] = Ignored(_reason(config, options), remedy=verdict.portable)
-    _refuse_nothing(verdict, config, base, selects)
+            remedy = _remedy(verdict, name, base)
+            if parameter is not None:
+                target = ".".join(parameter.split(".")[-2:])
+                remedy = f"add {target!r} to target_parameters in adapter_config.json"
+            found[name] = Ignored(_reason(config, options), remedy=remedy)
+    remedies = {ignored.remedy for ignored in found.values()}
+    _refuse_nothing(
+        verdict, config, base, selects, remedies.pop() if len(remedies) == 1 else verdict.portable
+    )
     return found
+
+
+def _remedy(verdict: Verdict, name: str, base: BaseModel | None) -> str:
+    """A portable folder has whole names, which have to be those of the base."""
+    return renaming(name, _name_in_base(name, base)) or verdict.portable
 
 
 def _reason(config: Mapping[str, Any], option: str) -> str:
@@ -128,7 +140,11 @@ def _targets_of_type(verdict: Verdict, config: Mapping[str, Any], base: BaseMode
 
 
 def _refuse_nothing(
-    verdict: Verdict, config: Mapping[str, Any], base: BaseModel | None, selects: Test
+    verdict: Verdict,
+    config: Mapping[str, Any],
+    base: BaseModel | None,
+    selects: Test,
+    remedy: str,
 ) -> None:
     """A selection without any module is an error."""
     targets = config.get("target_modules")
@@ -138,7 +154,7 @@ def _refuse_nothing(
     if base is not None and base.modules:
         nothing = not any(selects(name) for name in base.modules if name)
     if nothing:
-        verdict.refuse("the configuration selects no module of the base", verdict.portable)
+        verdict.refuse("the configuration selects no module of the base", remedy)
 
 
 def _is_all_linear(config: Mapping[str, Any]) -> bool:

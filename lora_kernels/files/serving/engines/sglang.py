@@ -226,7 +226,9 @@ def _targeted(verdict: Verdict, adapter: StoredAdapter, targets: set[str] | None
         verdict.refuse(
             "target_modules must name the modules of all layers (experts' w1, w2 and w3 as "
             f"gate_proj, down_proj and up_proj): {names_in_brief(strange)}",
-            verdict.portable,
+            "add gate_proj, down_proj and up_proj to target_modules in adapter_config.json"
+            if all(adapter.layers[name].last in _EXPERT_WORDS for name in strange)
+            else verdict.portable,
         )
 
 

@@ -222,7 +222,7 @@ def residual_fault(adapter: StoredAdapter, base: BaseModel | None) -> Fault:
     return Fault(
         f"init_lora_weights = {start!r}: its factors belong to weights from which PEFT subtracted "
         "the start, and are wrong on the original model",
-        f"{CONVERT_START}; or serve the changed base",
+        start_remedy(start),
     )
 
 
@@ -235,8 +235,7 @@ def _rewritten_base(adapter: StoredAdapter, base: BaseModel | None) -> Fault:
     return Fault(
         f"it was trained with {method!r}, which replaced the weights of the base by rounded ones: "
         "wrong on the original model",
-        "serve the base that it made, and give it as --base: save it with model.save_pretrained "
-        "before save_adapter",
+        SERVE_MADE_BASE,
     )
 
 
@@ -318,6 +317,17 @@ def variants(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 CONVERT_START = "lora-kernels convert ADAPTER OUT --start <the adapter saved before training>"
+SERVE_MADE_BASE = (
+    "serve the base that LoftQ made, and give it as --base: save it with model.save_pretrained "
+    "before the training"
+)
+
+
+def start_remedy(start: str) -> str:
+    """What to do about an adapter whose start changed the base."""
+    if base_changing_start(start) == "loftq":  # there is no way back to the original base
+        return SERVE_MADE_BASE
+    return f"{CONVERT_START}; or serve the changed base"
 
 
 def is_readable(adapter: StoredAdapter) -> bool:
@@ -334,7 +344,7 @@ def portable(adapter: StoredAdapter) -> str:
     if not is_readable(adapter):
         return merging(adapter)
     if changing_start(adapter.config):
-        return CONVERT_START
+        return start_remedy(changing_start(adapter.config))
     tensors = (t for layer in adapter.layers.values() for t in (layer.right, layer.left))
     wide = " --dtype float32" if any(t.entry.dtype == "F64" for t in tensors) else ""
     return f"lora-kernels convert ADAPTER OUT{wide} {_FORM}"

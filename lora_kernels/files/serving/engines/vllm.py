@@ -38,6 +38,7 @@ from .verdict import (
     refuse_missing,
     refuse_shapes,
     residual_fault,
+    start_remedy,
 )
 
 _STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -110,8 +111,7 @@ def _options(verdict: Verdict, config: Mapping[str, Any]) -> None:
         verdict.refuse(
             f"init_lora_weights = {start!r} is not supported: PEFT changes the base for it. "
             "Releases before autumn 2026 load it, and are silently wrong on the original model",
-            "lora-kernels convert ADAPTER OUT --start <the adapter saved before training>; or, if "
-            "the changed base is served, set init_lora_weights to true",
+            f"{start_remedy(start)}, with init_lora_weights = true in adapter_config.json",
         )
 
 

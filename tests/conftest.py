@@ -32,9 +32,11 @@ from hypothesis import settings
 import lora_kernels  # noqa: F401  (registers the operators)
 
 from .support.devices import DEVICES
+from .support.exhaustive import EXHAUSTIVE
 from .support.sticky_errors import end_if_broken
 
-settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
+examples = 40 if EXHAUSTIVE else 25
+settings.register_profile("tests", deadline=None, max_examples=examples, derandomize=True)
 # A new shape may compile a kernel; the CPU's 40 examples are for the machines without a GPU.
 settings.register_profile("gpu", settings.get_profile("tests"), max_examples=10)
 settings.load_profile("gpu" if "cuda" in DEVICES else "tests")

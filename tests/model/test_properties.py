@@ -40,6 +40,7 @@ from lora_kernels.layers.kinds import is_conv1d
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_state, apply_state
 
+from ..support.exhaustive import EXHAUSTIVE
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_transformers
 from ..support.running import snapshot, token_ids
@@ -49,7 +50,7 @@ pytestmark = needs_transformers
 
 _EXAMPLES = int(os.environ.get("LORA_KERNELS_EXAMPLES", "0"))
 examples = settings(
-    max_examples=_EXAMPLES or 25,
+    max_examples=_EXAMPLES or (25 if EXHAUSTIVE else 12),
     derandomize=not _EXAMPLES,
     database=None,
     deadline=None,

@@ -40,6 +40,7 @@ from ...support.adapters import (
     tiny_model,
     train,
 )
+from ...support.exhaustive import EXHAUSTIVE
 from ...support.oracle import to_numpy
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -85,7 +86,7 @@ def nudge(state: AdapterState, size: float) -> dict[str, np.ndarray]:
     return updates
 
 
-@settings(max_examples=60)
+@settings(max_examples=60 if EXHAUSTIVE else 25)
 @given(
     name=st.sampled_from(NAMES),
     rule=st.sampled_from(["lora", "rslora", "alpha_sqrt"]),

@@ -239,7 +239,7 @@ def _layer_lines(layers: Sequence[LayerResult]) -> Iterator[str]:
 
 def _fault(layer: LayerResult) -> tuple[str, ...]:
     """What is wrong with a layer, first; then what else distinguishes groups."""
-    from ..files.serving.engines.verdict import beginnings
+    from ..files.serving.remedies import beginnings
 
     if not layer.effect:
         change = beginnings(layer.name, layer.matching_name)

@@ -80,11 +80,16 @@ class SavedAdapter:
         return "\n".join([*lines, self.warning] if self.warning else lines)
 
 
+def vllm_limit(rank: int) -> int | None:
+    """The smallest --max-lora-rank of vLLM that takes this rank; None if none does."""
+    return next((limit for limit in VLLM_RANKS if limit >= rank), None)
+
+
 def beyond_vllm(rank: int) -> str | None:
     """What to do about vLLM's limit, if the rank of a file is above it."""
     if rank <= VLLM_RANK:
         return None
-    flag = next((limit for limit in VLLM_RANKS if limit >= rank), None)
+    flag = vllm_limit(rank)
     remedy = f"start it with --max-lora-rank {flag}" if flag else f"{VLLM_RANKS[-1]} is its largest"
     return (
         f"the adapter has rank {rank}, and vLLM takes {VLLM_RANK} by default: {remedy}, or "

@@ -16,7 +16,6 @@ from .engines import ENGINES
 from .engines.model import BaseModel, read_base
 from .engines.ollama import takes
 from .engines.verdict import (
-    OTHER_BASE,
     REFUSED,
     RIGHT,
     WRONG,
@@ -26,8 +25,8 @@ from .engines.verdict import (
     Refusal,
     Verdict,
     base_notes,
-    renaming,
 )
+from .remedies import OTHER_BASE, renaming
 from .stored import DIFFUSERS, NATIVE, PEFT, StoredAdapter, StoredLayer, read_stored
 from .updates import Update, relative_error, trained_scale, trained_update
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from ..._utils.errors import unknown_name
-from ...layers.kinds import is_conv1d
 from ...model.config import AdapterState
 from ..adapter.compression import truncated, update_errors
 from ..adapter.folder import SavedAdapter, float_dtype, read_adapter, write_adapter
@@ -18,6 +15,7 @@ from ..adapter.recipe import FORMATS
 from ..checkpoint.folder import CONFIG, ModelFolder, check_outside
 from ..checkpoint.residual import refuse_residual, without_start
 from ..checkpoint.weights import is_embedding, is_head
+from .engines.model import matrix_shape
 from .gguf import GGUFSummary, write_gguf
 from .rename import renamed
 
@@ -102,27 +100,20 @@ def _check_base(state: AdapterState, folder: ModelFolder) -> None:
         # transformers joins experts, and a vocabulary may have been resized for the training.
         if ".experts." in name or is_head(name) or is_embedding(name):
             continue
-        shape = [layer.lora_B.shape[0], layer.lora_A.shape[1]]
-        there = _shape(modules.get(name))
+        shape = (layer.lora_B.shape[0], layer.lora_A.shape[1])
+        there = matrix_shape(modules.get(name))
         if name not in folder.module_names:
             wrong = f"the adapter has {name!r}, which {folder.path} does not have"
         elif there not in (None, shape):
             wrong = (
-                f"the weight of {name!r} is {shape} ([out, in]) for the adapter, and {there} in "
-                f"{folder.path}"
+                f"the weight of {name!r} is {list(shape)} ([out, in]) for the adapter, and "
+                f"{list(there or ())} in {folder.path}"
             )
         if wrong:
             raise ValueError(
                 f"{wrong}: it is another base model; give the one that the adapter was trained on "
                 "(--base)"
             )
-
-
-def _shape(module: Any) -> list[int] | None:
-    """[out, in] of a linear layer; None of others."""
-    if is_conv1d(module):
-        return list(reversed(module.weight.shape))
-    return list(module.weight.shape) if isinstance(module, nn.Linear) else None
 
 
 def _to_gguf(

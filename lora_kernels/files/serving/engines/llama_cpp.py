@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import torch
 
-from ..stored import CONVOLUTION, StoredAdapter, StoredLayer, names_in_brief
-from ..updates import experts_of, number, saved_modules
+from ..remedies import GGUF, is_gguf, renaming_of
+from ..stored import StoredAdapter, StoredLayer, names_in_brief
+from ..updates import number, saved_modules
 from .model import MISSING, BaseModel
 from .verdict import (
-    GGUF,
     Applied,
     Engine,
     Ignored,
     Verdict,
     fault_of,
-    is_gguf,
+    refuse_convolutions,
+    refuse_joined_experts,
     refuse_missing,
     refuse_shapes,
-    renaming_of,
 )
 
 # llama.cpp applies activated LoRA; the others are refused by the names of their tensors.
@@ -84,17 +84,8 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
             f"{names_in_brief(named)}",
             verdict.portable,
         )
-    joined = [n for n, layer in adapter.layers.items() if experts_of(adapter, layer) > 1]
-    if joined:
-        verdict.refuse(
-            f"experts in one tensor (target_parameters) match no tensor: {names_in_brief(joined)}",
-            verdict.merge,
-        )
-    convolutions = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
-    if convolutions:
-        verdict.refuse(
-            f"convolutions cannot be adapted: {names_in_brief(convolutions)}", verdict.merge
-        )
+    refuse_joined_experts(verdict, adapter, "tensor")
+    refuse_convolutions(verdict, adapter)
     if adapter.config.get("fan_in_fan_out"):
         verdict.refuse(
             "layers that are stored transposed (fan_in_fan_out, GPT-2): the script transposes A "

@@ -32,6 +32,19 @@ _EXPERT = re.compile(r"(.+\.experts)\.\d+\.[^.]+")
 FOUND, TEXT, SERVED, RENAMED, MISSING = "found", "text", "served", "renamed", "missing"
 
 
+def matrix_shape(module: Any) -> tuple[int, int] | None:
+    """(out, in) of a linear layer; (hidden, vocabulary) of an embedding; None of others."""
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return None
+    if weight is None or weight.dim() != 2:
+        return None
+    rows, cols = weight.shape
+    return (cols, rows) if is_conv1d(module) else (rows, cols)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a layer of an adapter is in the base.
@@ -131,16 +144,7 @@ class BaseModel:
 
     def shape(self, name: str) -> tuple[int, int] | None:
         """(out, in) of a linear layer; (hidden, vocabulary) of an embedding; None of others."""
-        module: Any = self.modules.get(name)
-        if isinstance(module, nn.Embedding):
-            return module.embedding_dim, module.num_embeddings
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear) and not is_conv1d(module):
-            return None
-        if weight is None or weight.dim() != 2:
-            return None
-        rows, cols = weight.shape
-        return (cols, rows) if is_conv1d(module) else (rows, cols)
+        return matrix_shape(self.modules.get(name))
 
     def place(self, name: str) -> Place:
         """Where the layer of that name is; the modules have to be known."""

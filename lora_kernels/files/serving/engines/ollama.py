@@ -14,20 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..remedies import GGUF, is_gguf, renaming
 from ..stored import CONVOLUTION, EMBEDDING, StoredAdapter, StoredLayer, names_in_brief
 from .model import BaseModel
-from .verdict import (
-    GGUF,
-    Applied,
-    Engine,
-    Factors,
-    Verdict,
-    fault_of,
-    is_gguf,
-    note_other_files,
-    refuse_shapes,
-    renaming,
-)
+from .verdict import Applied, Engine, Factors, Verdict, fault_of, note_other_files, refuse_shapes
 
 # Architectures of GGUF files, and the classes that become them.
 _LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")

@@ -15,19 +15,17 @@ import torch
 
 from ...._utils.peft_names import PREFIX, TASK_HEADS, TOKEN_INDICES
 from ...adapter.peft_format.loading import lost_in_peft
+from ..remedies import CONVERT_START, SERVE_MADE_BASE, changing_start
 from ..stored import StoredAdapter, names_in_brief, plain_name
 from ..updates import experts_of, option_name, rank_of, saved_modules, scale_of
 from .model import FOUND, RENAMED, SERVED, BaseModel, Place
 from .selection import unselected
 from .verdict import (
-    CONVERT_START,
-    SERVE_MADE_BASE,
     Applied,
     Engine,
     Fault,
     Ignored,
     Verdict,
-    changing_start,
     refuse_missing,
     refuse_shapes,
     residual_fault,

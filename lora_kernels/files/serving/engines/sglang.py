@@ -17,17 +17,19 @@ from typing import Any
 import torch
 
 from ...._utils.model_files import read_json
-from ..stored import CONVOLUTION, StoredAdapter, StoredLayer, names_in_brief
+from ..remedies import OTHER_BASE
+from ..stored import StoredAdapter, StoredLayer, names_in_brief
 from ..updates import experts_of, number
 from .model import MISSING, BaseModel
 from .verdict import (
-    OTHER_BASE,
     Applied,
     Engine,
     Ignored,
     Verdict,
     fault_of,
     note_other_files,
+    refuse_convolutions,
+    refuse_joined_experts,
     refuse_missing,
     refuse_shapes,
 )
@@ -151,17 +153,8 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
             f"not fit: {names_in_brief(strange)}",
             verdict.merge,
         )
-    joined = [n for n, layer in adapter.layers.items() if experts_of(adapter, layer) > 1]
-    if joined:
-        verdict.refuse(
-            f"experts in one tensor (target_parameters) match no module: {names_in_brief(joined)}",
-            verdict.merge,
-        )
-    convolutions = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
-    if convolutions:
-        verdict.refuse(
-            f"convolutions cannot be adapted: {names_in_brief(convolutions)}", verdict.merge
-        )
+    refuse_joined_experts(verdict, adapter, "module")
+    refuse_convolutions(verdict, adapter)
     down = [n for n, layer in adapter.layers.items() if layer.style != "lora_A"]
     if down:
         verdict.refuse(f"tensors must be called lora_A and lora_B: {names_in_brief(down)}",

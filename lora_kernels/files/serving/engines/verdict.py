@@ -10,19 +10,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...._utils.peft_names import ADAPTER_FILE, READ, VARIANTS, base_changing_start
+from ...._utils.peft_names import ADAPTER_FILE
 from ....init import get_initializer, initializer_names
 from ...checkpoint.residual import ADAPTER as RESIDUAL_ADAPTER
 from ...checkpoint.residual import find_base, is_start
-from ..stored import LINEAR, StoredAdapter, names_in_brief, plain_name
+from ..remedies import (
+    OTHER_BASE,
+    SERVE_MADE_BASE,
+    changing_start,
+    merging,
+    portable,
+    start_remedy,
+    variants,
+)
+from ..stored import CONVOLUTION, StoredAdapter, names_in_brief
+from ..updates import experts_of
 from .model import BaseModel
 
 Factors = tuple[Tensor, Tensor]
 
 RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
-_FORM = "writes the form that all engines read alike"
-GGUF = "lora-kernels convert ADAPTER OUT.gguf --to gguf --base BASE"
-OTHER_BASE = "use the base that the adapter was trained on"
 
 
 @dataclass(frozen=True)
@@ -146,12 +153,29 @@ def refuse_shapes(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | No
     wrong = []
     for name, layer in adapter.layers.items():
         there = base.shape(name)
-        if there is not None and there != layer.shape and layer.kind != "convolution":
+        if there is not None and there != layer.shape and layer.kind != CONVOLUTION:
             wrong.append(f"{name} {list(layer.shape)} instead of {list(there)}")
     if wrong:
         verdict.refuse(
             f"the base has other shapes ([out, in]): {names_in_brief(wrong)}",
             f"{OTHER_BASE}; if its vocabulary was resized, serve the resized model",
+        )
+
+
+def refuse_convolutions(verdict: Verdict, adapter: StoredAdapter) -> None:
+    """Refuses convolutions, for an engine that adapts linear layers only."""
+    found = [name for name, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
+    if found:
+        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(found)}", verdict.merge)
+
+
+def refuse_joined_experts(verdict: Verdict, adapter: StoredAdapter, what: str) -> None:
+    """Refuses experts in one tensor, for an engine that looks for a `what` of each layer's name."""
+    found = [name for name, layer in adapter.layers.items() if experts_of(adapter, layer) > 1]
+    if found:
+        verdict.refuse(
+            f"experts in one tensor (target_parameters) match no {what}: {names_in_brief(found)}",
+            verdict.merge,
         )
 
 
@@ -285,109 +309,3 @@ def _is_same(base: BaseModel | None, model: Any, adapter: StoredAdapter) -> bool
         return False
     folder = base.path if base.path.is_dir() else base.path.parent
     return folder.samefile(there)
-
-
-def changing_start(config: Mapping[str, Any]) -> str:
-    """The option `init_lora_weights`, if PEFT changed the base for it; else ""."""
-    start = config.get("init_lora_weights")
-    return str(start) if base_changing_start(start) else ""
-
-
-# Options of PEFT that change what a trained adapter computes.
-_DECISIVE = (
-    "use_dora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "layer_replication",
-    "trainable_token_indices",
-)
-
-
-def variants(config: Mapping[str, Any]) -> dict[str, str]:
-    """{option: what it does} of the variants of LoRA that the configuration turns on."""
-    return {option: VARIANTS[option] for option in _DECISIVE if config.get(option)}
-
-
-# Remedies
-
-
-CONVERT_START = "lora-kernels convert ADAPTER OUT --start <the adapter saved before training>"
-SERVE_MADE_BASE = (
-    "serve the base that LoftQ made, and give it as --base: save it with model.save_pretrained "
-    "before the training"
-)
-
-
-def start_remedy(start: str) -> str:
-    """What to do about an adapter whose start changed the base."""
-    if base_changing_start(start) == "loftq":  # there is no way back to the original base
-        return SERVE_MADE_BASE
-    return f"{CONVERT_START}; or serve the changed base"
-
-
-def is_readable(adapter: StoredAdapter) -> bool:
-    """Whether `lora-kernels convert` reads this kind of adapter: LoRA of linear layers."""
-    config = adapter.config
-    linear = all(layer.kind == LINEAR and plain_name(name) == name
-                 for name, layer in adapter.layers.items())  # fmt: skip
-    strange = set(variants(config)) - set(READ)
-    return linear and not strange and not config.get("target_parameters")
-
-
-def portable(adapter: StoredAdapter) -> str:
-    """How to write the adapter so that all engines apply it alike; else how to merge it."""
-    if not is_readable(adapter):
-        return merging(adapter)
-    if changing_start(adapter.config):
-        return start_remedy(changing_start(adapter.config))
-    tensors = (t for layer in adapter.layers.values() for t in (layer.right, layer.left))
-    wide = " --dtype float32" if any(t.entry.dtype == "F64" for t in tensors) else ""
-    return f"lora-kernels convert ADAPTER OUT{wide} {_FORM}"
-
-
-def merging(adapter: StoredAdapter) -> str:
-    """How to merge the adapter."""
-    own = "lora-kernels merge BASE ADAPTER OUT, or " if is_readable(adapter) else ""
-    return f"merge it into the model ({own}PEFT's merge_and_unload) and serve that"
-
-
-def is_gguf(adapter: StoredAdapter) -> bool:
-    """Whether `lora-kernels convert --to gguf` takes the adapter, if the base has the layers."""
-    extra = any(adapter.config.get(option) for option in READ)
-    changed = changing_start(adapter.config) or adapter.is_start
-    return is_readable(adapter) and not adapter.others and not extra and not changed
-
-
-def beginnings(name: str, matching: str | None) -> tuple[str, str] | None:
-    """(the beginning of the name that would match, the beginning of this one); None if another
-    beginning would not do, or means another block.
-    """
-    if matching is None:
-        return None
-    there, here = matching.split("."), name.split(".")
-    while there and here and there[-1] == here[-1]:
-        there.pop()
-        here.pop()
-    if any(part.isdecimal() for part in (*there, *here)) or there == here:
-        return None
-    return "".join(f"{part}." for part in there), "".join(f"{part}." for part in here)
-
-
-def renaming(name: str, matching: str | None) -> str:
-    """The remedy for a name with a wrong beginning; "" if it has none."""
-    change = beginnings(name, matching)
-    if change is None:
-        return ""
-    new, old = (part or "''" for part in change)
-    return f"lora-kernels convert ADAPTER OUT --rename {old} {new}"
-
-
-def renaming_of(names: Mapping[str, str | None]) -> str:
-    """The remedy for {name: matching name}: one renaming for all, or else another base."""
-    found = {renaming(name, matching) for name, matching in names.items()}
-    return found.pop() if len(found) == 1 and "" not in found else OTHER_BASE

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from ...adapter.folder import VLLM_RANK, VLLM_RANKS
-from ..stored import CONVOLUTION, EMBEDDING, StoredAdapter, StoredLayer, names_in_brief
+from ...adapter.folder import VLLM_RANK, VLLM_RANKS, vllm_limit
+from ..remedies import OTHER_BASE, changing_start, start_remedy
+from ..stored import EMBEDDING, StoredAdapter, StoredLayer, names_in_brief
 from ..updates import (
     experts_of,
     number,
@@ -28,17 +29,15 @@ from ..updates import (
 )
 from .model import MISSING, TEXT, BaseModel
 from .verdict import (
-    OTHER_BASE,
     Applied,
     Engine,
     Fault,
     Ignored,
     Verdict,
-    changing_start,
+    refuse_convolutions,
     refuse_missing,
     refuse_shapes,
     residual_fault,
-    start_remedy,
 )
 
 _STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -127,8 +126,7 @@ def _ranks(verdict: Verdict, adapter: StoredAdapter) -> None:
             "lora-kernels convert ADAPTER OUT --compress-to R",
         )
     elif verdict.rank > VLLM_RANK:
-        needed = next(rank for rank in VLLM_RANKS if rank >= verdict.rank)
-        verdict.flags.append(f"--max-lora-rank {needed}")
+        verdict.flags.append(f"--max-lora-rank {vllm_limit(verdict.rank)}")
 
 
 def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
@@ -150,9 +148,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
             f"{layer.right.name}",
             verdict.portable,
         )
-    folded = [n for n, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
-    if folded:
-        verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(folded)}", verdict.merge)
+    refuse_convolutions(verdict, adapter)
 
 
 def _scale(config: Mapping[str, Any], layer: StoredLayer) -> float:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from .names import without_wrappers
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -124,10 +127,33 @@ class Factor:
     adapter: str | None
 
 
+def factor_key(layer: str, half: str, adapter: str = "") -> str:
+    """The name of A or B of a linear layer: with the adapter's name that in a model's state_dict,
+    without it that in a file.
+    """
+    return f"{PREFIX}{layer}.lora_{half}{adapter and f'.{adapter}'}.weight"
+
+
 def as_factor(name: str) -> Factor | None:
     """What the name of a tensor says, if it ends as that of A or B."""
     found = _FACTOR.fullmatch(name)
     return Factor(*found.groups()) if found else None
+
+
+def split_by_layer(
+    pattern: re.Pattern[str], tensors: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors of a file whose names in the model match a pattern, by its first group, which is
+    the name of a layer; and all others, by their own names.
+    """
+    found, others = {}, {}
+    for key, tensor in tensors.items():
+        match = pattern.fullmatch(without_wrappers(key).removeprefix(PREFIX))
+        if match is None:
+            others[key] = tensor
+        else:
+            found[match[1]] = tensor
+    return found, others
 
 
 def variant_of(name: str, layers: Container[str]) -> str | None:

@@ -381,8 +381,13 @@ def merged_bias(bias: Tensor | None, added: Tensor | None, dtype: torch.dtype) -
         return None if bias is None else bias.detach().clone()
     if bias is None:
         return added.detach().to(dtype, copy=True)
-    work = torch.promote_types(bias.dtype, added.dtype)
-    return (bias.detach().to(work) + added.detach().to(bias.device)).to(bias.dtype)
+    return rounded_sum(bias.detach(), added.detach())
+
+
+def rounded_sum(tensor: Tensor, added: Tensor) -> Tensor:
+    """The sum in the dtype and on the device of `tensor`, rounded once."""
+    work = torch.promote_types(tensor.dtype, added.dtype)
+    return (tensor.to(work) + added.to(tensor.device)).to(tensor.dtype)
 
 
 def check_startable(matrix: Tensor, weight: Tensor, r: int, initializer: Initializer) -> None:

@@ -263,6 +263,11 @@ class TokenRows:
 Replication = tuple[tuple[int, int], ...]
 
 
+def repeated_blocks(replication: Replication) -> list[int]:
+    """The number of the base's block of which each block of the adapted model is a copy."""
+    return [block for start, end in replication for block in range(start, end)]
+
+
 @dataclass
 class AdapterState:
     """The adapter of a model: a `LayerState` for each layer, by its name in the base model.

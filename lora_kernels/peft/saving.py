@@ -24,7 +24,7 @@ from peft.utils.warning import PeftWarning
 from torch import Tensor
 
 from .._utils.model_files import read_json
-from .._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
+from .._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX, factor_key
 from .._utils.safetensors import load_tensors, save_tensors
 from ..files.adapter.content import NATIVE_FILE, FolderContent
 from ..files.adapter.folder import beyond_vllm, read_files, warn_of_changed
@@ -162,7 +162,7 @@ def _loaded(peft_model: peft.PeftModel) -> frozenset[str]:
 
 def _keys(name: str, adapter: str) -> tuple[str, str]:
     """The names of A and B in the model's state_dict."""
-    return f"{PREFIX}{name}.lora_A.{adapter}.weight", f"{PREFIX}{name}.lora_B.{adapter}.weight"
+    return factor_key(name, "A", adapter), factor_key(name, "B", adapter)
 
 
 def _check_state(peft_model: peft.PeftModel, adapter: str, state: Mapping[str, Tensor]) -> None:
@@ -340,8 +340,7 @@ def _restore(
 
 def _stored_keys(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str, str]:
     """The names of a layer's A, B and bias of B in a file, which may lack the bias."""
-    path = f"{PREFIX}{name}"
-    key_A, key_B = (f"{path}.lora_{half}.weight" for half in "AB")
+    key_A, key_B = (factor_key(name, half) for half in "AB")
     if key_A not in tensors:
-        key_A, key_B = (f"{path}.lora_embedding_{half}" for half in "AB")
-    return key_A, key_B, f"{path}.lora_B.bias"
+        key_A, key_B = (f"{PREFIX}{name}.lora_embedding_{half}" for half in "AB")
+    return key_A, key_B, f"{PREFIX}{name}.lora_B.bias"

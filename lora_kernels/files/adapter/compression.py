@@ -1,16 +1,18 @@
-"""Adapters of a smaller rank, and the error of an adapter that was truncated or rounded."""
+"""Adapters of a smaller rank or in 16 bits, and the error of both."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..._utils.checks import as_integer
+from ..._utils.checks import FLOATS, as_integer
+from ..._utils.peft_names import factor_key
 from ...layers.state import LayerState, svd_factors
 from ...model.config import AdapterState
+from .content import factors_of
 
 
 def truncated(state: AdapterState, r: int) -> AdapterState:
@@ -75,3 +77,40 @@ def update_errors(
         errors[name] = missing / size if size else 0.0
         lost, total = lost + missing**2, total + size**2
     return errors, (lost / total) ** 0.5 if total else 0.0
+
+
+def balanced(tensors: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
+    """A' and B' of these layers, by their names, with entries of equal size in each row of A' and
+    column of B'. The product has the same bits: the factors are powers of two. Small updates would
+    otherwise have entries that float16 cannot hold.
+    """
+    found: dict[str, Tensor] = {}
+    for name, (right, left) in factors_of(tensors, layers).items():
+        sizes = [f.double().norm(dim=d) / f.shape[d] ** 0.5 for f, d in ((right, 1), (left, 0))]
+        powers = (0.5 * torch.log2(sizes[1] / sizes[0])).round().nan_to_num(0.0, 0.0, 0.0)
+        scale = torch.exp2(powers).to(right.dtype)
+        keys = (factor_key(name, half) for half in "AB")
+        found |= dict(zip(keys, (right * scale[:, None], left / scale), strict=True))
+    return found
+
+
+def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """The tensors in this dtype; the same mapping if all of them have it.
+
+    Raises:
+        ValueError: a number is too large for the dtype.
+
+    """
+    wider = {name for name, tensor in tensors.items() if tensor.dtype in FLOATS}
+    wider = {name for name in wider if tensors[name].dtype != dtype}
+    if not wider:
+        return tensors
+    new = {n: t.to(dtype) if n in wider else t for n, t in tensors.items()}
+    for name in wider:
+        if not bool(new[name].isfinite().all()):
+            raise ValueError(
+                f"{name!r} has numbers up to {float(tensors[name].abs().max()):.3g}, too large for "
+                f"{str(dtype).removeprefix('torch.')}: "
+                + ("use dtype='bfloat16'" if dtype == torch.float16 else "leave out dtype")
+            )
+    return new

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..._utils.checks import all_finite
-from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX, REPLICATION
+from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, REPLICATION, factor_key
 from ..._utils.safetensors import save_tensors
 from ...model.config import AdapterState
 from ..io.replace import replace_files
@@ -78,11 +78,7 @@ def factors_of(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A' and B' of these layers, by PEFT's names."""
     return {
-        name: (
-            tensors[f"{PREFIX}{name}.lora_A.weight"],
-            tensors[f"{PREFIX}{name}.lora_B.weight"],
-        )
-        for name in layers
+        name: (tensors[factor_key(name, "A")], tensors[factor_key(name, "B")]) for name in layers
     }
 
 
@@ -95,42 +91,48 @@ def folder_content(
     original: str | None = None,
     task_type: str | None = None,
 ) -> FolderContent:
-    """The content of a folder for the adapter, whose factors may be on the meta device.
+    """The content of a folder for the adapter. Its factors may be on the meta device, except for
+    "peft", whose recipe is added by `with_recipe`, since a plain adapter has none.
 
     `module_names` and `fan_in_fan_out` are those of `to_peft`. "start" has two arguments of its
     own: `original`, the original base, of which `state.base_model` is the residual base; and
     `task_type`, for the configuration.
     """
+    if format == PEFT:
+        config, tensors = to_peft(state, module_names, fan_in_fan_out)
+        return FolderContent(ADAPTER_FILE, config, tensors, None)
     recipes = {name: layer_to_dict(layer) for name, layer in state.layers.items()}
     if format == NATIVE:
         more = {REPLICATION: state.replication} if state.replication else {}
         recipe = recipe_to_json(recipes, NATIVE, state.config, state.base_model, **more)
         config = {"peft_type": NATIVE_TYPE, **json.loads(recipe)}
         return FolderContent(NATIVE_FILE, config, native_tensors(state), recipe)
-    if format == START:
-        # The start was subtracted from the residual base: its adapter has nothing to subtract.
-        layers = {
-            name: replace(layer, beta=None, start_A=None, start_B=None)
-            for name, layer in state.layers.items()
-        }
-        plain = replace(state, layers=layers, config=replace(state.config, task_type=task_type))
-        config, tensors = to_peft(plain, module_names, fan_in_fan_out, portable=False)
-        config["inference_mode"] = False
-        recipe = recipe_to_json(recipes, START, state.config, state.base_model, original=original)
-        return FolderContent(ADAPTER_FILE, config, tensors, recipe)
-    config, tensors = to_peft(state, module_names, fan_in_fan_out)
-    pairs = factors_of(tensors, state.layers)
+    # The start was subtracted from the residual base: its adapter has nothing to subtract.
+    layers = {
+        name: replace(layer, beta=None, start_A=None, start_B=None)
+        for name, layer in state.layers.items()
+    }
+    plain = replace(state, layers=layers, config=replace(state.config, task_type=task_type))
+    config, tensors = to_peft(plain, module_names, fan_in_fan_out, portable=False)
+    config["inference_mode"] = False
+    recipe = recipe_to_json(recipes, START, state.config, state.base_model, original=original)
+    return FolderContent(ADAPTER_FILE, config, tensors, recipe)
+
+
+def with_recipe(content: FolderContent, state: AdapterState) -> FolderContent:
+    """The content of a "peft" folder with the recipe from which the adapter is restored."""
+    pairs = factors_of(content.tensors, state.layers)
     recipes = {name: portable_recipe(state.layers[name], *pair) for name, pair in pairs.items()}
     recipe = recipe_to_json(
         within_header(recipes),
         PEFT,
         state.config,
         state.base_model,
-        peft_config=config,
+        peft_config=content.config,
         rank_fields=rank_fields(
             {name: layer.scaling for name, layer in state.layers.items()},
             {name: layer.r for name, layer in state.layers.items()},
             rslora=state.config.scaling_rule != "lora",
         ),
     )
-    return FolderContent(ADAPTER_FILE, config, tensors, recipe)
+    return replace(content, recipe=recipe)

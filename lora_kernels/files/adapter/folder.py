@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._utils.checks import FLOATS
 from ..._utils.errors import unknown_name
 from ..._utils.model_files import read_json
-from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
+from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE
 from ..._utils.safetensors import load_tensors
 from ...model.config import AdapterState
-from .compression import truncated, update_errors
-from .content import ADAPTER_FILES, NATIVE_FILE, NATIVE_TYPE, factors_of, folder_content
+from .compression import balanced, rounded, truncated, update_errors
+from .content import (
+    ADAPTER_FILES,
+    NATIVE_FILE,
+    NATIVE_TYPE,
+    factors_of,
+    folder_content,
+    with_recipe,
+)
 from .peft_format.reading import from_peft
 from .recipe import FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
 from .tensors import ChangedTensorsError, check_state, check_tensors, from_recipe
@@ -147,17 +153,17 @@ def write_adapter(
     if narrow is not None:
         tensors = content.tensors
         if narrow in HALF:
-            tensors = dict(tensors) | _balanced(tensors, state.layers)
-        tensors = _rounded(tensors, narrow)
+            tensors = dict(tensors) | balanced(tensors, state.layers)
+        tensors = rounded(tensors, narrow)
         if tensors is not content.tensors:
             changed.append(f"rounded to {str(narrow).removeprefix('torch.')}")
             content = replace(content, tensors=tensors)
     folded: tuple[str, ...] = ()
     errors, error = None, None
-    if changed:  # what it was truncated or rounded from cannot be recovered
-        content = replace(content, recipe=None)
+    if changed:  # without a recipe: what it was truncated or rounded from cannot be recovered
         errors, error = update_errors(state, factors_of(content.tensors, state.layers))
     elif format == PEFT:
+        content = with_recipe(content, state)
         folded = tuple(n for n, layer in state.layers.items() if layer.lora_R is not None)
     sizes = content.write(Path(folder))
     return SavedAdapter(
@@ -182,43 +188,6 @@ def float_dtype(dtype: torch.dtype | str) -> torch.dtype:
         name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
         raise unknown_name("dtype", name, DTYPES)
     return found
-
-
-def _balanced(tensors: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """A' and B' of these layers, by their names, with entries of equal size in each row of A' and
-    column of B'. The product has the same bits: the factors are powers of two. Small updates would
-    otherwise have entries that float16 cannot hold.
-    """
-    found: dict[str, Tensor] = {}
-    for name, (right, left) in factors_of(tensors, layers).items():
-        sizes = [f.double().norm(dim=d) / f.shape[d] ** 0.5 for f, d in ((right, 1), (left, 0))]
-        powers = (0.5 * torch.log2(sizes[1] / sizes[0])).round().nan_to_num(0.0, 0.0, 0.0)
-        scale = torch.exp2(powers).to(right.dtype)
-        keys = (f"{PREFIX}{name}.lora_{half}.weight" for half in "AB")
-        found |= dict(zip(keys, (right * scale[:, None], left / scale), strict=True))
-    return found
-
-
-def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """The tensors in this dtype; the same mapping if all of them have it.
-
-    Raises:
-        ValueError: a number is too large for the dtype.
-
-    """
-    wider = {name for name, tensor in tensors.items() if tensor.dtype in FLOATS}
-    wider = {name for name in wider if tensors[name].dtype != dtype}
-    if not wider:
-        return tensors
-    rounded = {n: t.to(dtype) if n in wider else t for n, t in tensors.items()}
-    for name in wider:
-        if not bool(rounded[name].isfinite().all()):
-            raise ValueError(
-                f"{name!r} has numbers up to {float(tensors[name].abs().max()):.3g}, too large for "
-                f"{str(dtype).removeprefix('torch.')}: "
-                + ("use dtype='bfloat16'" if dtype == torch.float16 else "leave out dtype")
-            )
-    return rounded
 
 
 def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterState:

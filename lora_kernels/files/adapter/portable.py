@@ -23,7 +23,7 @@ from torch import Tensor
 from ...layers.state import FACTORS, LayerState, dst_start
 from ..io.buffers import memory_of
 from ..io.differences import difference
-from .recipe import layer_from_dict, layer_numbers, layer_to_dict, narrow_dtype
+from .recipe import layer_from_dict, layer_numbers, layer_to_dict, trained_dtype
 
 # A header of the safetensors format has at most 100 MB, with escapes.
 _LIMIT = 80_000_000
@@ -67,7 +67,7 @@ def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> di
         return {"lora_A": lora_A, "lora_B": left}
     if start == "dst":
         like = [
-            factor.to(narrow_dtype(layer, key) or factor.dtype)
+            factor.to(trained_dtype(layer, key) or factor.dtype)
             for key, factor in (("lora_A", lora_A), ("lora_B", left[:, :r]))
         ]
         start_B = dst_start(like[0], like[1], numbers["beta"])[1].to(left.dtype)

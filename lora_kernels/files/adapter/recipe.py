@@ -106,7 +106,7 @@ def read_recipe(file: Path) -> dict[str, Any] | None:
         raise ValueError(f"{file}: {error}") from None
 
 
-def narrow_dtype(recipe: Mapping[str, Any], factor: str) -> torch.dtype | None:
+def trained_dtype(recipe: Mapping[str, Any], factor: str) -> torch.dtype | None:
     """The dtype in which a layer's factor was trained, if it is not that of the file; else None."""
     return _DTYPES.get(recipe.get("dtypes", {}).get(factor))
 

@@ -15,6 +15,7 @@ from ..._utils.checks import all_finite
 from ..._utils.names import nearest
 from ..._utils.safetensors import DTYPES, Entry, load_tensor
 from ...init.start import subtract_factors_
+from ...layers.linear import rounded_sum
 from ...layers.state import LayerState
 from ...model.config import AdapterState, TokenRows
 from ...model.selection import input_embeddings, output_head
@@ -36,31 +37,31 @@ Wanted = Mapping[str, Value]  # by a tensor's name in the model
 
 @dataclass(frozen=True)
 class Change:
-    """The change of a tensor of the base: s·B'A' or a tensor is added, or another tensor or some
-    rows replace its own. `name` is the tensor's in the model.
-    """
+    """The change of a tensor of the base, whose name in the model is `name`."""
 
     name: str
     entry: Entry
     file: Path
-    transposed: bool = False
-    layer: LayerState | None = None
-    tensor: Tensor | None = None
-    rows: TokenRows | None = None
-    added: Tensor | None = None
+    transposed: bool
+    value: Value
 
     def apply_(self, weight: Tensor) -> None:
         """Changes the weight in place; raises a ValueError if the result is not finite."""
-        if self.tensor is not None:
-            weight.copy_(self.tensor)
-        elif self.rows is not None:
-            self.rows.put_(weight)
-        elif self.added is not None:
-            weight.copy_(_sum(weight, self.added))
-        elif self.layer is not None:
-            add_update_(weight.T if self.transposed else weight, self.layer)
+        _apply_(weight, self.value, self.transposed)
         if not all_finite(weight):
             raise ValueError(f"the merged weight is not finite in {weight.dtype}")
+
+
+def _apply_(weight: Tensor, value: Value, transposed: bool) -> None:
+    """Adds s·B'A' or a bias to a tensor of the base, or replaces some rows or all of it."""
+    if isinstance(value, LayerState):
+        add_update_(weight.T if transposed else weight, value)
+    elif isinstance(value, TokenRows):
+        value.put_(weight)
+    elif isinstance(value, Added):
+        weight.copy_(rounded_sum(weight, value.tensor))
+    else:
+        weight.copy_(value)
 
 
 @dataclass
@@ -116,14 +117,8 @@ def _wanted(state: AdapterState) -> Wanted:
         if bias is not None:
             name = f"{layer_name}.bias"
             trained = state.extra.get(name)
-            wanted[name] = Added(bias) if trained is None else _sum(trained, bias)
+            wanted[name] = Added(bias) if trained is None else rounded_sum(trained, bias)
     return wanted
-
-
-def _sum(tensor: Tensor, added: Tensor) -> Tensor:
-    """The sum in the dtype of `tensor`, rounded once."""
-    work = torch.promote_types(tensor.dtype, added.dtype)
-    return (tensor.to(work) + added.to(tensor.device, work)).to(tensor.dtype)
 
 
 def _has_all(folder: ModelFolder, wanted: Wanted) -> bool:
@@ -215,36 +210,32 @@ def _change(folder: ModelFolder, changes: Changes, name: str, value: Value) -> N
         return
     file, entry = folder.entries[stored]
     transposed = folder.is_transposed(name.removesuffix(".weight"))
+    expected = tuple(entry.shape)
     if isinstance(value, LayerState):
         shape: tuple[int, ...] = (value.lora_B.shape[0], value.lora_A.shape[1])
-        expected = entry.shape[::-1] if transposed else entry.shape
-        change = Change(name, entry, file, transposed, layer=value)
+        expected = expected[::-1] if transposed else expected
     elif isinstance(value, TokenRows):
         value.check(name, entry.shape)
-        shape, expected = entry.shape, entry.shape
-        change = Change(name, entry, file, rows=value)
-    elif isinstance(value, Added):
-        shape, expected = tuple(value.tensor.shape), entry.shape
-        change = Change(name, entry, file, added=value.tensor)
+        shape = expected
     else:
-        shape, expected = tuple(value.shape), entry.shape
-        change = Change(name, entry, file, tensor=value)
-    resized = change.tensor is not None and is_resized(changes.vocab_size, shape, entry.shape)
-    if shape != tuple(expected) and not resized:
+        shape = tuple(value.tensor.shape if isinstance(value, Added) else value.shape)
+    whole = value if isinstance(value, Tensor) else None
+    resized = whole is not None and is_resized(changes.vocab_size, shape, entry.shape)
+    if shape != expected and not resized:
         raise ValueError(
             f"{name!r} of the adapter is {list(shape)}, of {folder.path} {list(expected)}"
         )
-    integers = change.tensor is not None and not change.tensor.is_floating_point()
+    integers = whole is not None and not whole.is_floating_point()
     if entry.dtype not in DTYPES and not integers:
         raise ValueError(
             f"{name!r} is stored as {entry.dtype} in {folder.path}: use a base that is not "
             "quantised"
         )
-    if change.tensor is not None and (resized or integers):
+    if whole is not None and (resized or integers):
         changes.dropped.add(stored)
-        changes.added[stored] = change.tensor
+        changes.added[stored] = whole
     else:
-        changes.edits[stored] = change
+        changes.edits[stored] = Change(name, entry, file, transposed, value)
 
 
 def _why_not_stored(folder: ModelFolder, name: str) -> str:
@@ -351,12 +342,8 @@ def _merged(folder: ModelFolder, name: str, base: Tensor, value: Value) -> Tenso
         return value.to(base.dtype)
     if isinstance(value, TokenRows):
         value.check(name, base.shape)
-        return value.put_(base.clone())
-    if isinstance(value, Added):
-        return _sum(base, value.tensor)
     merged = base.clone()
-    transposed = folder.is_transposed(name.removesuffix(".weight"))
-    add_update_(merged.T if transposed else merged, value)
+    _apply_(merged, value, folder.is_transposed(name.removesuffix(".weight")))
     return merged
 
 

@@ -23,7 +23,7 @@ from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, base_changing_sta
 from ..._utils.safetensors import load_tensors
 from ...init.base import initializer_names
 from ...layers.state import LayerState
-from ...model.config import AdapterState
+from ...model.config import AdapterState, repeated_blocks
 from ..adapter.folder import read_adapter
 from ..adapter.peft_format.reading import split_tensors
 from ..adapter.recipe import START, config_from_dict, layer_from_dict, read_recipe
@@ -181,7 +181,7 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
             f"{start.config.init_lora_weights!r} has made a new base instead of subtracting the "
             "start: adapters that are trained on that base belong to it as they are"
         )
-    blocks = [block for begin, end in trained.replication for block in range(begin, end)]
+    blocks = repeated_blocks(trained.replication)
     if len(set(blocks)) < len(blocks):
         raise ValueError(
             f"layer_replication = {list(map(list, trained.replication))} repeats blocks: the "

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..._utils.errors import needed
-from ..config import Replication
+from ..config import Replication, repeated_blocks
 
 _SIZE = "num_hidden_layers"  # the option of a model's configuration
 
@@ -48,8 +48,10 @@ class RepeatedBlocks:
         """The blocks as they were before, with the tensors that the first copy of each has now."""
         for module, key, old in self._before:
             copies: Any = getattr(module, key)
-            for index, copy in reversed(list(enumerate(copies))):
-                _share(copy, old[_source(self.replication, index)])
+            sources = repeated_blocks(self.replication)
+            # The first copy of a block comes last, so that its tensors stay.
+            for source, copy in reversed(list(zip(sources, copies, strict=False))):
+                _share(copy, old[source])
             setattr(module, key, old.train(module.training))
         for owner, key, value in self._options:
             setattr(owner, key, value)
@@ -57,7 +59,7 @@ class RepeatedBlocks:
 
 def separate_blocks(model: nn.Module, replication: Replication) -> None:
     """Gives every copy of a block parameters of its own, without which no file can hold them."""
-    size = sum(end - start for start, end in replication)
+    size = len(repeated_blocks(replication))
     for _, _, blocks in _lists(model):
         seen: set[int] = set()
         for module in blocks.modules() if len(blocks) == size else ():
@@ -79,14 +81,9 @@ def _lists(model: nn.Module) -> list[tuple[nn.Module, str, nn.ModuleList]]:
     ]
 
 
-def _source(replication: Replication, index: int) -> int:
-    """The number of the original block of which the block `index` is a copy."""
-    return [block for start, end in replication for block in range(start, end)][index]
-
-
 def _are_repeated(blocks: nn.ModuleList, replication: Replication) -> bool:
     """Whether these blocks share their parameters as the copies would, and only so."""
-    sources = [block for start, end in replication for block in range(start, end)]
+    sources = repeated_blocks(replication)
     firsts = [id(next(block.parameters(), None)) for block in blocks]
     if len(firsts) != len(sources) or len(set(sources)) == len(sources):
         return False

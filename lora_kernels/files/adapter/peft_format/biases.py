@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...._utils.checks import FLOATS
-from ...._utils.names import without_wrappers
-from ...._utils.peft_names import BIAS_OF_B, PREFIX
+from ...._utils.peft_names import BIAS_OF_B, split_by_layer
 
 # The layer, and the adapter's name, which `save_pretrained` leaves out.
 _NAME = re.compile(r"(.+)\.lora_B(?:\.[^.]+)?\.bias")
@@ -28,14 +27,7 @@ def split_biases(
     """
     if not values.get(BIAS_OF_B):
         return {}, dict(tensors)
-    biases, others = {}, {}
-    for key, tensor in tensors.items():
-        found = _NAME.fullmatch(without_wrappers(key).removeprefix(PREFIX))
-        if found is None:
-            others[key] = tensor
-        else:
-            biases[found[1]] = tensor
-    return biases, others
+    return split_by_layer(_NAME, tensors)
 
 
 def check_biases(

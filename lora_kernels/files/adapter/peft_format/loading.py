@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...._utils.peft_names import PREFIX
+from ...._utils.peft_names import factor_key
 
 
 def lost_in_peft(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
@@ -60,7 +60,7 @@ def _renamed(conversion: Any, model: nn.Module, layers: Sequence[str]) -> dict[s
     """The layers whose tensors PEFT gives another name while it reads them."""
     import peft
 
-    keys = {f"{PREFIX}{name}.lora_A.weight": name for name in layers}
+    keys = {factor_key(name, "A"): name for name in layers}
     tensors = {key: torch.empty(1, 1, device="meta") for key in keys}
     config = peft.LoraConfig(target_modules=list(layers))
     found = conversion.convert_peft_adapter_state_dict_for_transformers(

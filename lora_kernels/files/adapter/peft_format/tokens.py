@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...._utils.checks import FLOATS
-from ...._utils.names import without_wrappers
-from ...._utils.peft_names import PREFIX, TOKEN_INDICES
+from ...._utils.peft_names import PREFIX, TOKEN_INDICES, split_by_layer
 from ....model.config import TokenRows
 
 _ROWS = "token_adapter.trainable_tokens_delta"
@@ -34,15 +33,11 @@ def split_rows(
     wanted = values.get(TOKEN_INDICES)
     if not wanted:
         return {}, dict(tensors)
+    found, others = split_by_layer(_NAME, tensors)
     rows: dict[str, TokenRows] = {}
-    others: dict[str, Tensor] = {}
     used: set[str] = set()
-    for key, tensor in tensors.items():
-        found = _NAME.fullmatch(without_wrappers(key).removeprefix(PREFIX))
-        if found is None:
-            others[key] = tensor
-            continue
-        module, indices = found[1], wanted
+    for module, tensor in found.items():
+        indices = wanted
         if isinstance(wanted, Mapping):
             named = [name for name in wanted if _is_end(name, module)]
             if len(named) != 1:

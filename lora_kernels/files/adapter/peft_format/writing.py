@@ -11,7 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from ...._utils.names import match_names
-from ...._utils.peft_names import BIAS_OF_B, PREFIX, REPLICATION, TASK_HEADS, TOKEN_INDICES
+from ...._utils.peft_names import (
+    BIAS_OF_B,
+    PREFIX,
+    REPLICATION,
+    TASK_HEADS,
+    TOKEN_INDICES,
+    factor_key,
+)
 from ....model.config import AdapterState
 from ..portable import padded
 from .reading import saved_module
@@ -48,8 +55,8 @@ def to_peft(
     for name, (right, left) in pairs.items():
         if portable:
             right, left = padded(right, largest, 0), padded(left, largest, 1)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = right
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = left
+        tensors[factor_key(name, "A")] = right
+        tensors[factor_key(name, "B")] = left
     saved: dict[str, None] = {}  # the saved modules, in the order of their tensors
     for key, tensor in state.extra.items():
         owner, _, last = key.rpartition(".")

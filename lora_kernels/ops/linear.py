@@ -28,7 +28,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _dropped(rows: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+def dropped(rows: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """drop(rows) [M, K]; a `dropout` of 0 needs no seed."""
     if dropout == 0:
         return rows
     if seed is None:
@@ -51,7 +52,7 @@ def linear_forward_ref(
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(x)  # [M, K]
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    z = _dropped(rows, dropout, seed) @ A.T  # [M, r]
+    z = dropped(rows, dropout, seed) @ A.T  # [M, r]
     into_B = z if lora_R is None else z @ lora_R.to(x.dtype).T  # [M, r]
     y = torch.nn.functional.linear(rows, weight, bias)  # [M, N]
     if start_A is None or start_B is None:
@@ -109,12 +110,12 @@ def linear_backward_ref(
     if needs_x:
         dx = dy @ weight
         through_A = dz @ A  # [M, K]
-        dx += _dropped(through_A, dropout, seed)
+        dx += dropped(through_A, dropout, seed)
         if start_A is not None and start_B is not None:
             dx -= (dy @ start_B.to(x.dtype)) * scaling @ start_A.to(x.dtype)
         dx = dx.reshape(x.shape)
     if needs_A:
-        dA = (dz.T @ _dropped(rows, dropout, seed)).to(lora_A.dtype)
+        dA = (dz.T @ dropped(rows, dropout, seed)).to(lora_A.dtype)
     if needs_B:
         dB = (dy.T @ into_B).to(lora_B.dtype) * scaling
     if needs_weight:
@@ -226,12 +227,25 @@ def _check(
     if lora_A.dim() != 2:
         raise ValueError(f"lora_A must be 2-D, got {list(lora_A.shape)}")
     r = lora_A.shape[0]
-    _check_operand("bias", bias, (n,), x, weight, r)
-    _check_operand("lora_A", lora_A, (r, k), x, weight, r)
-    _check_operand("lora_B", lora_B, (n, r), x, weight, r)
-    _check_operand("start_A", start_A, (r, k), x, weight, r)
-    _check_operand("start_B", start_B, (n, r), x, weight, r)
-    _check_operand("lora_R", lora_R, (r, r), x, weight, r)
+    check_operand("bias", bias, (n,), x, weight, r)
+    check_operand("lora_A", lora_A, (r, k), x, weight, r)
+    check_operand("lora_B", lora_B, (n, r), x, weight, r)
+    check_operand("start_A", start_A, (r, k), x, weight, r)
+    check_operand("start_B", start_B, (n, r), x, weight, r)
+    check_operand("lora_R", lora_R, (r, r), x, weight, r)
+    check_together(x, weight, bias, dropout, seed, start_A, start_B)
+
+
+def check_together(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    start_A: Tensor | None,
+    start_B: Tensor | None,
+) -> None:
+    """Raises ValueError or TypeError if devices or dtypes differ, or an argument lacks its pair."""
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -250,9 +264,10 @@ def _check(
             raise ValueError(f"seed is on {seed.device}, x on {x.device}")
 
 
-def _check_operand(
+def check_operand(
     name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor, weight: Tensor, r: int
 ) -> None:
+    """Raises ValueError or TypeError unless the operand is None or a float of this shape."""
     if tensor is None:
         return
     if tensor.shape != shape:
@@ -266,10 +281,10 @@ def _check_operand(
         raise TypeError(f"{name} must be a real float, got {tensor.dtype}")
 
 
-def _autocast_to(device_type: str) -> Callable[..., Tensor]:
-    """`linear` with x, W and b cast as torch.autocast does for nn.Linear, and A, B and R uncast."""
+def _autocast_to(operator: Any, device_type: str) -> Callable[..., Tensor]:
+    """`operator` with x, W and b cast as torch.autocast does for nn.Linear, and the rest uncast."""
 
-    def linear_autocast(
+    def with_autocast(
         x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
@@ -280,9 +295,16 @@ def _autocast_to(device_type: str) -> Callable[..., Tensor]:
             for t in (x, weight, bias)
         ]
         with torch.amp.autocast(device_type, enabled=False):
-            return torch.ops.lora.linear(*cast, *args, **kwargs)
+            result: Tensor = operator(*cast, *args, **kwargs)
+            return result
 
-    return linear_autocast
+    return with_autocast
+
+
+def define_autocast(name: str) -> None:
+    """Lets the operator `name`, whose first arguments are x, weight and bias, obey autocast."""
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        LIBRARY.impl(name, _autocast_to(getattr(torch.ops.lora, name), device), key)
 
 
 define_kernel(
@@ -312,5 +334,4 @@ define_composite(
     "Tensor? lora_R=None) -> Tensor",
     linear,
 )
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    LIBRARY.impl("linear", _autocast_to(_device), _key)
+define_autocast("linear")

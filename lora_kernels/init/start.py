@@ -79,6 +79,42 @@ class Start:
     rewritten: bool = False
     earlier: Start | None = None
 
+    @staticmethod
+    def stacked(starts: Sequence[Start]) -> Start:
+        """The starts of several experts as one, whose tensors have a first dimension more."""
+        first = starts[0]
+
+        def stack(tensors: list[Tensor | None]) -> Tensor | None:
+            found = [tensor for tensor in tensors if tensor is not None]
+            return torch.stack(found) if found else None
+
+        earlier = [start.earlier for start in starts if start.earlier is not None]
+        return Start(
+            torch.stack([start.lora_A for start in starts]),
+            torch.stack([start.lora_B for start in starts]),
+            stack([start.beta for start in starts]),
+            stack([start.lora_R for start in starts]),
+            stack([start.weight_norm for start in starts]),
+            first.rewritten,
+            Start.stacked(earlier) if earlier else None,
+        )
+
+    def expert(self, index: int) -> Start:
+        """One of the starts that were `stacked`; its tensors are views."""
+
+        def own(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return Start(
+            self.lora_A[index],
+            self.lora_B[index],
+            own(self.beta),
+            own(self.lora_R),
+            own(self.weight_norm),
+            self.rewritten,
+            None if self.earlier is None else self.earlier.expert(index),
+        )
+
     def right(self) -> Tensor:
         """A, or R A if there is an R, [r, in] in float32 or wider: B₀A₀ is `lora_B` times this."""
         work = torch.promote_types(self.lora_A.dtype, torch.float32)

@@ -25,12 +25,13 @@ class Adapter(WithStart, nn.Module):
 
     A₀ and B₀ are needed to restore the base. Those of a DST start are computed from β; those of
     other starts are stored. A layer that subtracts s·B₀A₀ in its forward ("implicit") always stores
-    them. A, B and R are float32, or float64 over a float64 base.
+    them, except for experts, where they would double the adapter's memory. A, B and R are float32,
+    or float64 over a float64 base. Those of E experts are stacks, with a first dimension [E] more.
     """
 
-    lora_A: nn.Parameter  # [r, in]
-    lora_B: nn.Parameter  # [out, r]
-    lora_R: nn.Parameter | None  # [r, r]
+    lora_A: nn.Parameter  # [r, in], of experts [E, r, in]
+    lora_B: nn.Parameter  # [out, r], of experts [E, out, r]
+    lora_R: nn.Parameter | None  # [r, r], of experts [E, r, r]
     lora_bias: nn.Parameter | None  # [out]
     beta: Tensor | None
     scaling: float
@@ -48,11 +49,12 @@ class Adapter(WithStart, nn.Module):
         self.register_parameter("lora_R", lora_R)
         self.register_parameter("lora_bias", None)
         absorbed = changes_base and options.residual == "absorb"
-        keep = changes_base and not (absorbed and start.beta is not None)
+        recomputed = start.beta is not None and (absorbed or start.lora_A.dim() == 3)
+        keep = changes_base and not recomputed
         start_A = start.lora_A.clone() if lora_R is None else start.right()
         self.register_buffer("start_A", start_A if keep else None)
         self.register_buffer("start_B", start.lora_B.clone() if keep else None)
-        self._subtracts = keep and not absorbed
+        self._subtracts = changes_base and not absorbed
         self.beta = start.beta if changes_base else None
         # s, if s·B₀A₀ was subtracted from the base's weight.
         self.absorbed_scaling = options.scaling if absorbed else None
@@ -126,8 +128,10 @@ class Adapter(WithStart, nn.Module):
             ("lora_bias", self.lora_bias),
         ):
             _check_same(name, old, getattr(state, name))
-        if state.changes_base and self.start_A is None:
+        if state.changes_base and not self._subtracts:
             raise ValueError(f"the new one has a start to subtract, this one has none: {_LOAD}")
+        if state.changes_base and self.start_A is None and state.beta is None:
+            raise ValueError(f"the new one has another kind of start to subtract: {_LOAD}")
 
     @torch.no_grad()
     def replace_(self, state: LayerState, options: AdapterOptions) -> None:
@@ -142,10 +146,10 @@ class Adapter(WithStart, nn.Module):
             if old is not None and new is not None:
                 old.copy_(new)
 
-        def number(value: float | None) -> Tensor | None:
+        def number(value: float | Tensor | None) -> Tensor | None:
             if value is None:
                 return None
-            return torch.tensor(value, dtype=torch.float64, device=self.lora_A.device)
+            return torch.as_tensor(value, dtype=torch.float64, device=self.lora_A.device)
 
         self.beta, self._weight_norm = number(state.beta), number(state.weight_norm)
         self.options, self.lora_dropout = options, options.lora_dropout
@@ -164,7 +168,9 @@ class Adapter(WithStart, nn.Module):
 
     def implicit_start(self) -> tuple[Tensor | None, Tensor | None]:
         """A₀ [r, in] and B₀ [out, r] if the forward subtracts s·B₀A₀, else (None, None)."""
-        return (self.start_A, self.start_B) if self._subtracts else (None, None)
+        if not self._subtracts or self.start_A is not None:
+            return (self.start_A, self.start_B) if self._subtracts else (None, None)
+        return self.start_factors() or (None, None)
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, float, Tensor | None, Tensor | None]:
         """B [out, r], s, A₀ [r, in] and B₀ [out, r] for a forward in this dtype. If it is being
@@ -186,13 +192,26 @@ class Adapter(WithStart, nn.Module):
         return self.lora_bias * self.scaling
 
     def add_absorbed_(self, matrix: Tensor) -> None:
-        """Adds the start that was absorbed, if one was, to the base's `matrix` [out, in]."""
+        """Adds the start that was absorbed, if one was, to the base's `matrix` [out, in]; for
+        experts [E, out, in].
+        """
         if self.absorbed_scaling is None:
             return
-        if self.beta is not None:
+        if matrix.dim() == 3:
+            for e, part in enumerate(matrix):
+                self._add_absorbed_of_(part, e)
+        elif self.beta is not None:
             subtract_recipe_(matrix, self.beta, self.r, -self.absorbed_scaling)
         elif self.start_A is not None and self.start_B is not None:
             subtract_factors_(matrix, self.start_A, self.start_B, -self.absorbed_scaling)
+
+    def _add_absorbed_of_(self, matrix: Tensor, expert: int) -> None:
+        """`add_absorbed_` for the matrix [out, in] of one expert."""
+        scaling = -float(self.absorbed_scaling or 0)
+        if self.beta is not None:
+            subtract_recipe_(matrix, self.beta[expert], self.r, scaling)
+        elif self.start_A is not None and self.start_B is not None:
+            subtract_factors_(matrix, self.start_A[expert], self.start_B[expert], scaling)
 
     @torch.no_grad()
     def merge_factors(self) -> tuple[Tensor, Tensor]:
@@ -221,17 +240,23 @@ class Adapter(WithStart, nn.Module):
         zero = self.start_A is not None and not bool(self.start_A.any())
         stored = self.beta is None and not self._rewritten and not zero
         norm = None if self._rewritten else self._weight_norm
+
+        def number(value: Tensor | None) -> float | Tensor | None:
+            if value is None or value.dim() == 1:
+                return None if value is None else value.detach().to("cpu", torch.float64, copy=True)
+            return float(value)
+
         return LayerState(
             lora_A=copied(self.lora_A),
             lora_B=copied(self.lora_B),
             scaling=self.scaling,
             lora_alpha=self.options.lora_alpha,
             lora_R=copied_if_any(self.lora_R),
-            beta=None if self.beta is None else float(self.beta),
+            beta=number(self.beta),
             start_A=copied_if_any(self.start_A) if stored else None,
             start_B=copied_if_any(self.start_B) if stored else None,
             residual=self.residual,
-            weight_norm=None if norm is None else float(norm),
+            weight_norm=number(norm),
             lora_bias=copied_if_any(self.lora_bias),
         )
 
@@ -239,7 +264,7 @@ class Adapter(WithStart, nn.Module):
         """The numbers that restore the base, in float64, which `.to(dtype)` does not change.
 
         [s] if initial factors were absorbed, [s, β] if those of a DST start were, [NaN, β] if the
-        forward subtracts a DST start, [] otherwise.
+        forward subtracts a DST start, [] otherwise. Experts have a β each.
         """
         scaling = self.absorbed_scaling
         if scaling is None and self.beta is None:
@@ -247,7 +272,7 @@ class Adapter(WithStart, nn.Module):
         state = torch.tensor([math.nan if scaling is None else scaling], dtype=torch.float64)
         if self.beta is None:
             return state
-        return torch.cat([state, self.beta.detach().cpu().reshape(1)])
+        return torch.cat([state, self.beta.detach().cpu().reshape(-1)])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restores the numbers that `get_extra_state` returned.
@@ -261,8 +286,9 @@ class Adapter(WithStart, nn.Module):
         absorbed = values.numel() > 0 and not math.isnan(float(values[0]))
         scaling = float(values[0]) if absorbed else None
         # If nothing was absorbed, A₀ and B₀ are stored only for a forward that subtracts them.
-        saved = "implicit" if scaling is None and self.start_A is not None else "absorb"
-        if self.residual != saved and (scaling is not None or self.start_A is not None):
+        subtracts = self.start_A is not None or (self.lora_A.dim() == 3 and values.numel() > 1)
+        saved = "implicit" if scaling is None and subtracts else "absorb"
+        if self.residual != saved and (scaling is not None or subtracts):
             raise ValueError(
                 f"the saved layer has residual={saved!r}, this one {self.residual!r}: the saved "
                 "weight and start do not fit this layer; construct it with the same residual"
@@ -273,7 +299,8 @@ class Adapter(WithStart, nn.Module):
                 f"{self.scaling:g}: construct it with the same r, lora_alpha and scaling rule"
             )
         self.absorbed_scaling = scaling
-        self.beta = values[1].clone() if values.numel() > 1 else None
+        beta = values[1:].clone() if self.lora_A.dim() == 3 else values[1:2].clone().squeeze(0)
+        self.beta = beta if values.numel() > 1 else None
         self._weight_norm = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B", "lora_bias")
 class WithStart:
     """Factors and initial factors: of an `Adapter`, or of its `LayerState`."""
 
-    lora_A: Tensor  # [r, in]
-    lora_B: Tensor  # [out, r]
+    lora_A: Tensor  # [r, in], of experts [E, r, in]
+    lora_B: Tensor  # [out, r], of experts [E, out, r]
     start_A: Tensor | None
     start_B: Tensor | None
-    beta: Tensor | float | None
+    beta: Tensor | float | None  # of experts [E]
 
     @torch.no_grad()
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
@@ -48,6 +48,9 @@ class LayerState(WithStart):
 
     `weight_norm` is ‖W_base‖_F, which tells whether another base is the same; None if unknown.
     `lora_bias` [out] is PEFT's bias of B, which adds s·`lora_bias` to the output; or None.
+
+    The adapters of E experts that a model keeps in one parameter are one state: its factors have a
+    first dimension [E] more, and `beta` and `weight_norm` are float64 [E].
     """
 
     lora_A: Tensor
@@ -55,17 +58,48 @@ class LayerState(WithStart):
     scaling: float
     lora_alpha: float
     lora_R: Tensor | None = None
-    beta: float | None = None
+    beta: float | Tensor | None = None
     start_A: Tensor | None = None
     start_B: Tensor | None = None
     residual: str = "absorb"
-    weight_norm: float | None = None
+    weight_norm: float | Tensor | None = None
     lora_bias: Tensor | None = None
 
     @property
     def r(self) -> int:
         """The rank."""
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[-2]
+
+    @property
+    def experts(self) -> int | None:
+        """The number of experts; None for a linear layer."""
+        return self.lora_A.shape[0] if self.lora_A.dim() == 3 else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the layer, or of each expert."""
+        return self.lora_B.shape[-2], self.lora_A.shape[-1]
+
+    def expert(self, index: int) -> LayerState:
+        """The state of one of the experts, with views of the tensors."""
+
+        def own(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[index]
+
+        def number(value: float | Tensor | None) -> float | None:
+            return float(value[index]) if isinstance(value, Tensor) else value
+
+        return replace(
+            self,
+            lora_A=self.lora_A[index],
+            lora_B=self.lora_B[index],
+            lora_R=own(self.lora_R),
+            beta=number(self.beta),
+            start_A=own(self.start_A),
+            start_B=own(self.start_B),
+            weight_norm=number(self.weight_norm),
+            lora_bias=own(self.lora_bias),
+        )
 
     @property
     def changes_base(self) -> bool:
@@ -84,6 +118,10 @@ class LayerState(WithStart):
         """A' [k, in] and s·B' [out, k], whose product is the update, and which may be rounded to 16
         bits: those of `update_factors`, or if their parts cancel, those of an SVD.
         """
+        if self.experts is not None:
+            pairs = [self.expert(e).portable_factors() for e in range(self.experts)]
+            rights, lefts = zip(*pairs, strict=True)
+            return torch.stack(rights), torch.stack(lefts)
         right, left = self.update_factors()
         left = scaled(left, self.scaling)
         if cancellation(right, left) > _MOST_CANCELLATION:
@@ -139,7 +177,7 @@ def product_factors(
     lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None, start: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """[RA; RA − A₀] [k, in] and [B − B₀, B₀] [out, k], whose product is BRA − B₀A₀, in float32 or
-    wider. k = r if `start` is None, else 2r.
+    wider. k = r if `start` is None, else 2r. Those of experts have a first dimension [E] more.
 
     The product may be rounded: its parts have the size of the update. Those of [RA; A₀] and
     [B, −B₀] have the size of W and cancel: bfloat16 can lose all of a small update.
@@ -151,7 +189,7 @@ def product_factors(
     if start is None:
         return right, left
     start_A, start_B = (factor.to(work) for factor in start)
-    return torch.cat([right, right - start_A]), torch.cat([left - start_B, start_B], dim=1)
+    return torch.cat([right, right - start_A], -2), torch.cat([left - start_B, start_B], -1)
 
 
 def widest(*factors: Tensor | None) -> torch.dtype:
@@ -163,8 +201,20 @@ def widest(*factors: Tensor | None) -> torch.dtype:
 
 
 def dst_start(lora_A: Tensor, lora_B: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    """A₀ = βΦₘᵀ [r, in] and B₀ = βΦₙ [out, r], in the dtypes and on the devices of A and B."""
-    r = lora_A.shape[0]
+    """A₀ = βΦₘᵀ [r, in] and B₀ = βΦₙ [out, r], in the dtypes and on the devices of A and B; for the
+    β [E] of experts, [E, r, in] and [E, out, r].
+    """
+    r, sizes = lora_A.shape[-2], (lora_A.shape[-1], lora_B.shape[-2])
+    if lora_A.dim() == 3:
+        # The product in float64, rounded once: the bits of `dst_basis` with `scale`.
+        A0, B0 = (
+            (
+                torch.ops.lora.dst_basis(size, r, dtype=torch.float64, device=factor.device)
+                * torch.as_tensor(beta, dtype=torch.float64, device=factor.device)[:, None, None]
+            ).to(factor.dtype)
+            for size, factor in zip(sizes, (lora_A, lora_B), strict=True)
+        )
+        return A0.mT, B0
     A0, B0 = (
         torch.ops.lora.dst_basis(
             size,
@@ -173,6 +223,6 @@ def dst_start(lora_A: Tensor, lora_B: Tensor, beta: float | Tensor) -> tuple[Ten
             device=factor.device,
             scale=torch.as_tensor(beta, dtype=torch.float64, device=factor.device),
         )
-        for size, factor in ((lora_A.shape[1], lora_A), (lora_B.shape[0], lora_B))
+        for size, factor in zip(sizes, (lora_A, lora_B), strict=True)
     )
     return A0.T, B0

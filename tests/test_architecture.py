@@ -24,6 +24,7 @@ FLOORS = (
     ("ops",),
     ("init",),
     ("layers",),
+    ("experts",),
     ("model",),
     ("files.io", "training"),
     ("files.adapter",),

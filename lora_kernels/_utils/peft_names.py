@@ -57,7 +57,6 @@ VARIANTS = {
     "lora_bias": "a bias of lora_B",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA, which adds sampled noise to A",
-    "target_parameters": "LoRA on parameters that are not the weight of a linear layer",
     "trainable_token_indices": "rows of an embedding that are trained",
     "use_bdlora": "BD-LoRA, whose A or B is block-diagonal",
     "use_dora": "DoRA, which trains the norms of the adapted weight's rows",
@@ -92,12 +91,12 @@ OPTIONS_OF_OTHERS = (
     "unsloth_fixed",
 )
 
-# A and B of a linear layer: its name, the factor, and the adapter's name, which `save_pretrained`
-# leaves out and a model's own state_dict has.
+# A and B of a linear layer or embedding: its name, the factor, and the adapter's name, which
+# `save_pretrained` leaves out and a model's own state_dict has.
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_FACTOR_OF_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
 # The names of other tensors of an adapted layer or embedding, after the layer's own name.
 _TENSORS_OF_VARIANTS = {
-    r"lora_embedding_[AB]": "LoRA on an embedding",
     r"lora_magnitude_vector": VARIANTS["use_dora"],
     r"lora_diag": VARIANTS["kasa_config"],
     r"lora_monteclora_sampler": VARIANTS["monteclora_config"],
@@ -125,17 +124,28 @@ class Factor:
     layer: str
     half: str
     adapter: str | None
+    embedding: bool = False
 
 
-def factor_key(layer: str, half: str, adapter: str = "") -> str:
-    """The name of A or B of a linear layer: with the adapter's name that in a model's state_dict,
-    without it that in a file.
+def factor_key(layer: str, half: str, adapter: str = "", embedding: bool = False) -> str:
+    """The name of A or B of a linear layer or embedding: with the adapter's name that in a model's
+    state_dict, without it that in a file.
     """
-    return f"{PREFIX}{layer}.lora_{half}{adapter and f'.{adapter}'}.weight"
+    name = f"{PREFIX}{layer}.lora_{'embedding_' if embedding else ''}{half}"
+    return f"{name}{adapter and f'.{adapter}'}{'' if embedding else '.weight'}"
+
+
+def factor_keys(layer: str, tensors: Container[str]) -> tuple[str, str]:
+    """The names in a file of A and B of a layer, which is an embedding if the file says so."""
+    embedding = factor_key(layer, "A", embedding=True) in tensors
+    key_A, key_B = (factor_key(layer, half, embedding=embedding) for half in "AB")
+    return key_A, key_B
 
 
 def as_factor(name: str) -> Factor | None:
     """What the name of a tensor says, if it ends as that of A or B."""
+    if found := _FACTOR_OF_EMBEDDING.fullmatch(name):
+        return Factor(*found.groups(), embedding=True)
     found = _FACTOR.fullmatch(name)
     return Factor(*found.groups()) if found else None
 

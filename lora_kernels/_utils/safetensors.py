@@ -49,6 +49,12 @@ class Entry:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def slice(self, index: int) -> Entry:
+        """`tensor[index]`, with the tensor's name."""
+        size = (self.end - self.begin) // self.shape[0]
+        begin = self.begin + index * size
+        return Entry(self.name, self.dtype, self.shape[1:], begin, begin + size)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -169,6 +175,27 @@ def load_tensor(file: Path, name: str) -> Tensor:
     """
     with _opened(file) as opened:
         return opened.get_tensor(name)
+
+
+def load_entry(file: Path, entry: Entry) -> Tensor:
+    """The floating-point tensor or slice of that entry, on the CPU: a copy. The header is not
+    parsed, so that many tensors of a large file are read fast.
+
+    Raises:
+        OSError: the file is shorter than when its layout was read.
+
+    """
+    content = bytearray(entry.end - entry.begin)
+    with file.open("rb", buffering=0) as opened:
+        length = struct.unpack("<Q", opened.read(8))[0]
+        opened.seek(8 + length + entry.begin)
+        view, done = memoryview(content), 0
+        while done < len(content):
+            count = opened.readinto(view[done:])
+            if not count:
+                raise OSError(f"{file} was truncated while it was read")
+            done += count
+    return torch.frombuffer(content, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -113,6 +113,10 @@ class AdaptedLayer(nn.Module):
         """Removes an adapter that is not active."""
         del self.adapters[name]
 
+    def name_in(self, path: str) -> str:
+        """The layer's name, for a module that the model has as `path`."""
+        return path
+
     @property
     def absorbed(self) -> str | None:
         """The name of the adapter whose initial factors were subtracted from the base's weight."""

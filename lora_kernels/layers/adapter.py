@@ -35,6 +35,7 @@ class Adapter(WithStart, nn.Module):
     lora_bias: nn.Parameter | None  # [out]
     beta: Tensor | None
     scaling: float
+    embedding = False  # whether the layer is an embedding
     _scaling_bits: Tensor
 
     def __init__(self, options: AdapterOptions, start: Start, changes_base: bool) -> None:
@@ -258,6 +259,7 @@ class Adapter(WithStart, nn.Module):
             residual=self.residual,
             weight_norm=number(norm),
             lora_bias=copied_if_any(self.lora_bias),
+            embedding=self.embedding,
         )
 
     def get_extra_state(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""`BaseLayer`: one interface to every kind of linear layer; the kind is found out once."""
+"""`BaseLayer`: one interface to every kind of layer; the kind is found out once."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from .adapted import AdaptedLayer, transplant
 from .adapter import Adapter
 from .dequantize import compute_dtype, dequantized_weight, device_of
-from .kinds import FLOAT_KINDS, ForeignLayer, is_conv1d, kind_of, refuse_sharded
-from .linear import AdaptedFloatLayer, LoRAConv1D, LoRALinear
+from .kinds import EMBEDDING, FLOAT_KINDS, ForeignLayer, is_conv1d, kind_of, refuse_sharded
+from .linear import AdaptedFloatLayer, LoRAConv1D, LoRAEmbedding, LoRALinear
 from .wrapper import LoRAWrapper
 
-_CLASSES: dict[str, type[LoRALinear] | type[LoRAConv1D] | type[LoRAWrapper]]
-_CLASSES = {"linear": LoRALinear, "conv1d": LoRAConv1D}
+_FLOAT_CLASSES: dict[str, type[LoRALinear] | type[LoRAConv1D] | type[LoRAEmbedding]]
+_FLOAT_CLASSES = {"linear": LoRALinear, "conv1d": LoRAConv1D, EMBEDDING: LoRAEmbedding}
 
 
 class BaseLayer:
-    """A linear layer that can be adapted, or has been.
+    """A linear layer or embedding that can be adapted, or has been.
 
     Attributes:
         module: the layer in the model.
@@ -28,14 +28,17 @@ class BaseLayer:
         rewritable: whether the layer has a floating-point weight of its own, from which initial
             factors can be subtracted.
         transposed: whether the weight is stored as [in, out].
+        num_experts: how many matrices the weight holds, if it is a 3-D one of experts; else None.
 
     """
+
+    num_experts: int | None = None
 
     def __init__(self, module: nn.Module, kind: str) -> None:
         self.module, self.kind = module, kind
         self.layer = module.base_layer if isinstance(module, LoRAWrapper) else module
         self.rewritable = kind in FLOAT_KINDS
-        self.transposed = kind == "conv1d" or is_conv1d(self.layer)
+        self.transposed = kind in ("conv1d", EMBEDDING) or is_conv1d(self.layer)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,6 +63,19 @@ class BaseLayer:
     def stored_weight(self) -> Tensor:
         """The weight of a `rewritable` or float8 layer as stored, [in, out] if `transposed`."""
         return cast(Tensor, self.layer.weight)
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """The module that owns the weight, and the weight's attribute there."""
+        return self.module, "weight"
+
+    def parameter_name(self, name: str) -> str:
+        """The name of the weight, of the layer called `name`."""
+        return f"{name}.weight"
+
+    def matrices(self) -> list[Tensor]:
+        """`weight()`; of experts, which are one layer, the W [out, in] of each."""
+        return [self.weight()]
 
     def weight(self) -> Tensor:
         """W [out, in] without adapters: a view if the layer is `rewritable`, else a new float32
@@ -86,7 +102,7 @@ class BaseLayer:
         if isinstance(module, AdaptedLayer):
             layer = module
         else:
-            layer = _CLASSES.get(self.kind, LoRAWrapper).over(module)
+            layer = (_FLOAT_CLASSES.get(self.kind) or LoRAWrapper).over(module)
             if self.rewritable:  # hooks stay on a layer inside a wrapper
                 transplant(module, layer)
         layer.attach(adapter_name, adapter)
@@ -94,12 +110,8 @@ class BaseLayer:
 
 
 def base_of(module: nn.Module) -> BaseLayer | None:
-    """The `BaseLayer` of a module; None if the module is not a linear layer that can be adapted."""
-    kind: str | None
-    if isinstance(module, LoRALinear):
-        kind = "linear"
-    elif isinstance(module, LoRAConv1D):
-        kind = "conv1d"
-    else:
+    """The `BaseLayer` of a module; None if the module is no layer that can be adapted."""
+    kind = next((kind for kind, cls in _FLOAT_CLASSES.items() if isinstance(module, cls)), None)
+    if kind is None:
         kind = kind_of(module.base_layer if isinstance(module, LoRAWrapper) else module)
     return None if kind is None else BaseLayer(module, kind)

@@ -1,8 +1,10 @@
-"""The kind of a linear layer, found without importing the package that defines the layer."""
+"""The kind of a linear layer or embedding, found without importing the package that defines it."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -11,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.checks import FLOATS
+from .._utils.source import definition, undecorated
 
 FLOAT8 = (
     torch.float8_e4m3fn,
@@ -18,18 +21,26 @@ FLOAT8 = (
     torch.float8_e4m3fnuz,
     torch.float8_e5m2fnuz,
 )
-FLOAT_KINDS = ("linear", "conv1d")  # the kinds whose weight can be rewritten
+EMBEDDING = "embedding"
+FLOAT_KINDS = ("linear", "conv1d", EMBEDDING)  # the kinds whose weight can be rewritten
+# The forwards of models' subclasses of `nn.Embedding` that multiply by a scale, by their forms.
+_SCALES = {
+    "number": "return super().forward({}) * self.embed_scale",
+    "cast": "return super().forward({}) * self.embed_scale.to(self.weight.dtype)",
+}
 
 # A layer that another package defines, perhaps without types.
 ForeignLayer: TypeAlias = Any
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The kind of a linear layer without adapters; None if the module cannot be adapted.
+    """The kind of a layer without adapters; None if the module cannot be adapted.
 
     - "linear": an `nn.Linear` with the usual forward and a floating-point weight of its own
       (float64, float32, bfloat16 or float16).
     - "conv1d": GPT-2's `Conv1D`, whose weight is [in, out].
+    - "embedding": an `nn.Embedding` with the usual forward, perhaps times a scale, and a
+      floating-point weight of its own; as a matrix [out, in] it is the transposed weight.
     - "bnb_4bit", "bnb_8bit": bitsandbytes' `Linear4bit` and `Linear8bitLt`.
     - "torchao": an `nn.Linear` whose weight is one of torchao's tensors.
     - "float8": an `nn.Linear` or `Conv1D` whose weight is stored in float8; something, such as a
@@ -61,6 +72,54 @@ def check_adaptable(linear: nn.Module) -> None:
         reason = f"the weight is a {type(linear.weight).__name__}: add_lora adapts quantized layers"
     if reason is not None:
         raise TypeError(reason)
+
+
+def lookup_scale(module: nn.Module) -> str | None:
+    """How the forward of an `nn.Embedding` scales the rows that it looks up: "" not at all,
+    "number" by `embed_scale`, "cast" by `embed_scale` in the weight's dtype; None if it computes
+    something else.
+    """
+    form = _form_of(type(module))
+    if not form:
+        return form
+    scale: object = getattr(module, "embed_scale", None)
+    if isinstance(scale, Tensor):
+        return form if scale.numel() == 1 else None
+    return form if form == "number" and isinstance(scale, (int, float)) else None
+
+
+@lru_cache(maxsize=1024)
+def _form_of(cls: type[nn.Module]) -> str | None:
+    """`lookup_scale` of a class, by its source."""
+    if cls.forward is nn.Embedding.forward:
+        return ""
+    places = [index for index, base in enumerate(cls.__mro__) if "forward" in vars(base)]
+    is_next = len(places) > 1 and cls.__mro__[places[1]] is nn.Embedding
+    function = undecorated(cls.forward) if is_next else None
+    found = None if function is None else definition(function)
+    if found is None or len(found[1].args.args) != 2:
+        return None
+    node = found[1]
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    text = "\n".join(ast.unparse(part) for part in body)
+    given = node.args.args[1].arg
+    return next((form for form, spelt in _SCALES.items() if text == spelt.format(given)), None)
+
+
+def why_not_embedding(module: nn.Embedding) -> str | None:
+    """Why an embedding cannot be adapted; None if it can."""
+    kind = type(module).__name__
+    if is_parametrized(module) or not _has_float_weight(module):
+        return "its weight is computed or not of a floating-point type"
+    if len(module._parameters) != 1 or module._modules:
+        return f"{kind} has other parts than a weight"
+    if lookup_scale(module) is None:
+        return f"{kind} does not compute as nn.Embedding does"
+    if _forward_is_replaced(module):
+        return "its forward is replaced; undo that first"
+    if module.max_norm is not None:
+        return "max_norm rewrites its weight in every forward"
+    return None
 
 
 def refuse_sharded(name: str, module: nn.Module) -> None:
@@ -141,7 +200,7 @@ def _is_flattened(module: nn.Module) -> bool:
     replace only some of them.
     """
     return (
-        (_is_plain(module) or is_conv1d(module))
+        (_is_plain(module) or is_conv1d(module) or isinstance(module, nn.Embedding))
         and isinstance(vars(module).get("weight"), Tensor)
         and all(parameter is None for parameter in module._parameters.values())
     )
@@ -194,6 +253,7 @@ _KINDS: dict[str, Callable[[nn.Module], bool]] = {
     "bnb_8bit": lambda m: _is_a(m, "bitsandbytes", "Linear8bitLt"),
     "conv1d": lambda m: is_conv1d(m) and _has_float_weight(m) and not _forward_is_replaced(m),
     "linear": lambda m: _is_plain(m) and _has_float_weight(m),
+    EMBEDDING: lambda m: isinstance(m, nn.Embedding) and why_not_embedding(m) is None,
     "torchao": lambda m: _is_plain(m) and _is_a(m.weight, "torchao"),
     "float8": _is_float8,
     "forward": _is_forward_only,

@@ -48,6 +48,7 @@ class LayerState(WithStart):
 
     `weight_norm` is ‖W_base‖_F, which tells whether another base is the same; None if unknown.
     `lora_bias` [out] is PEFT's bias of B, which adds s·`lora_bias` to the output; or None.
+    `embedding`: the layer is an embedding of `in` tokens, and W its transposed weight.
 
     The adapters of E experts that a model keeps in one parameter are one state: its factors have a
     first dimension [E] more, and `beta` and `weight_norm` are float64 [E].
@@ -64,6 +65,7 @@ class LayerState(WithStart):
     residual: str = "absorb"
     weight_norm: float | Tensor | None = None
     lora_bias: Tensor | None = None
+    embedding: bool = False
 
     @property
     def r(self) -> int:
@@ -158,18 +160,21 @@ def cancellation(right: Tensor, left: Tensor) -> float:
 def svd_factors(right: Tensor, left: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """A' [r, in] and B' [out, r], the best of rank r for the product of A = `right` [k, in] and
     B = `left` [out, k]; √σ is in both. The SVD is that of the small core of two QRs, in float64: no
-    [out, in] matrix is formed. If the product has a smaller rank than r, the rest is zero.
+    [out, in] matrix is formed. If the product has a smaller rank than r, the rest is zero. The
+    factors of experts have a first dimension [E] more.
     """
     QB, RB = torch.linalg.qr(left.double())
-    QA, RA = torch.linalg.qr(right.double().T)
-    U, S, Vh = torch.linalg.svd(RB @ RA.T, full_matrices=False)
-    root = S[:r].sqrt()
-    new_left = (QB @ U[:, :r]) * root
-    new_right = (root[:, None] * Vh[:r]) @ QA.T
-    missing = r - len(root)
+    QA, RA = torch.linalg.qr(right.double().mT)
+    U, S, Vh = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
+    root = S[..., :r].sqrt()
+    new_left = (QB @ U[..., :r]) * root[..., None, :]
+    new_right = (root[..., None] * Vh[..., :r, :]) @ QA.mT
+    missing = r - root.shape[-1]
     if missing > 0:
-        new_right = torch.cat([new_right, new_right.new_zeros(missing, new_right.shape[1])])
-        new_left = torch.cat([new_left, new_left.new_zeros(len(new_left), missing)], dim=1)
+        shape = new_right.shape
+        new_right = torch.cat([new_right, new_right.new_zeros(*shape[:-2], missing, shape[-1])], -2)
+        shape = new_left.shape
+        new_left = torch.cat([new_left, new_left.new_zeros(*shape[:-1], missing)], -1)
     return new_right.to(right.dtype), new_left.to(left.dtype)
 
 

@@ -34,6 +34,9 @@ class LoRAConfig:
         target_modules: "all-linear", every linear layer but the output head; another string, a
             regular expression that matches the whole name; or a list of names or of their last
             parts.
+        target_parameters: names or their last parts of the 3-D parameters in which a mixture of
+            experts keeps its experts' matrices ("mlp.experts.gate_up_proj"); each expert gets an
+            adapter of its own. If they are all that is adapted, `target_modules` may be None.
         exclude_modules: a regular expression or a list as above, of layers not to adapt.
         lora_alpha: the α from which the scaling rule computes s; 8 by default, 256 for
             "alpha_sqrt".
@@ -52,7 +55,8 @@ class LoRAConfig:
         layers_to_transform: the number or numbers of the blocks to adapt; all blocks if None.
         layers_pattern: the name or names of the list of blocks ("layers", "h"), needed if layer
             names contain other numbers too.
-        rank_pattern: {name, ending or regular expression: r} for layers with another rank.
+        rank_pattern: {name, ending or regular expression: r} for layers with another rank. Experts
+            go by the name of their parameter ("gate_up_proj"): see `with_expert_rank`.
         alpha_pattern: {name, ending or regular expression: lora_alpha} for layers with another
             lora_alpha.
         task_type: PEFT's task type ("CAUSAL_LM" ...), which is written to the adapter's files. As
@@ -67,7 +71,7 @@ class LoRAConfig:
     """
 
     r: int = 8
-    target_modules: str | Sequence[str] = ALL_LINEAR
+    target_modules: str | Sequence[str] | None = ALL_LINEAR
     exclude_modules: str | Sequence[str] | None = None
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
@@ -82,6 +86,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     task_type: str | None = None
+    target_parameters: Sequence[str] | None = None
 
     def __new__(cls, *args: object, **options: object) -> LoRAConfig:
         """Raises TypeError for unknown options, with a reason or the nearest name."""
@@ -105,14 +110,23 @@ class LoRAConfig:
             raise unknown_name("residual", self.residual, RESIDUALS)
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise unknown_name("task_type", self.task_type, TASK_TYPES)
-        for option in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        for option in (
+            "target_modules",
+            "target_parameters",
+            "exclude_modules",
+            "modules_to_save",
+            "layers_pattern",
+        ):
             self._check_names(option)
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty: give names, or 'all-linear'")
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(
-                f"modules_to_save must be a list of names, got {self.modules_to_save!r}"
-            )
+        if not self.target_modules:
+            object.__setattr__(self, "target_modules", ())
+        for option in ("modules_to_save", "target_parameters"):
+            if isinstance(getattr(self, option), str):
+                raise TypeError(
+                    f"{option} must be a list of names, got {getattr(self, option)!r}"
+                )
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -268,6 +282,43 @@ def repeated_blocks(replication: Replication) -> list[int]:
     return [block for start, end in replication for block in range(start, end)]
 
 
+@dataclass(frozen=True)
+class ExpertPart:
+    """Tensors of a file that hold the rows `start` to `stop` of the matrices [out, in] of all
+    experts: one for each expert, with its number where `name` has "{}", or one for all of them.
+    `name` ends without ".weight".
+    """
+
+    name: str
+    start: int
+    stop: int
+
+    def names(self, experts: int) -> list[str]:
+        """The name of each expert's tensor, or the one name."""
+        if "{}" not in self.name:
+            return [self.name]
+        return [self.name.replace("{}", str(e)) for e in range(experts)]
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """What files have of an expert parameter, beside its adapter.
+
+    Attributes:
+        parts: those of a checkpoint that has a tensor for each expert; empty of other checkpoints,
+            or if it is not known.
+        layout: "each" or "stacked", the form in which an adapter's file has or is to have it; "" if
+            that is not decided.
+        exchanged: whether A and B may have to be exchanged, which the model's shapes tell: False,
+            no; True, as PEFT before 0.19 wrote it; None, by a version of PEFT that is not known.
+
+    """
+
+    parts: tuple[ExpertPart, ...] = ()
+    layout: str = ""
+    exchanged: bool | None = False
+
+
 @dataclass
 class AdapterState:
     """The adapter of a model: a `LayerState` for each layer, by its name in the base model.
@@ -276,7 +327,8 @@ class AdapterState:
     names in the base model's state_dict, and `rows` those that have some trained rows. Modules that
     are tied to the input embedding get its rows too, unless they have their own. If `replication`
     is not empty, the names of the layers are those of a model whose blocks are repeated so.
-    `base_model` is the base model's name or path, if known.
+    `base_model` is the base model's name or path, if known. `experts` says of parameters of experts,
+    by name, what files have of them; it may lack some, and have others that are not adapted.
     """
 
     config: LoRAConfig
@@ -285,3 +337,4 @@ class AdapterState:
     base_model: str | None = None
     rows: dict[str, TokenRows] = field(default_factory=dict)
     replication: Replication = ()
+    experts: dict[str, StoredExperts] = field(default_factory=dict)

@@ -22,7 +22,8 @@ from .install.layers import (
     adapted_layers,
     install,
     layers_with_names,
-    replace_adapted,
+    merge_adapted,
+    restore_adapted,
     untie_if_needed,
     unwrapped,
 )
@@ -157,8 +158,8 @@ def merge_lora(
     _warn_of_new_biases([layer for _, layer in adapted if name in layer.adapter_names])
     while adapted:  # frees each old W before the next layer is merged
         paths, layer = adapted.pop()
-        plain = layer.to_linear() if name in layer.adapter_names else layer.restore_()
-        replace_adapted(model, paths, layer, plain)
+        finish = merge_adapted if name in layer.adapter_names else restore_adapted
+        finish(model, paths, layer)
     model.requires_grad_(False)
     untie_if_needed(model)
     separate_blocks(model, record.replication)
@@ -194,7 +195,7 @@ def unload_lora(model: nn.Module) -> nn.Module:
     record = needed_record(model)
     record.saved.activate(None)
     for paths, layer in layers_with_names(model):
-        replace_adapted(model, paths, layer, layer.restore_())
+        restore_adapted(model, paths, layer)
     if record.blocks is not None:
         record.blocks.restore()
     forget(model, record)

@@ -18,12 +18,13 @@ from ..init.start import Start, subtract_start_
 from ..layers.adapted import AdaptedLayer
 from ..layers.adapter import Adapter
 from ..layers.base import BaseLayer
+from ..layers.kinds import EMBEDDING
 from ..layers.linear import ABSORBED
 from ..layers.options import AdapterOptions
 from ..layers.state import LayerState
 from .config import AdapterState, LoRAConfig
 from .originals import OriginalWeights
-from .selection import Selection, find_candidates
+from .selection import Selection, find_candidates, without_embeddings
 from .starts import StartJob, make_starts, naming
 
 # Rounding to 4 bits changes a norm by less than 1 %; subtracting s·B₀A₀, by more than 2 %.
@@ -53,6 +54,7 @@ class LayerPlan:
     start: Start | None = None
     trained: Trained | None = None
     subtracted: bool = False
+    was_adapted: bool = False
 
     @property
     def absorbs(self) -> bool:
@@ -69,18 +71,23 @@ class LayerPlan:
         adapter = Adapter(self.options, self._computed_start(), self.changes_base)
         if self.trained is not None:
             adapter.load_factors(*self.trained)
+        self.was_adapted = isinstance(self.base.module, AdaptedLayer)
         return self.base.adapted(adapter, adapter_name)
 
     def subtract_(self) -> None:
         """If the plan absorbs, subtracts s·B₀A₀ from the weight, or rewrites it as LoftQ does."""
-        if self.absorbs:
-            subtract = subtract_start_ if self.initializer is None else self.initializer.take_out_
-            subtract(self.base.weight(), self._computed_start(), self.options.scaling)
-            self.subtracted = True
+        if not self.absorbs:
+            return
+        subtract = subtract_start_ if self.initializer is None else self.initializer.take_out_
+        start, matrices = self._computed_start(), self.base.matrices()
+        self.subtracted = True
+        for e, matrix in enumerate(matrices):
+            own = start if self.base.num_experts is None else start.expert(e)
+            subtract(matrix, own, self.options.scaling)
 
     def undo_(self, layer: AdaptedLayer, adapter_name: str) -> None:
         """Removes the adapter from the layer that `adapted` returned, and restores the weight."""
-        if layer is self.base.module:
+        if self.was_adapted:
             layer.detach(adapter_name)
         elif self.subtracted:
             layer.restore_()
@@ -166,23 +173,29 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
         if name not in places:
             raise ValueError(
                 f"the adapter contains a layer {name!r}, which is no linear layer of this "
-                f"{type(model).__name__}{nearest(name, places)}"
+                f"{type(model).__name__}{nearest(name, without_embeddings(candidates))}"
             )
     layers = {places[name]: layer for name, layer in state.layers.items()}
-    skipped = {n: "not in the adapter" for n in candidates if n not in layers}
+    others = (n for n in without_embeddings(candidates) if n not in layers)
+    skipped = dict.fromkeys(others, "not in the adapter")
     selection = Selection({n: candidates[n] for n in layers}, aliases, skipped)
     owners = _owners(model)
     plans = []
     for name, layer in layers.items():
         base = candidates[name]
         base.refuse_sharded(name)
-        shape = (layer.lora_B.shape[0], layer.lora_A.shape[1])
-        if shape != base.shape:
+        _check_embedding(name, layer, base)
+        found, expected = (
+            [*([] if owner is None else [owner]), *shape]
+            for owner, shape in ((layer.experts, layer.shape), (base.num_experts, base.shape))
+        )
+        if found != expected:
             raise ValueError(
-                f"the adapter's {name} is for a weight {list(shape)}, this model has "
-                f"{list(base.shape)}"
+                f"the adapter's {name} is for a weight {found}, this model has {expected}"
             )
         wanted = "auto" if layer.residual == "absorb" else layer.residual
+        if without_wrappers(base.parameter_name(name)) in state.extra:
+            wanted = "implicit"  # the adapter brings a weight, in place of the one here
         residual, note = _residual(name, base, wanted, owners)
         rule, dropout = state.config.scaling_rule, state.config.lora_dropout
         options = AdapterOptions(layer.r, layer.lora_alpha, rule, dropout, residual)
@@ -193,16 +206,35 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
     return plans, selection
 
 
+def _check_embedding(name: str, layer: LayerState, base: BaseLayer) -> None:
+    """Raises ValueError unless both are of an embedding, with the same tokens, or neither is."""
+    if layer.embedding != (base.kind == EMBEDDING):
+        kinds = ("an embedding", "a linear layer")
+        theirs, ours = kinds if layer.embedding else kinds[::-1]
+        raise ValueError(f"the adapter's {name} is {theirs}, this model's is {ours}")
+    if layer.embedding and layer.lora_bias is not None:
+        raise ValueError(f"the adapter of the embedding {name} cannot have a bias of lora_B")
+    (rows, tokens), (known_rows, known_tokens) = layer.shape, base.shape
+    if layer.embedding and rows == known_rows and tokens != known_tokens:
+        raise ValueError(
+            f"the adapter's {name} is for {tokens} tokens, this model has {known_tokens}: "
+            f"model.resize_token_embeddings({tokens}) first"
+        )
+
+
 def check_norms(plans: Sequence[LayerPlan]) -> None:
     """Warns if a weight's norm shows that an adapter was trained on another base."""
     for plan in plans:
         expected = None if plan.start is None else plan.start.weight_norm
-        if expected is None or float(expected) == 0:
+        if expected is None:
             continue
-        found = float(torch.ops.lora.frobenius_stats([plan.base.weight()])[0, 1].sqrt())
-        if abs(found / float(expected) - 1) > _NORM_TOLERANCE:
+        # Of experts: the norm of all of them.
+        wanted = float(expected.double().norm())
+        sums = torch.ops.lora.frobenius_stats(plan.base.matrices())[:, 1]
+        found = float(sums.sum().sqrt())
+        if wanted and abs(found / wanted - 1) > _NORM_TOLERANCE:
             warnings.warn(
-                f"the norm of {plan.name} is {found:.4g}, but {float(expected):.4g} where this "
+                f"the norm of {plan.name} is {found:.4g}, but {wanted:.4g} where this "
                 "adapter was made: another base, or one from which a start was subtracted already? "
                 "The adapter's update is added to this base without a correction",
                 stacklevel=4,
@@ -258,13 +290,15 @@ def _why_not_absorbed(name: str, base: BaseLayer, owners: Mapping[object, list[s
     weight = base.stored_weight
     names = owners[_memory(weight)]
     if len(names) > 1:
-        return f"its weight is {next(n for n in names if n != f'{name}.weight')} too"
+        own = base.parameter_name(name)
+        return f"its weight is {next(n for n in names if n != own)} too"
     if getattr(weight, ABSORBED, False):
         raise ValueError(
             f"another adapter's initial factors were already subtracted from the weight of {name} "
             "(residual='absorb')"
         )
-    return "its weight is an expanded or overlapping view" if overlaps(weight) else None
+    overlapping = any(map(overlaps, base.matrices()))
+    return "its weight is an expanded or overlapping view" if overlapping else None
 
 
 def _owners(model: nn.Module) -> dict[object, list[str]]:
@@ -293,8 +327,8 @@ def _placed(layer: LayerState, base: BaseLayer) -> tuple[Start, Trained]:
     def placed(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype, copy=True).contiguous()
 
-    def number(value: float | None) -> Tensor | None:
-        return None if value is None else torch.tensor(value, dtype=torch.float64, device=device)
+    def number(value: float | Tensor | None) -> Tensor | None:
+        return None if value is None else torch.as_tensor(value).to(device, torch.float64)
 
     lora_R = None if layer.lora_R is None else placed(layer.lora_R)
     lora_bias = None if layer.lora_bias is None else placed(layer.lora_bias)

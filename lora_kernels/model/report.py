@@ -14,7 +14,9 @@ from .selection import Selection
 
 @dataclass(frozen=True)
 class AdaptedRow:
-    """One adapted layer. `note` says why its initial factors are not absorbed; else it is empty."""
+    """One adapted layer. `note` says why its initial factors are not absorbed; else it is empty.
+    Experts have a row for each 3-D parameter, with the sizes of one of `num_experts` matrices.
+    """
 
     name: str
     out_features: int
@@ -26,6 +28,7 @@ class AdaptedRow:
     residual: str
     note: str
     aliases: tuple[str, ...]
+    num_experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ class LoRAReport:
         for rows in _grouped(self.adapted):
             row = rows[0]
             numbers = f"r={row.r}, s={row.scaling:g}, {row.residual}"
+            experts = "" if row.num_experts is None else f"{row.num_experts} experts x "
             lines.append(
-                f"  {len(rows):4d} x {_pattern(row.name)} [{row.out_features}, "
+                f"  {len(rows):4d} x {_pattern(row.name)} {experts}[{row.out_features}, "
                 f"{row.in_features}]: {numbers}{f' ({row.note})' if row.note else ''}"
             )
         for row in self.adapted:
@@ -94,6 +98,7 @@ def make_report(
             plan.options.residual,
             plan.note,
             tuple(plan.aliases),
+            plan.base.num_experts,
         )
         for plan in plans
     )
@@ -109,7 +114,7 @@ def _grouped(rows: Sequence[AdaptedRow]) -> list[list[AdaptedRow]]:
     """Groups of rows that differ only in the numbers of their names."""
     groups: dict[tuple[object, ...], list[AdaptedRow]] = {}
     for row in rows:
-        shape = (row.out_features, row.in_features)
+        shape = (row.num_experts, row.out_features, row.in_features)
         numbers = (row.r, row.scaling, row.residual, _pattern(row.note))
         groups.setdefault((_pattern(row.name), shape, numbers), []).append(row)
     return list(groups.values())

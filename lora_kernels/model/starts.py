@@ -17,9 +17,11 @@ from .._utils.progress import tracked
 from ..init.base import Initializer
 from ..init.start import Start, check_residual_fits, checked
 from ..layers.base import BaseLayer
+from ..layers.kinds import EMBEDDING
 from ..layers.linear import check_startable
 
 _BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # at most so many weights and bytes of them in one call
+_BATCH_EXPERTS = 1024
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class StartJob:
     absorb: bool = False
     aliases: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        if self.base.kind == EMBEDDING:
+            object.__setattr__(self, "initializer", self.initializer.for_embedding())
+
 
 @torch.no_grad()
 def make_starts(
@@ -45,8 +51,9 @@ def make_starts(
 ) -> dict[str, Start]:
     """The start of every job by the job's name; no weight is changed.
 
-    `gradients` are {layer name: ∂loss/∂W [out, in]}, for starts that need them. Starts that change
-    the base have the weight's norm, `weight_norm`.
+    `gradients` are {layer name: ∂loss/∂W [out, in], of experts [E, out, in]}, for starts that need
+    them. Starts that change the base have the weight's norm, `weight_norm`. The start of experts is
+    the `Start.stacked` one of a start for each.
 
     Raises:
         ValueError, TypeError: a gradient is missing or of no use, a start cannot be computed or has
@@ -58,7 +65,10 @@ def make_starts(
     starts: dict[str, Start] = {}
     title = type(jobs[0].initializer).__name__
     for batch in tracked(list(_batches(jobs)), title, progress):
-        starts |= _batch_starts(batch, [matched[job.name] for job in batch])
+        if batch[0].base.num_experts is None:
+            starts |= _batch_starts(batch, [matched[job.name] for job in batch])
+        else:
+            starts[batch[0].name] = _stacked_start(batch[0], matched[batch[0].name])
     return {job.name: starts[job.name] for job in jobs}
 
 
@@ -115,6 +125,40 @@ def _batch_starts(
     return found
 
 
+def _stacked_start(job: StartJob, gradient: Tensor | None) -> Start:
+    """The start of all experts of a parameter."""
+    matrices, stored = job.base.matrices(), job.base.stored_weight
+    given: list[Tensor | None] = [None] * len(matrices)
+    if gradient is not None:
+        if gradient.dim() != 3 or len(gradient) != len(matrices):
+            wanted = [len(matrices), *job.base.shape]
+            raise ValueError(
+                f"the gradient of {job.name} is {list(gradient.shape)}, its experts need {wanted}"
+            )
+        given = list(gradient.unbind())
+    with naming(job.name):
+        for matrix in matrices:
+            check_startable(matrix, stored, job.r, job.initializer)
+    starts: list[Start] = []
+    size = matrices[0].numel() * matrices[0].element_size()
+    step = max(1, min(_BATCH_EXPERTS, _BATCH_BYTES // max(1, size)))
+    for begin in range(0, len(matrices), step):
+        part = slice(begin, begin + step)
+        wanted_gradients = given[part] if job.initializer.needs_gradient else None
+        try:
+            starts += job.initializer.starts(matrices[part], job.r, job.scaling, wanted_gradients)
+        except (ValueError, TypeError):
+            for e, matrix in enumerate(matrices[part], start=begin):
+                with naming(f"{job.name}[{e}]"):  # finds the expert that failed
+                    job.initializer(matrix, job.r, job.scaling, given[e])
+            raise
+    finished = []
+    for e, (matrix, start) in enumerate(zip(matrices, starts, strict=True)):
+        with naming(f"{job.name}[{e}]"):
+            finished.append(_finished(job, matrix, start))
+    return Start.stacked(finished)
+
+
 def _checked_weight(job: StartJob) -> Tensor:
     """W [out, in], checked to be one from which the start can be computed."""
     with naming(job.name):
@@ -140,15 +184,16 @@ def _finished(job: StartJob, weight: Tensor, start: Start) -> Start:
 def _batches(jobs: Sequence[StartJob]) -> Iterator[list[StartJob]]:
     """Batches of jobs with equal shape, dtype and device of the weight, equal r and equal s.
 
-    A quantized layer is a batch of its own, so that only one dequantized weight is in memory.
+    A quantized layer is a batch of its own, so that only one dequantized weight is in memory; so
+    are experts, which are many matrices.
     """
     groups: dict[tuple[object, ...], list[StartJob]] = {}
     for job in jobs:
         base = job.base
-        if not base.rewritable:
+        if not base.rewritable or base.num_experts is not None:
             yield [job]
             continue
-        key = (base.shape, base.transposed, base.dtype, base.device, job.r, job.scaling, job.absorb)
+        key = (base.shape, base.kind, base.dtype, base.device, job.r, job.scaling, job.absorb)
         groups.setdefault(key, []).append(job)
     for group in groups.values():
         weight = group[0].base.stored_weight

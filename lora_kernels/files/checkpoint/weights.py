@@ -91,7 +91,7 @@ def chosen_weights(
             "the model first, or choose other layers with target_modules or exclude_modules"
         )
     named = [name for name in skipped if name in selection.layers]
-    if named and not is_all_linear(config.target_modules):
+    if named and not is_all_linear(config.target_modules or ()):
         raise ValueError(f"target_modules names {named[0]!r}, but {skipped[named[0]]}")
     if not weights:
         reasons = "; ".join(dict.fromkeys(skipped.values()))

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...experts.module import remove_stack
+from ...experts.stack import AdaptedStack
 from ...layers.adapted import AdaptedLayer, transplant
 from ...layers.linear import AdaptedFloatLayer
 from ..plan import LayerPlan
@@ -38,7 +40,10 @@ def install(
     except BaseException:
         for plan, layer in zip(plans, layers, strict=False):
             plan.undo_(layer, adapter_name)
-            _put(model, saved, plan, layer, plan.base.module)
+            if not isinstance(layer, AdaptedStack):
+                _put(model, saved, plan, layer, plan.base.module)
+            elif not plan.was_adapted:
+                remove_stack(layer)
         raise
     for layer in layers:
         layer.freeze()
@@ -47,8 +52,8 @@ def install(
 def _put(
     model: nn.Module, saved: SavedTensors, plan: LayerPlan, old: nn.Module, new: nn.Module
 ) -> None:
-    """Replaces the layer `old` by `new` under all its names."""
-    if new is old:
+    """Replaces the layer `old` by `new` under all its names. Experts stay where they are."""
+    if new is old or isinstance(new, AdaptedStack):
         return
     for name in (plan.name, *plan.aliases):
         set_module(model, name, new)
@@ -64,7 +69,8 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The layers with adapters, by the first name of each in the model without DDP or compile."""
-    return {n: m for n, m in unwrapped(model).named_modules() if isinstance(m, AdaptedLayer)}
+    found = unwrapped(model).named_modules()
+    return {m.name_in(n): m for n, m in found if isinstance(m, AdaptedLayer)}
 
 
 def layers_with_names(model: nn.Module) -> list[tuple[list[str], AdaptedLayer]]:
@@ -76,7 +82,25 @@ def layers_with_names(model: nn.Module) -> list[tuple[list[str], AdaptedLayer]]:
     return list(names.values())
 
 
-def replace_adapted(
+def merge_adapted(model: nn.Module, names: Sequence[str], layer: AdaptedLayer) -> None:
+    """Replaces an adapted layer by a plain one with the active adapter merged."""
+    if isinstance(layer, AdaptedStack):
+        layer.merge_()
+        remove_stack(layer)
+    else:
+        _replace_adapted(model, names, layer, layer.to_linear())
+
+
+def restore_adapted(model: nn.Module, names: Sequence[str], layer: AdaptedLayer) -> None:
+    """Replaces an adapted layer by the one that was adapted."""
+    plain = layer.restore_()
+    if isinstance(layer, AdaptedStack):
+        remove_stack(layer)
+    else:
+        _replace_adapted(model, names, layer, plain)
+
+
+def _replace_adapted(
     model: nn.Module, names: Sequence[str], layer: AdaptedLayer, plain: nn.Module
 ) -> None:
     """Replaces an adapted layer by a plain one under all its names; hooks move to the plain one."""

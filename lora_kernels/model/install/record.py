@@ -116,7 +116,7 @@ def check_weights(model: nn.Module, plans: Sequence[LayerPlan], record: ModelAda
         if plan.base.kind == "float8" and not _is_in_hooked(model, plan.name):
             with naming(plan.name):
                 check_cast(plan.base.layer)
-        owner = record.saved.owner(plan.base.module, "weight")
+        owner = record.saved.owner(*plan.base.place)
         if owner is not None:
             raise ValueError(
                 f"{plan.name} is trained in full by adapter {owner!r} (modules_to_save): leave it "

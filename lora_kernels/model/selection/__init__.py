@@ -11,6 +11,7 @@ from .layers import (
     output_head,
     select_layers,
     with_task_head,
+    without_embeddings,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "output_head",
     "select_layers",
     "with_task_head",
+    "without_embeddings",
 ]

@@ -11,9 +11,13 @@ from torch import nn
 
 from ..._utils.names import ALL_LINEAR, match_names, nearest, pattern_matches
 from ..._utils.peft_names import TASK_HEADS
+from ...experts.base import experts_bases
+from ...experts.kinds import is_experts
 from ...layers.base import BaseLayer, base_of
+from ...layers.kinds import EMBEDDING, why_not_embedding
 from ..config import LoRAConfig
 from .bypassed import bypassed_layers
+from .experts import left_out, routers, targeted_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -35,8 +39,9 @@ class Selection:
 
 
 def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
-    """Selects layers by PEFT's rules: those of `target_modules` that are in `layers_to_transform`,
-    and in neither `exclude_modules` nor `modules_to_save`.
+    """Selects layers by PEFT's rules: those of `target_modules`, and the experts' parameters of
+    `target_parameters`, that are in `layers_to_transform`, and in neither `exclude_modules` nor
+    `modules_to_save`.
 
     Raises:
         ValueError: no layer is selected, or an option contains a name that the model does not have
@@ -47,11 +52,19 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
     candidates, aliases = find_candidates(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     bypassed = bypassed_layers(model)
-    chosen = set(_targeted(config, modules, candidates, aliases, bypassed))
-    names = {*candidates, *(alias for others in aliases.values() for alias in others)}
-    skip_reasons = _skip_reasons(model, config, list(modules), candidates, aliases, bypassed)
+    linear = {name: base for name, base in candidates.items() if base.num_experts is None}
+    chosen = set(_targeted(config, modules, linear, aliases, bypassed))
+    # An embedding that is not named is not even a layer that was left out.
+    candidates = {n: b for n, b in candidates.items() if b.kind != EMBEDDING or n in chosen}
+    parameters = set(targeted_parameters(model, config, candidates, aliases))
+    names = {*linear, *(alias for name in linear for alias in aliases[name])}
+    known = [*modules, *parameters]
+    skip_reasons = _skip_reasons(model, config, known, candidates, aliases, bypassed)
+    chosen |= parameters
     selection = Selection()
     for name in candidates:
+        if name not in linear and name not in chosen:
+            continue  # `left_out` gives the reason
         if name in skip_reasons:
             selection.skipped[name] = skip_reasons[name]
         elif name not in chosen:
@@ -61,8 +74,7 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
             selection.aliases[name] = aliases[name]
     strange = [n for n, m in modules.items() if isinstance(m, nn.Linear) and not _is_part(n, names)]
     selection.skipped |= dict.fromkeys(strange, "its forward or its weight is not nn.Linear's")
-    experts = [name for name, module in modules.items() if _is_experts(name, module)]
-    selection.skipped |= dict.fromkeys(experts, "its experts are 3-D parameters, not linear layers")
+    selection.skipped |= left_out(model, config, modules, candidates, parameters)
     if not selection.layers:
         reasons = ", ".join(dict.fromkeys(selection.skipped.values())) or "it has no linear layer"
         raise ValueError(f"no layer of {type(model).__name__} is left to adapt: {reasons}")
@@ -73,7 +85,8 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
 def with_task_head(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """The configuration with the task's head added to `modules_to_save`, as PEFT does."""
     saved = tuple(config.modules_to_save or ())
-    named = () if isinstance(config.target_modules, str) else config.target_modules
+    targets = config.target_modules or ()
+    named = () if isinstance(targets, str) else targets
     endings = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     heads = tuple(
         head
@@ -84,7 +97,9 @@ def with_task_head(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 
 def find_candidates(model: nn.Module) -> tuple[dict[str, BaseLayer], dict[str, list[str]]]:
-    """The layers that can be adapted, by the first name of each, and their further names."""
+    """The layers that can be adapted, by the first name of each, and their further names. Experts
+    are one layer for each of their 3-D parameters, with the parameter's name.
+    """
     first: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
     candidates: dict[str, BaseLayer] = {}
@@ -93,13 +108,25 @@ def find_candidates(model: nn.Module) -> tuple[dict[str, BaseLayer], dict[str, l
         if id(module) in first:
             if first[id(module)] in candidates:
                 aliases[first[id(module)]].append(name)
+            for parameter in experts_bases(first[id(module)], module):
+                aliases[parameter].append(f"{name}.{parameter.rpartition('.')[2]}")
             continue
         first[id(module)] = name
+        if is_experts(name, module):
+            stacks = experts_bases(name, module)
+            candidates |= stacks
+            aliases |= {parameter: [] for parameter in stacks}
+            continue
         # A layer inside another one, such as the quantized layer in its wrapper, is a part of it.
         inside = last is not None and name.startswith(f"{last}.")
         if name and not inside and (base := base_of(module)) is not None:
             last, candidates[name], aliases[name] = name, base, []
     return candidates, aliases
+
+
+def without_embeddings(candidates: Mapping[str, BaseLayer]) -> dict[str, BaseLayer]:
+    """The candidates without the embeddings, which are adapted only if they are named."""
+    return {name: base for name, base in candidates.items() if base.kind != EMBEDDING}
 
 
 def match_modules(
@@ -113,12 +140,6 @@ def match_modules(
     """
     found = match_names(modules, names, option=option)
     return {n: modules[n] for n in found if not any(n.startswith(f"{o}.") for o in found)}
-
-
-def _is_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module stacks its experts' matrices in one parameter, as in transformers 5."""
-    stacked = any(p is not None and p.dim() == 3 for p in module._parameters.values())
-    return stacked and "expert" in f"{name} {type(module).__name__}".lower()
 
 
 def _is_part(name: str, candidates: Collection[str]) -> bool:
@@ -135,16 +156,23 @@ def _targeted(
     bypassed: Mapping[str, str],
 ) -> Iterable[str]:
     """The candidates that `target_modules` means."""
-    targets = config.target_modules
+    targets, linear = config.target_modules, without_embeddings(candidates)
     if _is_all_linear(targets):
-        return candidates
-    found = match_names([n for n in modules if n], targets, candidates, option="target_modules")
+        return linear
+    if not targets:  # target_parameters alone
+        return []
+    found = match_names([n for n in modules if n], targets, linear, option="target_modules")
     first = {alias: name for name, others in aliases.items() for alias in (name, *others)}
     for name in found:
         if name not in first:
             what = "is no linear layer that can be adapted"
-            if isinstance(modules[name], nn.Linear):
+            if is_experts(name, modules[name]):
+                what = "has 3-D parameters, which target_parameters names"
+            module = modules[name]
+            if isinstance(module, nn.Linear):
                 what = "has a forward or a weight that is not its own, and cannot be adapted"
+            elif isinstance(module, nn.Embedding):
+                what = f"cannot be adapted: {why_not_embedding(module)}"
             raise TypeError(
                 f"target_modules names {name!r}, a {type(modules[name]).__name__}, which {what}"
             )
@@ -165,7 +193,8 @@ def _skip_reasons(
     reasons: dict[str, str] = {}
     if _is_all_linear(config.target_modules):
         reasons |= _too_small(config, candidates)
-        reasons |= _not_in_all_linear(model, candidates, bypassed)
+        linear = {name: base for name, base in candidates.items() if base.num_experts is None}
+        reasons |= _not_in_all_linear(model, linear, bypassed)
     indices = config.layer_indices()
     if indices is not None:
         blocks = {name: _block_index(name, config.layers_pattern) for name in candidates}
@@ -196,6 +225,8 @@ def _too_small(config: LoRAConfig, candidates: Mapping[str, BaseLayer]) -> dict[
     """The layers that cannot have the rank `r`, which no pattern asked for, with the reason."""
     reasons: dict[str, str] = {}
     for name, base in candidates.items():
+        if base.num_experts is not None:  # which are never chosen by themselves
+            continue
         if base.rewritable and base.stored_weight.dim() != 2:  # a shard, which is refused later
             continue
         full = min(base.shape)
@@ -253,12 +284,14 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, B
     bases = {name: base for first, base in candidates.items() for name in (first, *aliases[first])}
     if (root := base_of(model)) is not None:
         bases[""] = root
-    bases = {name: bases[name] for name in modules if name in bases}  # in the model's order
+    order = [*modules, *(name for name, base in bases.items() if base.num_experts is not None)]
+    bases = {name: bases[name] for name in order if name in bases}  # in the model's order
     if not _is_all_linear(targets):
-        names = match_names(list(modules), targets, list(bases))
+        names = match_names(order, targets, list(without_embeddings(bases)))
         return {name: bases.get(name) or _checked(name, modules[name]) for name in names}
-    skip_reasons = _not_in_all_linear(model, bases, bypassed_layers(model))
-    found = {name: base for name, base in bases.items() if name not in skip_reasons}
+    linear = {n: b for n, b in without_embeddings(bases).items() if b.num_experts is None}
+    skip_reasons = _not_in_all_linear(model, linear, bypassed_layers(model))
+    found = {name: base for name, base in linear.items() if name not in skip_reasons}
     if not found:
         raise ValueError(f"{type(model).__name__} has no linear layer")
     return found
@@ -275,12 +308,12 @@ def _is_all_linear(targets: object) -> bool:
 
 
 def _not_in_all_linear(
-    model: nn.Module, names: Iterable[str], bypassed: Mapping[str, str]
+    model: nn.Module, layers: Mapping[str, BaseLayer], bypassed: Mapping[str, str]
 ) -> dict[str, str]:
     """The linear layers that "all-linear" does not select, with the reason."""
     head, modules = output_head(model), dict(model.named_modules(remove_duplicate=False))
-    reasons: dict[str, str] = {}
-    for name in names:
+    reasons = routers(modules, layers)
+    for name in layers:
         if head is not None and modules[name] is head:
             reasons[name] = "the output head, which 'all-linear' leaves out"
         elif name in bypassed:
@@ -293,7 +326,7 @@ def _checked(name: str, module: nn.Module) -> BaseLayer:
     if base is None:
         raise TypeError(
             f"{name!r} is {type(module).__name__}; a target must be a linear layer that computes "
-            "x Wᵀ + b from a weight of its own"
+            "x Wᵀ + b from a weight of its own, or an embedding"
         )
     return base
 

@@ -1,6 +1,4 @@
-"""`LoRALinear` and `LoRAConv1D`: layers with adapters that replace an `nn.Linear` or a `Conv1D` of
-GPT-2 and use its weight.
-"""
+"""`AdaptedFloatLayer`: the base class of adapted layers whose weight can be rewritten."""
 
 from __future__ import annotations
 
@@ -11,15 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from .._utils.checks import check_rank, check_weight
-from .._utils.source import frame_needs_values
-from ..init import Initializer, get_initializer
-from ..init.start import checked
-from ..ops.philox import dropout_seed
-from .adapted import AdaptedLayer, transplant
-from .adapter import Adapter, in_forward
-from .kinds import ForeignLayer, check_adaptable
-from .options import AdapterOptions
+from ..._utils.checks import check_rank
+from ..._utils.source import frame_needs_values
+from ...init import Initializer
+from ...ops.philox import dropout_seed
+from ..adapted import AdaptedLayer
+from ..adapter import in_forward
+from ..kinds import ForeignLayer
 
 ABSORBED = "_lora_absorbed"  # set on a Parameter from which initial factors were subtracted
 
@@ -199,178 +195,6 @@ class AdaptedFloatLayer(AdaptedLayer):
             f"bias={self.bias is not None}, r={self.r}, scaling={self.scaling:g}, "
             f"lora_dropout={self.lora_dropout:g}, residual={self.residual!r}"
         )
-
-
-class LoRALinear(AdaptedFloatLayer, nn.Linear):
-    """y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, with W [out, in] and b [out] frozen, and A [r, in] and
-    B [out, r] trained (LoRA: Hu et al., arXiv 2106.09685, equation 3).
-
-    LoRA-XS and LoRA-SB add an R [r, r], `lora_R`: y = x Wᵀ + b + s · drop(x) Aᵀ Rᵀ Bᵀ. Then only R
-    is trained, and A and B need no gradient. For other starts `lora_R` is None.
-
-    If the initial B₀A₀ is not zero, the layer subtracts it, so that training begins at W:
-
-    - `residual="absorb"`: W ← W − s·B₀A₀ in place, once. The forward costs what LoRA costs.
-    - `residual="implicit"`: W does not change; every forward subtracts s·B₀A₀ (one product of rank
-      2r), so that many adapters can share the base.
-
-    A, B and R are float32 (float64 over a float64 base) whatever W is; the output has x's dtype.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
-        r: rank, 1 ≤ r ≤ min(in_features, out_features).
-        lora_alpha: the α from which `scaling` computes s; 8 by default, 256 for "alpha_sqrt".
-        init_lora_weights: a name ("loram", "pissa" ...) or an object of `lora_kernels.init`.
-        use_rslora: PEFT's spelling of scaling="rslora".
-        scaling: the rule for s: "lora" (the default), s = lora_alpha / r; "rslora" or "alpha_sqrt"
-            (LoRA-α), s = lora_alpha / √r. "alpha_sqrt" is only for starts whose s·B₀A₀ does not
-            grow with s. The layer's attribute `scaling_rule` is the rule, and `scaling` is s.
-        lora_dropout: probability of dropping an element of x on its way to A, while training.
-        residual: "absorb" or "implicit".
-        gradient: ∂loss/∂W [out, in], for the starts that are computed from it.
-
-    Raises:
-        ValueError: a value out of range, an unknown name, a weight that is zero or not finite.
-        TypeError: an argument or a weight of the wrong type.
-
-    """
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear's annotation omits None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        r: int = 8,
-        lora_alpha: float | None = None,
-        init_lora_weights: str | Initializer = "loram",
-        use_rslora: bool = False,
-        scaling: str | None = None,
-        lora_dropout: float = 0.0,
-        residual: str = "absorb",
-        gradient: Tensor | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._begin()
-        initializer = get_initializer(init_lora_weights)
-        options = AdapterOptions.checked(
-            initializer,
-            r,
-            lora_alpha,
-            use_rslora=use_rslora,
-            scaling=scaling,
-            lora_dropout=lora_dropout,
-            residual=residual,
-        )
-        self._adapt(initializer, options, gradient)
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        r: int = 8,
-        lora_alpha: float | None = None,
-        init_lora_weights: str | Initializer = "loram",
-        use_rslora: bool = False,
-        scaling: str | None = None,
-        lora_dropout: float = 0.0,
-        residual: str = "absorb",
-        gradient: Tensor | None = None,
-    ) -> LoRALinear:
-        """An adapted layer that uses the weight and bias of `linear` and freezes them.
-
-        W is not copied: with `residual="absorb"`, `linear.weight` changes. The arguments and errors
-        are those of `LoRALinear`; after an error `linear` is unchanged.
-
-        Raises:
-            TypeError: `linear` is adapted already, or is not a plain `nn.Linear`.
-
-        """
-        if isinstance(linear, AdaptedLayer):
-            raise TypeError(
-                "this layer is adapted already: pass layer.to_linear() or layer.base_linear()"
-            )
-        check_adaptable(linear)
-        initializer = get_initializer(init_lora_weights)
-        options = AdapterOptions.checked(
-            initializer,
-            r,
-            lora_alpha,
-            use_rslora=use_rslora,
-            scaling=scaling,
-            lora_dropout=lora_dropout,
-            residual=residual,
-        )
-        layer = cls.over(linear)
-        layer._adapt(initializer, options, gradient)
-        transplant(linear, layer)
-        return layer
-
-    @classmethod
-    def over(cls, linear: nn.Linear) -> LoRALinear:
-        """A layer with the parameters of `linear`, and no adapter yet."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer._take_over(linear)
-        return layer
-
-    @torch.no_grad()
-    def _adapt(
-        self, initializer: Initializer, options: AdapterOptions, gradient: Tensor | None
-    ) -> None:
-        """Makes the start of this layer's first adapter and attaches it."""
-        check_weight(self.weight)
-        check_startable(self.weight, self.weight, options.r, initializer)
-        if gradient is not None and not initializer.needs_gradient:
-            raise ValueError(f"{type(initializer).__name__} has no use for a gradient")
-        r, scaling = options.r, options.scaling
-        if options.residual == "absorb":
-            start = initializer.absorb_(self.weight, r, scaling, gradient)
-        else:
-            start = checked(initializer(self.weight, r, scaling, gradient), self.weight, r)
-        self.attach("default", Adapter(options, start, initializer.changes_base))
-        self.freeze()
-
-    def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
-        linear.weight = weight
-        if bias is not None:
-            linear.bias = bias
-        return linear.train(self.training)
-
-
-class LoRAConv1D(AdaptedFloatLayer):
-    """transformers' `Conv1D` with adapters: `LoRALinear` with W stored as [in, out].
-
-    `weight` and `bias` are those of the `Conv1D`, frozen; `nx` is in_features, `nf` out_features.
-    """
-
-    transposed = True
-    nx: int
-    nf: int
-    _class: type[ForeignLayer]
-
-    @classmethod
-    def over(cls, conv: ForeignLayer) -> LoRAConv1D:
-        """A layer with the parameters of `conv`, and no adapter yet."""
-        layer = cls()
-        layer.nx, layer.nf = layer.in_features, layer.out_features = conv.weight.shape
-        layer._class = type(conv)
-        layer._take_over(conv)
-        return layer
-
-    def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
-        with torch.device("meta"):
-            conv = self._class(self.nf, self.nx)
-        conv.weight, conv.bias = weight, bias
-        return conv.train(self.training)
 
 
 def merged_bias(bias: Tensor | None, added: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -1,0 +1,97 @@
+"""`ExpertsBase`: a 3-D parameter of experts, as `add_lora` sees it: the `BaseLayer` of a stack."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.adapted import AdaptedLayer
+from ..layers.adapter import Adapter
+from ..layers.base import BaseLayer
+from ..layers.kinds import refuse_sharded
+from .kinds import ForeignExperts, projections, why_not_adaptable
+from .module import add_stack, stacks_of
+
+KIND = "experts"
+
+
+class ExpertsBase(BaseLayer):
+    """One 3-D parameter of an experts module, W [E, out, in] or, if `transposed`, [E, in, out].
+
+    Attributes:
+        parameter: its name in the module.
+        layer: the module.
+
+    """
+
+    def __init__(self, experts: ForeignExperts, parameter: str) -> None:
+        self.layer, self.parameter = experts, parameter
+        self.kind, self.rewritable, self.transposed = KIND, True, bool(experts.is_transposed)
+
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        """The parameter's `AdaptedStack` if it is adapted, else the experts' module."""
+        return stacks_of(self.layer).get(self.parameter, self.layer)
+
+    @property
+    def num_experts(self) -> int:  # type: ignore[override]
+        """E."""
+        return self.stored_weight.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of each expert."""
+        rows, cols = self.stored_weight.shape[1:]
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """The parameter."""
+        return cast(Tensor, self.layer._parameters[self.parameter])
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """The module and the name of its parameter."""
+        return self.layer, self.parameter
+
+    def parameter_name(self, name: str) -> str:
+        """The name of the weight, of the layer called `name`."""
+        return name
+
+    def weight(self) -> Tensor:
+        """A view of W as [E, out, in]."""
+        weight = self.stored_weight.detach()
+        return weight.mT if self.transposed else weight
+
+    def matrices(self) -> list[Tensor]:
+        """A view of each expert's W [out, in]."""
+        return list(self.weight().unbind())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameter."""
+        return self.stored_weight.device
+
+    def refuse_sharded(self, name: str) -> None:
+        """Raises ValueError, which names the parameter, if it is a shard or not loaded."""
+        refuse_sharded(name.rpartition(".")[0], self.layer)
+
+    def adapted(self, adapter: Adapter, adapter_name: str) -> AdaptedLayer:
+        """The parameter's stack, with this adapter added; the weight is not changed."""
+        stack = add_stack(self.layer, self.parameter)
+        stack.attach(adapter_name, adapter)
+        return stack
+
+
+def experts_bases(name: str, experts: nn.Module) -> dict[str, ExpertsBase]:
+    """The parameters of a module that can be adapted, by their names in the model, where the module
+    is called `name`; {} if it is no experts module or cannot be adapted.
+    """
+    if why_not_adaptable(experts) is not None:
+        return {}
+    return {
+        f"{name}.{parameter}" if name else parameter: ExpertsBase(experts, parameter)
+        for parameter in projections(experts)
+    }

@@ -1,0 +1,157 @@
+"""`AdaptedStack`: the adapters of one 3-D parameter of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from ..layers.adapted import AdaptedLayer
+from ..layers.adapter import Adapter
+from ..layers.linear import ABSORBED
+from .forward import SUFFIX, Factors, StartFactors
+from .kinds import ForeignExperts
+
+_BLOCK = 64 * 2**20  # bytes of float32 that are merged at a time
+
+
+class AdaptedStack(AdaptedLayer):
+    """The adapters of `experts`.`parameter`, W [E, out, in] or, if `transposed`, [E, in, out].
+
+    The experts' module calls nothing here: its forward reads `factors`. A, B and R of an adapter
+    are stacks [E, r, in], [E, out, r] and [E, r, r].
+    """
+
+    parameter: str
+    transposed: bool
+    _experts: ForeignExperts
+
+    @classmethod
+    def over(cls, experts: ForeignExperts, parameter: str) -> AdaptedStack:
+        """The stack of a parameter, without adapters yet."""
+        stack = cls()
+        stack._begin()
+        stack.parameter, stack.transposed = parameter, experts.is_transposed
+        stack.training = experts.training
+        # Not a submodule: the experts' module has the stack as one.
+        object.__setattr__(stack, "_experts", experts)
+        return stack
+
+    @property
+    def experts(self) -> ForeignExperts:
+        """The module that owns the parameter."""
+        return self._experts
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, as it is stored."""
+        weight: nn.Parameter = self._experts._parameters[self.parameter]
+        return weight
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.weight.shape[0]
+
+    def name_in(self, path: str) -> str:
+        """The parameter's name, from the path of this module in the model."""
+        return path.removesuffix(SUFFIX)
+
+    def matrix(self) -> Tensor:
+        """A view of the stored weight as [E, out, in]; absorbed factors are not added back."""
+        return self.weight.mT if self.transposed else self.weight
+
+    def factors(self, dtype: torch.dtype) -> Factors | None:
+        """What a forward in this dtype adds to the product with W; None if nothing.
+
+        A disabled adapter that absorbed its start adds s·B₀A₀ back.
+        """
+        if not self.adapter_enabled:
+            return self._restoring()
+        adapter = self.active()
+        lora_A = adapter.lora_A if adapter.lora_R is None else adapter.lora_R @ adapter.lora_A
+        p = adapter.lora_dropout if self.training else 0.0
+        if not is_dynamo_compiling():
+            start = adapter.implicit_start
+            return Factors(lora_A, adapter.lora_B, adapter.scaling, p, start)
+        lora_B, scaling, *found = adapter.operands(dtype)
+        start_A, start_B = found
+        return Factors(lora_A, lora_B, scaling, p, lambda: (start_A, start_B))
+
+    def _restoring(self) -> Factors | None:
+        if self.absorbed is None:
+            return None
+        adapter = self.adapter(self.absorbed)
+        start = adapter.start_factors()
+        if start is None:
+            return None
+        return Factors(*start, float(adapter.absorbed_scaling or 0))
+
+    def freeze(self) -> None:
+        """Sets `requires_grad` of the experts' parameters to False, and marks an absorbed W."""
+        for parameter in self._experts._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        if self.absorbed:
+            setattr(self.weight, ABSORBED, True)
+
+    def base_weight(self) -> Tensor:
+        """The original W [E, out, in]: a view, or a copy with absorbed factors added back."""
+        if not self.absorbed:
+            return self.matrix()
+        matrix = self.matrix().detach().clone()
+        self.adapter(self.absorbed).add_absorbed_(matrix)
+        return matrix
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """W + s·(BA − B₀A₀) [E, out, in] of the active adapter, in W's dtype."""
+        merged = self.matrix().detach().clone()
+        self._add_update_(merged)
+        return merged
+
+    @torch.no_grad()
+    def merge_(self) -> None:
+        """Adds s·(BA − B₀A₀) of the active adapter to the parameter, in place: summed in float32 or
+        wider and rounded once.
+        """
+        self._add_update_(self.matrix().detach())
+        vars(self.weight).pop(ABSORBED, None)
+
+    def _add_update_(self, matrix: Tensor) -> None:
+        adapter = self.active()
+        right, left = adapter.merge_factors()  # [E, k, in], [E, out, k]
+        step = max(1, _BLOCK // max(1, 4 * matrix[:1].numel()))
+        for begin in range(0, len(matrix), step):
+            part = slice(begin, begin + step)
+            wide = matrix[part].to(right.dtype)
+            wide = torch.baddbmm(wide, left[part], right[part], alpha=adapter.scaling)
+            matrix[part].copy_(wide)
+
+    @torch.no_grad()
+    def restore_(self) -> nn.Module:
+        """Adds absorbed factors to the parameter in place; this stack must not be used
+        afterwards. The module that owns the parameter.
+        """
+        if self.absorbed:
+            self.adapter(self.absorbed).add_absorbed_(self.matrix().detach())
+            vars(self.weight).pop(ABSORBED, None)
+        module: nn.Module = self._experts
+        return module
+
+    def extra_repr(self) -> str:
+        """The sizes and the active adapter's settings."""
+        return (
+            f"{self.parameter}, experts={self.num_experts}, r={self.r}, scaling={self.scaling:g}, "
+            f"lora_dropout={self.lora_dropout:g}, residual={self.residual!r}"
+        )
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise TypeError("nn.DataParallel cannot replicate experts with adapters: use DDP")
+
+
+def start_of(adapter: Adapter) -> StartFactors:
+    """A₀ [E, r, in] and B₀ [E, out, r] that the adapter's forward subtracts, or None twice."""
+    return adapter.implicit_start()

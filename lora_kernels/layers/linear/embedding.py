@@ -1,0 +1,178 @@
+"""`LoRAEmbedding`: a layer with adapters that replaces an `nn.Embedding` and uses its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..kinds import ForeignLayer, lookup_scale
+from .float_layer import AdaptedFloatLayer
+
+_OPTIONS = (
+    *("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type"),
+    *("scale_grad_by_freq", "sparse"),
+)
+
+
+class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):
+    """y = W[i] + s · Aᵀ[i] Bᵀ for tokens i, with W [V, D] frozen, and A [r, V] and B [D, r] trained:
+    the columns of Wᵀ + s·BA, where Wᵀ is a matrix [out = D, in = V]. Initial factors, R and the
+    residual are as for `LoRALinear`.
+
+    Only the rows that are looked up are read: a forward adds a product of rank r (2r if it
+    subtracts initial factors), in float32 (float64 over a float64 base), also under autocast. A's
+    gradient is dense, [r, V]. Until the first step, y is W[i] bit for bit ("implicit") or to one
+    rounding ("absorb").
+
+    As in PEFT: `lora_dropout` has no effect, for there is no input to drop; the column of A at
+    `padding_idx` gets no gradient; and where a model's subclass multiplies by `embed_scale`, the
+    update is multiplied too.
+    """
+
+    transposed = True
+    _class: type[nn.Embedding]
+    _scale_form: str  # of `lookup_scale`
+
+    @classmethod
+    def over(cls, embedding: ForeignLayer) -> LoRAEmbedding:
+        """A layer with the parameter of `embedding`, and no adapter yet."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._class, layer._scale_form = type(embedding), lookup_scale(embedding) or ""
+        _copy_options(embedding, layer)
+        layer.register_parameter("bias", None)
+        layer.weight, layer.training = embedding.weight, embedding.training
+        layer._begin()
+        return layer
+
+    def attach(self, name: str, adapter: Adapter) -> None:
+        """Adds an adapter.
+
+        Raises:
+            ValueError: the adapter has a bias of B.
+
+        """
+        if adapter.lora_bias is not None:
+            raise ValueError("the adapter of an embedding cannot have a bias of lora_B")
+        adapter.embedding = True
+        super().attach(name, adapter)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y [..., D] of the tokens [...], integers, in the weight's dtype."""
+        rows = self._rows_of(input, self.matrix().T)  # [..., D]
+        if self.adapter_enabled:
+            rows = self._updated(rows, input, self.active())
+        elif self.absorbed:
+            rows = self._restored(rows, input, self.adapter(self.absorbed))
+        return rows * self._scale() if self._scale_form else rows
+
+    def _rows_of(self, input: Tensor, table: Tensor) -> Tensor:
+        """The rows [..., k] of a table [V, k]."""
+        return nn.functional.embedding(
+            input, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
+        )
+
+    def _scale(self) -> Any:
+        """The factor of the original layer's forward: a number, or a tensor of one element."""
+        scale: Any = self.embed_scale
+        return scale.to(self.matrix().dtype) if self._scale_form == "cast" else scale
+
+    def _updated(self, rows: Tensor, input: Tensor, adapter: Adapter) -> Tensor:
+        """`rows` [..., D] with the adapter's update, s · (z (B − B₀)ᵀ + (z − z₀) B₀ᵀ), whose two
+        terms are both exactly zero before the first step.
+        """
+        lora_A = adapter.lora_A  # [r, V]
+        self._check_size(lora_A)
+        work = torch.promote_types(rows.dtype, lora_A.dtype)
+        lora_B, scaling, start_A, start_B = adapter.operands(work)
+        z, left = self._rows_of(input, lora_A.T).to(work), lora_B.to(work)  # [..., r], [D, r]
+        with _without_autocast(rows):
+            if adapter.lora_R is not None:
+                z = z @ adapter.lora_R.to(work).T
+            if start_A is not None and start_B is not None:
+                z0, left0 = self._rows_of(input, start_A.T).to(work), start_B.to(work)
+                z, left = torch.cat([z, z - z0], -1), torch.cat([left - left0, left0], 1)
+            return _plus_product(rows, z, left if scaling == 1 else left * scaling)
+
+    def _restored(self, rows: Tensor, input: Tensor, adapter: Adapter) -> Tensor:
+        """`rows` [..., D] with the initial factors' product, which was subtracted from W."""
+        start, scaling = adapter.start_factors(), adapter.absorbed_scaling
+        if start is None or scaling is None:
+            return rows
+        work = torch.promote_types(rows.dtype, start[0].dtype)
+        z0 = self._rows_of(input, start[0].T).to(work)  # [..., r]
+        with _without_autocast(rows):
+            return _plus_product(rows, z0, start[1].to(work) * scaling)
+
+    def _check_size(self, lora_A: Tensor) -> None:
+        """Raises ValueError if the weight has been given another number of rows."""
+        found, known = self.matrix().shape[-1], lora_A.shape[-1]
+        if lora_A.dim() == 2 and found != known:
+            raise ValueError(f"the embedding has {found} rows, {_RESIZED.format(known)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "num_embeddings" and vars(self).get(name, value) != value:
+            self._refuse_resizing(value)
+        super().__setattr__(name, value)
+
+    def _refuse_resizing(self, size: int) -> None:
+        """Raises ValueError for transformers' `resize_token_embeddings`, which has given the weight
+        other rows and now says so here. Added rows are taken away again; removed ones are lost.
+        """
+        known, weight = self.num_embeddings, self._parameters.get("weight")
+        lost = ""
+        if weight is not None and len(weight) == size > known:
+            weight.data = weight.data[:known].clone()
+        elif weight is not None and len(weight) < known:
+            lost = ". The removed rows are lost: load the model again"
+        raise ValueError(
+            f"resizing the embedding to {size} rows: {_RESIZED.format(known)}{lost}"
+        )
+
+    def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Embedding:
+        plain = self._class.__new__(self._class)
+        nn.Module.__init__(plain)
+        _copy_options(self, plain)
+        plain.weight = weight
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        """The sizes and the active adapter's settings."""
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}{padding}, r={self.r}, "
+            f"scaling={self.scaling:g}, residual={self.residual!r}"
+        )
+
+
+_RESIZED = (
+    "and the adapter's lora_A has {}: unload_lora, resize_token_embeddings, and then add_lora or "
+    "load_adapter"
+)
+
+
+def _copy_options(old: ForeignLayer, new: nn.Module) -> None:
+    """Gives `new` the options of an `nn.Embedding`, and the scale of a model's subclass."""
+    for name in _OPTIONS:
+        setattr(new, name, getattr(old, name))
+    scale = getattr(old, "embed_scale", None)
+    if isinstance(scale, Tensor):
+        persistent = "embed_scale" not in old._non_persistent_buffers_set
+        new.register_buffer("embed_scale", scale, persistent=persistent)
+    elif scale is not None:
+        new.embed_scale = scale
+
+
+def _without_autocast(like: Tensor) -> Any:
+    """A context in which products keep their dtype on the device of `like`."""
+    kind = like.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
+def _plus_product(rows: Tensor, z: Tensor, left: Tensor) -> Tensor:
+    """`rows` [..., D] + z [..., k] leftᵀ, with left [D, k]: summed in z's dtype, rounded once."""
+    flat = torch.addmm(rows.flatten(0, -2).to(z.dtype), z.flatten(0, -2), left.T)
+    return flat.view(rows.shape).to(rows.dtype)

@@ -16,6 +16,7 @@ from .files.adapter.hotswap import hotswap_adapter
 from .files.adapter.saving import load_adapter, save_adapter
 from .layers.linear import LoRALinear
 from .model.config import LoRAConfig
+from .model.expert_rank import with_expert_rank
 from .model.lora import (
     adapter_names,
     add_lora,
@@ -53,6 +54,7 @@ __all__ = [
     "svd",
     "trainer",
     "unload_lora",
+    "with_expert_rank",
 ]
 
 # Public modules inside sub-packages; this makes `import lora_kernels.svd` work.

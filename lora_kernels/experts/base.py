@@ -12,7 +12,7 @@ from ..layers.adapter import Adapter
 from ..layers.base import BaseLayer
 from ..layers.kinds import refuse_sharded
 from .kinds import ForeignExperts, projections, why_not_adaptable
-from .module import add_stack, stacks_of
+from .module import add_stack, remove_stack, stacks_of
 
 KIND = "experts"
 
@@ -81,7 +81,12 @@ class ExpertsBase(BaseLayer):
     def adapted(self, adapter: Adapter, adapter_name: str) -> AdaptedLayer:
         """The parameter's stack, with this adapter added; the weight is not changed."""
         stack = add_stack(self.layer, self.parameter)
-        stack.attach(adapter_name, adapter)
+        try:
+            stack.attach(adapter_name, adapter)
+        except BaseException:
+            if not stack.adapter_names:
+                remove_stack(stack)
+            raise
         return stack
 
 

@@ -103,9 +103,7 @@ def _has_post_norm(experts: ForeignExperts) -> bool:
     return getattr(experts, "has_post_expert_norm", False)
 
 
-def _projection(
-    experts: ForeignExperts, name: str, factors: Mapping[str, Factors]
-) -> _Projection:
+def _projection(experts: ForeignExperts, name: str, factors: Mapping[str, Factors]) -> _Projection:
     weight: Tensor = experts._parameters[name]
     weight = weight.mT if experts.is_transposed else weight  # [E, out, in]
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
@@ -259,8 +257,10 @@ def _after_activation(
         if needs_weights:
             dpairs = (hidden * dhidden).sum(-1, dtype=weights.dtype)  # [S]
             if second.bias is not None:
-                own = second.bias[routing.experts.clamp(max=len(second.bias) - 1)]  # [S, H]
-                dpairs += (dy * own).sum(-1, dtype=weights.dtype)
+                last = len(second.bias) - 1
+                own = second.bias[routing.experts.clamp(max=last)]  # [S, H]
+                through_bias = (dy * own).sum(-1, dtype=weights.dtype)
+                dpairs += through_bias.masked_fill_(routing.experts > last, 0)
         dhidden = (dhidden * weights).to(hidden.dtype)
     dweights = None
     if needs_weights and dpairs is not None:

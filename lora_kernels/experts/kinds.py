@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.checks import FLOATS
+from ..layers.adapter import Adapter
 
 # What the decorator sets on every module, beside newer flags.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
@@ -22,6 +23,8 @@ def is_experts(name: str, module: nn.Module) -> bool:
     does.
     """
     stacked = any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    if isinstance(module, Adapter):
+        return False
     return stacked and "expert" in f"{name} {type(module).__name__}".lower()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from ..layers.adapted import AdaptedLayer
-from ..layers.adapter import Adapter
 from ..layers.linear import ABSORBED
-from .forward import SUFFIX, Factors, StartFactors
+from .forward import SUFFIX, Factors
 from .kinds import ForeignExperts
 
 _BLOCK = 64 * 2**20  # bytes of float32 that are merged at a time
@@ -113,12 +113,19 @@ class AdaptedStack(AdaptedLayer):
         return merged
 
     @torch.no_grad()
-    def merge_(self) -> None:
+    def merge_(self, shared: bool = False) -> None:
         """Adds s·(BA − B₀A₀) of the active adapter to the parameter, in place: summed in float32 or
-        wider and rounded once.
+        wider and rounded once. One that is `shared` with other modules is replaced by a new one.
         """
+        if shared:
+            own = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+            self._experts._parameters[self.parameter] = own
         self._add_update_(self.matrix().detach())
         vars(self.weight).pop(ABSORBED, None)
+
+    def expert_views(self) -> list[ExpertView]:
+        """The experts one by one."""
+        return [ExpertView(self, e) for e in range(self.num_experts)]
 
     def _add_update_(self, matrix: Tensor) -> None:
         adapter = self.active()
@@ -152,6 +159,49 @@ class AdaptedStack(AdaptedLayer):
         raise TypeError("nn.DataParallel cannot replicate experts with adapters: use DDP")
 
 
-def start_of(adapter: Adapter) -> StartFactors:
-    """A₀ [E, r, in] and B₀ [E, out, r] that the adapter's forward subtracts, or None twice."""
-    return adapter.implicit_start()
+@dataclass(frozen=True)
+class ExpertView:
+    """One expert of a stack, with the attributes of a linear layer that measurements read."""
+
+    stack: AdaptedStack
+    index: int
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.stack.r
+
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.stack.scaling
+
+    @property
+    def lora_A(self) -> Tensor:
+        """[r, in]."""
+        return self.stack.lora_A[self.index]
+
+    @property
+    def lora_B(self) -> Tensor:
+        """[out, r]."""
+        return self.stack.lora_B[self.index]
+
+    @property
+    def lora_R(self) -> Tensor | None:
+        """[r, r], or None."""
+        R = self.stack.lora_R
+        return None if R is None else R[self.index]
+
+    def start_factors(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ [r, in] and B₀ [out, r] of the active adapter, or None."""
+        start = self.stack.start_factors()
+        return None if start is None else (start[0][self.index], start[1][self.index])
+
+    def base_weight(self) -> Tensor:
+        """W [out, in] before it was adapted."""
+        matrix, absorbed = self.stack.matrix()[self.index], self.stack.absorbed
+        if absorbed is None:
+            return matrix
+        matrix = matrix.detach().clone()
+        self.stack.adapter(absorbed).add_absorbed_of_(matrix, self.index)
+        return matrix

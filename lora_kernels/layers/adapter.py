@@ -200,13 +200,13 @@ class Adapter(WithStart, nn.Module):
             return
         if matrix.dim() == 3:
             for e, part in enumerate(matrix):
-                self._add_absorbed_of_(part, e)
+                self.add_absorbed_of_(part, e)
         elif self.beta is not None:
             subtract_recipe_(matrix, self.beta, self.r, -self.absorbed_scaling)
         elif self.start_A is not None and self.start_B is not None:
             subtract_factors_(matrix, self.start_A, self.start_B, -self.absorbed_scaling)
 
-    def _add_absorbed_of_(self, matrix: Tensor, expert: int) -> None:
+    def add_absorbed_of_(self, matrix: Tensor, expert: int) -> None:
         """`add_absorbed_` for the matrix [out, in] of one expert."""
         scaling = -float(self.absorbed_scaling or 0)
         if self.beta is not None:

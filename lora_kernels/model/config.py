@@ -124,9 +124,7 @@ class LoRAConfig:
             object.__setattr__(self, "target_modules", ())
         for option in ("modules_to_save", "target_parameters"):
             if isinstance(getattr(self, option), str):
-                raise TypeError(
-                    f"{option} must be a list of names, got {getattr(self, option)!r}"
-                )
+                raise TypeError(f"{option} must be a list of names, got {getattr(self, option)!r}")
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -327,8 +325,9 @@ class AdapterState:
     names in the base model's state_dict, and `rows` those that have some trained rows. Modules that
     are tied to the input embedding get its rows too, unless they have their own. If `replication`
     is not empty, the names of the layers are those of a model whose blocks are repeated so.
-    `base_model` is the base model's name or path, if known. `experts` says of parameters of experts,
-    by name, what files have of them; it may lack some, and have others that are not adapted.
+    `base_model` is the base model's name or path, if known. `experts` says of parameters of
+    experts, by name, what files have of them; it may lack some, and have others that are not
+    adapted.
     """
 
     config: LoRAConfig

@@ -17,6 +17,7 @@ from ..layers.adapted import AdaptedLayer
 from ..layers.options import AdapterOptions
 from ..layers.wrapper import LoRAWrapper
 from .config import AdapterState, LoRAConfig, TokenRows
+from .install.base_weights import settled_weights
 from .install.blocks import RepeatedBlocks, separate_blocks
 from .install.layers import (
     adapted_layers,
@@ -335,6 +336,7 @@ def _add_state(
 ) -> LoRAReport:
     """`apply_state` for a model whose blocks are those of the adapter."""
     began = time.perf_counter()
+    state = settled_weights(model, state)
     plans, selection = plan_states(model, state)
     check_weights(model, plans, record)
     places = extra_places(model, state)
@@ -377,6 +379,7 @@ def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> N
     record = needed_record(model)
     name = known_name(record, adapter_name)
     _check_replication(record, state)
+    state = settled_weights(model, state)
     adapters, extra = adapters_of(model, name), record.saved.tensors(name)
     extra = {without_wrappers(path): tensor for path, tensor in extra.items()}
     rows = _tied_like(record.tokens.get(name, {}), state)

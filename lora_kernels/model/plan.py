@@ -328,7 +328,7 @@ def _placed(layer: LayerState, base: BaseLayer) -> tuple[Start, Trained]:
         return tensor.to(device, dtype, copy=True).contiguous()
 
     def number(value: float | Tensor | None) -> Tensor | None:
-        return None if value is None else torch.as_tensor(value).to(device, torch.float64)
+        return None if value is None else torch.as_tensor(value, dtype=torch.float64, device=device)
 
     lora_R = None if layer.lora_R is None else placed(layer.lora_R)
     lora_bias = None if layer.lora_bias is None else placed(layer.lora_bias)

@@ -50,7 +50,7 @@ def capture_gradients(
 
     Returns:
         {name: G [out, in]} in float32, or float64 for float64 weights; also [out, in] for a
-        Conv1D. If several modules share a weight, the gradient covers all its uses, and all their
+        Conv1D. A 3-D parameter of experts has its own name, and G is [E, out, in]. If several modules share a weight, the gradient covers all its uses, and all their
         names have the same tensor.
 
     Raises:
@@ -95,7 +95,8 @@ class _Sums:
                 raise TypeError(
                     f"the weight of {name!r} is computed; remove its parametrization first"
                 )
-            check_weight(weight, f"{name}.weight")
+            for matrix in base.matrices():
+                check_weight(matrix, base.parameter_name(name))
             if type(weight.data) is not Tensor:
                 raise TypeError(
                     f"{name}.weight is a {type(weight.data).__name__}: gather a sharded weight or "
@@ -108,8 +109,9 @@ class _Sums:
             if base.transposed:
                 self._transposed.add(weight)
             self.names[weight] = name
+            shape = base.shape if base.num_experts is None else (base.num_experts, *base.shape)
             self._sums[weight] = torch.zeros(
-                base.shape, dtype=factor_dtype(weight.dtype), device=device or weight.device
+                shape, dtype=factor_dtype(weight.dtype), device=device or weight.device
             )
             self._counts[weight] = 0
 
@@ -122,7 +124,7 @@ class _Sums:
         if grad is None:
             return
         total = self._sums[weight]
-        total.add_((grad.T if weight in self._transposed else grad).to(total.device))
+        total.add_((grad.mT if weight in self._transposed else grad).to(total.device))
         self._counts[weight] += 1
 
     def reduce(self) -> None:
@@ -145,7 +147,7 @@ class _Sums:
                 "depend on them, or reentrant checkpointing cut them off (set use_reentrant=False)"
             )
         for weight, total in self._sums.items():
-            if not bool(torch.isfinite(torch.ops.lora.frobenius_stats([total])[0, 1])):
+            if not bool(torch.isfinite(torch.ops.lora.frobenius_stats([total.flatten(1)])[0, 1])):
                 raise ValueError(
                     f"the gradient of {self.names[weight]!r} holds NaN or Inf; float16 overflows "
                     "easily: run the model in bfloat16, or scale the loss down"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._utils.checks import as_integer, check_finite, check_positive, check_weight, factor_dtype
 from .._utils.names import ALL_LINEAR
 from .._utils.progress import tracked
+from ..experts.stack import AdaptedStack, ExpertView
 from ..layers.adapted import AdaptedLayer
 from ..model.selection import Targets, find_targets
 from ..ops import svd
@@ -112,7 +113,7 @@ def product_mean_square(lora_A: Tensor, lora_B: Tensor) -> float:
 
 
 @torch.no_grad()
-def update_mean_square(layer: AdaptedLayer) -> float:
+def update_mean_square(layer: AdaptedLayer | ExpertView) -> float:
     """ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀), with BRA for BA if the layer trains an R.
 
     No matrix of W's size is formed. ΔW is computed as s((B − B₀)A + B₀(A − A₀)), because BA − B₀A₀
@@ -200,9 +201,10 @@ def measure(
 
 
 def measure_layer(
-    layer: AdaptedLayer, *, method: str = "exact", seed: int = 0, name: str = ""
+    layer: AdaptedLayer | ExpertView, *, method: str = "exact", seed: int = 0, name: str = ""
 ) -> LayerMagnitude:
-    """The magnitudes of an adapted layer: its base weight, its own initial factors, its update.
+    """The magnitudes of an adapted layer, or of one of the `expert_views` of a stack: its base
+    weight, its own initial factors, its update.
 
     The arguments and errors are those of `measure`.
     """
@@ -228,16 +230,27 @@ def inspect_model(
 
     `r` and `scaling` are for layers that are not adapted; adapted layers have their own. `targets`
     is as in `lora_kernels.model.selection.find_targets`; the other arguments and the errors are as
-    in `measure`. A weight that several modules share has a row for each module.
+    in `measure`. A weight that several modules share has a row for each module. A 3-D parameter of
+    experts, if `targets` names it, has a row "name[e]" for each of them.
     """
     svd.check_options(method)
     _checked(r, scaling)
     rows = []
     for name, base in tracked(find_targets(model, targets).items(), "layers", progress):
-        if isinstance(base.module, AdaptedLayer):
-            rows.append(measure_layer(base.module, method=method, seed=seed, name=name))
+        several = base.num_experts is not None
+        layers: list[AdaptedLayer | ExpertView | Tensor]
+        if isinstance(base.module, AdaptedStack):
+            layers = [*base.module.expert_views()]
+        elif isinstance(base.module, AdaptedLayer):
+            layers = [base.module]
         else:
-            rows.append(measure(base.weight(), r, scaling, method=method, seed=seed, name=name))
+            layers = [*base.matrices()]
+        for e, layer in enumerate(layers):
+            own = f"{name}[{e}]" if several else name
+            if isinstance(layer, Tensor):
+                rows.append(measure(layer, r, scaling, method=method, seed=seed, name=own))
+            else:
+                rows.append(measure_layer(layer, method=method, seed=seed, name=own))
     return rows
 
 

@@ -1,7 +1,15 @@
 """What a model carries of its adapters: their layers, their saved modules, and a record of them."""
 
+from .base_weights import original_weight, settled_weights
 from .blocks import RepeatedBlocks
 from .layers import adapted_layers, unwrapped
 from .saved_modules import row_places
 
-__all__ = ["RepeatedBlocks", "adapted_layers", "row_places", "unwrapped"]
+__all__ = [
+    "RepeatedBlocks",
+    "adapted_layers",
+    "original_weight",
+    "row_places",
+    "settled_weights",
+    "unwrapped",
+]

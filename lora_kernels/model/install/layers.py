@@ -13,7 +13,7 @@ from ...experts.stack import AdaptedStack
 from ...layers.adapted import AdaptedLayer, transplant
 from ...layers.linear import AdaptedFloatLayer
 from ..plan import LayerPlan
-from ..selection import output_head
+from ..selection import input_embeddings, output_head
 from .saved_modules import SavedTensors
 
 
@@ -85,10 +85,16 @@ def layers_with_names(model: nn.Module) -> list[tuple[list[str], AdaptedLayer]]:
 def merge_adapted(model: nn.Module, names: Sequence[str], layer: AdaptedLayer) -> None:
     """Replaces an adapted layer by a plain one with the active adapter merged."""
     if isinstance(layer, AdaptedStack):
-        layer.merge_()
+        layer.merge_(shared=_is_shared(model, layer.weight))
         remove_stack(layer)
     else:
         _replace_adapted(model, names, layer, layer.to_linear())
+
+
+def _is_shared(model: nn.Module, weight: nn.Parameter) -> bool:
+    """Whether several modules of the model have this parameter."""
+    own = (p is weight for module in model.modules() for p in module._parameters.values())
+    return sum(own) > 1
 
 
 def restore_adapted(model: nn.Module, names: Sequence[str], layer: AdaptedLayer) -> None:
@@ -111,17 +117,19 @@ def _replace_adapted(
 
 
 def untie_if_needed(model: nn.Module) -> None:
-    """Sets a Hugging Face model's `tie_word_embeddings` to False if its output head now has its own
-    weight, which saving would otherwise drop.
+    """Sets a Hugging Face model's `tie_word_embeddings` to False if its output head or one of its
+    embeddings now has its own weight, which saving would otherwise drop.
     """
     model = unwrapped(model)
-    config, head = getattr(model, "config", None), output_head(model)
-    embeddings = getattr(model, "get_input_embeddings", None)
-    if config is None or head is None or embeddings is None:
+    config, head, embedding = getattr(model, "config", None), output_head(model), None
+    if config is None or not getattr(config, "tie_word_embeddings", False):
         return
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    if getattr(embeddings(), "weight", None) is not getattr(head, "weight", None):
+    pairs: list[tuple[object, object]] = []
+    if head is not None and (embedding := input_embeddings(model)) is not None:
+        pairs.append((getattr(embedding, "weight", None), getattr(head, "weight", None)))
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs += [(model.get_parameter(a), model.get_parameter(b)) for a, b in tied.items()]
+    if any(one is not other for one, other in pairs):
         config.tie_word_embeddings = False
         _untie_others(model)
 

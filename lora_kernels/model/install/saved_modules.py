@@ -313,7 +313,7 @@ def extra_places(model: nn.Module, state: AdapterState) -> dict[str, Place]:
     found: dict[str, Place] = {}
     if not state.extra:
         return found
-    known = _known_places(model)
+    known = known_places(model)
     for name, value in state.extra.items():
         module, key = _known_place(known, name)
         shape = getattr(module, key).shape
@@ -328,7 +328,8 @@ def extra_places(model: nn.Module, state: AdapterState) -> dict[str, Place]:
     return _trainable(found)
 
 
-def _known_places(model: nn.Module) -> dict[str, Place]:
+def known_places(model: nn.Module) -> dict[str, Place]:
+    """The places of all tensors of the base model, by their names in its state_dict."""
     places = _in_base(model, module_places("", model))
     return {without_wrappers(name): place for name, place in places.items()}
 
@@ -359,7 +360,7 @@ def row_places(
         ValueError: the model has no such weight or row, or the weight's layer is adapted.
 
     """
-    known = _known_places(model) if state.rows else {}
+    known = known_places(model) if state.rows else {}
     rows = dict(state.rows)
     for name in state.rows:
         module, key = _known_place(known, name)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..._utils.names import match_names
 from ...experts.kinds import is_experts, projections, why_not_adaptable
+from ...layers.adapter import Adapter
 from ...layers.base import BaseLayer
 from ..config import LoRAConfig
 
@@ -32,7 +33,11 @@ def targeted_parameters(
     """
     if not config.target_parameters:
         return []
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = [
+        f"{path}.{key}" if path else key
+        for path, module in model.named_modules(remove_duplicate=False)
+        for key in ({} if isinstance(module, Adapter) else module._parameters)
+    ]
     first = {alias: name for name, others in aliases.items() for alias in (name, *others)}
     stacks = [name for name in candidates if candidates[name].num_experts is not None]
     found = match_names(parameters, config.target_parameters, stacks, option="target_parameters")

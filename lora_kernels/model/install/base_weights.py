@@ -1,0 +1,53 @@
+"""The base's weights that a PEFT file has of the very layers that its adapter adapts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ...layers.adapted import AdaptedLayer
+from ...layers.linear import AdaptedFloatLayer
+from ..config import AdapterState
+from .saved_modules import known_places
+
+
+def settled_weights(model: nn.Module, state: AdapterState) -> AdapterState:
+    """The adapter without the weights of its layers that are those of the model.
+
+    PEFT stores the weights of adapted embeddings and heads (`save_embedding_layers`), because the
+    vocabulary may have been resized. If it was, the new rows are not those of the model: then the
+    modules that are tied to such a layer get its weight too.
+    """
+    own = [name for name in state.extra if _owner(name) in state.layers]
+    own = [name for name in own if name.endswith(".weight")]
+    if not own:
+        return state
+    places, extra = known_places(model), dict(state.extra)
+    for name in own:
+        module, key = places.get(name, (model, ""))
+        here = original_weight(module) if key else None
+        if here is None:  # an error will say so
+            continue
+        value = extra[name].to(here.device, here.dtype)
+        if value.shape == here.shape and torch.equal(value, here):
+            del extra[name]
+            continue
+        shared = getattr(module, key)
+        tied = [n for n, (other, k) in places.items() if getattr(other, k) is shared]
+        extra = dict.fromkeys(tied, extra[name]) | extra
+    return replace(state, extra=extra)
+
+
+def original_weight(module: nn.Module) -> Tensor | None:
+    """The weight of a layer before it was adapted, as stored; None if it has none of its own."""
+    if isinstance(module, AdaptedFloatLayer):
+        weight = module.base_weight().detach()
+        return weight.T if module.transposed else weight
+    weight = None if isinstance(module, AdaptedLayer) else getattr(module, "weight", None)
+    return weight.detach() if isinstance(weight, Tensor) else None
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]

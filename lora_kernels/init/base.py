@@ -89,6 +89,10 @@ class Initializer:
             self.take_out_(weight, start, scaling)
         return start
 
+    def for_embedding(self) -> Initializer:
+        """The initializer that an embedding gets in place of this one; by default the same."""
+        return self
+
     def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
         """Make the base that goes with a start of `weight`, in place: weight − scaling · B₀A₀."""
         subtract_start_(weight, start, scaling)

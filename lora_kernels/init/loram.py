@@ -106,7 +106,7 @@ class LoRAM(Initializer):
         for name, value in zip(names(weights), squares.tolist(), strict=True):
             _check_magnitude(value, name)
         betas = (squares * (log_gain(r, *requests[0].shape) / r)) ** 0.25
-        return list(map(_dst_start, requests, betas, squares))
+        return _dst_starts(requests[0], betas, squares)
 
     def absorb_(
         self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
@@ -200,6 +200,25 @@ def _dst_start(request: StartRequest, beta: Tensor, squares: Tensor) -> Start:
     lora_A = torch.ops.lora.dst_basis(cols, request.r, **options).T.contiguous()  # [r, m]
     lora_B = torch.ops.lora.dst_basis(rows, request.r, **options)  # [n, r]
     return Start(lora_A, lora_B, beta, weight_norm=squares.sqrt())
+
+
+def _dst_starts(first: StartRequest, betas: Tensor, squares: Tensor) -> list[Start]:
+    """The DST starts of several weights like that of `first`, with one computation of the bases.
+
+    The products with β are in float64 and rounded once, which gives the bits of `_dst_start`.
+    """
+    (rows, cols), device = first.shape, first.weight.device
+    left, right = (
+        torch.ops.lora.dst_basis(size, first.r, dtype=torch.float64, device=device)
+        for size in (rows, cols)
+    )
+    starts = []
+    for beta, square in zip(betas, squares, strict=True):
+        # [r, m], [n, r]
+        lora_A, lora_B = (right.T * beta).to(first.factor_dtype), (left * beta)
+        lora_A = lora_A.contiguous()
+        starts.append(Start(lora_A, lora_B.to(first.factor_dtype), beta, weight_norm=square.sqrt()))
+    return starts
 
 
 def _check_magnitude(squares: float, name: str) -> None:

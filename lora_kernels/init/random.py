@@ -35,12 +35,26 @@ class _Random(Initializer):
 
 
 @dataclass(frozen=True)
+class LoRAOnEmbedding(_Random):
+    """A = 0, B ~ N(0, 1). W does not change."""
+
+    def make_start(self, request: StartRequest) -> Start:
+        (rows, cols), generator = request.shape, self._generator(request.weight)
+        lora_B = request.empty(rows, request.r).normal_(generator=generator)
+        return Start(request.empty(request.r, cols).zero_(), lora_B)
+
+
+@dataclass(frozen=True)
 class LoRA(_Random):
     """A ~ U(±1/√m), B = 0 (Init[A]): kaiming_uniform_(a=√5) on A, as in PEFT and the authors' code.
 
     Hu et al., arXiv 2106.09685, section 4.1. W does not change: the layer starts as its base. Cost:
-    A's random numbers.
+    A's random numbers. An embedding gets A = 0 and B ~ N(0, 1), as in PEFT and the authors' code.
     """
+
+    def for_embedding(self) -> Initializer:
+        """A = 0, B ~ N(0, 1): a token's column of A moves only if the token occurs."""
+        return LoRAOnEmbedding(self.seed)
 
     def make_start(self, request: StartRequest) -> Start:
         (rows, cols), generator = request.shape, self._generator(request.weight)
@@ -69,8 +83,12 @@ class InitB(_Random):
 class Gaussian(_Random):
     """A ~ N(0, 1/r²), B = 0: PEFT's `init_lora_weights="gaussian"`.
 
-    W does not change. Cost: A's random numbers.
+    W does not change. Cost: A's random numbers. An embedding starts as for `LoRA`, as in PEFT.
     """
+
+    def for_embedding(self) -> Initializer:
+        """As of `LoRA`."""
+        return LoRAOnEmbedding(self.seed)
 
     def make_start(self, request: StartRequest) -> Start:
         (rows, cols), generator = request.shape, self._generator(request.weight)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +195,8 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
             )
         wanted = "auto" if layer.residual == "absorb" else layer.residual
         if without_wrappers(base.parameter_name(name)) in state.extra:
-            wanted = "implicit"  # the adapter brings a weight, in place of the one here
+            # The adapter brings a weight, in place of the one here.
+            wanted, layer = "implicit", replace(layer, weight_norm=None)
         residual, note = _residual(name, base, wanted, owners)
         rule, dropout = state.config.scaling_rule, state.config.lora_dropout
         options = AdapterOptions(layer.r, layer.lora_alpha, rule, dropout, residual)

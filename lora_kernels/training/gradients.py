@@ -50,7 +50,7 @@ def capture_gradients(
 
     Returns:
         {name: G [out, in]} in float32, or float64 for float64 weights; also [out, in] for a
-        Conv1D. A 3-D parameter of experts has its own name, and G is [E, out, in]. If several modules share a weight, the gradient covers all its uses, and all their
+        Conv1D, and for an embedding, whose W is its transposed weight. A 3-D parameter of experts has its own name, and G is [E, out, in]. If several modules share a weight, the gradient covers all its uses, and all their
         names have the same tensor.
 
     Raises:
@@ -73,7 +73,7 @@ def capture_gradients(
     else:
         _run(model, sums, batches, loss or _model_loss, progress)
     sums.check()
-    return {name: sums.of(base.stored_weight) for name, base in bases.items()}
+    return {name: sums.of(base) for name, base in bases.items()}
 
 
 class _Sums:
@@ -115,8 +115,11 @@ class _Sums:
             )
             self._counts[weight] = 0
 
-    def of(self, weight: Tensor) -> Tensor:
-        return self._sums[weight]
+    def of(self, base: BaseLayer) -> Tensor:
+        """The sum as [out, in] of this layer, which may be tied to one that stores Wᵀ."""
+        weight = base.stored_weight
+        total = self._sums[weight]
+        return total if base.transposed == (weight in self._transposed) else total.mT
 
     def take(self, weight: Tensor) -> None:
         """Adds `weight.grad` to the sum and frees it. Called as a hook when `.grad` is complete."""

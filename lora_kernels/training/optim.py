@@ -9,6 +9,10 @@ from torch import nn
 from .._utils.checks import check_positive
 
 
+# Parts of the names of B's parameters; PEFT's embeddings have one of their own.
+_OF_B = frozenset(("lora_B", "lora_bias", "lora_embedding_B"))
+
+
 def lora_plus_groups(
     model: nn.Module, lr: float, ratio: float = 16.0, **options: Any
 ) -> list[dict[str, Any]]:
@@ -38,7 +42,7 @@ def lora_plus_groups(
     factors_B: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            belongs_to_B = not {"lora_B", "lora_bias"}.isdisjoint(name.split("."))
+            belongs_to_B = not _OF_B.isdisjoint(name.split("."))
             (factors_B if belongs_to_B else rest).append(parameter)
     if not rest and not factors_B:
         raise ValueError("the model has no parameter that trains: adapt its layers first")

@@ -12,7 +12,7 @@ from lora_kernels.experts import forward as module
 from lora_kernels.experts.forward import Factors, experts_forward
 from lora_kernels.experts.routing import Routing
 
-E, H, I, R, K, T = 5, 12, 7, 3, 2, 11
+E, H, INNER, R, K, T = 5, 12, 7, 3, 2, 11
 
 
 class Experts(nn.Module):
@@ -26,9 +26,9 @@ class Experts(nn.Module):
         self.is_concatenated, self.has_post_expert_norm = not interleaved, norm
         self._is_expert_parallel = False
         self.act_fn = nn.SiLU()
-        rows = 2 * I if gate else I
+        rows = 2 * INNER if gate else INNER
         self.first = "gate_up_proj" if gate else "up_proj"
-        for name, (out, cols) in ((self.first, (rows, H)), ("down_proj", (H, I))):
+        for name, (out, cols) in ((self.first, (rows, H)), ("down_proj", (H, INNER))):
             shape = (E, cols, out) if transposed else (E, out, cols)
             setattr(self, name, nn.Parameter(torch.randn(shape, dtype=torch.float64), False))
             if bias:
@@ -84,7 +84,7 @@ def oracle(experts, x, index, weights, factors):
 
 
 def sizes(experts) -> dict[str, tuple[int, int]]:
-    return {experts.first: (2 * I if experts.has_gate else I, H), "down_proj": (H, I)}
+    return {experts.first: (2 * INNER if experts.has_gate else INNER, H), "down_proj": (H, INNER)}
 
 
 def random_factors(experts, names, start=False) -> dict[str, Factors]:
@@ -243,7 +243,7 @@ def test_saved_memory_and_static_shapes(path):
     parameters = {tuple(t.shape) for own in factors.values() for t in (own.lora_A, own.lora_B)}
     shapes = [shape for shape in saved(index) if shape not in parameters]
     S = T * K
-    assert sorted(shapes) == sorted([(T, H), (T, K), (S, 2 * I), (S, R), (S, R)])
+    assert sorted(shapes) == sorted([(T, H), (T, K), (S, 2 * INNER), (S, R), (S, R)])
     assert saved(torch.zeros_like(index)) == saved(index)
 
 

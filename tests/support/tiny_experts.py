@@ -89,4 +89,5 @@ def tiny_experts(
 
 def expert_parameters(model: nn.Module) -> list[str]:
     """The names of the experts' 3-D parameters."""
-    return [n for n, p in model.named_parameters() if p.dim() == 3 and ".experts." in n and "_lora." not in n]
+    names = [n for n, p in model.named_parameters() if p.dim() == 3 and ".experts." in n]
+    return [n for n in names if "_lora." not in n]

@@ -45,8 +45,8 @@ def original_weight(module: nn.Module) -> Tensor | None:
     if isinstance(module, AdaptedFloatLayer):
         weight = module.base_weight().detach()
         return weight.T if module.transposed else weight
-    weight = None if isinstance(module, AdaptedLayer) else getattr(module, "weight", None)
-    return weight.detach() if isinstance(weight, Tensor) else None
+    found = None if isinstance(module, AdaptedLayer) else getattr(module, "weight", None)
+    return found.detach() if isinstance(found, Tensor) else None
 
 
 def _owner(name: str) -> str:

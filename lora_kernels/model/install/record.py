@@ -174,7 +174,10 @@ def check_model(model: nn.Module) -> None:
     if unwrapped(model) is not model:
         raise TypeError(f"adapt the model before it is wrapped in {type(model).__name__}")
     if base_of(model) is not None:
-        raise TypeError(f"the model is a single {type(model).__name__}: use LoRALinear.from_linear")
+        hint = "use LoRALinear.from_linear"
+        if isinstance(model, nn.Embedding):
+            hint = "put it into a module that has a name for it"
+        raise TypeError(f"the model is a single {type(model).__name__}: {hint}")
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError("the model has lazy layers without a shape: call it once first")
     if record_of(model) is None and (strange := next(iter(adapted_layers(model)), None)):

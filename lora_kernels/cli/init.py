@@ -39,7 +39,7 @@ The layers are those of the model that transformers makes of MODEL_DIR, which PE
 If transformers does not know the model, they are chosen by their names, and the summary says so.
 Shards, their order, headers and names, the index and all other files are kept; weights in other
 formats are not copied. Peak memory is the largest weight, with its copies if it is cast, and 128
-MiB. Repeat the same command to continue a run that was killed.
+MiB; experts are started one by one. Repeat the same command to continue a run that was killed.
 """
 _EXAMPLES = """\
 examples:
@@ -47,6 +47,8 @@ examples:
   lora-kernels init models/Llama-3-8B start --method pissa -r 64 --targets q_proj v_proj
   lora-kernels init models/Llama-3-8B adapter --method loram --residual implicit
   lora-kernels init models/gpt2-fp32 start --dtype bfloat16 --device cuda
+  lora-kernels init models/Qwen3-30B-A3B start -r 16 \\
+      --target-parameters experts.gate_up_proj experts.down_proj
 
 training on OUT_DIR:
   model = AutoModelForCausalLM.from_pretrained("start")
@@ -69,6 +71,13 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("-r", type=int, default=16, metavar="R", help="rank (default 16)")
     add_targets(parser)
+    parser.add_argument(
+        "--target-parameters",
+        nargs="+",
+        metavar="NAME",
+        help="3-D parameters of experts, by their names or last parts (experts.gate_up_proj "
+        "experts.down_proj): each expert gets a start of its own",
+    )
     parser.add_argument(
         "--exclude", nargs="+", metavar="NAME", help="layers to exclude, as for --targets"
     )
@@ -94,6 +103,7 @@ def _init(options: argparse.Namespace) -> None:
         r=options.r,
         target_modules=targets_of(options),
         exclude_modules=options.exclude,
+        target_parameters=options.target_parameters,
         lora_alpha=options.lora_alpha,
         use_rslora=options.rslora,
         init_lora_weights=options.method,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,16 +41,24 @@ class Architecture:
         model: on the meta device, of the class that `config.json` names.
         stored: {name of a parameter or buffer: name in the files} of tensors that are loaded as
             they are.
-        converted: the names of parameters that loading computes from one or more stored tensors.
+        sources: {name of a parameter: the tensors from which loading computes it}, which are
+            {name before the conversion: name in the files}.
         unused: the names in the files that the model does not load, under the names that they would
             have in the model.
+        names: transformers' rules for the names in the files.
 
     """
 
     model: nn.Module
     stored: dict[str, str]
-    converted: frozenset[str]
+    sources: Mapping[str, Mapping[str, str]]
     unused: dict[str, str] = field(default_factory=dict)
+    names: StoredNames | None = None
+
+    @property
+    def converted(self) -> Collection[str]:
+        """The names of parameters that loading computes from one or more stored tensors."""
+        return self.sources.keys()
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -156,48 +164,85 @@ def classes_for(path: Path, task_type: str | None) -> list[str]:
     return list(found)
 
 
+class StoredNames:
+    """transformers' rules by which `from_pretrained` finds the tensor of the model that a name in
+    the files means.
+
+    Raises:
+        ImportError: transformers is older than version 5.
+
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers import conversion_mapping
+        from transformers import core_model_loading as loading
+
+        foreign: Any = model  # a transformers.PreTrainedModel
+        mapping = conversion_mapping.get_model_conversion_mapping(foreign)
+        self._loading: Any = loading
+        self._renamings = [e for e in mapping if isinstance(e, loading.WeightRenaming)]
+        self._converters = [e for e in mapping if isinstance(e, loading.WeightConverter)]
+        self._known, self._prefix = model.state_dict(), foreign.base_model_prefix
+
+    def sorted(self, names: Iterable[str]) -> list[str]:
+        """In the order in which they are loaded: expert 2 before expert 10."""
+        return sorted(names, key=self._loading.dot_natural_key)
+
+    def in_model(self, name: str) -> tuple[str, str | None]:
+        """The name of the tensor, and the pattern of the conversion that computes it, if any; if
+        that makes several tensors, the name of the first.
+        """
+        rename, rules = self._loading.rename_source_key, (self._renamings, self._converters)
+        new, pattern = rename(name, *rules, self._prefix, self._known)
+        if new not in self._known and name in self._known:
+            new, pattern = rename(name, [], [], self._prefix, self._known)
+        return new, pattern
+
+    def made(self, new: str, pattern: str) -> list[str]:
+        """The tensors of the model that the conversion with this pattern makes, by `in_model`."""
+        targets = next(c.target_patterns for c in self._converters if pattern in c.source_patterns)
+        return [name for t in targets if (name := new.replace(targets[0], t)) in self._known]
+
+    def before_conversion(self, name: str) -> str:
+        """The name after all renamings, but before a conversion. It is the same for all names of a
+        tensor that a conversion reads.
+        """
+        renamed = self._loading.apply_renamings(name, self._renamings)
+        converted, _ = self._loading.apply_converters(renamed, self._converters)
+        new, _ = self.in_model(name)
+        prefix = f"{self._prefix}."
+        if new == prefix + converted:
+            return prefix + str(renamed)
+        return str(renamed).removeprefix(prefix if converted == prefix + new else "")
+
+
 def _matched(model: nn.Module, tensors: Iterable[str]) -> Architecture | str:
     """Matches the names in the files with the model's, as `from_pretrained` does."""
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
+        names = StoredNames(model)
     except ImportError:
         return "this version of transformers (before 5) has no table of renamed modules"
-    foreign: Any = model  # a transformers.PreTrainedModel
-    mapping = get_model_conversion_mapping(foreign)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    known, prefix = model.state_dict(), foreign.base_model_prefix
-    results = {
-        source: entry.target_patterns for entry in converters for source in entry.source_patterns
-    }
-    stored, converted, unused = {}, set(), {}
-    for name in sorted(tensors, key=dot_natural_key):
-        new, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if new not in known and name in known:
-            new, pattern = rename_source_key(name, [], [], prefix, known)
-        # A converter may split a tensor into several, of which `new` is the first.
-        parts = [] if pattern is None else results[pattern]
-        made = {new.replace(parts[0], part) for part in parts} & known.keys()
-        if made:
-            converted |= made
-        elif new in known:
+    known = model.state_dict()
+    stored: dict[str, str] = {}
+    unused: dict[str, str] = {}
+    sources: dict[str, dict[str, str]] = {}
+    for name in names.sorted(tensors):
+        new, pattern = names.in_model(name)
+        made = [] if pattern is None else names.made(new, pattern)
+        for parameter in made:
+            sources.setdefault(parameter, {})[names.before_conversion(name)] = name
+        if not made and new in known:
             stored[new] = name
-        else:
+        elif not made:
             unused[new] = name
-    weights = [name for name in (*stored, *converted, *unused) if name.endswith(".weight")]
+    weights = [name for name in (*stored, *sources, *unused) if name.endswith(".weight")]
     foreign_weights = [name for name in weights if name in unused]
     if foreign_weights and 2 * len(foreign_weights) >= len(weights):
         return (
             f"{type(model).__name__}, the class in its configuration, does not have most of the "
             f"weights in its files ({foreign_weights[0]} ...)"
         )
-    return Architecture(model, stored, frozenset(converted), unused)
+    return Architecture(model, stored, sources, unused, names)
 
 
 @contextmanager

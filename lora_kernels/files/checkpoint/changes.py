@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from ..._utils.checks import all_finite
 from ..._utils.names import nearest
 from ..._utils.safetensors import DTYPES, Entry, load_tensor
+from ...experts.stored import StoredMatrix
 from ...init.start import subtract_factors_
 from ...layers.linear import rounded_sum
 from ...layers.state import LayerState
 from ...model.config import AdapterState, TokenRows
 from ...model.selection import input_embeddings, output_head
+from ..adapter.peft_format.experts.placing import placed
 from .architecture import Architecture, classes_for
+from .experts import stored_stack
 from .folder import ModelFolder
 from .weights import is_embedding, is_head
 
@@ -45,17 +48,45 @@ class Change:
     transposed: bool
     value: Value
 
-    def apply_(self, weight: Tensor) -> None:
+    def apply_(self, weight: Tensor, index: int | None = None) -> None:
         """Changes the weight in place; raises a ValueError if the result is not finite."""
         _apply_(weight, self.value, self.transposed)
-        if not all_finite(weight):
-            raise ValueError(f"the merged weight is not finite in {weight.dtype}")
+        _check_finite(weight)
+
+
+@dataclass(frozen=True)
+class ExpertChange:
+    """The change of a tensor of the base that holds experts, or rows of one: `layer` is the adapter
+    of the experts' parameter.
+    """
+
+    place: StoredMatrix
+    file: Path
+    layer: LayerState
+
+    @torch.no_grad()
+    def apply_(self, weight: Tensor, index: int | None = None) -> None:
+        """Changes the tensor in place, or its slice `index`; raises as `Change.apply_`."""
+        expert = index if self.place.expert is None else self.place.expert
+        assert expert is not None
+        layer = self.layer.expert(expert)
+        right, left = (f.to(weight.device) for f in layer.update_factors())
+        left = left[self.place.rows]
+        if self.place.transposed:  # in the order of memory: 5 times as fast
+            right, left = left.mT, right.mT
+        subtract_factors_(weight, right, left, -layer.scaling)
+        _check_finite(weight)
+
+
+def _check_finite(weight: Tensor) -> None:
+    if not all_finite(weight):
+        raise ValueError(f"the merged weight is not finite in {weight.dtype}")
 
 
 def _apply_(weight: Tensor, value: Value, transposed: bool) -> None:
     """Adds s·B'A' or a bias to a tensor of the base, or replaces some rows or all of it."""
     if isinstance(value, LayerState):
-        add_update_(weight.T if transposed else weight, value)
+        add_update_(weight.T if transposed or value.embedding else weight, value)
     elif isinstance(value, TokenRows):
         value.put_(weight)
     elif isinstance(value, Added):
@@ -70,6 +101,7 @@ class Changes:
 
     Attributes:
         edits: the changed tensors by their names in the files.
+        sliced: the names of those that are changed slice by slice.
         added: tensors that the files do not have, or have in another shape: by their names there.
         dropped: the names of those that have another shape.
         options: new values in `config.json`.
@@ -77,7 +109,8 @@ class Changes:
 
     """
 
-    edits: dict[str, Change] = field(default_factory=dict)
+    edits: dict[str, Change | ExpertChange] = field(default_factory=dict)
+    sliced: set[str] = field(default_factory=set)
     added: dict[str, Tensor] = field(default_factory=dict)
     dropped: set[str] = field(default_factory=set)
     options: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +124,17 @@ def add_update_(weight: Tensor, layer: LayerState) -> None:
     """
     right, left = (f.to(weight.device) for f in layer.update_factors())
     subtract_factors_(weight, right, left, -layer.scaling)
+
+
+def placed_in(folder: ModelFolder, state: AdapterState) -> AdapterState:
+    """The adapter whose experts are parameters where they are in the model, as far as it is known.
+
+    Raises:
+        ValueError: as `placed`.
+
+    """
+    architecture = folder.architecture
+    return state if architecture is None else placed(state, architecture.model)
 
 
 def folder_for(folder: ModelFolder, state: AdapterState) -> ModelFolder:
@@ -110,8 +154,10 @@ def folder_for(folder: ModelFolder, state: AdapterState) -> ModelFolder:
 
 
 def _wanted(state: AdapterState) -> Wanted:
-    wanted: dict[str, Value] = {f"{name}.weight": layer for name, layer in state.layers.items()}
-    wanted |= {**state.extra, **state.rows}
+    wanted: dict[str, Value] = {
+        name if layer.experts else f"{name}.weight": layer for name, layer in state.layers.items()
+    }
+    wanted |= {**state.extra, **state.rows, **_updated_weights(state)}
     for layer_name, layer in state.layers.items():
         bias = layer.portable_bias()
         if bias is not None:
@@ -119,6 +165,21 @@ def _wanted(state: AdapterState) -> Wanted:
             trained = state.extra.get(name)
             wanted[name] = Added(bias) if trained is None else rounded_sum(trained, bias)
     return wanted
+
+
+@torch.no_grad()
+def _updated_weights(state: AdapterState) -> dict[str, Tensor]:
+    """The weights, with the update, of the layers whose base weight is in the adapter's files too,
+    as PEFT stores those of adapted embeddings and heads.
+    """
+    found = {}
+    for name, layer in state.layers.items():
+        if f"{name}.weight" in state.extra:
+            weight = state.extra[f"{name}.weight"]
+            work = torch.promote_types(weight.dtype, torch.float32)
+            found[f"{name}.weight"] = weight.to(work, copy=True)
+            _apply_(found[f"{name}.weight"], layer, False)
+    return found
 
 
 def _has_all(folder: ModelFolder, wanted: Wanted) -> bool:
@@ -145,9 +206,12 @@ def changes_of(folder: ModelFolder, state: AdapterState) -> Changes:
             stored as it is in the model.
 
     """
-    wanted = _wanted(state)
     changes = Changes()
     architecture = folder.architecture
+    wanted = dict(_wanted(state))
+    for name in (f"{layer}.weight" for layer in state.layers):
+        if architecture is not None and name in state.extra:  # tied modules get it too
+            wanted = dict.fromkeys(architecture.tied(name), state.extra[name]) | wanted
     if architecture is None:
         _check_tied(folder, wanted)
     else:
@@ -197,6 +261,9 @@ def _resize_others(folder: ModelFolder, changes: Changes) -> None:
 
 def _change(folder: ModelFolder, changes: Changes, name: str, value: Value) -> None:
     """Adds the change of one tensor."""
+    if isinstance(value, LayerState) and value.experts:
+        _change_experts(folder, changes, name, value)
+        return
     stored = folder.tensors.get(name)
     if stored is None:
         if isinstance(value, Added):
@@ -213,7 +280,7 @@ def _change(folder: ModelFolder, changes: Changes, name: str, value: Value) -> N
     expected = tuple(entry.shape)
     if isinstance(value, LayerState):
         shape: tuple[int, ...] = (value.lora_B.shape[0], value.lora_A.shape[1])
-        expected = expected[::-1] if transposed else expected
+        expected = expected[::-1] if transposed or value.embedding else expected
     elif isinstance(value, TokenRows):
         value.check(name, entry.shape)
         shape = expected
@@ -236,6 +303,44 @@ def _change(folder: ModelFolder, changes: Changes, name: str, value: Value) -> N
         changes.added[stored] = whole
     else:
         changes.edits[stored] = Change(name, entry, file, transposed, value)
+
+
+def _change_experts(folder: ModelFolder, changes: Changes, name: str, layer: LayerState) -> None:
+    """Adds the changes of the tensors that hold an experts' parameter."""
+    architecture = check_experts(folder, name, layer)
+    experts = layer.experts or 0
+    found = stored_stack(architecture, folder.entries, name, experts, layer.shape)
+    if isinstance(found, str):
+        raise ValueError(f"the adapter has {name!r} of {folder.path}, but {found}")
+    for tensor, place in found.parts:
+        changes.edits[tensor.name] = ExpertChange(place, tensor.file, layer)
+        if place.expert is None:
+            changes.sliced.add(tensor.name)
+
+
+def check_experts(folder: ModelFolder, name: str, layer: LayerState) -> Architecture:
+    """Raises ValueError unless the base has the experts' parameter `name` with the shape of the
+    adapter; returns its architecture.
+    """
+    architecture = folder.architecture
+    if architecture is None:
+        raise ValueError(
+            f"the adapter has the experts {name!r}, which needs a model that transformers knows: "
+            f"{folder.assumption}"
+        )
+    parameter = architecture.parameters.get(name)
+    if parameter is None or parameter.dim() != 3:
+        near = nearest(name, architecture.parameters)
+        raise ValueError(f"the adapter has {name!r}, which {folder.path} does not have{near}")
+    experts, rows, cols = parameter.shape
+    module = architecture.modules[name.rpartition(".")[0]]
+    rows, cols = (cols, rows) if getattr(module, "is_transposed", False) else (rows, cols)
+    if (experts, rows, cols) != (layer.experts, *layer.shape):
+        raise ValueError(
+            f"{name!r} of the adapter is {[layer.experts, *layer.shape]}, of {folder.path} "
+            f"{[experts, rows, cols]}"
+        )
+    return architecture
 
 
 def _why_not_stored(folder: ModelFolder, name: str) -> str:

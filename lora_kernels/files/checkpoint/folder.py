@@ -240,10 +240,12 @@ class ModelFolder:
         dtype: torch.dtype | None = None,
         dropped: Collection[str] = (),
         added: Mapping[str, Tensor] | None = None,
+        sliced: Collection[str] = (),
     ) -> list[Shard]:
-        """The shards and their blocks; `edited` names the tensors to edit in each file. Without
-        `work` nothing is written, and only edited tensors are read. The target lacks the tensors
-        `dropped`; those of `added` are in its last shard.
+        """The shards and their blocks; `edited` names the tensors to edit in each file, and
+        `sliced` those of them that are edited slice by slice. Without `work` nothing is written,
+        and only edited tensors are read. The target lacks the tensors `dropped`; those of `added`
+        are in its last shard.
         """
         shards = []
         for file, layout in self.layouts.items():
@@ -252,7 +254,7 @@ class ModelFolder:
             shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in last.items()}
             kept = layout.cast(dtype).edited(dropped, {})
             target = work.path(file.name) if work else None
-            blocks = divide(layout, kept, names, only_edited=work is None)
+            blocks = divide(layout, kept, names, only_edited=work is None, sliced=sliced)
             shards.append(Shard(file, layout, target, kept.edited((), shapes), blocks, last))
         return shards
 

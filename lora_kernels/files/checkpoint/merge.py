@@ -14,9 +14,10 @@ from ..._utils.progress import ByteCounter, uncounted
 from ..._utils.safetensors import DTYPES
 from ..._utils.version import __version__
 from ..adapter.folder import read_adapter
+from ..io.blocks import Piece
 from ..io.journal import JournaledFolder, identity
 from ..io.pipeline import Actions, Shard, rewrite
-from .changes import changes_of, folder_for
+from .changes import changes_of, folder_for, placed_in
 from .folder import ModelFolder, check_apart, check_outside, check_space
 from .residual import refuse_residual
 
@@ -66,7 +67,9 @@ def merge(
             f"{list(map(list, state.replication))}), and the files of {base} hold each of them "
             "once: load the model and the adapter, and use merge_lora and save_pretrained"
         )
-    folder = folder_for(ModelFolder(base), state)
+    folder = ModelFolder(base)
+    state = placed_in(folder, state)
+    folder = folder_for(folder, state)
     refuse_residual(adapter, state, base)
     changes = changes_of(folder, state)
     edits = changes.edits
@@ -79,11 +82,11 @@ def merge(
         f"adapter {f.name}": identity(f) for f in sorted(adapter.iterdir()) if f.is_file()
     }
 
-    def edit(shard: Shard, name: str, weight: Tensor) -> None:
-        edits[name].apply_(weight)
+    def edit(shard: Shard, piece: Piece, weight: Tensor) -> None:
+        edits[piece.name].apply_(weight, piece.index)
 
     with JournaledFolder(out, task, inputs, overwrite, sync) as work:
-        shards = folder.shards(by_file, work, dtype, changes.dropped, added)
+        shards = folder.shards(by_file, work, dtype, changes.dropped, added, changes.sliced)
         remaining = work.remaining(shards)
         size = sum(shard.size for shard in remaining)
         check_space(out, sum(shard.target_layout.file_size for shard in remaining))

@@ -25,6 +25,8 @@ from ...init.base import initializer_names
 from ...layers.state import LayerState
 from ...model.config import AdapterState, repeated_blocks
 from ..adapter.folder import read_adapter
+from ..adapter.peft_format.experts.layouts import unstacked
+from ..adapter.peft_format.experts.writing import wrappers
 from ..adapter.peft_format.reading import split_tensors
 from ..adapter.recipe import START, config_from_dict, layer_from_dict, read_recipe
 
@@ -52,11 +54,14 @@ def read_start(folder: Path) -> AdapterState:
     saved = recipe["config"].get("modules_to_save") or ()
     tensors, _ = load_tensors(folder / ADAPTER_FILE)
     pairs, extra = split_tensors(tensors, saved, by_peft=False)
+    experts = wrappers([name for name, values in recipe["layers"].items() if "experts" in values])
     layers = {}
     for name, values in recipe["layers"].items():
-        if name not in pairs:
+        if experts.get(name, name) not in pairs:
             raise ValueError(f"{folder / ADAPTER_FILE} lacks {name!r}, which is in its recipe")
-        A, B = pairs[name]
+        A, B = pairs[experts.get(name, name)]
+        if name in experts:
+            A, B = unstacked(A, B, values["experts"])
         factors = {"lora_A": A, "lora_B": B}
         if values.get("start") == "kept":
             factors |= {"start_A": A, "start_B": B}
@@ -160,11 +165,11 @@ def _orthogonal(layers: Iterable[LayerState]) -> bool:
     spread of 1 / sqrt(n), those of orthogonal columns that were rounded to bfloat16 1/500 of it.
     """
     for layer in layers:
-        B = layer.lora_B.detach().double()
-        B = B / B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
-        cosines = (B.T @ B).triu(1)
-        pairs = max(1, B.shape[1] * (B.shape[1] - 1) // 2)
-        if cosines.square().sum() / pairs > 0.05**2 / B.shape[0]:
+        B = layer.lora_B.detach().double()  # of experts with their number first
+        B = B / B.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(B.dtype).tiny)
+        cosines = (B.mT @ B).triu(1)
+        pairs = max(1, B.shape[-1] * (B.shape[-1] - 1) // 2) * (layer.experts or 1)
+        if cosines.square().sum() / pairs > 0.05**2 / B.shape[-2]:
             return False
     return True
 

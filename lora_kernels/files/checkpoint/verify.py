@@ -15,15 +15,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...layers.kinds import is_conv1d
+from ...layers.state import LayerState
 from ...model.config import AdapterState
-from ...model.install import RepeatedBlocks, row_places
+from ...model.install import RepeatedBlocks, row_places, settled_weights
 from ...model.lora import merge_lora
 from ..adapter.content import NATIVE_FILE
 from ..adapter.folder import read_adapter
 from ..adapter.peft_format.loading import lost_in_peft
 from ..adapter.saving import load_adapter
 from .architecture import Architecture
-from .changes import add_update_, changes_of, folder_for, is_resized, resized_to
+from .changes import (
+    add_update_,
+    changes_of,
+    check_experts,
+    folder_for,
+    is_resized,
+    placed_in,
+    resized_to,
+)
 from .folder import ModelFolder
 from .residual import refuse_residual
 
@@ -67,7 +76,7 @@ def verify(adapter: Path, base: Path, logits: bool = True) -> Iterator[Check]:
     """
     folder = ModelFolder(base)
     try:
-        state = read_adapter(adapter)
+        state = placed_in(folder, read_adapter(adapter))
         refuse_residual(adapter, state, base)
     except (ValueError, FileNotFoundError) as error:
         yield Check("the adapter's files", False, str(error))
@@ -100,8 +109,11 @@ def _check_fit(folder: ModelFolder, state: AdapterState) -> None:
         return
     wanted: dict[str, tuple[int, ...]] = {n: tuple(t.shape) for n, t in state.extra.items()}
     for name, layer in state.layers.items():
-        rows, cols = layer.lora_B.shape[0], layer.lora_A.shape[1]
-        transposed = folder.is_transposed(name)
+        if layer.experts:
+            check_experts(folder, name, layer)
+            continue
+        rows, cols = layer.shape
+        transposed = layer.embedding or folder.is_transposed(name)
         wanted[f"{name}.weight"] = (cols, rows) if transposed else (rows, cols)
     model = architecture.model
     if state.replication:
@@ -203,10 +215,16 @@ class _Ways:
     @torch.no_grad()
     def _merged(self, model: nn.Module) -> nn.Module:
         """The model with the adapter's change of each weight."""
+        extra = settled_weights(model, self.state).extra
         for name, layer in self.state.layers.items():
+            if layer.experts:
+                _merge_experts_(model, name, layer)
+                continue
             module: Any = model.get_submodule(name)
-            weight = module.weight.data.clone()
-            add_update_(weight.T if is_conv1d(module) else weight, layer)
+            given = extra.pop(f"{name}.weight", module.weight.data)
+            weight = given.to(module.weight.dtype, copy=True)
+            transposed = layer.embedding or is_conv1d(module)
+            add_update_(weight.T if transposed else weight, layer)
             module.weight = nn.Parameter(weight)  # its own, if it was tied to another
             bias = layer.portable_bias()
             if bias is not None:
@@ -214,7 +232,7 @@ class _Ways:
         _, rows = row_places(model, self.state)
         weights = model.state_dict()
         with_rows = {name: row.put_(weights[name].clone()) for name, row in rows.items()}
-        for name, tensor in {**self.state.extra, **with_rows}.items():
+        for name, tensor in {**extra, **with_rows}.items():
             owner, _, key = name.rpartition(".")
             module = model.get_submodule(owner)
             value = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
@@ -248,8 +266,17 @@ class _Ways:
         if self.inputs is not None:
             return outputs_of(model, self.inputs)
         tensors = model.state_dict()
-        changed = [f"{name}.weight" for name in self.state.layers]
+        layers = self.state.layers.items()
+        changed = [name if layer.experts else f"{name}.weight" for name, layer in layers]
         return torch.cat([tensors[name].float().flatten() for name in changed])
+
+
+@torch.no_grad()
+def _merge_experts_(model: nn.Module, name: str, layer: LayerState) -> None:
+    """Adds the update of an experts' parameter to it, in place."""
+    owner: Any = model.get_submodule(name.rpartition(".")[0])
+    for expert, weight in enumerate(model.get_parameter(name)):
+        add_update_(weight.mT if owner.is_transposed else weight, layer.expert(expert))
 
 
 def _ranks(ranks: list[int]) -> str:

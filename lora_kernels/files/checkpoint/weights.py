@@ -5,7 +5,7 @@ model's architecture, `stored_weights` by their names alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from torch import Tensor
 from ..._utils.model_files import StoredTensor, read_json, stored_tensors
 from ..._utils.names import ALL_LINEAR, match_names
 from ..._utils.peft_names import ADAPTER_CONFIG
-from ..._utils.safetensors import DTYPES, Entry
+from ..._utils.safetensors import DTYPES
+from ...layers.kinds import EMBEDDING
 from ...model.config import LoRAConfig
 from ...model.selection import select_layers as select_modules
 from ..adapter.peft_format.loading import lost_in_peft
 from .architecture import Architecture
+from .experts import Entries, Matrix, Part, StoredStack, stored_stack
 
 # Models with Conv1D layers, which are stored [in, out], and the names of these layers.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -42,14 +44,26 @@ class StoredWeight:
         weight = self.tensor.load()
         return weight.T if self.transposed else weight
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, cols = self.tensor.entry.shape
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    def matrices(self) -> Iterator[Matrix]:
+        """W alone."""
+        rows = slice(0, self.shape[0])
+        part = Part(self.tensor, None, rows, self.transposed)
+        yield Matrix(self.name, None, self.shape, (part,))
+
 
 def chosen_weights(
     architecture: Architecture,
     path: Path,
-    entries: Mapping[str, tuple[Path, Entry]],
+    entries: Entries,
     config: LoRAConfig,
     absorb: bool,
-) -> tuple[list[StoredWeight], dict[str, str]]:
+) -> tuple[list[StoredWeight | StoredStack], dict[str, str]]:
     """The weights of the layers that `add_lora` would adapt in the model, in its order; and the
     reason for each layer that is left out.
 
@@ -59,14 +73,25 @@ def chosen_weights(
 
     Raises:
         ValueError: as `lora_kernels.model.selection.select_layers`; a layer is quantized in the
-            files, has another shape there, or was named by the user and cannot start.
+            files, has another shape there, or was named by the user and cannot start, as all
+            experts are that are chosen.
 
     """
     selection = select_modules(architecture.model, config)
-    weights, skipped = [], dict(selection.skipped)
-    lost = lost_in_peft(architecture.model, list(selection.layers)) if absorb else {}
-    quantized = []
+    weights: list[StoredWeight | StoredStack] = []
+    skipped, quantized = dict(selection.skipped), []
+    linear = [name for name, base in selection.layers.items() if base.num_experts is None]
+    lost = lost_in_peft(architecture.model, linear) if absorb else {}
     for name, base in selection.layers.items():
+        if base.num_experts is not None:
+            found = stored_stack(architecture, entries, name, base.num_experts, base.shape)
+            if isinstance(found, str):
+                raise ValueError(f"target_parameters names {name!r} of {path}, but {found}")
+            weights.append(found)
+            continue
+        if base.kind == EMBEDDING:
+            skipped[name] = "it is an embedding: adapt it with add_lora"
+            continue
         tied = architecture.tied(f"{name}.weight")
         stored = next((n for n in (f"{name}.weight", *tied) if n in architecture.stored), "")
         tensor = StoredTensor(*entries[architecture.stored[stored]]) if stored else None
@@ -86,7 +111,7 @@ def chosen_weights(
             weights.append(weight)
     if quantized:
         raise ValueError(
-            f"{len(quantized)} of {len(selection.layers)} chosen layers are quantised in the files "
+            f"{len(quantized)} of {len(linear)} chosen layers are quantised in the files "
             f"of {path} ({quantized[0]} ...), and a start needs floating-point weights: dequantise "
             "the model first, or choose other layers with target_modules or exclude_modules"
         )

@@ -15,11 +15,19 @@ _DROPPED = Entry("", "", (), 0, 0)  # in place of the target of a tensor that th
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor, or a part of one that is only copied, in the source and in the target."""
+    """A tensor, or a part of one that is only copied, in the source and in the target; or
+    `tensor[index]` of an edited tensor that is divided into its slices.
+    """
 
     source: Entry
     target: Entry
     edited: bool
+    index: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The tensor's."""
+        return self.source.name
 
     @property
     def cast(self) -> bool:
@@ -75,9 +83,14 @@ def _skew(position: int) -> int:
 
 
 def divide(
-    source: Layout, target: Layout, edited: Collection[str], only_edited: bool = False
+    source: Layout,
+    target: Layout,
+    edited: Collection[str],
+    only_edited: bool = False,
+    sliced: Collection[str] = (),
 ) -> list[Block]:
-    """The blocks of a file. An edited tensor is never divided; the others are copied in parts.
+    """The blocks of a file. An edited tensor is not divided, unless it is one of `sliced`: then
+    each slice of its first dimension is a piece. The others are copied in parts.
 
     `target` has the tensors of `source`, or some of them, in the same order. `only_edited`: the
     other tensors are left out.
@@ -85,7 +98,7 @@ def divide(
     blocks: list[Block] = []
     pieces: list[Piece] = []
     size = 0
-    for piece in _pieces(source, target, edited):
+    for piece in _pieces(source, target, edited, sliced):
         wanted = (piece.edited or not only_edited) and piece.target is not _DROPPED
         length = max(piece.source.end - piece.source.begin, piece.target.end - piece.target.begin)
         if pieces and (not wanted or size + length > BLOCK):
@@ -99,11 +112,15 @@ def divide(
     return blocks
 
 
-def _pieces(source: Layout, target: Layout, edited: Collection[str]) -> Iterator[Piece]:
+def _pieces(
+    source: Layout, target: Layout, edited: Collection[str], sliced: Collection[str]
+) -> Iterator[Piece]:
     targets = {entry.name: entry for entry in target.entries}
     for old in source.entries:
         new = targets.get(old.name, _DROPPED)
-        if old.name in edited or new is _DROPPED:
+        if old.name in edited and old.name in sliced and new is not _DROPPED:
+            yield from _slices(old, new)
+        elif old.name in edited or new is _DROPPED:
             yield Piece(old, new, old.name in edited)
         elif old.dtype == new.dtype:
             offset = new.begin - old.begin
@@ -116,6 +133,12 @@ def _pieces(source: Layout, target: Layout, edited: Collection[str]) -> Iterator
                 )
         else:
             yield from _cast_pieces(old, new)
+
+
+def _slices(old: Entry, new: Entry) -> Iterator[Piece]:
+    """Each slice of an edited tensor."""
+    for index in range(old.shape[0]):
+        yield Piece(old.slice(index), new.slice(index), True, index)
 
 
 def _cast_pieces(old: Entry, new: Entry) -> Iterator[Piece]:

@@ -66,12 +66,12 @@ class Shard:
 class Actions:
     """Callbacks of `rewrite`; all are called from several threads.
 
-    `edit(shard, name, weight)` changes an edited tensor in place. `finished(shard)` is called when
-    the shard's target is complete, for one shard at a time. `advanced(bytes)` is told how many more
-    bytes of the source are done.
+    `edit(shard, piece, weight)` changes an edited tensor or slice in place. `finished(shard)` is
+    called when the shard's target is complete, for one shard at a time. `advanced(bytes)` is told
+    how many more bytes of the source are done.
     """
 
-    edit: Callable[[Shard, str, Tensor], None]
+    edit: Callable[[Shard, Piece, Tensor], None]
     finished: Callable[[Shard], None] = field(default=lambda shard: None)
     advanced: Callable[[int], None] = field(default=lambda count: None)
 
@@ -223,7 +223,7 @@ class _Files:
 
 
 def _rewrite_piece(
-    piece: Piece, buffer: Buffer, begin: int, place: int, edit: Callable[[str, Tensor], None]
+    piece: Piece, buffer: Buffer, begin: int, place: int, edit: Callable[[Piece, Tensor], None]
 ) -> None:
     """Edits and casts the piece at offset `begin` of the buffer; the result lies at `place`."""
     old, new = piece.source, piece.target
@@ -235,12 +235,13 @@ def _rewrite_piece(
     try:
         with _Placed(buffer, begin, old.dtype, old.shape) as before:
             if begin == place:
-                edit(old.name, before)
+                edit(piece, before)
                 return
             with _Placed(buffer, place, new.dtype, new.shape) as after:
-                _edit_and_cast(before, after, partial(edit, old.name) if piece.edited else None)
+                _edit_and_cast(before, after, partial(edit, piece) if piece.edited else None)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{old.name}: {error}") from error
+        where = old.name if piece.index is None else f"{old.name}[{piece.index}]"
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _edit_and_cast(old: Tensor, new: Tensor, edit: Callable[[Tensor], None] | None) -> None:

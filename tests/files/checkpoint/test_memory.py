@@ -12,6 +12,7 @@ import pytest
 from lora_kernels.files.io.pipeline import AHEAD
 
 from ...support import ROOT
+from ...support.exhaustive import EXHAUSTIVE
 
 pytest.importorskip("psutil")
 SIDE, COUNT, SHARDS = 2048, 12, 4  # 16 MiB each, 768 MiB
@@ -72,3 +73,44 @@ def test_peak(residual, dtype, model, tmp_path):
     size = json.loads((model / "model" / "model.safetensors.index.json").read_text())
     assert size["metadata"]["total_size"] / 2**20 > 4 * limit
     assert float(done.stdout) < limit
+
+
+EXPERTS_CODE = """
+import sys
+from pathlib import Path
+import torch
+from benchmarks.common.memory import PeakGrowth
+from lora_kernels.files.checkpoint.initialize import initialize
+from lora_kernels.model.config import LoRAConfig
+from tests.support.tiny_experts import tiny_experts
+
+family, folder, names = sys.argv[1], Path(sys.argv[2]), ["experts.gate_up_proj"]
+config = LoRAConfig(r=8, target_modules=None, target_parameters=names)
+tiny_experts(family).save_pretrained(folder / "small")
+initialize(folder / "small", folder / "warm", config)
+with PeakGrowth(sharp=True) as growth:
+    initialize(folder / "model", folder / "out", config)
+print(growth.mib)
+"""
+
+
+@pytest.mark.skipif(not EXHAUSTIVE, reason="LORA_KERNELS_TEST_ALL=1")
+@pytest.mark.parametrize("family", ["GptOss", "Qwen3Moe"])
+def test_experts(family, tmp_path):
+    """Not the experts' parameter of 512 MiB, but one expert, and the factors of all."""
+    from ...support.tiny_experts import tiny_experts
+
+    pytest.importorskip("transformers", minversion="5.0")
+    count = {"GptOss": "num_local_experts", "Qwen3Moe": "num_experts"}[family]
+    width = {"GptOss": "intermediate_size", "Qwen3Moe": "moe_intermediate_size"}[family]
+    sizes = {count: 128, width: 512, "hidden_size": 1024, "head_dim": 64}
+    tiny_experts(family, **sizes).save_pretrained(tmp_path / "model", max_shard_size="200MB")
+    done = subprocess.run(
+        [sys.executable, "-c", EXPERTS_CODE, family, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    factors = 128 * 8 * 2048 * 4 / 2**20
+    assert float(done.stdout) < AHEAD / 2**20 + 3 * 4 + 3 * factors + 32

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lora_kernels._utils.model_files import JOURNAL_FOLDER, is_unfinished
-from lora_kernels.files.checkpoint import initialize as module
 from lora_kernels.files.checkpoint.initialize import initialize
+from lora_kernels.files.checkpoint.initialize import job as module
 from lora_kernels.files.io.journal import JournaledFolder
 from lora_kernels.model.config import LoRAConfig
 

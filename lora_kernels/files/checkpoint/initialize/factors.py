@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -11,17 +11,19 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..._utils.safetensors import DTYPES, Entry, dtype_name, render
-from ...init import Start
-from ...layers.state import LayerState
-from ..io.blocks import BLOCK
-from ..io.buffers import memory_of
-from ..io.journal import Record
+from ...._utils.safetensors import DTYPES, Entry, dtype_name, render
+from ....init import Start
+from ....layers.state import LayerState
+from ...io.blocks import BLOCK
+from ...io.buffers import memory_of
+from ...io.journal import Record
+
+Range = tuple[Path, int, int]  # a file, an offset and a size in bytes
 
 
 @dataclass(frozen=True)
 class StartRecord:
-    """A start without its factors.
+    """A start without its factors: of the layer `name`, or of one expert of that parameter.
 
     `kept`: it is subtracted from the base and cannot be recomputed from `beta`. `has_R`: it trains
     an R. `offset`: that of its factors in their file.
@@ -39,6 +41,7 @@ class StartRecord:
     kept: bool
     has_R: bool
     offset: int = 0
+    expert: int | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -51,22 +54,37 @@ class StartRecord:
             shapes |= {"start_A": shapes["lora_A"], "start_B": shapes["lora_B"]}
         return shapes
 
-    @property
-    def size(self) -> int:
-        """The bytes of its factors."""
-        itemsize = DTYPES[self.dtype].itemsize
-        return sum(itemsize * a * b for a, b in self.shapes.values())
+    def ranges(self, path: Path) -> Iterator[Range]:
+        """Where in the file `path` its factors are."""
+        itemsize, offset = DTYPES[self.dtype].itemsize, self.offset
+        for a, b in self.shapes.values():
+            yield path, offset, itemsize * a * b
+            offset += itemsize * a * b
 
-    def state(self) -> LayerState:
-        """The layer with factors on the meta device: shapes and dtypes only."""
-        factors = {
-            name: torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
-            for name, shape in self.shapes.items()
-        }
+    def state(self, path: Path | None = None) -> LayerState:
+        """The layer with its factors, from the file `path`; or without one, with factors on the
+        meta device: shapes and dtypes only.
+        """
+        dtype = DTYPES[self.dtype]
+        if path is None:
+            factors = {
+                name: torch.empty(shape, dtype=dtype, device="meta")
+                for name, shape in self.shapes.items()
+            }
+        else:
+            contents = (bytearray(b"".join(_chunks(*part))) for part in self.ranges(path))
+            factors = {
+                name: torch.frombuffer(content, dtype=dtype).view(shape)
+                for (name, shape), content in zip(self.shapes.items(), contents, strict=True)
+            }
         if self.kept:  # in an adapter of the residual base A and B serve as the start, too
             factors = {"start_A": factors["lora_A"], "start_B": factors["lora_B"]} | factors
         return LayerState(
-            **factors,
+            lora_A=factors["lora_A"],
+            lora_B=factors["lora_B"],
+            lora_R=factors.get("lora_R"),
+            start_A=factors.get("start_A"),
+            start_B=factors.get("start_B"),
             scaling=self.scaling,
             lora_alpha=self.lora_alpha,
             beta=self.beta,
@@ -105,14 +123,39 @@ def read_records(record: Record) -> list[StartRecord]:
     return [StartRecord(**r | {"shape": tuple(r["shape"])}) for r in record["starts"]]
 
 
+def stacked(states: Sequence[LayerState]) -> LayerState:
+    """The state of a parameter of experts, from those of its experts."""
+
+    def stack(name: str) -> Tensor | None:
+        found = [factor for state in states if (factor := getattr(state, name)) is not None]
+        return torch.stack(found) if found else None
+
+    def numbers(values: Sequence[float | Tensor | None]) -> Tensor | None:
+        found = [float(value) for value in values if value is not None]
+        return torch.tensor(found, dtype=torch.float64) if found else None
+
+    lora_A, lora_B = stack("lora_A"), stack("lora_B")
+    assert lora_A is not None and lora_B is not None
+    return replace(
+        states[0],
+        lora_A=lora_A,
+        lora_B=lora_B,
+        lora_R=stack("lora_R"),
+        start_A=stack("start_A"),
+        start_B=stack("start_B"),
+        beta=numbers([state.beta for state in states]),
+        weight_norm=numbers([state.weight_norm for state in states]),
+    )
+
+
 def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
-    parts: Iterable[tuple[Path, int, int]],
+    contents: Iterable[Range | Tensor],
     metadata: dict[str, str],
 ) -> None:
-    """Writes a safetensors file of tensors, which may be on the meta device: their bytes are copied
-    from `parts`, (file, offset, size), one after the other.
+    """Writes a safetensors file of tensors, which may be on the meta device: the content of each
+    is copied from a file, or is that of a tensor of the same shape.
     """
     entries, position = [], 0
     for name, tensor in tensors.items():
@@ -122,9 +165,12 @@ def write_tensors(
     layout = render(entries, metadata)
     with path.open("wb") as file:
         file.write(layout.head())
-        for part in parts:
-            for chunk in _chunks(*part):
-                file.write(chunk)
+        for content in contents:
+            if isinstance(content, Tensor):
+                file.write(memory_of(content.detach().cpu().contiguous()))
+            else:
+                for chunk in _chunks(*content):
+                    file.write(chunk)
     if path.stat().st_size != layout.file_size:
         raise OSError(f"{path} has a wrong size: the files that it was copied from have changed")
 

@@ -1,0 +1,182 @@
+"""Starts the layers of a checkpoint that may be larger than memory; writes the residual base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ...._utils.checks import as_integer
+from ...._utils.progress import ByteCounter, uncounted
+from ...._utils.version import __version__
+from ....init.base import refuse_implicit
+from ....model.config import LoRAConfig
+from ...adapter.recipe import config_to_dict
+from ...io.journal import JournaledFolder
+from ..experts import StoredStack
+from ..folder import ModelFolder, check_apart
+from ..residual import ADAPTER, is_start
+from ..weights import StoredWeight, chosen_weights, is_all_linear, is_embedding, is_head
+from .job import InitSummary, Job
+
+Weights = Sequence[StoredWeight | StoredStack]
+
+
+def initialize(
+    model: Path,
+    out: Path,
+    config: LoRAConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    overwrite: bool = False,
+    sync: bool = False,
+    progress: ByteCounter = uncounted,
+) -> InitSummary:
+    """Starts the linear layers of the model in the folder `model`, and the experts whose parameters
+    `target_parameters` names, tensor by tensor.
+
+    With `residual` "absorb" ("auto" for a start that is not zero), `out` becomes the residual base,
+    the model with W − s·B₀A₀ in place of W, and `out`/adapter the start, as a PEFT adapter of this
+    base: training starts from the original model. With "implicit" ("auto" for the other starts),
+    `out` becomes the start as a native adapter of the original base.
+
+    The layers are those that `add_lora` would adapt in the model that transformers makes of the
+    folder, as far as PEFT finds them again; the adapter has their names in that model. All other
+    tensors keep their bytes; all files keep their names, headers and order.
+    `dtype` casts floats of 16 bits and more; a weight is rounded once, after the start was
+    subtracted. Each random start has its own seed, derived from `seed` and the layer's name; for
+    each expert, also from its number.
+
+    A killed run continues when it is repeated, and the result is the same to the last byte. Peak
+    memory is the largest of the tensors that start, its cast copy if there is one (between the two
+    16-bit dtypes also one in float32), 128 MiB, and the memory of the start itself. Experts that
+    the files hold in one tensor are edited one by one; an expert that they hold in two tensors is
+    joined, which takes two copies of it. Writing the adapter takes the factors of the experts of
+    one block. `sync` waits
+    for the disk before the folder is complete, as `cp` does not. `progress(total)` returns a
+    function that is called with each number of bytes done.
+
+    Raises:
+        ValueError: a weight cannot start, a value is out of range, or the files are not a model;
+            nothing is left in `out`.
+        FileNotFoundError: the folder or a file is missing.
+        OSError: `out` is in use or the disk is full; a repeated run continues.
+
+    """
+    initializer = config.initializer
+    if initializer.needs_gradient:
+        raise ValueError(
+            f"{config.init_lora_weights!r} starts from the loss gradients of the weights, which a "
+            "file does not have: load the model and use lora_kernels.capture_gradients and add_lora"
+        )
+    for option, none in (
+        ("modules_to_save", None),
+        ("bias", "none"),
+        ("layers_to_transform", None),
+    ):
+        if getattr(config, option) != none:
+            raise ValueError(
+                f"{option} is for models that are loaded: use target_modules and exclude_modules"
+            )
+    residual = config.residual
+    if residual == "auto":
+        residual = "absorb" if initializer.changes_base else "implicit"
+    refuse_implicit(initializer, residual)
+    if residual == "implicit" and dtype is not None:
+        raise ValueError("dtype is for a base that is written; residual='implicit' writes none")
+    check_apart(model, out)
+    folder = ModelFolder(model)
+    if is_start(model / ADAPTER):
+        raise ValueError(
+            f"{model} is a residual base, from which a start was subtracted already: use the model "
+            "it was made from"
+        )
+    weights, skipped = _choose(folder, config, residual)
+    if residual == "absorb" and config.lora_dropout and any(map(_of_experts, weights)):
+        raise ValueError(
+            "lora_dropout must be 0: PEFT, which is to train the adapter, has none for experts"
+        )
+    place = _device(device)
+    task = {
+        "command": "init",
+        "version": __version__,
+        "torch": torch.__version__,
+        **config_to_dict(config),
+        "residual": residual,
+        "dtype": str(dtype),
+        "device": device,
+        "seed": as_integer(seed, "seed"),
+    }
+    with JournaledFolder(out, task, folder.identities(), overwrite, sync) as work:
+        job = Job(work, folder, config, residual, weights, place, seed)
+        done = job.run(dtype, progress)
+    return replace(done, skipped=skipped, assumption=folder.assumption)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name; raises if it cannot be used."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used here: {first}") from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' has no numbers: use cpu, cuda ...")
+    return device
+
+
+def _of_experts(weight: StoredWeight | StoredStack) -> bool:
+    return isinstance(weight, StoredStack)
+
+
+def _choose(
+    folder: ModelFolder, config: LoRAConfig, residual: str
+) -> tuple[Weights, dict[str, str]]:
+    """The weights that start, and the reasons for the others."""
+    absorb = residual == "absorb"
+    weights: Weights
+    if folder.architecture is not None:
+        weights, skipped = chosen_weights(
+            folder.architecture, folder.path, folder.entries, config, absorb
+        )
+    elif config.target_parameters:
+        raise ValueError(
+            f"target_parameters needs a model that transformers knows: {folder.assumption}"
+        )
+    else:
+        weights, skipped = folder.named_weights(config.target_modules or (), config.exclude_modules)
+        _check_named(folder, absorb, weights)
+    largest = {weight.name: min(weight.shape) for weight in weights}
+    small = {name: full for name, full in largest.items() if config.layer_rank(name) > full}
+    unasked = is_all_linear(config.target_modules or ()) and not config.rank_pattern
+    linear = {weight.name for weight in weights if not _of_experts(weight)}
+    if unasked and small.keys() <= linear and len(small) < len(weights):
+        reasons = {n: f"r = {config.r} is larger than min(out, in) = {k}" for n, k in small.items()}
+        return [weight for weight in weights if weight.name not in small], skipped | reasons
+    for name, full in small.items():
+        raise ValueError(
+            f"rank {config.layer_rank(name)} is larger than min(n, m) = {full} of {name}: use a "
+            "smaller one, or exclude this layer"
+        )
+    return weights, skipped
+
+
+def _check_named(folder: ModelFolder, absorb: bool, weights: list[StoredWeight]) -> None:
+    """Raises if a weight that was chosen by its name cannot start, or if there are none."""
+    if not weights:
+        raise ValueError(
+            "only experts and routers of a mixture are chosen, which are not linear layers in a "
+            "model: choose layers of the attention"
+        )
+    for weight in weights:
+        if is_embedding(weight.name):
+            raise ValueError(f"{weight.name} is an embedding by its name, not a linear layer")
+        if absorb and is_head(weight.name) and folder.tied:
+            raise ValueError(
+                f"{weight.name} is tied to the embedding, from which no start must be subtracted: "
+                "use residual='implicit'"
+            )

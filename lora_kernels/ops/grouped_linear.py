@@ -36,11 +36,35 @@ def _experts(ends: Tensor) -> Iterator[tuple[int, slice]]:
     for e, end in enumerate(ends.tolist()):
         if end > begin:
             yield e, slice(begin, end)
-        begin = max(begin, end)
+        begin = end
 
 
 def _gathered(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x[rows]
+
+
+def _check_values(x: Tensor, ends: Tensor, rows: Tensor | None) -> None:
+    """Raise ValueError or IndexError unless `ends` and `rows` divide and number rows that exist.
+    `rows` on a GPU are checked by the indexing itself.
+    """
+    size, before = (x if rows is None else rows).shape[0], 0
+    for e, end in enumerate(ends.tolist()):
+        if end < before:
+            raise ValueError(f"ends must not decrease, got {end} for expert {e} after {before}")
+        if end > size:
+            raise ValueError(
+                f"ends must not exceed the number of rows, {size}, got {end} for expert {e}"
+            )
+        before = end
+    if rows is None or rows.device.type != "cpu":
+        return
+    wrong = ((rows < 0) | (rows >= x.shape[0])).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        raise IndexError(
+            f"rows must be row numbers of x, at least 0 and below {x.shape[0]}, "
+            f"got {int(rows[first])} at position {first}"
+        )
 
 
 def grouped_linear_forward_ref(
@@ -57,6 +81,7 @@ def grouped_linear_forward_ref(
     start_A: Tensor | None,
     start_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    _check_values(x, ends, rows)
     gathered = _gathered(x, rows)  # [S, K]
     into_A = dropped(gathered, dropout, seed)  # [S, K]
     size = gathered.shape[0]
@@ -108,6 +133,7 @@ def grouped_linear_backward_ref(
     start_B: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
+    _check_values(x, ends, rows)
     needs_x, needs_bias, needs_A, needs_B = needs
     size = grad.shape[0]
     base, through_A = (x.new_zeros(size, x.shape[1]) for _ in range(2))  # [S, K]

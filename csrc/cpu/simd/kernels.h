@@ -25,8 +25,9 @@ struct SumPair {
 
 struct Philox {
   uint64_t seed;
-  uint32_t threshold;  // elements whose random word is below it are dropped
-  float keep_scale;    // 1 / (1 - p)
+  uint32_t threshold;        // elements whose random word is below it are dropped
+  float keep_scale;          // 1 / (1 - p)
+  int64_t first_column = 0;  // the column of the first element of a row, a multiple of 4
 };
 
 // One strip of a product with a thin matrix: c[i, :] += sum_k a(i, k) b[k, :], in a's precision.

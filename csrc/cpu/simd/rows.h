@@ -396,7 +396,7 @@ void dropout_typed(const T* x, T* out, int64_t row, int64_t count, const Philox&
   uint32_t words[4][kLanes];
   float factor[4 * kLanes];
   for (int64_t j = 0; j < count; j += 4 * kLanes) {
-    philox_words(row, j / 4, philox.seed, words);
+    philox_words(row, (philox.first_column + j) / 4, philox.seed, words);
     for (int lane = 0; lane < kLanes; ++lane) {
       for (int w = 0; w < 4; ++w) {
         factor[4 * lane + w] = words[w][lane] < philox.threshold ? 0.0f : philox.keep_scale;

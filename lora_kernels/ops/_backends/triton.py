@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._library import LIBRARY
+from ..grouped_linear import grouped_linear_backward_ref, grouped_linear_forward_ref
 from ..loram_init import check_distinct, largest_sum, log_gain, refuse_unfit
 
 
@@ -70,6 +71,39 @@ def _linear_backward(*args: Any) -> tuple[Tensor, ...]:
     return _module("linear").linear_backward(*args)
 
 
+def _grouped_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ends: Tensor,
+    rows: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *extras: Any,
+) -> tuple[Tensor, Tensor]:
+    # The reference, for float64 and empty sizes, waits for the device.
+    kernels = _module("grouped")
+    suits = kernels.suits(x, weight, rows, lora_A, lora_B)
+    forward = kernels.grouped_linear_forward if suits else grouped_linear_forward_ref
+    return forward(x, weight, bias, ends, rows, lora_A, lora_B, *extras)
+
+
+def _grouped_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    rows: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    kernels = _module("grouped")
+    suits = kernels.suits(x, weight, rows, lora_A, lora_B)
+    backward = kernels.grouped_linear_backward if suits else grouped_linear_backward_ref
+    return backward(grad, x, weight, ends, rows, lora_A, lora_B, *others)
+
+
 KERNELS: dict[str, Callable[..., object]] = {
     "_dst_basis_": _dst_basis_,
     "_frobenius_stats": _frobenius_stats,
@@ -77,6 +111,8 @@ KERNELS: dict[str, Callable[..., object]] = {
     "_loram_init_": _loram_init_,
     "linear_forward": _linear_forward,
     "linear_backward": _linear_backward,
+    "grouped_linear_forward": _grouped_linear_forward,
+    "grouped_linear_backward": _grouped_linear_backward,
 }
 
 

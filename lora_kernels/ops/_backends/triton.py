@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._library import LIBRARY
-from ..grouped_linear import grouped_linear_backward_ref, grouped_linear_forward_ref
+from ..linear.grouped import grouped_linear_backward_ref, grouped_linear_forward_ref
 from ..loram_init import check_distinct, largest_sum, log_gain, refuse_unfit
 
 

@@ -172,7 +172,7 @@ def profile(call: Call, seconds: float) -> list[str]:
     return [*ncu, call.python, "-m", "benchmarks.gpu.profile"]
 
 
-LAYER = ("tests/triton_kernels/test_sanitized.py",)
+LAYER = ("tests/triton_kernels/test_sanitized.py", "tests/triton_kernels/test_grouped.py")
 OPERATORS = ("-k", "cuda", "tests/ops", "tests/layers/test_linear.py")
 BUILD = {"LORA_KERNELS_BUILD": "cuda"}
 
@@ -203,6 +203,7 @@ CALLS = {
             (Part("layer", 70, bench("layer")),),
             (Part("decode", 45, bench("decode")),),
             (Part("memory", 30, bench("memory")),),
+            (Part("experts", 35, bench("experts")),),
         ),
     ),
     "again": Definition(

@@ -22,7 +22,17 @@ from rich.console import Console
 
 from benchmarks.common.report import RESULTS
 from benchmarks.gpu.headline import write_headline, write_prediction
-from benchmarks.gpu.parts import ceilings, decode, grid, init, layer, memory, operators, svd
+from benchmarks.gpu.parts import (
+    ceilings,
+    decode,
+    experts,
+    grid,
+    init,
+    layer,
+    memory,
+    operators,
+    svd,
+)
 from benchmarks.gpu.session import Session, slug
 from benchmarks.gpu.targets.plan import FULL, QUICK, Plan
 
@@ -34,6 +44,7 @@ PARTS = {
     "layer": layer.run,
     "decode": decode.run,
     "memory": memory.run,
+    "experts": experts.run,
     "svd": svd.run,
     "grid": grid.run,
 }

@@ -65,7 +65,7 @@ VARIANTS = {
 }
 # Of these, adapters that PEFT has written are read; `add_lora` does not make them.
 TOKEN_INDICES, BIAS_OF_B = "trainable_token_indices", "lora_bias"
-REPLICATION = "layer_replication"
+REPLICATION, TARGET_PARAMETERS = "layer_replication", "target_parameters"
 READ = (TOKEN_INDICES, BIAS_OF_B, REPLICATION)
 # PEFT makes an object of these even from {}: only None turns them off.
 GROUPS_OF_OPTIONS = (
@@ -89,6 +89,7 @@ OPTIONS_OF_OTHERS = (
     "lorap_emb_lr",
     "lorap_lr_ratio",
     "unsloth_fixed",
+    "lora_B_layout",
 )
 
 # A and B of a linear layer or embedding: its name, the factor, and the adapter's name, which
@@ -144,10 +145,10 @@ def factor_keys(layer: str, tensors: Container[str]) -> tuple[str, str]:
 
 def as_factor(name: str) -> Factor | None:
     """What the name of a tensor says, if it ends as that of A or B."""
-    if found := _FACTOR_OF_EMBEDDING.fullmatch(name):
-        return Factor(*found.groups(), embedding=True)
-    found = _FACTOR.fullmatch(name)
-    return Factor(*found.groups()) if found else None
+    for pattern, embedding in ((_FACTOR, False), (_FACTOR_OF_EMBEDDING, True)):
+        if found := pattern.fullmatch(name):
+            return Factor(found[1], found[2], found[3], embedding)
+    return None
 
 
 def split_by_layer(

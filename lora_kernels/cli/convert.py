@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..files.adapter.peft_format.experts.layouts import LAYOUTS
+from ..files.adapter.peft_format.experts.reading import ORDERS
 from ..files.serving.convert import TARGETS, convert
 from ._options import DTYPES, Commands, add_command, add_path, add_quiet
 
@@ -31,6 +33,7 @@ examples:
   lora-kernels convert runs/native adapter --to peft
   lora-kernels convert adapter adapter.gguf --to gguf --base models/Llama-3-8B
   lora-kernels convert adapter renamed --rename model. language_model.model.
+  lora-kernels convert adapter stacked --experts stacked --base models/Qwen3-30B-A3B
 """
 
 
@@ -68,6 +71,20 @@ def add_parser(commands: Commands) -> None:
         help="folder of the model, or for gguf its config.json (default: the base that ADAPTER "
         "names, if it is a folder)",
     )
+    parser.add_argument(
+        "--experts",
+        choices=LAYOUTS,
+        default="auto",
+        help="peft: store the experts of a mixture as a pair of matrices for each, with the names "
+        "of BASE's files, or stacked as PEFT does (default auto: what suits the model)",
+    )
+    parser.add_argument(
+        "--expert-order",
+        choices=ORDERS,
+        default="auto",
+        help="slowest: ADAPTER has experts that Unsloth wrote before September 2026 (default auto: "
+        "as its configuration says, else as PEFT writes them)",
+    )
     add_quiet(parser, "summary")
     parser.set_defaults(run=_convert)
 
@@ -82,6 +99,8 @@ def _convert(options: argparse.Namespace) -> None:
         start=options.start,
         rename=None if options.rename is None else tuple(options.rename),
         base=options.base,
+        experts=options.experts,
+        expert_order=options.expert_order,
     )
     if not options.quiet:
         print(saved)

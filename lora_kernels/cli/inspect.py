@@ -9,6 +9,7 @@ from .._utils.errors import needed
 from .._utils.progress import tracked
 from ..files.adapter.folder import is_adapter, read_adapter
 from ..files.checkpoint.weights import select_layers, stored_weights
+from ..layers.state import LayerState
 from ..training import magnitude_report
 from ..training.magnitude import AdapterMagnitude, LayerMagnitude, measure, measure_adapter
 from ._options import (
@@ -109,6 +110,14 @@ def _adapter_rows(options: argparse.Namespace) -> list[AdapterMagnitude]:
         raise ValueError(f"{given} is for models; {options.path} is an adapter with its own rank")
     layers = read_adapter(options.path, residual_base=True).layers
     return [
-        measure_adapter(name, *layers[name].update_factors(), layers[name].scaling)
+        measure_adapter(title, *layer.update_factors(), layer.scaling)
         for name in select_layers(layers, targets_of(options))
+        for title, layer in _each_expert(name, layers[name])
     ]
+
+
+def _each_expert(name: str, layer: LayerState) -> list[tuple[str, LayerState]]:
+    """The layer, or each of the experts that are one layer, by a title."""
+    if layer.experts is None:
+        return [(name, layer)]
+    return [(f"{name}[{e}]", layer.expert(e)) for e in range(layer.experts)]

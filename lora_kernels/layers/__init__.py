@@ -1,1 +1,1 @@
-"""One linear layer with adapters: `LoRALinear`, `LoRAConv1D` and `LoRAWrapper`."""
+"""One layer with adapters: `LoRALinear`, `LoRAConv1D`, `LoRAEmbedding` and `LoRAWrapper`."""

@@ -79,7 +79,8 @@ def lookup_scale(module: nn.Module) -> str | None:
     "number" by `embed_scale`, "cast" by `embed_scale` in the weight's dtype; None if it computes
     something else.
     """
-    form = _form_of(type(module))
+    cls: Any = type(module)  # nn.Module's annotations make it no Hashable for type checkers
+    form = _form_of(cls)
     if not form:
         return form
     scale: object = getattr(module, "embed_scale", None)

@@ -33,14 +33,15 @@ class LoRAConfig:
         r: rank.
         target_modules: "all-linear", every linear layer but the output head; another string, a
             regular expression that matches the whole name; or a list of names or of their last
-            parts.
+            parts, which may be those of embeddings too.
         target_parameters: names or their last parts of the 3-D parameters in which a mixture of
             experts keeps its experts' matrices ("mlp.experts.gate_up_proj"); each expert gets an
             adapter of its own. If they are all that is adapted, `target_modules` may be None.
         exclude_modules: a regular expression or a list as above, of layers not to adapt.
         lora_alpha: the α from which the scaling rule computes s; 8 by default, 256 for
             "alpha_sqrt".
-        lora_dropout: probability of dropping an element of x on its way to A, while training.
+        lora_dropout: probability of dropping an element of x on its way to A, while training; no
+            element of an embedding is dropped.
         bias: which biases are trained: "none", "all" of the model, or "lora_only", those of the
             adapted layers.
         use_rslora: PEFT's spelling of scaling="rslora".

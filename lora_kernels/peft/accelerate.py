@@ -1,21 +1,26 @@
-"""`accelerate`: one fused operator instead of the four operators of PEFT's LoRA layer."""
+"""`accelerate`: one fused operator instead of the four operators of PEFT's LoRA layer, and instead
+of the weights of all experts that PEFT's `target_parameters` form at every forward.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import peft
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .._utils.checks import FLOATS
 from ..layers.kinds import is_conv1d
 from ..ops.philox import dropout_seed
+from .experts.forward import fused_experts, why_never_fused
+from .experts.wrappers import chain_of, outermost
 from .layers import check_model, described, lora_layers
-from .patch import is_replaced, replace_method, restore_method
+from .patch import is_plain, is_replaced, replace_method, restore_method
 from .variant import StartVariant, start_of
 
 
@@ -38,10 +43,11 @@ class AccelerateReport:
         """
         for name, layer in zip(self.layers, self._accelerated, strict=True):
             wrapped = "forward" in layer.__dict__
-            if wrapped and not is_replaced(layer, "forward", fused_forward):
+            if wrapped and not any(is_replaced(layer, "forward", own) for own in _FORWARDS):
                 raise RuntimeError(f"{name}: its forward was wrapped since: undo that first")
         for layer in self._accelerated:
-            restore_method(layer, "forward", fused_forward)
+            for own in _FORWARDS:
+                restore_method(layer, "forward", own)
 
     def __str__(self) -> str:
         total = len(self.layers) + len(self.left)
@@ -50,7 +56,8 @@ class AccelerateReport:
 
 
 def accelerate(peft_model: peft.PeftModel) -> AccelerateReport:
-    """Makes a PEFT model's LoRA layers use `torch.ops.lora.linear`, in forward and backward.
+    """Makes a PEFT model's LoRA layers use `torch.ops.lora.linear`, in forward and backward, and
+    those over the parameters of experts `torch.ops.lora.grouped_linear`.
 
     The parameters remain PEFT's, so that optimizers, saving and all of PEFT's methods still work.
     A layer is accelerated if its base is a plain `nn.Linear` or GPT-2's `Conv1D` with a
@@ -58,6 +65,12 @@ def accelerate(peft_model: peft.PeftModel) -> AccelerateReport:
     plain LoRA, with or without a start of `initialize`, and it is neither merged nor disabled. All
     other calls (several adapters, mixed batches ...) use PEFT's own forward. Each call is checked
     anew.
+
+    Of the layers that PEFT makes for `target_parameters`, those are accelerated whose parameters
+    are the floating-point ones of experts in a class that transformers decorates with
+    `use_experts_implementation`. They are fused on the same conditions, and with frozen experts.
+    PEFT forms W + s·BA of all experts at every forward, and the gradient of all of it; here neither
+    is formed, and x is multiplied with the W, A and B of its experts.
 
     The results equal PEFT's except for rounding and for the dropout mask, which comes from another
     generator. The operator computes in x's dtype: with a bfloat16 base and PEFT's default float32
@@ -72,14 +85,20 @@ def accelerate(peft_model: peft.PeftModel) -> AccelerateReport:
     """
     check_model(peft_model)
     accelerated, left = {}, {}
-    for name, layer in lora_layers(peft_model).items():
-        reason = _why_never(layer)
+    layers = lora_layers(peft_model)
+    reasons = _reasons_of_wrappers(layers.values())
+    for name, layer in layers.items():
+        reason = reasons[id(layer)] if id(layer) in reasons else _why_never(layer)
         if reason is None:
             accelerated[name] = layer
         else:
             left[name] = reason
+    called = {id(wrapper) for wrapper in outermost(accelerated.values())}
     for layer in accelerated.values():
-        replace_method(layer, "forward", fused_forward)
+        if not isinstance(layer, ParamWrapper):
+            replace_method(layer, "forward", fused_forward)
+        elif id(layer) in called:  # it computes what those inside would
+            replace_method(layer, "forward", fused_experts)
     return AccelerateReport(list(accelerated), left, list(accelerated.values()))
 
 
@@ -130,6 +149,18 @@ def _of_rank(r: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
 
 
+def _reasons_of_wrappers(layers: Collection[LoraLayer]) -> dict[int, str | None]:
+    """Why no call can ever be fused, or None, by the identity of the wrappers of parameters; those
+    of one module are fused together or not at all.
+    """
+    return {
+        id(wrapper): reason
+        for first in outermost(layers)
+        for reason in [why_never_fused(first)]
+        for wrapper in chain_of(first)
+    }
+
+
 def _why_never(layer: LoraLayer) -> str | None:
     """Why no call of the layer can ever be fused; None if some can."""
     if type(layer) is not Linear:
@@ -147,7 +178,7 @@ def _why_never(layer: LoraLayer) -> str | None:
         return "its fan_in_fan_out does not fit its base"
     if "forward" in layer.__dict__ and not is_replaced(layer, "forward", fused_forward):
         return "its forward is wrapped by another tool"
-    if not _is_plain(base, type(base)):
+    if not is_plain(base, type(base)):
         return "its base has hooks or a wrapped forward"
     reasons = [_why_not(layer, adapter) for adapter in layer.lora_A]
     return reasons[0] if reasons and all(reasons) else None
@@ -162,7 +193,7 @@ def _why_not(layer: Linear, adapter: str) -> str | None:
         return "its lora_B has a bias"
     if type(layer.lora_dropout[adapter]) not in (nn.Dropout, nn.Identity):
         return "its dropout is not nn.Dropout"
-    if not (_is_plain(layer.lora_A[adapter]) and _is_plain(layer.lora_B[adapter])):
+    if not (is_plain(layer.lora_A[adapter]) and is_plain(layer.lora_B[adapter])):
         return "its lora_A or lora_B has hooks or is wrapped"
     return None
 
@@ -175,19 +206,11 @@ def _fusable_adapter(layer: Linear, x: Tensor) -> str | None:
     if len(active) != 1 or _why_not(layer, active[0]) is not None:
         return None
     base = layer.base_layer
-    if not _is_plain(base, type(base)):
+    if not is_plain(base, type(base)):
         return None
     if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return None
     return active[0]
 
 
-def _is_plain(module: nn.Module, kind: type = nn.Linear) -> bool:
-    """Whether the module is exactly a `kind`, without hooks or a replaced forward."""
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+_FORWARDS = (fused_forward, fused_experts)

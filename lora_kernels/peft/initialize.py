@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 
 import peft
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor
 
 from .._utils.peft_names import PREFIX, base_changing_start
 from ..init import Initializer, Start, get_initializer
 from ..init.base import refuse_implicit
-from ..layers.base import base_of
+from ..layers.base import BaseLayer, base_of
 from ..model.selection import bypassed_layers
 from ..model.starts import StartJob, make_starts
+from .experts.wrappers import experts_base, in_layout_of, rank_in
 from .foreign_kernels import explained, kernels_past
 from .layers import (
     DEPTH,
@@ -25,11 +26,12 @@ from .layers import (
     described,
     has_adapter,
     lora_layers,
+    original_name,
     pattern_name,
-    why_not_linear,
+    why_not_startable,
 )
 from .overrides import install, uninstall
-from .variant import drop_start, set_start, start_of
+from .variant import drop_start, factors_of, set_start, start_of
 
 
 @dataclass
@@ -69,7 +71,7 @@ class InitializeReport:
             raise RuntimeError(f"adapter {name!r} was initialised again since: undo that first")
         _refuse_merged(self._model)
         layers = {n: layer for n, layer in lora_layers(self._model).items() if n in self._before}
-        layers = {n: layer for n, layer in layers.items() if name in layer.lora_A}
+        layers = {n: layer for n, layer in layers.items() if has_adapter(layer, name)}
         for layer_name, layer in layers.items():
             if not self._before[layer_name].fits(layer, name):
                 raise RuntimeError(
@@ -94,7 +96,9 @@ class InitializeReport:
 
 @dataclass
 class _Snapshot:
-    """A copy of one layer's adapter: A [r, in], B [out, r], and A₀ and B₀ if there are any."""
+    """A copy of one layer's adapter: A [r, in], B [out, r], and A₀ and B₀ if it has them; those of
+    experts in PEFT's layout.
+    """
 
     lora_A: Tensor
     lora_B: Tensor
@@ -126,7 +130,9 @@ def initialize(
     progress: bool = True,
 ) -> InitializeReport:
     """Gives an adapter of a PEFT model new initial factors: `lora_A` [r, in] and `lora_B` [out, r]
-    of every linear LoRA layer are overwritten.
+    of every linear LoRA layer are overwritten, those of embeddings (`lora_embedding_A` [r, V] and
+    `lora_embedding_B` [D, r]), and those of the parameters of experts (PEFT's `target_parameters`),
+    where every expert has a start of its own weight.
 
     If the initial B₀A₀ is not zero, the layer subtracts it, like `LoRALinear` with
     residual="implicit": while the adapter is active, every forward subtracts the constant s·B₀A₀.
@@ -158,13 +164,15 @@ def initialize(
     All starts are computed before anything is changed; after an error the model is unchanged.
 
     Args:
-        peft_model: the result of `get_peft_model`. LoRA layers over `nn.Linear`, GPT-2's `Conv1D`
-            and quantized linear layers are initialized; the report names the others, with reasons.
+        peft_model: the result of `get_peft_model`. LoRA layers over `nn.Linear`, GPT-2's `Conv1D`,
+            quantized linear layers, embeddings and the floating-point experts of transformers'
+            decorated classes are initialized; the report names the others, with reasons.
         init_lora_weights: a name or an object of `lora_kernels.init`, except the starts that train
             an R between A and B, which PEFT's layers do not have.
         adapter_name: the adapter; the active one if None.
-        gradients: {layer: ∂loss/∂W [out, in]} from `capture_gradients`, for starts that are
-            computed from gradients; layers by their names in the base model or the PEFT model.
+        gradients: {layer: ∂loss/∂W [out, in]} from `capture_gradients`, of experts
+            {parameter: [E, out, in]}, for starts that are computed from gradients; layers by their
+            names in the base model or the PEFT model.
         progress: whether to show a bar; needs rich, and a terminal as standard error.
 
     Returns:
@@ -192,7 +200,8 @@ def initialize(
     starts = _all_starts(layers, adapter, initializer, gradients, progress)
     before = {name: _Snapshot.of(layer, adapter) for name, layer in layers.items()}
     for name, layer in layers.items():
-        _write(layer, adapter, starts[name].lora_A, starts[name].lora_B)
+        start = starts[name]
+        _write(layer, adapter, *in_layout_of(layer, start.lora_A, start.lora_B))
         if initializer.changes_base:
             # A and B as rounded to their dtypes, so that BA − B₀A₀ is exactly zero at first.
             set_start(layer, adapter, *_factors(layer, adapter))
@@ -258,7 +267,7 @@ def _linear_layers(
     for name, layer in lora_layers(peft_model).items():
         if not has_adapter(layer, adapter):
             continue
-        reason = why_not_linear(layer, adapter)
+        reason = why_not_startable(layer, adapter)
         if reason is None and name not in kernels:
             reason = bypassed.get(name)
         if reason is None:
@@ -283,22 +292,27 @@ def _all_starts(
     """The start of every layer, by its name, checked."""
     if gradients is not None:
         gradients = {
-            name.removeprefix(PREFIX).removesuffix(".base_layer"): gradient
+            original_name(name.removeprefix(PREFIX)): gradient
             for name, gradient in gradients.items()
         }
     jobs = []
     for name, layer in layers.items():
-        base = base_of(layer.get_base_layer())
-        assert base is not None  # by `why_not_linear`
+        base: BaseLayer | None
+        if isinstance(layer, ParamWrapper):
+            base = experts_base(layer)
+        else:
+            base = base_of(layer.get_base_layer())
+        assert base is not None  # by `why_not_startable`
         A, B = _factors(layer, adapter)
         if A.is_meta or B.is_meta:
             raise ValueError(
                 f"{name}: its lora_A and lora_B are on the meta device: load them first"
             )
-        base.refuse_sharded(name)
+        original = pattern_name(name, layer)
+        base.refuse_sharded(original)
         # PEFT's hot-swapping changes the rank of A and B, and makes s a tensor.
-        r, scaling = len(A), float(layer.scaling[adapter])
-        aliases = (pattern_name(name, layer),)
+        r, scaling = rank_in(layer, A), float(layer.scaling[adapter])
+        aliases = (original,)
         jobs.append(StartJob(name, base, initializer, r, scaling, aliases=aliases))
     starts = make_starts(jobs, gradients, progress)
     if any(start.lora_R is not None for start in starts.values()):
@@ -310,7 +324,7 @@ def _all_starts(
 
 
 def _factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return factors_of(layer, adapter)
 
 
 @torch.no_grad()

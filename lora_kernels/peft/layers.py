@@ -6,14 +6,21 @@ import re
 from collections.abc import Mapping
 
 import peft
-from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import (
+    Embedding,
+    Linear,
+    LoraLayer,
+    MultiheadAttention,
+    ParamWrapper,
+)
 from torch import nn
 
 from .._utils.errors import unknown_name
 from .._utils.peft_names import PREFIX
 from ..layers.base import base_of
-from ..layers.kinds import check_adaptable
-from .variant import StartVariant, start_of
+from ..layers.kinds import check_adaptable, why_not_embedding
+from .experts.wrappers import why_not_experts
+from .variant import StartVariant, adapters_in, start_of
 
 # Attribute of the PeftModel: how often each adapter was initialized without being undone.
 DEPTH = "_lora_kernels_depth"
@@ -68,6 +75,11 @@ def lora_layers(peft_model: nn.Module) -> dict[str, LoraLayer]:
     return found
 
 
+def original_name(name: str) -> str:
+    """The name of a module or parameter without the layers that PEFT puts around it."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)
+
+
 def pattern_name(name: str, layer: LoraLayer) -> str:
     """The name that PEFT matches keys of `rank_pattern` and `alpha_pattern` with, if the layer is
     called `name`.
@@ -75,13 +87,13 @@ def pattern_name(name: str, layer: LoraLayer) -> str:
     It is that of the original model, without the layers that PEFT nests if it adapts several
     parameters of a module, and for a parameter its own name.
     """
-    name = re.sub(r"\.base_layer(?=\.|$)", "", name)
+    name = original_name(name)
     return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
 def has_adapter(layer: LoraLayer, adapter: str) -> bool:
     """Whether the layer, linear or embedding, has this adapter."""
-    return adapter in layer.lora_A or adapter in layer.lora_embedding_A
+    return adapter in adapters_in(layer)
 
 
 def adapters_with_start(model: nn.Module) -> set[str]:
@@ -89,7 +101,7 @@ def adapters_with_start(model: nn.Module) -> set[str]:
     return {
         adapter
         for layer in lora_layers(model).values()
-        for adapter in layer.lora_A
+        for adapter in adapters_in(layer)
         if start_of(layer, adapter) is not None
     }
 
@@ -101,15 +113,22 @@ def initialized_adapters(model: nn.Module) -> set[str]:
 
 
 def supports_start(layer: LoraLayer) -> bool:
-    """Whether PEFT's forward of this layer lets a `LoraVariant` subtract A₀ and B₀."""
+    """Whether PEFT's forward of this layer lets a `LoraVariant` subtract A₀ and B₀, or forms the
+    update of experts by methods that can be replaced.
+    """
     kind = type(layer)
+    if kind is ParamWrapper:
+        return why_not_experts(layer) is None
     return kind.__name__ in _QUANTIZED or (
-        isinstance(layer, Linear) and kind.forward is Linear.forward
+        isinstance(layer, (Linear, Embedding))
+        and kind.forward in (Linear.forward, Embedding.forward)
     )
 
 
-def why_not_linear(layer: LoraLayer, adapter: str) -> str | None:
+def why_not_startable(layer: LoraLayer, adapter: str) -> str | None:
     """Why this layer's adapter cannot be initialized by `initialize`; None if it can."""
+    if type(layer) is ParamWrapper:
+        return why_not_experts(layer)
     if not supports_start(layer):
         return f"PEFT's {type(layer).__name__} is no linear layer known to lora_kernels"
     variant = layer.lora_variant.get(adapter)
@@ -122,6 +141,8 @@ def _why_not_base(base: nn.Module) -> str | None:
     """Why the weight of a base layer is not W of x Wᵀ + b; None if it is."""
     if base_of(base) is not None:
         return None
+    if isinstance(base, nn.Embedding):
+        return f"its base: {why_not_embedding(base)}"
     if isinstance(base, nn.Linear):
         try:
             check_adaptable(base)

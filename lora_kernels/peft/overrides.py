@@ -16,11 +16,11 @@ import peft
 import torch
 from torch import nn
 
-from . import saving
+from .files import saving
 from .foreign_kernels import explained, without_start
 from .layers import adapters_with_start, lora_layers, supports_start
 from .patch import is_replaced, replace_method, restore_method
-from .variant import load_from_state_dict, set_start, start_of
+from .variant import factors_of, load_from_state_dict, set_start, start_of
 
 
 def install(peft_model: peft.PeftModel) -> None:
@@ -97,8 +97,8 @@ def add_adapter(
     for layer in lora_layers(peft_model).values() if started else ():
         start = start_of(layer, started[0])
         if start is not None:
-            layer.lora_A[adapter_name].weight.copy_(start[0])
-            layer.lora_B[adapter_name].weight.copy_(start[1])
+            for factor, initial in zip(factors_of(layer, adapter_name), start, strict=True):
+                factor.copy_(initial)
             set_start(layer, adapter_name, *start)
     _look_at_next_forward(peft_model.get_base_model())
 

@@ -1,4 +1,4 @@
-"""Replaces a method on one object only."""
+"""Replaces a method on one object only, and tells whether a module is as its class made it."""
 
 from __future__ import annotations
 
@@ -49,6 +49,17 @@ def restore_method(owner: object, name: str, function: Callable[..., Any]) -> No
         del owner.__dict__[name]
         if _functions(owner, vars(owner)).keys() == {_REPLICATE}:
             del owner.__dict__[_REPLICATE]
+
+
+def is_plain(module: nn.Module, kind: type = nn.Linear) -> bool:
+    """Whether the module is exactly a `kind`, without hooks or a replaced forward."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def _functions(owner: object, attributes: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:

@@ -4,21 +4,25 @@ A₀ and B₀ are buffers of the layer, by the adapter's name. They take effect 
 `LoraVariant`, PEFT's extension point, which PEFT uses in forward, mixed batches, merging and
 `delete_adapter`; and in `get_delta_weight`, which PEFT calls without the variant to merge torchao
 layers and to combine adapters by SVD.
+
+For parameters of experts PEFT calls no variant: it forms W + s·BA of `get_delta_weight` or, if one
+adapter is active, of `get_delta_factors`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from torch import Tensor
+from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, ParamWrapper
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .experts import wrappers
 from .patch import replace_method, restore_method
 
 _BUFFERS = ("lora_start_A", "lora_start_B")
@@ -64,6 +68,53 @@ class StartVariant(LoraVariant):
         return _sum(orig_weight.data, module.get_delta_weight(active_adapter), -1)
 
 
+class EmbeddingStartVariant(StartVariant):
+    """The same of an embedding: `x` are tokens, and the base's output is that of a look-up."""
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """`result` [..., D], the base's output, plus the columns of s·(BA − B₀A₀) [D, V], times
+        the layer's `embed_scale` if it has one. No dropout, as in PEFT.
+        """
+        lora_A, lora_B = factors_of(module, active_adapter)
+        start_A, start_B = module.lora_start_A[active_adapter], module.lora_start_B[active_adapter]
+        adapter = module._embed(x, lora_A.T) @ lora_B.T  # [..., D]
+        start = module._embed(x, start_A.T) @ start_B.T
+        update = (adapter - start) * module.scaling[active_adapter]
+        scale = module._get_embed_scale()
+        return result + (update if scale is None else update * scale.to(update.dtype))
+
+
+def mixed_batch(
+    layer: Embedding, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+) -> Tensor:
+    """In place of an embedding's `_mixed_batch_forward`, which calls no variant."""
+    started = [name if start_of(layer, name) is not None else None for name in adapter_names]
+    pairs = zip(adapter_names, started, strict=True)
+    others = [name if own is None else "__base__" for name, own in pairs]
+    own_forward = type(layer)._mixed_batch_forward
+    result: Tensor = own_forward(layer, x, *args, adapter_names=others, **kwargs)
+    for adapter in dict.fromkeys(name for name in started if name is not None):
+        rows = [row for row, name in enumerate(started) if name == adapter]
+        found = EmbeddingStartVariant.forward(layer, adapter, x[rows], result[rows])
+        result[rows] = found.to(result.dtype)
+    return result
+
+
+def factors_of(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [r, in] and B [out, r] of an adapter that the layer has; of experts in PEFT's layout."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def adapters_in(layer: LoraLayer) -> list[str]:
+    """The adapters that the layer, linear or embedding, has."""
+    return [*layer.lora_A, *layer.lora_embedding_A]
+
+
 def _sum(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
     """`weight` ± `delta`, computed in the wider of the dtypes and rounded once to the weight's."""
     return torch.add(weight, delta.to(weight.device), alpha=sign).to(weight.dtype)
@@ -77,15 +128,45 @@ def delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
     start = start_of(layer, adapter)
     if start is None:
         return type(layer).get_delta_weight(layer, adapter)
-    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    A, B = factors_of(layer, adapter)
     work = torch.promote_types(B.dtype, torch.float32)
     A0, B0 = (factor.to(work) for factor in start)
     delta = (B.to(work) @ A.to(work) - B0 @ A0) * layer.scaling[adapter]
-    return (delta.T if layer.fan_in_fan_out else delta).to(B.dtype)
+    transposed = layer.fan_in_fan_out or isinstance(layer, Embedding)
+    return (delta.T if transposed else delta).to(B.dtype)
+
+
+def experts_delta_weight(layer: ParamWrapper, adapter: str) -> Tensor:
+    """s·(BA − B₀A₀) in place of a wrapper's `get_delta_weight`; gradients reach A and B."""
+    start = start_of(layer, adapter)
+    if start is None:
+        own: Tensor = type(layer).get_delta_weight(layer, adapter)
+        return own
+    return wrappers.delta_weight(layer, adapter, start)
+
+
+def experts_delta_factors(layer: ParamWrapper, adapter: str) -> tuple[Tensor, Tensor, float]:
+    """Factors of s·(BA − B₀A₀) in place of a wrapper's `get_delta_factors`."""
+    start = start_of(layer, adapter)
+    if start is None:
+        own: tuple[Tensor, Tensor, float] = type(layer).get_delta_factors(layer, adapter)
+        return own
+    return wrappers.delta_factors(layer, adapter, start)
+
+
+def _deltas(layer: LoraLayer) -> dict[str, Callable[..., Any]]:
+    """The methods that compute the layer's update, with their replacements."""
+    if isinstance(layer, Embedding):
+        return {"get_delta_weight": delta_weight, "_mixed_batch_forward": mixed_batch}
+    if not isinstance(layer, ParamWrapper):
+        return {"get_delta_weight": delta_weight}
+    return {"get_delta_weight": experts_delta_weight, "get_delta_factors": experts_delta_factors}
 
 
 def start_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
-    """A₀ [r, in] and B₀ [out, r] that the layer subtracts for the adapter; None if it does not."""
+    """A₀ [r, in] and B₀ [out, r] that the layer subtracts for the adapter, of experts in the layout
+    of its A and B; None if it does not.
+    """
     if adapter not in getattr(layer, _BUFFERS[0], ()):
         return None
     return layer.lora_start_A[adapter], layer.lora_start_B[adapter]
@@ -103,14 +184,17 @@ def set_start(layer: LoraLayer, adapter: str, start_A: Tensor, start_B: Tensor) 
             setattr(layer, name, BufferDict(persistent=True))
         # PEFT moves and deletes the attributes with these names.
         layer.other_param_names = (*layer.other_param_names, *_BUFFERS)
-        replace_method(layer, "get_delta_weight", delta_weight)
+        for name, function in _deltas(layer).items():
+            replace_method(layer, name, function)
         replace_method(layer, "_load_from_state_dict", load_from_state_dict)
+    lora_A, lora_B = factors_of(layer, adapter)
     for buffers, factor, like in (
-        (layer.lora_start_A, start_A, layer.lora_A[adapter].weight),
-        (layer.lora_start_B, start_B, layer.lora_B[adapter].weight),
+        (layer.lora_start_A, start_A, lora_A),
+        (layer.lora_start_B, start_B, lora_B),
     ):
         buffers[adapter] = factor.detach().to(like.device, like.dtype, copy=True)
-    layer.lora_variant[adapter] = StartVariant()
+    is_embedding = isinstance(layer, Embedding)
+    layer.lora_variant[adapter] = EmbeddingStartVariant() if is_embedding else StartVariant()
 
 
 def drop_start(layer: LoraLayer, adapter: str) -> None:
@@ -126,7 +210,8 @@ def drop_start(layer: LoraLayer, adapter: str) -> None:
         del layer.other_param_names  # the instance's, which hides the class's
         if names != layer.other_param_names:
             layer.other_param_names = names
-        restore_method(layer, "get_delta_weight", delta_weight)
+        for name, function in _deltas(layer).items():
+            restore_method(layer, name, function)
 
 
 def load_from_state_dict(
@@ -139,9 +224,8 @@ def load_from_state_dict(
       warns, because A₀ and B₀ may also have been lost.
     - If A and B are not loaded, or do not fit, which is an error, A₀ and B₀ do not change.
     """
-    loaded = [
-        name for name in layer.lora_A if _fit(layer, name, "lora_%s.%s.weight", state, prefix)
-    ]
+    form = "lora_embedding_%s.%s" if isinstance(layer, Embedding) else "lora_%s.%s.weight"
+    loaded = [name for name in adapters_in(layer) if _fit(layer, name, form, state, prefix)]
     if len(loaded) == 1:
         _add_adapter_name(state, prefix, loaded[0])
     for adapter in loaded:
@@ -173,9 +257,8 @@ def silently_loaded() -> Iterator[None]:
 def _fit(layer: LoraLayer, adapter: str, form: str, state: dict[str, Any], prefix: str) -> bool:
     """Whether the state has two factors, named as `form` says, with the shapes of A and B."""
     return all(
-        getattr(state.get(prefix + form % (part, adapter)), "shape", None)
-        == own[adapter].weight.shape
-        for part, own in (("A", layer.lora_A), ("B", layer.lora_B))
+        getattr(state.get(prefix + form % (part, adapter)), "shape", None) == own.shape
+        for part, own in zip("AB", factors_of(layer, adapter), strict=True)
     )
 
 

@@ -50,8 +50,9 @@ def capture_gradients(
 
     Returns:
         {name: G [out, in]} in float32, or float64 for float64 weights; also [out, in] for a
-        Conv1D, and for an embedding, whose W is its transposed weight. A 3-D parameter of experts has its own name, and G is [E, out, in]. If several modules share a weight, the gradient covers all its uses, and all their
-        names have the same tensor.
+        Conv1D, and for an embedding, whose W is its transposed weight. A 3-D parameter of experts
+        has its own name, and G is [E, out, in]. If several modules share a weight, the gradient
+        covers all its uses, and all their names have the same tensor, or its transpose.
 
     Raises:
         ValueError: no batch; a loss that is not a scalar, not finite, or independent of the

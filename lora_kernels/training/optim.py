@@ -8,7 +8,6 @@ from torch import nn
 
 from .._utils.checks import check_positive
 
-
 # Parts of the names of B's parameters; PEFT's embeddings have one of their own.
 _OF_B = frozenset(("lora_B", "lora_bias", "lora_embedding_B"))
 

@@ -14,12 +14,13 @@ for package in ("rich", "matplotlib"):
     pytest.importorskip(package, reason="the benchmarks need what `make test` installs")
 
 from benchmarks.common.harness import Timing  # noqa: E402
-from benchmarks.gpu import peers  # noqa: E402
+from benchmarks.gpu import experts, peers  # noqa: E402
 from benchmarks.gpu.__main__ import PARTS, main  # noqa: E402
 from benchmarks.gpu.parts.grid import to_best_peer  # noqa: E402
 from benchmarks.gpu.session import slug  # noqa: E402
-from benchmarks.gpu.targets import costs  # noqa: E402
+from benchmarks.gpu.targets import costs, expert_costs  # noqa: E402
 from benchmarks.gpu.targets.costs import H200  # noqa: E402
+from benchmarks.gpu.targets.experts import Layer, Projection  # noqa: E402
 from benchmarks.gpu.targets.plan import FULL  # noqa: E402
 from benchmarks.gpu.targets.predict import lines  # noqa: E402
 
@@ -43,6 +44,9 @@ TINY = replace(
     decode_tokens=(1, 4),
     decode_rank=2,
     decode_layers=2,
+    experts_layer=Layer(2, 2, 8, 16, 16, 8),
+    experts_stack=Projection(2, 24, 16, 8),
+    experts_rank=8,
     rounds=2,
     grid_rounds=1,
     burst_ms=0.1,
@@ -59,6 +63,7 @@ FILES = {
     },
     "decode": {"decode": {"shape", "tokens", "r", "layers", "variant", "median_ms", "ratio"}},
     "memory": {"memory": {"shape", "tokens", "variant", "peak_mib", "growth_mib", "ratio", "aim"}},
+    "experts": {"experts": {"what", "shape", "tokens", "r", "pass", "variant", "peak_gb", "aim"}},
     "svd": {"init_svd": {"what", "shape", "one_layer_s", "extrapolated_s", "times_ours"}},
     "grid": {
         "layer_grid": {"shape", "tokens", "r", "pass", "clock", "variant", "ours_to_best_peer"},
@@ -252,6 +257,42 @@ def test_addmm_peer_has_the_gradients_of_the_naive_one(dropout):
         y = layer(x)
         results.append([y, *torch.autograd.grad(y, [x, layer.lora_A, layer.lora_B], dy)])
     torch.testing.assert_close(*results)
+
+
+def test_projections_of_experts_have_the_same_gradients():
+    stacks = [experts.Stack.random(3, *shape, 4, CPU) for shape in ((16, 8), (8, 8))]
+    stacks = [replace(stack, weight=stack.weight.float()) for stack in stacks]
+    routing = experts.Routing.random(10, 3, 2, CPU)
+    routing = replace(routing, weights=routing.weights.detach().float().requires_grad_())
+    x, dy = torch.randn(10, 8, requires_grad=True), torch.randn(10, 8)
+    wanted = [x, routing.weights, *stacks[0].factors, *stacks[1].factors]
+    results = []
+    for name in (experts.OURS, experts.SPLIT, experts.FORMULA):
+        y = experts.block(x, *stacks, routing, experts.PROJECTIONS[name])
+        results.append([y, *torch.autograd.grad(y, wanted, dy)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[2], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_prediction_of_experts_by_hand():
+    """One parameter [128, 2048, 768] with 4096 rows: W is 402.65 MB; 32 rows an expert."""
+    p = FULL.experts_stack
+    assert (p.tile, p.padded) == (64, 4096 + 128 * 32)
+    ours, formula = expert_costs.stack_costs(H200, p, 16, costs.HostTimes(layer=0.0))
+    # Megabytes: x and dX, y and dY in bf16; A and B in fp32; z and dz.
+    x, dy, z, A, B = 6.291456, 16.777216, 0.131072, 6.291456, 16.777216
+    W = 402.653184
+    forward = (x + A + z) + (W + x + dy + B + z)
+    backward = (dy + B + z) + (W + x + dy + A + z) + (x + A + z) + (dy + B + z)
+    assert ours.bytes == pytest.approx((forward + backward) * 1e6 / 4.3e12, rel=1e-6)
+    # PEFT's reads W and writes the sum, writes that one's gradient, and reads this twice.
+    merged = 2 * W + 2 * (W + x + dy) + (W + x + dy) + 2 * W
+    assert formula.bytes == pytest.approx(merged * 1e6 / 4.3e12, rel=1e-6)
+    _, formula = expert_costs.stack_costs(costs.H100, p, 16, costs.HostTimes(layer=0.0))
+    assert formula.total == pytest.approx(0.97e-3, rel=2e-3)
+    # 133 parts of dB, [16, 2048] in fp32, beside what stays.
+    peak = W + 2 * (A + B) + 2 * (x + dy) + 2 * z + 133 * 16 * 2048 * 4e-6
+    assert expert_costs.stack_bytes(p, 16) == pytest.approx(peak * 1e6, rel=1e-6)
 
 
 def test_best_peer():

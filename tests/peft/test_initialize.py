@@ -30,7 +30,7 @@ from ..support.peft_models import (
     update_of,
 )
 from ..support.running import close, logits, move, same_bits, token_ids, weights_of
-from ..support.tiny_models import gpt2, llama
+from ..support.tiny_models import llama
 
 pytestmark = needs_peft
 
@@ -426,13 +426,15 @@ def test_undo_after_the_adapter_went():
 
 
 def test_report():
-    model = adapted(gpt2(), target_modules=["c_attn", "wte"])
+    base = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 4), nn.Embedding(8, 4))
+    base.append(nn.Embedding(8, 4, max_norm=1.0))
+    model = adapted(base, target_modules=["0", "1", "2", "3"], r=2)
     report = initialize(model, PiSSA())
-    assert report.layers == [f"transformer.h.{i}.attn.c_attn" for i in range(2)]
-    assert list(report.left) == ["transformer.wte"]
+    assert report.layers == ["1", "2"] and list(report.left) == ["0", "3"]
     text = str(report)
     assert "PiSSA start of adapter 'default': 2 layers, s·B₀A₀ subtracted" in text
-    assert "skipped 1: PEFT's Embedding is no linear layer" in text
+    assert "skipped 1: PEFT's Conv1d is no linear layer" in text
+    assert "skipped 1: its base: max_norm rewrites its weight in every forward (3)" in text
 
 
 def test_names_of_gradients():

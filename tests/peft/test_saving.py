@@ -51,7 +51,7 @@ def test_plain_peft_loads_it_on_the_original_base(tmp_path, kind, method):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_patterns_modules_and_layers_without_a_start(tmp_path, rslora):
+def test_patterns_and_modules(tmp_path, rslora):
     """All layers get one rank and s = 1; `modules_to_save` and biases are saved too."""
     base = llama()
     model = adapted(
@@ -63,7 +63,7 @@ def test_patterns_modules_and_layers_without_a_start(tmp_path, rslora):
         use_rslora=rslora,
     )
     report = initialize(model, "loram")
-    assert list(report.left) == ["model.embed_tokens"]
+    assert "model.embed_tokens" in report.layers and not report.left
     move(model)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     loaded = plain(base, tmp_path)
@@ -123,18 +123,20 @@ EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]  # of one module
     ],
 )
 def test_beside_targeted_parameters(tmp_path, make, options):
-    """They have no start; their rank and s become those of all layers."""
+    """Those of experts have a start, others none; their rank and s become those of all layers."""
     base = make()
     options = {"target_modules": ["q_proj", "v_proj"]} | options
     model = adapted(base, **options)
     report = initialize(model, "loram")
-    assert report.left
+    matrices = [n for n in options.get("target_parameters", ()) if n.endswith(".weight")]
+    assert bool(report.left) == bool(matrices)
     move(model)
     model.save_pretrained(tmp_path)
     loaded = plain(base, tmp_path)
     assert close(logits(loaded), logits(model))
+    rank = 2 * max(linear_layers(model)[name].r["default"] for name in report.layers)
     for layer in linear_layers(loaded).values():
-        assert layer.r["default"] == 8 and layer.scaling["default"] == 1.0
+        assert layer.r["default"] == rank and layer.scaling["default"] == 1.0
     for name in ("default", "again"):
         other = adapted(base, **options)
         initialize(other, "pissa")
@@ -563,11 +565,12 @@ def test_folders_of_this_package(tmp_path):
 def test_what_this_package_does_not_know_stays_an_error(tmp_path):
     from lora_kernels import load_adapter
 
-    model = adapted(llama(), target_modules=["embed_tokens", "q_proj"])
+    base = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 4))
+    model = adapted(copy.deepcopy(base), target_modules=["0", "1"], r=2)
     initialize(model)
-    model.save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(ValueError, match=r"embedding.* not implemented"):
-        load_adapter(llama(), tmp_path)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"0: .* not read here, such as .* convolutions"):
+        load_adapter(base, tmp_path)
 
 
 def test_the_start_of_a_residual_base_is_a_plain_adapter(tmp_path):
@@ -613,17 +616,20 @@ def test_every_kind_of_layer_has_its_strength_in_b(tmp_path, method, bias):
     for name, tensor in ours.items():
         if "lora_" in name:
             assert torch.equal(tensor, theirs[name]), name
-    if bias:  # nothing but linear layers: lora_kernels reads it, too
-        import lora_kernels
+    import lora_kernels
 
-        plain_model = copy.deepcopy(base)
-        lora_kernels.load_adapter(plain_model, tmp_path)
-        layers = linear_layers(model)
-        for name, layer in layers.items():
-            adapter = plain_model.get_submodule(name).active()
+    plain_model = copy.deepcopy(base)
+    lora_kernels.load_adapter(plain_model, tmp_path)
+    for name, layer in linear_layers(model).items():
+        adapter = plain_model.get_submodule(name).active()
+        if "default" in layer.lora_embedding_A:
+            assert torch.equal(adapter.lora_A, layer.lora_embedding_A["default"])
+            assert torch.equal(adapter.lora_B, layer.lora_embedding_B["default"])
+            continue
+        assert torch.equal(adapter.lora_B, layer.lora_B["default"].weight)
+        if bias:
             assert torch.equal(adapter.lora_bias, layer.lora_B["default"].bias)
-            assert torch.equal(adapter.lora_B, layer.lora_B["default"].weight)
-        assert close(logits(plain_model.eval()), logits(model))
+    assert close(logits(plain_model.eval()), logits(model))
     again.save_pretrained(tmp_path / "again", save_embedding_layers=False)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / file).read_bytes() == (tmp_path / "again" / file).read_bytes()

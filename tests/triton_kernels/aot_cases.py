@@ -15,6 +15,8 @@ from lora_kernels.triton_kernels import (
     subtract_dst,
 )
 
+from . import aot_grouped
+
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SEED = torch.zeros((), dtype=torch.int64)
 RANKS = (16, 64, 128)
@@ -167,7 +169,7 @@ CASES = {
         overlapped,
         grads,
     )
-}
+} | aot_grouped.CASES
 WAIT = "griddepcontrol.wait"
 EXPECTS = {
     # Memory-bound: 16-byte accesses, several in flight.
@@ -191,4 +193,4 @@ EXPECTS = {
     "grads:reduce_three_kernel": {arch: ["ld.global.128"] for arch in (80, 90, 100)},
     "shrink:shrink_kernel": {80: ["mma.sync", "cp.async"], 90: ["wgmma", "cp.async"]},
     "shrink_dropped:shrink_kernel": {arch: ["cp.async"] for arch in (80, 90, 100)},
-}
+} | aot_grouped.EXPECTS

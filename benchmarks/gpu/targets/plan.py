@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from benchmarks.common.shapes import Shape
+from benchmarks.gpu.targets.experts import PEFT_CASE, QWEN3, Layer, Projection
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Plan:
     grid_ranks: tuple[int, ...] = (8, 16, 64, 128)
     decode_tokens: tuple[int, ...] = (1, 16, 64)
     decode_rank: int = 16
+    experts_layer: Layer = QWEN3
+    experts_stack: Projection = PEFT_CASE
+    experts_rank: int = 16
     decode_layers: int = 8  # together, their weights exceed any L2 cache
     rounds: int = 15
     grid_rounds: int = 5

@@ -9,6 +9,8 @@
 - decode: our forward compared with the bare layer's for few tokens, in a CUDA graph;
 - memory: the bare layer has W, x, dY, y and dX; ours also has A, B and their gradients in fp32, and
   z and dz in bf16. Workspaces of kernels are not included;
+- experts: the block of a mixture, × the same with frozen experts; and one parameter, of which PEFT
+  has 2.56 ms and 1.30 GB on an H100;
 - grid: no cell is expected to be slower than the fastest peer.
 """
 
@@ -36,6 +38,7 @@ from benchmarks.gpu.targets.costs import (
     model_bytes,
     pissa_costs,
 )
+from benchmarks.gpu.targets.expert_costs import expert_layer_costs, stack_bytes, stack_costs
 from benchmarks.gpu.targets.plan import Plan
 from benchmarks.gpu.timing import CLOCKS
 
@@ -111,6 +114,29 @@ def memory_line(plan: Plan) -> str:
     return f"memory, {where}, r = {plan.layer_cases[0][0]}"
 
 
+def experts_line(plan: Plan) -> str:
+    """The name of the target for the experts of a layer."""
+    layer = plan.experts_layer
+    sizes = f"{layer.experts} × {layer.hidden}, {layer.inner}, top-{layer.top_k}"
+    return f"experts, {layer.tokens} tokens, {sizes}, r = {layer.r}, {BOTH}"
+
+
+def stack_line(plan: Plan) -> str:
+    """The name of the target for one parameter of experts."""
+    return f"{_stack(plan)}, {BOTH}"
+
+
+def stack_memory_line(plan: Plan) -> str:
+    """The name of the target for its memory."""
+    return f"{_stack(plan)}, peak"
+
+
+def _stack(plan: Plan) -> str:
+    p = plan.experts_stack
+    shape = f"{p.experts} × {shape_name((p.n, p.k))}"
+    return f"experts' parameter, {p.size} rows, {shape}, r = {plan.experts_rank}"
+
+
 def lines(machine: Machine, plan: Plan) -> list[Line]:
     """All targets, in the order in which they are measured."""
     return [
@@ -119,6 +145,7 @@ def lines(machine: Machine, plan: Plan) -> list[Line]:
         *_layer(machine, plan),
         *_decode(machine, plan),
         Line(memory_line(plan), "≤", 1.02, "× bare", _memory(plan)),
+        *_experts(machine, plan),
         *(Line(grid_line(clock), "≤", 0, "cells", 0.0) for clock in CLOCKS),
     ]
 
@@ -182,6 +209,16 @@ def _decode(machine: Machine, plan: Plan) -> Iterator[Line]:
             floor = BF16 * shape[0] * shape[1] / machine.copy
             name = decode_line(plan, tokens, shape)
             yield Line(name, "≤", 1.15, "× bare", ours.total / bare.total, ours, floor)
+
+
+def _experts(machine: Machine, plan: Plan) -> Iterator[Line]:
+    ours, bare = expert_layer_costs(machine, plan.experts_layer)
+    yield Line(experts_line(plan), "≤", 1.2, "× bare", ours.total / bare.total, ours, bare.total)
+    p, r = plan.experts_stack, plan.experts_rank
+    ours, _ = stack_costs(machine, p, r)
+    floor = 2 * p.weight / machine.copy  # W is read forward and backward
+    yield Line(stack_line(plan), "≤", 1.3, "ms", 1e3 * ours.total, ours, floor)
+    yield Line(stack_memory_line(plan), "≤", 0.7, "GB", stack_bytes(p, r) / 1e9)
 
 
 def _memory(plan: Plan) -> float:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..._utils.checks import FLOATS, as_integer
-from ..._utils.peft_names import factor_key
 from ...layers.state import LayerState, svd_factors
 from ...model.config import AdapterState
-from .content import factors_of
 
 
 def truncated(state: AdapterState, r: int) -> AdapterState:
@@ -29,15 +27,16 @@ def truncated(state: AdapterState, r: int) -> AdapterState:
 @torch.no_grad()
 def _truncated(layer: LayerState, r: int) -> LayerState:
     right, left = layer.portable_factors()
-    if r < right.shape[0]:
+    if r < right.shape[-2]:
         right, left = svd_factors(right, left, r)
     return LayerState(
         right,
         left,
         1.0,
-        right.shape[0],
+        right.shape[-2],
         weight_norm=layer.weight_norm,
         lora_bias=layer.portable_bias(),
+        embedding=layer.embedding,
     )
 
 
@@ -66,31 +65,31 @@ def update_errors(
     errors, lost, total = {}, 0.0, 0.0
     for name, (right, left) in written.items():
         A, B = state.layers[name].portable_factors()
-        size, r = product_norm(A, B), A.shape[0]
-        if torch.equal(right[:r], A) and torch.equal(left[:, :r], B):  # the others are zeros
+        size, r = product_norm(A, B), A.shape[-2]
+        # All others are zeros.
+        if torch.equal(right[..., :r, :], A) and torch.equal(left[..., :r], B):
             missing = 0.0
         else:
             missing = product_norm(
-                torch.cat([A.double(), right.double()]),
-                torch.cat([B.double(), -left.double()], dim=1),
+                torch.cat([A.double(), right.double()], -2),
+                torch.cat([B.double(), -left.double()], -1),
             )
         errors[name] = missing / size if size else 0.0
         lost, total = lost + missing**2, total + size**2
     return errors, (lost / total) ** 0.5 if total else 0.0
 
 
-def balanced(tensors: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """A' and B' of these layers, by their names, with entries of equal size in each row of A' and
-    column of B'. The product has the same bits: the factors are powers of two. Small updates would
-    otherwise have entries that float16 cannot hold.
+def balanced(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A' and B' of these layers with entries of equal size in each row of A' and column of B'. The
+    product has the same bits: the factors are powers of two. Small updates would otherwise have
+    entries that float16 cannot hold.
     """
-    found: dict[str, Tensor] = {}
-    for name, (right, left) in factors_of(tensors, layers).items():
-        sizes = [f.double().norm(dim=d) / f.shape[d] ** 0.5 for f, d in ((right, 1), (left, 0))]
+    found = {}
+    for name, (right, left) in factors.items():
+        sizes = [f.double().norm(dim=d) / f.shape[d] ** 0.5 for f, d in ((right, -1), (left, -2))]
         powers = (0.5 * torch.log2(sizes[1] / sizes[0])).round().nan_to_num(0.0, 0.0, 0.0)
         scale = torch.exp2(powers).to(right.dtype)
-        keys = (factor_key(name, half) for half in "AB")
-        found |= dict(zip(keys, (right * scale[:, None], left / scale), strict=True))
+        found[name] = right * scale[..., None], left / scale[..., None, :]
     return found
 
 

@@ -24,8 +24,11 @@ from .content import (
     NATIVE_TYPE,
     factors_of,
     folder_content,
+    with_factors,
     with_recipe,
 )
+from .peft_format.experts.layouts import LAYOUTS
+from .peft_format.experts.writing import chosen_layout
 from .peft_format.reading import from_peft
 from .recipe import FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
 from .tensors import ChangedTensorsError, check_state, check_tensors, from_recipe
@@ -113,6 +116,7 @@ def write_adapter(
     dtype: torch.dtype | str | None = None,
     module_names: Collection[str] | None = None,
     fan_in_fan_out: bool = False,
+    experts: str = "auto",
 ) -> SavedAdapter:
     """Writes an adapter into a folder and replaces the one that is there. A killed process leaves
     the old one or the new one, complete. Other files in the folder stay.
@@ -132,14 +136,22 @@ def write_adapter(
         module_names: the names of all modules of the base. With them `target_modules` of the
             configuration can be endings ("q_proj") where those match exactly these layers.
         fan_in_fan_out: whether the layers are Conv1D, for PEFT's option of that name.
+        experts: how format="peft" stores the adapters of experts. "each": a pair of 2-D matrices
+            for each tensor of a checkpoint that has one for each expert; "stacked": a pair for all
+            experts of a parameter, as PEFT writes it from 0.19 on. "auto": as `save_adapter` chose,
+            or as the file had it that the adapter was read from. A projection that is not adapted
+            is written as zeros beside one that is.
 
     Raises:
-        ValueError: an unknown format or dtype, or tensors that are not finite, do not fit each
-            other or are too large for `dtype`; nothing is written then.
+        ValueError: an unknown format, dtype or layout of experts, "each" without the names of a
+            checkpoint, or tensors that are not finite, do not fit each other or are too large for
+            `dtype`; nothing is written then.
 
     """
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
+    if experts not in LAYOUTS:
+        raise unknown_name("experts", experts, LAYOUTS)
     for option, value in (("compress_to", compress_to), ("dtype", dtype)):
         if value is not None and format != PEFT:
             raise ValueError(f"{option} makes a plain adapter: it needs format='peft'")
@@ -147,21 +159,25 @@ def write_adapter(
     check_state(state)
     written = state if compress_to is None else truncated(state, compress_to)
     content = folder_content(
-        written, format, module_names=module_names, fan_in_fan_out=fan_in_fan_out
+        written,
+        format,
+        module_names=module_names,
+        fan_in_fan_out=fan_in_fan_out,
+        layout=chosen_layout(state, experts if format == PEFT else "auto"),
     )
     changed = [] if compress_to is None else ["truncated in rank"]
     if narrow is not None:
-        tensors = content.tensors
+        whole = content
         if narrow in HALF:
-            tensors = dict(tensors) | balanced(tensors, state.layers)
-        tensors = rounded(tensors, narrow)
+            whole = with_factors(content, balanced(factors_of(content, state.layers)))
+        tensors = rounded(whole.tensors, narrow)
         if tensors is not content.tensors:
             changed.append(f"rounded to {str(narrow).removeprefix('torch.')}")
             content = replace(content, tensors=tensors)
     folded: tuple[str, ...] = ()
     errors, error = None, None
     if changed:  # without a recipe: what it was truncated or rounded from cannot be recovered
-        errors, error = update_errors(state, factors_of(content.tensors, state.layers))
+        errors, error = update_errors(state, factors_of(content, state.layers))
     elif format == PEFT:
         content = with_recipe(content, state)
         folded = tuple(n for n, layer in state.layers.items() if layer.lora_R is not None)
@@ -190,7 +206,9 @@ def float_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterState:
+def read_adapter(
+    folder: str | Path, *, residual_base: bool = False, expert_order: str = "auto"
+) -> AdapterState:
     """Reads the adapter in a folder, on the CPU.
 
     An adapter that this package wrote is restored as it was trained, bit for bit: A, B, R and the
@@ -203,11 +221,17 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
         residual_base: whether the adapter may be one of a residual base, from which a start was
             subtracted: the start that `lora-kernels init` wrote, or PiSSA and the like of PEFT. It
             is read as a plain adapter of that base, and is wrong on the original one.
+        expert_order: of experts that PEFT stacks in one tensor, how the expert varies in the
+            columns of B: "fastest", as PEFT writes them; "slowest", as Unsloth did before September
+            2026; "auto", as the configuration says, else "fastest".
+
+    Experts that the file has as linear layers are read as such: `placed` joins them for a model
+    that has them in one parameter.
 
     Raises:
         FileNotFoundError: there is no adapter.
-        ValueError: a file is damaged or holds something else, an option is not implemented, or the
-            adapter is one of a residual base.
+        ValueError: a file is damaged or holds something else, an option is not implemented, the
+            adapter is one of a residual base, or the configuration denies `expert_order`.
 
     """
     folder = Path(folder)
@@ -228,7 +252,7 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
                 raise ValueError("its recipe is missing")
             if config is None:
                 raise ValueError(f"{ADAPTER_CONFIG} is missing beside it, which has the scaling")
-            return from_peft(config, tensors, residual_base)
+            return from_peft(config, tensors, residual_base, expert_order)
         if (recipe["format"] == NATIVE) != (file.name == NATIVE_FILE):
             raise ValueError(f"it was saved in the format {recipe['format']!r} and renamed")
         try:
@@ -237,7 +261,7 @@ def read_adapter(folder: str | Path, *, residual_base: bool = False) -> AdapterS
             if config is None:
                 raise
             warn_of_changed(file, error)
-            return from_peft(config, tensors, residual_base)
+            return from_peft(config, tensors, residual_base, expert_order)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
+from ...model.install import unwrapped
 from ...model.lora import replace_state
 from .folder import read_adapter
+from .peft_format.experts.placing import placed
 
 
 def hotswap_adapter(
@@ -16,6 +18,7 @@ def hotswap_adapter(
     adapter_name: str = "default",
     *,
     residual_base: bool = False,
+    expert_order: str = "auto",
 ) -> None:
     """Overwrites an adapter of the model by the one in a folder, in place.
 
@@ -27,6 +30,7 @@ def hotswap_adapter(
         folder: written by `save_adapter` or PEFT; an adapter of the same layers and ranks.
         adapter_name: the adapter to overwrite; active or not.
         residual_base: as for `load_adapter`.
+        expert_order: as for `load_adapter`.
 
     Raises:
         FileNotFoundError: there is no adapter in the folder.
@@ -36,4 +40,5 @@ def hotswap_adapter(
             The model is then unchanged.
 
     """
-    replace_state(model, read_adapter(folder, residual_base=residual_base), adapter_name)
+    state = read_adapter(folder, residual_base=residual_base, expert_order=expert_order)
+    replace_state(model, placed(state, unwrapped(model)), adapter_name)

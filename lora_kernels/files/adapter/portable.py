@@ -30,7 +30,9 @@ _LIMIT = 80_000_000
 
 
 def padded(factor: Tensor, r: int, dim: int) -> Tensor:
-    """The factor with zeros up to rank r; `dim` is that of the rank: 0 of A, 1 of B."""
+    """The factor with zeros up to rank r; `dim` is that of the rank: 0 of A, 1 of B, and −2 and −1
+    of those of experts too.
+    """
     missing = r - factor.shape[dim]
     if not missing:
         return factor
@@ -45,8 +47,8 @@ def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> di
 
     Args:
         layer: the recipe of the layer.
-        right: A' [k, in], with or without rows of zeros.
-        left: s·B' [out, k].
+        right: A' [k, in], with or without rows of zeros; of experts [E, k, in].
+        left: s·B' [out, k]; of experts [E, out, k].
 
     Raises:
         ValueError: the recipe is damaged, or they have a smaller rank than it says.
@@ -54,29 +56,29 @@ def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> di
     """
     numbers, r, start = layer_numbers(layer), layer["r"], layer.get("start")
     k = 2 * r if start else r
-    if right.shape[0] < k:
-        raise ValueError(f"lora_A has {right.shape[0]} rows, its recipe needs {k}")
+    if right.shape[-2] < k:
+        raise ValueError(f"lora_A has {right.shape[-2]} rows, its recipe needs {k}")
+    lora_A = right[..., :r, :].clone()
     if layer.get("svd"):  # all bits are in the recipe
-        found = {"lora_A": torch.zeros_like(right[:r]), "lora_B": torch.zeros_like(left[:, :r])}
+        found = {"lora_A": torch.zeros_like(lora_A), "lora_B": torch.zeros_like(left[..., :r])}
         if start == "kept":
             found |= {"start_A": found["lora_A"].clone(), "start_B": found["lora_B"].clone()}
         return found
-    lora_A = right[:r].clone()
-    left = unscaled(left[:, :k], numbers["scaling"])
+    left = unscaled(left[..., :k], numbers["scaling"])
     if not start:
         return {"lora_A": lora_A, "lora_B": left}
     if start == "dst":
         like = [
             factor.to(trained_dtype(layer, key) or factor.dtype)
-            for key, factor in (("lora_A", lora_A), ("lora_B", left[:, :r]))
+            for key, factor in (("lora_A", lora_A), ("lora_B", left[..., :r]))
         ]
         start_B = dst_start(like[0], like[1], numbers["beta"])[1].to(left.dtype)
-        return {"lora_A": lora_A, "lora_B": left[:, :r] + start_B}
-    start_B = left[:, r:].clone()
+        return {"lora_A": lora_A, "lora_B": left[..., :r] + start_B}
+    start_B = left[..., r:].clone()
     return {
         "lora_A": lora_A,
-        "lora_B": left[:, :r] + start_B,
-        "start_A": lora_A - right[r:k],
+        "lora_B": left[..., :r] + start_B,
+        "start_A": lora_A - right[..., r:k, :],
         "start_B": start_B,
     }
 
@@ -92,10 +94,11 @@ def portable_recipe(layer: LayerState, right: Tensor, left: Tensor) -> dict[str,
     """
     recipe = layer_to_dict(layer) | {"checksum": checksum(right, left)}
     plain, _ = layer.update_factors()
-    if not torch.equal(plain, right[: len(plain)]):
-        recipe["svd"] = len(plain)
+    k = plain.shape[-2]
+    if not torch.equal(plain, right[..., :k, :]):
+        recipe["svd"] = k
         if layer.lora_R is not None:
-            product = plain[: layer.r].to(layer.lora_A.dtype)
+            product = plain[..., : layer.r, :].to(layer.lora_A.dtype)
             layer = replace(layer, lora_A=product, lora_R=None)
     factors = trained_factors(recipe, right, left)
     bias = layer.portable_bias()

@@ -20,7 +20,7 @@ import torch
 from ..._utils.safetensors import DTYPES, read_layout
 from ...init import Initializer, get_initializer, initializer_names
 from ...layers.state import FACTORS, LayerState, widest
-from ...model.config import LoRAConfig
+from ...model.config import ExpertPart, LoRAConfig, StoredExperts
 from ..io.differences import changed
 
 METADATA = "lora_kernels"  # its key in the header
@@ -31,8 +31,12 @@ _VERSIONS = (1, VERSION)
 # subtracted (see lora_kernels.files.checkpoint.residual).
 PEFT, NATIVE, START = "peft", "native", "start"
 FORMATS = (PEFT, NATIVE)
+# Entries of the recipes of adapters of experts: what files have of them, and the tensors of this
+# file, of format "peft", that hold them.
+EXPERTS, TENSORS = "experts", "expert_tensors"
 _DTYPES = {str(d).removeprefix("torch."): d for d in DTYPES.values()}
 _NUMBERS = ("scaling", "lora_alpha", "beta", "weight_norm")
+_OF_EACH_EXPERT = ("beta", "weight_norm")
 
 
 def recipe_to_json(
@@ -119,9 +123,14 @@ def layer_numbers(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
     """
     numbers: dict[str, Any] = {}
+    experts = recipe.get("experts")
+    if experts is not None and (type(experts) is not int or experts < 1):
+        raise ValueError(f"experts is {experts!r}, not a positive whole number")
     for key in _NUMBERS:
         value = recipe.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if value is not None and experts is not None and key in _OF_EACH_EXPERT:
+            value = _list_of_numbers(key, value, experts)
+        elif value is not None and not _is_number(value):
             raise ValueError(f"{key} is {value!r}, not a number")
         numbers[key] = value
     for key in ("scaling", "lora_alpha"):
@@ -136,6 +145,19 @@ def layer_numbers(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if (recipe.get("start") == "dst") != (numbers["beta"] is not None):
         raise ValueError(f"beta is {numbers['beta']!r}, for the start {recipe.get('start')!r}")
     return numbers
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _list_of_numbers(key: str, values: Any, experts: int) -> torch.Tensor:
+    """The numbers of all experts, float64 [E]."""
+    if not isinstance(values, list) or not all(map(_is_number, values)):
+        raise ValueError(f"{key} is {values!r}, not a list of numbers")
+    if len(values) != experts:
+        raise ValueError(f"{key} has {len(values)} numbers for {experts} experts")
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) -> LayerState:
@@ -163,6 +185,7 @@ def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) ->
         residual=recipe["residual"],
         weight_norm=numbers["weight_norm"],
         lora_bias=factors.get("lora_bias"),
+        embedding=bool(recipe.get("embedding")),
     )
 
 
@@ -188,14 +211,63 @@ def config_from_dict(values: dict[str, Any]) -> LoRAConfig:
         raise ValueError(f"its configuration is damaged: {error}") from None
 
 
+def parts_to_json(parts: Mapping[str, tuple[ExpertPart, ...]]) -> dict[str, Any]:
+    """{layer: [[name, start, stop], ...]} of experts."""
+    return {name: [[p.name, p.start, p.stop] for p in own] for name, own in parts.items()}
+
+
+def parts_from_json(values: Any) -> dict[str, tuple[ExpertPart, ...]]:
+    """The inverse of `parts_to_json`.
+
+    Raises:
+        ValueError: it is damaged.
+
+    """
+    try:
+        found = {k: tuple(ExpertPart(*part) for part in own) for k, own in values.items()}
+        valid = all(
+            isinstance(p.name, str) and type(p.start) is type(p.stop) is int
+            for own in found.values()
+            for p in own
+        )
+    except (AttributeError, TypeError):
+        valid = False
+    if not valid:
+        raise ValueError("the names of its experts' tensors are damaged")
+    return found
+
+
+def experts_to_json(experts: Mapping[str, StoredExperts]) -> dict[str, Any]:
+    """Of each parameter of experts, what `StoredExperts` has of it."""
+    parts = parts_to_json({name: stored.parts for name, stored in experts.items()})
+    return {name: [stored.layout, parts[name]] for name, stored in experts.items()}
+
+
+def experts_from_json(values: Any) -> dict[str, StoredExperts]:
+    """The inverse of `experts_to_json`.
+
+    Raises:
+        ValueError: it is damaged.
+
+    """
+    try:
+        layouts = {name: layout for name, (layout, _) in values.items()}
+        parts = parts_from_json({name: own for name, (_, own) in values.items()})
+    except (AttributeError, TypeError):
+        raise ValueError("what it says of experts is damaged") from None
+    return {name: StoredExperts(parts[name], str(layouts[name])) for name in parts}
+
+
 def layer_to_dict(layer: LayerState) -> dict[str, Any]:
     """The recipe of a layer, the inverse of `layer_from_dict`."""
-    recipe = {key: getattr(layer, key) for key in _NUMBERS} | {
+    recipe = {key: _as_json(getattr(layer, key)) for key in _NUMBERS} | {
         "r": layer.r,
+        **({} if layer.experts is None else {"experts": layer.experts}),
         "residual": layer.residual,
         "start": "dst" if layer.beta is not None else "kept" if layer.changes_base else None,
         "R": layer.lora_R is not None,
         **({} if layer.lora_bias is None else {"bias": True}),
+        **({"embedding": True} if layer.embedding else {}),
     }
     factors = {key: factor for key in FACTORS if (factor := getattr(layer, key)) is not None}
     work = widest(*factors.values())
@@ -205,6 +277,11 @@ def layer_to_dict(layer: LayerState) -> dict[str, Any]:
         if factor.dtype != work
     }
     return recipe | ({"dtypes": dtypes} if dtypes else {})
+
+
+def _as_json(number: float | torch.Tensor | None) -> Any:
+    """The number, or a list of those of the experts."""
+    return number.tolist() if isinstance(number, torch.Tensor) else number
 
 
 def _initializer_to_json(value: Any) -> Any:

@@ -12,12 +12,17 @@ from torch import Tensor, nn
 
 from ..._utils.model_files import read_json
 from ..._utils.names import without_wrappers
+from ...experts.forward import SUFFIX
 from ...model.config import AdapterState
-from ...model.install import unwrapped
+from ...model.install import original_weight, unwrapped
 from ...model.lora import adapter_state, apply_state
 from ...model.report import LoRAReport
 from ...model.selection import input_embeddings, output_head
 from .folder import SavedAdapter, read_adapter, write_adapter
+from .peft_format.experts.layouts import EACH
+from .peft_format.experts.naming import is_converted_by_peft, stored_experts
+from .peft_format.experts.placing import placed
+from .peft_format.experts.writing import chosen_layout, expert_layers
 from .peft_format.loading import lost_in_peft
 
 
@@ -29,8 +34,15 @@ def save_adapter(
     format: str = "peft",
     compress_to: int | None = None,
     dtype: torch.dtype | str | None = None,
+    experts: str = "auto",
 ) -> SavedAdapter:
     """Writes an adapter of the model, by default the active one, as `write_adapter` does.
+
+    `experts` says how adapters of experts are stored that the model has in one parameter: "each", a
+    pair of 2-D matrices for each expert, by the names of the model's checkpoint; "stacked", as PEFT
+    does from 0.19 on; "auto", what this model's loaders read: "each" if its checkpoint has a tensor
+    for each expert and PEFT converts such adapters, else "stacked", also for models of which vLLM
+    reads nothing else.
 
     If the vocabulary was resized since the model was loaded, the embeddings are stored too, as PEFT
     stores them. Warnings name the layers that PEFT will not find in the folder, and the limit of
@@ -38,9 +50,13 @@ def save_adapter(
     """
     state = adapter_state(model, adapter_name)
     state.extra = _resized_embeddings(unwrapped(model), state) | state.extra
+    stacks = expert_layers(state)
+    if stacks:
+        state.experts = stored_experts(unwrapped(model))
     if format == "peft":
         _warn_of_second_names(unwrapped(model), state)
-        _warn_of_lost_layers(unwrapped(model), state)
+        layout = chosen_layout(state, experts) if stacks else ""
+        _warn_of_lost_layers(unwrapped(model), state, layout)
     if state.config.initializer.rewrites_base and any(
         layer.residual == "absorb" for layer in state.layers.values()
     ):
@@ -51,7 +67,9 @@ def save_adapter(
             stacklevel=2,
         )
     modules = {without_wrappers(n): m for n, m in unwrapped(model).named_modules() if n}
-    inside = tuple(f"{name}." for name in state.layers)  # modules that adapting has added
+    # Modules that adapting has added.
+    inside = (*(f"{name}." for name in state.layers), *(f"{name}{SUFFIX}" for name in stacks))
+    linear = [n for n, s in state.layers.items() if not s.embedding and n not in stacks]
     saved = write_adapter(
         folder,
         state,
@@ -59,7 +77,9 @@ def save_adapter(
         compress_to=compress_to,
         dtype=dtype,
         module_names=[name for name in modules if not name.startswith(inside)],
-        fan_in_fan_out=all(getattr(modules[n], "transposed", False) for n in state.layers),
+        fan_in_fan_out=bool(linear)
+        and all(getattr(modules[name], "transposed", False) for name in linear),
+        experts=experts,
     )
     if saved.warning:
         warnings.warn(saved.warning, stacklevel=2)
@@ -73,6 +93,7 @@ def load_adapter(
     adapter_name: str = "default",
     is_trainable: bool = True,
     residual_base: bool = False,
+    expert_order: str = "auto",
     progress: bool = True,
 ) -> LoRAReport:
     """Adds the adapter in a folder to the model.
@@ -86,6 +107,8 @@ def load_adapter(
             subtracted: the one that PEFT made for an adapter of "pissa", "olora", "corda",
             "lora_ga" or "loftq", or that `lora-kernels init` wrote. The adapter belongs to it and
             is wrong on the original model, and so is what `save_adapter` writes of it later.
+        expert_order: "slowest" for an adapter of experts that Unsloth wrote before September 2026
+            (see `read_adapter`).
         progress: whether a bar is shown, if standard error is a terminal.
 
     Returns:
@@ -96,7 +119,8 @@ def load_adapter(
             then.
 
     """
-    state = read_adapter(folder, residual_base=residual_base)
+    state = read_adapter(folder, residual_base=residual_base, expert_order=expert_order)
+    state = placed(state, unwrapped(model))
     return apply_state(
         model, state, adapter_name=adapter_name, is_trainable=is_trainable, progress=progress
     )
@@ -110,7 +134,7 @@ def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
         parent, _, key = name.rpartition(".")
         return modules[parent], key
 
-    first = {modules[name]: place(name) for name in state.layers}
+    first = {modules[name]: place(name) for name in state.layers if name in modules}
     missed = [n for n, module in modules.items() if place(n) != first.get(module, place(n))]
     if missed:
         warnings.warn(
@@ -120,9 +144,15 @@ def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
         )
 
 
-def _warn_of_lost_layers(model: nn.Module, state: AdapterState) -> None:
-    """Warns of layers that PEFT leaves bare when it loads the folder."""
-    lost = lost_in_peft(model, list(state.layers))
+def _warn_of_lost_layers(model: nn.Module, state: AdapterState, layout: str) -> None:
+    """Warns of layers that PEFT leaves bare when it loads the folder; `layout` is that of experts,
+    "" if there are none.
+    """
+    stacks = expert_layers(state)
+    lost = lost_in_peft(model, [name for name in state.layers if name not in stacks])
+    if layout == EACH and not is_converted_by_peft(model):
+        kind = type(model).__name__
+        lost |= dict.fromkeys(stacks, f"it does not read the pairs of each expert of {kind}")
     for reason in dict.fromkeys(lost.values()):
         names = [name for name, why in lost.items() if why == reason]
         warnings.warn(
@@ -142,10 +172,9 @@ def _resized_embeddings(model: Any, state: AdapterState) -> dict[str, Tensor]:
     names = {id(module): without_wrappers(name) for name, module in model.named_modules()}
     found = {}
     for module in (input_embeddings(model), output_head(model)):
-        name, weight = names.get(id(module)), getattr(module, "weight", None)
-        if name in state.layers or not isinstance(weight, Tensor):
-            continue
-        found[f"{name}.weight"] = weight.detach().to("cpu", copy=True)
+        weight = None if module is None else original_weight(module)
+        if weight is not None:
+            found[f"{names.get(id(module))}.weight"] = weight.to("cpu", copy=True).contiguous()
     return found
 
 

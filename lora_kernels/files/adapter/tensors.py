@@ -11,8 +11,9 @@ from torch import Tensor
 from ..._utils.checks import FLOATS
 from ..._utils.peft_names import ADAPTER_CONFIG
 from ...layers.state import FACTORS, LayerState
-from ...model.config import AdapterState, TokenRows
+from ...model.config import AdapterState, ExpertPart, TokenRows
 from .peft_format.biases import check_biases, split_biases
+from .peft_format.experts.layouts import from_pairs
 from .peft_format.reading import (
     DECISIVE,
     check_options,
@@ -23,7 +24,15 @@ from .peft_format.reading import (
 )
 from .peft_format.tokens import split_rows
 from .portable import checksum, trained_factors, unscaled
-from .recipe import PEFT, config_from_dict, layer_from_dict
+from .recipe import (
+    EXPERTS,
+    PEFT,
+    TENSORS,
+    config_from_dict,
+    experts_from_json,
+    layer_from_dict,
+    parts_from_json,
+)
 
 
 class ChangedTensorsError(ValueError):
@@ -34,8 +43,17 @@ def check_state(state: AdapterState) -> None:
     """Raises unless the adapter can be written and read again."""
     if not state.layers:
         raise ValueError("the adapter has no layers")
+    known = [name for name in state.layers if name in state.experts]
+    unclear = [name for name in known if state.experts[name].exchanged is not False]
+    if unclear:
+        raise ValueError(
+            f"whether A and B of the experts {unclear[0]!r} are exchanged, as PEFT before 0.19 "
+            "wrote them, only the model tells: give its folder (--base of lora-kernels convert)"
+        )
     for name, layer in state.layers.items():
-        _check_layer(name, layer, layer.r)
+        experts = len(layer.lora_A) if layer.lora_A.dim() > 2 else None
+        check_pair(name, layer.lora_A, layer.lora_B, experts is not None)
+        _check_layer(name, layer, layer.r, experts)
         for key in FACTORS:
             factor = getattr(layer, key)
             if factor is not None and not bool(factor.isfinite().all()):
@@ -91,20 +109,23 @@ def from_recipe(
     else:
         factors, extra = _split_native(recipe, tensors)
     layers = {}
+    known = experts_from_json(recipe.get(EXPERTS, {}))
     for name, layer in recipe["layers"].items():
         try:
             layers[name] = layer_from_dict(layer, factors[name])
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"the recipe of {name!r} is damaged: {error}") from None
-        _check_layer(name, layers[name], layer["r"])
+        _check_layer(name, layers[name], layer["r"], layer.get("experts"))
     if recipe["config"] is None:
         values = recipe["peft_config"] | recipe["rank_fields"]
         check_options(values)
-        adapted = config_from_peft(values, tuple(layers))
+        linear = tuple(name for name, layer in layers.items() if layer.experts is None)
+        parameters = tuple(name for name in layers if name not in linear)
+        adapted = config_from_peft(values, linear, parameters)
     else:
         adapted = config_from_dict(recipe["config"])
     repeated = replication(recipe.get("peft_config", recipe))
-    return AdapterState(adapted, layers, extra, recipe["base_model"], rows, repeated)
+    return AdapterState(adapted, layers, extra, recipe["base_model"], rows, repeated, known)
 
 
 def _split_rows(
@@ -147,21 +168,75 @@ def _split_peft(
     """The factors of each layer, without recomputable initial factors, and all other tensors."""
     if recipe.get("others"):
         raise ValueError(
-            f"{', '.join(recipe['others'])}: adapters of an embedding, a convolution or experts "
-            "are not implemented here; load it with PEFT"
+            f"{', '.join(recipe['others'])}: lora_kernels.peft has saved what is not read here, "
+            "such as the adapters of convolutions and experts, and of embeddings by versions that "
+            "gave these no start; load it with PEFT"
         )
     by_peft = recipe["config"] is None
     config = recipe["peft_config" if by_peft else "config"]
     saved = config.get("modules_to_save") or ()
     biases, tensors = split_biases(recipe["peft_config"], tensors)
-    pairs, extra = split_tensors(tensors, saved, recipe["layers"], by_peft)
+    parts = parts_from_json(recipe.get(TENSORS, {}))
+    pairs, extra = split_tensors(tensors, saved, _names_in_file(recipe, parts), by_peft)
+    pairs = _joined(recipe, parts, pairs)
     _check_names(recipe["layers"], pairs)
-    check_biases(biases, {name: len(left) for name, (_, left) in pairs.items()}, ())
+    check_biases(biases, {name: left.shape[-2] for name, (_, left) in pairs.items()}, ())
     factors = {
         name: layer_factors(recipe, name, *pairs[name], biases.get(name))
         for name in recipe["layers"]
     }
     return factors, extra
+
+
+def _names_in_file(
+    recipe: dict[str, Any], parts: Mapping[str, tuple[ExpertPart, ...]]
+) -> list[str]:
+    """The names of the layers in the file, which has several for the experts of one."""
+    names = [name for name in recipe["layers"] if name not in parts]
+    return [*names, *(own for name in parts for own in _of_experts(recipe, parts, name))]
+
+
+def _of_experts(
+    recipe: dict[str, Any], parts: Mapping[str, tuple[ExpertPart, ...]], name: str
+) -> list[str]:
+    """The names in the file of the tensors of one parameter of experts. One that is not adapted has
+    as many experts as those beside it.
+    """
+    module = name.rpartition(".")[0]
+    numbers = [
+        layer.get("experts")
+        for other, layer in recipe["layers"].items()
+        if other == name or other.rpartition(".")[0] == module
+    ]
+    number = next((n for n in numbers if type(n) is int), 1)
+    return [own for part in parts[name] for own in part.names(number)]
+
+
+def _joined(
+    recipe: dict[str, Any],
+    parts: Mapping[str, tuple[ExpertPart, ...]],
+    pairs: dict[str, tuple[Tensor, Tensor]],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The pairs of all layers, 3-D those of experts; without those of zeros that `to_peft` adds.
+
+    Raises:
+        ChangedTensorsError: they are not those that were saved.
+
+    """
+    found = dict(pairs)
+    for name in parts:
+        names = _of_experts(recipe, parts, name)
+        try:
+            own = {other: found.pop(other) for other in names}
+            if name in recipe["layers"]:
+                found[name] = from_pairs(own, parts[name], recipe["layers"][name]["experts"])
+        except KeyError as error:
+            raise ValueError(f"the tensors of {error} are missing") from None
+        except ValueError as error:
+            raise ChangedTensorsError(str(error)) from None
+        if name not in recipe["layers"] and any(bool(B.any()) for _, B in own.values()):
+            raise ChangedTensorsError(f"{name!r}, which was not adapted, has an update")
+    return found
 
 
 def layer_factors(
@@ -176,7 +251,7 @@ def layer_factors(
 
     """
     layer = recipe["layers"][name]
-    check_pair(name, lora_A, lora_B)
+    check_pair(name, lora_A, lora_B, layer.get("experts") is not None)
     if layer.get("checksum", found := checksum(lora_A, lora_B)) != found:
         raise ChangedTensorsError(f"lora_A or lora_B of {name!r} is not the one that was saved")
     split = _doubled_factors if recipe["version"] == 1 else trained_factors
@@ -236,17 +311,20 @@ def _check_names(recipe: Collection[str], stored: Collection[str]) -> None:
             raise ValueError(f"the {what} of {name!r} are missing")
 
 
-def _check_layer(name: str, layer: LayerState, r: int) -> None:
-    check_pair(name, layer.lora_A, layer.lora_B)
+def _check_layer(name: str, layer: LayerState, r: int, experts: int | None) -> None:
+    """Raises unless the tensors have these sizes; `experts` is None for a linear layer."""
+    check_pair(name, layer.lora_A, layer.lora_B, experts is not None)
     shapes = {"lora_A": layer.lora_A.shape, "lora_B": layer.lora_B.shape}
     expected: dict[str, tuple[int, ...]]
-    expected = {"lora_A": (r, shapes["lora_A"][1]), "lora_B": (shapes["lora_B"][0], r)}
+    first = () if experts is None else (experts,)
+    expected = {"lora_A": (*first, r, shapes["lora_A"][-1])}
+    expected["lora_B"] = (*first, shapes["lora_B"][-2], r)
     for key, like in (("start_A", "lora_A"), ("start_B", "lora_B"), ("lora_R", None)):
         factor = getattr(layer, key)
         if factor is not None:
             if factor.dtype not in FLOATS:
                 raise ValueError(f"{key} of {name!r} is {factor.dtype}, not a floating-point type")
-            shapes[key], expected[key] = factor.shape, expected[like] if like else (r, r)
+            shapes[key], expected[key] = factor.shape, expected[like] if like else (*first, r, r)
     if layer.lora_bias is not None:
         shapes["lora_bias"], expected["lora_bias"] = layer.lora_bias.shape, (len(layer.lora_B),)
     for key, shape in shapes.items():

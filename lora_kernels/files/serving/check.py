@@ -13,6 +13,7 @@ import torch
 
 from ..._utils.errors import did_you_mean
 from .engines import ENGINES
+from .engines.experts import judge_layouts
 from .engines.model import BaseModel, read_base
 from .engines.ollama import takes
 from .engines.verdict import (
@@ -223,7 +224,9 @@ def _verdict(adapter: StoredAdapter, base: BaseModel | None, engine: Engine) -> 
         rule = "it needs a folder of PEFT, with adapter_config.json and adapter_model.safetensors"
         remedy = "use diffusers, or save the adapter from PEFT"
     else:
-        return engine.judge(adapter, base)
+        verdict = engine.judge(adapter, base)
+        judge_layouts(verdict, adapter, base)
+        return verdict
     return Verdict([Refusal(rule, remedy)])
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 
 from ..._utils.errors import unknown_name
+from ...layers.state import LayerState
 from ...model.config import AdapterState
 from ..adapter.compression import truncated, update_errors
 from ..adapter.folder import SavedAdapter, float_dtype, read_adapter, write_adapter
+from ..adapter.peft_format.experts.naming import stored_experts
 from ..adapter.recipe import FORMATS
+from ..checkpoint.changes import check_experts, placed_in
 from ..checkpoint.folder import CONFIG, ModelFolder, check_outside
 from ..checkpoint.residual import refuse_residual, without_start
 from ..checkpoint.weights import is_embedding, is_head
@@ -33,6 +36,8 @@ def convert(
     start: Path | None = None,
     rename: tuple[str, str] | None = None,
     base: Path | None = None,
+    experts: str = "auto",
+    expert_order: str = "auto",
 ) -> SavedAdapter | GGUFSummary:
     """Reads the adapter of a folder and writes it elsewhere.
 
@@ -49,6 +54,10 @@ def convert(
         rename: the prefix of the layers' names, and the one that takes its place.
         base: the folder of the model, or for "gguf" its `config.json`; by default the base that
             the adapter names, if it is a folder here.
+        experts: how experts are stored, as `write_adapter`; with a base whose checkpoint has a
+            tensor for each expert, "each" is possible for every adapter.
+        expert_order: "slowest" for an adapter of experts that Unsloth wrote before September 2026,
+            as `read_adapter`.
 
     Warns if neither the adapter nor the start names a start that PEFT subtracts.
 
@@ -62,7 +71,7 @@ def convert(
     if format not in TARGETS:
         raise unknown_name("format", format, TARGETS)
     given = base is not None
-    state = read_adapter(adapter, residual_base=start is not None)
+    state = read_adapter(adapter, residual_base=start is not None, expert_order=expert_order)
     if start is not None:
         check_outside(start, out)  # every adapter of that residual base needs it
         state = without_start(state, adapter, start)
@@ -77,10 +86,12 @@ def convert(
     names, conv1d = None, False
     if base is not None:  # the configuration can name layers by their endings
         folder = ModelFolder(base)
+        state = _with_names(placed_in(folder, state), folder, trained=start is not None)
         names = folder.module_names
         if given and not state.replication:  # whose blocks have other names
             _check_base(state, folder)
-        conv1d = all(folder.is_transposed(name) for name in state.layers)
+        linear = [name for name, layer in state.layers.items() if _is_linear(layer)]
+        conv1d = bool(linear) and all(map(folder.is_transposed, linear))
     return write_adapter(
         out,
         state,
@@ -89,7 +100,25 @@ def convert(
         dtype=dtype,
         module_names=names,
         fan_in_fan_out=conv1d,
+        experts=experts,
     )
+
+
+def _is_linear(layer: LayerState) -> bool:
+    return not layer.embedding and layer.experts is None
+
+
+def _with_names(state: AdapterState, folder: ModelFolder, trained: bool) -> AdapterState:
+    """The adapter with the names that the base's checkpoint has for its experts. They keep the
+    layout of the adapter's file, unless it is what PEFT has `trained`, which is stacked.
+    """
+    if folder.architecture is None or all(map(_is_linear, state.layers.values())):
+        return state
+    known = stored_experts(folder.architecture.model)
+    for name, stored in state.experts.items():
+        if name in known and stored.layout and not trained:
+            known[name] = replace(known[name], layout=stored.layout)
+    return replace(state, experts=known)
 
 
 def _check_base(state: AdapterState, folder: ModelFolder) -> None:
@@ -98,6 +127,9 @@ def _check_base(state: AdapterState, folder: ModelFolder) -> None:
     wrong = ""
     for name, layer in state.layers.items():
         # transformers joins experts, and a vocabulary may have been resized for the training.
+        if layer.experts:
+            check_experts(folder, name, layer)
+            continue
         if ".experts." in name or is_head(name) or is_embedding(name):
             continue
         shape = (layer.lora_B.shape[0], layer.lora_A.shape[1])

@@ -132,6 +132,13 @@ def _check_extra(state: AdapterState) -> None:
             "which a GGUF adapter cannot hold: load it with load_adapter, merge it with "
             "merge_lora, and convert the model with llama.cpp's convert_hf_to_gguf.py"
         )
+    stacks = [name for name, layer in state.layers.items() if layer.experts is not None]
+    if stacks:
+        raise ValueError(
+            f"the adapter has experts ({stacks[0]} ...), which are not written to GGUF here: "
+            "llama.cpp's convert_lora_to_gguf.py converts the folder that lora-kernels convert "
+            "writes with --experts each; or merge the adapter into the model (lora-kernels merge)"
+        )
     if state.extra:
         names = ", ".join(list(state.extra)[:4]) + (" ..." if len(state.extra) > 4 else "")
         raise ValueError(

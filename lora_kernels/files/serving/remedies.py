@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..._utils.peft_names import READ, VARIANTS, base_changing_start
+from ..._utils.peft_names import READ, TARGET_PARAMETERS, VARIANTS, base_changing_start
+from ..adapter.peft_format.experts.reading import wrapped_parameters
 from .stored import LINEAR, StoredAdapter, plain_name
 
 _FORM = "writes the form that all engines read alike"
 GGUF = "lora-kernels convert ADAPTER OUT.gguf --to gguf --base BASE"
+TO_EACH = "lora-kernels convert ADAPTER OUT --experts each --base BASE"
+TO_STACKED = "lora-kernels convert ADAPTER OUT --experts stacked --base BASE"
+WHOLE = "lora-kernels convert ADAPTER OUT --base BASE, which adds factors of zeros for the others"
 OTHER_BASE = "use the base that the adapter was trained on"
 CONVERT_START = "lora-kernels convert ADAPTER OUT --start <the adapter saved before training>"
 SERVE_MADE_BASE = (
@@ -50,12 +54,15 @@ def start_remedy(start: str) -> str:
 
 
 def is_readable(adapter: StoredAdapter) -> bool:
-    """Whether `lora-kernels convert` reads this kind of adapter: LoRA of linear layers."""
+    """Whether `lora-kernels convert` reads the adapter: that of linear layers and experts."""
     config = adapter.config
-    linear = all(layer.kind == LINEAR and plain_name(name) == name
-                 for name, layer in adapter.layers.items())  # fmt: skip
-    strange = set(variants(config)) - set(READ)
-    return linear and not strange and not config.get("target_parameters")
+    linear = all(layer.kind == LINEAR for layer in adapter.layers.values())
+    nested = {name for name in adapter.layers if plain_name(name) != name}
+    targets = config.get(TARGET_PARAMETERS) or []
+    if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
+        return False
+    strange = nested - wrapped_parameters(config, adapter.layers).keys()
+    return linear and not strange and not set(variants(config)) - set(READ)
 
 
 def portable(adapter: StoredAdapter) -> str:
@@ -79,7 +86,14 @@ def is_gguf(adapter: StoredAdapter) -> bool:
     """Whether `lora-kernels convert --to gguf` takes the adapter, if the base has the layers."""
     extra = any(adapter.config.get(option) for option in READ)
     changed = changing_start(adapter.config) or adapter.is_start
-    return is_readable(adapter) and not adapter.others and not extra and not changed
+    experts = any(is_expert(name) for name in adapter.layers)
+    readable = is_readable(adapter) and not experts
+    return readable and not adapter.others and not extra and not changed
+
+
+def is_expert(name: str) -> bool:
+    """Whether the layer of that name is one of the experts of a mixture, or stands for all."""
+    return "experts" in name.split(".")
 
 
 def beginnings(name: str, matching: str | None) -> tuple[str, str] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..._utils.errors import did_you_mean
 from ..._utils.names import match_names
-from ...model.config import AdapterState, LoRAConfig
+from ...model.config import AdapterState, ExpertPart, LoRAConfig
 from ..adapter.peft_format.reading import saved_module
 from ..checkpoint.weights import is_all_linear
 
@@ -41,10 +41,19 @@ def renamed(state: AdapterState, old: str, new: str) -> AdapterState:
     layers = _moved(state.layers, old, new)
     extra, rows = _moved(state.extra, old, new), _moved(state.rows, old, new)
     names = dict(zip(state.layers, layers, strict=True))
-    config = _config(state.config, names, old, new)
+    stacks = {name: names[name] for name, layer in state.layers.items() if layer.experts}
+    config = _config(state.config, names, stacks, old, new)
     saved = _saved(state, old, new)
     config = replace(config, modules_to_save=saved)
-    return replace(state, layers=layers, extra=extra, rows=rows, config=config)
+    experts = {
+        name: replace(stored, parts=tuple(_moved_part(part, old, new) for part in stored.parts))
+        for name, stored in _moved(state.experts, old, new).items()
+    }
+    return replace(state, layers=layers, extra=extra, rows=rows, config=config, experts=experts)
+
+
+def _moved_part(part: ExpertPart, old: str, new: str) -> ExpertPart:
+    return replace(part, name=_move(part.name, old, new))
 
 
 def _prefix(prefix: str, option: str) -> str:
@@ -95,9 +104,11 @@ def _moved(named: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     return found
 
 
-def _config(config: LoRAConfig, names: Mapping[str, str], old: str, new: str) -> LoRAConfig:
+def _config(
+    config: LoRAConfig, names: Mapping[str, str], stacks: Mapping[str, str], old: str, new: str
+) -> LoRAConfig:
     """The configuration that means the same layers, by their new names in `names`, and gives them
-    the same r and lora_alpha.
+    the same r and lora_alpha. `stacks` are those of them that are parameters of experts.
 
     Endings and patterns stay if they still mean that, which most do; otherwise the layers' names
     take their place.
@@ -111,9 +122,14 @@ def _config(config: LoRAConfig, names: Mapping[str, str], old: str, new: str) ->
     if not isinstance(config.exclude_modules, str):
         fields["exclude_modules"] = _listed(config.exclude_modules, old, new)
     excluded = fields["exclude_modules"]
-    if not _mean(fields["target_modules"], names.values()) or isinstance(excluded, str):
+    linear = [now for name, now in names.items() if name not in stacks]
+    if not _mean(fields["target_modules"], linear) or isinstance(excluded, str):
         # A regular expression of the old names says nothing of the new ones.
-        fields |= {"target_modules": tuple(names.values()), "exclude_modules": None}
+        fields |= {"target_modules": tuple(linear), "exclude_modules": None}
+    if stacks:
+        fields["target_parameters"] = _listed(config.target_parameters, old, new)
+        if not _mean(fields["target_parameters"] or (), stacks.values()):
+            fields["target_parameters"] = tuple(stacks.values())
     moved = replace(config, **fields)
     if any(moved.layer_rank(now) != config.layer_rank(name) for name, now in names.items()):
         ranks = {now: config.layer_rank(name) for name, now in names.items()}
@@ -148,8 +164,8 @@ def _listed(values: Iterable[str] | None, old: str, new: str) -> tuple[str, ...]
 def _mean(targets: str | tuple[str, ...], names: Iterable[str]) -> bool:
     """Whether the targets match all these names, and each entry of a list one of them."""
     names = list(names)
-    if is_all_linear(targets):
-        return True
+    if is_all_linear(targets) or not targets:
+        return bool(targets) or not names
     try:
         return match_names(names, targets) == names
     except ValueError:

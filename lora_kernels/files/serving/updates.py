@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..._utils.names import pattern_matches
 from ..adapter.compression import product_norm
+from ..adapter.peft_format.experts.reading import targeted_parameters
 from .stored import PEFT, StoredAdapter, StoredLayer, plain_name
 
 _DEFAULT_R, _DEFAULT_ALPHA = 8, 8  # of PEFT's LoraConfig
@@ -169,12 +170,8 @@ def parameter_of(options: Mapping[str, Any], layer: StoredLayer) -> str | None:
         raise ValueError(f"target_parameters = {targets!r} is not a list of names")
     module = plain_name(layer.name)
     depth = (len(layer.name) - len(module)) // len(".base_layer")
-    own = [
-        target.rpartition(".")[2]
-        for target in targets
-        if f".{module}".endswith(f".{target.rpartition('.')[0]}")
-    ]
-    if sorted(own) in (["down_proj", "gate_up_proj"], []) and module.endswith(".experts"):
+    own = targeted_parameters(module, targets)
+    if not own and module.endswith(".experts"):
         own = ["gate_up_proj", "down_proj"]
     if not own or depth >= len(own):
         return None

@@ -17,10 +17,10 @@ _OPTIONS = (
 )
 
 
-class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):
-    """y = W[i] + s · Aᵀ[i] Bᵀ for tokens i, with W [V, D] frozen, and A [r, V] and B [D, r] trained:
-    the columns of Wᵀ + s·BA, where Wᵀ is a matrix [out = D, in = V]. Initial factors, R and the
-    residual are as for `LoRALinear`.
+class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # another `freeze`
+    """y = W[i] + s · Aᵀ[i] Bᵀ for tokens i; W [V, D] is frozen, A [r, V] and B [D, r] are trained.
+    These are columns of Wᵀ + s·BA, where Wᵀ is a matrix [out = D, in = V]. Initial factors, R and
+    the residual are as for `LoRALinear`.
 
     Only the rows that are looked up are read: a forward adds a product of rank r (2r if it
     subtracts initial factors), in float32 (float64 over a float64 base), also under autocast. A's
@@ -32,6 +32,7 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):
     update is multiplied too.
     """
 
+    weight: nn.Parameter
     transposed = True
     _class: type[nn.Embedding]
     _scale_form: str  # of `lookup_scale`
@@ -111,7 +112,7 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):
         """Raises ValueError if the weight has been given another number of rows."""
         found, known = self.matrix().shape[-1], lora_A.shape[-1]
         if lora_A.dim() == 2 and found != known:
-            raise ValueError(f"the embedding has {found} rows, {_RESIZED.format(known)}")
+            raise ValueError(f"this embedding has {found} rows, its adapter has {known}; {_RESIZE}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "num_embeddings" and vars(self).get(name, value) != value:
@@ -129,7 +130,8 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):
         elif weight is not None and len(weight) < known:
             lost = ". The removed rows are lost: load the model again"
         raise ValueError(
-            f"resizing the embedding to {size} rows: {_RESIZED.format(known)}{lost}"
+            f"this embedding cannot be resized to {size} rows: its adapter has {known}; "
+            f"{_RESIZE}{lost}"
         )
 
     def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Embedding:
@@ -148,10 +150,7 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):
         )
 
 
-_RESIZED = (
-    "and the adapter's lora_A has {}: unload_lora, resize_token_embeddings, and then add_lora or "
-    "load_adapter"
-)
+_RESIZE = "unload_lora, then resize_token_embeddings, then add_lora or load_adapter"
 
 
 def _copy_options(old: ForeignLayer, new: nn.Module) -> None:
@@ -174,5 +173,6 @@ def _without_autocast(like: Tensor) -> Any:
 
 def _plus_product(rows: Tensor, z: Tensor, left: Tensor) -> Tensor:
     """`rows` [..., D] + z [..., k] leftᵀ, with left [D, k]: summed in z's dtype, rounded once."""
-    flat = torch.addmm(rows.flatten(0, -2).to(z.dtype), z.flatten(0, -2), left.T)
-    return flat.view(rows.shape).to(rows.dtype)
+    flat = rows.reshape(-1, rows.shape[-1]).to(z.dtype)  # [n, D]
+    total = torch.addmm(flat, z.reshape(-1, z.shape[-1]), left.T)
+    return total.view(rows.shape).to(rows.dtype)

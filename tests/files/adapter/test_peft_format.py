@@ -61,7 +61,6 @@ NAMES = [n for n in initializer_names() if not get_initializer(n).rewrites_base]
 # What each field of PEFT's LoraConfig does to a trained adapter: (option, value, why it is refused)
 REFUSED = [
     ("use_dora", True, "DoRA"),
-    ("target_parameters", ["experts.weight"], "parameters"),
     ("alora_invocation_tokens", [3], "aLoRA"),
     ("use_qalora", True, "QA-LoRA"),
     ("megatron_config", {"a": 1}, "Megatron"),
@@ -92,7 +91,7 @@ IGNORED = {
 IMPLEMENTED = [
     *("r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias"),
     *("use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform"),
-    *("layers_pattern", "rank_pattern", "alpha_pattern", "task_type"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "task_type", "target_parameters"),
 ]
 
 
@@ -434,8 +433,6 @@ class TestFromPeft:
     @pytest.mark.parametrize(
         "key,kind",
         [
-            ("lora_embedding_A", "LoRA on an embedding"),
-            ("lora_embedding_B.default", "LoRA on an embedding"),
             ("lora_magnitude_vector", "DoRA"),
             ("lora_magnitude_vector.default.weight", "DoRA"),
             ("lora_B.bias", "a bias of lora_B"),
@@ -453,7 +450,17 @@ class TestFromPeft:
         tensors = safetensors.load_file(tmp_path / ADAPTER_FILE)
         tensors[f"base_model.model.a.q.{key}"] = torch.zeros(2)
         safetensors.save_file(tensors, tmp_path / ADAPTER_FILE)
-        match = f"'a.q.{key}' is not A or B of a linear layer: it belongs to {kind}"
+        match = f"'a.q.{key}' is not A or B of a linear layer or embedding: it belongs to {kind}"
+        with pytest.raises(ValueError, match=match):
+            read_adapter(tmp_path)
+
+    @pytest.mark.parametrize("key", ["lora_embedding_A", "lora_embedding_B.default"])
+    def test_factors_of_two_kinds(self, key, tmp_path):
+        write_plain(tmp_path)
+        tensors = safetensors.load_file(tmp_path / ADAPTER_FILE)
+        tensors[f"base_model.model.a.q.{key}"] = torch.zeros(2)
+        safetensors.save_file(tensors, tmp_path / ADAPTER_FILE)
+        match = "'a.q' has factors of a linear layer and of an embedding"
         with pytest.raises(ValueError, match=match):
             read_adapter(tmp_path)
 

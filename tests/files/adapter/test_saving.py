@@ -546,7 +546,7 @@ class TestBadFiles:
                 {"lora_A": torch.randn(3, 6), "lora_B": torch.randn(5, 3)},
                 "has rank 3, the configuration says 2: they belong to different adapters",
             ),
-            ({"lora_embedding_A": torch.randn(2, 6)}, "is not A or B of .*LoRA on an embedding"),
+            ({"lora_embedding_A": torch.randn(2, 6)}, "of a linear layer and of an embedding"),
             ({"lora_magnitude_vector": torch.randn(6)}, "it belongs to DoRA"),
             ({"lora_A": torch.full((2, 6), math.inf)}, "holds NaN or Inf"),
             ({"lora_A": torch.zeros(2, 6, dtype=torch.int8)}, "is torch.int8, not a floating"),

@@ -47,7 +47,7 @@ def with_starts(state: AdapterState) -> AdapterState:
 @torch.no_grad()
 def _cancels(layer: LayerState) -> bool:
     """Whether A = [A₁; A₂] and B = [B₁, B₂] have A₁ ≈ A₂ and B₁ ≈ −B₂, none of them zero."""
-    if layer.r % 2 or layer.changes_base or layer.lora_R is not None:
+    if layer.r % 2 or layer.changes_base or layer.lora_R is not None or layer.experts is not None:
         return False
     A1, A2 = layer.lora_A.double().chunk(2)
     B1, B2 = layer.lora_B.double().chunk(2, dim=1)

@@ -60,7 +60,11 @@ def _renamed(conversion: Any, model: nn.Module, layers: Sequence[str]) -> dict[s
     """The layers whose tensors PEFT gives another name while it reads them."""
     import peft
 
-    keys = {factor_key(name, "A"): name for name in layers}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    keys = {
+        factor_key(name, "A", embedding=isinstance(modules.get(name), nn.Embedding)): name
+        for name in layers
+    }
     tensors = {key: torch.empty(1, 1, device="meta") for key in keys}
     config = peft.LoraConfig(target_modules=list(layers))
     found = conversion.convert_peft_adapter_state_dict_for_transformers(

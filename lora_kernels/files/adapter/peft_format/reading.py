@@ -18,6 +18,7 @@ from ...._utils.checks import FLOATS
 from ...._utils.errors import unknown_name
 from ...._utils.names import without_wrappers
 from ...._utils.peft_names import (
+    ADAPTER_CONFIG,
     BIAS_OF_B,
     BIASES,
     GROUPS_OF_OPTIONS,
@@ -26,6 +27,7 @@ from ...._utils.peft_names import (
     PREFIX,
     READ,
     REPLICATION,
+    TARGET_PARAMETERS,
     TASK_HEADS,
     TASK_TYPES,
     TIE,
@@ -42,6 +44,7 @@ from ....layers.state import LayerState
 from ....model.config import AdapterState, LoRAConfig, Replication
 from .biases import check_biases, split_biases
 from .converted import with_starts
+from .experts.reading import unstacked_experts, wrapped_parameters
 from .tokens import split_rows
 
 # Options of `LoRAConfig` that PEFT's `LoraConfig` has with the same meaning.
@@ -56,9 +59,13 @@ _INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def from_peft(
-    values: Mapping[str, Any], tensors: Mapping[str, Tensor], residual_base: bool = False
+    values: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    residual_base: bool = False,
+    expert_order: str = "auto",
 ) -> AdapterState:
     """An adapter that PEFT wrote. `residual_base`: it may be one of a base that PEFT changed.
+    `expert_order`: as `column_order`.
 
     Raises:
         ValueError: an option is not implemented here, the adapter is one of a changed base, or
@@ -70,18 +77,29 @@ def from_peft(
     biases, others = split_biases(values, others)
     halves, extra = split_tensors(others, values.get("modules_to_save") or ())
     if not halves:
-        raise ValueError("it has no lora_A and lora_B of a linear layer")
-    config = config_from_peft(values, tuple(halves))
-    layers = {name: _layer(name, *pair, config) for name, pair in halves.items()}
+        raise ValueError("it has no lora_A and lora_B of a linear layer or embedding")
+    parameters = {
+        name: parameter
+        for name, parameter in wrapped_parameters(values, halves).items()
+        if not parameter.endswith(".weight")  # of a linear layer
+    }
+    linear = {name: pair for name, pair in halves.items() if name not in parameters}
+    config = config_from_peft(values, tuple(linear), tuple(parameters.values()))
+    pairs = {parameters[name]: halves[name] for name in halves if name in parameters}
+    ranks = {name: config.layer_rank(name) for name in pairs}
+    stacks, experts = unstacked_experts(values, pairs, ranks, expert_order)
+    layers = {name: _layer(name, *pair, config) for name, pair in (linear | stacks).items()}
+    for name in embeddings(tensors) & layers.keys():
+        layers[name].embedding = True
     if values.get(BIAS_OF_B):
-        check_biases(biases, {n: len(layer.lora_B) for n, layer in layers.items()}, layers)
+        check_biases(biases, {n: len(layers[n].lora_B) for n in linear}, linear)
     for name, bias in biases.items():
         layers[name].lora_bias = bias
     _check_saved(config, extra)
-    _warn_of_base(layers, extra)
-    config = _with_smaller_ranks(config, layers)
+    _warn_of_base([name for name, layer in layers.items() if not layer.embedding], extra)
+    config = with_own_ranks(config, layers)
     base_model = values.get("base_model_name_or_path")
-    state = AdapterState(config, layers, extra, base_model, rows, replication(values))
+    state = AdapterState(config, layers, extra, base_model, rows, replication(values), experts)
     changed = base_changing_start(values.get("init_lora_weights"))
     return state if changed else with_starts(state)
 
@@ -119,10 +137,10 @@ def _layer(name: str, lora_A: Tensor, lora_B: Tensor, config: LoRAConfig) -> Lay
     PEFT's starts by an SVD or a QR have at most min(out, in) rows, whatever r is; s is that of the
     configuration's r.
     """
-    check_pair(name, lora_A, lora_B)
+    check_pair(name, lora_A, lora_B, lora_A.dim() == 3)
     r, alpha = config.layer_rank(name), config.layer_alpha(name)
     scaling = lora_scaling(alpha, r, config.scaling_rule)
-    rows, full = lora_A.shape[0], min(lora_B.shape[0], lora_A.shape[1])
+    rows, full = lora_A.shape[-2], min(lora_B.shape[-2], lora_A.shape[-1])
     if rows == r:
         return LayerState(lora_A, lora_B, scaling, alpha)
     if rows != min(r, full):
@@ -132,34 +150,28 @@ def _layer(name: str, lora_A: Tensor, lora_B: Tensor, config: LoRAConfig) -> Lay
 
 
 def _other_rank(name: str, rows: int, r: int) -> ValueError:
-    """PEFT's `target_parameters` give all experts of a tensor one A [experts · r, in], and nest the
-    adapters of two tensors of a module as `experts.base_layer` and `experts`.
-    """
-    joined = (
-        "of experts whose weights are one tensor (PEFT's target_parameters, which the "
-        "configuration does not name)"
-    )
-    remedy = "which is not implemented here: load it with PEFT"
-    if name.rpartition(".")[2] in ("experts", "base_layer"):
-        return ValueError(
-            f"lora_A of {name!r} has {rows} rows, the configuration says r = {r}: it is an adapter "
-            f"{joined}, {remedy}"
-        )
+    """PEFT's `target_parameters` give all experts of a tensor one A [experts · r, in]."""
     several = rows > r and rows % r == 0
     return ValueError(
         f"lora_A of {name!r} has rank {rows}, the configuration says {r}: they belong to different "
         "adapters"
-        + (f", or it is one of {rows // r} experts in one tensor, {remedy}" if several else "")
+        + (
+            f", or it is one of {rows // r} experts in one tensor: write the name of the parameter "
+            f"into {TARGET_PARAMETERS} of {ADAPTER_CONFIG}, such as "
+            f"{[name.removesuffix('.base_layer').rpartition('.')[2] + '.down_proj']}"
+            if several
+            else ""
+        )
     )
 
 
-def _with_smaller_ranks(config: LoRAConfig, layers: Mapping[str, LayerState]) -> LoRAConfig:
-    """The configuration with the ranks of layers that have a smaller one than it says."""
-    smaller = {n: layer for n, layer in layers.items() if layer.r != config.layer_rank(n)}
-    if not smaller:
+def with_own_ranks(config: LoRAConfig, layers: Mapping[str, LayerState]) -> LoRAConfig:
+    """The configuration with the ranks of layers that have another one than it says."""
+    other = {n: layer for n, layer in layers.items() if layer.r != config.layer_rank(n)}
+    if not other:
         return config
-    ranks = {f"^{re.escape(name)}": layer.r for name, layer in smaller.items()}
-    alphas = {f"^{re.escape(name)}": layer.lora_alpha for name, layer in smaller.items()}
+    ranks = {f"^{re.escape(name)}": layer.r for name, layer in other.items()}
+    alphas = {f"^{re.escape(name)}": layer.lora_alpha for name, layer in other.items()}
     return dataclasses.replace(
         config,
         rank_pattern={**ranks, **config.rank_pattern},
@@ -187,6 +199,7 @@ def split_tensors(
 
     """
     halves: dict[str, dict[str, Tensor]] = {}
+    of_embedding: dict[str, bool] = {}
     others: dict[str, Tensor] = {}
     adapters: set[str | None] = set()
     for key, tensor in tensors.items():
@@ -199,6 +212,8 @@ def split_tensors(
         named = sorted(adapter for adapter in adapters if adapter)
         if len(named) > 1:
             raise ValueError(f"it has the tensors of {' and '.join(named)}: keep one adapter")
+        if of_embedding.setdefault(factor.layer, factor.embedding) != factor.embedding:
+            raise ValueError(f"{factor.layer!r} has factors of a linear layer and of an embedding")
         if factor.half in halves.setdefault(factor.layer, {}):
             raise ValueError(f"lora_{factor.half} of {factor.layer!r} exists twice")
         halves[factor.layer][factor.half] = tensor
@@ -209,6 +224,15 @@ def split_tensors(
     pairs = {name: (found["A"], found["B"]) for name, found in halves.items()}
     names = base_names(others, pairs, adapters, modules_to_save if by_peft else ())
     return pairs, _base_tensors(others, names, pairs, modules_to_save)
+
+
+def embeddings(tensors: Collection[str]) -> set[str]:
+    """The names in the base model of the embeddings whose A and B are among these tensors of
+    PEFT's.
+    """
+    names = (without_wrappers(key).removeprefix(PREFIX) for key in tensors)
+    factors = (as_factor(name) for name in names)
+    return {factor.layer for factor in factors if factor is not None and factor.embedding}
 
 
 def _is_of_layer(
@@ -237,8 +261,8 @@ def _base_tensors(
         variant = variant_of(name, layers)
         if variant and saved_module(name.rpartition(".")[0], modules_to_save) is None:
             raise ValueError(
-                f"{name!r} is not A or B of a linear layer: it belongs to {variant}, which is not "
-                "implemented here"
+                f"{name!r} is not A or B of a linear layer or embedding: it belongs to {variant}, "
+                "which is not implemented here"
             )
         base = names[name]
         if base is not None:
@@ -246,17 +270,23 @@ def _base_tensors(
     return found
 
 
-def check_pair(name: str, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Raises unless the two are A [r, in] and B [out, r], of floating-point numbers."""
+def check_pair(name: str, lora_A: Tensor, lora_B: Tensor, of_experts: bool = False) -> None:
+    """Raises unless the two are A [r, in] and B [out, r], of floating-point numbers; if
+    `of_experts`, [E, r, in] and [E, out, r].
+    """
     for half, factor in (("A", lora_A), ("B", lora_B)):
         if factor.dtype not in FLOATS:
             raise ValueError(
                 f"lora_{half} of {name!r} is {factor.dtype}, not a floating-point type"
             )
     shapes = f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} of {name!r}"
-    if lora_A.dim() != 2 or lora_B.dim() != 2:
-        raise ValueError(f"{shapes} are not those of a linear layer")
-    if lora_A.shape[0] != lora_B.shape[1] or 0 in (*lora_A.shape, *lora_B.shape):
+    if {lora_A.dim(), lora_B.dim()} != {3 if of_experts else 2}:
+        raise ValueError(
+            f"{shapes} are not those of {'experts' if of_experts else 'a linear layer'}"
+        )
+    if lora_A.shape[:-2] != lora_B.shape[:-2]:
+        raise ValueError(f"{shapes} are of different numbers of experts")
+    if lora_A.shape[-2] != lora_B.shape[-1] or 0 in (*lora_A.shape, *lora_B.shape):
         raise ValueError(f"{shapes} do not fit each other; expected [r, in] and [out, r]")
 
 
@@ -332,8 +362,10 @@ def _warn_of_unknown(values: Mapping[str, Any]) -> None:
         )
 
 
-def config_from_peft(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAConfig:
-    """Our configuration of a PEFT adapter that has layers of these names."""
+def config_from_peft(
+    values: Mapping[str, Any], names: tuple[str, ...], parameters: tuple[str, ...] = ()
+) -> LoRAConfig:
+    """Our configuration of a PEFT adapter that has layers and expert parameters of these names."""
     given = {key: values[key] for key in _SHARED if values.get(key) not in (None, [], {}, "")}
     if given.get("task_type") not in TASK_TYPES:
         given.pop("task_type", None)  # it has no effect
@@ -345,6 +377,8 @@ def config_from_peft(values: Mapping[str, Any], names: tuple[str, ...]) -> LoRAC
         if isinstance(given.get(key), list):
             given[key] = tuple(given[key])
     given.setdefault("target_modules", names)
+    if parameters:
+        given.setdefault(TARGET_PARAMETERS, parameters)
     given.setdefault("lora_alpha", 8)
     given["init_lora_weights"] = (
         "gaussian" if values.get("init_lora_weights") == "gaussian" else "lora"

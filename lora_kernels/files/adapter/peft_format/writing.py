@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...._utils.names import match_names
@@ -15,12 +16,22 @@ from ...._utils.peft_names import (
     BIAS_OF_B,
     PREFIX,
     REPLICATION,
+    TARGET_PARAMETERS,
     TASK_HEADS,
     TOKEN_INDICES,
     factor_key,
 )
 from ....model.config import AdapterState
 from ..portable import padded
+from .experts.layouts import STACKED, Pair, to_pairs
+from .experts.writing import (
+    Parts,
+    file_parts,
+    layout_of,
+    missing_projections,
+    target_modules,
+    target_parameters,
+)
 from .reading import saved_module
 from .tokens import rows_to_peft
 
@@ -31,6 +42,7 @@ def to_peft(
     fan_in_fan_out: bool = False,
     *,
     portable: bool = True,
+    layout: str = STACKED,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration, and the tensors in float32 or wider.
 
@@ -41,7 +53,8 @@ def to_peft(
         fan_in_fan_out: whether the layers are Conv1D. PEFT corrects a wrong value, with a warning.
         portable: whether B is multiplied by s, and all layers get one rank (see
             `lora_kernels.files.adapter.portable`). Otherwise the configuration has each layer's s
-            and rank, as an adapter needs that PEFT is to train.
+            and rank, as an adapter needs that PEFT is to train; experts are stacked then.
+        layout: that of experts, as `chosen_layout` says.
 
     """
     config = state.config
@@ -49,30 +62,36 @@ def to_peft(
         name: layer.portable_factors() if portable else layer.update_factors()
         for name, layer in state.layers.items()
     }
-    ranks = {name: right.shape[0] for name, (right, _) in pairs.items()}
+    ranks = {name: right.shape[-2] for name, (right, _) in pairs.items()}
     largest = max(ranks.values())
-    tensors = {}
-    for name, (right, left) in pairs.items():
-        if portable:
-            right, left = padded(right, largest, 0), padded(left, largest, 1)
-        tensors[factor_key(name, "A")] = right
-        tensors[factor_key(name, "B")] = left
+    parts = file_parts(state, layout if portable else STACKED, None if portable else {})
+    if portable:
+        pairs = {n: (padded(A, largest, -2), padded(B, largest, -1)) for n, (A, B) in pairs.items()}
+        pairs |= {n: pair for n, pair in _zeros(state, largest).items() if n in parts}
+    tensors = _tensors(state, pairs, parts)
     saved: dict[str, None] = {}  # the saved modules, in the order of their tensors
     for key, tensor in state.extra.items():
         owner, _, last = key.rpartition(".")
         module = saved_module(owner, config.modules_to_save or (), last != "bias")
         if module is not None:
             saved[module] = None
-        elif last == "bias" and owner in state.layers:
-            key = f"{owner}.base_layer.bias"
+        elif last in ("bias", "weight") and owner in state.layers:
+            key = f"{owner}.base_layer.{last}"
         tensors[PREFIX + key] = tensor
     biases = _biases(state, portable)
     tensors |= biases
     indices, rows = rows_to_peft(state.rows)
     tensors |= rows
-    if state.replication and not state.layers.keys() <= set(module_names or ()):
+    linear = [name for name in state.layers if name not in parts]
+    if state.replication and not set(linear) <= set(module_names or ()):
         module_names = None  # those of the base, without its repeated blocks
-    targets, excluded = exact_targets(list(state.layers), module_names, tuple(saved))
+    targets, excluded = exact_targets(linear, module_names, tuple(saved)) if linear else ([], None)
+    parameters: dict[str, Any] = {}
+    if parts and layout_of(parts) == STACKED:
+        known = None if module_names is None else [*state.experts, *parts]
+        parameters = {TARGET_PARAMETERS: target_parameters(list(parts), known)}
+    elif parts:
+        targets = [*targets, *(t for t in target_modules(parts) if t not in targets)]
     scalings = {name: layer.scaling for name, layer in state.layers.items()}
     return {
         "peft_type": "LORA",
@@ -86,12 +105,34 @@ def to_peft(
         "layers_pattern": None,
         "modules_to_save": list(saved) or None,
         "bias": config.bias,
-        "lora_dropout": config.lora_dropout,
+        # PEFT loads no adapter of experts with dropout.
+        "lora_dropout": 0.0 if parts and portable else config.lora_dropout,
         "fan_in_fan_out": fan_in_fan_out,
+        **parameters,
         **({TOKEN_INDICES: indices} if indices else {}),
         **({BIAS_OF_B: True} if biases else {}),
         **({REPLICATION: list(map(list, state.replication))} if state.replication else {}),
     }, tensors
+
+
+def _tensors(state: AdapterState, pairs: Mapping[str, Pair], parts: Parts) -> dict[str, Tensor]:
+    """A and B of all layers by PEFT's names, of which experts have several."""
+    tensors: dict[str, Tensor] = {}
+    for name, (right, left) in pairs.items():
+        embedding = name in state.layers and state.layers[name].embedding
+        own = to_pairs(right, left, parts[name]) if name in parts else {name: (right, left)}
+        for place, (A, B) in own.items():
+            tensors[factor_key(place, "A", embedding=embedding)] = A
+            tensors[factor_key(place, "B", embedding=embedding)] = B
+    return tensors
+
+
+def _zeros(state: AdapterState, r: int) -> dict[str, Pair]:
+    """A [E, r, in] and B [E, out, r] of the projections beside adapted ones."""
+    return {
+        name: (torch.zeros(experts, r, columns), torch.zeros(experts, out, r))
+        for name, (experts, out, columns) in missing_projections(state).items()
+    }
 
 
 def _biases(state: AdapterState, portable: bool) -> dict[str, Tensor]:
@@ -100,6 +141,8 @@ def _biases(state: AdapterState, portable: bool) -> dict[str, Tensor]:
         return {}
     biases = {}
     for name, layer in state.layers.items():
+        if layer.experts is not None:  # PEFT's layers of parameters have none
+            continue
         bias = layer.portable_bias() if portable else layer.lora_bias
         bias = layer.lora_B.new_zeros(len(layer.lora_B)) if bias is None else bias
         biases[f"{PREFIX}{name}.lora_B.bias"] = bias

@@ -12,7 +12,8 @@ import torch
 
 from ..remedies import GGUF, is_gguf, renaming_of
 from ..stored import StoredAdapter, StoredLayer, names_in_brief
-from ..updates import number, saved_modules
+from ..updates import number, rank_per_expert, saved_modules
+from .experts import refuse_incomplete, refuse_joined_experts
 from .model import MISSING, BaseModel
 from .verdict import (
     Applied,
@@ -21,7 +22,6 @@ from .verdict import (
     Verdict,
     fault_of,
     refuse_convolutions,
-    refuse_joined_experts,
     refuse_missing,
     refuse_shapes,
 )
@@ -37,14 +37,14 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     """What llama.cpp does with an adapter that its own script has converted."""
     config = adapter.config
     verdict = Verdict.of(adapter)
-    verdict.rank = max(layer.rank for layer in adapter.layers.values())
+    verdict.rank = max(rank_per_expert(adapter, layer) for layer in adapter.layers.values())
     refuse_missing(verdict, config, "lora_alpha")
-    _tensors(verdict, adapter)
+    _tensors(verdict, adapter, base)
     refuse_shapes(verdict, adapter, base)
     alpha = float(number(config, "lora_alpha", 8))
     fault, remedy = fault_of(adapter, base, _KNOWN)
     for name, layer in adapter.layers.items():
-        scale = alpha / layer.rank if alpha else 1.0
+        scale = alpha / rank_per_expert(adapter, layer) if alpha else 1.0
         applied = Applied(scale, torch.float32, fault=fault, remedy=remedy)
         verdict.layers[name] = _layer(layer, base, applied)
     _names(verdict, adapter, base)
@@ -62,7 +62,7 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     return verdict
 
 
-def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
+def _tensors(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
     strange = []
     for name in adapter.others:
         if ".base_layer.weight" in name:
@@ -84,7 +84,8 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
             f"{names_in_brief(named)}",
             verdict.portable,
         )
-    refuse_joined_experts(verdict, adapter, "tensor")
+    refuse_joined_experts(verdict, adapter, base, "tensor")
+    refuse_incomplete(verdict, adapter, base, "the script waits for the factors of all experts")
     refuse_convolutions(verdict, adapter)
     if adapter.config.get("fan_in_fan_out"):
         verdict.refuse(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..remedies import GGUF, is_gguf, renaming
 from ..stored import CONVOLUTION, EMBEDDING, StoredAdapter, StoredLayer, names_in_brief
+from ..updates import rank_per_expert
 from .model import BaseModel
 from .verdict import Applied, Engine, Factors, Verdict, fault_of, note_other_files, refuse_shapes
 
@@ -35,7 +36,7 @@ def takes(base: BaseModel | None) -> bool:
 def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     """What Ollama does with an adapter's folder."""
     verdict = Verdict.of(adapter)
-    verdict.rank = max(layer.rank for layer in adapter.layers.values())
+    verdict.rank = max(rank_per_expert(adapter, layer) for layer in adapter.layers.values())
     llama = base is None or any(name in _LLAMA for name in base.classes)
     rotated = llama and any(layer.last in _ROTATED for layer in adapter.layers.values())
     gguf = _gguf(verdict, adapter, base)
@@ -54,7 +55,7 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     refuse_shapes(verdict, adapter, base)
     fault, remedy = fault_of(adapter, base)
     for name, layer in adapter.layers.items():
-        scale = alpha / layer.rank if alpha else 1.0
+        scale = alpha / rank_per_expert(adapter, layer) if alpha else 1.0
         dtype = torch.bfloat16 if layer.left.entry.dtype == "BF16" else torch.float16
         change, wrong = _rotation(layer, base) if llama else (None, "")
         verdict.layers[name] = Applied(

@@ -20,6 +20,7 @@ from ...._utils.model_files import read_json
 from ..remedies import OTHER_BASE
 from ..stored import StoredAdapter, StoredLayer, names_in_brief
 from ..updates import experts_of, number
+from .experts import to_each
 from .model import MISSING, BaseModel
 from .verdict import (
     Applied,
@@ -29,7 +30,6 @@ from .verdict import (
     fault_of,
     note_other_files,
     refuse_convolutions,
-    refuse_joined_experts,
     refuse_missing,
     refuse_shapes,
 )
@@ -50,6 +50,11 @@ _TARGETS = {
     "unembed_tokens": "lm_head",
 }
 _EXPERT_WORDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+# Its loader knows the names of no module for them (pull requests 25528, 27381, not merged).
+_JOINED = (
+    "of experts in one tensor (target_parameters) no name is a module's: they are left out without "
+    "an error, unless the server has --lora-strict-loading"
+)
 _ADDED_TOKENS = "added_tokens.json"
 
 
@@ -68,7 +73,10 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     dtype = _dtype(base)
     for name, layer in adapter.layers.items():
         applied = Applied(scale, dtype, fault=fault, remedy=remedy)
-        verdict.layers[name] = _layer(verdict, layer, targets, base, applied)
+        if experts_of(adapter, layer) > 1:
+            verdict.layers[name] = Ignored(_JOINED, remedy=to_each(verdict, base))
+        else:
+            verdict.layers[name] = _layer(verdict, layer, targets, base, applied)
     _targeted(verdict, adapter, targets)
     _joined(verdict, adapter)
     _blocks(verdict, adapter, base)
@@ -153,7 +161,6 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
             f"not fit: {names_in_brief(strange)}",
             verdict.merge,
         )
-    refuse_joined_experts(verdict, adapter, "module")
     refuse_convolutions(verdict, adapter)
     down = [n for n, layer in adapter.layers.items() if layer.style != "lora_A"]
     if down:
@@ -213,6 +220,8 @@ def _targeted(verdict: Verdict, adapter: StoredAdapter, targets: set[str] | None
     for name, layer in adapter.layers.items():
         end = _EXPERT_WORDS.get(layer.last, layer.last)
         joined = name.removesuffix(layer.last) + _TARGETS.get(end, end)
+        if experts_of(adapter, layer) > 1:
+            continue
         if _BLOCK.search(name) and not any(target in joined for target in targets):
             strange.append(name)
     if strange:

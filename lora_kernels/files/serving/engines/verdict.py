@@ -24,7 +24,6 @@ from ..remedies import (
     variants,
 )
 from ..stored import CONVOLUTION, StoredAdapter, names_in_brief
-from ..updates import experts_of
 from .model import BaseModel
 
 Factors = tuple[Tensor, Tensor]
@@ -167,16 +166,6 @@ def refuse_convolutions(verdict: Verdict, adapter: StoredAdapter) -> None:
     found = [name for name, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
     if found:
         verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(found)}", verdict.merge)
-
-
-def refuse_joined_experts(verdict: Verdict, adapter: StoredAdapter, what: str) -> None:
-    """Refuses experts in one tensor, for an engine that looks for a `what` of each layer's name."""
-    found = [name for name, layer in adapter.layers.items() if experts_of(adapter, layer) > 1]
-    if found:
-        verdict.refuse(
-            f"experts in one tensor (target_parameters) match no {what}: {names_in_brief(found)}",
-            verdict.merge,
-        )
 
 
 def refuse_missing(verdict: Verdict, config: Mapping[str, Any], *options: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ...adapter.folder import VLLM_RANK, VLLM_RANKS, vllm_limit
-from ..remedies import OTHER_BASE, changing_start, start_remedy
+from ..remedies import OTHER_BASE, TO_EACH, TO_STACKED, WHOLE, changing_start, start_remedy
 from ..stored import EMBEDDING, StoredAdapter, StoredLayer, names_in_brief
 from ..updates import (
     experts_of,
@@ -27,6 +27,7 @@ from ..updates import (
     rank_per_expert,
     saved_modules,
 )
+from .experts import refuse_incomplete
 from .model import MISSING, TEXT, BaseModel
 from .verdict import (
     Applied,
@@ -211,8 +212,10 @@ def _unknown_names(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | N
 def _experts(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
     classes = set() if base is None else set(base.classes)
     split = any(re.search(r"\.experts\.\d+\.", name) for name in adapter.layers)
+    refuse_incomplete(verdict, adapter, base, "vLLM stacks the factors of all experts")
     if split and classes & set(_JOINED_EXPERTS):
         verdict.flags.append("--enable-mixed-moe-lora-format")
+        verdict.notes.append(f"without the option for a pair of each expert: {TO_STACKED}")
     joined = {n for n, layer in adapter.layers.items() if experts_of(adapter, layer) > 1}
     if not joined:
         return
@@ -223,18 +226,19 @@ def _experts(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -
         verdict.refuse(
             "of experts in one tensor, gate_up_proj and down_proj must both be adapted: "
             f"{names_in_brief(sorted(alone))}",
-            verdict.merge,
+            WHOLE,
         )
     if base is None:
         verdict.notes.append(
             "experts in one tensor are loaded for models that keep them so "
             f"({', '.join(_JOINED_EXPERTS)}); others need --enable-mixed-moe-lora-format and "
-            "is_3d_lora_weight in the request"
+            f"is_3d_lora_weight in the request, or {TO_EACH}"
         )
     elif not classes & set(_JOINED_EXPERTS):
         verdict.flags.append(
             "--enable-mixed-moe-lora-format (and is_3d_lora_weight in the request)"
         )
+        verdict.notes.append(f"without the option for experts in one tensor: {TO_EACH}")
 
 
 def _notes(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:

@@ -1,14 +1,14 @@
 """The portable form of a PEFT model's adapter (see `lora_kernels.files.adapter.portable`).
 
-All kinds of PEFT's layers take part, also those that have no start here: embeddings; convolutions,
-whose B is [out, r / g, 1, 1] with g groups, each of which takes r / g consecutive rows of A; and
-the experts of a mixture, whose rank r is a dimension of A [E·r, in], the expert slowest, and of
-B [out, r·E], the expert fastest.
+All kinds of PEFT's layers take part: linear layers and embeddings; the experts of a mixture, whose
+rank r is a dimension of A [E·r, in], the expert slowest, and of B [out, r·E], the expert fastest;
+and those that have no start here: matrices among `target_parameters`, and convolutions, whose B is
+[out, r / g, 1, 1] with g groups, each of which takes r / g consecutive rows of A.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,17 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from .._utils.peft_names import PREFIX
-from .._utils.safetensors import DTYPES, dtype_name
-from ..files.adapter.portable import padded, portable_recipe, unscaled, with_bits
-from ..files.adapter.recipe import layer_to_dict
-from ..files.io.differences import changed, difference
-from ..layers.options import lora_scaling
-from ..layers.state import LayerState, scaled
-from .layers import has_adapter
-from .variant import start_of
+from ..._utils.peft_names import PREFIX
+from ..._utils.safetensors import DTYPES, dtype_name
+from ...files.adapter.peft_format.experts.layouts import STACKED, stacked, unstacked
+from ...files.adapter.portable import padded, portable_recipe, unscaled, with_bits
+from ...files.adapter.recipe import EXPERTS, TENSORS, experts_to_json, parts_to_json
+from ...files.io.differences import changed, difference
+from ...layers.options import lora_scaling
+from ...layers.state import LayerState, scaled
+from ...model.config import ExpertPart, StoredExperts
+from ..layers import has_adapter, pattern_name
+from ..variant import start_of
 
 Parts = tuple[int, int]  # the numbers of experts and of groups
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -34,9 +36,10 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 @dataclass(frozen=True)
 class LayerFactors:
     """A and B of one layer: their names in the model's state_dict, and that of B's bias if there is
-    one; rank and s; the numbers of experts and groups; whether they are those of a linear layer;
-    and whether they are there whole, not as shards of DeepSpeed ZeRO-3 or FSDP, which are left as
-    they are.
+    one; rank and s; the numbers of experts and groups; whether they are matrices, as those of a
+    linear layer or embedding;
+    the name of the 3-D parameter if they are those of experts; and whether they are there whole,
+    not as shards of DeepSpeed ZeRO-3 or FSDP, which are left as they are.
     """
 
     name: str
@@ -48,26 +51,39 @@ class LayerFactors:
     lora_alpha: float
     parts: Parts
     linear: bool
+    parameter: str | None
     whole: bool
     start: tuple[Tensor, Tensor] | None
+    embedding: bool = False
 
     @property
     def keys(self) -> tuple[str, str, str]:
         """The names of A, B and the bias; "" if there is none."""
         return self.key_A, self.key_B, self.key_bias or ""
 
+    @property
+    def recipe_name(self) -> str:
+        """The layer's name in the recipe, where experts are called by their parameter."""
+        return self.parameter or self.name
+
     def state(self, tensors: Mapping[str, Tensor]) -> LayerState:
-        """The adapter of a linear layer, with the tensors of the state_dict."""
+        """The adapter of a linear layer or of experts, with the tensors of the state_dict."""
+        lora_A, lora_B = tensors[self.key_A].detach(), tensors[self.key_B].detach()
         start_A, start_B = self.start or (None, None)
+        if self.parameter is not None:
+            lora_A, lora_B = unstacked(lora_A, lora_B, self.parts[0])
+            if start_A is not None and start_B is not None:
+                start_A, start_B = unstacked(start_A, start_B, self.parts[0])
         return LayerState(
-            tensors[self.key_A].detach(),
-            tensors[self.key_B].detach(),
+            lora_A,
+            lora_B,
             self.scaling,
             self.lora_alpha,
             start_A=start_A,
             start_B=start_B,
             residual="implicit",
             lora_bias=None if self.key_bias is None else tensors[self.key_bias].detach(),
+            embedding=self.embedding,
         )
 
     @torch.no_grad()
@@ -75,7 +91,9 @@ class LayerFactors:
         """A' and s·B' of rank r, and s times the bias of B if there is one, by their names."""
         if not self.whole:
             return {key: tensors[key] for key in (self.key_A, self.key_B)}
-        if self.linear:
+        if self.parameter is not None:
+            right, left = stacked(*self.state(tensors).portable_factors())
+        elif self.linear:
             right, left = self.state(tensors).portable_factors()
         else:
             right, left = _wide(tensors[self.key_A]), scaled(tensors[self.key_B], self.scaling)
@@ -90,18 +108,17 @@ class LayerFactors:
     def recipe(
         self, tensors: Mapping[str, Tensor], written: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        """What `layer_from_dict`, or `trained` if the layer is not linear, needs of the layer.
-        `written` has what `portable` returned.
+        """What `layer_from_dict`, or `trained` if the layer is neither linear nor one of experts,
+        needs of the layer. `written` has what `portable` returned.
         """
-        if self.linear:
-            state = self.state(tensors)
-            if not self.whole:
-                return layer_to_dict(state)
-            return portable_recipe(state, written[self.key_A], written[self.key_B])
-        recipe: dict[str, Any]
-        recipe = {"r": self.r, "scaling": self.scaling, "parts": list(self.parts)}
-        if not self.whole:
+        recipe: dict[str, Any] = {"r": self.r, "scaling": self.scaling, "parts": list(self.parts)}
+        if not self.whole:  # nothing can read it
             return recipe
+        pair = written[self.key_A], written[self.key_B]
+        if self.parameter is not None:
+            pair = unstacked(*pair, self.parts[0])
+        if self.linear or self.parameter is not None:
+            return portable_recipe(self.state(tensors), *pair)
         wanted = {"lora_B": tensors[self.key_B].detach()}
         if self.key_bias is not None:
             wanted["lora_bias"] = tensors[self.key_bias].detach()
@@ -129,8 +146,11 @@ def layer_factors_of(
         base = layer.get_base_layer()
         groups = base.groups if isinstance(base, _CONVOLUTIONS) else 1
         r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
+        name, start = path.removeprefix(PREFIX), start_of(layer, adapter)
+        whole = is_whole(A) and is_whole(B)
+        stack = isinstance(layer, ParamWrapper) and (start or layer.get_param().dim() == 3)
         yield LayerFactors(
-            name=path.removeprefix(PREFIX),
+            name=name,
             key_A=key_A,
             key_B=key_B,
             key_bias=bias if bias in tensors else None,
@@ -138,17 +158,33 @@ def layer_factors_of(
             scaling=lora_scaling(alpha, r, rule),
             lora_alpha=alpha,
             parts=(experts, groups),
-            linear=not embedding
-            and A.dim() in (1, 2)  # a shard may be flat
-            and not isinstance(layer, ParamWrapper),
-            whole=is_whole(A) and is_whole(B),
-            start=None if embedding else start_of(layer, adapter),
+            # A shard may be flat.
+            linear=A.dim() in (1, 2) and not isinstance(layer, ParamWrapper),
+            parameter=pattern_name(name, layer) if stack and whole else None,
+            whole=whole,
+            start=start,
+            embedding=embedding,
         )
 
 
 def is_whole(factor: Tensor) -> bool:
     """Whether a factor is not a shard of DeepSpeed ZeRO-3 or FSDP."""
     return factor.dim() >= 2 and factor.numel() > 0
+
+
+def expert_entries(
+    pairs: Iterable[LayerFactors], written: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """The entries of a recipe that say which tensors of the file hold parameters of experts; none
+    if there are none. `written` has what `portable` returned.
+    """
+    parts = {
+        pair.parameter: (ExpertPart(pair.name, 0, len(written[pair.key_B])),)
+        for pair in pairs
+        if pair.parameter is not None
+    }
+    stored = {name: StoredExperts((), STACKED) for name in parts}
+    return {EXPERTS: experts_to_json(stored), TENSORS: parts_to_json(parts)} if parts else {}
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import nn
 
-from ...._utils.names import ALL_LINEAR
-from ....layers.kinds import is_conv1d
-from ..remedies import renaming
-from ..stored import LINEAR, StoredAdapter, plain_name
-from ..updates import parameter_of, saved_modules
-from .model import FOUND, RENAMED, SERVED, BaseModel
-from .verdict import Ignored, Verdict
+from ....._utils.names import ALL_LINEAR
+from .....layers.kinds import is_conv1d
+from ...remedies import renaming
+from ...stored import LINEAR, StoredAdapter, plain_name
+from ...updates import parameter_of, saved_modules
+from ..model import FOUND, RENAMED, SERVED, BaseModel
+from ..verdict import Ignored, Verdict
 
 # Where an output layer is that "all-linear" leaves out, if the base does not tell.
 _OUTPUTS = ("lm_head", "embed_out")

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from ...._utils.peft_names import PREFIX, TASK_HEADS, TOKEN_INDICES
-from ...adapter.peft_format.loading import lost_in_peft
-from ..remedies import CONVERT_START, SERVE_MADE_BASE, changing_start
-from ..stored import StoredAdapter, names_in_brief, plain_name
-from ..updates import experts_of, option_name, rank_of, saved_modules, scale_of
-from .model import FOUND, RENAMED, SERVED, BaseModel, Place
-from .selection import unselected
-from .verdict import (
+from ....._utils.peft_names import PREFIX, TASK_HEADS, TOKEN_INDICES
+from ....adapter.peft_format.loading import lost_in_peft
+from ...remedies import CONVERT_START, SERVE_MADE_BASE, changing_start
+from ...stored import StoredAdapter, names_in_brief, plain_name
+from ...updates import experts_of, option_name, rank_of, saved_modules, scale_of
+from ..experts import each_expert, left_bare_by_peft, refuse_doubled_rank
+from ..model import FOUND, RENAMED, SERVED, BaseModel, Place
+from ..verdict import (
     Applied,
     Engine,
     Fault,
@@ -30,6 +30,7 @@ from .verdict import (
     refuse_shapes,
     residual_fault,
 )
+from .selection import unselected
 
 # Starts that are computed from the weights alone, and so are made again in loading.
 _MADE_AGAIN = ("pissa", "olora", "loftq")
@@ -56,14 +57,18 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     refuse_shapes(verdict, adapter, base)
     places = _places(adapter, base)
     left_out = unselected(verdict, adapter, base)
-    lost = _lost(base, [name for name, place in places.items() if place.kind == FOUND])
+    bare = left_bare_by_peft(verdict, adapter, base)
+    refuse_doubled_rank(verdict, adapter, base)
+    experts = {name for own in each_expert(adapter, base).values() for name in own.names}
+    found = [name for name, place in places.items() if place.kind == FOUND]
+    lost = _lost(base, [name for name in found if name not in experts])
     for name, layer in adapter.layers.items():
         own = option_name(config, layer)
         verdict.rank = max(verdict.rank, rank_of(config, own))
         if base is not None and name in places and not _is_known(base, places[name], name):
             verdict.layers[name] = Ignored("no module has this name", places[name].name)
-        elif name in left_out:
-            verdict.layers[name] = left_out[name]
+        elif name in left_out or name in bare:
+            verdict.layers[name] = left_out.get(name) or bare[name]
         elif layer.adapter or not layer.prefixed or layer.style != "lora_A":
             verdict.layers[name] = Ignored(
                 "the names of its tensors must be those of save_pretrained, "

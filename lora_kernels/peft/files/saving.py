@@ -9,7 +9,6 @@ reads the other's files.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import warnings
@@ -23,25 +22,27 @@ import peft
 from peft.utils.warning import PeftWarning
 from torch import Tensor
 
-from .._utils.model_files import read_json
-from .._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX, factor_key
-from .._utils.safetensors import load_tensors, save_tensors
-from ..files.adapter.content import NATIVE_FILE, FolderContent
-from ..files.adapter.folder import beyond_vllm, read_files, warn_of_changed
-from ..files.adapter.peft_format.writing import exact_targets, portable_fields
-from ..files.adapter.portable import within_header
-from ..files.adapter.recipe import (
-    METADATA,
+from ..._utils.model_files import read_json
+from ..._utils.peft_names import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    PREFIX,
+    factor_key,
+)
+from ..._utils.safetensors import load_tensors
+from ...files.adapter.content import FolderContent
+from ...files.adapter.folder import beyond_vllm
+from ...files.adapter.peft_format.writing import exact_targets, portable_fields
+from ...files.adapter.portable import within_header
+from ...files.adapter.recipe import (
     PEFT,
-    layer_from_dict,
-    read_recipe,
-    recipe_from_json,
     recipe_to_json,
 )
-from ..files.adapter.tensors import ChangedTensorsError, check_unedited, layer_factors
-from .layers import adapters_with_start, initialized_adapters, lora_layers
-from .portable import LayerFactors, is_whole, layer_factors_of, trained
-from .variant import set_start, silently_loaded, start_of
+from ..experts.wrappers import rank_in
+from ..layers import adapters_with_start, has_adapter, initialized_adapters, lora_layers
+from ..variant import adapters_in, set_start, silently_loaded, start_of
+from .portable import LayerFactors, expert_entries, is_whole, layer_factors_of
+from .restoring import restored_folder
 
 # The options of the configuration that the portable form changes.
 _FIELDS = (
@@ -133,7 +134,7 @@ def load_adapter(
     folder = Path(model_id) / (kwargs.get("subfolder") or "")
     loaded, starts = _loaded(peft_model) - {adapter_name}, {}
     with TemporaryDirectory() as scratch, silently_loaded():
-        restored = _restored(folder, Path(scratch))
+        restored = restored_folder(peft_model, folder, Path(scratch))
         if restored is None:
             result = own(peft_model, model_id, adapter_name, *args, **kwargs)
         else:
@@ -143,7 +144,7 @@ def load_adapter(
     setattr(peft_model, _LOADED, loaded)
     # Where A and B were loaded without a start, the layer has dropped its own already.
     for name, layer in lora_layers(peft_model).items():
-        if name in starts and adapter_name in layer.lora_A:
+        if name in starts and has_adapter(layer, adapter_name):
             set_start(layer, adapter_name, *starts[name])
     return result
 
@@ -160,9 +161,10 @@ def _loaded(peft_model: peft.PeftModel) -> frozenset[str]:
     return loaded
 
 
-def _keys(name: str, adapter: str) -> tuple[str, str]:
+def _keys(name: str, adapter: str, embedding: bool) -> tuple[str, str]:
     """The names of A and B in the model's state_dict."""
-    return factor_key(name, "A", adapter), factor_key(name, "B", adapter)
+    key_A, key_B = (factor_key(name, half, adapter, embedding) for half in "AB")
+    return key_A, key_B
 
 
 def _check_state(peft_model: peft.PeftModel, adapter: str, state: Mapping[str, Tensor]) -> None:
@@ -175,17 +177,17 @@ def _check_state(peft_model: peft.PeftModel, adapter: str, state: Mapping[str, T
     """
     empty = []
     for name, layer in lora_layers(peft_model).items():
-        if adapter not in layer.lora_A:
+        if not has_adapter(layer, adapter):
             continue
-        keys = _keys(name, adapter)
+        keys = _keys(name, adapter, adapter in layer.lora_embedding_A)
         started = start_of(layer, adapter) is not None
         if started and (missing := set(keys) - state.keys()):
             raise ValueError(f"state_dict lacks {min(missing)!r}")
         if not all(is_whole(state[key]) for key in keys if key in state):
             empty.append(name)
-        elif started and len(state[keys[0]]) != layer.r[adapter]:
+        elif started and (r := rank_in(layer, state[keys[0]])) != layer.r[adapter]:
             raise ValueError(
-                f"lora_A of {name!r} has rank {len(state[keys[0]])}, but {layer.r[adapter]} in the "
+                f"lora_A of {name!r} has rank {r}, but {layer.r[adapter]} in the "
                 "configuration: PEFT's hot-swapping changed it; save the adapter before, or copy "
                 "the folder that was swapped in"
             )
@@ -207,7 +209,7 @@ def _portable_state(
     starts = {
         f"{PREFIX}{name}.{part}.{adapter}"
         for name, layer in lora_layers(peft_model).items()
-        for adapter in layer.lora_A
+        for adapter in adapters_in(layer)
         if start_of(layer, adapter) is not None
         for part in ("lora_start_A", "lora_start_B")
     }
@@ -264,83 +266,20 @@ def _publish(
     """
     tensors, _ = load_tensors(written / ADAPTER_FILE)
     config = read_json(written / ADAPTER_CONFIG)
-    recipes = within_header({pair.name: pair.recipe(state, changed) for pair in pairs})
+    recipes = within_header({pair.recipe_name: pair.recipe(state, changed) for pair in pairs})
+    others = {pair.recipe_name for pair in pairs if not pair.linear and pair.parameter is None}
     recipe = recipe_to_json(
-        {pair.name: recipes[pair.name] for pair in pairs if pair.linear},
+        {name: recipes[name] for name in recipes if name not in others},
         PEFT,
         None,
         config.get("base_model_name_or_path"),
         peft_config=config,
         rank_fields=fields,
-        others={pair.name: recipes[pair.name] for pair in pairs if not pair.linear},
+        others={name: recipes[name] for name in others},
+        **expert_entries(pairs, changed),
     )
     content = FolderContent(ADAPTER_FILE, config, tensors, recipe)
     content.write(folder, (ADAPTER_CONFIG, ADAPTER_FILE))
     warning = beyond_vllm(config["r"])
     if warning:
         warnings.warn(warning, stacklevel=5)
-
-
-def _restored(folder: Path, scratch: Path) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """Writes the adapter that was trained into `scratch`, as PEFT does; returns the starts. None if
-    PEFT can read the folder itself: it has no recipe, that of a start, or that of other tensors.
-    """
-    file = folder / ADAPTER_FILE
-    if (folder / NATIVE_FILE).is_file() and not file.is_file():
-        raise ValueError(
-            f"{folder} has save_adapter's format='native', which lora_kernels.load_adapter reads; "
-            "for PEFT save it with format='peft'"
-        )
-    recipe = read_recipe(file)
-    if recipe is None or recipe["format"] != PEFT:
-        return None
-    # All files at once: another process may be saving into the folder.
-    config, _, tensors, metadata = read_files(folder)
-    if METADATA not in metadata:  # PEFT itself has just written it
-        return None
-    try:
-        recipe = recipe_from_json(metadata[METADATA])
-        check_unedited(recipe, config)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    try:
-        starts = _restore(tensors, recipe)
-    except ChangedTensorsError as error:
-        warn_of_changed(file, error)
-        return None
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{folder}: the recipe does not fit its tensors: {error}") from None
-    values = (config or recipe["peft_config"]) | recipe["rank_fields"]
-    (scratch / ADAPTER_CONFIG).write_text(json.dumps(values))
-    save_tensors(tensors, scratch / ADAPTER_FILE, {})
-    return starts
-
-
-def _restore(
-    tensors: dict[str, Tensor], recipe: dict[str, Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Replaces the tensors of a file by those that were trained; returns the starts."""
-    starts = {}
-    for name, layer in recipe["layers"].items():
-        key_A, key_B, key_bias = _stored_keys(name, tensors)
-        factors = layer_factors(recipe, name, tensors[key_A], tensors[key_B], tensors.get(key_bias))
-        state = layer_from_dict(layer, factors)
-        start = state.start_factors()
-        if start is not None:
-            starts[name] = start
-        tensors[key_A], tensors[key_B] = state.lora_A, state.lora_B
-        if state.lora_bias is not None:
-            tensors[key_bias] = state.lora_bias
-    for name, other in recipe.get("others", {}).items():
-        keys = _stored_keys(name, tensors)
-        parts = trained(other, *(tensors.get(key) for key in keys))
-        tensors |= dict(zip(keys, parts.values(), strict=False))
-    return starts
-
-
-def _stored_keys(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str, str]:
-    """The names of a layer's A, B and bias of B in a file, which may lack the bias."""
-    key_A, key_B = (factor_key(name, half) for half in "AB")
-    if key_A not in tensors:
-        key_A, key_B = (f"{PREFIX}{name}.lora_embedding_{half}" for half in "AB")
-    return key_A, key_B, f"{PREFIX}{name}.lora_B.bias"

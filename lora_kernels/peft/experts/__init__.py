@@ -1,0 +1,1 @@
+"""PEFT's adapters of experts (`target_parameters`), as stacks and in our operator's forward."""

@@ -16,7 +16,6 @@ from .files.adapter.hotswap import hotswap_adapter
 from .files.adapter.saving import load_adapter, save_adapter
 from .layers.linear import LoRALinear
 from .model.config import LoRAConfig
-from .model.expert_rank import with_expert_rank
 from .model.lora import (
     adapter_names,
     add_lora,
@@ -26,6 +25,7 @@ from .model.lora import (
     set_adapter,
     unload_lora,
 )
+from .model.selection.expert_rank import with_expert_rank
 from .ops import svd
 from .training import magnitude, optim, rescaling, trainer
 from .training.gradients import capture_gradients

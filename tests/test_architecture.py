@@ -24,7 +24,7 @@ FLOORS = (
     ("ops",),
     ("init",),
     ("layers",),
-    ("experts",),
+    ("model.experts",),
     ("model",),
     ("files.io", "training"),
     ("files.adapter",),

@@ -26,9 +26,11 @@ from benchmarks.common.harness import Timing, dtype_name, environment, interleav
 from benchmarks.common.memory import PeakGrowth
 from benchmarks.common.report import RESULTS, print_timings, write_csv
 from lora_kernels import LoRAConfig, add_lora
-from lora_kernels.experts import forward as experts_forward
+from lora_kernels.model.experts import forward as experts_forward
+from lora_kernels.peft import accelerate
 
 BARE, PEFT = "transformers' experts, frozen", "PEFT target_parameters"
+ACCELERATED = "PEFT, accelerated"
 OURS, PRODUCTS = "LoRAExperts", "LoRAExperts, one operator a product"
 MEMORY = ("kept_mib", "kept_ratio", "peak_mib", "peak_ratio")
 NAMES = ["experts.gate_up_proj", "experts.down_proj"]
@@ -90,11 +92,16 @@ def variants(size: Size, dtype: torch.dtype, r: int) -> dict[str, nn.Module]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(model_of(size, dtype), theirs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fused = peft.get_peft_model(model_of(size, dtype), theirs)
+    accelerate(fused)
     return {
         BARE: model_of(size, dtype).experts,
         OURS: ours(),
         PRODUCTS: ours(),
         PEFT: wrapped.base_model.model.experts,
+        ACCELERATED: fused.base_model.model.experts,
     }
 
 
@@ -188,7 +195,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--sizes", type=int, nargs="+", default=range(len(SIZES)))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--csv", type=Path, default=RESULTS / "experts.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV file")
     return parser.parse_args(argv)
 
 
@@ -220,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     )
             for row in kept:
                 console.print({k: v if isinstance(v, str) else round(v, 2) for k, v in row.items()})
-    write_csv(arguments.csv, rows)
+    write_csv(arguments.out / "experts.csv", rows)
     return 0
 
 

@@ -191,10 +191,27 @@ void subtract_dst_(
   subtract_dst({{weight, value, rank, {global_rows, global_cols, row_offset, col_offset}}}, tables);
 }
 
+// Each weight is a whole one. All are divided into one set of tasks, with one table of sines.
+void subtract_dst_foreach_(at::TensorList weights, const at::Tensor& coefficients, int64_t rank) {
+  const auto values = coefficients.to(at::kDouble).contiguous();
+  std::vector<DstSubtraction> jobs;
+  jobs.reserve(weights.size());
+  for (size_t k = 0; k < weights.size(); ++k) {
+    const double value = values.data_ptr<double>()[k];
+    TORCH_CHECK_VALUE(
+        std::isfinite(value), "subtract_dst_foreach_: coefficient ", k, " is ", value,
+        "; nothing was changed");
+    jobs.push_back({weights[k], value, rank, {weights[k].size(0), weights[k].size(1), 0, 0}});
+  }
+  SineTables tables;
+  subtract_dst(jobs, tables);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora, CPU, m) {
   m.impl("_subtract_dst_", subtract_dst_);
+  m.impl("_subtract_dst_foreach_", subtract_dst_foreach_);
 }
 
 }  // namespace lora

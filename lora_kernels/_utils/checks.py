@@ -83,7 +83,10 @@ def check_finite(value: float, name: str) -> None:
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether all values are finite, without a mask as large as the tensor."""
-    return not tensor.numel() or bool(torch.linalg.vector_norm(tensor, torch.inf).isfinite())
+    # A sum is five times as fast; it may overflow.
+    if not tensor.numel() or bool(tensor.sum().isfinite()):
+        return True
+    return bool(torch.linalg.vector_norm(tensor, torch.inf).isfinite())
 
 
 def check_number(value: object, name: str) -> None:

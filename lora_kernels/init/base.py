@@ -9,7 +9,14 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from .._utils.errors import unknown_name
-from .start import Start, StartRequest, check_residual_fits, checked, subtract_start_
+from .start import (
+    Start,
+    StartRequest,
+    check_residual_fits,
+    checked,
+    subtract_start_,
+    subtract_starts_,
+)
 
 
 class Initializer:
@@ -96,6 +103,14 @@ class Initializer:
     def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
         """Make the base that goes with a start of `weight`, in place: weight − scaling · B₀A₀."""
         subtract_start_(weight, start, scaling)
+
+    def take_out_each_(self, weights: Sequence[Tensor], start: Start, scaling: float) -> None:
+        """`take_out_` for experts, whose starts are one `Start.stacked`."""
+        if type(self).take_out_ is Initializer.take_out_:
+            subtract_starts_(weights, start, scaling)
+        else:
+            for e, weight in enumerate(weights):
+                self.take_out_(weight, start.expert(e), scaling)
 
 
 def refuse_implicit(initializer: Initializer, residual: str) -> None:

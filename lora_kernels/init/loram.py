@@ -212,13 +212,16 @@ def _dst_starts(first: StartRequest, betas: Tensor, squares: Tensor) -> list[Sta
         torch.ops.lora.dst_basis(size, first.r, dtype=torch.float64, device=device)
         for size in (rows, cols)
     )
-    starts = []
-    for beta, square in zip(betas, squares, strict=True):
-        # [r, m], [n, r]
-        lora_A, lora_B = (right.T * beta).to(first.factor_dtype), (left * beta)
-        lora_A = lora_A.contiguous()
-        starts.append(Start(lora_A, lora_B.to(first.factor_dtype), beta, weight_norm=square.sqrt()))
-    return starts
+    right = right.T.contiguous()  # [r, m]
+    return [
+        Start(
+            (right * beta).to(first.factor_dtype),
+            (left * beta).to(first.factor_dtype),
+            beta,
+            weight_norm=square.sqrt(),
+        )
+        for beta, square in zip(betas, squares, strict=True)
+    ]
 
 
 def _check_magnitude(squares: float, name: str) -> None:

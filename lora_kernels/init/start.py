@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._utils.checks import factor_dtype
+from .._utils.checks import all_finite, factor_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +151,51 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
     )
 
 
+def checked_stack(starts: Sequence[Start], weights: Sequence[Tensor], r: int) -> Start:
+    """The starts of experts as one, whose factors are copies in the dtype that goes with `weights`.
+
+    Raises:
+        ValueError: as `checked`, with the number of the expert.
+
+    """
+    dtype, device = factor_dtype(weights[0].dtype), weights[0].device
+    stack = Start.stacked(starts) if _alike(starts) else None
+    rows, cols = weights[0].shape
+    shapes = {"lora_A": (r, cols), "lora_B": (rows, r), "lora_R": (r, r)}
+    factors = [(getattr(stack, name), shape) for name, shape in shapes.items()] if stack else []
+    fits = all(
+        factor.shape[1:] == shape and (factor.is_meta or all_finite(factor))
+        for factor, shape in factors
+        if factor is not None
+    )
+    if stack is None or not fits:
+        for e, (start, weight) in enumerate(zip(starts, weights, strict=True)):
+            try:
+                checked(start, weight, r)
+            except ValueError as error:
+                raise ValueError(f"expert {e}: {error}") from None
+        raise ValueError("the initializer returned starts of different kinds for experts")
+
+    def placed(factor: Tensor) -> Tensor:
+        return factor.detach().to(device, dtype)
+
+    return replace(
+        stack,
+        lora_A=placed(stack.lora_A),
+        lora_B=placed(stack.lora_B),
+        lora_R=None if stack.lora_R is None else placed(stack.lora_R),
+    )
+
+
+def _alike(starts: Sequence[Start]) -> bool:
+    """Whether the starts can be stacked: factors of the same shapes, and the same ones."""
+    kinds = {
+        (s.lora_A.shape, s.lora_B.shape, s.beta is None, s.lora_R is None, s.weight_norm is None)
+        for s in starts
+    }
+    return len(kinds) == 1
+
+
 def check_residual_fits(weight: Tensor, start: Start, scaling: float) -> None:
     """Raise if W holds NaN or Inf, or if W − s·B₀A₀ could overflow."""
     room = torch.finfo(weight.dtype).max - abs(scaling) * _largest_entry(start)
@@ -186,6 +231,23 @@ def subtract_start_(weight: Tensor, start: Start, scaling: float) -> None:
         subtract_recipe_(weight, start.beta, start.lora_A.shape[0], scaling)
     else:
         subtract_factors_(weight, start.right(), start.lora_B, scaling)
+
+
+def subtract_starts_(weights: Sequence[Tensor], start: Start, scaling: float) -> None:
+    """`subtract_start_` for the weights of experts, whose starts are one `Start.stacked`."""
+    if start.beta is not None:
+        coefficients = (scaling * start.beta.to(torch.float64) ** 2).to(weights[0].device)
+        torch.ops.lora.subtract_dst_foreach_(list(weights), coefficients, start.lora_A.shape[-2])
+        return
+    done = 0
+    try:
+        for e, weight in enumerate(weights):
+            subtract_start_(weight, start.expert(e), scaling)
+            done = e + 1
+    except BaseException:  # an interrupt
+        for e, weight in enumerate(weights[:done]):
+            subtract_start_(weight, start.expert(e), -scaling)
+        raise
 
 
 def subtract_recipe_(weight: Tensor, beta: Tensor, r: int, scaling: float) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._utils.checks import factor_dtype, overlaps
 from .._utils.names import nearest, without_wrappers
 from ..init import Initializer, LoftQ
-from ..init.start import Start, subtract_start_
+from ..init.start import Start, subtract_start_, subtract_starts_
 from ..layers.adapted import AdaptedLayer
 from ..layers.adapter import Adapter
 from ..layers.base import BaseLayer
@@ -78,12 +78,15 @@ class LayerPlan:
         """If the plan absorbs, subtracts s·B₀A₀ from the weight, or rewrites it as LoftQ does."""
         if not self.absorbs:
             return
-        subtract = subtract_start_ if self.initializer is None else self.initializer.take_out_
-        start, matrices = self._computed_start(), self.base.matrices()
+        start, scaling = self._computed_start(), self.options.scaling
+        if self.base.num_experts is None:
+            subtract = subtract_start_ if self.initializer is None else self.initializer.take_out_
+            subtract(self.base.weight(), start, scaling)
+        elif self.initializer is None:
+            subtract_starts_(self.base.matrices(), start, scaling)
+        else:
+            self.initializer.take_out_each_(self.base.matrices(), start, scaling)
         self.subtracted = True
-        for e, matrix in enumerate(matrices):
-            own = start if self.base.num_experts is None else start.expert(e)
-            subtract(matrix, own, self.options.scaling)
 
     def undo_(self, layer: AdaptedLayer, adapter_name: str) -> None:
         """Removes the adapter from the layer that `adapted` returned, and restores the weight."""

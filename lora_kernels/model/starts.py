@@ -15,7 +15,7 @@ from .._utils.checks import check_rank
 from .._utils.names import nearest
 from .._utils.progress import tracked
 from ..init.base import Initializer
-from ..init.start import Start, check_residual_fits, checked
+from ..init.start import Start, check_residual_fits, checked, checked_stack
 from ..layers.base import BaseLayer
 from ..layers.kinds import EMBEDDING
 from ..layers.linear import check_startable
@@ -152,11 +152,17 @@ def _stacked_start(job: StartJob, gradient: Tensor | None) -> Start:
                 with naming(f"{job.name}[{e}]"):  # finds the expert that failed
                     job.initializer(matrix, job.r, job.scaling, given[e])
             raise
-    finished = []
-    for e, (matrix, start) in enumerate(zip(matrices, starts, strict=True)):
+    with naming(job.name):
+        start = checked_stack(starts, matrices, job.r)
+    if not job.initializer.changes_base:
+        return start
+    if start.weight_norm is None:
+        squares = torch.ops.lora.frobenius_stats(matrices)[:, 1]
+        start = replace(start, weight_norm=squares.sqrt())
+    for e, matrix in enumerate(matrices if job.absorb else ()):
         with naming(f"{job.name}[{e}]"):
-            finished.append(_finished(job, matrix, start))
-    return Start.stacked(finished)
+            check_residual_fits(matrix, start.expert(e), job.scaling)
+    return start
 
 
 def _checked_weight(job: StartJob) -> Tensor:

@@ -2,7 +2,7 @@
 they were built, replace the references.
 """
 
-from . import dst_basis, frobenius_stats, linear, loram_init, subtract_dst
+from . import dst_basis, frobenius_stats, grouped_linear, linear, loram_init, subtract_dst
 from ._backends import tensor_kinds as tensor_kinds
 from ._backends.cpu_capability import (
     apply_setting,
@@ -18,6 +18,7 @@ __all__ = [
     "cpu_capability",
     "dst_basis",
     "frobenius_stats",
+    "grouped_linear",
     "linear",
     "loram_init",
     "minor_svd",

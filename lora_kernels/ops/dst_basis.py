@@ -7,7 +7,7 @@ import math
 import torch
 
 from .._utils.checks import FLOATS, check_size
-from ._library import define_composite, define_mutating_kernel
+from ._backends.library import define_composite, define_mutating_kernel
 
 # Minimax polynomials of sine and cosine on [0, pi/4] (fdlibm's, error < 2^-57), highest power
 # first. Every device evaluates them in this order, rounding each multiplication and each addition,

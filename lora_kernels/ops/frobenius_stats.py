@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._utils.checks import check_same_device, check_weight
-from ._library import define_composite, define_kernel
+from ._backends.library import define_composite, define_kernel
 
 
 def frobenius_stats_ref(weights: list[torch.Tensor]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .._utils.checks import (
     check_writable,
     factor_dtype,
 )
-from ._library import define_composite, define_kernel, define_mutating_kernel
+from ._backends.library import define_composite, define_kernel, define_mutating_kernel
 from .dst_basis import dst_basis_ref
 from .frobenius_stats import frobenius_stats_ref
 from .subtract_dst import subtract_dst_ref

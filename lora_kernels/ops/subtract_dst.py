@@ -1,4 +1,6 @@
-"""`lora::subtract_dst_`: W −= c · Φₙ Φₘᵀ in place (LoRAM, arXiv 2507.06558, algorithm 1)."""
+"""`lora::subtract_dst_`: W −= c · Φₙ Φₘᵀ in place (LoRAM, arXiv 2507.06558, algorithm 1).
+`lora::subtract_dst_foreach_` does it for many weights, such as those of experts, in one call.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,14 @@ from functools import partial
 
 import torch
 
-from .._utils.checks import check_rank, check_size, check_weight, check_writable
-from ._library import define_composite, define_mutating_kernel
+from .._utils.checks import (
+    check_rank,
+    check_same_device,
+    check_size,
+    check_weight,
+    check_writable,
+)
+from ._backends.library import define_composite, define_mutating_kernel
 from .dst_basis import dst_basis
 
 _ROW_BLOCK = 256
@@ -75,6 +83,35 @@ def subtract_dst_(
     return weight
 
 
+def subtract_dst_foreach_ref(
+    weights: list[torch.Tensor], coefficients: torch.Tensor, rank: int
+) -> None:
+    """One weight after another."""
+    for weight, coefficient in zip(weights, coefficients, strict=True):
+        torch.ops.lora._subtract_dst_(weight, coefficient, rank, *weight.shape, 0, 0)
+
+
+def subtract_dst_foreach_(
+    weights: list[torch.Tensor], coefficients: torch.Tensor, rank: int
+) -> None:
+    check_same_device(weights)
+    for k, weight in enumerate(weights):
+        check_weight(weight, f"weights[{k}]")
+        check_writable(weight, f"weights[{k}]")
+        check_rank(rank, weight.shape[0], weight.shape[1])
+    if coefficients.shape != (len(weights),) or not coefficients.is_floating_point():
+        raise ValueError(
+            f"coefficients must be one floating-point number for each of {len(weights)} weights, "
+            f"got {coefficients.dtype} {list(coefficients.shape)}"
+        )
+    if weights and coefficients.device != weights[0].device:
+        raise ValueError(
+            f"coefficients are on {coefficients.device}, weights on {weights[0].device}"
+        )
+    with torch.no_grad():
+        torch.ops.lora._subtract_dst_foreach_(weights, coefficients, rank)
+
+
 define_mutating_kernel(
     "_subtract_dst_(Tensor(a!) weight, Tensor coefficient, SymInt rank, SymInt global_rows, "
     "SymInt global_cols, SymInt row_offset, SymInt col_offset) -> ()",
@@ -85,4 +122,13 @@ define_composite(
     "subtract_dst_(Tensor(a!) weight, Tensor coefficient, SymInt rank, SymInt? global_rows=None, "
     "SymInt? global_cols=None, SymInt row_offset=0, SymInt col_offset=0) -> Tensor(a!)",
     subtract_dst_,
+)
+define_mutating_kernel(
+    "_subtract_dst_foreach_(Tensor(a!)[] weights, Tensor coefficients, SymInt rank) -> ()",
+    subtract_dst_foreach_ref,
+    lambda weights, *rest: list(weights),
+)
+define_composite(
+    "subtract_dst_foreach_(Tensor(a!)[] weights, Tensor coefficients, SymInt rank) -> ()",
+    subtract_dst_foreach_,
 )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .._utils.checks import as_integer, check_finite, check_positive, check_weight, factor_dtype
 from .._utils.names import ALL_LINEAR
 from .._utils.progress import tracked
-from ..experts.stack import AdaptedStack, ExpertView
 from ..layers.adapted import AdaptedLayer
+from ..model.experts.stack import AdaptedStack, ExpertView
 from ..model.selection import Targets, find_targets
 from ..ops import svd
 from ..ops.loram_init import log_gain

@@ -23,9 +23,9 @@ from lora_kernels import (
     unload_lora,
     with_expert_rank,
 )
-from lora_kernels.experts.base import experts_bases
-from lora_kernels.experts.module import LoRAExperts, stacks_of
-from lora_kernels.experts.stack import AdaptedStack
+from lora_kernels.model.experts.base import experts_bases
+from lora_kernels.model.experts.module import LoRAExperts, stacks_of
+from lora_kernels.model.experts.stack import AdaptedStack
 from lora_kernels.model.install import adapted_layers
 
 from ..support.exhaustive import EXHAUSTIVE

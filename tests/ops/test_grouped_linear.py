@@ -8,7 +8,7 @@ import torch
 from torch.library import opcheck
 
 from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capability
-from lora_kernels.ops.linear.grouped import (
+from lora_kernels.ops.grouped_linear import (
     grouped_linear_backward_ref,
     grouped_linear_forward_ref,
 )

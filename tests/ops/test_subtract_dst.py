@@ -204,3 +204,36 @@ def test_a_coefficient_that_is_nan():
     with pytest.raises(ValueError, match="nan"):
         op(weight, torch.tensor(float("nan")), 1)
     assert (weight == 1).all()
+
+
+class TestForeach:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_as_one_after_the_other(self, device, dtype, transposed):
+        stack = torch.randn(3, 12, 20, device=device).to(dtype)
+        weights = list((stack.mT if transposed else stack).unbind())
+        coefficients = torch.tensor([0.5, -1.0, 3.0], dtype=torch.float64, device=device)
+        expected = [weight.clone() for weight in weights]
+        for weight, coefficient in zip(expected, coefficients, strict=True):
+            torch.ops.lora.subtract_dst_(weight, coefficient, 4)
+        versions = [weight._version for weight in weights]
+        torch.ops.lora.subtract_dst_foreach_(weights, coefficients, 4)
+        assert all(map(torch.equal, weights, expected))
+        assert all(w._version > v for w, v in zip(weights, versions, strict=True))
+
+    def test_none_at_all(self):
+        torch.ops.lora.subtract_dst_foreach_([], torch.zeros(0), 1)
+
+    @pytest.mark.parametrize(
+        ("coefficients", "rank", "message"),
+        [
+            (torch.ones(3), 2, "one floating-point number for each of 2 weights"),
+            (torch.ones(2, dtype=torch.int64), 2, "one floating-point number"),
+            (torch.ones(2), 9, "rank 9 is larger"),
+        ],
+    )
+    def test_bad_arguments_change_nothing(self, coefficients, rank, message):
+        weights = [torch.ones(8, 8), torch.ones(8, 8)]
+        with pytest.raises(ValueError, match=message):
+            torch.ops.lora.subtract_dst_foreach_(weights, coefficients, rank)
+        assert all(bool((weight == 1).all()) for weight in weights)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lora_kernels.ops.linear.grouped import (
+from lora_kernels.ops.grouped_linear import (
     grouped_linear_backward_ref,
     grouped_linear_forward_ref,
 )

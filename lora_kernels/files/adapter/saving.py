@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..._utils.model_files import read_json
 from ..._utils.names import without_wrappers
-from ...experts.forward import SUFFIX
 from ...model.config import AdapterState
+from ...model.experts.forward import SUFFIX
 from ...model.install import original_weight, unwrapped
 from ...model.lora import adapter_state, apply_state
 from ...model.report import LoRAReport

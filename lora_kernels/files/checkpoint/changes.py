@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..._utils.checks import all_finite
 from ..._utils.names import nearest
 from ..._utils.safetensors import DTYPES, Entry, load_tensor
-from ...experts.stored import StoredMatrix
 from ...init.start import subtract_factors_
 from ...layers.linear import rounded_sum
 from ...layers.state import LayerState
 from ...model.config import AdapterState, TokenRows
+from ...model.experts.stored import StoredMatrix
 from ...model.selection import input_embeddings, output_head
 from ..adapter.peft_format.experts.placing import placed
 from .architecture import Architecture, classes_for

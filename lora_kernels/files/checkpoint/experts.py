@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._utils.model_files import StoredTensor
 from ..._utils.safetensors import DTYPES, Entry, load_entry
-from ...experts.stored import StoredMatrix, stored_matrices
+from ...model.experts.stored import StoredMatrix, stored_matrices
 from .architecture import Architecture
 
 Entries = Mapping[str, tuple[Path, Entry]]  # the file and the entry of each tensor, by its name

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...experts.module import remove_stack
-from ...experts.stack import AdaptedStack
 from ...layers.adapted import AdaptedLayer, transplant
 from ...layers.linear import AdaptedFloatLayer
+from ..experts.module import remove_stack
+from ..experts.stack import AdaptedStack
 from ..plan import LayerPlan
 from ..selection import input_embeddings, output_head
 from .saved_modules import SavedTensors

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from ..._utils.names import match_names
-from ...experts.kinds import is_experts, projections, why_not_adaptable
 from ...layers.adapter import Adapter
 from ...layers.base import BaseLayer
 from ..config import LoRAConfig
+from ..experts.kinds import is_experts, projections, why_not_adaptable
 
 NOT_LINEAR = "its experts are 3-D parameters, not linear layers"
 _ROUTER = re.compile(r"(.*_)?(router|gate|wg)")

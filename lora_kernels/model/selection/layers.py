@@ -11,11 +11,11 @@ from torch import nn
 
 from ..._utils.names import ALL_LINEAR, match_names, nearest, pattern_matches
 from ..._utils.peft_names import TASK_HEADS
-from ...experts.base import experts_bases
-from ...experts.kinds import is_experts
 from ...layers.base import BaseLayer, base_of
 from ...layers.kinds import EMBEDDING, why_not_embedding
 from ..config import LoRAConfig
+from ..experts.base import experts_bases
+from ..experts.kinds import is_experts
 from .bypassed import bypassed_layers
 from .experts import left_out, routers, targeted_parameters
 

@@ -1,5 +1,6 @@
-"""Which kernels run where.
+"""How operators are declared, and which kernels run where.
 
-`extension` loads the compiled CPU kernels, `cpu_capability` chooses their instruction set, `triton`
-registers the GPU kernels, and `tensor_kinds` describes lists of tensors for them.
+`library` declares, `extension` loads the compiled CPU kernels, `cpu_capability` chooses their
+instruction set, `triton` registers the GPU kernels, and `tensor_kinds` describes lists of tensors
+for them.
 """

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch
 
-from .._library import define_kernel
+from .library import define_kernel
 
 
 def tensor_kinds_ref(

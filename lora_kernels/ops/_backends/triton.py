@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import LIBRARY
-from ..linear.grouped import grouped_linear_backward_ref, grouped_linear_forward_ref
+from ..grouped_linear import grouped_linear_backward_ref, grouped_linear_forward_ref
 from ..loram_init import check_distinct, largest_sum, log_gain, refuse_unfit
+from .library import LIBRARY
 
 
 @functools.cache  # `import_module` takes 1 us a call

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from .._library import define_composite, define_constant_kernel, define_kernel
+from .._backends.library import define_composite, define_constant_kernel, define_kernel
 from ._matrices import check_matrices, empty_svd, exact_svd, refuse_not_finite, stacked
 
 

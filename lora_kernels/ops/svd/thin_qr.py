@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from ..._utils.checks import factor_dtype
-from .._library import define_composite, define_constant_kernel, define_kernel
+from .._backends.library import define_composite, define_constant_kernel, define_kernel
 from ._matrices import check_matrices, refuse_not_finite, stacked
 
 

@@ -9,8 +9,8 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from ...experts.forward import Factors, experts_forward
-from ...experts.kinds import ForeignExperts, projections
+from ...model.experts.forward import Factors, experts_forward
+from ...model.experts.kinds import ForeignExperts, projections
 from ..patch import is_plain, is_replaced
 from ..variant import StartVariant, start_of
 from .wrappers import chain_of, stacks, why_not_experts

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ....experts.kinds import is_experts
+from ....model.experts.kinds import is_experts
 from ...adapter.peft_format.experts.naming import is_converted_by_peft, stored_experts
 from ...adapter.peft_format.experts.reading import (
     MARKER,

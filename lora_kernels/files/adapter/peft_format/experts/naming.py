@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from ....._utils.names import without_wrappers
-from .....experts.kinds import is_experts, projections, why_not_adaptable
-from .....experts.stored import StoredMatrix, stored_matrices
 from .....model.config import ExpertPart, StoredExperts
+from .....model.experts.kinds import is_experts, projections, why_not_adaptable
+from .....model.experts.stored import StoredMatrix, stored_matrices
 from .layouts import EACH, STACKED
 
 # Types of models (`config.model_type`, or its beginning) whose classes in vLLM read the stacked

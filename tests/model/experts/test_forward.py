@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.experts import forward as module
-from lora_kernels.experts.forward import Factors, experts_forward
-from lora_kernels.experts.routing import Routing
+from lora_kernels.model.experts import forward as module
+from lora_kernels.model.experts.forward import Factors, experts_forward
+from lora_kernels.model.experts.routing import Routing
 
 E, H, INNER, R, K, T = 5, 12, 7, 3, 2, 11
 

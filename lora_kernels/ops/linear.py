@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._utils.checks import FLOATS
-from .._library import LIBRARY, define_composite, define_kernel
-from ..philox import dropout as drop_elements
+from .._utils.checks import FLOATS
+from ._backends.library import LIBRARY, define_composite, define_kernel
+from .philox import dropout as drop_elements
 
 _EXTRAS = "float dropout, Tensor? seed, Tensor? start_A, Tensor? start_B, Tensor? lora_R"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.options import lora_scaling
-from .config import LoRAConfig
-from .selection import select_layers
+from ...layers.options import lora_scaling
+from ..config import LoRAConfig
+from .layers import select_layers
 
 # The options with which configurations of transformers give the number of experts per token.
 _TOP_K = (
@@ -25,8 +25,8 @@ def with_expert_rank(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
     Then a token passes through as many parameters of adapters in k experts as in one dense layer of
     rank r ("LoRA Without Regret", Thinking Machines Lab, 2025). The experts get the `lora_alpha`
-    that gives them the same s as the other layers, because some serving engines read one s. Patterns
-    that the configuration has already take precedence.
+    that gives them the same s as the other layers, because some serving engines read one s.
+    Patterns that the configuration has already take precedence.
 
     Raises:
         ValueError: no experts are named, or the model's configuration does not tell k.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from ..ops.philox import dropout_seed
+from ...ops.philox import dropout_seed
 from .kinds import ForeignExperts, projections
 from .routing import Routing, combined
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from ..layers.adapted import AdaptedLayer
-from ..layers.linear import ABSORBED
+from ...layers.adapted import AdaptedLayer
+from ...layers.linear import ABSORBED
 from .forward import SUFFIX, Factors
 from .kinds import ForeignExperts
 

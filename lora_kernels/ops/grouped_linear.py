@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._utils.checks import FLOATS
-from .._library import define_composite, define_kernel
-from .plain import check_operand, check_together, define_autocast, dropped
+from .._utils.checks import FLOATS
+from ._backends.library import define_composite, define_kernel
+from .linear import check_operand, check_together, define_autocast, dropped
 
 _EXTRAS = "float scaling, float dropout, Tensor? seed, Tensor? start_A, Tensor? start_B"
 

@@ -7,10 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import AdaptedLayer
-from ..layers.adapter import Adapter
-from ..layers.base import BaseLayer
-from ..layers.kinds import refuse_sharded
+from ...layers.adapted import AdaptedLayer
+from ...layers.adapter import Adapter
+from ...layers.base import BaseLayer
+from ...layers.kinds import refuse_sharded
 from .kinds import ForeignExperts, projections, why_not_adaptable
 from .module import add_stack, remove_stack, stacks_of
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .._utils.checks import FLOATS
-from ..layers.adapter import Adapter
+from ..._utils.checks import FLOATS
+from ...layers.adapter import Adapter
 
 # What the decorator sets on every module, beside newer flags.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_kernels.experts.stored import StoredMatrix, stored_matrices
+from lora_kernels.model.experts.stored import StoredMatrix, stored_matrices
 
-from ..support.tiny_experts import EXPERTS, FAMILIES, expert_parameters, tiny_experts
+from ...support.tiny_experts import EXPERTS, FAMILIES, expert_parameters, tiny_experts
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 # The names of each expert's tensors, or of the 3-D tensors, as the published files have them.

@@ -90,7 +90,13 @@ class Adapter(WithStart, nn.Module):
         else:
             super()._apply(fn, recurse)
             self._store_scaling()  # `to_empty` has lost it
+            self._move_beta()
         return self
+
+    def _move_beta(self) -> None:
+        """Puts β where the factors are: a forward of experts reads it, and would wait for it."""
+        if self.beta is not None and not self.lora_A.is_meta:
+            self.beta = self.beta.to(self.lora_A.device)
 
     @property
     def r(self) -> int:
@@ -303,6 +309,7 @@ class Adapter(WithStart, nn.Module):
         self.absorbed_scaling = scaling
         beta = values[1:].clone() if self.lora_A.dim() == 3 else values[1:2].clone().squeeze(0)
         self.beta = beta if values.numel() > 1 else None
+        self._move_beta()
         self._weight_norm = None
 
 

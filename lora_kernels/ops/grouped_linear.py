@@ -241,14 +241,14 @@ def grouped_linear(
 ) -> Tensor:
     operands = (x, weight, bias, ends, rows, lora_A, lora_B)
     extras = (scaling, dropout, seed, start_A, start_B)
-    _check(*operands, *extras)
+    check_grouped(*operands, *extras)
     learned = (x, bias, lora_A, lora_B)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
         return _GroupedLinear.apply(*learned, weight, ends, rows, *extras)
     return torch.ops.lora.grouped_linear_forward(*operands, *extras)[0]
 
 
-def _check(
+def check_grouped(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -330,6 +331,26 @@ class TestTheModuleStaysWhatItWas:
         hooks.remove_hook_from_module(experts)
         assert relative(logits(model), base) < 2e-6
 
+    def test_accelerates_hook_removed_while_adapted(self):
+        hooks = pytest.importorskip("accelerate.hooks")
+        model = tiny_experts("Qwen3Moe")
+        base = logits(model)
+        experts = model.model.layers[0].mlp.experts
+        hooks.add_hook_to_module(experts, hooks.ModelHook())
+        adapt(model, residual="implicit")
+        hooks.remove_hook_from_module(experts)
+        adapt(model, "second", residual="implicit")
+        unload_lora(model)
+        assert relative(logits(model), base) < 2e-6
+
+    def test_offloaded_factors_are_refused(self):
+        model = tiny_experts("Qwen3Moe")
+        adapt(model)
+        for stack in stacks_of(model.model.layers[0].mlp.experts).values():
+            stack.to("meta")
+        with pytest.raises(ValueError, match="lora_A is on meta"):
+            logits(model)
+
     def test_to_dtype(self):
         model = tiny_experts("Qwen3Moe")
         adapt(model, residual="implicit")
@@ -456,6 +477,11 @@ class TestSelection:
         rows = {row.name.rpartition(".")[2]: row for row in report.adapted}
         assert rows["gate_up_proj"].r == rows["down_proj"].r == 4 and rows["q_proj"].r == 8
         assert rows["gate_up_proj"].scaling == pytest.approx(rows["q_proj"].scaling)
+        given = dataclasses.replace(config, rank_pattern={"gate_up_proj": 2})
+        given = with_expert_rank(model, given)
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+        assert given.layer_rank(name) == 2
+        assert given.layer_scaling(name) == pytest.approx(rows["q_proj"].scaling)
         with pytest.raises(ValueError, match="adapts no experts"):
             with_expert_rank(tiny_experts("Qwen3Moe"), LoRAConfig())
 
@@ -466,6 +492,9 @@ class TestSelection:
         model = tiny_experts("Qwen3Moe", num_hidden_layers=2)
         report = adapt(model, exclude_modules=["layers.0.mlp.experts.down_proj"])
         assert len(report.adapted) == 3
+        model = tiny_experts("Qwen3Moe", num_hidden_layers=2)
+        report = adapt(model, exclude_modules=["layers.0.mlp.experts"])
+        assert {row.name.split(".")[2] for row in report.adapted} == {"1"}
 
     def test_tied_experts_subtract_in_every_forward(self):
         model = tiny_experts("Qwen3Moe", num_hidden_layers=2)
@@ -526,7 +555,7 @@ class TestErrors:
                 ),
                 "quantised",
             ),
-            (lambda e: setattr(e, "forward", e.forward), "replaced"),
+            (lambda e: setattr(e, "forward", lambda x, *routing: x), "replaced"),
         ],
     )
     def test_what_is_not_supported_is_told(self, change, reason):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from ...ops.grouped_linear import check_grouped
 from ...ops.philox import dropout_seed
 from .kinds import ForeignExperts, projections
 from .routing import Routing, combined
@@ -159,9 +160,9 @@ class _Block:
         self, part: _Projection, x: Tensor, rows: Tensor | None, A: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """y [S, out] and z [S, r] of x[rows]."""
-        y, z = torch.ops.lora.grouped_linear_forward(
-            x, part.weight, part.bias, self.routing.ends, rows, A, B, *part.extras
-        )
+        operands = (x, part.weight, part.bias, self.routing.ends, rows, A, B, *part.extras)
+        check_grouped(*operands)  # the kernel would read factors that are offloaded
+        y, z = torch.ops.lora.grouped_linear_forward(*operands)
         return y, z
 
     def backward(

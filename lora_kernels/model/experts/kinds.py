@@ -33,6 +33,14 @@ def projections(experts: ForeignExperts) -> tuple[str, str]:
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
+def keeps_own_forward(module: nn.Module) -> bool:
+    """Whether the module has its class's forward as an attribute, as accelerate leaves it when it
+    removes its hook.
+    """
+    function: Any = getattr(vars(module).get("forward"), "__func__", None)
+    return function is not None and function is type(module).forward
+
+
 def why_not_adaptable(experts: nn.Module) -> str | None:
     """The reason why experts cannot be adapted; None if they can."""
     title = type(experts).__name__
@@ -46,7 +54,8 @@ def why_not_adaptable(experts: nn.Module) -> str | None:
         type(experts), "adapted_from"
     ):
         return f"the forward of {title} is not the one of transformers' decorator"
-    if "forward" in vars(experts) and not hasattr(experts, "_hf_hook"):
+    replaced = "forward" in vars(experts) and not keeps_own_forward(experts)
+    if replaced and not hasattr(experts, "_hf_hook"):
         return "the forward of its experts is replaced; undo that first"
     if is_parametrized(experts):
         return "the weights of its experts are computed; remove the parametrization first"

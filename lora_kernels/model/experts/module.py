@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .forward import SUFFIX, experts_forward
-from .kinds import ForeignExperts, projections
+from .kinds import ForeignExperts, keeps_own_forward, projections
 from .stack import AdaptedStack
 
 Class = Any  # a class of modules; nn.Module's annotations make it no Hashable for type checkers
@@ -92,6 +92,8 @@ def _set_class(experts: ForeignExperts, cls: type[nn.Module]) -> None:
     """Changes the module's class. What holds its bound forward gets the new one: accelerate's hook,
     and `module.compile()`, which has to be called again.
     """
+    if keeps_own_forward(experts):
+        del experts.forward
     experts.__class__ = cls
     experts._compiled_call_impl = None
     if "_hf_hook" in vars(experts):

@@ -36,19 +36,19 @@ def with_expert_rank(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     if not experts:
         raise ValueError("the configuration adapts no experts: name them in target_parameters")
     ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
     for name, base in experts.items():
         ending = ".".join(name.split(".")[-2:])
         ranks[ending] = max(1, config.r // _top_k(model, base.place[0], name))
-        # s is proportional to lora_alpha.
-        per_alpha = lora_scaling(1.0, ranks[ending], config.scaling_rule)
-        s = lora_scaling(config.layer_alpha(""), config.r, config.scaling_rule)
-        alphas[ending] = s / per_alpha
-    return replace(
-        config,
-        rank_pattern={**config.rank_pattern, **_new(ranks, config.rank_pattern)},
-        alpha_pattern={**config.alpha_pattern, **_new(alphas, config.alpha_pattern)},
-    )
+    patterns = {**config.rank_pattern, **_new(ranks, config.rank_pattern)}
+    ranked = replace(config, rank_pattern=patterns)
+    s = lora_scaling(config.layer_alpha(""), config.r, config.scaling_rule)
+    alphas: dict[str, float] = {}
+    for name in experts:
+        # s is proportional to lora_alpha. A pattern that was given may be the one that counts.
+        per_alpha = lora_scaling(1.0, ranked.layer_rank(name), config.scaling_rule)
+        alphas[".".join(name.split(".")[-2:])] = s / per_alpha
+    patterns_of_alpha = {**config.alpha_pattern, **_new(alphas, config.alpha_pattern)}
+    return replace(ranked, alpha_pattern=patterns_of_alpha)
 
 
 def _new(found: dict[str, Any], given: Any) -> dict[str, Any]:

@@ -211,7 +211,10 @@ def _skip_reasons(
     if config.exclude_modules:
         excluded = set(match_names(names, config.exclude_modules, option="exclude_modules"))
         for name in candidates:
-            if excluded.intersection([name, *aliases.get(name, ())]):
+            own = [name, *aliases.get(name, ())]
+            if candidates[name].num_experts is not None:  # or the module of the parameter
+                own += [n.rpartition(".")[0] for n in own]
+            if excluded.intersection(own):
                 reasons[name] = "in exclude_modules"
     for saved in config.modules_to_save or ():
         for name in candidates:

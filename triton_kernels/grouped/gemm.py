@@ -18,7 +18,14 @@ import triton.language as tl
 from ..integers import cdiv
 from ..jobs import aligned
 from ..launcher import Launch
-from ..linear.rank import load_Bt, load_z, rank_block, rank_unit
+from ..linear.rank import (
+    add_rank_term,
+    load_Bt,
+    load_z,
+    rank_block,
+    rank_operands,
+    rank_unit,
+)
 from ..philox import drop, mask_arguments
 from .schedule import Schedule, load_tile
 
@@ -53,43 +60,6 @@ NARROW = {
 }
 # For float32, which is computed without tensor cores, and for sizes without wide accesses.
 SMALL = Config(64, 64, 16, 8, 3, 2)
-
-
-@triton.jit
-def _rank_term(
-    acc,
-    z,
-    B,
-    row,
-    col,
-    end,
-    N,
-    r,
-    b_row,
-    b_col,
-    scale,
-    RANKS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """acc + z (scale · B)ᵀ, a block of ranks at a time."""
-    for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
-        rank = first + tl.arange(0, BLOCK_R)
-        left = load_z(z, row, rank, end, r)
-        right = load_Bt(B, rank, col, N, r, b_row, b_col)
-        right = (scale * right.to(tl.float32)).to(left.dtype)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def _operands(z_tile, b_tile, row, end, scale):
-    """The operands of a dot from tiles of z and Bᵀ that were loaded before the K loop.
-
-    The mask keeps z in registers during the loop: Triton stores a tile that a product uses
-    unchanged in shared memory right after loading it, for which the K loop's loads would wait.
-    """
-    left = tl.where((row < end)[:, None], z_tile, 0.0)
-    return left, (scale * b_tile.to(tl.float32)).to(left.dtype)
 
 
 @triton.jit
@@ -206,9 +176,9 @@ def grouped_gemm_kernel(
         if HAS_RANK:
             term = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if HAS_DROPOUT else acc
             if EARLY:
-                left, right = _operands(z_tile, b_tile, row, limit, scale)
+                left, right = rank_operands(z_tile, b_tile, row, limit, scale)
                 if HAS_START:
-                    left0, right0 = _operands(z0_tile, b0_tile, row, limit, scale0)
+                    left0, right0 = rank_operands(z0_tile, b0_tile, row, limit, scale0)
                     if not HAS_DROPOUT:
                         # One product with the ranks of both interleaved: of two, Triton 3.6 makes
                         # an empty kernel for sm_100.
@@ -217,7 +187,7 @@ def grouped_gemm_kernel(
                         right = tl.reshape(right, [2 * BLOCK_R, BLOCK_N])
                 term = tl.dot(left, right, term, input_precision="ieee")
             else:
-                term = _rank_term(
+                term = add_rank_term(
                     term, z, B_own, row64, col, limit, cols, r, b_row, b_col, scale, RANKS, BLOCK_R
                 )
             if HAS_DROPOUT:
@@ -227,7 +197,7 @@ def grouped_gemm_kernel(
                 acc = term
             if HAS_START:
                 if not EARLY:
-                    acc = _rank_term(
+                    acc = add_rank_term(
                         acc, z0, B0_own, row64, col, limit, cols, r, b0_row, b0_col, scale0,
                         RANKS, BLOCK_R,
                     )  # fmt: skip

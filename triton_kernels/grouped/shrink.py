@@ -15,17 +15,9 @@ import triton.language as tl
 from ..integers import cdiv
 from ..jobs import aligned
 from ..launcher import Launch
-from ..linear.rank import load_Bt, rank_block, rank_unit
+from ..linear.rank import load_Bt, rank_block, rank_unit, thin_product
 from ..philox import drop, mask_arguments
 from .schedule import Schedule, load_tile
-
-
-@triton.jit
-def _product(left, right, acc, TRANSPOSED: tl.constexpr):
-    if TRANSPOSED:
-        return tl.dot(tl.trans(right), tl.trans(left), acc, input_precision="ieee")
-    else:
-        return tl.dot(left, right, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["E", "threshold"])
@@ -91,11 +83,11 @@ def grouped_shrink_kernel(
         value = tl.load(x + source[:, None] * x_stride + col[None, :], mask=x_mask, other=0.0)
         if HAS_START:
             a0 = load_Bt(A0, col, rank, r, K, a0_row, a0_col).to(value.dtype)
-            acc0 = _product(value, a0, acc0, TRANSPOSED)
+            acc0 = thin_product(value, a0, acc0, TRANSPOSED)
         if HAS_DROPOUT:
             value = drop(value, seed_value, row64, k, threshold, keep_scale, BLOCK_K)
         a = load_Bt(A, col, rank, r, K, a_row, a_col).to(value.dtype)
-        acc = _product(value, a, acc, TRANSPOSED)
+        acc = thin_product(value, a, acc, TRANSPOSED)
     if TRANSPOSED:
         acc, acc0 = tl.trans(acc), tl.trans(acc0)
     where = row64[:, None] * r + rank[None, :]

@@ -17,7 +17,7 @@ import triton.language as tl
 from ..integers import cdiv
 from ..jobs import aligned
 from ..launcher import Launch
-from .rank import load_Bt, load_z, rank_block, rank_unit
+from .rank import add_rank_term, load_Bt, load_z, rank_block, rank_operands, rank_unit
 from .shrink import shrink_parts
 
 GROUP_M = 8
@@ -46,31 +46,6 @@ CONFIGS = {
     "fused pair": Config(128, 128, 64, 4, 3, 2, early=False, flat=False),
 }
 OVERLAPPED = Config(128, 256, 64, 8, 3, 1, early=True, flat=False, waits=True)
-
-
-@triton.jit
-def _operands(z_tile, b_tile, row, M, scale):
-    """The operands of a dot from loaded tiles of z and Bᵀ; B is scaled before it is rounded.
-
-    Called after the K loop. The mask keeps z in registers until then: Triton stores a tile that a
-    product uses unchanged in shared memory right after loading it, and the first loads of the K
-    loop would wait for that.
-    """
-    left = tl.where((row < M)[:, None], z_tile, 0.0)
-    return left, (scale * b_tile.to(tl.float32)).to(left.dtype)
-
-
-@triton.jit
-def _add_rank_term(
-    acc, z, B, row, col, M, N, r, b_row, b_col, scale, RANKS: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """acc + z (scale · B)ᵀ, a block of ranks at a time."""
-    for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
-        rank = first + tl.arange(0, BLOCK_R)
-        left = load_z(z, row, rank, M, r)
-        right = load_Bt(B, rank, col, N, r, b_row, b_col)
-        acc = tl.dot(left, (scale * right.to(tl.float32)).to(left.dtype), acc)
-    return acc
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -141,19 +116,17 @@ def gemm_kernel(
         if LATE_Z:
             z_tile = load_z(z, row64, rank, M, r)
         if EARLY:
-            left, right = _operands(z_tile, b_tile, row, M, scale)
+            left, right = rank_operands(z_tile, b_tile, row, M, scale)
             if HAS_START:  # interleave the ranks of both, for a single product
-                left0, right0 = _operands(z0_tile, b0_tile, row, M, scale0)
+                left0, right0 = rank_operands(z0_tile, b0_tile, row, M, scale0)
                 left = tl.reshape(tl.join(left, left0), [BLOCK_M, 2 * BLOCK_R])
                 right = tl.permute(tl.join(right, right0), [0, 2, 1])
                 right = tl.reshape(right, [2 * BLOCK_R, BLOCK_N])
             acc = tl.dot(left, right, acc)
         else:
-            acc = _add_rank_term(
-                acc, z, B, row64, col, M, N, r, b_row, b_col, scale, RANKS, BLOCK_R
-            )
+            acc = add_rank_term(acc, z, B, row64, col, M, N, r, b_row, b_col, scale, RANKS, BLOCK_R)
             if HAS_START:
-                acc = _add_rank_term(
+                acc = add_rank_term(
                     acc, z0, B0, row64, col, M, N, r, b0_row, b0_col, scale0, RANKS, BLOCK_R
                 )
         if HAS_BIAS:

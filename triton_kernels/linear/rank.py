@@ -42,6 +42,41 @@ def load_Bt(B, rank, col, N, r, b_row, b_col):
 
 
 @triton.jit
+def thin_product(left, right, acc, TRANSPOSED: tl.constexpr):
+    """acc + left right, or (left right)ᵀ added to a transposed acc."""
+    if TRANSPOSED:
+        return tl.dot(tl.trans(right), tl.trans(left), acc, input_precision="ieee")
+    else:
+        return tl.dot(left, right, acc, input_precision="ieee")
+
+
+@triton.jit
+def rank_operands(z_tile, b_tile, row, M, scale):
+    """The operands of a dot from loaded tiles of z and Bᵀ; B is scaled before it is rounded.
+
+    Called after the K loop. The mask keeps z in registers until then: Triton stores a tile that a
+    product uses unchanged in shared memory right after loading it, and the first loads of the K
+    loop would wait for that.
+    """
+    left = tl.where((row < M)[:, None], z_tile, 0.0)
+    return left, (scale * b_tile.to(tl.float32)).to(left.dtype)
+
+
+@triton.jit
+def add_rank_term(
+    acc, z, B, row, col, M, N, r, b_row, b_col, scale, RANKS: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """acc + z (scale · B)ᵀ, a block of ranks at a time."""
+    for first in tl.range(0, RANKS, BLOCK_R, num_stages=1):
+        rank = first + tl.arange(0, BLOCK_R)
+        left = load_z(z, row, rank, M, r)
+        right = load_Bt(B, rank, col, N, r, b_row, b_col)
+        right = (scale * right.to(tl.float32)).to(left.dtype)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _reduce_block(
     parts_of, out, parts, length, scale, program, BLOCK: tl.constexpr, UNIT: tl.constexpr
 ):

@@ -16,15 +16,7 @@ from ..integers import cdiv, next_power_of_2
 from ..jobs import aligned
 from ..launcher import Launch
 from ..philox import drop, mask_arguments
-from .rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit, reduce
-
-
-@triton.jit
-def _product(left, right, acc, TRANSPOSED: tl.constexpr):
-    if TRANSPOSED:
-        return tl.dot(tl.trans(right), tl.trans(left), acc, input_precision="ieee")
-    else:
-        return tl.dot(left, right, acc, input_precision="ieee")
+from .rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit, reduce, thin_product
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -74,11 +66,11 @@ def shrink_kernel(
         value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=x_mask, other=0.0)
         if HAS_START:
             a0 = load_Bt(A0, col, rank, r, K, a0_row, a0_col).to(value.dtype)
-            acc0 = _product(value, a0, acc0, TRANSPOSED)
+            acc0 = thin_product(value, a0, acc0, TRANSPOSED)
         if HAS_DROPOUT:
             value = drop(value, seed_value, row, k, threshold, keep_scale, BLOCK_K)
         a = load_Bt(A, col, rank, r, K, a_row, a_col).to(value.dtype)
-        acc = _product(value, a, acc, TRANSPOSED)
+        acc = thin_product(value, a, acc, TRANSPOSED)
     if TRANSPOSED:
         acc, acc0 = tl.trans(acc), tl.trans(acc0)
     where = part * M.to(tl.int64) * r + row[:, None] * r + rank[None, :]

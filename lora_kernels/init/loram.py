@@ -93,7 +93,7 @@ class LoRAM(Initializer):
         size, gain = self._wanted(request, total, squares)
         beta = (size * (gain / self._size_of_bases(request, bases))) ** 0.25
         if bases is None:
-            return _dst_start(request, beta, squares)
+            return _dst_starts(request, beta.reshape(1), squares.reshape(1))[0]
         left, right = ((beta * base).to(request.factor_dtype) for base in bases)
         return Start(right.T.contiguous(), left, weight_norm=squares.sqrt())
 
@@ -193,19 +193,10 @@ class LoRAM(Initializer):
         return size
 
 
-def _dst_start(request: StartRequest, beta: Tensor, squares: Tensor) -> Start:
-    rows, cols = request.shape
-    device = request.weight.device
-    options = {"dtype": request.factor_dtype, "device": device, "scale": beta}
-    lora_A = torch.ops.lora.dst_basis(cols, request.r, **options).T.contiguous()  # [r, m]
-    lora_B = torch.ops.lora.dst_basis(rows, request.r, **options)  # [n, r]
-    return Start(lora_A, lora_B, beta, weight_norm=squares.sqrt())
-
-
 def _dst_starts(first: StartRequest, betas: Tensor, squares: Tensor) -> list[Start]:
     """The DST starts of several weights like that of `first`, with one computation of the bases.
 
-    The products with β are in float64 and rounded once, which gives the bits of `_dst_start`.
+    The products with β are in float64 and rounded once: the bits of `dst_basis` with `scale`.
     """
     (rows, cols), device = first.shape, first.weight.device
     left, right = (

@@ -135,9 +135,21 @@ class AdaptedLayer(nn.Module):
         """Sets the base's `requires_grad` to False."""
         raise NotImplementedError
 
-    def base_weight(self) -> Tensor:
-        """W [out, in] of the layer before it was adapted."""
+    def matrix(self) -> Tensor:
+        """A view of the stored weight as [out, in], of experts [E, out, in]; absorbed initial
+        factors are not added back.
+        """
         raise NotImplementedError
+
+    def base_weight(self) -> Tensor:
+        """The W of `matrix` before the layer was adapted: a view, or a copy to which absorbed
+        factors were added back.
+        """
+        if not self.absorbed:
+            return self.matrix()
+        matrix = self.matrix().detach().clone()
+        self.adapter(self.absorbed).add_absorbed_(matrix)
+        return matrix
 
     def base_linear(self) -> nn.Module:
         """The layer before it was adapted; its tensors may be copies."""

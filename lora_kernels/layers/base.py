@@ -42,9 +42,9 @@ class BaseLayer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
+        """(out_features, in_features); of experts, those of each."""
         if self.rewritable or self.kind == "float8":
-            rows, cols = self.stored_weight.shape
+            rows, cols = self.stored_weight.shape[-2:]
             return (cols, rows) if self.transposed else (rows, cols)
         layer: ForeignLayer = self.layer
         return layer.out_features, layer.in_features
@@ -78,8 +78,8 @@ class BaseLayer:
         return [self.weight()]
 
     def weight(self) -> Tensor:
-        """W [out, in] without adapters: a view if the layer is `rewritable`, else a new float32
-        matrix, dequantized.
+        """W [out, in], of experts [E, out, in], without adapters: a view if the layer is
+        `rewritable`, else a new float32 matrix, dequantized.
 
         Raises:
             ValueError: the layer is not quantized yet, rejects inputs [n, in], or is not linear.
@@ -88,7 +88,7 @@ class BaseLayer:
         if not self.rewritable:
             return dequantized_weight(self.layer)
         weight = self.stored_weight.detach()
-        return weight.T if self.transposed else weight
+        return weight.mT if self.transposed else weight
 
     def refuse_sharded(self, name: str) -> None:
         """Raises ValueError, which names the layer, if its tensors are shards or not loaded."""

@@ -209,25 +209,13 @@ def dst_start(lora_A: Tensor, lora_B: Tensor, beta: float | Tensor) -> tuple[Ten
     """A₀ = βΦₘᵀ [r, in] and B₀ = βΦₙ [out, r], in the dtypes and on the devices of A and B; for the
     β [E] of experts, [E, r, in] and [E, out, r].
     """
-    r, sizes = lora_A.shape[-2], (lora_A.shape[-1], lora_B.shape[-2])
-    if lora_A.dim() == 3:
-        # The product in float64, rounded once: the bits of `dst_basis` with `scale`.
-        A0, B0 = (
-            (
-                torch.ops.lora.dst_basis(size, r, dtype=torch.float64, device=factor.device)
-                * torch.as_tensor(beta, dtype=torch.float64, device=factor.device)[:, None, None]
-            ).to(factor.dtype)
-            for size, factor in zip(sizes, (lora_A, lora_B), strict=True)
-        )
-        return A0.mT, B0
-    A0, B0 = (
-        torch.ops.lora.dst_basis(
-            size,
-            r,
-            dtype=factor.dtype,
-            device=factor.device,
-            scale=torch.as_tensor(beta, dtype=torch.float64, device=factor.device),
-        )
-        for size, factor in zip(sizes, (lora_A, lora_B), strict=True)
-    )
-    return A0.T, B0
+    r = lora_A.shape[-2]
+
+    def basis(size: int, factor: Tensor) -> Tensor:
+        """β times the basis [size, r]: the product in float64, rounded once."""
+        work, device = torch.float64, factor.device
+        scale = torch.as_tensor(beta, dtype=work, device=device)[..., None, None]
+        product = torch.ops.lora.dst_basis(size, r, dtype=work, device=device) * scale
+        return product.reshape(*factor.shape[:-2], size, r).to(factor.dtype)
+
+    return basis(lora_A.shape[-1], lora_A).mT, basis(lora_B.shape[-2], lora_B)

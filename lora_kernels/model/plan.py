@@ -188,10 +188,8 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
         base = candidates[name]
         base.refuse_sharded(name)
         _check_embedding(name, layer, base)
-        found, expected = (
-            [*([] if owner is None else [owner]), *shape]
-            for owner, shape in ((layer.experts, layer.shape), (base.num_experts, base.shape))
-        )
+        found = _sizes(layer.experts, layer.shape)
+        expected = _sizes(base.num_experts, base.shape)
         if found != expected:
             raise ValueError(
                 f"the adapter's {name} is for a weight {found}, this model has {expected}"
@@ -224,6 +222,11 @@ def _check_embedding(name: str, layer: LayerState, base: BaseLayer) -> None:
             f"the adapter's {name} is for {tokens} tokens, this model has {known_tokens}: "
             f"model.resize_token_embeddings({tokens}) first"
         )
+
+
+def _sizes(experts: int | None, shape: tuple[int, int]) -> list[int]:
+    """The sizes of a weight; those of experts begin with their number."""
+    return [*shape] if experts is None else [experts, *shape]
 
 
 def check_norms(plans: Sequence[LayerPlan]) -> None:

@@ -110,9 +110,10 @@ class _Sums:
             if base.transposed:
                 self._transposed.add(weight)
             self.names[weight] = name
-            shape = base.shape if base.num_experts is None else (base.num_experts, *base.shape)
             self._sums[weight] = torch.zeros(
-                shape, dtype=factor_dtype(weight.dtype), device=device or weight.device
+                base.weight().shape,
+                dtype=factor_dtype(weight.dtype),
+                device=device or weight.device,
             )
             self._counts[weight] = 0
 

@@ -153,14 +153,6 @@ class AdaptedFloatLayer(AdaptedLayer):
         merged = matrix.addmm_(left, right, alpha=adapter.scaling)
         return self._copied(merged.to(self.weight.dtype), adapter.output_bias(right.dtype))
 
-    def base_weight(self) -> Tensor:
-        """The original W [out, in]: a view, or a copy to which absorbed factors were added back."""
-        if not self.absorbed:
-            return self.matrix()
-        matrix = self.matrix().detach().clone()
-        self.adapter(self.absorbed).add_absorbed_(matrix)
-        return matrix
-
     def _take_over(self, layer: ForeignLayer) -> None:
         """Takes the parameters of the layer that is adapted; there is no adapter yet."""
         self.weight, self.bias = layer.weight, layer.bias

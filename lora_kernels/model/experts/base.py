@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from ...layers.adapted import AdaptedLayer
@@ -41,12 +40,6 @@ class ExpertsBase(BaseLayer):
         return self.stored_weight.shape[0]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of each expert."""
-        rows, cols = self.stored_weight.shape[1:]
-        return (cols, rows) if self.transposed else (rows, cols)
-
-    @property
     def stored_weight(self) -> Tensor:
         """The parameter."""
         return cast(Tensor, self.layer._parameters[self.parameter])
@@ -60,19 +53,9 @@ class ExpertsBase(BaseLayer):
         """The name of the weight, of the layer called `name`."""
         return name
 
-    def weight(self) -> Tensor:
-        """A view of W as [E, out, in]."""
-        weight = self.stored_weight.detach()
-        return weight.mT if self.transposed else weight
-
     def matrices(self) -> list[Tensor]:
         """A view of each expert's W [out, in]."""
         return list(self.weight().unbind())
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the parameter."""
-        return self.stored_weight.device
 
     def refuse_sharded(self, name: str) -> None:
         """Raises ValueError, which names the parameter, if it is a shard or not loaded."""

@@ -237,17 +237,19 @@ def _after_activation(
     z: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of `hidden` [S, I], the routing weights [T, k], A and B of the second product.
+    """The gradients of `hidden` [S, I], the routing weights [T, k], A and B of the second product;
+    that of `hidden` is empty if nothing needs it.
 
     y is not saved: without a norm after it, its product with `grad` is that of h and of the
     gradient that reaches h, plus that of the bias, because y is linear in h.
     """
     _, needs_weights, _, _, needs_A, needs_B = needs
     routing, second = block.routing, block.second
+    needs_hidden = any(needs[:4])  # for the routing weights too
     weights = routing.of_pairs(top_k_weights).unsqueeze(-1)  # [S, 1]
     dy = grad.index_select(0, routing.tokens)  # [S, H]
     dpairs = None
-    wanted = [True, needs_A, needs_B]
+    wanted = [needs_hidden, needs_A, needs_B]
     if _has_post_norm(block.experts):
         dy, dpairs = _through_norm(block, dy, weights, hidden, A, B)
         dhidden, dA, dB = block.backward(second, dy, hidden, None, A, B, z, wanted)
@@ -262,7 +264,8 @@ def _after_activation(
                 own = second.bias[routing.experts.clamp(max=last)]  # [S, H]
                 through_bias = (dy * own).sum(-1, dtype=weights.dtype)
                 dpairs += through_bias.masked_fill_(routing.experts > last, 0)
-        dhidden = (dhidden * weights).to(hidden.dtype)
+        if needs_hidden:
+            dhidden = (dhidden * weights).to(hidden.dtype)
     dweights = None
     if needs_weights and dpairs is not None:
         dweights = routing.to_pairs(dpairs).view_as(top_k_weights).to(top_k_weights.dtype)

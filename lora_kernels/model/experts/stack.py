@@ -97,14 +97,6 @@ class AdaptedStack(AdaptedLayer):
         if self.absorbed:
             setattr(self.weight, ABSORBED, True)
 
-    def base_weight(self) -> Tensor:
-        """The original W [E, out, in]: a view, or a copy with absorbed factors added back."""
-        if not self.absorbed:
-            return self.matrix()
-        matrix = self.matrix().detach().clone()
-        self.adapter(self.absorbed).add_absorbed_(matrix)
-        return matrix
-
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """W + s·(BA − B₀A₀) [E, out, in] of the active adapter, in W's dtype."""

@@ -44,8 +44,8 @@ def targeted_parameters(
     for name in found:
         if name not in first or first[name] not in stacks:
             raise ValueError(f"target_parameters names {name!r}, but {_why_not(model, name)}")
-    reasons = _used_by_others(model, [first[name] for name in found])
-    for name, reason in reasons.items():
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, reason in _used_by_others(modules, [first[name] for name in found]).items():
         raise ValueError(f"target_parameters names {name!r}, but {reason}")
     return [first[name] for name in found]
 
@@ -63,7 +63,6 @@ def _why_not(model: nn.Module, name: str) -> str:
 
 
 def left_out(
-    model: nn.Module,
     config: LoRAConfig,
     modules: Mapping[str, nn.Module],
     candidates: Mapping[str, BaseLayer],
@@ -90,7 +89,7 @@ def left_out(
             reasons[name] = reason
         else:
             reasons[name] = NOT_LINEAR
-    used = _used_by_others(model, adaptable)
+    used = _used_by_others(modules, adaptable)
     reasons |= {name: used[name] for name in adaptable if name in used}
     free = {name: own for name, own in adaptable.items() if name not in used}
     reasons |= dict.fromkeys(free, _how_to_adapt(config, candidates, free))
@@ -114,30 +113,22 @@ def _how_to_adapt(
     )
 
 
-def _used_by_others(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def _used_by_others(modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, str]:
     """{name: reason} of experts, or of their parameters, with which a kernel of the hub multiplies
     without calling the experts' module.
     """
-    reasons: dict[str, str] = {}
-    for name in names:
-        parts = name.split(".")
-        for end in range(len(parts) - 1, 0, -1):
-            block = model.get_submodule(".".join(parts[:end])) if _has(model, parts[:end]) else None
-            kernel = getattr(type(block), "kernel_layer_name", None)
-            if kernel is not None and block is not None and "forward" in vars(block):
-                reasons[name] = (
-                    f"the hub kernel {kernel} multiplies with its experts directly, without their "
-                    "adapters: load the model with use_kernels=False"
-                )
-    return reasons
-
-
-def _has(model: nn.Module, parts: Sequence[str]) -> bool:
-    try:
-        model.get_submodule(".".join(parts))
-    except AttributeError:
-        return False
-    return True
+    kernels = {
+        path: getattr(type(block), "kernel_layer_name", None)
+        for path, block in modules.items()
+        if "forward" in vars(block)
+    }
+    return {
+        name: f"the hub kernel {kernel} multiplies with its experts directly, without their "
+        "adapters: load the model with use_kernels=False"
+        for name in names
+        for path, kernel in kernels.items()
+        if kernel is not None and name.startswith(f"{path}.")
+    }
 
 
 def routers(

@@ -74,7 +74,7 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
             selection.aliases[name] = aliases[name]
     strange = [n for n, m in modules.items() if isinstance(m, nn.Linear) and not _is_part(n, names)]
     selection.skipped |= dict.fromkeys(strange, "its forward or its weight is not nn.Linear's")
-    selection.skipped |= left_out(model, config, modules, candidates, parameters)
+    selection.skipped |= left_out(config, modules, candidates, parameters)
     if not selection.layers:
         reasons = ", ".join(dict.fromkeys(selection.skipped.values())) or "it has no linear layer"
         raise ValueError(f"no layer of {type(model).__name__} is left to adapt: {reasons}")

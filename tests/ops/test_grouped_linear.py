@@ -355,7 +355,7 @@ def test_autocast(device):
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [0.0, 0.2] if EXHAUSTIVE else [0.2])
 def test_opcheck(dropout, device):
     t = inputs([2, 0, 3], 6, 5, 2, torch.float32, rest=1, start=True, device=device)
     seed = torch.tensor(3, device=device)

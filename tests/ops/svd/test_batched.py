@@ -10,12 +10,16 @@ import pytest
 import torch
 
 from ...support import ROOT
+from ...support.exhaustive import EXHAUSTIVE
 from ..compiled import needs_compiled
+
+# The first two take 50 s.
+OPERATORS = ("randomized_svd", "minor_svd", "thin_qr") if EXHAUSTIVE else ("thin_qr",)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests themselves run it on the GPU")
 @needs_compiled("_randomized_svd")
-@pytest.mark.parametrize("operator", ["randomized_svd", "minor_svd", "thin_qr"])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_batched_engine(operator):
     # LAPACK's bits depend on the number of threads, and so do this engine's.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not threads and not compile"]

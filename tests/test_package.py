@@ -17,6 +17,7 @@ import torch
 from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capability
 
 from .support import ROOT
+from .support.exhaustive import EXHAUSTIVE
 
 # Each process computes every operator, and the layer's gradients.
 PROGRAM = """
@@ -149,7 +150,7 @@ def test_builds_without_a_compiler(tmp_path):
         assert list(tmp_path.rglob(f"lora_kernels/{built}"))
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx2", "default"] if EXHAUSTIVE else ["avx2"])
 def test_compile_where_torch_is_held_to_a_lower_instruction_set(capability):
     """One after the other: a graph cached under the first set is not used for the second."""
     env = dict(os.environ, ATEN_CPU_CAPABILITY=capability)

@@ -49,6 +49,19 @@ class Initializer:
         """
         return self.changes_base
 
+    @property
+    def reads_entries(self) -> bool:
+        """Whether the start needs W's entries, or its gradient's, and not only the sums over W: of a
+        sharded W, one process then gathers the whole. By default true of every start that reads W
+        or is made from a gradient.
+        """
+        return self.reads_weight or self.needs_gradient
+
+    @property
+    def draws_unseeded(self) -> bool:
+        """Whether the start draws from torch's global generator, which processes do not share."""
+        return getattr(self, "seed", 0) is None
+
     def make_start(self, request: StartRequest) -> Start:
         """The start for one weight, which is only read."""
         raise NotImplementedError(
@@ -60,6 +73,8 @@ class Initializer:
 
         By default one after the other; an override returns the same starts.
         """
+        if type(self).__call__ is Initializer.__call__:
+            return [self.make_start(request) for request in requests]
         return [self(q.weight, q.r, q.scaling, q.gradient) for q in requests]
 
     def __call__(
@@ -74,11 +89,12 @@ class Initializer:
         r: int,
         scaling: float = 1.0,
         gradients: Sequence[Tensor | None] | None = None,
+        sums: Sequence[Tensor | None] | None = None,
     ) -> list[Start]:
         """`make_starts` for several weights of one shape, dtype and device."""
-        each = [None] * len(weights) if gradients is None else gradients
-        pairs = zip(weights, each, strict=True)
-        return self.make_starts([StartRequest(w, r, scaling, g) for w, g in pairs])
+        none = [None] * len(weights)
+        each = zip(weights, gradients or none, sums or none, strict=True)
+        return self.make_starts([StartRequest(w, r, scaling, g, s) for w, g, s in each])
 
     def absorb_(
         self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None

@@ -17,7 +17,7 @@ from ..ops import svd
 from ..ops.loram_init import log_gain
 from ..ops.svd._matrices import names
 from .base import Initializer, get_initializer, register_initializer
-from .start import Start, StartRequest, batched
+from .start import Start, StartRequest, batched, stats
 
 BASES = ("dst", "orthogonal", "gaussian")
 GAINS = ("log", "log_half", "exact")
@@ -85,10 +85,19 @@ class LoRAM(Initializer):
         """True unless the tracked start is divided by s."""
         return self.track is None or get_initializer(self.track).grows_with_scaling
 
+    @property
+    def reads_entries(self) -> bool:
+        """False, unless the gain is exact or another start is tracked."""
+        return self.gain == "exact" or self.track is not None
+
+    @property
+    def draws_unseeded(self) -> bool:
+        """Whether the tracked start does."""
+        return self.track is not None and get_initializer(self.track).draws_unseeded
+
     def make_start(self, request: StartRequest) -> Start:
-        weight = request.weight
         bases = self._random_bases(request)
-        total, squares = torch.ops.lora.frobenius_stats([weight])[0]
+        total, squares = request.stats()
         _check_magnitude(float(squares), "weight")
         size, gain = self._wanted(request, total, squares)
         beta = (size * (gain / self._size_of_bases(request, bases))) ** 0.25
@@ -102,7 +111,7 @@ class LoRAM(Initializer):
         if not self._is_default():
             return super().make_starts(requests)
         weights, r, _ = batched(requests)
-        squares = torch.ops.lora.frobenius_stats(weights)[:, 1]
+        squares = stats(requests)[:, 1]
         for name, value in zip(names(weights), squares.tolist(), strict=True):
             _check_magnitude(value, name)
         betas = (squares * (log_gain(r, *requests[0].shape) / r)) ** 0.25

@@ -20,12 +20,16 @@ class StartRequest:
 
     `scaling` is the layer's s, for starts that are divided by it; `gradient` [out, in] is the loss
     gradient of W, for starts that are made from it.
+
+    `sums` are the sum and the sum of squares of W's entries [2] in float64, if they are known. Those
+    of a sharded W are: its `weight` has the shape, the dtype and the device, but no values.
     """
 
     weight: Tensor
     r: int
     scaling: float = 1.0
     gradient: Tensor | None = None
+    sums: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -37,6 +41,10 @@ class StartRequest:
     def factor_dtype(self) -> torch.dtype:
         """The dtype of A and B: float32, or float64 for a float64 weight."""
         return factor_dtype(self.weight.dtype)
+
+    def stats(self) -> Tensor:
+        """The sum and the sum of squares of W's entries [2], float64."""
+        return stats([self])[0]
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialized factor, in `factor_dtype` on the weight's device."""
@@ -51,6 +59,17 @@ def batched(requests: Sequence[StartRequest]) -> tuple[list[Tensor], int, float]
     if any((other.r, other.scaling) != (first.r, first.scaling) for other in requests):
         raise ValueError("starts that are made together need the same r and the same scaling")
     return [request.weight for request in requests], first.r, first.scaling
+
+
+def stats(requests: Sequence[StartRequest]) -> Tensor:
+    """The sum and the sum of squares of each request's W [requests, 2], float64: those that are
+    known, or all of them in one pass.
+    """
+    known = [request.sums for request in requests if request.sums is not None]
+    if len(known) == len(requests):
+        return torch.stack(known)
+    found: Tensor = torch.ops.lora.frobenius_stats([request.weight for request in requests])
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from a layer to the one that replaces it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from .._utils.errors import unknown_name
+from ..init.sharded.layout import Shards
 from .adapter import Adapter
 from .options import AdapterOptions
 from .state import LayerState
@@ -148,7 +150,7 @@ class AdaptedLayer(nn.Module):
         if not self.absorbed:
             return self.matrix()
         matrix = self.matrix().detach().clone()
-        self.adapter(self.absorbed).add_absorbed_(matrix)
+        self.adapter(self.absorbed).add_absorbed_(Shards.of(matrix))
         return matrix
 
     def base_linear(self) -> nn.Module:
@@ -156,8 +158,14 @@ class AdaptedLayer(nn.Module):
         raise NotImplementedError
 
     def restore_(self) -> nn.Module:
-        """The original layer, with this layer's own parameters, not copies of them."""
+        """The original layer, with this layer's own parameters, not copies of them. If they are
+        sharded, it is this module, which gets back the class that it had.
+        """
         raise NotImplementedError
+
+    def merged(self) -> nn.Module:
+        """`to_linear()`; if the layer's parameters are sharded, this module, merged in place."""
+        return self.to_linear()
 
     def to_linear(self) -> nn.Module:
         """A new layer without adapters, whose weight is W + s·(BA − B₀A₀)."""
@@ -177,6 +185,35 @@ class AdaptedLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+def exchange_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives the module another class, in place: its names, parameters, hooks and whatever holds
+    the module, such as a group of FSDP2's parameters, stay. A module to which `fully_shard` was
+    applied keeps the methods that it got from there.
+    """
+    old: Any = type(module)
+    module.__class__ = _sharded_class(old, cls) if class_of(module) is not old else cls
+    if "_hf_hook" in vars(module):
+        bound: Any = cls.forward
+        object.__setattr__(module, "_old_forward", bound.__get__(module))
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without the one that `fully_shard` has derived from it."""
+    cls: Any = type(module)
+    first = cls.__bases__[0]
+    if first.__name__ == "FSDPModule" and first.__module__.startswith("torch.distributed"):
+        found: type[nn.Module] = cls.__bases__[1]
+        return found
+    return cls
+
+
+@lru_cache(maxsize=None)
+def _sharded_class(like: Any, cls: Any) -> Any:
+    """What `fully_shard` derives from `cls`: as `like`, which it has derived from another class."""
+    own = {name: value for name, value in vars(like).items() if name == "__deepcopy__"}
+    return type(f"FSDP{cls.__name__}", (like.__bases__[0], cls), own)
+
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -189,8 +226,8 @@ _HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
 )
-_FOREIGN = "_lora_foreign"  # names of the attributes that were copied to an adapted layer
-_CLASS = "_lora_class"  # the class of the layer that the adapted layer replaced
+FOREIGN = "_lora_foreign"  # names of the attributes that were copied to an adapted layer
+CLASS = "_lora_class"  # the class of the layer that the adapted layer replaced
 # Attributes bound to the old module's forward, by accelerate's hook or `module.compile()`.
 _BOUND = ("_hf_hook", "_old_forward", "forward", "_compiled_call_impl")
 
@@ -206,14 +243,14 @@ def transplant(old: nn.Module, new: nn.Module) -> None:
     """
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
-    foreign = vars(old).get(_FOREIGN)
+    foreign = vars(old).get(FOREIGN)
     if foreign is None:
         own = {*vars(new), *_BOUND}
         foreign = [n for n in vars(old) if n not in own and not _is_property(new, n)]
-        object.__setattr__(new, _FOREIGN, foreign)
-        object.__setattr__(new, _CLASS, type(old))
+        object.__setattr__(new, FOREIGN, foreign)
+        object.__setattr__(new, CLASS, type(old))
     else:
-        new.__class__ = vars(old)[_CLASS]
+        new.__class__ = vars(old)[CLASS]
     for name in foreign:
         object.__setattr__(new, name, vars(old)[name])
     if "_hf_hook" in vars(old):

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from ..init.start import Start, subtract_factors_, subtract_recipe_
+from ..init.sharded.layout import Shards, is_sharded
+from ..init.sharded.subtract import subtract_factors_here_, subtract_recipe_here_
+from ..init.sharded.whole import whole
+from ..init.start import Start
 from .options import AdapterOptions
 from .state import LayerState, WithStart, product_factors
 
@@ -198,47 +201,45 @@ class Adapter(WithStart, nn.Module):
             return self.scaled(self.lora_bias, dtype)
         return self.lora_bias * self.scaling
 
-    def add_absorbed_(self, matrix: Tensor) -> None:
-        """Adds the start that was absorbed, if one was, to the base's `matrix` [out, in]; for
-        experts [E, out, in].
-        """
+    def add_absorbed_(self, weight: Shards) -> None:
+        """Adds the start that was absorbed, if one was, to the parts of W that are here."""
         if self.absorbed_scaling is None:
             return
-        if matrix.dim() == 3:
-            for e, part in enumerate(matrix):
-                self.add_absorbed_of_(part, e)
-        elif self.beta is not None:
-            subtract_recipe_(matrix, self.beta, self.r, -self.absorbed_scaling)
-        elif self.start_A is not None and self.start_B is not None:
-            subtract_factors_(matrix, self.start_A, self.start_B, -self.absorbed_scaling)
-
-    def add_absorbed_of_(self, matrix: Tensor, expert: int) -> None:
-        """`add_absorbed_` for the matrix [out, in] of one expert."""
-        scaling = -float(self.absorbed_scaling or 0)
         if self.beta is not None:
-            subtract_recipe_(matrix, self.beta[expert], self.r, scaling)
+            subtract_recipe_here_(weight, self.beta, self.r, -self.absorbed_scaling)
         elif self.start_A is not None and self.start_B is not None:
-            subtract_factors_(matrix, self.start_A[expert], self.start_B[expert], scaling)
+            start_A, start_B = whole(self.start_A), whole(self.start_B)
+            subtract_factors_here_(weight, start_A, start_B, -self.absorbed_scaling)
 
     @torch.no_grad()
     def merge_factors(self) -> tuple[Tensor, Tensor]:
         """A' [k, in] and B' [out, k], in float32 or wider: the forward adds s·B'A' to W.
 
-        k = r, or 2r if the forward subtracts s·B₀A₀.
+        k = r, or 2r if the forward subtracts s·B₀A₀. Those of sharded factors are gathered, on the
+        CPU.
         """
-        start = self.start_factors() if self.residual == "implicit" else None
-        return product_factors(self.lora_A, self.lora_B, self.lora_R, start)
+        own = self.layer_state() if self.sharded else self
+        start = own.start_factors() if self.residual == "implicit" else None
+        return product_factors(own.lora_A, own.lora_B, own.lora_R, start)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process may have only a part of the factors."""
+        return is_sharded(self.lora_A) or is_sharded(self.lora_B)
 
     @torch.no_grad()
-    def layer_state(self) -> LayerState:
+    def layer_state(self, keep: bool = True) -> LayerState:
         """Copies of the adapter's tensors on the CPU, and its numbers.
+
+        Sharded tensors are gathered, which all their processes have to do; those that do not `keep`
+        them get tensors on the meta device.
 
         If the start rewrote the base (LoftQ), the state describes an adapter of the rewritten base,
         from which nothing is subtracted.
         """
 
         def copied(tensor: Tensor) -> Tensor:
-            return tensor.detach().to("cpu", copy=True).contiguous()
+            return whole(tensor, keep)
 
         def copied_if_any(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else copied(tensor)

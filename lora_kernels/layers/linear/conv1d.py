@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ...init.sharded.layout import full_shape
 from ..kinds import ForeignLayer
 from .float_layer import AdaptedFloatLayer
 
@@ -24,10 +25,16 @@ class LoRAConv1D(AdaptedFloatLayer):
     def over(cls, conv: ForeignLayer) -> LoRAConv1D:
         """A layer with the parameters of `conv`, and no adapter yet."""
         layer = cls()
-        layer.nx, layer.nf = layer.in_features, layer.out_features = conv.weight.shape
-        layer._class = type(conv)
         layer._take_over(conv)
+        layer._describe(type(conv))
         return layer
+
+    def _describe(self, former: type[nn.Module]) -> None:
+        self.nx, self.nf = self.in_features, self.out_features = full_shape(self._stored())
+        self._class = former
+
+    def _base_class(self) -> type[nn.Module]:
+        return self._class
 
     def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
         with torch.device("meta"):

@@ -42,12 +42,22 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # a
         """A layer with the parameter of `embedding`, and no adapter yet."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._class, layer._scale_form = type(embedding), lookup_scale(embedding) or ""
         _copy_options(embedding, layer)
-        layer.register_parameter("bias", None)
         layer.weight, layer.training = embedding.weight, embedding.training
+        layer._describe(type(embedding))
         layer._begin()
         return layer
+
+    def _describe(self, former: type[nn.Module]) -> None:
+        self._class, self._scale_form = former, lookup_scale(self, former) or ""  # type: ignore[assignment]
+        self.register_parameter("bias", None)
+
+    def _base_class(self) -> type[nn.Module]:
+        return self._class
+
+    def _given_back(self) -> nn.Module:
+        del self._parameters["bias"]
+        return super()._given_back()
 
     def attach(self, name: str, adapter: Adapter) -> None:
         """Adds an adapter.

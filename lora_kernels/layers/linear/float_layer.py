@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,21 @@ from torch.compiler import is_dynamo_compiling
 from ..._utils.checks import check_rank
 from ..._utils.source import frame_needs_values
 from ...init import Initializer
+from ...init.sharded.layout import Shards, fill_, is_sharded
+from ...init.sharded.subtract import subtract_factors_here_
+from ...init.sharded.whole import whole
 from ...ops.philox import dropout_seed
-from ..adapted import AdaptedLayer
+from ..adapted import CLASS, FOREIGN, AdaptedLayer, class_of, exchange_class
 from ..adapter import in_forward
 from ..kinds import ForeignLayer
 
+# The attributes of an adapted layer in its `__dict__`.
+_OWN = ("active_adapter", "adapter_enabled", "_active", "_cast_by_hooks")
 ABSORBED = "_lora_absorbed"  # set on a Parameter from which initial factors were subtracted
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class _Weight:
@@ -132,12 +141,83 @@ class AdaptedFloatLayer(AdaptedLayer):
     @torch.no_grad()
     def restore_(self) -> nn.Module:
         """The original layer, with this layer's own parameters: absorbed initial factors are added
-        to W in place. This layer must not be used afterwards.
+        to W in place. This layer must not be used afterwards. If W is sharded, it is this module.
         """
         if self.absorbed:
-            self.adapter(self.absorbed).add_absorbed_(self.matrix().detach())
-            vars(self.weight).pop(ABSORBED, None)
-        return self._plain(self.weight, self.bias)
+            stored = self._stored()
+            self.adapter(self.absorbed).add_absorbed_(Shards.of(stored, self.transposed))
+            vars(stored).pop(ABSORBED, None)
+        return self._given_back() if self.sharded else self._plain(self.weight, self.bias)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """`to_linear()`; if W is sharded, this module, to whose parameters the update is added in
+        place, in float32 or wider and rounded once.
+
+        Raises:
+            ValueError: B has a bias, but the layer has none.
+
+        """
+        if not self.sharded:
+            return self.to_linear()
+        adapter = self.active()
+        right, left = adapter.merge_factors()  # [k, in], [out, k]
+        added = None if adapter.lora_bias is None else whole(adapter.lora_bias) * adapter.scaling
+        if added is not None and self.bias is None:
+            raise ValueError(
+                "the adapter has a bias of lora_B, but a layer without one cannot get one while it "
+                "is sharded: merge on one process"
+            )
+        stored = self._stored()
+        subtract_factors_here_(
+            Shards.of(stored, self.transposed), right, left, -adapter.scaling
+        )
+        vars(stored).pop(ABSORBED, None)
+        if added is not None and self.bias is not None:
+            fill_(self.bias, rounded_sum(whole(self.bias), added))
+        return self._given_back()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process may have only a part of W."""
+        return is_sharded(self._stored())
+
+    def _stored(self) -> nn.Parameter:
+        """The Parameter W, as it is stored."""
+        stored = self._parameters["weight"]
+        if stored is None:
+            raise RuntimeError("the weight is a view of a flat parameter of FSDP")
+        return stored
+
+    @classmethod
+    def in_place(cls: type[Self], layer: ForeignLayer) -> Self:
+        """The layer itself, which gets this class, and no adapter yet. For sharded layers, which
+        others hold: FSDP2 knows the module of every parameter.
+        """
+        former = class_of(layer)
+        exchange_class(layer, cls)
+        adapted: Self = layer
+        object.__setattr__(adapted, CLASS, former)
+        adapted._describe(former)
+        adapted._begin()
+        return adapted
+
+    def _describe(self, former: type[nn.Module]) -> None:
+        """Sets the attributes that a layer of the class `former` lacks."""
+
+    def _given_back(self) -> nn.Module:
+        """This module with the class that it had, and without adapters."""
+        former = vars(self).get(CLASS) or self._base_class()
+        del self.adapters
+        for name in (CLASS, FOREIGN, *_OWN):
+            vars(self).pop(name, None)
+        module: nn.Module = self
+        exchange_class(module, former)
+        return module
+
+    def _base_class(self) -> type[nn.Module]:
+        """The class of the layer without adapters."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def to_linear(self) -> nn.Module:

@@ -152,6 +152,9 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         self.attach("default", Adapter(options, start, initializer.changes_base))
         self.freeze()
 
+    def _base_class(self) -> type[nn.Module]:
+        return nn.Linear
+
     def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
         linear.weight = weight

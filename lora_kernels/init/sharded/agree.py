@@ -1,0 +1,90 @@
+"""What all processes of a group must know or do alike: errors, seeds, results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def has_ranks() -> bool:
+    """Whether this process is one of several of `torch.distributed`."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def together(group: Any = None, where: bool = True) -> Iterator[None]:
+    """If a process raises inside the context, all processes of the group (all, if None) raise the
+    same error at its end, and nobody waits for the one that failed. `where=False` turns this off.
+    """
+    import torch.distributed as dist
+
+    if not (where and has_ranks()):
+        yield
+        return
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    errors: list[Exception | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, _portable(failed), group=group)
+    if failed is not None:
+        raise failed
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def shared(owner: int, make: Callable[[], T], group: Any = None) -> T:
+    """`make()` of the rank `owner` of the group, on all its processes; its error, if it raises.
+
+    What it returns must be picklable, with its tensors on the CPU.
+    """
+    import torch.distributed as dist
+
+    source = dist.get_global_rank(group, owner) if group is not None else owner
+    message: list[Any] = [None, None]
+    own: Exception | None = None
+    if dist.get_rank() == source:
+        try:
+            message = [make(), None]
+        except Exception as error:
+            own, message = error, [None, _portable(error)]
+    dist.broadcast_object_list(message, src=source, group=group)
+    if own is not None:
+        raise own
+    if message[1] is not None:
+        raise message[1]
+    value: T = message[0]
+    return value
+
+
+@contextmanager
+def agreed_randomness(device: torch.device) -> Iterator[None]:
+    """Inside the context, torch's global generators of all processes have one seed, which the first
+    process has drawn. Afterwards they go on from where they were, but for that one number.
+    """
+    import torch.distributed as dist
+
+    seed = [int(torch.randint(2**62, ()))]
+    dist.broadcast_object_list(seed, src=0)
+    cuda = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed[0])
+        yield
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The error as another process can unpickle it: without its cause and traceback."""
+    if error is None:
+        return None
+    kinds = (ValueError, TypeError, FileNotFoundError, MemoryError, OSError)
+    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
+    return kind(str(error))

@@ -1,0 +1,236 @@
+"""`Shards`: where the local part of a sharded tensor lies in the whole.
+
+The tensor is plain, a DTensor (FSDP2, tensor parallelism) or a partition of DeepSpeed's ZeRO-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .zero3 import is_partitioned, partition_of
+
+DTensor: TypeAlias = Any  # torch.distributed is imported only for a tensor that needs it
+Group: TypeAlias = Any
+
+
+class Piece(NamedTuple):
+    """A part of the local tensor that is a rectangle of the whole: `whole[place]`."""
+
+    data: Tensor
+    place: tuple[slice, ...]
+
+
+class Block(NamedTuple):
+    """A local part of a matrix [out, in], whose first entry is at [row, col] there. `matrix` is the
+    number of the expert; 0 if the tensor is one matrix. `data` can be written in place.
+    """
+
+    matrix: int
+    data: Tensor
+    row: int
+    col: int
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The local part of a weight, plain or sharded.
+
+    Attributes:
+        shape: [out, in] of the whole, of experts [E, out, in].
+        blocks: the local parts, of every local expert one or more.
+        dtype, device: those of the local parts.
+        group: the processes that have the weight's parts; None if the weight is not sharded.
+        primary: False if another process counts for this part, of which it has a replica.
+
+    """
+
+    shape: tuple[int, ...]
+    blocks: list[Block]
+    dtype: torch.dtype
+    device: torch.device
+    group: Group | None
+    primary: bool
+
+    @staticmethod
+    def of(tensor: Tensor, transposed: bool = False) -> Shards:
+        """The shards of a matrix, or of a stack of matrices, stored as [in, out] if `transposed`.
+
+        Raises:
+            ValueError: the local part is not where the tensor's placements say.
+
+        """
+        sizes = full_shape(tensor)
+        shape = (*sizes[:-2], sizes[-1], sizes[-2]) if transposed else sizes
+        blocks = [block for piece in pieces(tensor) for block in _blocks(piece, transposed)]
+        local = local_part(tensor)
+        return Shards(shape, blocks, local.dtype, local.device, group_of(tensor), _primary(tensor))
+
+    @property
+    def count(self) -> int:
+        """The number of matrices."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether the tensor is a DTensor; torch.distributed is not imported for the answer."""
+    return any(
+        cls.__name__ == "DTensor" and cls.__module__.startswith("torch.distributed")
+        for cls in type(tensor).__mro__
+    )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process may have only a part of the tensor."""
+    return is_dtensor(tensor) or is_partitioned(tensor)
+
+
+def full_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of the whole tensor."""
+    return partition_of(tensor).shape if is_partitioned(tensor) else tuple(tensor.shape)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process has of the tensor: a view, flat for ZeRO-3."""
+    if is_partitioned(tensor):
+        return partition_of(tensor).data
+    sharded: DTensor = tensor.detach()
+    return sharded.to_local() if is_dtensor(tensor) else sharded
+
+
+def pieces(tensor: Tensor) -> list[Piece]:
+    """The local part as rectangles of the whole; [] if nothing of it is here."""
+    if is_partitioned(tensor):
+        return [Piece(*found) for found in partition_of(tensor).rectangles()]
+    if not is_dtensor(tensor):
+        return [Piece(tensor.detach(), tuple(slice(0, size) for size in tensor.shape))]
+    local, axes = local_part(tensor), _axes(tensor)
+    found = tuple(sum(run.stop - run.start for run, _ in axis) for axis in axes)
+    if found != tuple(local.shape):
+        raise ValueError(
+            f"the local part of a DTensor {list(tensor.shape)} is {list(local.shape)}, but its "
+            f"placements {getattr(tensor, 'placements', None)} say {list(found)}"
+        )
+    return [
+        Piece(local[tuple(run for run, _ in runs)], tuple(place for _, place in runs))
+        for runs in product(*axes)
+    ]
+
+
+def fill_(target: Tensor, whole: Tensor) -> None:
+    """Writes this process's part of `whole` into `target`, which is plain or sharded."""
+    for data, place in pieces(target):
+        data.copy_(whole[place])
+
+
+def text_of(tensor: Tensor) -> str:
+    """How a tensor is sharded, such as "in 8 parts by rows"; "" if it is not."""
+    if is_partitioned(tensor):
+        return f"in {partition_of(tensor).parts} parts of a ZeRO-3 partition"
+    if not is_dtensor(tensor):
+        return ""
+    sharded: DTensor = tensor
+    counts: dict[int, int] = {}
+    for dim, size in _sharding(sharded):
+        counts[dim] = counts.get(dim, 1) * size
+    names = {-1: "columns", -2: "rows", -3: "experts"}
+    parts = [f"{n} parts by {names[dim - sharded.dim()]}" for dim, n in sorted(counts.items())]
+    return f"in {' and '.join(parts)}" if parts else "replicated"
+
+
+def group_of(tensor: Tensor) -> Group | None:
+    """The processes that have parts or replicas of the tensor; None if it is plain."""
+    if is_partitioned(tensor):
+        return partition_of(tensor).group
+    if not is_dtensor(tensor):
+        return None
+    sharded: DTensor = tensor
+    return mesh_group(sharded.device_mesh)
+
+
+def mesh_group(mesh: Any) -> Group:
+    """The group of all processes of a DeviceMesh."""
+    import torch.distributed as dist
+
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
+
+
+def _blocks(piece: Piece, transposed: bool) -> Iterator[Block]:
+    *stack, rows, cols = piece.place
+    if transposed:
+        rows, cols = cols, rows
+    for e in range(stack[0].start, stack[0].stop) if stack else [0]:
+        data = piece.data[e - stack[0].start] if stack else piece.data
+        yield Block(e, data.mT if transposed else data, rows.start, cols.start)
+
+
+def _primary(tensor: Tensor) -> bool:
+    """Whether this process is the first one of those that have this part."""
+    if not is_dtensor(tensor):
+        return True
+    sharded: DTensor = tensor
+    where = sharded.device_mesh.get_coordinate() or ()
+    return all(
+        not placement.is_replicate() or not index
+        for placement, index in zip(sharded.placements, where, strict=True)
+    )
+
+
+def _sharding(sharded: DTensor) -> Iterator[tuple[int, int]]:
+    """(the tensor's dimension, number of parts) for every mesh dimension that shards it."""
+    for index, placement in enumerate(sharded.placements):
+        if hasattr(placement, "dim"):
+            yield placement.dim % sharded.dim(), sharded.device_mesh.size(index)
+        elif not placement.is_replicate():
+            raise ValueError(f"a weight with the placement {placement} has no values of its own")
+
+
+Run: TypeAlias = tuple[slice, slice]  # in the local tensor, in the whole
+
+
+def _axes(sharded: DTensor) -> list[list[Run]]:
+    """The local runs of indices of every axis."""
+    list(_sharding(sharded))  # refuses partial sums
+    mesh, placements = sharded.device_mesh, sharded.placements
+    return [_runs(size, mesh, placements, dim) for dim, size in enumerate(sharded.shape)]
+
+
+def _runs(size: int, mesh: Any, placements: Sequence[Any], axis: int) -> list[Run]:
+    """The runs of an axis: its numbers, sharded as the tensor is, where they jump.
+
+    So uneven and empty parts, two mesh dimensions on one axis, and strided shards need no formula
+    here.
+    """
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    own = [_along(placement, axis) for placement in placements]
+    if all(placement is None for placement in own):
+        return [(slice(0, size), slice(0, size))]
+    placed = [Replicate() if placement is None else placement for placement in own]
+    numbers = torch.arange(size, device=mesh.device_type)
+    local = distribute_tensor(numbers, mesh, placed, src_data_rank=None).to_local().cpu()
+    jumps = (local[1:] != local[:-1] + 1).nonzero().flatten() + 1
+    bounds = [0, *jumps.tolist(), len(local)]
+    return [
+        (slice(begin, end), slice(int(local[begin]), int(local[begin]) + end - begin))
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+        if end > begin
+    ] or [(slice(0, 0), slice(0, 0))]
+
+
+def _along(placement: Any, axis: int) -> Any | None:
+    """The placement of a vector that is sharded as the tensor is along `axis`; None if not."""
+    from torch.distributed.tensor import Shard
+
+    if getattr(placement, "dim", None) != axis:
+        return None
+    if hasattr(placement, "split_factor"):
+        return type(placement)(0, split_factor=placement.split_factor)
+    return Shard(0)

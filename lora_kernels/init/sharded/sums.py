@@ -1,0 +1,64 @@
+"""The sum and the sum of squares of weights of which every process has a part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Shards
+
+
+def sums_of(weights: Sequence[Shards]) -> list[Tensor]:
+    """The sum and the sum of squares [matrices, 2] of each weight, float64, on its device.
+
+    One all-gather for all weights of a group of processes, two numbers for each matrix. All
+    processes add the same numbers in the order of the ranks: the results are equal to the bit.
+    """
+    local = [_local_sums(weight) for weight in weights]
+    groups: dict[Any, list[int]] = {}
+    for index, weight in enumerate(weights):
+        if weight.group is not None:
+            groups.setdefault(weight.group, []).append(index)
+    for group, members in groups.items():
+        rows = torch.cat([local[index] for index in members])  # [matrices of all, 2]
+        added = sum(_gathered(rows, group).unbind())
+        for index, own in zip(members, added.split([weights[i].count for i in members]), strict=True):
+            local[index] = own.to(weights[index].device)
+    return local
+
+
+def largest_entry(weight: Shards) -> Tensor:
+    """max |W| of each matrix [matrices], float64, of all processes; NaN if there is one."""
+    largest = torch.zeros(weight.count, dtype=torch.float64, device=weight.device)
+    for matrix, data, _, _ in weight.blocks:
+        if data.numel():
+            largest[matrix] = torch.maximum(largest[matrix], data.abs().max().double())
+    return largest if weight.group is None else _gathered(largest, weight.group).amax(0)
+
+
+def _local_sums(weight: Shards) -> Tensor:
+    """[matrices, 2] of the local part. That of a replica is 0, unless it holds NaN or Inf."""
+    sums = torch.zeros(weight.count, 2, dtype=torch.float64, device=weight.device)
+    blocks = [block for block in weight.blocks if block.data.numel()]
+    if blocks:
+        found = torch.ops.lora.frobenius_stats([block.data for block in blocks])
+        matrices = torch.tensor([block.matrix for block in blocks], device=weight.device)
+        sums.index_add_(0, matrices, found)
+    return sums if weight.primary else sums * 0
+
+
+def _gathered(rows: Tensor, group: Any) -> Tensor:
+    """The rows of every process of the group, [processes, ...], on the device it talks over."""
+    import torch.distributed as dist
+
+    device = rows.device
+    backend = str(dist.get_backend(group))
+    if device.type == "cpu" and "nccl" in backend and "gloo" not in backend:
+        device = torch.device("cuda", torch.cuda.current_device())  # of parameters that are offloaded
+    rows = rows.to(device).contiguous()
+    found = rows.new_empty(dist.get_world_size(group), *rows.shape)
+    dist.all_gather_into_tensor(found, rows, group=group)
+    return found

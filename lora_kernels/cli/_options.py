@@ -82,6 +82,14 @@ def add_quiet(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--quiet", action="store_true", help=f"print no {what} and no progress bar")
 
 
+RANKS = """\
+Under torchrun, or with its variables RANK and WORLD_SIZE in the environment, several processes work
+together: each on its own files, and rank 0 completes the folder and prints. The result has the same
+bytes. If one fails, or ends, or has not begun after 60 s, all fail; repeat the command with any
+number of processes to continue. torchrun sets OMP_NUM_THREADS to 1: set it to the cores of each.
+"""
+
+
 def table_console() -> Console:
     """A console for tables, which does not break their lines in a pipe or a file."""
     rich = needed("rich.console", "the table", "cli")

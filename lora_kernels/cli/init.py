@@ -9,10 +9,12 @@ import time
 from .._utils.progress import byte_bar
 from ..files.checkpoint.initialize import InitSummary, initialize
 from ..files.checkpoint.residual import ADAPTER
+from ..files.io.journal import Ranks
 from ..init import get_initializer, initializer_names
 from ..model.config import LoRAConfig
 from ..model.report import listed
 from ._options import (
+    RANKS,
     Commands,
     add_command,
     add_dtype,
@@ -24,7 +26,7 @@ from ._options import (
     targets_of,
 )
 
-_DESCRIPTION = """\
+_DESCRIPTION = f"""\
 Starts the linear layers of a model, tensor by tensor, without loading the model.
 
 --residual absorb (the default if the start is not zero): OUT_DIR becomes a complete model, from
@@ -40,6 +42,8 @@ If transformers does not know the model, they are chosen by their names, and the
 Shards, their order, headers and names, the index and all other files are kept; weights in other
 formats are not copied. Peak memory is the largest weight, with its copies if it is cast, and 128
 MiB; experts are started one by one. Repeat the same command to continue a run that was killed.
+
+{RANKS}--device cuda then gives each process of a machine a GPU of its own.
 """
 _EXAMPLES = """\
 examples:
@@ -49,6 +53,7 @@ examples:
   lora-kernels init models/gpt2-fp32 start --dtype bfloat16 --device cuda
   lora-kernels init models/Qwen3-30B-A3B start -r 16 \\
       --target-parameters experts.gate_up_proj experts.down_proj
+  torchrun --nproc-per-node 8 -m lora_kernels.cli init models/Llama-3-70B start --method pissa
 
 training on OUT_DIR:
   model = AutoModelForCausalLM.from_pretrained("start")
@@ -109,8 +114,10 @@ def _init(options: argparse.Namespace) -> None:
         init_lora_weights=options.method,
         residual=options.residual,
     )
+    ranks = Ranks.of_environment()
+    quiet = options.quiet or not ranks.is_main
     begin = time.perf_counter()
-    with byte_bar("init", not options.quiet) as progress:
+    with byte_bar("init", not quiet) as progress:
         done = initialize(
             options.model_dir,
             options.out_dir,
@@ -121,8 +128,9 @@ def _init(options: argparse.Namespace) -> None:
             overwrite=options.overwrite,
             sync=options.sync,
             progress=progress,
+            ranks=ranks,
         )
-    if not options.quiet:
+    if not quiet:
         print(_summary(done, options, time.perf_counter() - begin), file=sys.stdout)
 
 

@@ -5,7 +5,7 @@ how those are subtracted from a weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -215,13 +215,21 @@ def _alike(starts: Sequence[Start]) -> bool:
     return len(kinds) == 1
 
 
-def check_residual_fits(weight: Tensor, start: Start, scaling: float) -> None:
-    """Raise if W holds NaN or Inf, or if W − s·B₀A₀ could overflow."""
+def check_residual_fits(
+    weight: Tensor,
+    start: Start,
+    scaling: float,
+    largest_entry: Callable[[], Tensor] | None = None,
+) -> None:
+    """Raise if W holds NaN or Inf, or if W − s·B₀A₀ could overflow. `largest_entry` returns max |W|,
+    for a `weight` without values.
+    """
     room = torch.finfo(weight.dtype).max - abs(scaling) * _largest_entry(start)
     # ‖W‖_F bounds every entry of W; where it is known and small enough, W is not read.
     if start.weight_norm is not None and float(start.weight_norm) <= room:
         return
-    largest = float(torch.linalg.vector_norm(weight, math.inf))
+    read = largest_entry or (lambda: torch.linalg.vector_norm(weight, math.inf))
+    largest = float(read())
     if not math.isfinite(largest):
         raise ValueError("weight holds NaN or Inf; it was not changed")
     if largest > room:

@@ -4,7 +4,7 @@ from a layer to the one that replaces it.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -191,7 +191,8 @@ def exchange_class(module: nn.Module, cls: type[nn.Module]) -> None:
     applied keeps the methods that it got from there.
     """
     old: Any = type(module)
-    module.__class__ = _sharded_class(old, cls) if class_of(module) is not old else cls
+    new: Any = cls  # nn.Module's annotations make it no Hashable for type checkers
+    module.__class__ = _sharded_class(old, new) if class_of(module) is not old else new
     if "_hf_hook" in vars(module):
         bound: Any = cls.forward
         object.__setattr__(module, "_old_forward", bound.__get__(module))
@@ -207,7 +208,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sharded_class(like: Any, cls: Any) -> Any:
     """What `fully_shard` derives from `cls`: as `like`, which it has derived from another class."""
     own = {name: value for name, value in vars(like).items() if name == "__deepcopy__"}

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..init.sharded.layout import Shards, full_shape, is_sharded, local_part
 from .adapted import AdaptedLayer, transplant
 from .adapter import Adapter
 from .dequantize import compute_dtype, dequantized_weight, device_of
@@ -44,7 +45,7 @@ class BaseLayer:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features); of experts, those of each."""
         if self.rewritable or self.kind == "float8":
-            rows, cols = self.stored_weight.shape[-2:]
+            rows, cols = full_shape(self.stored_weight)[-2:]
             return (cols, rows) if self.transposed else (rows, cols)
         layer: ForeignLayer = self.layer
         return layer.out_features, layer.in_features
@@ -57,7 +58,23 @@ class BaseLayer:
     @property
     def device(self) -> torch.device:
         """The device of the layer's tensors."""
-        return self.stored_weight.device if self.rewritable else device_of(self.layer)
+        return self.local.device if self.rewritable else device_of(self.layer)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process may have only a part of a `rewritable` weight: a DTensor, of FSDP2 or
+        of tensor parallelism, or a partition of ZeRO-3.
+        """
+        return self.rewritable and is_sharded(self.stored_weight)
+
+    @property
+    def local(self) -> Tensor:
+        """What this process has of the stored weight."""
+        return local_part(self.stored_weight)
+
+    def shards(self) -> Shards:
+        """The local parts of W [out, in], of experts [E, out, in]: all of it, if it is not sharded."""
+        return Shards.of(self.stored_weight, self.transposed)
 
     @property
     def stored_weight(self) -> Tensor:
@@ -101,6 +118,8 @@ class BaseLayer:
         layer: AdaptedLayer
         if isinstance(module, AdaptedLayer):
             layer = module
+        elif self.sharded:
+            layer = _FLOAT_CLASSES[self.kind].in_place(module)
         else:
             layer = (_FLOAT_CLASSES.get(self.kind) or LoRAWrapper).over(module)
             if self.rewritable:  # hooks stay on a layer inside a wrapper

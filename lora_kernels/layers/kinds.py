@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.checks import FLOATS
 from .._utils.source import definition, undecorated
+from ..init.sharded.layout import is_dtensor, is_sharded
 
 FLOAT8 = (
     torch.float8_e4m3fn,
@@ -79,7 +80,9 @@ def lookup_scale(module: nn.Module, cls: type[nn.Module] | None = None) -> str |
     "number" by `embed_scale`, "cast" by `embed_scale` in the weight's dtype; None if it computes
     something else.
     """
-    given: Any = cls or type(module)  # nn.Module's annotations make it no Hashable for type checkers
+    given: Any = cls or type(
+        module
+    )  # nn.Module's annotations make it no Hashable for type checkers
     form = _form_of(given)
     if not form:
         return form
@@ -124,33 +127,26 @@ def why_not_embedding(module: nn.Embedding) -> str | None:
 
 
 def refuse_sharded(name: str, module: nn.Module) -> None:
-    """Raises ValueError if the tensors of the layer `name` are shards, or not loaded."""
+    """Raises ValueError if the layer `name` has tensors that are not loaded, or sharded in a way in
+    which it cannot be adapted.
+    """
+    rewritable = kind_of(module) in FLOAT_KINDS
     for key, tensor in _tensors(module):
         what = f"{name}.{key}"
-        if hasattr(tensor, "ds_id") and tensor.numel() == 0:
-            raise ValueError(
-                f"{what} is partitioned by DeepSpeed ZeRO-3: adapt the model before "
-                "deepspeed.initialize, or within deepspeed.zero.GatheredParameters"
-            )
-        if _is_dtensor(tensor):
-            raise ValueError(
-                f"{what} is a DTensor, sharded by FSDP2 or tensor parallelism: adapt the model "
-                "before fully_shard or parallelize_module"
-            )
         if getattr(tensor, "_fsdp_flattened", False) or _is_flattened(module):
             raise ValueError(
                 f"{what} is part of a flat parameter of FSDP: adapt the model before it is wrapped"
+            )
+        if is_sharded(tensor) and not rewritable:
+            raise ValueError(
+                f"{what} is a part of a quantised weight, which is sharded: adapt the model before "
+                "it is sharded"
             )
         if tensor.is_meta:
             raise ValueError(
                 f"{what} is on the meta device: load it first (if accelerate has offloaded it, "
                 "load the model with a device_map that keeps this layer)"
             )
-    if getattr(module, "_hf_tp_plan", None) is not None:
-        raise ValueError(
-            f"{name} is sharded by transformers' tensor parallelism (tp_plan): load the model "
-            "without it to adapt it"
-        )
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -179,7 +175,7 @@ def _has_float_weight(module: nn.Module) -> bool:
         return _is_flattened(module)
     if isinstance(vars(module).get("bias"), Tensor):
         return False
-    return weight.dtype in FLOATS and (type(weight) is nn.Parameter or _is_dtensor(weight))
+    return weight.dtype in FLOATS and (type(weight) is nn.Parameter or is_dtensor(weight))
 
 
 def _is_float8(module: nn.Module) -> bool:
@@ -190,10 +186,6 @@ def _is_float8(module: nn.Module) -> bool:
     hooked = type(module).forward is nn.Linear.forward and hasattr(module, "_diffusers_hook")
     usual = is_conv1d(module) and not _forward_is_replaced(module)
     return hooked or usual or _is_plain(module)
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    return _is_a(tensor, "torch", "DTensor")
 
 
 def _is_flattened(module: nn.Module) -> bool:
@@ -228,10 +220,17 @@ def _why_not_plain(linear: nn.Linear) -> str | None:
 
 
 def _forward_is_replaced(module: nn.Module) -> bool:
-    """Whether the instance has a forward of its own, other than accelerate's hook, which calls the
-    forward of the class.
+    """Whether the instance has a forward of its own, other than those that call the forward of the
+    class: accelerate's hook, and transformers' tensor parallelism.
     """
-    return "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    own = vars(module).get("forward")
+    return own is not None and not hasattr(module, "_hf_hook") and not is_parallel_forward(own)
+
+
+def is_parallel_forward(forward: object) -> bool:
+    """Whether this is what transformers' tensor parallelism puts around a module's forward."""
+    origin, name = (getattr(forward, key, "") for key in ("__module__", "__qualname__"))
+    return name.endswith(".tp_forward") and origin.startswith("transformers.")
 
 
 def _is_forward_only(module: nn.Module) -> bool:

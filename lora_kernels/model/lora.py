@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .._utils.names import nearest, without_wrappers
 from .._utils.progress import tracked
+from ..init.sharded.whole import whole
 from ..layers.adapted import AdaptedLayer
 from ..layers.options import AdapterOptions
 from ..layers.wrapper import LoRAWrapper
@@ -50,6 +51,7 @@ from .install.saved_modules import (
     saved_places,
     trained_biases,
 )
+from .install.sharded.fsdp import leave, reshard
 from .originals import OriginalWeights
 from .plan import check_norms, plan_layers, plan_starts, plan_states
 from .report import LoRAReport, make_report
@@ -100,6 +102,7 @@ def add_lora(
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
     check_model(model)
+    reshard(model)
     record = record_of(model) or ModelAdapters()
     check_name(adapter_name, record)
     config = with_task_head(model, config)
@@ -156,12 +159,14 @@ def merge_lora(
     set_adapter(model, name)
     record.saved.settle()
     adapted = layers_with_names(model)
+    adapters = [layer.adapters for _, layer in adapted]
     _warn_of_new_biases([layer for _, layer in adapted if name in layer.adapter_names])
     while adapted:  # frees each old W before the next layer is merged
         paths, layer = adapted.pop()
         finish = merge_adapted if name in layer.adapter_names else restore_adapted
         finish(model, paths, layer)
     model.requires_grad_(False)
+    leave(model, adapters)
     untie_if_needed(model)
     separate_blocks(model, record.replication)
     forget(model, record)
@@ -195,8 +200,12 @@ def unload_lora(model: nn.Module) -> nn.Module:
     """
     record = needed_record(model)
     record.saved.activate(None)
-    for paths, layer in layers_with_names(model):
+    reshard(model)
+    adapted = layers_with_names(model)
+    adapters = [layer.adapters for _, layer in adapted]
+    for paths, layer in adapted:
         restore_adapted(model, paths, layer)
+    leave(model, adapters)
     if record.blocks is not None:
         record.blocks.restore()
     forget(model, record)
@@ -260,8 +269,13 @@ def adapter_names(model: nn.Module) -> list[str]:
     return [] if record is None else list(record.configs)
 
 
-def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterState:
+def adapter_state(
+    model: nn.Module, adapter_name: str | None = None, *, keep: bool = True
+) -> AdapterState:
     """A copy on the CPU of an adapter, the active one if `adapter_name` is None.
+
+    Of a sharded model, all processes have to call this, and each gets the whole adapter; those that
+    do not `keep` it get tensors on the meta device.
 
     Raises:
         ValueError: no adapter of that name.
@@ -270,14 +284,15 @@ def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterS
     model = unwrapped(model)
     record = needed_record(model)
     name = known_name(record, adapter_name)
-    layers = {path: adapter.layer_state() for path, adapter in adapters_of(model, name).items()}
+    reshard(model)
+    layers = {path: adapter.layer_state(keep) for path, adapter in adapters_of(model, name).items()}
     extra, rows, tokens = {}, {}, record.tokens.get(name, {})
     for path, tensor in record.saved.tensors(name).items():
         indices = tokens.get(path, ())
         if indices:
-            rows[path] = TokenRows(indices, tensor.detach()[list(indices)].to("cpu", copy=True))
+            rows[path] = TokenRows(indices, whole(tensor, keep)[list(indices)])
         elif indices is not None:
-            extra[without_wrappers(path)] = tensor.detach().to("cpu", copy=True)
+            extra[without_wrappers(path)] = whole(tensor, keep)
     config = getattr(model, "config", None)
     base = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
     return AdapterState(record.configs[name], layers, extra, base or None, rows, record.replication)
@@ -302,6 +317,7 @@ def apply_state(
 
     """
     check_model(model)
+    reshard(model)
     record = record_of(model) or ModelAdapters()
     check_name(adapter_name, record)
     if record.configs:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .._utils.checks import factor_dtype, overlaps
 from .._utils.names import nearest, without_wrappers
 from ..init import Initializer, LoftQ
+from ..init.sharded.subtract import subtract_start_here_
+from ..init.sharded.sums import sums_of
 from ..init.start import Start, subtract_start_, subtract_starts_
 from ..layers.adapted import AdaptedLayer
 from ..layers.adapter import Adapter
@@ -79,7 +81,9 @@ class LayerPlan:
         if not self.absorbs:
             return
         start, scaling = self._computed_start(), self.options.scaling
-        if self.base.num_experts is None:
+        if self.base.sharded:
+            subtract_start_here_(self.base.shards(), start, scaling)
+        elif self.base.num_experts is None:
             subtract = subtract_start_ if self.initializer is None else self.initializer.take_out_
             subtract(self.base.weight(), start, scaling)
         elif self.initializer is None:
@@ -231,14 +235,20 @@ def _sizes(experts: int | None, shape: tuple[int, int]) -> list[int]:
 
 def check_norms(plans: Sequence[LayerPlan]) -> None:
     """Warns if a weight's norm shows that an adapter was trained on another base."""
-    for plan in plans:
+    measured = [plan for plan in plans if plan.start and plan.start.weight_norm is not None]
+    sharded = [plan for plan in measured if plan.base.sharded]
+    sums_of_all = sums_of([plan.base.shards() for plan in sharded])
+    known = {plan.name: sums for plan, sums in zip(sharded, sums_of_all, strict=True)}
+    for plan in measured:
         expected = None if plan.start is None else plan.start.weight_norm
         if expected is None:
             continue
+        sums = known.get(plan.name)
+        if sums is None:
+            sums = torch.ops.lora.frobenius_stats(plan.base.matrices())
         # Of experts: the norm of all of them.
         wanted = float(expected.double().norm())
-        sums = torch.ops.lora.frobenius_stats(plan.base.matrices())[:, 1]
-        found = float(sums.sum().sqrt())
+        found = float(sums[:, 1].sum().sqrt())
         if wanted and abs(found / wanted - 1) > _NORM_TOLERANCE:
             warnings.warn(
                 f"the norm of {plan.name} is {found:.4g}, but {wanted:.4g} where this "
@@ -304,7 +314,7 @@ def _why_not_absorbed(name: str, base: BaseLayer, owners: Mapping[object, list[s
             f"another adapter's initial factors were already subtracted from the weight of {name} "
             "(residual='absorb')"
         )
-    overlapping = any(map(overlaps, base.matrices()))
+    overlapping = not base.sharded and any(map(overlaps, base.matrices()))
     return "its weight is an expanded or overlapping view" if overlapping else None
 
 

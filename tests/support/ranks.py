@@ -63,9 +63,7 @@ def on_ranks(
     return results
 
 
-def _run(
-    rank: int, world: int, work: Callable[[int], Any], folder: Path, seconds: float
-) -> None:
+def _run(rank: int, world: int, work: Callable[[int], Any], folder: Path, seconds: float) -> None:
     torch.set_num_threads(1)  # the parent's OpenMP threads do not exist here
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group(

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from ..._utils.model_files import read_json
 from ..._utils.names import without_wrappers
+from ...init.sharded.agree import is_first_rank, shared
+from ...init.sharded.layout import is_sharded
+from ...init.sharded.whole import whole
 from ...model.config import AdapterState
 from ...model.experts.forward import SUFFIX
 from ...model.install import original_weight, unwrapped
@@ -47,9 +50,31 @@ def save_adapter(
     If the vocabulary was resized since the model was loaded, the embeddings are stored too, as PEFT
     stores them. Warnings name the layers that PEFT will not find in the folder, and the limit of
     vLLM that a larger rank exceeds.
+
+    Of a sharded model, all processes have to call this. The factors are gathered one by one, the
+    first process writes, and an error there is raised on all.
     """
-    state = adapter_state(model, adapter_name)
-    state.extra = _resized_embeddings(unwrapped(model), state) | state.extra
+    sharded = any(map(is_sharded, model.parameters()))
+    keep = not sharded or is_first_rank()
+    state = adapter_state(model, adapter_name, keep=keep)
+    state.extra = _resized_embeddings(unwrapped(model), state, keep) | state.extra
+
+    def write() -> SavedAdapter:
+        return _written(model, state, folder, format, compress_to, dtype, experts)
+
+    return shared(0, write) if sharded else write()
+
+
+def _written(
+    model: nn.Module,
+    state: AdapterState,
+    folder: str | Path,
+    format: str,
+    compress_to: int | None,
+    dtype: torch.dtype | str | None,
+    experts: str,
+) -> SavedAdapter:
+    """`save_adapter` of an adapter that is whole."""
     stacks = expert_layers(state)
     if stacks:
         state.experts = stored_experts(unwrapped(model))
@@ -64,7 +89,7 @@ def save_adapter(
             f"{type(state.config.initializer).__name__} has given the model another base, and "
             "this adapter belongs to it, not to the original: keep that base too "
             "(model.save_pretrained)",
-            stacklevel=2,
+            stacklevel=4,
         )
     modules = {without_wrappers(n): m for n, m in unwrapped(model).named_modules() if n}
     # Modules that adapting has added.
@@ -82,7 +107,7 @@ def save_adapter(
         experts=experts,
     )
     if saved.warning:
-        warnings.warn(saved.warning, stacklevel=2)
+        warnings.warn(saved.warning, stacklevel=4)
     return saved
 
 
@@ -162,7 +187,7 @@ def _warn_of_lost_layers(model: nn.Module, state: AdapterState, layout: str) -> 
         )
 
 
-def _resized_embeddings(model: Any, state: AdapterState) -> dict[str, Tensor]:
+def _resized_embeddings(model: Any, state: AdapterState, keep: bool) -> dict[str, Tensor]:
     """The weights of the input embedding and the output head by name, if the vocabulary has another
     size than in the configuration that the model was loaded from; else none.
     """
@@ -174,7 +199,7 @@ def _resized_embeddings(model: Any, state: AdapterState) -> dict[str, Tensor]:
     for module in (input_embeddings(model), output_head(model)):
         weight = None if module is None else original_weight(module)
         if weight is not None:
-            found[f"{names.get(id(module))}.weight"] = weight.to("cpu", copy=True).contiguous()
+            found[f"{names.get(id(module))}.weight"] = whole(weight, keep)
     return found
 
 

@@ -327,16 +327,6 @@ def check_outside(adapter: Path, out: Path) -> None:
         raise ValueError(f"{adapter} is inside {out}, which is to be written: use another folder")
 
 
-def check_space(out: Path, size: int) -> None:
-    """Raises if the disk has less space than `size` bytes."""
-    folder = out
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OSError(f"{out} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
-
-
 def pretty(content: dict[str, Any]) -> bytes:
     """JSON with line breaks."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

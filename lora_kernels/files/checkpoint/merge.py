@@ -15,17 +15,18 @@ from ..._utils.safetensors import DTYPES
 from ..._utils.version import __version__
 from ..adapter.folder import read_adapter
 from ..io.blocks import Piece
-from ..io.journal import JournaledFolder, identity
+from ..io.journal import ALONE, JournaledFolder, Ranks, identity
 from ..io.pipeline import Actions, Shard, rewrite
 from .changes import changes_of, folder_for, placed_in
-from .folder import ModelFolder, check_apart, check_outside, check_space
+from .folder import ModelFolder, check_apart, check_outside
 from .residual import refuse_residual
 
 
 @dataclass(frozen=True)
 class MergeSummary:
-    """The numbers of merged layers and replaced tensors, and the bytes read in this run.
-    `assumption` says what was assumed of a model that transformers does not know; else it is empty.
+    """The numbers of merged layers and replaced tensors, and the bytes that all ranks read in this
+    run. `assumption` says what was assumed of a model that transformers does not know; else it is
+    empty.
     """
 
     layers: int
@@ -43,6 +44,7 @@ def merge(
     overwrite: bool = False,
     sync: bool = False,
     progress: ByteCounter = uncounted,
+    ranks: Ranks = ALONE,
 ) -> MergeSummary:
     """Writes the model in `base` to `out`, with the adapter merged into it.
 
@@ -50,7 +52,7 @@ def merge(
     added: the head of a classifier, which then is the class in `config.json`, the embeddings of a
     resized vocabulary, or a head that differs from the embedding that the base ties it to.
     Everything else is as for `initialize`: what is copied, `dtype`, memory (apart from the
-    adapter's), and continuing after a kill.
+    adapter's), continuing after a kill, and several `ranks`, each of which reads the adapter.
 
     Raises:
         ValueError: the adapter does not fit the base, was trained on another one, or is in `out`.
@@ -85,17 +87,17 @@ def merge(
     def edit(shard: Shard, piece: Piece, weight: Tensor) -> None:
         edits[piece.name].apply_(weight, piece.index)
 
-    with JournaledFolder(out, task, inputs, overwrite, sync) as work:
+    with JournaledFolder(out, task, inputs, overwrite, sync, ranks) as work:
         shards = folder.shards(by_file, work, dtype, changes.dropped, added, changes.sliced)
         remaining = work.remaining(shards)
-        size = sum(shard.size for shard in remaining)
-        check_space(out, sum(shard.target_layout.file_size for shard in remaining))
-        actions = Actions(edit, lambda shard: work.finish(shard.name, {}), progress(size))
-        rewrite(remaining, actions)
-        if not work.completed:
+        own = work.share(remaining)
+        advanced = work.watched(progress(sum(shard.size for shard in own)))
+        rewrite(own, Actions(edit, lambda shard: work.finish(shard.name, {}), advanced))
+        if work.gathered() and not work.completed:
             folder.copy_others(work)
             folder.publish(work, shards, changes.options)
         work.complete()
+    size = sum(shard.size for shard in remaining)
     replaced = len(state.extra) + len(state.rows)
     return MergeSummary(len(state.layers), replaced, size, folder.assumption)
 

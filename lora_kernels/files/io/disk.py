@@ -1,8 +1,9 @@
-"""Locks, and waiting until files have reached the disk."""
+"""Locks, free space, and waiting until files have reached the disk."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +39,18 @@ def wait_for_lock(descriptor: int) -> bool:
     return True
 
 
+def is_locked(descriptor: int) -> bool:
+    """Whether another process has locked the file, as `try_lock` does. Several may ask at once."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return False
+
+
 def release(descriptor: int) -> None:
     """Unlocks and closes a file."""
     if sys.platform != "win32":
@@ -69,6 +82,16 @@ def mount_of(folder: Path) -> tuple[int, str]:
         return device, mount
     finally:
         os.close(descriptor)
+
+
+def check_space(out: Path, size: int) -> None:
+    """Raises if the disk has less space than `size` bytes."""
+    folder = out
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(f"{out} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
 
 
 def sync(path: Path) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -16,6 +17,13 @@ def has_ranks() -> bool:
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the first of `torch.distributed`, or the only one."""
+    import torch.distributed as dist
+
+    return not has_ranks() or dist.get_rank() == 0
 
 
 @contextmanager
@@ -37,9 +45,9 @@ def together(group: Any = None, where: bool = True) -> Iterator[None]:
     dist.all_gather_object(errors, _portable(failed), group=group)
     if failed is not None:
         raise failed
-    for error in errors:
-        if error is not None:
-            raise error
+    for other in errors:
+        if other is not None:
+            raise other
 
 
 def shared(owner: int, make: Callable[[], T], group: Any = None) -> T:
@@ -79,6 +87,31 @@ def agreed_randomness(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed[0])
         yield
+
+
+def talking_device(device: torch.device, group: Any) -> torch.device:
+    """The device over which the group sends tensors of `device`: NCCL takes none of the CPU, where
+    the parameters of a model may be offloaded.
+    """
+    import torch.distributed as dist
+
+    backend = str(dist.get_backend(group))
+    if device.type == "cpu" and "nccl" in backend and "gloo" not in backend:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def from_all(rows: Tensor, group: Any) -> Tensor:
+    """The rows [n, ...] of every process of the group, in the order of its ranks [processes, n,
+    ...], on the group's `talking_device`.
+    """
+    import torch.distributed as dist
+
+    rows = rows.to(talking_device(rows.device, group)).contiguous()
+    count = dist.get_world_size(group)
+    found = rows.new_empty(count * len(rows), *rows.shape[1:])  # gloo takes no other shape
+    dist.all_gather_into_tensor(found, rows, group=group)
+    return found.view(count, *rows.shape)
 
 
 def _portable(error: Exception | None) -> Exception | None:

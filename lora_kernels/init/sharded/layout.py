@@ -13,17 +13,20 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .zero3 import is_partitioned, partition_of
+from .zero3 import is_partitioned, partition_of, settle_
 
 DTensor: TypeAlias = Any  # torch.distributed is imported only for a tensor that needs it
 Group: TypeAlias = Any
 
 
+Place: TypeAlias = tuple[slice, ...]  # a rectangle of the whole
+
+
 class Piece(NamedTuple):
-    """A part of the local tensor that is a rectangle of the whole: `whole[place]`."""
+    """A part of the local tensor, a view, and its place in the whole."""
 
     data: Tensor
-    place: tuple[slice, ...]
+    place: Place
 
 
 class Block(NamedTuple):
@@ -69,7 +72,9 @@ class Shards:
         shape = (*sizes[:-2], sizes[-1], sizes[-2]) if transposed else sizes
         blocks = [block for piece in pieces(tensor) for block in _blocks(piece, transposed)]
         local = local_part(tensor)
-        return Shards(shape, blocks, local.dtype, local.device, group_of(tensor), _primary(tensor))
+        return Shards(
+            shape, blocks, local.dtype, local.device, group_of(tensor), is_primary(tensor)
+        )
 
     @property
     def count(self) -> int:
@@ -126,6 +131,7 @@ def fill_(target: Tensor, whole: Tensor) -> None:
     """Writes this process's part of `whole` into `target`, which is plain or sharded."""
     for data, place in pieces(target):
         data.copy_(whole[place])
+    settle_(target)
 
 
 def text_of(tensor: Tensor) -> str:
@@ -171,7 +177,7 @@ def _blocks(piece: Piece, transposed: bool) -> Iterator[Block]:
         yield Block(e, data.mT if transposed else data, rows.start, cols.start)
 
 
-def _primary(tensor: Tensor) -> bool:
+def is_primary(tensor: Tensor) -> bool:
     """Whether this process is the first one of those that have this part."""
     if not is_dtensor(tensor):
         return True

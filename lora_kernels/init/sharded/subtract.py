@@ -33,9 +33,7 @@ def subtract_recipe_here_(weight: Shards, beta: Tensor, r: int, scaling: float) 
             )
 
 
-def subtract_factors_here_(
-    weight: Shards, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> None:
+def subtract_factors_here_(weight: Shards, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
     """W ← W − scaling · BA in place, with A [r, in] and B [out, r], of experts [E, r, in] and
     [E, out, r]; summed in float32 or wider and rounded once.
     """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .agree import from_all
 from .layout import Shards
 
 
@@ -24,8 +26,10 @@ def sums_of(weights: Sequence[Shards]) -> list[Tensor]:
             groups.setdefault(weight.group, []).append(index)
     for group, members in groups.items():
         rows = torch.cat([local[index] for index in members])  # [matrices of all, 2]
-        added = sum(_gathered(rows, group).unbind())
-        for index, own in zip(members, added.split([weights[i].count for i in members]), strict=True):
+        added = reduce(torch.add, from_all(rows, group).unbind())  # in the order of the ranks
+        for index, own in zip(
+            members, added.split([weights[i].count for i in members]), strict=True
+        ):
             local[index] = own.to(weights[index].device)
     return local
 
@@ -36,7 +40,7 @@ def largest_entry(weight: Shards) -> Tensor:
     for matrix, data, _, _ in weight.blocks:
         if data.numel():
             largest[matrix] = torch.maximum(largest[matrix], data.abs().max().double())
-    return largest if weight.group is None else _gathered(largest, weight.group).amax(0)
+    return largest if weight.group is None else from_all(largest, weight.group).amax(0)
 
 
 def _local_sums(weight: Shards) -> Tensor:
@@ -48,17 +52,3 @@ def _local_sums(weight: Shards) -> Tensor:
         matrices = torch.tensor([block.matrix for block in blocks], device=weight.device)
         sums.index_add_(0, matrices, found)
     return sums if weight.primary else sums * 0
-
-
-def _gathered(rows: Tensor, group: Any) -> Tensor:
-    """The rows of every process of the group, [processes, ...], on the device it talks over."""
-    import torch.distributed as dist
-
-    device = rows.device
-    backend = str(dist.get_backend(group))
-    if device.type == "cpu" and "nccl" in backend and "gloo" not in backend:
-        device = torch.device("cuda", torch.cuda.current_device())  # of parameters that are offloaded
-    rows = rows.to(device).contiguous()
-    found = rows.new_empty(dist.get_world_size(group), *rows.shape)
-    dist.all_gather_into_tensor(found, rows, group=group)
-    return found

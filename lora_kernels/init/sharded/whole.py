@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import is_dtensor, is_partitioned
-from .zero3 import gathered
+from .layout import is_dtensor
+from .zero3 import gathered, is_partitioned
 
 
 def whole(tensor: Tensor, keep: bool = True) -> Tensor:

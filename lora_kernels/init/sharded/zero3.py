@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
+
+from .agree import from_all
 
 Place: TypeAlias = tuple[slice, ...]
 Partitioned: TypeAlias = Any  # a Parameter with DeepSpeed's attributes
@@ -73,8 +74,8 @@ def is_partitioned(tensor: Tensor) -> bool:
     status = _status(tensor)
     if status == _IN_FLIGHT:
         raise ValueError(
-            "DeepSpeed is gathering this ZeRO-3 parameter at this moment: finish the step, with its "
-            "backward, first"
+            "DeepSpeed is gathering this ZeRO-3 parameter at this moment: finish the training step "
+            "with its backward first"
         )
     return status == _NOT_GATHERED
 
@@ -107,15 +108,10 @@ def gathered(tensor: Partitioned) -> Tensor:
     """A copy of the whole tensor. If it is partitioned, all its processes have to call this."""
     if not is_partitioned(tensor):
         return tensor.detach().clone()
-    import torch.distributed as dist
-
     own = partition_of(tensor)
-    size = tensor.ds_tensor.ds_numel
-    padded = own.data.new_zeros(size, device=_talking_device(own))
+    padded = own.data.new_zeros(tensor.ds_tensor.ds_numel)
     padded[: len(own.data)] = own.data
-    found = padded.new_empty(size * own.parts)
-    dist.all_gather_into_tensor(found, padded, group=own.group)
-    return found[: prod(own.shape)].view(own.shape)
+    return from_all(padded, own.group).view(-1)[: prod(own.shape)].view(own.shape)
 
 
 def settle_(tensor: Tensor) -> None:
@@ -170,18 +166,10 @@ def _refuse_unreadable(tensor: Partitioned) -> None:
             "the partition of this ZeRO-3 parameter is on NVMe: adapt the model before "
             'deepspeed.initialize, or with offload_param "cpu"'
         )
-    if any(hasattr(copy, "ds_quant_scale") for copy in copies):
+    is_quantized = getattr(tensor, "weight_quantized", False)
+    if is_quantized or any(hasattr(copy, "ds_quant_scale") for copy in copies):
         raise ValueError(
             "the partition of this ZeRO-3 parameter is quantized: leave "
-            "zero_quantized_nontrainable_weights out of DeepSpeed's configuration"
+            "zero_quantized_nontrainable_weights and quantized_initialization out of DeepSpeed's "
+            "configuration"
         )
-
-
-def _talking_device(own: Partition) -> torch.device:
-    """The device over which the group talks; parameters may be offloaded to the CPU."""
-    import torch.distributed as dist
-
-    backend = str(dist.get_backend(own.group))
-    if own.data.device.type == "cpu" and "nccl" in backend and "gloo" not in backend:
-        return torch.device("cuda", torch.cuda.current_device())
-    return own.data.device

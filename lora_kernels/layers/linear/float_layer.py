@@ -169,9 +169,7 @@ class AdaptedFloatLayer(AdaptedLayer):
                 "is sharded: merge on one process"
             )
         stored = self._stored()
-        subtract_factors_here_(
-            Shards.of(stored, self.transposed), right, left, -adapter.scaling
-        )
+        subtract_factors_here_(Shards.of(stored, self.transposed), right, left, -adapter.scaling)
         vars(stored).pop(ABSORBED, None)
         if added is not None and self.bias is not None:
             fill_(self.bias, rounded_sum(whole(self.bias), added))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...layers.adapted import class_of, exchange_class
 from .forward import SUFFIX, experts_forward
 from .kinds import ForeignExperts, keeps_own_forward, projections
 from .stack import AdaptedStack
@@ -74,7 +75,7 @@ def add_stack(experts: ForeignExperts, parameter: str) -> AdaptedStack:
     stack = stacks_of(experts).get(parameter)
     if stack is None:
         if not isinstance(experts, LoRAExperts):
-            _set_class(experts, _adapted_class(type(experts)))
+            _set_class(experts, _adapted_class(class_of(experts)))
         stack = AdaptedStack.over(experts, parameter)
         experts.add_module(parameter + SUFFIX, stack)
     return stack
@@ -85,7 +86,7 @@ def remove_stack(stack: AdaptedStack) -> None:
     experts = stack.experts
     del experts._modules[stack.parameter + SUFFIX]
     if not stacks_of(experts):
-        _set_class(experts, type(experts).adapted_from)
+        _set_class(experts, experts.adapted_from)
 
 
 def _set_class(experts: ForeignExperts, cls: type[nn.Module]) -> None:
@@ -94,7 +95,5 @@ def _set_class(experts: ForeignExperts, cls: type[nn.Module]) -> None:
     """
     if keeps_own_forward(experts):
         del experts.forward
-    experts.__class__ = cls
+    exchange_class(experts, cls)
     experts._compiled_call_impl = None
-    if "_hf_hook" in vars(experts):
-        experts._old_forward = cls.forward.__get__(experts)

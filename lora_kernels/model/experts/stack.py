@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from ...init.sharded.layout import Block, Shards, is_sharded
+from ...init.sharded.subtract import subtract_factors_here_
 from ...layers.adapted import AdaptedLayer
 from ...layers.linear import ABSORBED
 from .forward import SUFFIX, Factors
@@ -112,7 +114,12 @@ class AdaptedStack(AdaptedLayer):
         if shared:
             own = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
             self._experts._parameters[self.parameter] = own
-        self._add_update_(self.matrix().detach())
+        if is_sharded(self.weight):
+            right, left = self.active().merge_factors()
+            shards = Shards.of(self.weight, self.transposed)
+            subtract_factors_here_(shards, right, left, -self.active().scaling)
+        else:
+            self._add_update_(self.matrix().detach())
         vars(self.weight).pop(ABSORBED, None)
 
     def expert_views(self) -> list[ExpertView]:
@@ -135,7 +142,8 @@ class AdaptedStack(AdaptedLayer):
         afterwards. The module that owns the parameter.
         """
         if self.absorbed:
-            self.adapter(self.absorbed).add_absorbed_(self.matrix().detach())
+            shards = Shards.of(self.weight, self.transposed)
+            self.adapter(self.absorbed).add_absorbed_(shards)
             vars(self.weight).pop(ABSORBED, None)
         module: nn.Module = self._experts
         return module
@@ -195,5 +203,9 @@ class ExpertView:
         if absorbed is None:
             return matrix
         matrix = matrix.detach().clone()
-        self.stack.adapter(absorbed).add_absorbed_of_(matrix, self.index)
+        shape = (self.stack.num_experts, *matrix.shape)
+        own = [Block(self.index, matrix, 0, 0)]
+        self.stack.adapter(absorbed).add_absorbed_(
+            Shards(shape, own, matrix.dtype, matrix.device, None, True)
+        )
         return matrix

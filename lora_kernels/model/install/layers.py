@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...init.sharded.agree import together
 from ...layers.adapted import AdaptedLayer, transplant
 from ...layers.linear import AdaptedFloatLayer
 from ..experts.module import remove_stack
@@ -15,6 +16,9 @@ from ..experts.stack import AdaptedStack
 from ..plan import LayerPlan
 from ..selection import input_embeddings, output_head
 from .saved_modules import SavedTensors
+from .sharded.fsdp import leave
+from .sharded.placing import place_factors
+from .sharded.tensor_parallel import rewrapped
 
 
 def install(
@@ -32,14 +36,19 @@ def install(
     """
     layers: list[AdaptedLayer] = []
     try:
-        for plan in tracked_plans:
-            layers.append(plan.adapted(adapter_name))
-            plan.subtract_()
-            plan.start = plan.trained = None
-            _put(model, saved, plan, plan.base.module, layers[-1])
+        with together(where=any(plan.base.sharded for plan in plans)):
+            for plan in tracked_plans:
+                with rewrapped(plan.base.module):
+                    layers.append(plan.adapted(adapter_name))
+                plan.subtract_()
+                plan.start = plan.trained = None
+                _put(model, saved, plan, plan.base.module, layers[-1])
+        place_factors(model, layers, adapter_name)
     except BaseException:
+        leave(model, [layer.adapter(adapter_name) for layer in layers])
         for plan, layer in zip(plans, layers, strict=False):
-            plan.undo_(layer, adapter_name)
+            with rewrapped(layer):
+                plan.undo_(layer, adapter_name)
             if not isinstance(layer, AdaptedStack):
                 _put(model, saved, plan, layer, plan.base.module)
             elif not plan.was_adapted:
@@ -88,7 +97,9 @@ def merge_adapted(model: nn.Module, names: Sequence[str], layer: AdaptedLayer) -
         layer.merge_(shared=_is_shared(model, layer.weight))
         remove_stack(layer)
     else:
-        _replace_adapted(model, names, layer, layer.to_linear())
+        with rewrapped(layer):
+            plain = layer.merged()
+        _replace_adapted(model, names, layer, plain)
 
 
 def _is_shared(model: nn.Module, weight: nn.Parameter) -> bool:
@@ -99,7 +110,8 @@ def _is_shared(model: nn.Module, weight: nn.Parameter) -> bool:
 
 def restore_adapted(model: nn.Module, names: Sequence[str], layer: AdaptedLayer) -> None:
     """Replaces an adapted layer by the one that was adapted."""
-    plain = layer.restore_()
+    with rewrapped(layer):
+        plain = layer.restore_()
     if isinstance(layer, AdaptedStack):
         remove_stack(layer)
     else:
@@ -109,7 +121,11 @@ def restore_adapted(model: nn.Module, names: Sequence[str], layer: AdaptedLayer)
 def _replace_adapted(
     model: nn.Module, names: Sequence[str], layer: AdaptedLayer, plain: nn.Module
 ) -> None:
-    """Replaces an adapted layer by a plain one under all its names; hooks move to the plain one."""
+    """Replaces an adapted layer by a plain one under all its names; hooks move to the plain one. A
+    sharded layer is the plain one already.
+    """
+    if plain is layer:
+        return
     if isinstance(layer, AdaptedFloatLayer):
         transplant(layer, plain)
     for name in names:

@@ -19,6 +19,7 @@ from ..starts import naming
 from .blocks import RepeatedBlocks
 from .layers import Setting, adapted_layers, disable_fast_path, unwrapped
 from .saved_modules import SavedTensors
+from .sharded.fsdp import sync_trainable
 
 _RECORD = "_lora_adapters"
 
@@ -89,6 +90,7 @@ def switch(model: nn.Module, record: ModelAdapters, adapter_name: str) -> None:
             layer.adapter(name).set_trainable(name == adapter_name)
     for name in record.configs:
         record.saved.set_trainable(name, name == adapter_name)
+    sync_trainable(model)
 
 
 def _freeze_base(model: nn.Module, record: ModelAdapters) -> None:

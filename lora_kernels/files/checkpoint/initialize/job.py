@@ -23,7 +23,7 @@ from ...io.blocks import Piece
 from ...io.journal import JournaledFolder
 from ...io.pipeline import Actions, Shard, rewrite
 from ..experts import Matrix, Part, StoredStack
-from ..folder import ModelFolder, check_space
+from ..folder import ModelFolder
 from ..weights import StoredWeight
 from .adapter import write_adapter
 from .factors import FactorFile, StartRecord, read_records
@@ -34,9 +34,9 @@ from .recent import RecentStarts
 class InitSummary:
     """The result of `initialize`.
 
-    `layers` have started; `size` bytes of the shards were read in this run, `resumed` in an earlier
-    one. `skipped` is {name: reason} of the layers that were left out. `assumption` says what was
-    assumed of a model that transformers does not know; else it is empty.
+    `layers` have started; all ranks read `size` bytes of the shards in this run, and `resumed` in
+    an earlier one. `skipped` is {name: reason} of the layers that were left out. `assumption` says
+    what was assumed of a model that transformers does not know; else it is empty.
     """
 
     layers: int
@@ -67,7 +67,7 @@ class Job:
         self.factors: dict[str, FactorFile] = {}
         self._lock = threading.Lock()
         self._recent = RecentStarts()
-        self._uses: Counter[str] = Counter()  # how many parts of a matrix are edited in this run
+        self._uses: Counter[str] = Counter()  # how many parts of a matrix this process edits
         self._places = {
             part.key: (matrix, part)
             for weight in weights
@@ -88,14 +88,13 @@ class Job:
             sliced={name for name, index in self._places if index is not None},
         )
         remaining = work.remaining(shards)
-        files = {shard.source for shard in remaining}
+        own = work.share(remaining)
+        files = {shard.source for shard in own}
         parts = [(matrix, p) for matrix, p in self._places.values() if p.tensor.file in files]
         self._uses = Counter(matrix.title for matrix, _ in parts)
-        size = sum(shard.size for shard in remaining)
-        if absorb:
-            check_space(work.out, sum(shard.target_layout.file_size for shard in remaining))
-        rewrite(remaining, Actions(self.edit, self.finished, progress(size)))
-        if not work.completed:
+        advanced = work.watched(progress(sum(shard.size for shard in own)))
+        rewrite(own, Actions(self.edit, self.finished, advanced))
+        if work.gathered() and not work.completed:
             if absorb:
                 self.folder.copy_others(work)
             records = {
@@ -108,6 +107,7 @@ class Job:
             if absorb:
                 self.folder.publish(work, shards)
         work.complete()
+        size = sum(shard.size for shard in remaining)
         resumed = sum(shard.size for shard in shards) - size
         return InitSummary(len(self.weights), size, resumed, self.residual)
 
@@ -121,9 +121,11 @@ class Job:
         first = part is matrix.parts[0]
         plain = self.initializer == LoRAM()  # its β determines the norm, without another pass
         norm = 0.0
-        if first and not plain:
-            norm = math.sqrt(torch.ops.lora.frobenius_stats([here])[0, 1])
-        start = self._started(matrix, here)
+        # Of each thread: without it, kernels would start on the first GPU.
+        with torch.accelerator.device_index(self.device.index):
+            if first and not plain:
+                norm = math.sqrt(torch.ops.lora.frobenius_stats([here])[0, 1])
+            start = self._started(matrix, here)
         if self.residual == "absorb" and here is not own:
             own.copy_(here[part.rows])
         if first:

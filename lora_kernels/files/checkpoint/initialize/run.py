@@ -14,7 +14,7 @@ from ...._utils.version import __version__
 from ....init.base import refuse_implicit
 from ....model.config import LoRAConfig
 from ...adapter.recipe import config_to_dict
-from ...io.journal import JournaledFolder
+from ...io.journal import ALONE, JournaledFolder, Ranks
 from ..experts import StoredStack
 from ..folder import ModelFolder, check_apart
 from ..residual import ADAPTER, is_start
@@ -35,6 +35,7 @@ def initialize(
     overwrite: bool = False,
     sync: bool = False,
     progress: ByteCounter = uncounted,
+    ranks: Ranks = ALONE,
 ) -> InitSummary:
     """Starts the linear layers of the model in the folder `model`, and the experts whose parameters
     `target_parameters` names, tensor by tensor.
@@ -60,11 +61,18 @@ def initialize(
     for the disk before the folder is complete, as `cp` does not. `progress(total)` returns a
     function that is called with each number of bytes done.
 
+    With several `ranks`, each of these processes calls this function with the same arguments. Each
+    rewrites its own shards, on its own GPU if `device` is one without a number; rank 0 writes all
+    other files, and all return when the folder is complete. The result has the bytes of one
+    process, and a repeated run may have another number of ranks. An error on one rank is raised on
+    all. A shard is not divided: of a model in one file, rank 0 does all.
+
     Raises:
         ValueError: a weight cannot start, a value is out of range, or the files are not a model;
             nothing is left in `out`.
         FileNotFoundError: the folder or a file is missing.
-        OSError: `out` is in use or the disk is full; a repeated run continues.
+        OSError: `out` is in use, the disk is full, or another rank has ended or did not come; a
+            repeated run continues.
 
     """
     initializer = config.initializer
@@ -100,7 +108,7 @@ def initialize(
         raise ValueError(
             "lora_dropout must be 0: PEFT, which is to train the adapter, has none for experts"
         )
-    place = _device(device)
+    place = _device(device, ranks)
     task = {
         "command": "init",
         "version": __version__,
@@ -111,16 +119,27 @@ def initialize(
         "device": device,
         "seed": as_integer(seed, "seed"),
     }
-    with JournaledFolder(out, task, folder.identities(), overwrite, sync) as work:
+    with JournaledFolder(out, task, folder.identities(), overwrite, sync, ranks) as work:
         job = Job(work, folder, config, residual, weights, place, seed)
         done = job.run(dtype, progress)
     return replace(done, skipped=skipped, assumption=folder.assumption)
 
 
-def _device(name: str) -> torch.device:
-    """The device of that name; raises if it cannot be used."""
+def _device(name: str, ranks: Ranks) -> torch.device:
+    """The device of that name; raises if it cannot be used. Each of several ranks on a machine gets
+    an accelerator of its own if the name has no number.
+    """
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.device(name)
+        if device.index is None and device.type not in ("cpu", "meta") and ranks.world_size > 1:
+            count, needed = torch.accelerator.device_count(), ranks.local_world_size
+            if 0 < count < needed:  # said on all ranks alike
+                raise ValueError(
+                    f"device {name!r} gives each of {needed} ranks on a machine its own, and there "
+                    f"are {count}: start as many ranks, or use {device.type}:0 for all"
+                )
+            device = torch.device(device.type, ranks.local_rank)
+        device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(f"device {name!r} cannot be used here: {first}") from None

@@ -1,0 +1,46 @@
+"""Where the factors of sharded layers lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import nn
+
+from ....init.sharded.layout import is_dtensor
+from ....layers.adapted import AdaptedLayer
+from ...experts.stack import AdaptedStack
+from .fsdp import join, unsharded_layouts
+from .replicas import Place
+from .tensor_parallel import distribute_factors
+
+
+def place_factors(model: nn.Module, layers: Sequence[AdaptedLayer], adapter_name: str) -> None:
+    """Gives the new factors of layers with a sharded weight their place: those of a layer under
+    tensor parallelism become DTensors that fit W's, and where FSDP2 manages W, they join its group.
+
+    All processes have the same whole factors before, so that nothing is sent.
+    """
+    weights = [_weight_place(layer) for layer in layers]
+    if not any(is_dtensor(module._parameters[name]) for module, name in weights):
+        return
+    layouts = unsharded_layouts(model)
+    members: dict[Place, Place] = {}
+    for layer, place in zip(layers, weights, strict=True):
+        adapter, weight = layer.adapter(adapter_name), place[0]._parameters[place[1]]
+        layout = layouts.get(place)
+        if layout is not None:
+            distribute_factors(adapter, layout.mesh, layout.placements)
+        elif place not in layouts and weight is not None and is_dtensor(weight):
+            distribute_factors(adapter, weight.device_mesh, weight.placements)  # type: ignore[attr-defined]
+        if place in layouts:
+            own = (name for name, parameter in adapter._parameters.items() if parameter is not None)
+            members |= {(adapter, name): place for name in own}
+    join(model, members)
+
+
+def _weight_place(layer: AdaptedLayer) -> Place:
+    """The module that has the layer's weight, and the weight's name there."""
+    if isinstance(layer, AdaptedStack):
+        return cast(nn.Module, layer.experts), layer.parameter
+    return layer, "weight"

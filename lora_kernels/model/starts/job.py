@@ -1,0 +1,45 @@
+"""`StartJob`: a layer whose start is to be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ...init.base import Initializer
+from ...layers.base import BaseLayer
+from ...layers.kinds import EMBEDDING
+
+
+@dataclass(frozen=True)
+class StartJob:
+    """A layer whose start is to be computed, with rank `r` and s = `scaling`.
+
+    `absorb` says whether s·B₀A₀ will be subtracted from the weight, whose dtype must then be able
+    to hold the difference. `aliases` are further names of the layer, for its gradient.
+    """
+
+    name: str
+    base: BaseLayer
+    initializer: Initializer
+    r: int
+    scaling: float
+    absorb: bool = False
+    aliases: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.base.kind == EMBEDDING:
+            object.__setattr__(self, "initializer", self.initializer.for_embedding())
+
+    def named(self, matrix: int) -> str:
+        """The name of the layer, or of one of its experts."""
+        return self.name if self.base.num_experts is None else f"{self.name}[{matrix}]"
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Adds the layer's name in front of the text of a ValueError or TypeError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{layer}: {error}") from error

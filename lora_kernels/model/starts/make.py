@@ -1,0 +1,175 @@
+"""Computes the initial factors of many layers, in batches of one shape, for `add_lora` and
+`lora_kernels.peft.initialize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..._utils.names import nearest
+from ..._utils.progress import tracked
+from ...init.start import Start, check_residual_fits, checked, checked_stack
+from .job import StartJob, naming
+from .read import Readable, readable
+from .sharded import ranks_alike, read_shards, starts_by_owners
+
+_BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # at most so many weights and bytes of them in one call
+_BATCH_EXPERTS = 1024
+
+
+@torch.no_grad()
+def make_starts(
+    jobs: Sequence[StartJob], gradients: Mapping[str, Tensor] | None, progress: bool
+) -> dict[str, Start]:
+    """The start of every job by the job's name; no weight is changed.
+
+    `gradients` are {layer name: ∂loss/∂W [out, in], of experts [E, out, in]}, for starts that need
+    them. Starts that change the base have the weight's norm, `weight_norm`. The start of experts is
+    the `Start.stacked` one of a start for each.
+
+    Raises:
+        ValueError, TypeError: a gradient is missing or of no use, a start cannot be computed or has
+            the wrong shape or dtype, or the weight's dtype cannot hold W − s·B₀A₀; the layer is
+            named.
+
+    """
+    matched = _matched_gradients(jobs, gradients)
+    title = type(jobs[0].initializer).__name__
+    with ranks_alike(jobs):
+        starts = starts_by_owners(jobs, matched, _start)
+        others = [job for job in jobs if job.name not in starts]
+        read = read_shards(others)
+        for batch in tracked(list(_batches(others)), title, progress):
+            readables = [read.get(job.name) or readable(job) for job in batch]
+            if batch[0].base.num_experts is not None:
+                job = batch[0]
+                starts[job.name] = _start(job, readables[0], matched[job.name])
+            else:
+                starts |= _batch_starts(batch, readables, [matched[job.name] for job in batch])
+    return {job.name: starts[job.name] for job in jobs}
+
+
+def _matched_gradients(
+    jobs: Sequence[StartJob], gradients: Mapping[str, Tensor] | None
+) -> dict[str, Tensor | None]:
+    """The gradient [out, in] of each job's layer; None if the start does not need one."""
+    initializer = jobs[0].initializer
+    title = type(initializer).__name__
+    if not initializer.needs_gradient:
+        if gradients is not None:
+            raise ValueError(f"{title} has no use for gradients")
+        return {job.name: None for job in jobs}
+    if gradients is None:
+        raise ValueError(
+            f"{title} starts from the gradients of the weights: pass gradients="
+            "capture_gradients(model, batches)"
+        )
+    found: dict[str, Tensor | None] = {}
+    for job in jobs:
+        name = next((n for n in (job.name, *job.aliases) if n in gradients), None)
+        if name is None:
+            raise ValueError(f"gradients has none for {job.name}{nearest(job.name, gradients)}")
+        found[job.name] = gradients[name]
+    return found
+
+
+def _batch_starts(
+    batch: Sequence[StartJob], weights: Sequence[Readable], gradients: Sequence[Tensor | None]
+) -> dict[str, Start]:
+    """The starts of layers that are one matrix each, of one shape."""
+    first = batch[0]
+    matrices, sums = [own.matrices[0] for own in weights], [own.sums[0] for own in weights]
+    starts = _computed(first, matrices, gradients, sums, [job.name for job in batch])
+    found = {}
+    for job, own, start in zip(batch, weights, starts, strict=True):
+        with naming(job.name):
+            found[job.name] = _finished(job, own, checked(start, own.matrices[0], job.r))
+    return found
+
+
+def _start(job: StartJob, weight: Readable, gradient: Tensor | None) -> Start:
+    """The start of one layer; of experts, of all of them."""
+    if job.base.num_experts is None:
+        return _batch_starts([job], [weight], [gradient])[job.name]
+    matrices = weight.matrices
+    given: list[Tensor | None] = [None] * len(matrices)
+    if gradient is not None:
+        if gradient.dim() != 3 or len(gradient) != len(matrices):
+            wanted = [len(matrices), *job.base.shape]
+            raise ValueError(
+                f"the gradient of {job.name} is {list(gradient.shape)}, its experts need {wanted}"
+            )
+        given = list(gradient.unbind())
+    starts: list[Start] = []
+    size = matrices[0].numel() * matrices[0].element_size()
+    step = max(1, min(_BATCH_EXPERTS, _BATCH_BYTES // max(1, size)))
+    names = [job.named(e) for e in range(len(matrices))]
+    for begin in range(0, len(matrices), step):
+        part = slice(begin, begin + step)
+        starts += _computed(job, matrices[part], given[part], weight.sums[part], names[part])
+    with naming(job.name):
+        start = checked_stack(starts, matrices, job.r)
+    return _finished(job, weight, start)
+
+
+def _computed(
+    like: StartJob,
+    matrices: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    sums: Sequence[Tensor | None],
+    names: Sequence[str],
+) -> list[Start]:
+    """The starts of several matrices by the initializer, rank and scaling of `like`."""
+    initializer, r, scaling = like.initializer, like.r, like.scaling
+    given = gradients if initializer.needs_gradient else None
+    try:
+        return initializer.starts(matrices, r, scaling, given, sums)
+    except (ValueError, TypeError):
+        for matrix, gradient, own, name in zip(matrices, gradients, sums, names, strict=True):
+            with naming(name):  # finds the one that failed
+                initializer.starts([matrix], r, scaling, [gradient], [own])
+        raise
+
+
+def _finished(job: StartJob, weight: Readable, start: Start) -> Start:
+    """The checked start, with the weight's norm, if the residual fits into the weight's dtype."""
+    if not job.initializer.changes_base:
+        return start
+    stacked = job.base.num_experts is not None
+    if start.weight_norm is None:
+        norms = weight.squares().sqrt()
+        start = replace(start, weight_norm=norms if stacked else norms[0])
+    for e, matrix in enumerate(weight.matrices if job.absorb else ()):
+        own = start.expert(e) if stacked else start
+        with naming(job.named(e)) if stacked else nullcontext():
+            check_residual_fits(matrix, own, job.scaling, partial(weight.largest, e))
+    return start
+
+
+def _batches(jobs: Sequence[StartJob]) -> Iterator[list[StartJob]]:
+    """Batches of jobs with equal shape, dtype and device of the weight, equal r and equal s.
+
+    A quantized layer is a batch of its own, so that only one dequantized weight is in memory; so
+    are experts, which are many matrices.
+    """
+    groups: dict[tuple[object, ...], list[StartJob]] = {}
+    for job in jobs:
+        base = job.base
+        if not base.rewritable or base.num_experts is not None:
+            yield [job]
+            continue
+        shape = (base.shape, base.kind, base.dtype, base.device, base.sharded)
+        key = (*shape, job.r, job.scaling, job.absorb)
+        groups.setdefault(key, []).append(job)
+    for group in groups.values():
+        local = group[0].base.local
+        bytes_each = max(1, local.numel() * local.element_size())
+        size = max(1, min(_BATCH_LAYERS, _BATCH_BYTES // bytes_each))
+        for begin in range(0, len(group), size):
+            yield group[begin : begin + size]

@@ -1,0 +1,77 @@
+"""`Readable`: what an initializer may read of a layer's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..._utils.checks import check_rank
+from ...init.sharded.layout import Shards
+from ...init.sharded.sums import largest_entry
+from ...layers.linear import check_startable
+from .job import StartJob, naming
+
+
+@dataclass(frozen=True)
+class Readable:
+    """The matrices W [out, in] of a layer: one, or one for each expert.
+
+    Those of a sharded layer have shape, dtype and device, but no values: then `sums` are the sum
+    and the sum of squares of the entries of each, and `shards` its parts.
+    """
+
+    matrices: Sequence[Tensor]
+    sums: Sequence[Tensor | None]
+    shards: Shards | None = None
+
+    def squares(self) -> Tensor:
+        """The sum of squares of each matrix, float64."""
+        known = [own[1] for own in self.sums if own is not None]
+        if known:
+            return torch.stack(known)
+        return torch.ops.lora.frobenius_stats(list(self.matrices))[:, 1]
+
+    def largest(self, matrix: int) -> Tensor:
+        """max |W| of one of the matrices. If they are sharded, all processes have to call this."""
+        if self.shards is not None:
+            return largest_entry(self.shards)[matrix]
+        return torch.linalg.vector_norm(self.matrices[matrix], torch.inf)
+
+
+def readable(job: StartJob) -> Readable:
+    """The matrices of a layer that is not sharded.
+
+    Raises:
+        ValueError: no start of this rank and kind can be computed from them; the layer is named.
+
+    """
+    with naming(job.name):
+        if not job.base.rewritable:
+            check_rank(job.r, *job.base.shape)
+        matrices = job.base.matrices()
+        check_readable(job, matrices)
+    return Readable(matrices, [None] * len(matrices))
+
+
+def readable_shards(job: StartJob, shards: Shards, sums: Tensor | None) -> Readable:
+    """The matrices of a sharded layer, with their `sums` [matrices, 2] if a start needs these.
+
+    Raises:
+        ValueError: as `readable`.
+
+    """
+    # NaN: a start that reads the values after all is not finite, which is an error.
+    number = torch.full((), torch.nan, dtype=shards.dtype, device=shards.device)
+    matrices = [number.expand(*shards.shape[-2:])] * shards.count
+    with naming(job.name):
+        check_readable(job, matrices)
+    return Readable(matrices, [None] * shards.count if sums is None else sums.unbind(), shards)
+
+
+def check_readable(job: StartJob, matrices: Sequence[Tensor]) -> None:
+    """Raises ValueError if a start cannot be computed from the matrices of a `rewritable` layer."""
+    for matrix in matrices if job.base.rewritable else ():
+        check_startable(matrix, job.base.stored_weight, job.r, job.initializer)

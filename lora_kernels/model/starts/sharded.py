@@ -1,0 +1,95 @@
+"""Starts of sharded weights: from sums over all processes, or made by one process for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from ...init.sharded.agree import agreed_randomness, has_ranks
+from ...init.sharded.layout import is_sharded
+from ...init.sharded.owners import OwnedStart, starts_in_turn
+from ...init.sharded.sums import sums_of
+from ...init.start import Start
+from .job import StartJob
+from .read import Readable, readable_shards
+
+# Makes the start of a job from its matrices and its gradient.
+Make = Callable[[StartJob, Readable, "Tensor | None"], Start]
+
+
+@contextmanager
+def ranks_alike(jobs: Sequence[StartJob]) -> Iterator[None]:
+    """Inside the context, all processes draw the same random numbers, if the starts need that: of
+    sharded weights every process has a part of one start; and a start that is subtracted from a
+    weight before it is sharded has to be the same in all its parts.
+    """
+    unseeded = any(job.initializer.draws_unseeded and job.initializer.changes_base for job in jobs)
+    sharded = any(job.base.sharded for job in jobs)
+    if not (has_ranks() and (sharded or unseeded)):
+        yield
+        return
+    with agreed_randomness(jobs[0].base.device):
+        yield
+
+
+def read_shards(jobs: Sequence[StartJob]) -> dict[str, Readable]:
+    """What initializers may read of the layers that are sharded, by name: one collective for all
+    layers of a group of processes. Layers whose entries are needed are not among them.
+    """
+    wanted = [job for job in jobs if job.base.sharded and not job.initializer.reads_entries]
+    shards = [job.base.shards() for job in wanted]
+    summed = [
+        own
+        for job, own in zip(wanted, shards, strict=True)
+        if job.initializer.reads_weight or job.initializer.changes_base
+    ]
+    sums = dict(zip(map(id, summed), sums_of(summed), strict=True))
+    return {
+        job.name: readable_shards(job, own, sums.get(id(own)))
+        for job, own in zip(wanted, shards, strict=True)
+    }
+
+
+def starts_by_owners(
+    jobs: Sequence[StartJob], gradients: Mapping[str, Tensor | None], make: Make
+) -> dict[str, Start]:
+    """The starts of sharded layers that need the entries of the whole weight, by name.
+
+    Raises:
+        ValueError, TypeError: what `make` raises, with the layer's name, on all processes.
+
+    """
+    groups: dict[Any, list[StartJob]] = {}
+    for job in jobs:
+        if job.base.sharded and job.initializer.reads_entries:
+            groups.setdefault(job.base.shards().group, []).append(job)
+    starts: dict[str, Start] = {}
+    for group, members in groups.items():
+        owned = [_owned(job, gradients[job.name], make) for job in members]
+        made = starts_in_turn(owned, group)
+        starts |= {job.name: start for job, start in zip(members, made, strict=True)}
+    return starts
+
+
+def _owned(job: StartJob, gradient: Tensor | None, make: Make) -> OwnedStart:
+    """The job of one process, which gets the whole weight, and the whole gradient."""
+    if job.initializer.rewrites_base:
+        kind = type(job.initializer).__name__
+        raise ValueError(
+            f"{job.name} is sharded, and {kind} rewrites the whole weight: adapt the model before "
+            "it is sharded"
+        )
+    parts = [job.base.stored_weight]
+    if gradient is not None and is_sharded(gradient):
+        parts.append(gradient)
+
+    def made(whole: Sequence[Tensor]) -> Start:
+        weight = whole[0].mT if job.base.transposed else whole[0]
+        matrices = list(weight.unbind()) if weight.dim() == 3 else [weight]
+        given = whole[1] if len(whole) == 2 else gradient
+        return make(job, Readable(matrices, [None] * len(matrices)), given)
+
+    return OwnedStart(parts, made)

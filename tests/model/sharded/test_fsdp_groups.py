@@ -1,0 +1,807 @@
+"""Parameters that join and leave the groups of FSDP2: one process and torch's own order of
+things (adapt, then shard) are the oracles.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels.model.install.sharded import fsdp
+from tests.support.ranks import needs_ranks, on_ranks
+
+pytestmark = needs_ranks
+
+WIDTH, STEPS, BATCH = 8, 5, 8
+REAL = torch.float64  # of the comparisons with one process: the order of sums must not count
+Adapt = Callable[[nn.Module], None]
+
+
+class Factors(nn.Module):
+    """A and B of an adapter."""
+
+    def __init__(self, like: nn.Linear, rank: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(rank)
+        self.A = nn.Parameter(torch.randn(rank, like.in_features, generator=draw, dtype=dtype))
+        self.B = nn.Parameter(torch.randn(like.out_features, rank, generator=draw, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)
+
+
+class Adapted(nn.Linear):
+    """W x + B A x, for one adapter or more, of which the active one counts."""
+
+    active = "one"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.adapters[self.active](x).to(y.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(WIDTH, 2 * WIDTH)
+        self.o = nn.Linear(2 * WIDTH, WIDTH)
+        self.checkpointed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (
+            checkpoint(self._mix, x, use_reentrant=False) if self.checkpointed else self._mix(x)
+        )
+
+    def _mix(self, x: Tensor) -> Tensor:
+        return self.o(torch.tanh(self.q(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, dtype: torch.dtype = REAL) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.lm_head = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x.to(self.lm_head.weight.dtype))
+
+
+def layers(model: nn.Module) -> list[nn.Linear]:
+    return [layer for block in model.blocks for layer in (block.q, block.o)]
+
+
+def hang_on(layer: nn.Linear, name: str = "one", rank: int = 3, dtype: torch.dtype = REAL) -> None:
+    """An adapter in place: the layer's class is exchanged, FSDP2's is kept."""
+    if not isinstance(layer, Adapted):
+        first = type(layer).__bases__[0]
+        own = layer in fsdp.fsdp_modules(layer)
+        layer.__class__ = type("FSDPAdapted", (first, Adapted), {}) if own else Adapted
+        layer.adapters = nn.ModuleDict()
+    layer.adapters[name] = Factors(layer, rank, dtype)
+
+
+def adapt(model: nn.Module, rank: int = 3, dtype: torch.dtype = REAL) -> None:
+    for layer in layers(model):
+        hang_on(layer, rank=rank, dtype=dtype)
+    freeze(model)
+
+
+def freeze(model: nn.Module, trained: str = "one") -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f"adapters.{trained}." in name)
+
+
+def members(model: nn.Module, name: str = "one") -> dict[fsdp.Place, fsdp.Place]:
+    return {
+        (layer.adapters[name], factor): (layer, "weight")
+        for layer in layers(model)
+        for factor in ("A", "B")
+    }
+
+
+def adapt_in_place(model: nn.Module, rank: int = 3, dtype: torch.dtype = REAL) -> None:
+    """What `add_lora` does with a sharded model."""
+    fsdp.reshard(model)
+    adapt(model, rank, dtype)
+    fsdp.join(model, members(model))
+    fsdp.sync_trainable(model)
+
+
+def sharded(
+    adapted: Adapt | None = None,
+    wrap: Sequence[str] = (),
+    dtype: torch.dtype = REAL,
+    **options: Any,
+) -> nn.Module:
+    """The model, its blocks and itself sharded; `adapted` adapts it before."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model(dtype)
+    if adapted is not None:
+        adapted(model)
+    for name in wrap:
+        fully_shard(model.get_submodule(name), **options)
+    for block in model.blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def data(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+    """A rank's part of the batch of a step."""
+    draw = torch.Generator().manual_seed(100 + step)
+    x, y = (torch.randn(BATCH, WIDTH, generator=draw) for _ in range(2))
+    return tuple(part.chunk(world)[rank] for part in (x, y))
+
+
+def loss_of(model: nn.Module, step: int, rank: int = 0, world: int = 1) -> Tensor:
+    x, y = data(step, rank, world)
+    dtype = next(model.parameters()).dtype
+    return F.mse_loss(model(x.to(dtype)).to(REAL), y.to(REAL))
+
+
+def train(
+    model: nn.Module, rank: int = 0, world: int = 1, name: str = "one", accumulate: int = 1
+) -> dict[str, Tensor]:
+    """The adapter after five steps of AdamW, in full, and the losses."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for step in range(STEPS):
+        for micro in range(accumulate):
+            if accumulate > 1 and fsdp.is_managed(model):
+                model.set_requires_gradient_sync(micro == accumulate - 1)
+            loss = loss_of(model, accumulate * step + micro, rank, world)
+            (loss / accumulate).backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    total = torch.stack(losses)
+    if world > 1:
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+    return {"losses": total, **factors(model, name)}
+
+
+def factors(model: nn.Module, name: str = "one") -> dict[str, Tensor]:
+    fsdp.reshard(model)
+    return {
+        f"{index}.{factor}": full(getattr(layer.adapters[name], factor))
+        for index, layer in enumerate(layers(model))
+        for factor in ("A", "B")
+    }
+
+
+def full(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def first_step(model: nn.Module, rank: int, world: int) -> None:
+    """A forward and a backward of the base, whose gradients are forgotten."""
+    loss_of(model, 50, rank, world).backward()
+    model.zero_grad()
+
+
+def collectives(work: Callable[[], Any]) -> tuple[int, int, int]:
+    """How many all-gathers, reduce-scatters and all-reduces."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    with CommDebugMode() as mode:
+        work()
+    counts = {str(kind): count for kind, count in mode.get_comm_counts().items()}
+    names = ("all_?gather", "reduce_?scatter", "all_?reduce")
+    return tuple(sum(n for k, n in counts.items() if re.search(name, k)) for name in names)
+
+
+def step_of(model: nn.Module, rank: int, world: int) -> Callable[[], None]:
+    return lambda: loss_of(model, 0, rank, world).backward()
+
+
+def unknown_torch() -> None:
+    """As if torch had renamed something: for the process."""
+    fsdp._GROUP = (*fsdp._GROUP, "renamed")
+    warnings.filterwarnings("ignore", "the FSDP2 of torch")
+
+
+# ---- two ranks: what is trained ------------------------------------------------------------------
+
+
+def trained(
+    rank: int, world: int, *, first: bool = False, accumulate: int = 1, **options: Any
+) -> Any:
+    """The adapter that joined a sharded model, before or after its first step."""
+    model = sharded(**options)
+    if first:
+        first_step(model, rank, world)
+    adapt_in_place(model)
+    return train(model, rank, world, accumulate=accumulate)
+
+
+def after_eval(rank: int, world: int) -> Any:
+    model = sharded()
+    with torch.no_grad():
+        loss_of(model, 0)
+    assert not hasattr(model.lm_head.weight, "device_mesh"), "the root is not unsharded"
+    adapt_in_place(model)
+    return train(model, rank, world)
+
+
+def after_prefetch(rank: int, world: int) -> Any:
+    """A gathering that no forward has waited for."""
+    model = sharded()
+    first_step(model, rank, world)
+    model.blocks[0].unshard(async_op=True)
+    adapt_in_place(model)
+    return train(model, rank, world)
+
+
+def own_layer(rank: int, world: int) -> Any:
+    return trained(rank, world, wrap=("blocks.0.q", "blocks.1.o"), first=True)
+
+
+def by_columns(rank: int, world: int) -> Any:
+    from torch.distributed.tensor import Shard
+
+    return trained(
+        rank, world, first=True, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None
+    )
+
+
+def offloaded(rank: int, world: int) -> Any:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return trained(rank, world, first=True, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+def checkpointed(rank: int, world: int) -> Any:
+    model = sharded()
+    for block in model.blocks:
+        block.checkpointed = True
+    first_step(model, rank, world)
+    adapt_in_place(model)
+    return train(model, rank, world)
+
+
+def grouped(rank: int, world: int) -> Any:
+    """Two modules with one state."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model()
+    fully_shard([model.blocks[0], model.blocks[1]])
+    fully_shard(model)
+    first_step(model, rank, world)
+    adapt_in_place(model)
+    return train(model, rank, world)
+
+
+def in_other_torch(case: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
+    """The case as if torch's FSDP2 had other private names."""
+
+    def work(rank: int, world: int) -> Any:
+        names = fsdp._GROUP
+        fsdp._GROUP = (*names, "renamed")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "the FSDP2 of torch")
+                return case(rank, world)
+        finally:
+            fsdp._GROUP = names
+
+    return work
+
+
+AS_ALONE = {
+    "before a first step": trained,
+    "after a first step": functools.partial(trained, first=True),
+    "after an evaluation": after_eval,
+    "after a prefetch": after_prefetch,
+    "a layer that is FSDP2's itself": own_layer,
+    "weights cut by columns": by_columns,
+    "weights on the CPU": offloaded,
+    "checkpointed blocks": checkpointed,
+    "two modules with one group": grouped,
+    "replicas": in_other_torch(functools.partial(trained, first=True)),
+}
+ACCUMULATED = {
+    "accumulated": functools.partial(trained, accumulate=2, first=True),
+    "accumulated replicas": in_other_torch(functools.partial(trained, accumulate=2)),
+}
+
+
+# ---- two ranks: adapted in place or before sharding ----------------------------------------------
+
+
+def both_orders(
+    rank: int, world: int, *, frozen: bool = False, dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
+    """(joined before a first step, joined after one, adapted before it was sharded)."""
+    later = sharded(dtype=dtype, **options)
+    later.requires_grad_(not frozen)
+    if frozen:  # no parameter of a group trains when FSDP2 fixes its dtypes
+        loss_of(later, 50, rank, world)
+    else:
+        first_step(later, rank, world)
+    at_once = sharded(dtype=dtype, **options)
+    for model in (later, at_once):
+        adapt_in_place(model, dtype=torch.float32)
+    before = functools.partial(adapt, dtype=torch.float32)
+    expected = sharded(before, dtype=dtype, **options)
+    return [train(model, rank, world) for model in (at_once, later, expected)]
+
+
+def policy(**dtypes: torch.dtype) -> dict[str, Any]:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return {"mp_policy": MixedPrecisionPolicy(**dtypes)}
+
+
+def mixed(rank: int, world: int, frozen: bool = False) -> Any:
+    both = policy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return both_orders(rank, world, frozen=frozen, **both)
+
+
+def mixed_reduced_in_half(rank: int, world: int) -> Any:
+    return both_orders(rank, world, frozen=True, **policy(param_dtype=torch.bfloat16))
+
+
+ORDERS = {
+    "mixed precision": mixed,
+    "mixed precision, all frozen": functools.partial(mixed, frozen=True),
+    "mixed precision, reduced in bfloat16": mixed_reduced_in_half,
+    "bfloat16 weights": functools.partial(both_orders, dtype=torch.bfloat16),
+    "bfloat16 weights, all frozen": functools.partial(
+        both_orders, dtype=torch.bfloat16, frozen=True
+    ),
+}
+
+
+# ---- two ranks: collectives, leaving, switching --------------------------------------------------
+
+
+def counts(rank: int, world: int) -> Any:
+    """Collectives of a step: of the base, joined, adapted before sharding, after leaving."""
+    base = sharded().requires_grad_(False)
+    expected = sharded(adapt)
+    model = sharded()
+    first_step(model, rank, world)
+    step = functools.partial(step_of, rank=rank, world=world)
+    result = {"joining": collectives(lambda: adapt_in_place(model))}
+    for _ in range(2):
+        fsdp.reshard(base)
+        result |= {"base": collectives(lambda: loss_of(base, 0, rank, world))}
+        result |= {"expected": collectives(step(expected)), "joined": collectives(step(model))}
+    adapters = [layer.adapters for layer in layers(model)]
+    result["leaving"] = collectives(lambda: fsdp.leave(model, adapters))
+    kinds = {hasattr(p, "full_tensor") for a in adapters for p in a.parameters()}
+    for layer in layers(model):
+        layer.__class__ = nn.Linear
+        del layer.adapters
+    numbers = [len(group.fsdp_params) for group in fsdp._groups(model)]
+    result["left"] = collectives(lambda: loss_of(model, 0, rank, world))
+    same = torch.equal(loss_of(model, 1, rank, world), loss_of(base, 1, rank, world))
+    return {**result, "kinds": kinds, "numbers": numbers, "same": same}
+
+
+def left_and_back(rank: int, world: int) -> Any:
+    """An adapter that leaves makes room for another one, which trains as in a new model."""
+    model = sharded()
+    adapt_in_place(model)
+    train(model, rank, world)
+    fsdp.leave(model, [layer.adapters["one"] for layer in layers(model)])
+    for layer in layers(model):
+        layer.adapters = nn.ModuleDict()
+    adapt_in_place(model)
+    return train(model, rank, world)
+
+
+def emptied(rank: int, world: int) -> Any:
+    """Adapters with groups of their own, which have nothing to gather when the adapters leave."""
+    model = sharded(adapt, wrap=[f"blocks.{b}.{n}.adapters.one" for b in (0, 1) for n in "qo"])
+    train(model, rank, world)
+    with torch.no_grad():
+        loss_of(model, 0)
+    fsdp.leave(model, [layer.adapters["one"] for layer in layers(model)])
+    for layer in layers(model):
+        layer.adapters = nn.ModuleDict()
+    adapt_in_place(model)
+    return train(model, rank, world)
+
+
+def switched(model: nn.Module, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+    """Trains one adapter, then the other, then the first again beside the head."""
+    result = {}
+    for turn, name in enumerate(("one", "two", "one")):
+        for layer in layers(model):
+            layer.active = name
+        freeze(model, name)
+        model.lm_head.weight.requires_grad_(turn == 2)
+        fsdp.sync_trainable(model)
+        result |= {f"{turn}.{k}": v for k, v in train(model, rank, world, name).items()}
+        for key, parameter in model.named_parameters():
+            allowed = f"adapters.{name}." in key or (turn == 2 and key == "lm_head.weight")
+            assert allowed or parameter.grad is None, f"{key} has a gradient"
+    return {**result, "head": full(model.lm_head.weight)}
+
+
+def with_two(model: nn.Module) -> nn.Module:
+    for layer in layers(model):
+        hang_on(layer, "one", 3)
+        hang_on(layer, "two", 2)
+    return model
+
+
+def switching(rank: int, world: int) -> Any:
+    model = sharded()
+    first_step(model, rank, world)
+    fsdp.reshard(model)
+    with_two(model)
+    fsdp.join(model, {**members(model, "one"), **members(model, "two")})
+    return switched(model, rank, world)
+
+
+def exchanged(model: nn.Module, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+    """Trains a float32 copy of the bfloat16 head in the head's place."""
+    fsdp.reshard(model)
+    copy = nn.Parameter(model.lm_head.weight.detach().to(torch.float32, copy=True))
+    model.lm_head.weight = copy
+    model.requires_grad_(False)
+    copy.requires_grad_(True)
+    fsdp.sync_trainable(model)
+    optimizer = torch.optim.SGD([copy], lr=0.1)
+    for step in range(2):
+        loss_of(model, step, rank, world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    fsdp.reshard(model)
+    assert model.lm_head.weight is copy
+    return {"head": full(copy)}
+
+
+def exchanging(rank: int, world: int, first: bool) -> Any:
+    model = sharded(dtype=torch.bfloat16)
+    if first:
+        first_step(model, rank, world)
+    return exchanged(model, rank, world)
+
+
+def stored(rank: int, world: int) -> Any:
+    """What a joined adapter's own state_dict has after a forward, and what it loads."""
+    model = sharded()
+    first_step(model, rank, world)
+    adapt_in_place(model)
+    model.set_reshard_after_forward(False)  # the groups stay unsharded after a forward
+    with torch.no_grad():
+        before = loss_of(model, 0)
+        state = layers(model)[0].adapters.state_dict()
+    sharded_ones = [hasattr(tensor, "full_tensor") for tensor in state.values()]
+    twice = {name: 2 * tensor for name, tensor in state.items()}
+    with torch.no_grad():
+        loss_of(model, 0)
+        layers(model)[0].adapters.load_state_dict(twice, assign=True)
+        after = loss_of(model, 0)
+        layers(model)[0].adapters.load_state_dict({n: t / 2 for n, t in twice.items()})
+        again = loss_of(model, 0)
+    names = {p._param_fqn for group in fsdp._groups(model) for p in group.fsdp_params}
+    wanted = {name for name, _ in model.named_parameters()}
+    return {
+        "sharded": sharded_ones,
+        "changed": bool(after != before),
+        "back": bool(again == before),
+        "names": names == wanted,
+    }
+
+
+def flags(rank: int, world: int) -> Any:
+    """What is frozen while the root holds unsharded parameters stays frozen."""
+    model = sharded()
+    with torch.no_grad():
+        loss_of(model, 0)
+    model.requires_grad_(False)
+    fsdp.reshard(model)
+    frozen = [name for name, p in model.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        loss_of(model, 0)
+    model.lm_head.requires_grad_(True)
+    fsdp.reshard(model)
+    return frozen, [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def errors(rank: int, world: int) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    def text(work: Callable[[], Any]) -> str:
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            work()
+        return f"{caught.type.__name__}: {caught.value}"
+
+    model = sharded()
+    found = {"outside": text(lambda: fsdp.reshard(model.lm_head))}
+    fsdp.reshard(model.blocks[0])
+    adapt(model)
+    other = Model()
+    wrong = {**members(model), (layers(model)[0].adapters["one"], "A"): (other.embed, "weight")}
+    found["unmanaged"] = text(lambda: fsdp.join(model, wrong))
+    found["unchanged"] = all(not hasattr(f, "full_tensor") for f, _ in held(model))
+    found["unmanaged replica"] = in_other_torch(lambda *_: text(lambda: fsdp.join(model, wrong)))(
+        0, 0
+    )
+
+    mixed_up = sharded(dtype=torch.bfloat16)
+    adapt(mixed_up)
+    fsdp.join(mixed_up, members(mixed_up))
+    mixed_up.blocks[0].q.bias.requires_grad_(True)
+    found["dtypes"] = text(lambda: fsdp.sync_trainable(mixed_up))
+
+    stopped = sharded()
+    hook = stopped.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss_of(stopped, 0)
+    hook.remove()
+    found["interrupted"] = text(lambda: fsdp.reshard(stopped))
+
+    plain = sharded()
+    plain.lm_head.weight = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+    found["exchanged"] = text(lambda: fsdp.sync_trainable(plain))
+
+    lone = fully_shard(nn.Linear(WIDTH, WIDTH))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        hang_on(lone)
+        names = fsdp._GROUP
+        fsdp._GROUP = (*names, "renamed")
+        fsdp.join(lone, {(lone.adapters["one"], "A"): (lone, "weight")})
+        fsdp._GROUP = names
+    found["warning"] = " ".join(str(w.message) for w in warned)
+    return found
+
+
+def held(model: nn.Module) -> list[tuple[Tensor, str]]:
+    return [(getattr(module, name), name) for module, name in members(model)]
+
+
+def layouts(rank: int, world: int) -> Any:
+    """Managed and plain, not managed, and after the fact by unsharding."""
+    model = sharded()
+    model.extra = nn.Linear(2, 2)
+    first_step(model, rank, world)
+    names = {place: name for name, place in _places(model).items()}
+    known = {names[place]: layout for place, layout in fsdp.unsharded_layouts(model).items()}
+    other = in_other_torch(lambda *_: fsdp.unsharded_layouts(model))(0, 0)
+    return known, {names[place]: layout for place, layout in other.items()}
+
+
+def _places(model: nn.Module) -> dict[str, fsdp.Place]:
+    return {
+        f"{path}.{name}": (module, name)
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+OTHERS = {
+    "left and back": left_and_back,
+    "emptied": emptied,
+    "switching": switching,
+    "exchanged before": functools.partial(exchanging, first=False),
+    "exchanged after": functools.partial(exchanging, first=True),
+    **{f.__name__: f for f in (counts, stored, flags, errors, layouts)},
+}
+
+
+# ---- four ranks ----------------------------------------------------------------------------------
+
+
+def mesh(*names: str) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+
+
+def hybrid(rank: int, world: int) -> Any:
+    return trained(rank, world, first=True, mesh=mesh("replicate", "shard"))
+
+
+def resharded_to_two(rank: int, world: int) -> Any:
+    return trained(rank, world, first=True, reshard_after_forward=2)
+
+
+def over_tensor_parallel(rank: int, world: int, *, first: bool = True) -> Any:
+    """FSDP2 over tensor parallelism: two data-parallel ranks of two processes each."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    grid = mesh("dp", "tp")
+    model = Model()
+    for block in model.blocks:
+        plan = {"q": ColwiseParallel(use_local_output=False), "o": RowwiseParallel()}
+        parallelize_module(block, grid["tp"], plan)
+        fully_shard(block, mesh=grid["dp"])
+    fully_shard(model, mesh=grid["dp"])
+    dp = grid["dp"].get_local_rank()
+    if first:
+        first_step(model, dp, 2)
+    known = fsdp.unsharded_layouts(model)
+    by_hand = in_other_torch(lambda *_: fsdp.unsharded_layouts(model))(0, 0)
+    assert known == by_hand, "the layouts by unsharding differ"
+    assert known[model.embed, "weight"] is None
+    adapt(model)
+    for layer in layers(model):
+        tp, placements = known[layer, "weight"]
+        assert tp == grid["tp"]
+        by_rows = placements[0].is_shard(0)
+        for name, placement in (("A", 1), ("B", 0)):
+            place = placements if by_rows == (placement == 0) else [dist.tensor.Replicate()]
+            value = getattr(layer.adapters["one"], name).detach()
+            value = distribute_tensor(value, tp, place, src_data_rank=None)
+            setattr(layer.adapters["one"], name, nn.Parameter(value))
+    fsdp.join(model, members(model))
+    fsdp.sync_trainable(model)
+    return train(model, dp, 2)
+
+
+FOUR = {
+    "HSDP": hybrid,
+    "HSDP replicas": in_other_torch(hybrid),
+    "uneven": trained,
+    "resharded to two": resharded_to_two,
+    "tensor parallel": over_tensor_parallel,
+    "tensor parallel, before": functools.partial(over_tensor_parallel, first=False),
+    "tensor parallel, replicas": in_other_torch(over_tensor_parallel),
+}
+
+
+# ---- the tests -----------------------------------------------------------------------------------
+
+
+def run_all(cases: dict[str, Callable[[int, int], Any]], world: int) -> list[dict[str, Any]]:
+    """The results of all cases on all ranks, in one set of processes; errors are texts."""
+
+    def work(rank: int) -> dict[str, Any]:
+        results = {}
+        for name, case in cases.items():
+            try:
+                import time; t=time.time()
+                results[name] = case(rank, world)
+                print(name, time.time()-t, flush=True)
+            except Exception:
+                results[name] = traceback.format_exc()
+        return results
+
+    return on_ranks(world, work)
+
+
+@pytest.fixture(scope="module")
+def two() -> Any:
+    return functools.partial(_case, run_all({**AS_ALONE, **ACCUMULATED, **ORDERS, **OTHERS}, 2))
+
+
+@pytest.fixture(scope="module")
+def four() -> Any:
+    return functools.partial(_case, run_all(FOUR, 4))
+
+
+def _case(results: list[dict[str, Any]], name: str) -> list[Any]:
+    found = [result[name] for result in results]
+    for result in found:
+        assert not isinstance(result, str), result
+    return found
+
+
+@functools.cache
+def alone(accumulate: int = 1) -> dict[str, Tensor]:
+    model = Model()
+    adapt(model)
+    return train(model, accumulate=accumulate)
+
+
+def check_same(results: Sequence[Any], expected: dict[str, Tensor], atol: float = 1e-10) -> None:
+    for result in results:
+        for name, value in expected.items():
+            torch.testing.assert_close(result[name], value, atol=atol, rtol=0)
+            assert torch.equal(result[name], results[0][name]), f"{name} differs between ranks"
+
+
+@pytest.mark.parametrize("case", AS_ALONE)
+def test_joined_parameters_train_as_in_one_process(two, case):
+    check_same(two(case), alone())
+
+
+@pytest.mark.parametrize("case", ACCUMULATED)
+def test_gradients_are_accumulated_as_in_one_process(two, case):
+    check_same([{k: v for k, v in r.items()} for r in two(case)], alone(accumulate=2))
+
+
+@pytest.mark.parametrize("case", FOUR)
+def test_four_ranks_train_as_one_process(four, case):
+    check_same(four(case), alone())
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_joined_parameters_train_as_if_adapted_before_sharding(two, case):
+    results = two(case)
+    for at_once, later, expected in results:
+        check_same([at_once, later], expected, atol=0)
+    check_same([result[0] for result in results], results[0][2], atol=0)
+
+
+def test_joining_and_leaving_change_no_collective(two):
+    for counts in two("counts"):
+        _, scatters, reduces = counts["joined"]
+        assert counts["expected"] == counts["joined"]
+        assert (scatters, reduces) == (2, 0)
+        assert counts["joining"] == counts["leaving"] == (0, 0, 0)
+        assert counts["base"] == counts["left"] == (3, 0, 0)
+        assert counts["kinds"] == {True} and counts["numbers"] == [3, 4, 4]
+        assert counts["same"]
+
+
+@pytest.mark.parametrize("case", ["left and back", "emptied"])
+def test_adapter_after_one_that_left(two, case):
+    check_same(two(case), alone())
+
+
+def test_switched_adapters_train_as_in_one_process(two):
+    check_same(two("switching"), switched(with_two(Model())))
+
+
+@pytest.mark.parametrize("case", ["exchanged before", "exchanged after"])
+def test_exchanged_parameter_is_gathered(two, case):
+    check_same(two(case), exchanged(Model(torch.bfloat16)), atol=2e-3)
+
+
+def test_joined_parameters_in_state_dicts(two):
+    for result in two("stored"):
+        assert result == {
+            "sharded": [True, True],
+            "changed": True,
+            "back": True,
+            "names": True,
+        }
+
+
+def test_requires_grad_survives_resharding(two):
+    assert two("flags") == [([], ["lm_head.weight"])] * 2
+
+
+def test_errors_say_what_to_do(two):
+    for found in two("errors"):
+        print(found)
+
+
+def test_layouts_tell_managed_from_unmanaged(two):
+    managed = {name for name in _places(Model())}
+    for known, other in two("layouts"):
+        assert known == other == dict.fromkeys(managed)
+
+
+def test_models_without_fsdp2():
+    model = Model()
+    assert not fsdp.is_managed(model) and fsdp.unsharded_layouts(model) == {}
+    fsdp.reshard(model)
+    fsdp.sync_trainable(model)
+    fsdp.leave(model, [model.embed])
+    with pytest.raises(ValueError, match="not managed by FSDP2"):
+        fsdp.join(model, {(model.embed, "weight"): (model.lm_head, "weight")})

@@ -1,0 +1,55 @@
+"""Partitions as DeepSpeed's `zero.Init` makes them, without DeepSpeed; and small runs with it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class ZeroParamStatus(Enum):
+    """As in deepspeed/runtime/zero/partition_parameters.py."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+def partition(parameter: nn.Parameter, group: Any = None) -> nn.Parameter:
+    """Leaves each rank its stretch of a Parameter that all have. As in DeepSpeed, what is behind
+    the tensor's end is not initialized: here it is NaN.
+    """
+    made: Any = parameter
+    group = dist.group.WORLD if group is None else group
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    flat = parameter.detach().reshape(-1)
+    size = -(-len(flat) // world)
+    stretch = torch.full((size,), float("nan"), dtype=flat.dtype)
+    own = flat[size * rank : size * (rank + 1)]
+    stretch[: len(own)] = own
+    made.ds_id, made.ds_shape, made.ds_numel = id(parameter), parameter.shape, len(flat)
+    made.ds_tensor, made.ds_secondary_tensor, made.ds_persist = stretch, None, False
+    made.ds_tensor.ds_numel, made.ds_tensor.final_location = size, None
+    made.ds_process_group = group
+    return release(parameter)
+
+
+def release(parameter: nn.Parameter) -> nn.Parameter:
+    """Frees the whole, as DeepSpeed does after a layer's forward: nothing of it is written back."""
+    made: Any = parameter
+    made.ds_status = ZeroParamStatus.NOT_AVAILABLE
+    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    return parameter
+
+
+def gather(parameter: nn.Parameter) -> nn.Parameter:
+    """Gives every rank the whole, as DeepSpeed does before a layer's forward."""
+    made: Any = parameter
+    parts = [torch.empty_like(made.ds_tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, made.ds_tensor)
+    parameter.data = torch.cat(parts)[: made.ds_numel].view(made.ds_shape)
+    made.ds_status = ZeroParamStatus.AVAILABLE
+    return parameter

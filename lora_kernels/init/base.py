@@ -51,8 +51,8 @@ class Initializer:
 
     @property
     def reads_entries(self) -> bool:
-        """Whether the start needs W's entries, or its gradient's, and not only the sums over W: of a
-        sharded W, one process then gathers the whole. By default true of every start that reads W
+        """Whether the start needs W's entries, or its gradient's, and not only the sums over W: one
+        process then gathers the whole of a sharded W. By default true of every start that reads W
         or is made from a gradient.
         """
         return self.reads_weight or self.needs_gradient
@@ -120,9 +120,14 @@ class Initializer:
         """Make the base that goes with a start of `weight`, in place: weight − scaling · B₀A₀."""
         subtract_start_(weight, start, scaling)
 
+    @property
+    def subtracts(self) -> bool:
+        """Whether `take_out_` is the subtraction of s·B₀A₀, and nothing else."""
+        return type(self).take_out_ is Initializer.take_out_
+
     def take_out_each_(self, weights: Sequence[Tensor], start: Start, scaling: float) -> None:
         """`take_out_` for experts, whose starts are one `Start.stacked`."""
-        if type(self).take_out_ is Initializer.take_out_:
+        if self.subtracts:
             subtract_starts_(weights, start, scaling)
         else:
             for e, weight in enumerate(weights):

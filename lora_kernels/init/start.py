@@ -21,8 +21,8 @@ class StartRequest:
     `scaling` is the layer's s, for starts that are divided by it; `gradient` [out, in] is the loss
     gradient of W, for starts that are made from it.
 
-    `sums` are the sum and the sum of squares of W's entries [2] in float64, if they are known. Those
-    of a sharded W are: its `weight` has the shape, the dtype and the device, but no values.
+    `sums` are the sum and the sum of squares of W's entries [2] in float64, if they are known. If W
+    is sharded, they are, and `weight` has W's shape, dtype and device, but no values.
     """
 
     weight: Tensor
@@ -221,8 +221,8 @@ def check_residual_fits(
     scaling: float,
     largest_entry: Callable[[], Tensor] | None = None,
 ) -> None:
-    """Raise if W holds NaN or Inf, or if W − s·B₀A₀ could overflow. `largest_entry` returns max |W|,
-    for a `weight` without values.
+    """Raise if W holds NaN or Inf, or if W − s·B₀A₀ could overflow. `largest_entry` returns max |W|
+    if `weight` has no values.
     """
     room = torch.finfo(weight.dtype).max - abs(scaling) * _largest_entry(start)
     # ‖W‖_F bounds every entry of W; where it is known and small enough, W is not read.

@@ -62,8 +62,8 @@ class BaseLayer:
 
     @property
     def sharded(self) -> bool:
-        """Whether this process may have only a part of a `rewritable` weight: a DTensor, of FSDP2 or
-        of tensor parallelism, or a partition of ZeRO-3.
+        """Whether this process may have only a part of a `rewritable` weight: a DTensor of FSDP2 or
+        tensor parallelism, or a partition of ZeRO-3.
         """
         return self.rewritable and is_sharded(self.stored_weight)
 
@@ -73,7 +73,7 @@ class BaseLayer:
         return local_part(self.stored_weight)
 
     def shards(self) -> Shards:
-        """The local parts of W [out, in], of experts [E, out, in]: all of it, if it is not sharded."""
+        """The local parts of W [out, in], of experts [E, out, in]; all of it if not sharded."""
         return Shards.of(self.stored_weight, self.transposed)
 
     @property

@@ -76,14 +76,12 @@ def check_adaptable(linear: nn.Module) -> None:
 
 
 def lookup_scale(module: nn.Module, cls: type[nn.Module] | None = None) -> str | None:
-    """How the forward of an `nn.Embedding`, or of the class `cls`, scales the rows that it looks up: "" not at all,
+    """How the forward of an `nn.Embedding` scales the rows that it looks up: "" not at all,
     "number" by `embed_scale`, "cast" by `embed_scale` in the weight's dtype; None if it computes
-    something else.
+    something else. `cls` is the module's class, if it has had another one.
     """
-    given: Any = cls or type(
-        module
-    )  # nn.Module's annotations make it no Hashable for type checkers
-    form = _form_of(given)
+    own: Any = cls or type(module)  # nn.Module's annotations make it no Hashable for type checkers
+    form = _form_of(own)
     if not form:
         return form
     scale: object = getattr(module, "embed_scale", None)

@@ -127,6 +127,12 @@ def plan_layers(
             )
         residual, note = _residual(name, base, config.residual, owners)
         initializer = _initializer(name, base, config.initializer, originals)
+        if base.sharded and (initializer.rewrites_base or not initializer.subtracts):
+            kind = type(initializer).__name__
+            raise ValueError(
+                f"{name} is sharded, and {kind} rewrites the whole weight: adapt the model before "
+                "it is sharded"
+            )
         with naming(name):
             options = config.layer_options(name, initializer, residual)
         plan = LayerPlan(name, base, options, selection.aliases[name], note)

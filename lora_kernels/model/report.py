@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
+from ..init.sharded.layout import full_shape, text_of
 from .plan import LayerPlan
 from .selection import Selection
 
@@ -16,6 +18,7 @@ from .selection import Selection
 class AdaptedRow:
     """One adapted layer. `note` says why its initial factors are not absorbed; else it is empty.
     Experts have a row for each 3-D parameter, with the sizes of one of `num_experts` matrices.
+    `sharding` says how a weight is sharded, such as "in 8 parts by rows"; else it is empty.
     """
 
     name: str
@@ -29,6 +32,7 @@ class AdaptedRow:
     note: str
     aliases: tuple[str, ...]
     num_experts: int | None = None
+    sharding: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,10 @@ class LoRAReport:
             row = rows[0]
             numbers = f"r={row.r}, s={row.scaling:g}, {row.residual}"
             experts = "" if row.num_experts is None else f"{row.num_experts} experts x "
+            sharding, note = row.sharding and f" {row.sharding}", row.note and f" ({row.note})"
             lines.append(
                 f"  {len(rows):4d} x {_pattern(row.name)} {experts}[{row.out_features}, "
-                f"{row.in_features}]: {numbers}{f' ({row.note})' if row.note else ''}"
+                f"{row.in_features}]{sharding}: {numbers}{note}"
             )
         for row in self.adapted:
             if row.aliases:
@@ -99,12 +104,13 @@ def make_report(
             plan.note,
             tuple(plan.aliases),
             plan.base.num_experts,
+            text_of(plan.base.stored_weight) if plan.base.sharded else "",
         )
         for plan in plans
     )
     parameters = list(model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
+    trainable = sum(prod(full_shape(p)) for p in parameters if p.requires_grad)
+    total = sum(prod(full_shape(p)) for p in parameters)
     return LoRAReport(
         adapter_name, rows, dict(selection.skipped), tuple(saved), trainable, total, seconds
     )
@@ -115,7 +121,7 @@ def _grouped(rows: Sequence[AdaptedRow]) -> list[list[AdaptedRow]]:
     groups: dict[tuple[object, ...], list[AdaptedRow]] = {}
     for row in rows:
         shape = (row.num_experts, row.out_features, row.in_features)
-        numbers = (row.r, row.scaling, row.residual, _pattern(row.note))
+        numbers = (row.r, row.scaling, row.residual, _pattern(row.note), row.sharding)
         groups.setdefault((_pattern(row.name), shape, numbers), []).append(row)
     return list(groups.values())
 

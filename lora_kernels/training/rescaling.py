@@ -146,6 +146,14 @@ class ScaledStart(Initializer):
     def grows_with_scaling(self) -> bool:
         return self.start.grows_with_scaling
 
+    @property
+    def draws_unseeded(self) -> bool:
+        return self.start.draws_unseeded
+
+    @property
+    def subtracts(self) -> bool:
+        return not self.rewrites_base
+
     def make_start(self, request: StartRequest) -> Start:
         scaling = request.scaling * self.alpha_A * self.alpha_B
         start = self.start(request.weight, request.r, scaling, request.gradient)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .zero3 import is_partitioned, partition_of, settle_
+from .zero3 import is_partitioned, is_zero3, partition_of, settle_
 
 DTensor: TypeAlias = Any  # torch.distributed is imported only for a tensor that needs it
 Group: TypeAlias = Any
@@ -50,6 +50,7 @@ class Shards:
         dtype, device: those of the local parts.
         group: the processes that have the weight's parts; None if the weight is not sharded.
         primary: False if another process counts for this part, of which it has a replica.
+        stored: the tensor of which these are the parts.
 
     """
 
@@ -59,6 +60,7 @@ class Shards:
     device: torch.device
     group: Group | None
     primary: bool
+    stored: Tensor | None = None
 
     @staticmethod
     def of(tensor: Tensor, transposed: bool = False) -> Shards:
@@ -73,8 +75,13 @@ class Shards:
         blocks = [block for piece in pieces(tensor) for block in _blocks(piece, transposed)]
         local = local_part(tensor)
         return Shards(
-            shape, blocks, local.dtype, local.device, group_of(tensor), is_primary(tensor)
+            shape, blocks, local.dtype, local.device, group_of(tensor), is_primary(tensor), tensor
         )
+
+    def settle(self) -> None:
+        """To be called after blocks were written: other copies of the tensor follow."""
+        if self.stored is not None:
+            settle_(self.stored)
 
     @property
     def count(self) -> int:
@@ -91,8 +98,10 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process may have only a part of the tensor."""
-    return is_dtensor(tensor) or is_partitioned(tensor)
+    """Whether this process may have only a part of the tensor, perhaps not at this moment: ZeRO-3
+    gathers a parameter for its layer's forward, and keeps small ones gathered.
+    """
+    return is_dtensor(tensor) or is_zero3(tensor)
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
@@ -136,7 +145,7 @@ def fill_(target: Tensor, whole: Tensor) -> None:
 
 def text_of(tensor: Tensor) -> str:
     """How a tensor is sharded, such as "in 8 parts by rows"; "" if it is not."""
-    if is_partitioned(tensor):
+    if is_zero3(tensor):
         return f"in {partition_of(tensor).parts} parts of a ZeRO-3 partition"
     if not is_dtensor(tensor):
         return ""
@@ -151,7 +160,7 @@ def text_of(tensor: Tensor) -> str:
 
 def group_of(tensor: Tensor) -> Group | None:
     """The processes that have parts or replicas of the tensor; None if it is plain."""
-    if is_partitioned(tensor):
+    if is_zero3(tensor):
         return partition_of(tensor).group
     if not is_dtensor(tensor):
         return None
@@ -179,6 +188,8 @@ def _blocks(piece: Piece, transposed: bool) -> Iterator[Block]:
 
 def is_primary(tensor: Tensor) -> bool:
     """Whether this process is the first one of those that have this part."""
+    if is_zero3(tensor) and not is_partitioned(tensor):
+        return partition_of(tensor).rank == 0
     if not is_dtensor(tensor):
         return True
     sharded: DTensor = tensor

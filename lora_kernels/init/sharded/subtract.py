@@ -31,6 +31,7 @@ def subtract_recipe_here_(weight: Shards, beta: Tensor, r: int, scaling: float) 
             torch.ops.lora.subtract_dst_(
                 block.data, coefficient, r, rows, cols, block.row, block.col
             )
+    weight.settle()
 
 
 def subtract_factors_here_(weight: Shards, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
@@ -41,6 +42,7 @@ def subtract_factors_here_(weight: Shards, lora_A: Tensor, lora_B: Tensor, scali
         if block.data.numel():
             right, left = cut_factors(block, lora_A, lora_B)
             subtract_factors_(block.data, right, left, scaling)
+    weight.settle()
 
 
 def cut_factors(block: Block, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:

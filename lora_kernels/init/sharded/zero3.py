@@ -31,8 +31,9 @@ class Partition:
         data: the stretch [n], a view that can be written; empty behind the tensor's end.
         begin: the index of its first entry in the flattened tensor.
         shape: that of the whole tensor.
-        group: the processes that hold the other stretches, in the order of their ranks there.
+        group: the processes that hold the stretches, in the order of their ranks there.
         parts: how many processes these are.
+        rank: that of this process.
 
     """
 
@@ -41,6 +42,7 @@ class Partition:
     shape: tuple[int, ...]
     group: Any
     parts: int
+    rank: int
 
     def rectangles(self) -> Iterator[tuple[Tensor, Place]]:
         """The stretch as rectangles of the whole, (view, place): of a matrix the rest of a row,
@@ -99,9 +101,10 @@ def partition_of(tensor: Partitioned) -> Partition:
             f"{list(shape)}: this is not the partition of DeepSpeed's zero.Init (MiCS is another); "
             "adapt the model before deepspeed.initialize"
         )
-    begin = min(size * dist.get_rank(group), length)
+    rank = dist.get_rank(group)
+    begin = min(size * rank, length)
     data = stored.detach().view(-1)[: min(size, length - begin)]
-    return Partition(data, begin, shape, group, parts)
+    return Partition(data, begin, shape, group, parts, rank)
 
 
 def gathered(tensor: Partitioned) -> Tensor:

@@ -204,7 +204,7 @@ class AdaptedFloatLayer(AdaptedLayer):
         """Sets the attributes that a layer of the class `former` lacks."""
 
     def _given_back(self) -> nn.Module:
-        """This module with the class that it had, and without adapters."""
+        """The module itself, with the class that it had and without adapters."""
         former = vars(self).get(CLASS) or self._base_class()
         del self.adapters
         for name in (CLASS, FOREIGN, *_OWN):

@@ -76,12 +76,6 @@ def starts_by_owners(
 
 def _owned(job: StartJob, gradient: Tensor | None, make: Make) -> OwnedStart:
     """The job of one process, which gets the whole weight, and the whole gradient."""
-    if job.initializer.rewrites_base:
-        kind = type(job.initializer).__name__
-        raise ValueError(
-            f"{job.name} is sharded, and {kind} rewrites the whole weight: adapt the model before "
-            "it is sharded"
-        )
     parts = [job.base.stored_weight]
     if gradient is not None and is_sharded(gradient):
         parts.append(gradient)

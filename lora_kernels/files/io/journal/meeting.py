@@ -23,7 +23,7 @@ from ..disk import is_locked, release, try_lock
 from .ranks import Ranks
 
 _CLOSED = -1  # in place of a file descriptor
-JOIN = 60.0  # seconds that a rank waits for the others to begin
+JOIN = 60.0  # seconds that a rank waits for the others to begin, from the last one that did
 _LEAVE = 10.0  # seconds that a run waits for ranks of an earlier one, whose rank 0 has ended
 _POLL = 0.05  # seconds between two looks
 _WATCH = 0.2  # the same, during work
@@ -79,6 +79,7 @@ class Meeting:
                 if (key := self._key_of(rank)) is not None:
                     self._keys[rank] = key
                     found[rank] = self._read(f"{key}.{_ABOUT}") or {}
+                    deadline = time.monotonic() + JOIN
             self._check_others()
             if time.monotonic() > deadline:
                 raise TimeoutError(

@@ -111,12 +111,12 @@ def join(model: nn.Module, members: Mapping[Place, Place]) -> None:
     Args:
         model: the model, with all FSDP2 modules that manage the parameters.
         members: {(module, name) of a new parameter: (module, name) of a parameter whose group it
-            joins}. The new parameters are registered, hold the same values on all ranks, and are
-            plain tensors, or DTensors on the mesh that `unsharded_layouts` gives. All ranks pass
-            them in the same order.
+            joins, or the innermost group around it, if FSDP2 ignores that one}. The new parameters
+            are registered, hold the same values on all ranks, and are plain tensors, or DTensors on
+            the mesh that `unsharded_layouts` gives. All ranks pass them in the same order.
 
     Raises:
-        ValueError: a parameter that is to be joined is not managed by FSDP2.
+        ValueError: a parameter that is to be joined is not within an FSDP2 module of the model.
         RuntimeError: gradients that are not yet all-reduced are kept by FSDP2. In both cases the
             model is unchanged.
 
@@ -128,13 +128,7 @@ def join(model: nn.Module, members: Mapping[Place, Place]) -> None:
     if groups is None:
         _replicate(model, members)
         return
-    owners = {p: g for g in groups for m in g.fsdp_params for p in _places(m)}
-    for module, name in members.values():
-        if (module, name) not in owners:
-            raise ValueError(
-                f"the parameter {name!r} of a {type(module).__name__} is not managed by FSDP2 "
-                "within this model: pass the model to which fully_shard was applied"
-            )
+    owners = _owners(model, groups, members.values())
     joined = {id(owners[place]): owners[place] for place in members.values()}.values()
     for group in joined:
         _check_reduced(group)
@@ -176,7 +170,8 @@ def sync_trainable(model: nn.Module) -> None:
     parameters that were exchanged for others of the same shape.
 
     To be called after each change of `requires_grad`: FSDP2 fixes the dtypes in which a group
-    reduces gradients before its first forward. No collective.
+    reduces gradients before its first forward. Parameters are exchanged after `reshard`. No
+    collective.
 
     Raises:
         ValueError: parameters of several dtypes train in one group, which FSDP2 cannot reduce.
@@ -288,6 +283,24 @@ def _check_reduced(group: Any) -> None:
             "FSDP2 keeps gradients that are not yet all-reduced (set_requires_all_reduce(False)): "
             "finish the accumulation before the model's trained parameters change"
         )
+
+
+def _owners(model: nn.Module, groups: list[Any], places: Iterable[Place]) -> dict[Place, Any]:
+    """The groups of the parameters at some places, or those of the modules around them."""
+    managed = {p: group for group in groups for m in group.fsdp_params for p in _places(m)}
+    around: dict[nn.Module, Any] = {}
+    if not all(place in managed for place in places):  # some are among fully_shard's ignored ones
+        for outer in fsdp_modules(model):
+            own = _groups_of(outer._get_fsdp_state())  # type: ignore[operator]
+            around |= dict.fromkeys(outer.modules(), own[0]) if own else {}
+    owners = {place: managed.get(place, around.get(place[0])) for place in places}
+    for (module, name), group in owners.items():
+        if group is None:
+            raise ValueError(
+                f"the parameter {name!r} of a {type(module).__name__} is not within an FSDP2 "
+                "module of this model: pass the model to which fully_shard was applied"
+            )
+    return owners
 
 
 # ---- members come and go -------------------------------------------------------------------------
@@ -408,7 +421,7 @@ def _follow_exchanged(group: Any) -> None:
         new = getattr(module, name)
         if new is old:
             continue
-        if not (type(new.data) is type(old.data) and new.shape == old.shape):
+        if not _lie_alike(new, old):
             raise ValueError(
                 f"a parameter {name!r} that FSDP2 shards was exchanged for one of another shape or "
                 "kind: give the new one the old one's DTensor layout"
@@ -417,6 +430,11 @@ def _follow_exchanged(group: Any) -> None:
         if new.dtype != old.dtype:  # the buffers of the gathered one have the old dtype
             parameter.all_gather_outputs = []
             parameter.__dict__.pop("_unsharded_param", None)
+
+
+def _lie_alike(new: Any, old: Any) -> bool:
+    names = ("shape", "device_mesh", "placements")
+    return all(getattr(new, name, None) == getattr(old, name) for name in names)
 
 
 def _trained_dtypes(group: Any) -> set[torch.dtype]:

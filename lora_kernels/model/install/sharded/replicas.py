@@ -115,7 +115,10 @@ class _Average:
 
     def __init__(self, parameter: Tensor, weight: Tensor, name: str) -> None:
         if not hasattr(weight, "device_mesh"):
-            raise ValueError(f"a parameter {name!r} is not sharded by FSDP2 within this model")
+            raise ValueError(
+                f"a parameter {name!r} is not sharded by FSDP2 within this model: pass the model "
+                "to which fully_shard was applied, without ignoring the weights of adapted layers"
+            )
         self._groups = _data_parallel_groups(parameter, weight)  # type: ignore[arg-type]
         self.device_type = weight.device_mesh.device_type
 

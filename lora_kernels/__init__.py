@@ -16,6 +16,7 @@ from .files.adapter.hotswap import hotswap_adapter
 from .files.adapter.saving import load_adapter, save_adapter
 from .layers.linear import LoRALinear
 from .model.config import LoRAConfig
+from .model.install.starting import start_adapters
 from .model.lora import (
     adapter_names,
     add_lora,
@@ -51,6 +52,7 @@ __all__ = [
     "rescaling",
     "save_adapter",
     "set_adapter",
+    "start_adapters",
     "svd",
     "trainer",
     "unload_lora",

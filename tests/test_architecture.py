@@ -42,7 +42,7 @@ PUBLIC = {
     *("LoRAConfig", "LoRALinear", "__version__", "adapter_names", "add_lora", "capture_gradients"),
     *("disable_adapters", "enable_adapters", "hotswap_adapter", "init", "load_adapter"),
     *("lora_plus_groups", "magnitude", "merge_lora", "ops", "optim", "rescaling", "save_adapter"),
-    *("set_adapter", "svd", "trainer", "unload_lora", "with_expert_rank"),
+    *("set_adapter", "start_adapters", "svd", "trainer", "unload_lora", "with_expert_rank"),
 }
 PUBLIC_MODULES = ("init", "magnitude", "ops", "optim", "rescaling", "svd", "trainer", "peft", "cli")
 

@@ -23,15 +23,18 @@ BLOCK = 256
 @triton.jit(do_not_specialize=["rank", "count"])
 def scales_kernel(stats, gains, scaling, beta, coefficients, rank, count, BLOCK: tl.constexpr):
     """Write β = (‖W‖ √(Q / rank))^½ and scaling · β² for each weight, from ‖W‖² in column 1 of
-    `stats` [count, 2] and Q in `gains` [count].
+    `stats` [count, 2], and Q in column 0 of `gains` [count, 2]. Column 1 has the mask of β's bits.
     """
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = k < count
     sum_of_squares = tl.load(stats + 2 * k + 1, mask=mask, other=1.0)
-    gain = tl.load(gains + k, mask=mask, other=1.0)
-    squared = tl.sqrt(sum_of_squares * gain / rank.to(tl.float64))
-    tl.store(beta + k, tl.sqrt(squared), mask=mask)
-    tl.store(coefficients + k, tl.load(scaling) * squared, mask=mask)
+    gain = tl.load(gains + 2 * k, mask=mask, other=0).to(tl.float64, bitcast=True)
+    kept = tl.load(gains + 2 * k + 1, mask=mask, other=-1)
+    root = tl.sqrt(tl.sqrt(sum_of_squares * gain / rank.to(tl.float64)))
+    bits = root.to(tl.int64, bitcast=True)
+    root = ((bits + ((0 - kept) >> 1)) & kept).to(tl.float64, bitcast=True)
+    tl.store(beta + k, root, mask=mask)
+    tl.store(coefficients + k, tl.load(scaling) * (root * root), mask=mask)
 
 
 def loram_init_(
@@ -55,12 +58,12 @@ def loram_init_(
     if refuse is not None:
         sums = _Awaited(stats)
     tensors = known(weights)
-    gains = tensors.rows(lambda kind: (float_bits(gain(kind.shape)),))
+    gains = tensors.rows(lambda kind: (float_bits(gain(kind.shape)), kept_bits(kind.dtype)))
     gains, factor = upload(device, gains, integers([float_bits(scaling)]))
     coefficients = torch.empty_like(beta)
     scales_kernel[(-(-count // BLOCK),)](
         stats,
-        gains.view(torch.float64),
+        gains,
         factor.view(torch.float64),
         beta,
         coefficients,
@@ -86,6 +89,13 @@ def loram_init_(
         if not ((sums > 0) & (sums <= limits)).all():
             refuse(sums.tolist())
     subtraction.run(coefficients)
+
+
+def kept_bits(dtype: torch.dtype) -> int:
+    """The mask of the bits of β that are kept: 32 significant ones, or all for float64 weights, as
+    `shortened` in lora_kernels/ops/loram_init.py says.
+    """
+    return -1 if dtype == torch.float64 else -(1 << 21)
 
 
 class _Awaited:

@@ -33,7 +33,7 @@ def drop(x, seed, row, col_begin, threshold, keep_scale, COLS: tl.constexpr):
     return kept.to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["rows", "threshold"])
+@triton.jit(do_not_specialize=["rows", "threshold", "col_offset"])
 def dropout_kernel(
     x,
     out,
@@ -43,6 +43,7 @@ def dropout_kernel(
     x_stride,
     threshold,
     keep_scale,
+    col_offset,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -51,7 +52,8 @@ def dropout_kernel(
     col = begin + tl.arange(0, BLOCK_COLS)
     mask = (row < rows)[:, None] & (col < cols)[None, :]
     value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0)
-    dropped = drop(value, tl.load(seed), row, begin, threshold, keep_scale, BLOCK_COLS)
+    first = col_offset + begin
+    dropped = drop(value, tl.load(seed), row, first, threshold, keep_scale, BLOCK_COLS)
     tl.store(out + row[:, None] * cols + col[None, :], dropped, mask=mask)
 
 
@@ -70,13 +72,13 @@ def mask_arguments(p: float) -> tuple[int, float]:
     return word, keep_scale
 
 
-def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """Dropout of x [M, K] with the mask of `seed`."""
+def dropout(x: torch.Tensor, p: float, seed: torch.Tensor, col_offset: int = 0) -> torch.Tensor:
+    """Dropout of x [M, K] with the mask of `seed`, whose column `col_offset` is x's first one."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, cols = x.shape
     if x.numel():
-        _plan(rows, cols, x.stride(0))((x, out, seed), mask_arguments(p))
+        _plan(rows, cols, x.stride(0))((x, out, seed), (*mask_arguments(p), col_offset))
     return out
 
 

@@ -20,6 +20,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 struct Dropout {
   double p;
   const OptionalTensor& seed;
+  int64_t col_offset;  // of the first column of x in the rows that the mask is for
 
   bool active() const { return p > 0.0; }
 
@@ -30,7 +31,7 @@ struct Dropout {
     const Philox philox{
         static_cast<uint64_t>(seed->item<int64_t>()),
         static_cast<uint32_t>(std::min(std::floor(p * 4294967296.0), 4294967295.0)),
-        static_cast<float>(p < 1.0 ? 1.0 / (1.0 - p) : 0.0)};
+        static_cast<float>(p < 1.0 ? 1.0 / (1.0 - p) : 0.0), col_offset};
     const auto dtype = source.scalar_type();
     const int64_t columns = source.size(1);
     const auto bytes = columns * static_cast<int64_t>(source.element_size());
@@ -66,9 +67,9 @@ std::tuple<at::Tensor, at::Tensor> linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
     const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling, double dropout,
     const OptionalTensor& seed, const OptionalTensor& start_A, const OptionalTensor& start_B,
-    const OptionalTensor& lora_R) {
+    const OptionalTensor& lora_R, int64_t col_offset) {
   const auto dtype = x.scalar_type();
-  const Dropout drop{dropout, seed};
+  const Dropout drop{dropout, seed, col_offset};
   const auto rows = as_rows(x);                                      // [M, K]
   const auto A = lora_A.to(dtype), B = lora_B.to(dtype);             // [r, K], [N, r]
   const auto z = product(drop.active() ? drop(rows) : rows, A.t());  // [M, r]
@@ -91,10 +92,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor& z, double scaling, double dropout,
     const OptionalTensor& seed, const OptionalTensor& start_A, const OptionalTensor& start_B,
-    const OptionalTensor& lora_R, std::array<bool, 6> needs) {
+    const OptionalTensor& lora_R, std::array<bool, 6> needs, int64_t col_offset) {
   const auto [needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_R] = needs;
   const auto dtype = x.scalar_type();
-  const Dropout drop{dropout, seed};
+  const Dropout drop{dropout, seed, col_offset};
   const auto dy = as_rows(grad), rows = as_rows(x);
   const auto A = lora_A.to(dtype);
   const auto none = [&] { return at::empty({0}, x.options()); };
@@ -141,7 +142,7 @@ std::tuple<at::Tensor, at::Tensor> linear_plain(
     const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling,
     const OptionalTensor& start_A, const OptionalTensor& start_B, const OptionalTensor& lora_R) {
   return linear_forward(
-      x, weight, bias, lora_A, lora_B, scaling, 0.0, std::nullopt, start_A, start_B, lora_R);
+      x, weight, bias, lora_A, lora_B, scaling, 0.0, std::nullopt, start_A, start_B, lora_R, 0);
 }
 
 }  // namespace

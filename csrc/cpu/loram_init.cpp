@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <optional>
@@ -45,6 +46,20 @@ bool residual_fits(const at::Tensor& weight, double norm, double coefficient, in
   return bound + norm <= limit || bound + weight.abs().max().item<double>() <= limit;
 }
 
+// A float64 rounded to 32 significant bits, unless the weight is float64: see `shortened` in
+// lora_kernels/ops/loram_init.py.
+double shortened(double value, at::ScalarType dtype) {
+  if (dtype == at::kDouble) {
+    return value;
+  }
+  constexpr int64_t kLow = 1 << 20;
+  int64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits = (bits + kLow) & (-2 * kLow);
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
 void loram_init_(
     at::TensorList weights, at::TensorList lora_A, at::TensorList lora_B, at::Tensor beta,
     int64_t rank, double scaling, bool check, const std::optional<at::Tensor>& known_stats) {
@@ -73,8 +88,8 @@ void loram_init_(
     const int64_t rows = weights[k].size(0), cols = weights[k].size(1);
     const double squared =
         std::sqrt(sums[2 * k + 1] * log_gain(rows, cols, rank) / static_cast<double>(rank));
-    betas[k] = std::sqrt(squared);
-    jobs.push_back({weights[k], scaling * squared, rank, {rows, cols, 0, 0}});
+    betas[k] = shortened(std::sqrt(squared), weights[k].scalar_type());
+    jobs.push_back({weights[k], scaling * (betas[k] * betas[k]), rank, {rows, cols, 0, 0}});
     TORCH_CHECK_VALUE(
         !check || residual_fits(weights[k], std::sqrt(sums[2 * k + 1]), jobs[k].coefficient, rank),
         "loram_init: with scaling ", scaling, " the residual of weight ", k, " could overflow ",

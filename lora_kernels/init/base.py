@@ -35,12 +35,16 @@ class Initializer:
     - `grows_with_scaling`: s · B₀A₀ is not zero and grows with s.
     - `rewrites_base`: the start only makes sense on a base with new values, which are not
       W − s · B₀A₀; the base has to be writable.
+    - `has_recipe`: the start's A and B follow from its β.
+    - `has_R`: the start has an R.
     """
 
     changes_base: bool
     rewrites_base: bool = False
     reads_weight: bool = False
     needs_gradient: bool = False
+    has_recipe: bool = False
+    has_R: bool = False
 
     @property
     def grows_with_scaling(self) -> bool:
@@ -58,9 +62,11 @@ class Initializer:
         return self.reads_weight or self.needs_gradient
 
     @property
-    def draws_unseeded(self) -> bool:
-        """Whether the start draws from torch's global generator, which processes do not share."""
-        return getattr(self, "seed", 0) is None
+    def draws_unseeded(self) -> bool | None:
+        """Whether the start draws from torch's global generator, which processes do not share; None
+        if that is not known, as of a start that has no `seed`.
+        """
+        return self.seed is None if hasattr(self, "seed") else None
 
     def make_start(self, request: StartRequest) -> Start:
         """The start for one weight, which is only read."""

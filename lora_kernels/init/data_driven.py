@@ -133,6 +133,7 @@ class LoRASB(_DataDriven):
 
     learning_rate: float = 3e-7
     changes_base = False
+    has_R = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._utils.checks import as_integer
 from .._utils.errors import unknown_name
 from ..ops import svd
-from ..ops.loram_init import log_gain
+from ..ops.loram_init import log_gain, shortened
 from ..ops.svd._matrices import names
 from .base import Initializer, get_initializer, register_initializer
 from .start import Start, StartRequest, batched, stats
@@ -91,9 +91,14 @@ class LoRAM(Initializer):
         return self.gain == "exact" or self.track is not None
 
     @property
-    def draws_unseeded(self) -> bool:
+    def has_recipe(self) -> bool:  # type: ignore[override]
+        """True of the DST."""
+        return self.basis == "dst"
+
+    @property
+    def draws_unseeded(self) -> bool | None:
         """Whether the tracked start does."""
-        return self.track is not None and get_initializer(self.track).draws_unseeded
+        return False if self.track is None else get_initializer(self.track).draws_unseeded
 
     def make_start(self, request: StartRequest) -> Start:
         bases = self._random_bases(request)
@@ -101,6 +106,7 @@ class LoRAM(Initializer):
         _check_magnitude(float(squares), "weight")
         size, gain = self._wanted(request, total, squares)
         beta = (size * (gain / self._size_of_bases(request, bases))) ** 0.25
+        beta = shortened(beta, request.weight.dtype)
         if bases is None:
             return _dst_starts(request, beta.reshape(1), squares.reshape(1))[0]
         left, right = ((beta * base).to(request.factor_dtype) for base in bases)
@@ -115,6 +121,7 @@ class LoRAM(Initializer):
         for name, value in zip(names(weights), squares.tolist(), strict=True):
             _check_magnitude(value, name)
         betas = (squares * (log_gain(r, *requests[0].shape) / r)) ** 0.25
+        betas = shortened(betas, weights[0].dtype)
         return _dst_starts(requests[0], betas, squares)
 
     def absorb_(

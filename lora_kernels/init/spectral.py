@@ -167,6 +167,7 @@ class LoRAXS(_LargestTriplets):
 
     sigma: float = 1e-5
     changes_base = False
+    has_R = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

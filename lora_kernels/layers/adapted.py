@@ -202,7 +202,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     """The module's class, without the one that `fully_shard` has derived from it."""
     cls: Any = type(module)
     first = cls.__bases__[0]
-    if first.__name__ == "FSDPModule" and first.__module__.startswith("torch.distributed"):
+    if any(base.__name__ == "FSDPModule" for base in first.__mro__):  # or derived from it
         found: type[nn.Module] = cls.__bases__[1]
         return found
     return cls

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from ..init.sharded.layout import Shards, is_sharded
+from ..init.sharded.layout import Shards, fill_, full_shape, is_flattened, is_sharded, local_part
 from ..init.sharded.subtract import subtract_factors_here_, subtract_recipe_here_
 from ..init.sharded.whole import whole
 from ..init.start import Start
+from ..ops.loram_init import shortened
 from .options import AdapterOptions
 from .state import LayerState, WithStart, product_factors
 
 _CALLS = (nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__)
+_OWN_STATE = ("start_A", "start_B", "_extra_state")  # what is no Parameter
+_Pair = tuple[Tensor, Tensor]
 _LOAD = "load it as a further adapter, load_adapter(..., adapter_name=...)"
 
 
@@ -52,20 +55,26 @@ class Adapter(WithStart, nn.Module):
         self.lora_B = nn.Parameter(start.lora_B, requires_grad=lora_R is None)
         self.register_parameter("lora_R", lora_R)
         self.register_parameter("lora_bias", None)
-        absorbed = changes_base and options.residual == "absorb"
+        # The values of start_A and start_B while these are on the meta device.
+        self._aside: _Pair | None = None
+        self._set_start(start, changes_base)
+        self.register_buffer("_scaling_bits", None, persistent=False)
+        self.scaling = options.scaling
+
+    def _set_start(self, start: Start, changes_base: bool) -> None:
+        """Stores what restores the base."""
+        absorbed = changes_base and self.residual == "absorb"
         recomputed = start.beta is not None and (absorbed or start.lora_A.dim() == 3)
         keep = changes_base and not recomputed
-        start_A = start.lora_A.clone() if lora_R is None else start.right()
+        start_A = start.lora_A.clone() if start.lora_R is None else start.right()
         self.register_buffer("start_A", start_A if keep else None)
         self.register_buffer("start_B", start.lora_B.clone() if keep else None)
         self._subtracts = changes_base and not absorbed
         self.beta = start.beta if changes_base else None
         # s, if s·B₀A₀ was subtracted from the base's weight.
-        self.absorbed_scaling = options.scaling if absorbed else None
+        self.absorbed_scaling = self.options.scaling if absorbed else None
         self._weight_norm = start.weight_norm if changes_base else None
         self._rewritten = start.rewritten
-        self.register_buffer("_scaling_bits", None, persistent=False)
-        self.scaling = options.scaling
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -88,13 +97,34 @@ class Adapter(WithStart, nn.Module):
         return factor.to(work) * self._scaling_bits.view(torch.float64)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        pair = self._aside or self._stored_pair()
         if in_forward():  # of hooks that store a weight in fewer bits, and cast the whole layer
             super()._apply(_keeping_dtype(fn), recurse)
         else:
             super()._apply(fn, recurse)
             self._store_scaling()  # `to_empty` has lost it
             self._move_beta()
+        if self.start_A is not None and self.start_A.is_meta:
+            self._aside = pair
+        elif self._aside is not None:
+            self._take_from_aside()
         return self
+
+    def _stored_pair(self) -> _Pair | None:
+        """The stored A₀ and B₀, if they have values."""
+        if self.start_A is None or self.start_B is None or self.start_A.is_meta:
+            return None
+        return self.start_A, self.start_B
+
+    def _take_from_aside(self) -> None:
+        """Gives start_A and start_B, which were on the meta device, their values again."""
+        if self._aside is None or self.start_A is None or self.start_B is None:
+            return
+        device = local_part(self.lora_A).device
+        start_A, start_B = self._aside
+        self.start_A = start_A.to(device, self.start_A.dtype)
+        self.start_B = start_B.to(device, self.start_B.dtype)
+        self._aside = None
 
     def _move_beta(self) -> None:
         """Puts β where the factors are: a forward of experts reads it, and would wait for it."""
@@ -154,7 +184,7 @@ class Adapter(WithStart, nn.Module):
         olds = (self.lora_A, self.lora_B, self.lora_R, self.start_A, self.start_B, self.lora_bias)
         for old, new in zip(olds, news, strict=True):
             if old is not None and new is not None:
-                old.copy_(new)
+                fill_(old, new.expand(full_shape(old)))
 
         def number(value: float | Tensor | None) -> Tensor | None:
             if value is None:
@@ -248,6 +278,8 @@ class Adapter(WithStart, nn.Module):
         zero = self.start_A is not None and not bool(self.start_A.any())
         stored = self.beta is None and not self._rewritten and not zero
         norm = None if self._rewritten else self._weight_norm
+        if norm is not None:  # the file of sharded weights has the bytes of one process
+            norm = shortened(norm, self.lora_A.dtype)
 
         def number(value: Tensor | None) -> float | Tensor | None:
             if value is None or value.dim() == 1:
@@ -269,19 +301,76 @@ class Adapter(WithStart, nn.Module):
             embedding=self.embedding,
         )
 
-    def get_extra_state(self) -> Tensor:
-        """The numbers that restore the base, in float64, which `.to(dtype)` does not change.
+    @property
+    def _experts(self) -> int | None:
+        """The number of experts; None for one matrix."""
+        shape = full_shape(self.lora_A)
+        return shape[0] if len(shape) == 3 else None
 
-        [s] if initial factors were absorbed, [s, β] if those of a DST start were, [NaN, β] if the
-        forward subtracts a DST start, [] otherwise. Experts have a β each.
+    def get_extra_state(self) -> Tensor:
+        """The numbers that restore the base: [s, β] in float64, which `.to(dtype)` does not change.
+
+        s is NaN unless initial factors were absorbed with it, β is NaN unless the start is a DST
+        start. Experts have a β each. The size does not depend on the start:
+        `torch.distributed.checkpoint` loads into tensors of the saved size only.
         """
-        scaling = self.absorbed_scaling
-        if scaling is None and self.beta is None:
-            return torch.empty(0, dtype=torch.float64)
-        state = torch.tensor([math.nan if scaling is None else scaling], dtype=torch.float64)
-        if self.beta is None:
-            return state
-        return torch.cat([state, self.beta.detach().cpu().reshape(-1)])
+        scaling = math.nan if self.absorbed_scaling is None else self.absorbed_scaling
+        state = torch.full((1 + (self._experts or 1),), math.nan, dtype=torch.float64)
+        state[0] = scaling
+        if self.beta is not None:
+            state[1:] = self.beta.detach().cpu()
+        return state
+
+    def _numbers(self, state: Tensor) -> tuple[float | None, Tensor | None]:
+        """s and β of an `_extra_state`, None for NaN. Until version 0.1 numbers that there were not
+        were left out, at the end: [], [s].
+        """
+        values = state.detach().cpu().to(torch.float64)
+        scaling, beta = values[:1], values[1:]
+        if self._experts is None:
+            beta = beta[:1].squeeze(0)
+        absorbed = scaling.numel() > 0 and not math.isnan(float(scaling))
+        has_beta = beta.numel() > 0 and not bool(beta.isnan().all())
+        return float(scaling) if absorbed else None, beta.clone() if has_beta else None
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.lora_A.is_meta:
+            # accelerate shards a model on meta and expects a sharded Parameter under every name.
+            for name in _OWN_STATE:
+                destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        missing: list[str] = rest[2]
+        own = [prefix + name for name in _OWN_STATE] if self.lora_A.is_meta else []
+        state = state_dict.get(f"{prefix}_extra_state")
+        if state is not None:
+            self._expect_start(state, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        missing[:] = [key for key in missing if key not in own]
+        if self.lora_A.is_meta:
+            return
+        if self.start_A is not None and not self.start_A.is_meta:
+            self._aside = None  # loaded
+        self._take_from_aside()
+        if self._scaling_bits.is_meta:
+            self._store_scaling()
+        self._move_beta()
+
+    def _expect_start(self, state: Tensor, state_dict: dict[str, Any], prefix: str) -> None:
+        """Makes room for A₀ and B₀ if a saved adapter has stored them, and drops those here if it
+        has a recipe instead.
+        """
+        scaling, beta = self._numbers(state)
+        saved_A, saved_B = (state_dict.get(prefix + name) for name in ("start_A", "start_B"))
+        if beta is not None and (scaling is not None or self._experts):
+            self.start_A = self.start_B = self._aside = None
+        elif self.start_A is None and saved_A is not None and saved_B is not None:
+            dtype, device = self.lora_A.dtype, local_part(self.lora_A).device
+            self.start_A = torch.empty(saved_A.shape, dtype=dtype, device=device)
+            self.start_B = torch.empty(saved_B.shape, dtype=dtype, device=device)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restores the numbers that `get_extra_state` returned.
@@ -291,11 +380,13 @@ class Adapter(WithStart, nn.Module):
                 factors were absorbed with another s.
 
         """
-        values = state.detach().cpu().to(torch.float64)
-        absorbed = values.numel() > 0 and not math.isnan(float(values[0]))
-        scaling = float(values[0]) if absorbed else None
+        scaling, beta = self._numbers(state)
+        if scaling == math.inf:
+            raise ValueError(
+                "the saved adapter waits for its start: save it after start_adapters(model)"
+            )
         # If nothing was absorbed, A₀ and B₀ are stored only for a forward that subtracts them.
-        subtracts = self.start_A is not None or (self.lora_A.dim() == 3 and values.numel() > 1)
+        subtracts = self.start_A is not None or beta is not None
         saved = "implicit" if scaling is None and subtracts else "absorb"
         if self.residual != saved and (scaling is not None or subtracts):
             raise ValueError(
@@ -307,9 +398,14 @@ class Adapter(WithStart, nn.Module):
                 f"the saved layer absorbed its start with scaling {scaling:g}, this one has "
                 f"{self.scaling:g}: construct it with the same r, lora_alpha and scaling rule"
             )
-        self.absorbed_scaling = scaling
-        beta = values[1:].clone() if self.lora_A.dim() == 3 else values[1:2].clone().squeeze(0)
-        self.beta = beta if values.numel() > 1 else None
+        recomputed = beta is not None and (scaling is not None or self._experts)
+        if self.start_A is None and not recomputed and (scaling is not None or subtracts):
+            raise ValueError(
+                "the saved layer has stored its start (start_A, start_B), of which this one has "
+                "none: construct it with the same init_lora_weights"
+            )
+        self.absorbed_scaling, self.beta = scaling, beta
+        self._subtracts = scaling is None and subtracts
         self._move_beta()
         self._weight_norm = None
 
@@ -345,7 +441,8 @@ def _check_same(name: str, old: Tensor | None, new: Tensor | None) -> None:
     if old is None or new is None:
         has, lacks = ("this one", "the new one") if new is None else ("the new one", "this one")
         raise ValueError(f"{has} has {name}, {lacks} does not: {_LOAD}")
-    if old.shape != new.shape:
-        raise ValueError(f"its {name} is {list(old.shape)}, the new one is {list(new.shape)}")
-    if type(old.data) is not Tensor or old.is_meta:
+    if is_flattened(old) or old.is_meta or not (type(old.data) is Tensor or is_sharded(old)):
         raise ValueError(f"its {name} is sharded or not loaded: replace it before that")
+    shape = full_shape(old)
+    if shape != tuple(new.shape):
+        raise ValueError(f"its {name} is {list(shape)}, the new one is {list(new.shape)}")

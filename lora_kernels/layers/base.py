@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..init.sharded.layout import Shards, full_shape, is_sharded, local_part
+from ..init.sharded.layout import Shards, full_shape, is_flattened, is_sharded, local_part
 from .adapted import AdaptedLayer, transplant
 from .adapter import Adapter
 from .dequantize import compute_dtype, dequantized_weight, device_of
@@ -111,6 +111,11 @@ class BaseLayer:
         """Raises ValueError, which names the layer, if its tensors are shards or not loaded."""
         if not isinstance(self.module, AdaptedFloatLayer):
             refuse_sharded(name, self.layer)
+        elif is_flattened(self.stored_weight):
+            raise ValueError(
+                f"{name} is part of a flat parameter of FSDP: add all adapters before the model is "
+                "wrapped"
+            )
 
     def adapted(self, adapter: Adapter, adapter_name: str) -> AdaptedLayer:
         """The adapted layer, with this adapter added; the weight is not changed."""

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.checks import FLOATS
 from .._utils.source import definition, undecorated
-from ..init.sharded.layout import is_dtensor, is_sharded
+from ..init.sharded.layout import is_dtensor, is_flattened, is_sharded
 
 FLOAT8 = (
     torch.float8_e4m3fn,
@@ -124,14 +124,16 @@ def why_not_embedding(module: nn.Embedding) -> str | None:
     return None
 
 
-def refuse_sharded(name: str, module: nn.Module) -> None:
+def refuse_sharded(name: str, module: nn.Module, rewritable: bool | None = None) -> None:
     """Raises ValueError if the layer `name` has tensors that are not loaded, or sharded in a way in
-    which it cannot be adapted.
+    which it cannot be adapted. `rewritable`: whether its weights are floating-point ones, if that
+    is known.
     """
-    rewritable = kind_of(module) in FLOAT_KINDS
+    if rewritable is None:
+        rewritable = kind_of(module) in FLOAT_KINDS
     for key, tensor in _tensors(module):
         what = f"{name}.{key}"
-        if getattr(tensor, "_fsdp_flattened", False) or _is_flattened(module):
+        if is_flattened(tensor) or _is_flattened(module):
             raise ValueError(
                 f"{what} is part of a flat parameter of FSDP: adapt the model before it is wrapped"
             )

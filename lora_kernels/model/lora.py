@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from .._utils.names import nearest, without_wrappers
 from .._utils.progress import tracked
+from ..init.sharded.layout import fill_, full_shape
 from ..init.sharded.whole import whole
+from ..init.sharded.zero3 import gathered
 from ..layers.adapted import AdaptedLayer
 from ..layers.options import AdapterOptions
+from ..layers.state import LayerState
 from ..layers.wrapper import LoRAWrapper
 from .config import AdapterState, LoRAConfig, TokenRows
 from .install.base_weights import settled_weights
@@ -37,12 +40,15 @@ from .install.record import (
     apply,
     check_model,
     check_name,
+    check_started,
     check_weights,
     forget,
     known_name,
     needed_record,
     record_of,
     switch,
+    waiting_layers,
+    waiting_names,
 )
 from .install.saved_modules import (
     extra_places,
@@ -52,11 +58,12 @@ from .install.saved_modules import (
     trained_biases,
 )
 from .install.sharded.fsdp import leave, reshard
+from .install.sharded.fsdp1 import by_unit
 from .originals import OriginalWeights
-from .plan import check_norms, plan_layers, plan_starts, plan_states
+from .plan import LayerPlan, check_norms, plan_layers, plan_starts, plan_states
 from .report import LoRAReport, make_report
 from .selection import select_layers, with_task_head
-from .starts import naming
+from .starts import WAITS, naming
 
 
 def add_lora(
@@ -112,12 +119,30 @@ def add_lora(
     plans = plan_layers(model, selection, config, originals)
     check_weights(model, plans, record)
     places = {**saved, **trained_biases(model, config.bias, plans)}
+    _check_waiting(model, record, plans, places)
     with all_or_nothing(model, record, adapter_name), torch.no_grad():
         plan_starts(plans, config.initializer, gradients, progress)
         record.saved.add(adapter_name, places)
         install(model, record.saved, plans, plans, adapter_name)
     activate_new(model, record, config, adapter_name)
     return make_report(model, adapter_name, plans, selection, places, time.perf_counter() - began)
+
+
+def _check_waiting(
+    model: nn.Module,
+    record: ModelAdapters,
+    plans: Sequence[LayerPlan],
+    places: Collection[str],
+) -> None:
+    """Raises ValueError if the new adapter, or another one that waits, could not start as it must."""
+    for name in waiting_names(model, record):
+        if any(waiting.residual == "absorb" for waiting in waiting_layers(model, name).values()):
+            raise ValueError(f"adapter {name!r} {WAITS}, before another one is added")
+    if places and any(plan.waits for plan in plans):
+        raise ValueError(
+            f"{next(iter(places))} is to be trained in full (modules_to_save, bias), but the model "
+            "is on the meta device: add the adapter once its weights are loaded"
+        )
 
 
 def merge_lora(
@@ -145,6 +170,7 @@ def merge_lora(
     """
     record = needed_record(model)
     name = known_name(record, adapter_name)
+    check_started(model, name)
     wrapped = [
         path
         for path, layer in adapted_layers(model).items()
@@ -161,10 +187,12 @@ def merge_lora(
     adapted = layers_with_names(model)
     adapters = [layer.adapters for _, layer in adapted]
     _warn_of_new_biases([layer for _, layer in adapted if name in layer.adapter_names])
-    while adapted:  # frees each old W before the next layer is merged
-        paths, layer = adapted.pop()
-        finish = merge_adapted if name in layer.adapter_names else restore_adapted
-        finish(model, paths, layer)
+    for whole_here, own in by_unit(model, adapted, lambda entry: entry[1], write=True):
+        with whole_here:
+            while own:  # frees each old W before the next layer is merged
+                paths, layer = own.pop()
+                finish = merge_adapted if name in layer.adapter_names else restore_adapted
+                finish(model, paths, layer)
     model.requires_grad_(False)
     leave(model, adapters)
     untie_if_needed(model)
@@ -203,8 +231,10 @@ def unload_lora(model: nn.Module) -> nn.Module:
     reshard(model)
     adapted = layers_with_names(model)
     adapters = [layer.adapters for _, layer in adapted]
-    for paths, layer in adapted:
-        restore_adapted(model, paths, layer)
+    for whole_here, own in by_unit(model, adapted, lambda entry: entry[1], write=True):
+        with whole_here:
+            for paths, layer in own:
+                restore_adapted(model, paths, layer)
     leave(model, adapters)
     if record.blocks is not None:
         record.blocks.restore()
@@ -221,7 +251,9 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
 
     """
     record = needed_record(model)
-    switch(model, record, known_name(record, adapter_name))
+    name = known_name(record, adapter_name)
+    check_started(model, name)
+    switch(model, record, name)
 
 
 class disable_adapters(AbstractContextManager["disable_adapters"]):  # noqa: N801  (used as a function)
@@ -240,15 +272,13 @@ class disable_adapters(AbstractContextManager["disable_adapters"]):  # noqa: N80
         self._model = model
         record = needed_record(model)
         self._before = record.enabled
-        record.enabled = False
-        apply(model, record)
+        apply(model, record, enabled=False)
 
     def __exit__(self, *error: object) -> None:
         record = record_of(self._model)
         if record is None:  # merged or unloaded within the block
             return
-        record.enabled = self._before
-        apply(self._model, record)
+        apply(self._model, record, enabled=self._before)
 
 
 def enable_adapters(model: nn.Module) -> None:
@@ -259,7 +289,6 @@ def enable_adapters(model: nn.Module) -> None:
 
     """
     record = needed_record(model)
-    record.enabled = True
     apply(model, record)
 
 
@@ -281,21 +310,39 @@ def adapter_state(
         ValueError: no adapter of that name.
 
     """
-    model = unwrapped(model)
+    wrapped, model = model, unwrapped(model)
     record = needed_record(model)
     name = known_name(record, adapter_name)
+    check_started(model, name)
     reshard(model)
-    layers = {path: adapter.layer_state(keep) for path, adapter in adapters_of(model, name).items()}
+    adapters = adapters_of(model, name)
+    layers: dict[str, LayerState] = {}
+    for whole_here, parts in by_unit(wrapped, list(adapters.items()), lambda entry: entry[1]):
+        with whole_here:
+            layers |= {path: adapter.layer_state(keep) for path, adapter in parts}
+    layers = {path: layers[path] for path in adapters}  # in the model's order
     extra, rows, tokens = {}, {}, record.tokens.get(name, {})
-    for path, tensor in record.saved.tensors(name).items():
+    for path, tensor in _saved_tensors(wrapped, record, name, keep).items():
         indices = tokens.get(path, ())
         if indices:
-            rows[path] = TokenRows(indices, whole(tensor, keep)[list(indices)])
+            rows[path] = TokenRows(indices, tensor[list(indices)])
         elif indices is not None:
-            extra[without_wrappers(path)] = whole(tensor, keep)
+            extra[without_wrappers(path)] = tensor
     config = getattr(model, "config", None)
     base = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
     return AdapterState(record.configs[name], layers, extra, base or None, rows, record.replication)
+
+
+def _saved_tensors(
+    model: nn.Module, record: ModelAdapters, adapter_name: str, keep: bool
+) -> dict[str, Tensor]:
+    """Copies on the CPU of the tensors that an adapter trains in full, by name."""
+    tensors = record.saved.tensors(adapter_name)
+    found: dict[str, Tensor] = {}
+    for whole_here, own in by_unit(model, list(tensors), record.saved.module):
+        with whole_here:
+            found |= {path: whole(tensors[path], keep) for path in own}
+    return {path: found[path] for path in tensors}
 
 
 def apply_state(
@@ -367,7 +414,7 @@ def _add_state(
     with all_or_nothing(model, record, adapter_name), torch.no_grad():
         check_norms(plans)
         values = state.extra | {
-            name: rows[name].put_(getattr(module, key).detach().clone())
+            name: rows[name].put_(gathered(getattr(module, key)))
             for name, (module, key) in with_rows.items()
         }
         places |= with_rows
@@ -394,6 +441,7 @@ def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> N
     """
     record = needed_record(model)
     name = known_name(record, adapter_name)
+    check_started(model, name)
     _check_replication(record, state)
     state = settled_weights(model, state)
     adapters, extra = adapters_of(model, name), record.saved.tensors(name)
@@ -405,20 +453,20 @@ def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> N
         with naming(path):
             adapters[path].check_replaceable(layer)
     for path, tensor in state.extra.items():
-        if tensor.shape != extra[path].shape:
-            old, new = list(extra[path].shape), list(tensor.shape)
+        if tuple(tensor.shape) != full_shape(extra[path]):
+            old, new = list(full_shape(extra[path])), list(tensor.shape)
             raise ValueError(f"{path} has shape {old} in this model, {new} in the new adapter")
     for path, row in rows.items():
-        row.check(path, extra[path].shape)
+        row.check(path, full_shape(extra[path]))
     rule, dropout = state.config.scaling_rule, state.config.lora_dropout
     for path, layer in state.layers.items():
         adapter = adapters[path]
         options = AdapterOptions(layer.r, layer.lora_alpha, rule, dropout, adapter.residual)
         adapter.replace_(layer, options)
     for path, tensor in state.extra.items():
-        extra[path].copy_(tensor)
+        fill_(extra[path], tensor)
     for path, row in rows.items():
-        row.put_(extra[path].copy_(record.saved.original(path)))
+        fill_(extra[path], row.put_(whole(record.saved.original(path))))
     record.tokens[name] = _tokens(state, rows)
     record.configs[name] = state.config
 

@@ -5,7 +5,7 @@ the first layer is changed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._utils.checks import factor_dtype, overlaps
 from .._utils.names import nearest, without_wrappers
 from ..init import Initializer, LoftQ
+from ..init.sharded.agree import shared
 from ..init.sharded.subtract import subtract_start_here_
 from ..init.sharded.sums import sums_of
 from ..init.start import Start, subtract_start_, subtract_starts_
@@ -27,7 +28,16 @@ from ..layers.state import LayerState
 from .config import AdapterState, LoRAConfig
 from .originals import OriginalWeights
 from .selection import Selection, find_candidates, without_embeddings
-from .starts import StartJob, make_starts, naming
+from .starts import (
+    StartJob,
+    WaitingAdapter,
+    first_rank_loads,
+    lacks_weights,
+    loaded_device,
+    make_starts,
+    naming,
+    starts_of_first_rank,
+)
 
 # Rounding to 4 bits changes a norm by less than 1 %; subtracting s·B₀A₀, by more than 2 %.
 _NORM_TOLERANCE = 0.02
@@ -44,6 +54,7 @@ class LayerPlan:
     `note` says why the initial factors are not absorbed. `initializer` computes the start; if the
     adapter comes from a file, `initializer` is None and `trained` holds A, B, R and the bias of B.
     `changes_base` says whether s·B₀A₀ is subtracted, `subtracted` whether `subtract_` has done so.
+    If the plan `waits`, the weight is on the meta device, and `start_adapters` computes the start.
     """
 
     name: str
@@ -57,20 +68,26 @@ class LayerPlan:
     trained: Trained | None = None
     subtracted: bool = False
     was_adapted: bool = False
+    waits: bool = False
 
     @property
     def absorbs(self) -> bool:
         """Whether s·B₀A₀ will be subtracted from the weight."""
         return self.changes_base and self.options.residual == "absorb"
 
-    def _computed_start(self) -> Start:
+    def computed_start(self) -> Start:
+        """The start, once `plan_starts` has computed it."""
         if self.start is None:
             raise RuntimeError(f"the start of {self.name} is not computed yet")
         return self.start
 
     def adapted(self, adapter_name: str) -> AdaptedLayer:
         """The layer with its adapter; its weight is not changed yet."""
-        adapter = Adapter(self.options, self._computed_start(), self.changes_base)
+        adapter: Adapter
+        if self.waits and self.initializer is not None:
+            adapter = WaitingAdapter.of(self.base, self.options, self.initializer)
+        else:
+            adapter = Adapter(self.options, self.computed_start(), self.changes_base)
         if self.trained is not None:
             adapter.load_factors(*self.trained)
         self.was_adapted = isinstance(self.base.module, AdaptedLayer)
@@ -78,9 +95,9 @@ class LayerPlan:
 
     def subtract_(self) -> None:
         """If the plan absorbs, subtracts s·B₀A₀ from the weight, or rewrites it as LoftQ does."""
-        if not self.absorbs:
+        if not self.absorbs or self.waits or self.base.local.is_meta:
             return
-        start, scaling = self._computed_start(), self.options.scaling
+        start, scaling = self.computed_start(), self.options.scaling
         if self.base.sharded:
             subtract_start_here_(self.base.shards(), start, scaling)
         elif self.base.num_experts is None:
@@ -114,9 +131,14 @@ def plan_layers(
 
     """
     owners = _owners(model)
+    bases = selection.layers.values()
+    waits = _are_on_meta(bases)
+    if first_rank_loads(bases):
+        waits = shared(0, lambda: waits)
     plans = []
     for name, base in selection.layers.items():
-        base.refuse_sharded(name)
+        if not waits and not lacks_weights(bases):
+            base.refuse_sharded(name)
         rows, cols = base.shape
         r = config.layer_rank(name)
         if r > min(rows, cols):
@@ -127,20 +149,39 @@ def plan_layers(
             )
         residual, note = _residual(name, base, config.residual, owners)
         initializer = _initializer(name, base, config.initializer, originals)
-        if base.sharded and (initializer.rewrites_base or not initializer.subtracts):
+        if (base.sharded or waits) and (initializer.rewrites_base or not initializer.subtracts):
             kind = type(initializer).__name__
+            what, when = (
+                ("on the meta device", "once its weights are loaded")
+                if waits
+                else ("sharded", "before it is sharded")
+            )
             raise ValueError(
-                f"{name} is sharded, and {kind} rewrites the whole weight: adapt the model before "
-                "it is sharded"
+                f"{name} is {what}, and {kind} rewrites the whole weight: adapt the model {when}"
             )
         with naming(name):
             options = config.layer_options(name, initializer, residual)
-        plan = LayerPlan(name, base, options, selection.aliases[name], note)
+        plan = LayerPlan(name, base, options, selection.aliases[name], note, waits=waits)
         plan.changes_base, plan.initializer = initializer.changes_base, initializer
         plans.append(plan)
     if originals is not None and all(plan.base.rewritable for plan in plans):
         raise ValueError("original_weights are for quantised layers, of which there are none here")
     return plans
+
+
+def check_still_absorbing(model: nn.Module, plans: Sequence[LayerPlan]) -> None:
+    """Raises ValueError for a layer whose weight is not its own any more, after the plan was made,
+    and from which s·B₀A₀ is to be subtracted.
+    """
+    owners = _owners(model)
+    for plan in plans:
+        weight = plan.base.stored_weight
+        names = owners[_memory(weight)]
+        if plan.absorbs and (len(names) > 1 or getattr(weight, ABSORBED, False)):
+            raise ValueError(
+                f"{plan.name} cannot absorb its start any more, its weight is shared or adapted "
+                f"elsewhere ({', '.join(names)}): add the adapter with residual='implicit'"
+            )
 
 
 def plan_starts(
@@ -151,11 +192,21 @@ def plan_starts(
 ) -> None:
     """Computes the start of every plan; no weight is changed.
 
+    Those of a model of which only the first process has the weights are that one's. Plans that wait
+    get none.
+
     Raises:
         ValueError: a gradient is missing or not used, or a start cannot be computed from a weight;
             the layer is named.
 
     """
+    if any(plan.waits for plan in plans):
+        if gradients is not None:
+            raise ValueError(
+                "the weights are on the meta device: pass gradients= to start_adapters, which "
+                "computes the starts once they are loaded"
+            )
+        return
     jobs = [
         StartJob(
             plan.name,
@@ -168,7 +219,15 @@ def plan_starts(
         )
         for plan in plans
     ]
-    starts = make_starts(jobs, gradients, progress)
+
+    def make() -> dict[str, Start]:
+        return make_starts(jobs, gradients, progress)
+
+    bases = [plan.base for plan in plans]
+    if first_rank_loads(bases):
+        starts = starts_of_first_rank(make, {plan.name: plan.base.device for plan in plans})
+    else:
+        starts = make()
     for plan in plans:
         plan.start = starts[plan.name]
 
@@ -194,9 +253,11 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
     selection = Selection({n: candidates[n] for n in layers}, aliases, skipped)
     owners = _owners(model)
     plans = []
+    lacks = lacks_weights(candidates[name] for name in layers)
     for name, layer in layers.items():
         base = candidates[name]
-        base.refuse_sharded(name)
+        if not lacks:
+            base.refuse_sharded(name)
         _check_embedding(name, layer, base)
         found = _sizes(layer.experts, layer.shape)
         expected = _sizes(base.num_experts, base.shape)
@@ -241,6 +302,8 @@ def _sizes(experts: int | None, shape: tuple[int, int]) -> list[int]:
 
 def check_norms(plans: Sequence[LayerPlan]) -> None:
     """Warns if a weight's norm shows that an adapter was trained on another base."""
+    if lacks_weights(plan.base for plan in plans):
+        return
     measured = [plan for plan in plans if plan.start and plan.start.weight_norm is not None]
     sharded = [plan for plan in measured if plan.base.sharded]
     sums_of_all = sums_of([plan.base.shards() for plan in sharded])
@@ -283,6 +346,16 @@ def _initializer(
         )
     originals.find(name)
     return initializer.toward(lambda: originals.weight(name, base))
+
+
+def _are_on_meta(bases: Collection[BaseLayer]) -> bool:
+    """Whether all weights are on the meta device, to be loaded later. Those that accelerate has
+    offloaded are not, for their layers' hooks load them in every forward.
+    """
+    return bool(bases) and all(
+        base.rewritable and base.local.is_meta and not hasattr(base.layer, "_hf_hook")
+        for base in bases
+    )
 
 
 def _residual(
@@ -345,7 +418,7 @@ def _placed(layer: LayerState, base: BaseLayer) -> tuple[Start, Trained]:
     """The start that is subtracted, and what was trained, on the layer's device and in the factors'
     dtype for this layer.
     """
-    dtype, device = factor_dtype(base.dtype), base.device
+    dtype, device = factor_dtype(base.dtype), loaded_device(base.device)
 
     def placed(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype, copy=True).contiguous()

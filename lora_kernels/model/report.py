@@ -12,6 +12,7 @@ from torch import nn
 from ..init.sharded.layout import full_shape, text_of
 from .plan import LayerPlan
 from .selection import Selection
+from .starts import WAITS
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class AdaptedRow:
     """One adapted layer. `note` says why its initial factors are not absorbed; else it is empty.
     Experts have a row for each 3-D parameter, with the sizes of one of `num_experts` matrices.
     `sharding` says how a weight is sharded, such as "in 8 parts by rows"; else it is empty.
+    `waits`: the weight is on the meta device, and `start_adapters` will compute the start.
     """
 
     name: str
@@ -33,6 +35,7 @@ class AdaptedRow:
     aliases: tuple[str, ...]
     num_experts: int | None = None
     sharding: str = ""
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class LoRAReport:
         for reason in dict.fromkeys(self.skipped.values()):
             names = [n for n, why in self.skipped.items() if why == reason]
             lines.append(f"  not adapted: {listed(names)}: {reason}")
+        if any(row.waits for row in self.adapted):
+            lines.append(f"  the adapter {WAITS}")
         if self.saved:
             lines.append(f"  trained in full: {listed(self.saved)}")
         return "\n".join(lines)
@@ -105,6 +110,7 @@ def make_report(
             tuple(plan.aliases),
             plan.base.num_experts,
             text_of(plan.base.stored_weight) if plan.base.sharded else "",
+            plan.waits,
         )
         for plan in plans
     )

@@ -5,7 +5,9 @@ backward. With `lora_R` the last term is s · drop(x) Aᵀ Rᵀ Bᵀ (LoRA-XS, a
 Shapes: x [..., K], weight [N, K], bias [N], lora_A and start_A [r, K], lora_B and start_B [N, r],
 lora_R [r, r]; M is the number of rows of x. The computation is in x's dtype. A, B and R may have a
 wider dtype (fp32 masters), in which they receive their gradients. Saved for the backward: x and
-z = drop(x) Aᵀ [M, r]. The dropout mask is computed again from `seed`.
+z = drop(x) Aᵀ [M, r]. The dropout mask is computed again from `seed`. If x holds only some columns
+of a wider matrix (tensor parallelism), the first of them is `col_offset` there, a multiple of 4,
+and the mask is the one that the whole matrix gets.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def dropped(rows: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+def dropped(rows: Tensor, dropout: float, seed: Tensor | None, col_offset: int = 0) -> Tensor:
     """drop(rows) [M, K]; a `dropout` of 0 needs no seed."""
     if dropout == 0:
         return rows
     if seed is None:
         raise ValueError("dropout > 0 needs seed, an int64 tensor of one element")
-    return drop_elements(rows, dropout, seed)
+    return drop_elements(rows, dropout, seed, col_offset)
 
 
 def linear_forward_ref(
@@ -49,10 +51,11 @@ def linear_forward_ref(
     start_A: Tensor | None,
     start_B: Tensor | None,
     lora_R: Tensor | None,
+    col_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(x)  # [M, K]
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    z = dropped(rows, dropout, seed) @ A.T  # [M, r]
+    z = dropped(rows, dropout, seed, col_offset) @ A.T  # [M, r]
     into_B = z if lora_R is None else z @ lora_R.to(x.dtype).T  # [M, r]
     y = torch.nn.functional.linear(rows, weight, bias)  # [M, N]
     if start_A is None or start_B is None:
@@ -94,6 +97,7 @@ def linear_backward_ref(
     start_B: Tensor | None,
     lora_R: Tensor | None,
     needs: list[bool],
+    col_offset: int = 0,
 ) -> tuple[Tensor, ...]:
     needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_R = needs
     dy, rows = _rows(grad), _rows(x)
@@ -110,12 +114,12 @@ def linear_backward_ref(
     if needs_x:
         dx = dy @ weight
         through_A = dz @ A  # [M, K]
-        dx += dropped(through_A, dropout, seed)
+        dx += dropped(through_A, dropout, seed, col_offset)
         if start_A is not None and start_B is not None:
             dx -= (dy @ start_B.to(x.dtype)) * scaling @ start_A.to(x.dtype)
         dx = dx.reshape(x.shape)
     if needs_A:
-        dA = (dz.T @ dropped(rows, dropout, seed)).to(lora_A.dtype)
+        dA = (dz.T @ dropped(rows, dropout, seed, col_offset)).to(lora_A.dtype)
     if needs_B:
         dB = (dy.T @ into_B).to(lora_B.dtype) * scaling
     if needs_weight:
@@ -128,7 +132,7 @@ def linear_backward_ref(
 def linear_backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    *_, lora_R, needs = others
+    lora_R, needs = others[6:8]
     R = x if lora_R is None else lora_R  # any tensor will do if there is no R
     shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape, R.shape)
     dtypes = (x.dtype, x.dtype, x.dtype, lora_A.dtype, lora_B.dtype, R.dtype)
@@ -155,12 +159,12 @@ class _Linear(torch.autograd.Function):
         seed: Tensor | None,
         start_A: Tensor | None,
         start_B: Tensor | None,
+        col_offset: int,
     ) -> Tensor:
-        y, z = torch.ops.lora.linear_forward(
-            x, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, lora_R
-        )
+        extras = (scaling, dropout, seed, start_A, start_B, lora_R, col_offset)
+        y, z = torch.ops.lora.linear_forward(x, weight, bias, lora_A, lora_B, *extras)
         ctx.save_for_backward(x, weight, lora_A, lora_B, z, seed, start_A, start_B, lora_R)
-        ctx.scaling, ctx.dropout = scaling, dropout
+        ctx.scaling, ctx.dropout, ctx.col_offset = scaling, dropout, col_offset
         return y
 
     @staticmethod
@@ -169,12 +173,11 @@ class _Linear(torch.autograd.Function):
         x, weight, lora_A, lora_B, z, *extras = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
         # The forward ran with autocast applied; here it would cast the kernel's operands again.
+        operands = (grad, x, weight, lora_A, lora_B, z, ctx.scaling, ctx.dropout, *extras)
         with torch.amp.autocast(grad.device.type, enabled=False):
-            grads = torch.ops.lora.linear_backward(
-                grad, x, weight, lora_A, lora_B, z, ctx.scaling, ctx.dropout, *extras, needs
-            )
+            grads = torch.ops.lora.linear_backward(*operands, needs, ctx.col_offset)
         wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return (*wanted, None, None, None, None, None)
+        return (*wanted, None, None, None, None, None, None)
 
 
 def linear(
@@ -189,14 +192,15 @@ def linear(
     start_A: Tensor | None = None,
     start_B: Tensor | None = None,
     lora_R: Tensor | None = None,
+    col_offset: int = 0,
 ) -> Tensor:
     operands = (x, weight, bias, lora_A, lora_B)
     extras = (scaling, dropout, seed, start_A, start_B)
-    _check(*operands, *extras, lora_R)
+    _check(*operands, *extras, lora_R, col_offset)
     learned = (*operands, lora_R)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
-        return _Linear.apply(*learned, *extras)
-    return torch.ops.lora.linear_forward(*operands, *extras, lora_R)[0]
+        return _Linear.apply(*learned, *extras, col_offset)
+    return torch.ops.lora.linear_forward(*operands, *extras, lora_R, col_offset)[0]
 
 
 def _check(
@@ -211,6 +215,7 @@ def _check(
     start_A: Tensor | None,
     start_B: Tensor | None,
     lora_R: Tensor | None,
+    col_offset: int,
 ) -> None:
     """Raise if the arguments do not fit together. Plain comparisons, because every call of a layer
     runs this: torch._check and its closures took 20 us, as long as a small layer itself.
@@ -234,6 +239,8 @@ def _check(
     check_operand("start_B", start_B, (n, r), x, weight, r)
     check_operand("lora_R", lora_R, (r, r), x, weight, r)
     check_together(x, weight, bias, dropout, seed, start_A, start_B)
+    if col_offset < 0 or col_offset % 4:
+        raise ValueError(f"col_offset must be a multiple of 4 and at least 0, got {col_offset}")
 
 
 def check_together(
@@ -309,7 +316,7 @@ def define_autocast(name: str) -> None:
 
 define_kernel(
     "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-    f"float scaling, {_EXTRAS}) -> (Tensor y, Tensor z)",
+    f"float scaling, {_EXTRAS}, int col_offset=0) -> (Tensor y, Tensor z)",
     linear_forward_ref,
     linear_forward_fake,
 )
@@ -323,7 +330,7 @@ define_kernel(
 )
 define_kernel(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor z, "
-    f"float scaling, {_EXTRAS}, bool[6] needs) "
+    f"float scaling, {_EXTRAS}, bool[6] needs, int col_offset=0) "
     "-> (Tensor x, Tensor weight, Tensor bias, Tensor lora_A, Tensor lora_B, Tensor lora_R)",
     linear_backward_ref,
     linear_backward_fake,
@@ -331,7 +338,7 @@ define_kernel(
 define_composite(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
     "float dropout=0.0, Tensor? seed=None, Tensor? start_A=None, Tensor? start_B=None, "
-    "Tensor? lora_R=None) -> Tensor",
+    "Tensor? lora_R=None, int col_offset=0) -> Tensor",
     linear,
 )
 define_autocast("linear")

@@ -30,10 +30,14 @@ def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (product >> 32) & _LOW, product & _LOW
 
 
-def philox_words(rows: int, cols: int, seed: torch.Tensor, purpose: int = _DROPOUT) -> torch.Tensor:
-    """[rows, cols] int64 of uniform 32-bit words; counter = (col // 4, purpose, row, row >> 32)."""
+def philox_words(
+    rows: int, cols: int, seed: torch.Tensor, purpose: int = _DROPOUT, col_offset: int = 0
+) -> torch.Tensor:
+    """[rows, cols] int64 of uniform 32-bit words; counter = (col // 4, purpose, row, row >> 32),
+    where the columns begin at `col_offset`, a multiple of 4.
+    """
     device = seed.device
-    quads = torch.arange((cols + 3) // 4, device=device)
+    quads = torch.arange((cols + 3) // 4, device=device) + col_offset // 4
     row = torch.arange(rows, device=device)[:, None]
     c0, c2 = torch.broadcast_tensors(quads & _LOW, row & _LOW)
     c1, c3 = torch.full_like(c0, purpose), (row >> 32).expand_as(c0)
@@ -46,13 +50,14 @@ def philox_words(rows: int, cols: int, seed: torch.Tensor, purpose: int = _DROPO
     return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)[:, :cols]
 
 
-def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+def dropout(x: torch.Tensor, p: float, seed: torch.Tensor, col_offset: int = 0) -> torch.Tensor:
     """The rows x [M, K]: each element is zeroed with probability p, the others are multiplied by
-    1 / (1 − p).
+    1 / (1 − p). If x is a part of wider rows, its columns begin there at `col_offset`, a multiple
+    of 4, and the mask is that of the whole rows.
     """
     threshold = min(int(p * 2**32), 2**32 - 1)
     rows, cols = x.shape
-    keep = philox_words(rows, cols, seed) >= threshold  # [M, K]
+    keep = philox_words(rows, cols, seed, col_offset=col_offset) >= threshold  # [M, K]
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
     work = x if x.dtype == torch.float64 else x.float()
     factor = torch.tensor(scale, dtype=torch.float32, device=x.device).to(work.dtype)

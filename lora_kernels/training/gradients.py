@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .._utils.checks import check_weight, factor_dtype
 from .._utils.names import ALL_LINEAR
 from .._utils.progress import tracked
-from ..layers.base import BaseLayer
+from ..init.sharded.agree import from_every, has_ranks, together
+from ..init.sharded.layout import is_dtensor
+from ..model.install.sharded.fsdp import reshard
 from ..model.selection import Targets, find_targets
+from .gradient_sums import GradientSums
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -38,6 +39,11 @@ def capture_gradients(
     whether dropout and gradient checkpointing are active. If `torch.distributed` is initialized,
     the gradients of all ranks are summed; every rank must pass the same targets.
 
+    The model may be sharded by FSDP2 (`fully_shard`, also with a replicated mesh dimension) or by
+    tensor parallelism. Then every rank must pass the same number of batches, under tensor
+    parallelism the same batches, and G is sharded as the weight is: a DTensor, nothing is gathered.
+    `add_lora(model, config, gradients=...)` takes it. Sums do not depend on how FSDP2 averages.
+
     Args:
         model: a model not wrapped in `DistributedDataParallel`. Its weights may be frozen.
         batches: dicts with "labels", whose loss is `model(**batch).loss`, or integer tensors of
@@ -56,7 +62,8 @@ def capture_gradients(
 
     Raises:
         ValueError: no batch; a loss that is not a scalar, not finite, or independent of the
-            targets; a sum that is not finite; a target that no batch reached; unknown targets.
+            targets; a sum that is not finite; a target that no batch reached; unknown targets; a
+            weight that is sharded by FSDP1 or ZeRO-3, or ranks with other numbers of batches.
         TypeError: a weight or a batch of the wrong type, a `DistributedDataParallel` model.
         RuntimeError: another rank failed, or `torch.inference_mode` is on.
 
@@ -65,152 +72,57 @@ def capture_gradients(
         raise RuntimeError("torch.inference_mode records no gradients: call this outside of it")
     if isinstance(model, DistributedDataParallel):
         raise TypeError("model is wrapped in DistributedDataParallel: pass model.module")
+    reshard(model)
     bases = find_targets(model, targets)
-    sums = _Sums(bases, device)
-    if dist.is_available() and dist.is_initialized():
-        with _failing_together(next(iter(sums.names)).device):
-            _run(model, sums, batches, loss or _model_loss, progress)
-        sums.reduce()
-    else:
+    sums = GradientSums(model, bases, device)
+    with together(where=not sums.in_step, what="capture_gradients"):
         _run(model, sums, batches, loss or _model_loss, progress)
+    sums.reduce()
     sums.check()
     return {name: sums.of(base) for name, base in bases.items()}
 
 
-class _Sums:
-    """The sum of the gradients of every distinct weight, and the number of gradients in it."""
-
-    def __init__(self, bases: Mapping[str, BaseLayer], device: torch.device | str | None) -> None:
-        self.names: dict[Tensor, str] = {}
-        self._sums: dict[Tensor, Tensor] = {}
-        self._counts: dict[Tensor, int] = {}
-        self._transposed: set[Tensor] = set()
-        for name, base in bases.items():
-            if not base.rewritable:
-                raise TypeError(
-                    f"the weight of {name!r} is quantised ({base.kind}) and has no gradient: load "
-                    "the model in floating point"
-                )
-            weight = base.stored_weight
-            if not isinstance(weight, nn.Parameter) or not weight.is_leaf:
-                raise TypeError(
-                    f"the weight of {name!r} is computed; remove its parametrization first"
-                )
-            for matrix in base.matrices():
-                check_weight(matrix, base.parameter_name(name))
-            if type(weight.data) is not Tensor:
-                raise TypeError(
-                    f"{name}.weight is a {type(weight.data).__name__}: gather a sharded weight or "
-                    "dequantise a quantised one first"
-                )
-            if weight.is_meta:
-                raise ValueError(f"{name}.weight is on the meta device: load it first")
-            if weight in self.names:
-                continue
-            if base.transposed:
-                self._transposed.add(weight)
-            self.names[weight] = name
-            self._sums[weight] = torch.zeros(
-                base.weight().shape,
-                dtype=factor_dtype(weight.dtype),
-                device=device or weight.device,
-            )
-            self._counts[weight] = 0
-
-    def of(self, base: BaseLayer) -> Tensor:
-        """The sum as [out, in] of this layer, which may be tied to one that stores Wᵀ."""
-        weight = base.stored_weight
-        total = self._sums[weight]
-        return total if base.transposed == (weight in self._transposed) else total.mT
-
-    def take(self, weight: Tensor) -> None:
-        """Adds `weight.grad` to the sum and frees it. Called as a hook when `.grad` is complete."""
-        grad, weight.grad = weight.grad, None
-        if grad is None:
-            return
-        total = self._sums[weight]
-        total.add_((grad.mT if weight in self._transposed else grad).to(total.device))
-        self._counts[weight] += 1
-
-    def reduce(self) -> None:
-        """Adds the sums of all ranks, one weight at a time, on its device, as NCCL requires."""
-        for weight, total in self._sums.items():
-            shared = total.to(weight.device)  # [out, in]
-            dist.all_reduce(shared)
-            total.copy_(shared)
-        counts = torch.tensor(list(self._counts.values()), device=next(iter(self._sums)).device)
-        dist.all_reduce(counts)
-        self._counts = dict(zip(self._counts, counts.tolist(), strict=True))
-
-    def check(self) -> None:
-        """Raises ValueError if a weight had no gradient, or its sum overflowed."""
-        missed = [self.names[weight] for weight, count in self._counts.items() if not count]
-        if missed:
-            raise ValueError(
-                f"no gradient reached {len(missed)} of {len(self.names)} targets "
-                f"({', '.join(missed[:3])}{' ...' if len(missed) > 3 else ''}): the loss does not "
-                "depend on them, or reentrant checkpointing cut them off (set use_reentrant=False)"
-            )
-        for weight, total in self._sums.items():
-            if not bool(torch.isfinite(torch.ops.lora.frobenius_stats([total.flatten(1)])[0, 1])):
-                raise ValueError(
-                    f"the gradient of {self.names[weight]!r} holds NaN or Inf; float16 overflows "
-                    "easily: run the model in bfloat16, or scale the loss down"
-                )
-
-
-def _run(model: nn.Module, sums: _Sums, batches: Iterable[Any], loss: Loss, progress: bool) -> None:
-    count = 0
-    with _only_weights_of(model, sums), torch.enable_grad():
-        for count, batch in enumerate(tracked(batches, "gradients", progress), start=1):
+def _run(
+    model: nn.Module, sums: GradientSums, batches: Iterable[Any], loss: Loss, progress: bool
+) -> None:
+    count, in_step = 0, sums.in_step and has_ranks()
+    batches = tracked(batches, "gradients", progress)
+    with sums.collecting(), torch.enable_grad():
+        for count, batch in enumerate(_in_step(batches) if in_step else batches, start=1):
             value = loss(model, batch)
-            _check_loss(value, count)
+            with together(where=in_step):
+                _check_loss(value, count)
             value.backward()
     if not count:
         raise ValueError("batches is empty: there is no gradient to sum")
 
 
-@contextmanager
-def _only_weights_of(model: nn.Module, sums: _Sums) -> Iterator[None]:
-    """Inside the context, autograd computes gradients of the targets' weights only, and hooks add
-    these to the sums.
+def _in_step(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, as many on every rank: the forward of a sharded model waits for all ranks.
+
+    Raises:
+        ValueError: the ranks have different numbers of batches.
+        Exception: what another rank's `batches` has raised.
+
     """
-    flags = {p: p.requires_grad for p in (*model.parameters(), *sums.names)}
-    grads = {weight: weight.grad for weight in sums.names}
-    hooks = []
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(parameter in sums.names)
-        for weight in sums.names:
-            weight.grad = None
-            hooks.append(weight.register_post_accumulate_grad_hook(sums.take))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for weight, grad in grads.items():
-            weight.grad = grad
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _failing_together(device: torch.device) -> Iterator[None]:
-    """If one rank raises, all ranks raise; otherwise they would wait for it forever in `reduce`."""
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        count = torch.tensor(int(failed), device=device)
-        dist.all_reduce(count)
-    if int(count):
-        raise RuntimeError(f"capture_gradients failed on {int(count)} other rank(s)")
+    iterator = iter(batches)
+    for count in itertools.count():
+        with together():
+            found = list(itertools.islice(iterator, 1))
+        more = from_every(bool(found))
+        if not any(more):
+            return
+        if not all(more):
+            raise ValueError(
+                f"{more.count(False)} of {len(more)} ranks have only {count} batches, others have "
+                "more: the model is sharded, so give all ranks the same number of batches"
+            )
+        yield found[0]
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The `.loss` of a Hugging Face model's output."""
-    device = next(model.parameters()).device
+    device = _input_device(model)
     if isinstance(batch, Tensor) and not batch.is_floating_point():
         if batch.dim() != 2:
             raise ValueError(
@@ -234,6 +146,14 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
             "loss=a function of the model and a batch"
         )
     return value
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    """The device of the model's inputs. FSDP2 may keep the parameters of another one on the CPU."""
+    first: Any = next(model.parameters())
+    own: torch.device = first.device
+    kind = first.device_mesh.device_type if is_dtensor(first) else own.type
+    return own if own.type in (kind, "meta") else torch.device(kind)
 
 
 def _check_loss(value: Any, count: int) -> None:

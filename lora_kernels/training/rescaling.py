@@ -147,7 +147,7 @@ class ScaledStart(Initializer):
         return self.start.grows_with_scaling
 
     @property
-    def draws_unseeded(self) -> bool:
+    def draws_unseeded(self) -> bool | None:
         return self.start.draws_unseeded
 
     @property

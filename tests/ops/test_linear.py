@@ -165,6 +165,48 @@ def test_every_instruction_set(capability, dtype):
         assert_close(to_numpy(got), want[name], size[name], ratio, dtype)
 
 
+def check_columns(t, at, tolerance) -> None:
+    """Two parts of the columns, from 0 and from `at` on, with the results and gradients of all of
+    them; the parts of y add up.
+    """
+    seed, whole = torch.tensor(2**40 + 9, device=t["x"].device), slice(None)
+    results = []
+    for columns in (whole, slice(at), slice(at, None)):
+        part = dict(t)
+        for name in ("x", "weight", "lora_A", "start_A"):
+            part[name] = None if t[name] is None else t[name][..., columns].contiguous()
+        leaves = [part[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
+        extras = (0.7, 0.4, seed, part["start_A"], part["start_B"], part["lora_R"])
+        y = op(*(part[k] for k in GRADS), *extras, columns.start or 0)
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    both = [
+        combine(a.detach().double(), b.detach().double())
+        for combine, a, b in zip(
+            (torch.add, _beside, _beside, torch.add), *results[1:], strict=True
+        )
+    ]
+    for got, want in zip(both, results[0], strict=True):
+        torch.testing.assert_close(got, want.detach().double(), rtol=tolerance, atol=tolerance)
+
+
+def _beside(left, right):
+    return torch.cat([left, right], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("k", "at"), [(24, 4), (200, 132), (9, 8)])
+def test_the_mask_of_some_columns(k, at, dtype, device):
+    t = inputs((2, 5), 6, k, 3, dtype, bias=False, start=True, core=True, device=device)
+    check_columns(t, at, 1e-12 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("offset", [-4, 2])
+def test_bad_argument_col_offset(offset):
+    t = inputs((4,), 6, 5, 2, torch.float32)
+    with pytest.raises(ValueError, match=f"multiple of 4 and at least 0, got {offset}"):
+        op(*(t[k] for k in GRADS), 1.0, col_offset=offset)
+
+
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("core", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -173,8 +215,8 @@ def test_reference_agrees_with_the_kernel(start, core, dropout, device):
     seed = torch.tensor(3, device=device)
     args = [t[k] for k in GRADS]
     extras = (0.5, dropout, seed, t["start_A"], t["start_B"], t["lora_R"])
-    got = torch.ops.lora.linear_forward(*args, *extras)
-    want = linear_forward_ref(*args, *extras)
+    got = torch.ops.lora.linear_forward(*args, *extras, 8)
+    want = linear_forward_ref(*args, *extras, 8)
     torch.testing.assert_close(got, want)
     x, weight, _, A, B = args
     grad = torch.randn(11, 20, dtype=torch.float64).to(device)
@@ -183,7 +225,8 @@ def test_reference_agrees_with_the_kernel(start, core, dropout, device):
     for needs in ([True] * 6, [True, False, True, False, True, False], *alone):
         needs = [need and (core or k < 5) for k, need in enumerate(needs)]
         torch.testing.assert_close(
-            torch.ops.lora.linear_backward(*backward, needs), linear_backward_ref(*backward, needs)
+            torch.ops.lora.linear_backward(*backward, needs, 8),
+            linear_backward_ref(*backward, needs, 8),
         )
 
 
@@ -316,16 +359,18 @@ def test_opcheck(dropout, core, device):
             t[key].requires_grad_()
     seed = torch.tensor(3, device=device)
     args = [t[k] for k in GRADS]
-    opcheck(op, (*args, 0.5, dropout, seed, t["start_A"], t["start_B"], t["lora_R"]))
+    extras = (0.5, dropout, seed, t["start_A"], t["start_B"], t["lora_R"])
+    opcheck(op, (*args, *extras))
+    opcheck(op, (*args, *extras, 4))
     plain = [a if a is None else a.detach() for a in args]
     R = t["lora_R"].detach() if core else None
     extras = (0.5, dropout, seed, t["start_A"], t["start_B"], R)
-    opcheck(torch.ops.lora.linear_forward, (*plain, *extras))
+    opcheck(torch.ops.lora.linear_forward, (*plain, *extras, 4))
     z, grad = torch.randn(4, 2).to(device), torch.randn(4, 6).to(device)
     x, weight, _, A, B = plain
     opcheck(
         torch.ops.lora.linear_backward,
-        (grad, x, weight, A, B, z, *extras, [True, False, True, False, True, core]),
+        (grad, x, weight, A, B, z, *extras, [True, False, True, False, True, core], 4),
     )
 
 

@@ -36,6 +36,19 @@ def test_matches_plain_integers(row, quad, seed, device):
     assert words_at(row, quad, seed, device) == oracle(row, quad, seed)
 
 
+def test_the_mask_of_some_columns(device):
+    """Those from `col_offset` on, beyond 2³² too."""
+    seed = torch.tensor(99, device=device)
+    x = torch.randn(5, 40, device=device)
+    for begin in (4, 20, 36):
+        assert torch.equal(
+            dropout(x, 0.5, seed)[:, begin:], dropout(x[:, begin:], 0.5, seed, begin)
+        )
+    far = 4 * (2**32 + 3)  # the counter holds 32 bits of the quad
+    words = philox_words(2, 4, seed, col_offset=far)
+    assert words[1].tolist() == oracle(1, 3, 99)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cols", [1, 63, 64, pytest.param(65, marks=pytest.mark.sanitize), 200])
 def test_kernel_draws_the_same_mask(dtype, cols, device):

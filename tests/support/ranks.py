@@ -56,8 +56,9 @@ def on_ranks(
         for process in processes:
             process.kill()
             process.join()
-        assert not late, f"ranks {late} of {world} took longer than {seconds} s: they hang"
         results = [_result(Path(folder) / str(rank)) for rank in range(world)]
+        errors = "".join(f"\n{r.traceback}" for r in results if isinstance(r, RankFailed))
+        assert not late, f"ranks {late} of {world} took longer than {seconds} s: they hang{errors}"
     failed = [result for result in results if isinstance(result, RankFailed)]
     assert not (check and failed), failed[0].traceback
     return results

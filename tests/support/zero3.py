@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -53,3 +58,38 @@ def gather(parameter: nn.Parameter) -> nn.Parameter:
     parameter.data = torch.cat(parts)[: made.ds_numel].view(made.ds_shape)
     made.ds_status = ZeroParamStatus.AVAILABLE
     return parameter
+
+
+def partition_all(model: nn.Module) -> nn.Module:
+    """The model with all parameters partitioned that are not yet, as `zero.Init` leaves it, and
+    `deepspeed.initialize` its new parameters.
+    """
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            partition(parameter)
+    return model
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """All partitioned parameters are whole inside, as each is in its layer's forward."""
+    here = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    for parameter in here:
+        gather(parameter)
+    try:
+        yield
+    finally:
+        for parameter in here:
+            release(parameter)
+
+
+def with_deepspeed() -> Any:
+    """The package deepspeed, on the CPU; skips the test where it is missing.
+
+    Its `init_distributed` would compile an operator for shared memory, which no test needs.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = pytest.importorskip("deepspeed")
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.utils.logger.setLevel("ERROR")
+    return deepspeed

@@ -100,11 +100,12 @@ def specialization() -> dict[str, object]:
     """Changes that need another compilation cause one, and other changes do not."""
     A, seed = torch.empty(16, 256), torch.zeros((), dtype=torch.int64)
 
-    def compilations(*calls) -> int:
+    def compilations(*calls, offset=0) -> int:
         shrink._plan.cache_clear()
         with stand_in() as seen:
             for x, A_, p in calls:
-                shrink.shrink_parts(x, A_, None, p, seed)
+                shrink.shrink_parts(x, A_, None, p, seed, col_offset=offset)
+                offset *= 4
         return seen.compiled.total()
 
     memory = torch.empty(256 * 256 + 8, dtype=BF16)
@@ -116,6 +117,7 @@ def specialization() -> dict[str, object]:
         "another dtype": compilations((x, A, 0.0), (x, A.half(), 0.0)),
         "another stride": compilations((x, A, 0.0), (x, A.T.contiguous().T, 0.0)),
         "another number of rows": compilations((x, A, 0.0), (x[:250], A, 0.0)),
+        "another offset": compilations((x, A, 0.1), (x, A, 0.1), (x, A, 0.1), offset=4),
         "another p": compilations((x, A, 0.1), (x, A, 0.5), (x, A, 0.9)),
     }
 

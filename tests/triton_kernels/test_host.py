@@ -54,6 +54,7 @@ def test_what_is_compiled_anew(facts):
         "another dtype": 2,
         "another stride": 2,
         "another number of rows": 1,
+        "another offset": 1,
         "another p": 1,
     }
 

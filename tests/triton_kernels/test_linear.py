@@ -11,7 +11,7 @@ from lora_kernels.triton_kernels import philox
 from lora_kernels.triton_kernels.integers import next_power_of_2
 from lora_kernels.triton_kernels.linear import choice, gemm, operator, rank
 
-from ..ops.test_linear import check, inputs
+from ..ops.test_linear import check, check_columns, inputs
 
 CONFIGS = list(gemm.CONFIGS)
 SHAPES = [  # rows, N, K, r
@@ -104,6 +104,15 @@ def test_plain(lead, n, k, r, core, start, device, force):
         taken.clear()
         check(t, 0.7, 0.3, torch.tensor(9, device=device))
         assert "plain" not in taken  # it draws no mask
+
+
+@pytest.mark.parametrize("ways", [("kernel", "decode"), ("steps", "reversed"), ("overlapped",)])
+def test_the_mask_of_some_columns(ways, device, force):
+    """In tensor parallelism, a rank has some columns of x and of A."""
+    rows, start = (7, True) if "decode" in ways else (66, False)
+    t = inputs((rows,), 48, 144, 16, torch.float16, bias=False, start=start, device=device)
+    force("kernel", *ways)
+    check_columns(t, 132, 3e-2)
 
 
 @pytest.mark.parametrize("r", [1, 2, 15, 17, 100, 128, 200, 512])
@@ -231,6 +240,12 @@ def test_dropout_is_the_reference_mask(shape, p, device):
         for seed in (0, 7, 2**63 - 1, -(2**62)):
             word = torch.tensor(seed, device=device)
             assert torch.equal(philox.dropout(x, p, word), drop_ref(x, p, word))
+
+
+def test_dropout_of_some_columns_is_the_reference_mask(device):
+    x, seed = torch.randn(3, 270).to(device), torch.tensor(-(2**62), device=device)
+    for begin in (4, 4 * (2**28 + 1)):
+        assert torch.equal(philox.dropout(x, 0.3, seed, begin), drop_ref(x, 0.3, seed, begin))
 
 
 def test_backward_is_deterministic(device, force):

@@ -167,10 +167,11 @@ def decode(
     A0: torch.Tensor | None,
     B0: torch.Tensor | None,
     overlap: bool,
+    col_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, N] and z [M, r] in x's dtype, for M <= 64. `overlap` needs Hopper or later."""
     (M, K), (N, r) = x.shape, B.shape
-    parts, parts0 = shrink_parts(x, A, A0, dropout, seed, PARTS, overlap)
+    parts, parts0 = shrink_parts(x, A, A0, dropout, seed, PARTS, overlap, col_offset=col_offset)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     z = torch.empty((M, r), dtype=x.dtype, device=x.device)
     start = B if B0 is None else B0

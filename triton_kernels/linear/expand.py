@@ -33,7 +33,7 @@ def rank_product(z, B, row, col, M, N, r, b_row, b_col, RANKS: tl.constexpr, BLO
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold", "col_offset"])
 def expand_kernel(
     y,
     bias,
@@ -53,6 +53,7 @@ def expand_kernel(
     scale0,
     threshold,
     keep_scale,
+    col_offset,
     HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -68,7 +69,8 @@ def expand_kernel(
     col = begin + tl.arange(0, BLOCK_N)
     value = scale * rank_product(z, B, row, col, M, N, r, b_row, b_col, RANKS, BLOCK_R)
     if HAS_DROPOUT:
-        value = drop(value, tl.load(seed), row, begin, threshold, keep_scale, BLOCK_N)
+        first = col_offset + begin
+        value = drop(value, tl.load(seed), row, first, threshold, keep_scale, BLOCK_N)
     if HAS_START:
         value += scale0 * rank_product(z0, B0, row, col, M, N, r, b0_row, b0_col, RANKS, BLOCK_R)
     if HAS_BIAS:
@@ -88,6 +90,7 @@ def expand(
     scale0: float = 0.0,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
+    col_offset: int = 0,
 ) -> torch.Tensor:
     """y [M, N] in z's dtype from z, z0 [M, r] (contiguous), B, B0 [N, r] and bias [N]."""
     (M, r), N = z.shape, B.shape[0]
@@ -106,7 +109,7 @@ def expand(
             start,
             z if seed is None else seed,
         ),
-        (scale, scale0, *mask_arguments(dropout)),
+        (scale, scale0, *mask_arguments(dropout), col_offset),
     )
     return y
 

@@ -286,6 +286,7 @@ def overlapped(
     dropout: float,
     seed: torch.Tensor | None,
     overlap: bool,
+    col_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, N] and z = drop(x) Aᵀ [M, r], where `overlaps` is true.
 
@@ -293,7 +294,8 @@ def overlapped(
     that kernel leaves free, and waits for it after the first tile's K loop. `overlap` needs Hopper
     or later.
     """
-    z = shrink_parts(x, A, None, dropout, seed, parts=1, overlap=overlap, beside=True)[0][0]
+    options = {"parts": 1, "overlap": overlap, "beside": True, "col_offset": col_offset}
+    z = shrink_parts(x, A, None, dropout, seed, **options)[0][0]
     y = gemm(
         OVERLAPPED, multiprocessors, x, weight, w_is_kn, z, B, scale, bias, waits=overlap
     )  # fmt: skip

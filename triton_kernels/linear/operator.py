@@ -46,6 +46,7 @@ def linear_forward(
     start_A: Tensor | None,
     start_B: Tensor | None,
     lora_R: Tensor | None,
+    col_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] and z = drop(x) Aᵀ [M, r] in x's dtype."""
     rows = _rows(x)  # [M, K]
@@ -56,9 +57,11 @@ def linear_forward(
     thin = _thin(rows, weight, lora_A, lora_B)
 
     def z_then_y() -> tuple[Tensor, Tensor]:
-        ways = {"library": lambda: _shrink_library(rows, lora_A, start_A, dropout, seed)}
+        ways = {
+            "library": lambda: _shrink_library(rows, lora_A, start_A, dropout, seed, col_offset)
+        }
         if thin:
-            kernel = lambda: shrink(rows, lora_A, start_A, dropout, seed)  # noqa: E731
+            kernel = lambda: shrink(rows, lora_A, start_A, dropout, seed, col_offset)  # noqa: E731
             ways = _first(r <= LOW_RANK, "kernel", kernel, ways)
         z, z0 = fastest(("z", *key), ways, x.device)
         left = _through_R(z, lora_R)
@@ -82,11 +85,12 @@ def linear_forward(
     if thin and rows.shape[0] <= MOST_ROWS and lora_R is None:  # its kernels do not apply R
         overlap = _capability(x.device) >= (9, 0)
         kernels = lambda: decode(  # noqa: E731
-            rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, overlap
-        )
+            rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, start_A, start_B, overlap,
+            col_offset,
+        )  # fmt: skip
         ways = {"decode": kernels, **ways}
     elif thin and lora_R is None and start_A is None:
-        ways |= _overlapped(rows, weight, bias, lora_A, lora_B, scaling, dropout, seed)
+        ways |= _overlapped(rows, weight, bias, lora_A, lora_B, scaling, dropout, seed, col_offset)
     few = rows.shape[0] <= FEW_ROWS
     y, z = fastest(("forward", *key), ways, x.device, count_launches=few)
     # Not a view, so that a user may write to y in place.
@@ -102,6 +106,7 @@ def _overlapped(
     scaling: float,
     dropout: float,
     seed: Tensor | None,
+    col_offset: int,
 ) -> dict:
     """The way "overlapped", if the GPU and the sizes allow it."""
     is_kn = weight.stride(1) != 1
@@ -112,7 +117,7 @@ def _overlapped(
     kernels = functools.partial(
         gemm.overlapped,
         _multiprocessors(rows.device), rows, matrix, is_kn, lora_A, lora_B, scaling, bias,
-        dropout, seed, _capability(rows.device) >= (9, 0),
+        dropout, seed, _capability(rows.device) >= (9, 0), col_offset,
     )  # fmt: skip
     return {"overlapped": kernels}
 
@@ -131,6 +136,7 @@ def linear_backward(
     start_B: Tensor | None,
     lora_R: Tensor | None,
     needs: list[bool],
+    col_offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, W, b, A, B, R, with an empty tensor for each that is not needed."""
     needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_R = needs
@@ -156,16 +162,17 @@ def linear_backward(
             dz = torch.mm(dz, lora_R.to(dz.dtype))
     if needs_A:
         dtype = lora_A.dtype
-        ways = {"library": lambda: _mm(dz.T, drop(rows, dropout, seed) if dropout else rows, dtype)}
+        dropped = lambda: drop(rows, dropout, seed, col_offset) if dropout else rows  # noqa: E731
+        ways = {"library": lambda: _mm(dz.T, dropped(), dtype)}
         if thin:
-            kernel = lambda: dA(dz, rows, dtype, dropout, seed)  # noqa: E731
+            kernel = lambda: dA(dz, rows, dtype, dropout, seed, col_offset)  # noqa: E731
             ways = _first(r <= LOW_RANK or dropout > 0, "kernel", kernel, ways)
         grads[3] = fastest(("dA", *key), ways, x.device)
     if needs_x:
         start = None if start_A is None else start_A.T
         dx = product(
             ("dx", *key), thin, dy, weight, True, dz, lora_A.T, 1.0, None,
-            dz0, start, 1.0, dropout, seed,
+            dz0, start, 1.0, dropout, seed, col_offset,
         )  # fmt: skip
         grads[0] = dx if x.dim() == 2 else torch.ops.aten._unsafe_view(dx, x.shape)
     if needs_weight:
@@ -190,19 +197,20 @@ def product(
     scale0: float,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    col_offset: int = 0,
 ) -> Tensor:
     """a Wᵀ (a W if `w_is_kn`) + bias + scale · drop(z Bᵀ) + scale₀ · z₀ B₀ᵀ."""
     right = weight if w_is_kn else weight.T
 
     def reversed_() -> Tensor:
-        y = expand(z, B, scale, bias, z0, B0, scale0, dropout, seed)
+        y = expand(z, B, scale, bias, z0, B0, scale0, dropout, seed, col_offset)
         return y.addmm_(a, right)
 
     def library() -> Tensor:
         y = torch.mm(a, right) if bias is None else torch.addmm(bias, a, right)
         left, factor = z, B.to(z.dtype)
         if dropout > 0:
-            y += drop(torch.mm(z, factor.T) * scale, dropout, seed)
+            y += drop(torch.mm(z, factor.T) * scale, dropout, seed, col_offset)
             return y if z0 is None else y.addmm_(z0, B0.to(z.dtype).T, alpha=scale0)
         if (
             z0 is not None
@@ -275,9 +283,14 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _shrink_library(
-    rows: Tensor, A: Tensor, A0: Tensor | None, dropout: float, seed: Tensor | None
+    rows: Tensor,
+    A: Tensor,
+    A0: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    col_offset: int,
 ) -> tuple[Tensor, Tensor | None]:
-    dropped = drop(rows, dropout, seed) if dropout > 0 else rows
+    dropped = drop(rows, dropout, seed, col_offset) if dropout > 0 else rows
     z = torch.mm(dropped, A.to(rows.dtype).T)
     return z, None if A0 is None else torch.mm(rows, A0.to(rows.dtype).T)
 

@@ -19,7 +19,7 @@ from ..philox import drop, mask_arguments
 from .rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit, reduce, thin_product
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold", "col_offset"])
 def shrink_kernel(
     x,
     A,
@@ -38,6 +38,7 @@ def shrink_kernel(
     split_length,
     threshold,
     keep_scale,
+    col_offset,
     HAS_START: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -68,7 +69,8 @@ def shrink_kernel(
             a0 = load_Bt(A0, col, rank, r, K, a0_row, a0_col).to(value.dtype)
             acc0 = thin_product(value, a0, acc0, TRANSPOSED)
         if HAS_DROPOUT:
-            value = drop(value, seed_value, row, k, threshold, keep_scale, BLOCK_K)
+            first = col_offset + k
+            value = drop(value, seed_value, row, first, threshold, keep_scale, BLOCK_K)
         a = load_Bt(A, col, rank, r, K, a_row, a_col).to(value.dtype)
         acc = thin_product(value, a, acc, TRANSPOSED)
     if TRANSPOSED:
@@ -110,6 +112,7 @@ def shrink_parts(
     parts: int | None = None,
     overlap: bool = False,
     beside: bool = False,
+    col_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """z and z₀ as parts [S, M, r], to be added over S; in x's dtype if S = 1, else in float32.
 
@@ -135,7 +138,7 @@ def shrink_parts(
     out = torch.empty((parts, x.shape[0], A.shape[0]), dtype=dtype, device=x.device)
     out0 = None if A0 is None else torch.empty_like(out)
     others = (out if out0 is None else out0, x if seed is None else seed)
-    launch((x, A, start, out, *others), mask_arguments(dropout))
+    launch((x, A, start, out, *others), (*mask_arguments(dropout), col_offset))
     return out, out0
 
 
@@ -188,9 +191,10 @@ def shrink(
     A0: torch.Tensor | None,
     dropout: float,
     seed: torch.Tensor | None,
+    col_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """z [M, r] = drop(x) Aᵀ and z₀ = x A₀ᵀ in x's dtype; the rows of x are contiguous."""
-    out, out0 = shrink_parts(x, A, A0, dropout, seed)
+    out, out0 = shrink_parts(x, A, A0, dropout, seed, col_offset=col_offset)
     if out.shape[0] == 1:
         return out[0], None if out0 is None else out0[0]
     return reduce(out, x.dtype), None if out0 is None else reduce(out0, x.dtype)

@@ -27,9 +27,10 @@ def is_first_rank() -> bool:
 
 
 @contextmanager
-def together(group: Any = None, where: bool = True) -> Iterator[None]:
+def together(group: Any = None, where: bool = True, what: str = "") -> Iterator[None]:
     """If a process raises inside the context, all processes of the group (all, if None) raise the
     same error at its end, and nobody waits for the one that failed. `where=False` turns this off.
+    With `what`, the others raise RuntimeError, which says that `what` failed on some ranks.
     """
     import torch.distributed as dist
 
@@ -45,9 +46,20 @@ def together(group: Any = None, where: bool = True) -> Iterator[None]:
     dist.all_gather_object(errors, _portable(failed), group=group)
     if failed is not None:
         raise failed
-    for other in errors:
-        if other is not None:
-            raise other
+    others = [error for error in errors if error is not None]
+    if others and what:
+        raise RuntimeError(f"{what} failed on {len(others)} other rank(s)") from others[0]
+    if others:
+        raise others[0]
+
+
+def from_every(value: T, group: Any = None) -> list[T]:
+    """The values, which must be picklable, of all processes of the group, in the order of ranks."""
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def shared(owner: int, make: Callable[[], T], group: Any = None) -> T:
@@ -110,7 +122,9 @@ def from_all(rows: Tensor, group: Any) -> Tensor:
     rows = rows.to(talking_device(rows.device, group)).contiguous()
     count = dist.get_world_size(group)
     found = rows.new_empty(count * len(rows), *rows.shape[1:])  # gloo takes no other shape
-    dist.all_gather_into_tensor(found, rows, group=group)
+    # torch 2.13 has renamed it, and warns of the old name.
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(found, rows, group=group)
     return found.view(count, *rows.shape)
 
 

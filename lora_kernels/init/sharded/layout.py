@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .zero3 import is_partitioned, is_zero3, partition_of, settle_
+from .zero3 import is_partitioned, is_zero3, partition_of, settle_, zero3_shape
 
 DTensor: TypeAlias = Any  # torch.distributed is imported only for a tensor that needs it
 Group: TypeAlias = Any
@@ -99,14 +99,21 @@ def is_dtensor(tensor: object) -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process may have only a part of the tensor, perhaps not at this moment: ZeRO-3
-    gathers a parameter for its layer's forward, and keeps small ones gathered.
+    and FSDP1 gather a parameter for its layer's forward, and ZeRO-3 keeps small ones gathered.
     """
-    return is_dtensor(tensor) or is_zero3(tensor)
+    return is_dtensor(tensor) or is_zero3(tensor) or is_flattened(tensor)
+
+
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether the tensor is part of a flat parameter of FSDP1. It has its own shape and values only
+    while `summon_full_params` gathers it; nothing here does.
+    """
+    return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of the whole tensor."""
-    return partition_of(tensor).shape if is_partitioned(tensor) else tuple(tensor.shape)
+    return zero3_shape(tensor) if is_zero3(tensor) else tuple(tensor.shape)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -240,6 +247,14 @@ def _runs(size: int, mesh: Any, placements: Sequence[Any], axis: int) -> list[Ru
         for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
         if end > begin
     ] or [(slice(0, 0), slice(0, 0))]
+
+
+def axis_places(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> list[list[slice]]:
+    """What this process has of a tensor of this shape that is laid out so: of each axis the runs of
+    its indices, in their order in the local tensor.
+    """
+    axes = (_runs(size, mesh, placements, axis) for axis, size in enumerate(shape))
+    return [[place for _, place in runs] for runs in axes]
 
 
 def _along(placement: Any, axis: int) -> Any | None:

@@ -82,6 +82,11 @@ def is_partitioned(tensor: Tensor) -> bool:
     return status == _NOT_GATHERED
 
 
+def zero3_shape(tensor: Partitioned) -> tuple[int, ...]:
+    """The shape of the whole ZeRO-3 parameter, wherever its parts are."""
+    return tuple(tensor.ds_shape)
+
+
 def partition_of(tensor: Partitioned) -> Partition:
     """The stretch of this process, without the padding behind the tensor, which is uninitialized.
 
@@ -92,7 +97,7 @@ def partition_of(tensor: Partitioned) -> Partition:
     import torch.distributed as dist
 
     stored, group = tensor.ds_tensor, tensor.ds_process_group
-    shape = tuple(tensor.ds_shape)
+    shape = zero3_shape(tensor)
     _refuse_unreadable(tensor)
     size, parts, length = stored.ds_numel, dist.get_world_size(group), prod(shape)
     if size != -(-length // parts) or stored.numel() < size:

@@ -19,6 +19,7 @@ from ...ops.philox import dropout_seed
 from ..adapted import CLASS, FOREIGN, AdaptedLayer, class_of, exchange_class
 from ..adapter import in_forward
 from ..kinds import ForeignLayer
+from .parallel import Update, check_input, is_parallel, on_parts, parallel_linear
 
 # The attributes of an adapted layer in its `__dict__`.
 _OWN = ("active_adapter", "adapter_enabled", "_active", "_cast_by_hooks")
@@ -82,19 +83,22 @@ class AdaptedFloatLayer(AdaptedLayer):
         else:
             adapter = self.active()
             work = torch.promote_types(stored.dtype, adapter.lora_A.dtype)
-            lora_B, scaling, start_A, start_B = adapter.operands(work)
-            right = adapter.lora_A if adapter.lora_R is None else adapter.lora_R @ adapter.lora_A
-            update = lora_B.to(work) @ right.to(work)  # [out, in]
-            if start_A is not None and start_B is not None:
-                update = update - start_B.to(work) @ start_A.to(work)
-            matrix = (stored.to(work) + scaling * update).to(stored.dtype)
+            update = Update.of(adapter, work)
+            if is_parallel(stored, adapter.lora_A, adapter.lora_B):
+                matrix = on_parts(stored, update, _updated)
+            else:
+                matrix = _updated(stored, update)
         return matrix.T if self.transposed else matrix
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., out_features] of x [..., in_features], in x's dtype."""
+        """y [..., out_features] of x [..., in_features], in x's dtype. They are DTensors if the
+        weight is one, under tensor parallelism.
+        """
+        adapter = self.active()
+        if is_parallel(x, self.matrix(), adapter.lora_A, adapter.lora_B):
+            return self._parallel_forward(x)
         if not self.adapter_enabled:
             return nn.functional.linear(x, self.base_weight(), self.bias)
-        adapter = self.active()
         p = adapter.lora_dropout if self.training else 0.0
         matrix = self.matrix()
         if self._cast_by_hooks:  # a view keeps its data for the backward, the Parameter does not
@@ -115,6 +119,20 @@ class AdaptedFloatLayer(AdaptedLayer):
         )
         bias = adapter.output_bias(x.dtype)  # [out]
         return y if bias is None else y + bias.to(y.dtype)
+
+    def _parallel_forward(self, x: Tensor) -> Tensor:
+        """`forward` where W or the factors are DTensors."""
+        matrix, bias = self.matrix(), self.bias
+        if self.adapter_enabled:
+            adapter = self.active()
+            p = adapter.lora_dropout if self.training else 0.0
+            return parallel_linear(x, matrix, bias, Update.of(adapter, x.dtype), p)
+        # What was subtracted from W is added to y: a local part of W does not say which part it is.
+        absorbed = Update.of_absorbed(self.adapter(self.absorbed)) if self.absorbed else None
+        if absorbed is not None:
+            return parallel_linear(x, matrix, bias, absorbed)
+        check_input(x, matrix)
+        return nn.functional.linear(x, matrix, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedFloatLayer:
         self._cast_by_hooks = self._cast_by_hooks or in_forward()
@@ -265,6 +283,16 @@ class AdaptedFloatLayer(AdaptedLayer):
             f"bias={self.bias is not None}, r={self.r}, scaling={self.scaling:g}, "
             f"lora_dropout={self.lora_dropout:g}, residual={self.residual!r}"
         )
+
+
+def _updated(stored: Tensor, update: Update) -> Tensor:
+    """W + s(BA − B₀A₀) [out, in], with BRA for BA if there is an R, in W's dtype."""
+    work = torch.promote_types(stored.dtype, update.lora_A.dtype)
+    right = update.lora_A if update.lora_R is None else update.lora_R @ update.lora_A
+    added = update.lora_B.to(work) @ right.to(work)
+    if update.start_A is not None and update.start_B is not None:
+        added = added - update.start_B.to(work) @ update.start_A.to(work)
+    return (stored.to(work) + update.scaling * added).to(stored.dtype)
 
 
 def merged_bias(bias: Tensor | None, added: Tensor | None, dtype: torch.dtype) -> Tensor | None:

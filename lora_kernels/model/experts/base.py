@@ -58,8 +58,8 @@ class ExpertsBase(BaseLayer):
         return list(self.weight().unbind())
 
     def refuse_sharded(self, name: str) -> None:
-        """Raises ValueError, which names the parameter, if it is a shard or not loaded."""
-        refuse_sharded(name.rpartition(".")[0], self.layer)
+        """Raises ValueError, which names the parameter, if it is not loaded or part of a flat one."""
+        refuse_sharded(name.rpartition(".")[0], self.layer, rewritable=True)
 
     def adapted(self, adapter: Adapter, adapter_name: str) -> AdaptedLayer:
         """The parameter's stack, with this adapter added; the weight is not changed."""

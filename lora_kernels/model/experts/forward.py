@@ -34,7 +34,8 @@ class Factors:
     """What the forward adds to one projection: s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ), for each expert.
 
     lora_A is [E, r, in], lora_B [E, out, r]. `start` returns A₀ and B₀ of these shapes, or None
-    twice; it is called again in the backward, so that nobody has to keep them.
+    twice; it is called again in the backward, so that nobody has to keep them. `seed` changes the
+    seed of the dropout.
     """
 
     lora_A: Tensor
@@ -42,6 +43,7 @@ class Factors:
     scaling: float
     dropout: float = 0.0
     start: Callable[[], StartFactors] = _no_start
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _projection(experts: ForeignExperts, name: str, factors: Mapping[str, Factor
     if own is None:
         count, rows, cols = weight.shape
         own = Factors(weight.new_empty(count, 0, cols), weight.new_empty(count, rows, 0), 1.0)
-    seed = dropout_seed(weight.device) if own.dropout else None
+    seed = dropout_seed(weight.device) ^ own.seed if own.dropout else None
     return _Projection(weight, bias, own, seed)
 
 

@@ -10,10 +10,13 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..._utils.checks import FLOATS
+from ...init.sharded.layout import is_dtensor
 from ...layers.adapter import Adapter
+from .wrapped import has_parallel_forward
 
 # What the decorator sets on every module, beside newer flags.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
+_MEGA = "deepgemm_megamoe"  # the implementation that exchanges the tokens itself
 
 ForeignExperts = Any  # a module that transformers defines
 
@@ -48,15 +51,19 @@ def why_not_adaptable(experts: nn.Module) -> str | None:
         what = "3-D parameters that its class multiplies in its own way"
         return f"its experts are {what} ({title} is not one of transformers' decorated classes)"
     foreign: ForeignExperts = experts
-    if foreign._is_expert_parallel:
-        return "its experts are divided among processes (expert parallelism)"
+    weights = [experts._parameters.get(name) for name in projections(experts)]
+    if foreign._is_expert_parallel and not all(map(is_dtensor, weights)):
+        return "its experts are divided among processes, and its weights do not tell which are here"
     if not hasattr(type(experts).forward, "__wrapped__") and not hasattr(
         type(experts), "adapted_from"
     ):
         return f"the forward of {title} is not the one of transformers' decorator"
+    is_parallel = has_parallel_forward(experts)
     replaced = "forward" in vars(experts) and not keeps_own_forward(experts)
-    if replaced and not hasattr(experts, "_hf_hook"):
+    if replaced and not is_parallel and not hasattr(experts, "_hf_hook"):
         return "the forward of its experts is replaced; undo that first"
+    if is_parallel and getattr(foreign.config, "_experts_implementation", "") == _MEGA:
+        return f"its experts run in a kernel that has no place for adapters ({_MEGA})"
     if is_parametrized(experts):
         return "the weights of its experts are computed; remove the parametrization first"
     for name in projections(experts):

@@ -15,6 +15,7 @@ from ...layers.adapted import class_of, exchange_class
 from .forward import SUFFIX, experts_forward
 from .kinds import ForeignExperts, keeps_own_forward, projections
 from .stack import AdaptedStack
+from .wrapped import use_own_forward
 
 Class = Any  # a class of modules; nn.Module's annotations make it no Hashable for type checkers
 
@@ -91,9 +92,10 @@ def remove_stack(stack: AdaptedStack) -> None:
 
 def _set_class(experts: ForeignExperts, cls: type[nn.Module]) -> None:
     """Changes the module's class. What holds its bound forward gets the new one: accelerate's hook,
-    and `module.compile()`, which has to be called again.
+    transformers' parallelism, and `module.compile()`, which has to be called again.
     """
     if keeps_own_forward(experts):
         del experts.forward
     exchange_class(experts, cls)
+    use_own_forward(experts)
     experts._compiled_call_impl = None

@@ -13,8 +13,9 @@ from ...init.sharded.layout import Block, Shards, is_sharded
 from ...init.sharded.subtract import subtract_factors_here_
 from ...layers.adapted import AdaptedLayer
 from ...layers.linear import ABSORBED
-from .forward import SUFFIX, Factors
+from .forward import SUFFIX, Factors, StartFactors
 from .kinds import ForeignExperts
+from .parallel import LocalPart, distribute, local_factors
 
 _BLOCK = 64 * 2**20  # bytes of float32 that are merged at a time
 
@@ -28,6 +29,7 @@ class AdaptedStack(AdaptedLayer):
 
     parameter: str
     transposed: bool
+    part: LocalPart | None  # what the forward has of W, if it is cut there
     _experts: ForeignExperts
 
     @classmethod
@@ -36,7 +38,7 @@ class AdaptedStack(AdaptedLayer):
         stack = cls()
         stack._begin()
         stack.parameter, stack.transposed = parameter, experts.is_transposed
-        stack.training = experts.training
+        stack.training, stack.part = experts.training, None
         # Not a submodule: the experts' module has the stack as one.
         object.__setattr__(stack, "_experts", experts)
         return stack
@@ -72,15 +74,29 @@ class AdaptedStack(AdaptedLayer):
         """
         if not self.adapter_enabled:
             return self._restoring()
-        adapter = self.active()
-        lora_A = adapter.lora_A if adapter.lora_R is None else adapter.lora_R @ adapter.lora_A
+        adapter, part = self.active(), self.part
+        lora_A, lora_B, lora_R = local_factors(adapter)
+        lora_A = lora_A if lora_R is None else lora_R @ lora_A
         p = adapter.lora_dropout if self.training else 0.0
+        seed = 0 if part is None else part.seed
+
+        def start() -> StartFactors:
+            found = adapter.implicit_start()
+            return found if part is None else part.of_start(found)
+
         if not is_dynamo_compiling():
-            start = adapter.implicit_start
-            return Factors(lora_A, adapter.lora_B, adapter.scaling, p, start)
-        lora_B, scaling, *found = adapter.operands(dtype)
-        start_A, start_B = found
-        return Factors(lora_A, lora_B, scaling, p, lambda: (start_A, start_B))
+            return Factors(lora_A, lora_B, adapter.scaling, p, start, seed)
+        start_A, start_B = start()
+        lora_B = adapter.scaled(lora_B, dtype)
+        start_B = start_B if start_B is None else adapter.scaled(start_B, dtype)
+        return Factors(lora_A, lora_B, 1.0, p, lambda: (start_A, start_B), seed)
+
+    def distribute(self, adapter_name: str, mesh: Any, placements: tuple[Any, ...]) -> None:
+        """Cuts an adapter's whole factors as the forward needs them where the parameter is laid out
+        so; all processes have the same ones, and nothing is sent.
+        """
+        adapter, shape = self.adapter(adapter_name), self.weight.shape
+        self.part = distribute(adapter, shape, self.transposed, mesh, placements)
 
     def _restoring(self) -> Factors | None:
         if self.absorbed is None:
@@ -89,7 +105,10 @@ class AdaptedStack(AdaptedLayer):
         start = adapter.start_factors()
         if start is None:
             return None
-        return Factors(*start, float(adapter.absorbed_scaling or 0))
+        lora_A, lora_B = start if self.part is None else self.part.of_start(start)
+        if lora_A is None or lora_B is None:
+            return None
+        return Factors(lora_A, lora_B, float(adapter.absorbed_scaling or 0))
 
     def freeze(self) -> None:
         """Sets `requires_grad` of the experts' parameters to False, and marks an absorbed W."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...init.sharded.agree import together
 from ...layers.adapted import AdaptedLayer, transplant
 from ...layers.linear import AdaptedFloatLayer
 from ..experts.module import remove_stack
@@ -36,13 +35,12 @@ def install(
     """
     layers: list[AdaptedLayer] = []
     try:
-        with together(where=any(plan.base.sharded for plan in plans)):
-            for plan in tracked_plans:
-                with rewrapped(plan.base.module):
-                    layers.append(plan.adapted(adapter_name))
-                plan.subtract_()
-                plan.start = plan.trained = None
-                _put(model, saved, plan, plan.base.module, layers[-1])
+        for plan in tracked_plans:
+            with rewrapped(plan.base.module):
+                layers.append(plan.adapted(adapter_name))
+            plan.subtract_()
+            plan.start = plan.trained = None
+            _put(model, saved, plan, plan.base.module, layers[-1])
         place_factors(model, layers, adapter_name)
     except BaseException:
         leave(model, [layer.adapter(adapter_name) for layer in layers])
@@ -164,16 +162,27 @@ def _untie_others(model: nn.Module) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of `torch.compile` and `DistributedDataParallel`."""
+    """The model inside the wrappers of `torch.compile`, `DistributedDataParallel`,
+    `FullyShardedDataParallel` and DeepSpeed's engine.
+    """
     while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
+        if isinstance(model, DistributedDataParallel) or _is_wrapper(model):
+            model = cast(nn.Module, model.module)
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:
             return model
 
 
+def _is_wrapper(model: nn.Module) -> bool:
+    """Whether this is FSDP1's wrapper or DeepSpeed's; neither is imported for the answer."""
+    return any(f"{cls.__module__}.{cls.__name__}" in _WRAPPERS for cls in type(model).__mro__)
+
+
+_WRAPPERS = (
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+    "deepspeed.runtime.engine.DeepSpeedEngine",
+)
 Setting = tuple[nn.Module, str, object]
 
 

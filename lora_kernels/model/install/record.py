@@ -15,10 +15,11 @@ from ...layers.base import base_of
 from ...layers.dequantize import check_cast
 from ..config import LoRAConfig, Replication
 from ..plan import LayerPlan
-from ..starts import naming
+from ..starts import WAITS, WaitingAdapter, naming
 from .blocks import RepeatedBlocks
 from .layers import Setting, adapted_layers, disable_fast_path, unwrapped
 from .saved_modules import SavedTensors
+from .sharded.deepspeed import refuse_initialized
 from .sharded.fsdp import sync_trainable
 
 _RECORD = "_lora_adapters"
@@ -65,7 +66,7 @@ def all_or_nothing(model: nn.Module, record: ModelAdapters, adapter_name: str) -
     except BaseException:
         record.saved.remove(adapter_name)
         record.tokens.pop(adapter_name, None)
-        apply(model, record)
+        apply(model, record, enabled=record.enabled)
         raise
 
 
@@ -83,8 +84,7 @@ def activate_new(
 
 def switch(model: nn.Module, record: ModelAdapters, adapter_name: str) -> None:
     """Makes an adapter the one that is used and trained."""
-    record.active, record.enabled = adapter_name, True
-    apply(model, record)
+    apply(model, record, adapter_name)
     for layer in adapted_layers(model).values():
         for name in layer.adapter_names:
             layer.adapter(name).set_trainable(name == adapter_name)
@@ -100,14 +100,20 @@ def _freeze_base(model: nn.Module, record: ModelAdapters) -> None:
             parameter.requires_grad_(False)
 
 
-def apply(model: nn.Module, record: ModelAdapters) -> None:
-    """Activates the record's active adapter in all layers, and its tensors trained in full."""
+def apply(
+    model: nn.Module, record: ModelAdapters, active: str | None = None, enabled: bool = True
+) -> None:
+    """Activates an adapter in all layers, and its tensors trained in full; by default the record's
+    active one. If the tensors cannot be exchanged, nothing changes.
+    """
+    active = record.active if active is None else active
+    record.saved.activate(active if enabled else None)
+    record.active, record.enabled = active, enabled
     for layer in adapted_layers(model).values():
         has_it = record.active in layer.adapter_names
         if has_it:
             layer.active_adapter = record.active
         layer.adapter_enabled = record.enabled and has_it
-    record.saved.activate(record.active if record.enabled else None)
 
 
 def check_weights(model: nn.Module, plans: Sequence[LayerPlan], record: ModelAdapters) -> None:
@@ -165,6 +171,23 @@ def known_name(record: ModelAdapters, adapter_name: str | None) -> str:
     return adapter_name
 
 
+def waiting_names(model: nn.Module, record: ModelAdapters) -> list[str]:
+    """The adapters that wait for their start in one of their layers."""
+    return [name for name in record.configs if waiting_layers(model, name)]
+
+
+def waiting_layers(model: nn.Module, adapter_name: str) -> dict[str, WaitingAdapter]:
+    """The modules of an adapter that wait for their start, by the layers' names."""
+    found = adapters_of(model, adapter_name).items()
+    return {path: adapter for path, adapter in found if isinstance(adapter, WaitingAdapter)}
+
+
+def check_started(model: nn.Module, adapter_name: str) -> None:
+    """Raises ValueError if the adapter waits for its start."""
+    if waiting_layers(model, adapter_name):
+        raise ValueError(f"adapter {adapter_name!r} {WAITS}")
+
+
 def check_model(model: nn.Module) -> None:
     """Raises TypeError or ValueError if adapters cannot be added to the model."""
     if not isinstance(model, nn.Module):
@@ -175,6 +198,7 @@ def check_model(model: nn.Module) -> None:
         )
     if unwrapped(model) is not model:
         raise TypeError(f"adapt the model before it is wrapped in {type(model).__name__}")
+    refuse_initialized(model)
     if base_of(model) is not None:
         hint = "use LoRALinear.from_linear"
         if isinstance(model, nn.Embedding):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..._utils.names import nearest, without_wrappers
+from ...init.sharded.layout import full_shape, is_flattened
+from ...init.sharded.zero3 import gathered, is_partitioned, is_zero3
 from ...layers.adapted import AdaptedLayer
 from ...layers.base import base_of
 from ...layers.wrapper import LoRAWrapper
@@ -53,7 +55,7 @@ class SavedTensors:
         tied: dict[int, list[Tensor]] = {}  # frozen copies by the original
         for name, (module, key) in places.items():
             base = getattr(module, key)
-            value = base if values is None else values[name]
+            value = values[name] if values else (gathered(base) if is_partitioned(base) else base)
             is_parameter = isinstance(base, nn.Parameter)
             half = is_parameter and base.dtype == torch.float16
             dtype = torch.float32 if half else base.dtype
@@ -73,9 +75,17 @@ class SavedTensors:
         self._frozen[adapter] = frozenset(frozen)
 
     def activate(self, adapter: str | None) -> None:
-        """Puts an adapter's tensors into the modules, or the originals if `adapter` is None."""
+        """Puts an adapter's tensors into the modules, or the originals if `adapter` is None.
+
+        Raises:
+            ValueError: FSDP1 or DeepSpeed's engine holds a tensor, and does not know the other one.
+
+        """
         self._collect()
         own = {} if adapter is None else self._copies.get(adapter, {})
+        for name, (module, key) in self._places.items():
+            original = self._base[name]
+            _check_exchangeable(name, getattr(module, key), own.get(name, original), original)
         for name, (module, key) in self._places.items():
             current, wanted = getattr(module, key), own.get(name, self._base[name])
             if wanted is not current:
@@ -110,6 +120,10 @@ class SavedTensors:
         """An adapter's tensors by name."""
         self._collect()
         return dict(self._copies.get(adapter, {}))
+
+    def module(self, name: str) -> nn.Module:
+        """The module that holds a tensor, or another adapter's in its place."""
+        return self._places[name][0]
 
     def original(self, name: str) -> Tensor:
         """The base's tensor of which adapters have copies."""
@@ -147,6 +161,19 @@ class SavedTensors:
             self._dtypes[name] = current.dtype
             if key in vars(module).get(_CAST, ()):
                 self._base[name].data = self._base[name].data.to(getattr(module, _MARK).dtype)
+
+
+def _check_exchangeable(name: str, current: Tensor, wanted: Tensor, original: Tensor) -> None:
+    """Raises ValueError if `wanted` cannot take the place of `current` in its module."""
+    # Of a partitioned original, the copies are plain until deepspeed.initialize.
+    unknown = is_zero3(current) and not is_zero3(wanted) and current is not original
+    if wanted is not current and (is_flattened(current) or unknown):
+        holder = "FullyShardedDataParallel" if is_flattened(current) else "DeepSpeed's engine"
+        raise ValueError(
+            f"an adapter trains {name} in full (modules_to_save or bias), and {holder} holds its "
+            "copy, which the original cannot replace here: save_adapter, and load it into a model "
+            "that is not wrapped"
+        )
 
 
 # An empty buffer of a module, whose dtype is that of the model, also after `.to(dtype)`.
@@ -316,8 +343,8 @@ def extra_places(model: nn.Module, state: AdapterState) -> dict[str, Place]:
     known = known_places(model)
     for name, value in state.extra.items():
         module, key = _known_place(known, name)
-        shape = getattr(module, key).shape
-        if shape != value.shape:
+        shape = full_shape(getattr(module, key))
+        if shape != tuple(value.shape):
             resized = module in (input_embeddings(model), output_head(model))
             hint = f": model.resize_token_embeddings({len(value)}) first" if resized else ""
             raise ValueError(
@@ -372,7 +399,7 @@ def row_places(
     for name, (module, key) in places.items():
         if name in state.extra or name.rpartition(".")[0] in state.layers:
             raise ValueError(f"the adapter has rows of {name!r} and trains all of it too")
-        rows[name].check(name, getattr(module, key).shape)
+        rows[name].check(name, full_shape(getattr(module, key)))
     return _trainable(places), rows
 
 

@@ -2,7 +2,27 @@
 all processes, or made by one process for all.
 """
 
+from .first_rank import (
+    first_rank_loads,
+    lacks_weights,
+    loaded_device,
+    starts_of_first_rank,
+    tensors_of_first_rank,
+)
 from .job import StartJob, naming
 from .make import make_starts
+from .waiting import WAITS, WaitingAdapter, waiting_adapters
 
-__all__ = ["StartJob", "make_starts", "naming"]
+__all__ = [
+    "WAITS",
+    "StartJob",
+    "WaitingAdapter",
+    "first_rank_loads",
+    "lacks_weights",
+    "loaded_device",
+    "make_starts",
+    "naming",
+    "starts_of_first_rank",
+    "tensors_of_first_rank",
+    "waiting_adapters",
+]

@@ -26,13 +26,21 @@ def ranks_alike(jobs: Sequence[StartJob]) -> Iterator[None]:
     sharded weights every process has a part of one start; and a start that is subtracted from a
     weight before it is sharded has to be the same in all its parts.
     """
-    unseeded = any(job.initializer.draws_unseeded and job.initializer.changes_base for job in jobs)
-    sharded = any(job.base.sharded for job in jobs)
-    if not (has_ranks() and (sharded or unseeded)):
+    if has_ranks() and any(map(_must_draw_alike, jobs)):
+        with agreed_randomness(jobs[0].base.device):
+            yield
+    else:
         yield
-        return
-    with agreed_randomness(jobs[0].base.device):
-        yield
+
+
+def _must_draw_alike(job: StartJob) -> bool:
+    """Whether all processes make the start themselves, and it is, or may be, drawn from generators
+    that differ. Of a plain weight that nobody rewrites, they may have their own starts.
+    """
+    initializer = job.initializer
+    if job.base.sharded:
+        return initializer.draws_unseeded is not False and not initializer.reads_entries
+    return initializer.changes_base and initializer.draws_unseeded is True
 
 
 def read_shards(jobs: Sequence[StartJob]) -> dict[str, Readable]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_kernels.init.sharded.layout import Shards, fill_, full_shape, is_sharded, text_of
+from lora_kernels.init.sharded.subtract import subtract_factors_here_
 from lora_kernels.init.sharded.sums import sums_of
 from lora_kernels.init.sharded.whole import whole
 from lora_kernels.init.sharded.zero3 import (
@@ -37,7 +38,10 @@ def stretches(whole: Tensor, parts: int) -> list[Partition]:
     flat, size = whole.reshape(-1), -(-whole.numel() // parts)
     begins = [min(rank * size, len(flat)) for rank in range(parts)]
     shape = tuple(whole.shape)
-    return [Partition(flat[b : b + size].clone(), b, shape, None, parts) for b in begins]
+    return [
+        Partition(flat[begin : begin + size].clone(), begin, shape, None, parts, rank)
+        for rank, begin in enumerate(begins)
+    ]
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(1, 9))
@@ -119,12 +123,16 @@ def kept_copies(rank: int) -> None:
     values = numbered((5, 3)) + 1
     weight: Any = partition(nn.Parameter(values.clone()))
     gather(weight)  # by GatheredParameters, or because it is small
-    assert not is_partitioned(weight) and not is_sharded(weight)
-    assert torch.equal(gathered(weight), values)
-    weight.data.mul_(3)
-    settle_(weight)
+    assert not is_partitioned(weight) and is_sharded(weight)
+    assert torch.equal(gathered(weight), values) and torch.equal(whole(weight), values)
+    shards = Shards.of(weight)
+    assert [block.data.shape for block in shards.blocks] == [values.shape]
+    wanted = torch.stack([values.double().sum(), (values.double() ** 2).sum()])
+    assert torch.equal(sums_of([shards])[0][0], wanted), "replicas count once"
+    subtract_factors_here_(shards, torch.ones(1, 3), torch.ones(5, 1), -2.0)
+    assert torch.equal(weight, values + 2)
     release(weight)
-    assert torch.equal(gathered(weight), values * 3), "what was written is lost on release"
+    assert torch.equal(gathered(weight), values + 2), "what was written is lost on release"
     weight.ds_secondary_tensor = torch.zeros(15)  # ZeRO++'s, which forwards would gather
     fill_(weight, values)
     settle_(weight)

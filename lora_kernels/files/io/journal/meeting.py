@@ -29,6 +29,11 @@ _POLL = 0.05  # seconds between two looks
 _WATCH = 0.2  # the same, during work
 _PLAN = "plan"
 _ABOUT, _DONE, _FAILED = "about", "done", "failed"
+# The errors that are raised on all ranks; any other becomes an OSError there.
+_KINDS: tuple[type[Exception], ...] = (
+    *(ValueError, TypeError, FileExistsError, FileNotFoundError, BlockingIOError),
+    *(TimeoutError, ConnectionAbortedError, OSError),
+)
 _AGAIN = "repeat the same command to continue"
 
 Message = dict[str, Any]
@@ -162,7 +167,7 @@ class Meeting:
             return error
         wait = isinstance(error, Exception)  # none after Ctrl-C
         text = str(error) if wait else f"rank {self._rank} was interrupted: {_AGAIN}"
-        kind = next((k for k in (ValueError, TypeError) if isinstance(error, k)), OSError)
+        kind = next((kind for kind in _KINDS if isinstance(error, kind)), OSError)
         message = {"kind": kind.__name__, "text": text or type(error).__name__}
         try:
             self._write(f"{self._key}.{_FAILED}", message)
@@ -234,8 +239,8 @@ class Meeting:
         message = self._read(f"{self._keys[rank]}.{_FAILED}")
         if message is None:
             return None
-        kinds = {kind.__name__: kind for kind in (ValueError, TypeError)}
-        return kinds.get(message["kind"], OSError)(message["text"])
+        kind = next(kind for kind in _KINDS if kind.__name__ == message["kind"])
+        return kind(message["text"])
 
     def _wait_for_error(self) -> Exception | None:
         """The error that rank 0 tells; None if it ends without."""

@@ -7,9 +7,11 @@ has other ones, `replicas` does what the public names allow.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,11 +33,12 @@ _GROUP = (
     *("offload_policy", "comm_ctx", "is_sharded", "wait_for_unshard", "_all_gather_result"),
     *("_init_mp_dtypes", "_register_state_dict_hooks", "_partial_reduce_output"),
     *("_module_to_pre_save_state_dict_hook_handle", "_module_to_pre_load_state_dict_hook_handle"),
-    "_post_forward_indices",
+    *("_post_forward_indices", "gradient_divide_factor", "reduce_grads", "all_reduce_grads"),
+    "_all_reduce_hook",
 )
 _PARAMETER = (
     *("_module_info", "sharded_param", "is_dtensor", "all_gather_outputs", "reset_sharded_param"),
-    *("init_dtype_attrs", "_post_load_hook_handle", "_param_fqn"),
+    *("init_dtype_attrs", "_post_load_hook_handle", "_param_fqn", "unsharded_accumulated_grad"),
 )
 _DYNAMO_MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")  # set by fully_shard
 
@@ -165,13 +168,14 @@ def leave(model: nn.Module, modules: Iterable[nn.Module]) -> None:
         _drop_empty_groups(state)
 
 
-def sync_trainable(model: nn.Module) -> None:
+def sync_trainable(model: nn.Module, mixed: bool = False) -> None:
     """Makes FSDP2 follow what has changed in the sharded parameters: which of them train, and
     parameters that were exchanged for others of the same shape.
 
     To be called after each change of `requires_grad`: FSDP2 fixes the dtypes in which a group
     reduces gradients before its first forward. Parameters are exchanged after `reshard`. No
-    collective.
+    collective. With `mixed`, parameters of several dtypes may train in one group, as in a model
+    that FSDP2 has not run yet.
 
     Raises:
         ValueError: parameters of several dtypes train in one group, which FSDP2 cannot reduce.
@@ -184,7 +188,43 @@ def sync_trainable(model: nn.Module) -> None:
             _follow_exchanged(group)
     reshard(model)
     for group in groups or ():
-        _follow_trainable(group)
+        _follow_trainable(group, mixed)
+
+
+@contextmanager
+def summed_gradients(model: nn.Module) -> Iterator[dict[Place, float]]:
+    """Inside the context, every backward reduces the gradients of all data-parallel ranks, also
+    where the user accumulates them before that; what was accumulated comes back afterwards.
+
+    Yields by which number FSDP2 divides the sum of the ranks' gradients, by (module, name) of each
+    parameter that it manages. An error inside ends the forward or backward that it interrupts, with
+    torch 2.13 also for FSDP2, which can then go on.
+
+    Raises:
+        ValueError: the FSDP2 of this torch is not known, or a hook of the user changes the sums.
+
+    """
+    reshard(model)
+    groups = _groups(model)
+    _check_summable(groups)
+    kept = [_set_aside(group) for group in groups or ()]
+    contexts = list({id(c): c for c in (s._state_ctx for s in _states(model))}.values())
+    last = [context.is_last_backward for context in contexts]
+    try:
+        for context in contexts:
+            context.is_last_backward = True
+        sync_trainable(model)
+        yield {p: _divisor(g) for g in groups or () for m in g.fsdp_params for p in _places(m)}
+    except BaseException:
+        for root in _roots(model):
+            if hasattr(root, "_reset_iter_state"):
+                root._reset_iter_state()
+        raise
+    finally:
+        for context, value in zip(contexts, last, strict=True):
+            context.is_last_backward = value
+        for put_back in kept:
+            put_back()
 
 
 # ---- what a model has of FSDP2 -------------------------------------------------------------------
@@ -442,9 +482,9 @@ def _trained_dtypes(group: Any) -> set[torch.dtype]:
     return {p.dtype for p in sharded if p.requires_grad}
 
 
-def _follow_trainable(group: Any) -> None:
+def _follow_trainable(group: Any, mixed: bool) -> None:
     dtypes = _trained_dtypes(group)
-    if len(dtypes) > 1:
+    if len(dtypes) > 1 and not mixed:
         raise ValueError(
             f"parameters of {', '.join(sorted(map(str, dtypes)))} train in one FSDP2 module "
             f"({type(group.modules[0]).__name__}), which reduces gradients in one dtype: train "
@@ -456,4 +496,47 @@ def _follow_trainable(group: Any) -> None:
         if gathered is not None and gathered.requires_grad != trains:
             _check_reduced(group)
             gathered.requires_grad_(trains)
-    group._init_mp_dtypes()
+    if len(dtypes) < 2:
+        group._init_mp_dtypes()
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def _check_summable(groups: list[Any] | None) -> None:
+    """Raises ValueError if it is not known what FSDP2 makes of gradients."""
+    advice = "capture the gradients before fully_shard is applied"
+    if groups is None:
+        raise ValueError(f"the FSDP2 of torch {torch.__version__} is not known here: {advice}")
+    if any(group._all_reduce_hook is not None for group in groups):
+        raise ValueError(
+            f"a hook changes the gradients that FSDP2 reduces (set_all_reduce_hook): {advice}"
+        )
+
+
+def _divisor(group: Any) -> float:
+    """The number by which a group divides the sum of its ranks' gradients."""
+    if group.gradient_divide_factor is not None:
+        return float(group.gradient_divide_factor)
+    sizes = (getattr(group.mesh_info, f"{n}_mesh_size", 1) for n in ("shard", "replicate"))
+    return float(math.prod(sizes))
+
+
+def _set_aside(group: Any) -> Callable[[], None]:
+    """Lets a group reduce every gradient at once, and only new ones; the result undoes this."""
+    names = ("reduce_grads", "all_reduce_grads", "_partial_reduce_output")
+    settings = {name: getattr(group, name) for name in names}
+    held = [(p, p.unsharded_accumulated_grad) for p in group.fsdp_params]
+    gathered = [getattr(p, "_unsharded_param", None) for p in group.fsdp_params]
+    grads = [(p, p.grad) for p in gathered if p is not None]
+
+    def put(values: dict[str, Any], accumulated: bool) -> None:
+        for name, value in values.items():
+            setattr(group, name, value)
+        for parameter, total in held:
+            parameter.unsharded_accumulated_grad = total if accumulated else None
+        for parameter, grad in grads:
+            parameter.grad = grad if accumulated else None
+
+    put(dict(zip(names, (True, True, None), strict=True)), accumulated=False)
+    return functools.partial(put, settings, accumulated=True)

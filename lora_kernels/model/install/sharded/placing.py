@@ -10,8 +10,8 @@ from torch import nn
 from ....init.sharded.layout import is_dtensor
 from ....layers.adapted import AdaptedLayer
 from ...experts.stack import AdaptedStack
-from .fsdp import join, unsharded_layouts
-from .replicas import Place
+from .fsdp import fsdp_modules, join, unsharded_layouts
+from .replicas import Layout, Place
 from .tensor_parallel import distribute_factors
 
 
@@ -22,18 +22,21 @@ def place_factors(model: nn.Module, layers: Sequence[AdaptedLayer], adapter_name
     All processes have the same whole factors before, so that nothing is sent.
     """
     weights = [_weight_place(layer) for layer in layers]
-    if not any(is_dtensor(module._parameters[name]) for module, name in weights):
+    inside = {part for module in fsdp_modules(model) for part in module.modules()}
+    if not inside and not any(is_dtensor(module._parameters.get(name)) for module, name in weights):
         return
     layouts = unsharded_layouts(model)
     members: dict[Place, Place] = {}
     for layer, place in zip(layers, weights, strict=True):
-        adapter, weight = layer.adapter(adapter_name), place[0]._parameters[place[1]]
+        adapter, weight = layer.adapter(adapter_name), place[0]._parameters.get(place[1])
         layout = layouts.get(place)
-        if layout is not None:
+        if layout is None and place not in layouts and weight is not None and is_dtensor(weight):
+            layout = Layout(weight.device_mesh, weight.placements)  # type: ignore[attr-defined]
+        if layout is not None and isinstance(layer, AdaptedStack):
+            layer.distribute(adapter_name, layout.mesh, layout.placements)
+        elif layout is not None:
             distribute_factors(adapter, layout.mesh, layout.placements)
-        elif place not in layouts and weight is not None and is_dtensor(weight):
-            distribute_factors(adapter, weight.device_mesh, weight.placements)  # type: ignore[attr-defined]
-        if place in layouts:
+        if place[0] in inside:  # also where FSDP2 ignores W itself
             own = (name for name, parameter in adapter._parameters.items() if parameter is not None)
             members |= {(adapter, name): place for name in own}
     join(model, members)

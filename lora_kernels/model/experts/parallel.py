@@ -1,0 +1,151 @@
+"""Factors of experts whose parameters are DTensors in the forward: transformers' expert parallelism
+(a process has some of the experts) and tensor parallelism (a process has a part of each).
+
+With W [E, out, in] cut along E, A and B are cut as W is, and every process trains those of its own
+experts. Cut along `out`, B is cut and A is the same everywhere; cut along `in`, A is cut and B the
+same. Every process adds a part to the gradient of what is the same, so that autograd sums it: no
+collective in the forward, one all-reduce of A or B in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...init.sharded.layout import axis_places, is_dtensor
+from ...layers.adapter import Adapter
+
+DTensor = Any  # torch.distributed is imported only for a tensor that needs it
+Mesh = Any
+Placements = tuple[Any, ...]
+_EXPERTS, _OUT, _IN = 0, 1, 2
+# Which sizes of W [E, out, in] the sizes of a factor are; None is the rank.
+_AXES: dict[str, tuple[int | None, ...]] = {
+    "lora_A": (_EXPERTS, None, _IN),
+    "lora_B": (_EXPERTS, _OUT, None),
+    "lora_R": (_EXPERTS, None, None),
+}
+_AXES |= {"start_A": _AXES["lora_A"], "start_B": _AXES["lora_B"]}
+
+
+@dataclass(frozen=True)
+class LocalPart:
+    """What this process has of W [E, out, in] in the forward: for each size, runs of its indices.
+
+    Attributes:
+        runs: of E, of out and of in.
+
+    """
+
+    runs: tuple[list[slice], ...]
+
+    @property
+    def seed(self) -> int:
+        """Changes the seed of a dropout: the processes' inputs of A are of other experts
+        or are other columns, and must not have one mask.
+        """
+        experts, _, columns = ((runs or [slice(0, 0)])[0].start for runs in self.runs)
+        return (experts << 32) + columns
+
+    def of(self, whole: Tensor, name: str) -> Tensor:
+        """A copy of this process's part of a factor, `name` is "lora_A" and the like."""
+        part = whole
+        for dim, axis in enumerate(_AXES[name]):
+            if axis is not None:
+                cuts = [
+                    part.narrow(dim, run.start, run.stop - run.start) for run in self.runs[axis]
+                ]
+                part = torch.cat(cuts, dim)
+        return part.contiguous()
+
+    def of_start(self, start: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """This process's parts of A₀ and B₀, which are whole or DTensors; of None, None."""
+        names = ("start_A", "start_B")
+        A, B = (t if t is None else _own(self, t, n) for t, n in zip(start, names, strict=True))
+        return A, B
+
+
+def distribute(
+    adapter: Adapter, shape: Sequence[int], transposed: bool, mesh: Mesh, placements: Placements
+) -> LocalPart:
+    """Replaces an adapter's whole factors, which all processes have alike, by DTensors that fit the
+    W that is laid out so in the forward. Nothing is sent. What this process has of W.
+
+    `shape` is that of the stored parameter, [E, in, out] if `transposed`.
+    """
+    from torch.distributed.tensor import DTensor
+
+    order = (_EXPERTS, _IN, _OUT) if transposed else (_EXPERTS, _OUT, _IN)
+    stored = axis_places(shape, mesh, placements)
+    part = LocalPart(tuple(stored[order.index(axis)] for axis in (_EXPERTS, _OUT, _IN)))
+    for name, axes in _AXES.items():
+        whole = getattr(adapter, name)
+        if whole is None:
+            continue
+        local = part.of(whole.detach(), name)
+        placed = [_placement(placement, order, axes) for placement in placements]
+        cut = DTensor.from_local(
+            local, mesh, placed, run_check=False, shape=whole.shape, stride=_strides(whole.shape)
+        )
+        if isinstance(whole, nn.Parameter):
+            cut = nn.Parameter(cut, requires_grad=whole.requires_grad)
+        setattr(adapter, name, cut)
+    return part
+
+
+def local_factors(adapter: Adapter) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A [E, r, in], B [E, out, r] and R [E, r, r] or None, as plain tensors of this process's part,
+    through which the gradients reach all processes that need them.
+    """
+    A, B, R = adapter.lora_A, adapter.lora_B, adapter.lora_R
+    if not is_dtensor(A):
+        return A, B, R
+    pairs = zip(_placements(A), _placements(B), strict=True)
+    # Where one of the two is cut, each process has a part of the gradient of the other one.
+    split = [a.is_replicate() != b.is_replicate() for a, b in pairs]
+    return _local(A, split), _local(B, split), None if R is None else _local(R, split)
+
+
+def _own(part: LocalPart, tensor: DTensor, name: str) -> Tensor:
+    own: Tensor = tensor.to_local() if is_dtensor(tensor) else part.of(tensor, name)
+    return own
+
+
+def _placements(factor: DTensor) -> Placements:
+    return tuple(factor.placements)
+
+
+def _local(factor: DTensor, split: Sequence[bool]) -> Tensor:
+    from torch.distributed.tensor import Partial
+
+    placements = _placements(factor)
+    grads = [
+        Partial() if is_split and placement.is_replicate() else placement
+        for placement, is_split in zip(placements, split, strict=True)
+    ]
+    if any(grad is not placement for grad, placement in zip(grads, placements, strict=True)):
+        # Nothing moves here; in the backward the sum is formed, which the optimizer needs.
+        factor = factor.redistribute(placements=placements)
+    local: Tensor = factor.to_local(grad_placements=grads)
+    return local
+
+
+def _placement(of_weight: Any, order: Sequence[int], axes: Sequence[int | None]) -> Any:
+    """The placement of a factor, of whose sizes `axes` tells which ones of W they are."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    dim = getattr(of_weight, "dim", None)
+    axis = None if dim is None else order[dim]
+    if axis is None or axis not in axes:
+        return Replicate()
+    if hasattr(of_weight, "split_factor"):
+        return type(of_weight)(axes.index(axis), split_factor=of_weight.split_factor)
+    return Shard(axes.index(axis))
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return torch.empty(tuple(shape), device="meta").stride()

@@ -1,0 +1,62 @@
+"""Models of which only the first process has the weights while their adapters start.
+
+accelerate's FSDP with `cpu_ram_efficient_loading` copies the weights of the first process to the
+others when it shards the model. Until then those of the others may be uninitialized or on meta.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ...init.sharded.agree import has_ranks, is_first_rank, shared
+from ...init.sharded.owners import moved
+from ...init.start import Start
+from ...layers.base import BaseLayer
+
+_VARIABLES = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+_CPU = torch.device("cpu")
+
+
+def first_rank_loads(bases: Iterable[BaseLayer]) -> bool:
+    """Whether accelerate will give all processes the layers' weights of the first one: by the
+    environment that `accelerate launch` and `TrainingArguments` set.
+    """
+    is_asked = all(_is_true(os.environ.get(name, "")) for name in _VARIABLES)
+    return is_asked and has_ranks() and not any(base.sharded for base in bases)
+
+
+def lacks_weights(bases: Iterable[BaseLayer]) -> bool:
+    """Whether another process than this one has the weights of the layers."""
+    return first_rank_loads(bases) and not is_first_rank()
+
+
+def starts_of_first_rank(
+    make: Callable[[], Mapping[str, Start]], devices: Mapping[str, torch.device]
+) -> dict[str, Start]:
+    """`make()` of the first process, on all; the starts are moved to these devices, or to the CPU
+    instead of meta.
+
+    Raises:
+        Exception: what `make` raised, on all processes.
+
+    """
+    found = shared(0, lambda: {name: moved(start, _CPU) for name, start in make().items()})
+    return {name: moved(start, loaded_device(devices[name])) for name, start in found.items()}
+
+
+def tensors_of_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first process's tensors of these names on all, on the CPU."""
+    return shared(0, lambda: {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+
+
+def loaded_device(device: torch.device) -> torch.device:
+    """The device, or the CPU for meta: where accelerate expects tensors that have values."""
+    return _CPU if device.type == "meta" else device
+
+
+def _is_true(text: str) -> bool:
+    return text.lower() in ("1", "true", "yes", "y", "t", "on")

@@ -1,0 +1,72 @@
+"""What tests of sharded models share: a batch, training on it, and a model's tensors as a whole."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .tiny_models import VOCABULARY
+
+BATCH = torch.randint(1, VOCABULARY, (4, 10), generator=torch.Generator().manual_seed(0))
+
+
+def fully_sharded(model: nn.Module, mesh=None, **options) -> nn.Module:
+    """The Hugging Face model, with FSDP2 on each block and on the root."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def trained(model: nn.Module, steps: int = 5, parts: int | None = None) -> list[float]:
+    """The losses of `steps` steps of AdamW. Of `parts` processes, each takes its share of the batch,
+    and the losses are the mean; None: all of `torch.distributed`, or one.
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    parts = ranks if parts is None else parts
+    rank = dist.get_rank() * parts // ranks if ranks > 1 else 0
+    own = BATCH.tensor_split(parts)[rank]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=own, labels=own).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if ranks > 1:
+            dist.all_reduce(mean)
+        losses.append(float(mean) / ranks)
+    return losses
+
+
+def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters, gathered."""
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=BATCH).logits
+    return found
+
+
+def shared_folder() -> Path:
+    """A new folder, the same on all ranks."""
+    found = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return Path(found[0])
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The largest difference of two models' tensors, which have the same names."""
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)

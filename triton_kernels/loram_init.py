@@ -92,10 +92,10 @@ def loram_init_(
 
 
 def kept_bits(dtype: torch.dtype) -> int:
-    """The mask of the bits of β that are kept: 32 significant ones, or all for float64 weights, as
+    """The mask of the bits of β that are kept: 41 significant ones, or all for float64 weights, as
     `shortened` in lora_kernels/ops/loram_init.py says.
     """
-    return -1 if dtype == torch.float64 else -(1 << 21)
+    return -1 if dtype == torch.float64 else -(1 << 12)
 
 
 class _Awaited:

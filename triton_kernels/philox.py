@@ -16,12 +16,13 @@ BLOCK_ROWS, BLOCK_COLS = 16, 256
 
 
 @triton.jit
-def drop(x, seed, row, col_begin, threshold, keep_scale, COLS: tl.constexpr):
+def drop(x, seed, row, col_begin, threshold, keep_scale, COLS: tl.constexpr, quad_offset=0):
     """x [ROWS, COLS] with each element set to zero or multiplied by `keep_scale`, in x's dtype.
 
-    `row` [ROWS] are the row indices; the columns begin at `col_begin`, a multiple of 4.
+    `row` [ROWS] are the row indices; the columns begin at `col_begin` + 4 `quad_offset`, where
+    `col_begin` is a multiple of 4.
     """
-    quad = col_begin // 4 + tl.arange(0, COLS // 4)  # four columns share a counter
+    quad = col_begin // 4 + quad_offset + tl.arange(0, COLS // 4)  # four columns share a counter
     zero = tl.zeros([x.shape[0], COLS // 4], tl.uint32)
     c0 = zero + quad.to(tl.uint32)[None, :]
     c2 = zero + row.to(tl.uint32)[:, None]
@@ -33,7 +34,7 @@ def drop(x, seed, row, col_begin, threshold, keep_scale, COLS: tl.constexpr):
     return kept.to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["rows", "threshold", "col_offset"])
+@triton.jit(do_not_specialize=["rows", "threshold", "quad_offset"])
 def dropout_kernel(
     x,
     out,
@@ -43,7 +44,7 @@ def dropout_kernel(
     x_stride,
     threshold,
     keep_scale,
-    col_offset,
+    quad_offset,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -52,8 +53,8 @@ def dropout_kernel(
     col = begin + tl.arange(0, BLOCK_COLS)
     mask = (row < rows)[:, None] & (col < cols)[None, :]
     value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0)
-    first = col_offset + begin
-    dropped = drop(value, tl.load(seed), row, first, threshold, keep_scale, BLOCK_COLS)
+    word = tl.load(seed)
+    dropped = drop(value, word, row, begin, threshold, keep_scale, BLOCK_COLS, quad_offset)
     tl.store(out + row[:, None] * cols + col[None, :], dropped, mask=mask)
 
 
@@ -78,7 +79,7 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor, col_offset: int = 0) 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, cols = x.shape
     if x.numel():
-        _plan(rows, cols, x.stride(0))((x, out, seed), (*mask_arguments(p), col_offset))
+        _plan(rows, cols, x.stride(0))((x, out, seed), (*mask_arguments(p), col_offset // 4))
     return out
 
 

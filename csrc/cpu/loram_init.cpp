@@ -46,16 +46,16 @@ bool residual_fits(const at::Tensor& weight, double norm, double coefficient, in
   return bound + norm <= limit || bound + weight.abs().max().item<double>() <= limit;
 }
 
-// A float64 rounded to 32 significant bits, unless the weight is float64: see `shortened` in
+// A float64 rounded to 41 significant bits, unless the weight is float64: see `shortened` in
 // lora_kernels/ops/loram_init.py.
 double shortened(double value, at::ScalarType dtype) {
   if (dtype == at::kDouble) {
     return value;
   }
-  constexpr int64_t kLow = 1 << 20;
+  constexpr int64_t kHalf = 1 << 11;
   int64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(bits));
-  bits = (bits + kLow) & (-2 * kLow);
+  bits = (bits + kHalf) & (-2 * kHalf);
   std::memcpy(&value, &bits, sizeof(bits));
   return value;
 }

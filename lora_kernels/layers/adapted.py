@@ -193,7 +193,7 @@ def exchange_class(module: nn.Module, cls: type[nn.Module]) -> None:
     old: Any = type(module)
     new: Any = cls  # nn.Module's annotations make it no Hashable for type checkers
     module.__class__ = _sharded_class(old, new) if class_of(module) is not old else new
-    if "_hf_hook" in vars(module):
+    if getattr(vars(module).get("_old_forward"), "__self__", None) is module:  # accelerate's hook
         bound: Any = cls.forward
         object.__setattr__(module, "_old_forward", bound.__get__(module))
 

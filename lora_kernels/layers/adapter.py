@@ -22,6 +22,7 @@ from .state import LayerState, WithStart, product_factors
 _CALLS = (nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__)
 _OWN_STATE = ("start_A", "start_B", "_extra_state")  # what is no Parameter
 _Pair = tuple[Tensor, Tensor]
+_NORM_BITS = 32  # of the stored norm of W, which only tells one base from another
 _LOAD = "load it as a further adapter, load_adapter(..., adapter_name=...)"
 
 
@@ -279,7 +280,7 @@ class Adapter(WithStart, nn.Module):
         stored = self.beta is None and not self._rewritten and not zero
         norm = None if self._rewritten else self._weight_norm
         if norm is not None:  # the file of sharded weights has the bytes of one process
-            norm = shortened(norm, self.lora_A.dtype)
+            norm = shortened(norm, self.lora_A.dtype, _NORM_BITS)
 
         def number(value: Tensor | None) -> float | Tensor | None:
             if value is None or value.dim() == 1:

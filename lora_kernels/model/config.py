@@ -19,6 +19,7 @@ from .._utils.peft_names import (
     TASK_TYPES,
 )
 from ..init import Initializer, get_initializer
+from ..init.sharded.layout import pieces
 from ..layers.options import DEFAULT_ALPHA, AdapterOptions, lora_scaling, resolve_rule
 from ..layers.state import LayerState
 
@@ -266,9 +267,14 @@ class TokenRows:
 
     @torch.no_grad()
     def put_(self, weight: Tensor) -> Tensor:
-        """Writes the rows into the weight, in its dtype, and returns it."""
-        index = torch.tensor(self.indices, device=weight.device)
-        return weight.index_copy_(0, index, self.values.to(weight.device, weight.dtype))
+        """Writes the rows into the weight, in its dtype, and returns it. Of a DTensor, the rows
+        that are here.
+        """
+        for data, (rows, cols) in pieces(weight):
+            own = [k for k, row in enumerate(self.indices) if rows.start <= row < rows.stop]
+            index = torch.tensor([self.indices[k] - rows.start for k in own], device=data.device)
+            data.index_copy_(0, index.long(), self.values[own, cols].to(data.device, data.dtype))
+        return weight
 
 
 # PEFT's `layer_replication`: the blocks of the adapted model are those of the base from each start

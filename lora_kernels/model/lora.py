@@ -57,7 +57,7 @@ from .install.saved_modules import (
     saved_places,
     trained_biases,
 )
-from .install.sharded.fsdp import leave, reshard
+from .install.sharded.fsdp import leave, reshard, sync_trainable
 from .install.sharded.fsdp1 import by_unit
 from .originals import OriginalWeights
 from .plan import LayerPlan, check_norms, plan_layers, plan_starts, plan_states
@@ -197,6 +197,7 @@ def merge_lora(
     leave(model, adapters)
     untie_if_needed(model)
     separate_blocks(model, record.replication)
+    sync_trainable(model)
     forget(model, record)
     return model
 
@@ -227,8 +228,9 @@ def unload_lora(model: nn.Module) -> nn.Module:
 
     """
     record = needed_record(model)
-    record.saved.activate(None)
     reshard(model)
+    record.saved.activate(None)
+    sync_trainable(model, mixed=True)
     adapted = layers_with_names(model)
     adapters = [layer.adapters for _, layer in adapted]
     for whole_here, own in by_unit(model, adapted, lambda entry: entry[1], write=True):
@@ -421,12 +423,7 @@ def _add_state(
         record.saved.add(adapter_name, places, values, {*frozen, *rows})
         record.tokens[adapter_name] = _tokens(state, rows)
         install(model, record.saved, plans, tracked(plans, "loading", progress), adapter_name)
-    activate_new(model, record, state.config, adapter_name)
-    if not is_trainable:
-        for layer in adapted_layers(model).values():
-            if adapter_name in layer.adapter_names:
-                layer.adapter(adapter_name).set_trainable(False)
-        record.saved.set_trainable(adapter_name, False)
+    activate_new(model, record, state.config, adapter_name, is_trainable)
     return make_report(model, adapter_name, plans, selection, places, time.perf_counter() - began)
 
 
@@ -443,6 +440,7 @@ def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> N
     name = known_name(record, adapter_name)
     check_started(model, name)
     _check_replication(record, state)
+    reshard(model)
     state = settled_weights(model, state)
     adapters, extra = adapters_of(model, name), record.saved.tensors(name)
     extra = {without_wrappers(path): tensor for path, tensor in extra.items()}

@@ -33,7 +33,7 @@ def rank_product(z, B, row, col, M, N, r, b_row, b_col, RANKS: tl.constexpr, BLO
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "col_offset"])
+@triton.jit(do_not_specialize=["M", "threshold", "quad_offset"])
 def expand_kernel(
     y,
     bias,
@@ -53,7 +53,7 @@ def expand_kernel(
     scale0,
     threshold,
     keep_scale,
-    col_offset,
+    quad_offset,
     HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -69,8 +69,8 @@ def expand_kernel(
     col = begin + tl.arange(0, BLOCK_N)
     value = scale * rank_product(z, B, row, col, M, N, r, b_row, b_col, RANKS, BLOCK_R)
     if HAS_DROPOUT:
-        first = col_offset + begin
-        value = drop(value, tl.load(seed), row, first, threshold, keep_scale, BLOCK_N)
+        word = tl.load(seed)
+        value = drop(value, word, row, begin, threshold, keep_scale, BLOCK_N, quad_offset)
     if HAS_START:
         value += scale0 * rank_product(z0, B0, row, col, M, N, r, b0_row, b0_col, RANKS, BLOCK_R)
     if HAS_BIAS:
@@ -109,7 +109,7 @@ def expand(
             start,
             z if seed is None else seed,
         ),
-        (scale, scale0, *mask_arguments(dropout), col_offset),
+        (scale, scale0, *mask_arguments(dropout), col_offset // 4),
     )
     return y
 

@@ -79,7 +79,7 @@ def dz_dB_kernel(
         tl.store(dB_parts + where, dB, mask=(col < N)[None, :] & (rank < r)[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "chunk", "threshold", "col_offset"])
+@triton.jit(do_not_specialize=["M", "chunk", "threshold", "quad_offset"])
 def dA_kernel(
     dz,
     x,
@@ -92,7 +92,7 @@ def dA_kernel(
     x_stride,
     threshold,
     keep_scale,
-    col_offset,
+    quad_offset,
     HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -113,8 +113,9 @@ def dA_kernel(
         mask = (row < M)[:, None] & (col < K)[None, :]
         value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0)
         if HAS_DROPOUT:
-            first = col_offset + begin_col
-            value = drop(value, seed_value, row, first, threshold, keep_scale, BLOCK_K)
+            value = drop(
+                value, seed_value, row, begin_col, threshold, keep_scale, BLOCK_K, quad_offset
+            )
         left = load_z(dz, row, rank, M, r)
         acc = tl.dot(tl.trans(left), value, acc, input_precision="ieee")  # [BLOCK_R, BLOCK_K]
     where = tl.program_id(1).to(tl.int64) * r * K + rank[:, None] * K + col[None, :]
@@ -207,7 +208,7 @@ def dA(
     (M, K), r = x.shape, dz.shape[1]
     launch = _plan_dA((M, K, r), x.stride(0), dropout > 0)
     parts = torch.empty((launch.grid[1], r, K), dtype=torch.float32, device=x.device)
-    launch((dz, x, parts, x if seed is None else seed), (*mask_arguments(dropout), col_offset))
+    launch((dz, x, parts, x if seed is None else seed), (*mask_arguments(dropout), col_offset // 4))
     return reduce(parts, dtype)
 
 

@@ -19,7 +19,7 @@ from ..philox import drop, mask_arguments
 from .rank import ENOUGH_PROGRAMS, load_Bt, rank_block, rank_unit, reduce, thin_product
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "col_offset"])
+@triton.jit(do_not_specialize=["M", "threshold", "quad_offset"])
 def shrink_kernel(
     x,
     A,
@@ -38,7 +38,7 @@ def shrink_kernel(
     split_length,
     threshold,
     keep_scale,
-    col_offset,
+    quad_offset,
     HAS_START: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -69,8 +69,7 @@ def shrink_kernel(
             a0 = load_Bt(A0, col, rank, r, K, a0_row, a0_col).to(value.dtype)
             acc0 = thin_product(value, a0, acc0, TRANSPOSED)
         if HAS_DROPOUT:
-            first = col_offset + k
-            value = drop(value, seed_value, row, first, threshold, keep_scale, BLOCK_K)
+            value = drop(value, seed_value, row, k, threshold, keep_scale, BLOCK_K, quad_offset)
         a = load_Bt(A, col, rank, r, K, a_row, a_col).to(value.dtype)
         acc = thin_product(value, a, acc, TRANSPOSED)
     if TRANSPOSED:
@@ -138,7 +137,7 @@ def shrink_parts(
     out = torch.empty((parts, x.shape[0], A.shape[0]), dtype=dtype, device=x.device)
     out0 = None if A0 is None else torch.empty_like(out)
     others = (out if out0 is None else out0, x if seed is None else seed)
-    launch((x, A, start, out, *others), (*mask_arguments(dropout), col_offset))
+    launch((x, A, start, out, *others), (*mask_arguments(dropout), col_offset // 4))
     return out, out0
 
 

@@ -34,7 +34,8 @@ class LoRAExperts(nn.Module):
         """The output [T, H] of hidden_states [T, H], with the experts `top_k_index` [T, k] and
         their weights `top_k_weights` [T, k]: the contract of transformers' experts.
         """
-        found = {name: stack.factors(stack.weight.dtype) for name, stack in stacks_of(self).items()}
+        stacks = stacks_of(self)
+        found = {name: stack.factors(stack.weight.dtype) for name, stack in stacks.items()}
         factors = {name: own for name, own in found.items() if own is not None}
         if not factors:
             y: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)

@@ -35,11 +35,12 @@ def use_own_forward(experts: nn.Module) -> None:
 
 def _kept(experts: nn.Module) -> Iterator[Put]:
     """For each place in which the forward has kept the class's one, a function that replaces it."""
-    waiting: list[Any] = [vars(experts).get("forward")]
+    # accelerate's hook keeps the module's forward, whatever it is, under another name.
+    waiting: list[Any] = [vars(experts).get(name) for name in ("forward", "_old_forward")]
     seen: set[int] = set()
     while waiting:
         holder = waiting.pop()
-        if id(holder) in seen:
+        if holder is None or id(holder) in seen:
             continue
         seen.add(id(holder))
         for value, put in _contents(holder):

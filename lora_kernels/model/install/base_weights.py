@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from ...layers.adapted import AdaptedLayer
 from ...layers.linear import AdaptedFloatLayer
 from ..config import AdapterState
 from .saved_modules import known_places
+from .sharded.copies import holds
 
 
 def settled_weights(model: nn.Module, state: AdapterState) -> AdapterState:
@@ -30,8 +30,7 @@ def settled_weights(model: nn.Module, state: AdapterState) -> AdapterState:
         here = original_weight(module) if key else None
         if here is None:  # an error will say so
             continue
-        value = extra[name].to(here.device, here.dtype)
-        if value.shape == here.shape and torch.equal(value, here):
+        if holds(here, extra[name]):
             del extra[name]
             continue
         shared = getattr(module, key)

@@ -20,7 +20,8 @@ from .blocks import RepeatedBlocks
 from .layers import Setting, adapted_layers, disable_fast_path, unwrapped
 from .saved_modules import SavedTensors
 from .sharded.deepspeed import refuse_initialized
-from .sharded.fsdp import sync_trainable
+from .sharded.fsdp import reshard, sync_trainable
+from .sharded.placing import check_experts
 
 _RECORD = "_lora_adapters"
 
@@ -71,7 +72,11 @@ def all_or_nothing(model: nn.Module, record: ModelAdapters, adapter_name: str) -
 
 
 def activate_new(
-    model: nn.Module, record: ModelAdapters, config: LoRAConfig, adapter_name: str
+    model: nn.Module,
+    record: ModelAdapters,
+    config: LoRAConfig,
+    adapter_name: str,
+    trains: bool = True,
 ) -> None:
     """Enters a new adapter, whose layers are installed, into the record and activates it."""
     if not record.configs:
@@ -79,17 +84,19 @@ def activate_new(
         setattr(unwrapped(model), _RECORD, record)
     record.settings += disable_fast_path(model)
     record.configs[adapter_name] = config
-    switch(model, record, adapter_name)
+    switch(model, record, adapter_name, trains)
 
 
-def switch(model: nn.Module, record: ModelAdapters, adapter_name: str) -> None:
-    """Makes an adapter the one that is used and trained."""
+def switch(
+    model: nn.Module, record: ModelAdapters, adapter_name: str, trains: bool = True
+) -> None:
+    """Makes an adapter the one that is used and, unless `trains` is False, trained."""
     apply(model, record, adapter_name)
     for layer in adapted_layers(model).values():
         for name in layer.adapter_names:
-            layer.adapter(name).set_trainable(name == adapter_name)
+            layer.adapter(name).set_trainable(trains and name == adapter_name)
     for name in record.configs:
-        record.saved.set_trainable(name, name == adapter_name)
+        record.saved.set_trainable(name, trains and name == adapter_name)
     sync_trainable(model)
 
 
@@ -107,7 +114,12 @@ def apply(
     active one. If the tensors cannot be exchanged, nothing changes.
     """
     active = record.active if active is None else active
+    exchanges = bool(record.saved.names)
+    if exchanges:
+        reshard(model)  # between two forwards, FSDP2's modules may hold gathered tensors
     record.saved.activate(active if enabled else None)
+    if exchanges:
+        sync_trainable(model, mixed=True)
     record.active, record.enabled = active, enabled
     for layer in adapted_layers(model).values():
         has_it = record.active in layer.adapter_names
@@ -117,8 +129,8 @@ def apply(
 
 
 def check_weights(model: nn.Module, plans: Sequence[LayerPlan], record: ModelAdapters) -> None:
-    """Raises ValueError for a layer whose weight another adapter trains in full, or is stored in
-    float8 and not cast for the forward.
+    """Raises ValueError for a layer whose weight another adapter trains in full, is stored in
+    float8 and not cast for the forward, or is cut in a way that its forward cannot follow.
     """
     for plan in plans:
         if plan.base.kind == "float8" and not _is_in_hooked(model, plan.name):
@@ -131,6 +143,7 @@ def check_weights(model: nn.Module, plans: Sequence[LayerPlan], record: ModelAda
                 "out with exclude_modules; a layer is adapted by some adapters or trained in full "
                 "by others"
             )
+    check_experts(model, plans)
 
 
 def _is_in_hooked(model: nn.Module, name: str) -> bool:

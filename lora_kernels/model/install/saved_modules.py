@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._utils.names import nearest, without_wrappers
-from ...init.sharded.layout import full_shape, is_flattened
+from ...init.sharded.layout import full_shape, is_dtensor, is_flattened
 from ...init.sharded.zero3 import gathered, is_partitioned, is_zero3
 from ...layers.adapted import AdaptedLayer
 from ...layers.base import base_of
@@ -17,6 +17,7 @@ from ...layers.wrapper import LoRAWrapper
 from ..config import AdapterState, TokenRows
 from ..plan import LayerPlan
 from ..selection import input_embeddings, match_modules, output_head
+from .sharded.copies import are_equal, copied_like, sharded_from_first
 
 Place = tuple[nn.Module, str]  # a module, and the name of its attribute that holds the tensor
 
@@ -59,9 +60,9 @@ class SavedTensors:
             is_parameter = isinstance(base, nn.Parameter)
             half = is_parameter and base.dtype == torch.float16
             dtype = torch.float32 if half else base.dtype
-            copy = value.detach().to(base.device, dtype, copy=True)
+            copy = copied_like(value, base, dtype)
             same = tied.setdefault(id(base), []) if name in frozen else []
-            equal = next((other for other in same if torch.equal(other, copy)), None)
+            equal = next((other for other in same if are_equal(other, copy)), None)
             if equal is None:
                 equal = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
                 same.append(equal)
@@ -75,7 +76,8 @@ class SavedTensors:
         self._frozen[adapter] = frozenset(frozen)
 
     def activate(self, adapter: str | None) -> None:
-        """Puts an adapter's tensors into the modules, or the originals if `adapter` is None.
+        """Puts an adapter's tensors into the modules, or the originals if `adapter` is None. Those
+        that were stored while the model was not yet sharded, as it is now, are sharded first.
 
         Raises:
             ValueError: FSDP1 or DeepSpeed's engine holds a tensor, and does not know the other one.
@@ -90,7 +92,7 @@ class SavedTensors:
             current, wanted = getattr(module, key), own.get(name, self._base[name])
             if wanted is not current:
                 # Stored tensors do not follow the model to another device.
-                wanted.data = wanted.data.to(current.device)
+                wanted = self._fitted(wanted, current)
                 setattr(module, key, wanted)
                 self._dtypes[name] = wanted.dtype
             base = self._base[name].dtype
@@ -107,7 +109,7 @@ class SavedTensors:
             module, key = self._places[name]
             if key in vars(module).get(_CAST, ()):
                 _read_as_it_is(module, key)
-                tensor.data = tensor.data.to(self._base[name].dtype)
+                self._cast(tensor, self._base[name].dtype)
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Sets `requires_grad` of an adapter's parameters."""
@@ -120,6 +122,11 @@ class SavedTensors:
         """An adapter's tensors by name."""
         self._collect()
         return dict(self._copies.get(adapter, {}))
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of the tensors of which adapters have, or had, copies."""
+        return self._places.keys()
 
     def module(self, name: str) -> nn.Module:
         """The module that holds a tensor, or another adapter's in its place."""
@@ -157,10 +164,39 @@ class SavedTensors:
             if current.dtype not in (self._dtypes[name], torch.float32):
                 for tensors in (self._base, *self._copies.values()):
                     if name in tensors:
-                        tensors[name].data = tensors[name].data.to(current.dtype)
+                        self._cast(tensors[name], current.dtype)
             self._dtypes[name] = current.dtype
             if key in vars(module).get(_CAST, ()):
-                self._base[name].data = self._base[name].data.to(getattr(module, _MARK).dtype)
+                self._cast(self._base[name], getattr(module, _MARK).dtype)
+
+    def _cast(self, tensor: Tensor, dtype: torch.dtype) -> None:
+        """Casts a tensor in place; a DTensor, which cannot be, is replaced wherever it is."""
+        if not is_dtensor(tensor):
+            tensor.data = tensor.data.to(dtype)
+        elif tensor.dtype != dtype:
+            self._replace(tensor, tensor.detach().to(dtype))
+
+    def _fitted(self, tensor: Tensor, current: Tensor) -> Tensor:
+        """The stored tensor, on the device of the one that it replaces, and sharded like that."""
+        if is_dtensor(current) and not is_dtensor(tensor):
+            return self._replace(tensor, sharded_from_first(tensor, current))
+        if not is_dtensor(current):
+            tensor.data = tensor.data.to(current.device)
+        elif tensor.device != current.device:
+            return self._replace(tensor, tensor.detach().to(current.device))
+        return tensor
+
+    def _replace(self, old: Tensor, new: Tensor) -> Tensor:
+        """Puts `new` wherever `old` is stored or held, as a Parameter if `old` is one."""
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, old.requires_grad)
+        for tensors in (self._base, *self._copies.values()):
+            for name in [name for name, tensor in tensors.items() if tensor is old]:
+                tensors[name] = new
+        for module, key in self._places.values():
+            if getattr(module, key) is old:
+                setattr(module, key, new)
+        return new
 
 
 def _check_exchangeable(name: str, current: Tensor, wanted: Tensor, original: Tensor) -> None:

@@ -56,6 +56,7 @@ CASES: dict[str, tuple[Made, LoRAConfig]] = {
 def configuration(**zero: Any) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,  # 1 by default
         "zero_optimization": {"stage": 3, **zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

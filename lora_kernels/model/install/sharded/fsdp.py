@@ -6,6 +6,7 @@ has other ones, `replicas` does what the public names allow.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
@@ -455,21 +456,61 @@ def _context_groups(root: Any) -> Iterator[Any]:
 
 def _follow_exchanged(group: Any) -> None:
     """Lets a group gather the parameters that its modules hold now."""
-    for parameter in group.fsdp_params:
-        old = parameter.sharded_param
-        module, name = _places(parameter)[0]
-        new = getattr(module, name)
-        if new is old:
-            continue
-        if not _lie_alike(new, old):
-            raise ValueError(
-                f"a parameter {name!r} that FSDP2 shards was exchanged for one of another shape or "
-                "kind: give the new one the old one's DTensor layout"
-            )
-        parameter.reset_sharded_param()
-        if new.dtype != old.dtype:  # the buffers of the gathered one have the old dtype
-            parameter.all_gather_outputs = []
-            parameter.__dict__.pop("_unsharded_param", None)
+    for parameter in list(group.fsdp_params):
+        for other in _split(parameter):
+            group.fsdp_params.append(other)
+            _follow(other)
+        _follow(parameter)
+
+
+def _follow(parameter: Any) -> None:
+    """Lets FSDP2 gather what the module holds now."""
+    old = parameter.sharded_param
+    module, name = _places(parameter)[0]
+    new = getattr(module, name)
+    if new is old:
+        return
+    if not _lie_alike(new, old):
+        raise ValueError(
+            f"a parameter {name!r} that FSDP2 shards was exchanged for one of another shape or "
+            "kind: give the new one the old one's DTensor layout"
+        )
+    parameter.reset_sharded_param()
+    if new.dtype != old.dtype:  # the buffers of the gathered one have the old dtype
+        _drop_gathered(parameter)
+
+
+def _split(parameter: Any) -> list[Any]:
+    """The modules that shared a parameter and hold others now get a parameter of FSDP2 each."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param import ParamModuleInfo
+
+    first, *shared = _places(parameter)
+    held = getattr(*first)
+    apart = [place for place in shared if getattr(*place) is not held]
+    if not apart:
+        return []
+    kept = [place for place in shared if place not in apart]
+    parameter._module_info = ParamModuleInfo(*first, [m for m, _ in kept], [n for _, n in kept])
+    others = []
+    for place in apart:
+        other = copy.copy(parameter)
+        other._module_info = ParamModuleInfo(*place)
+        other._post_load_hook_handle = place[0].register_load_state_dict_post_hook(
+            functools.partial(_reset_after_load, other)
+        )
+        _drop_gathered(other)
+        others.append(other)
+    return others
+
+
+def _reset_after_load(parameter: Any, *_: object) -> None:
+    """FSDP2's own hook on the module of each of its parameters."""
+    parameter.reset_sharded_param()
+
+
+def _drop_gathered(parameter: Any) -> None:
+    parameter.all_gather_outputs, parameter._unsharded_inner_tensors = [], []
+    parameter.__dict__.pop("_unsharded_param", None)
 
 
 def _lie_alike(new: Any, old: Any) -> bool:

@@ -10,6 +10,8 @@ from torch import nn
 from ....init.sharded.layout import is_dtensor
 from ....layers.adapted import AdaptedLayer
 from ...experts.stack import AdaptedStack
+from ...experts.wrapped import has_parallel_forward
+from ...plan import LayerPlan
 from .fsdp import fsdp_modules, join, unsharded_layouts
 from .replicas import Layout, Place
 from .tensor_parallel import distribute_factors
@@ -40,6 +42,28 @@ def place_factors(model: nn.Module, layers: Sequence[AdaptedLayer], adapter_name
             own = (name for name, parameter in adapter._parameters.items() if parameter is not None)
             members |= {(adapter, name): place for name in own}
     join(model, members)
+
+
+def check_experts(model: nn.Module, plans: Sequence[LayerPlan]) -> None:
+    """Raises ValueError, with the parameter's name, if experts would have to multiply with a part
+    of their weights in a way that is not known here.
+    """
+    unknown = [
+        plan
+        for plan in plans
+        if plan.base.num_experts is not None
+        and is_dtensor(plan.base.stored_weight)
+        and not has_parallel_forward(plan.base.place[0])
+    ]
+    layouts = unsharded_layouts(model) if unknown else {}
+    for plan in unknown:
+        place = plan.base.place
+        if layouts.get(place) is not None or place not in layouts:
+            raise ValueError(
+                f"{plan.name} is a DTensor in the forward of its module: shard experts with "
+                "fully_shard, or with transformers' DistributedConfig (tensor or expert "
+                "parallelism), or leave them out of target_parameters"
+            )
 
 
 def _weight_place(layer: AdaptedLayer) -> Place:

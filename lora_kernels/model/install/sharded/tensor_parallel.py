@@ -1,18 +1,150 @@
-"""Placeholder of the lead until the helper's file lands: same names."""
+"""Layers under tensor parallelism: where their factors lie, and the forwards that transformers has
+replaced on them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
+
+from ....init.sharded.layout import is_dtensor
+from ....layers.adapter import Adapter
+from ....layers.kinds import is_parallel_forward
+
+Placements: TypeAlias = tuple[Any, ...]  # one for each mesh dimension
+_SLOTS = ("forward", "_old_forward")  # of an instance; the second one is accelerate's
+
+
+def factor_placements(
+    placements: Sequence[Any], dims: int = 2, transposed: bool = False
+) -> tuple[Placements, Placements]:
+    """The placements of A [r, in] and of B [out, r] that fit those of W [out, in], stored as
+    [in, out] if `transposed`: A is sharded as W's columns are and B as its rows are. With `dims=3`,
+    W [E, out, in] is a stack of experts, and so are A and B.
+
+    A packed W, whose rows are several matrices that are sharded one by one (`_StridedShard`), is
+    served by packed rows of B.
+
+    Raises:
+        ValueError: W holds partial sums, or its columns are packed.
+
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    rows, columns = (dims - 1, dims - 2) if transposed else (dims - 2, dims - 1)
+    for_A, for_B = [], []
+    for placement in placements:
+        if placement.is_partial():
+            raise ValueError("the weight holds partial sums, of which no process knows the whole")
+        dim = None if placement.is_replicate() else placement.dim % dims
+        packed = hasattr(placement, "split_factor")
+        if dim == columns and packed:
+            raise ValueError(
+                f"the weight's columns are packed ({placement}): leave this layer out of "
+                "target_modules"
+            )
+        if dim is None or dim in (rows, columns):
+            for_A.append(Shard(dims - 1) if dim == columns else Replicate())
+            is_B = dim == rows
+            own = _packed(placement, dims - 2) if packed else Shard(dims - 2)
+            for_B.append(own if is_B else Replicate())
+        else:  # experts
+            for_A.append(placement)
+            for_B.append(placement)
+    return tuple(for_A), tuple(for_B)
+
+
+def distribute_factors(
+    adapter: Adapter, mesh: Any, placements: Sequence[Any], transposed: bool = False
+) -> None:
+    """Makes the parameters of an adapter DTensors that fit a W with these placements on this mesh.
+    They are plain before, and every process has the same whole ones, so that nothing is sent; those
+    that are DTensors already stay.
+
+    Raises:
+        ValueError: the layer is an embedding, or `factor_placements` finds W unfit.
+
+    """
+    if adapter.embedding:
+        raise ValueError(
+            "an embedding that is sharded by tensor parallelism cannot be adapted: leave it out of "
+            "target_modules, or out of the parallel plan"
+        )
+    from torch.distributed.tensor import Replicate
+
+    for_A, for_B = factor_placements(placements, adapter.lora_A.dim(), transposed)
+    stack = adapter.lora_A.dim() == 3
+    for_R = tuple(p if stack and p == q else Replicate() for p, q in zip(for_A, for_B, strict=True))
+    own = {"lora_A": for_A, "lora_B": for_B, "lora_R": for_R, "lora_bias": for_B}
+    for name, places in own.items():
+        parameter = adapter._parameters[name]
+        if parameter is not None and not is_dtensor(parameter):
+            setattr(adapter, name, _distributed(parameter, mesh, places))
 
 
 @contextmanager
-def rewrapped(module: nn.Module) -> Iterator[None]:
-    yield
+def rewrapped(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
+    """Inside the context, the module is without what transformers' tensor parallelism has put
+    around its forward, so that its class can be exchanged. At the end it is put on again; also on a
+    module that replaces this one, if that is given to the context's function, which returns it.
+
+    Raises:
+        ValueError: the layer is of a style that would not know the adapter's factors.
+
+    """
+    styles = _taken_off(module)
+    modules = [module]
+
+    def onto(new: Any) -> Any:
+        if new is not module:
+            modules.append(new)
+        return new
+
+    try:
+        yield onto
+    finally:
+        for each in modules:
+            for style, mesh in reversed(styles):
+                style.install_forward(each, mesh)
 
 
-def distribute_factors(adapter: nn.Module, mesh: Any, placements: Any) -> None:
-    raise NotImplementedError
+def _taken_off(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Restores the module's forward, and returns the style and the mesh of each replacement of it,
+    from the outermost one on.
+    """
+    found: list[tuple[Any, Any]] = []
+    for slot in _SLOTS:
+        while is_parallel_forward(vars(module).get(slot)):
+            closure = inspect.getclosurevars(vars(module)[slot]).nonlocals
+            if "self" not in closure:
+                raise ValueError(
+                    "the gradients of this layer are summed by transformers' style "
+                    "'replicated_with_grad_allreduce', which would not sum those of an adapter: "
+                    "leave it out of target_modules"
+                )
+            found.append((closure["self"], closure["mesh"]))
+            inner = closure["original_forward"]
+            if slot == "forward" and getattr(inner, "__func__", None) is type(module).forward:
+                del vars(module)[slot]
+            else:
+                object.__setattr__(module, slot, inner)
+    return found
+
+
+def _packed(placement: Any, dim: int) -> Any:
+    return type(placement)(dim, split_factor=placement.split_factor)
+
+
+def _distributed(parameter: nn.Parameter, mesh: Any, placements: Placements) -> nn.Parameter:
+    """A DTensor of a plain parameter, of which every process has the whole."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    parts: Any = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
+    local: Tensor = parts.to_local().clone()  # not a view, which would keep the whole in memory
+    size, strides = parts.shape, parts.stride()
+    own = DTensor.from_local(local, mesh, placements, run_check=False, shape=size, stride=strides)
+    return nn.Parameter(own, requires_grad=parameter.requires_grad)

@@ -312,14 +312,17 @@ class Adapter(WithStart, nn.Module):
         """The numbers that restore the base: [s, β] in float64, which `.to(dtype)` does not change.
 
         s is NaN unless initial factors were absorbed with it, β is NaN unless the start is a DST
-        start. Experts have a β each. The size does not depend on the start:
-        `torch.distributed.checkpoint` loads into tensors of the saved size only.
+        start; it is infinite if there is an R. Experts have a β each. The size does not depend on
+        the start: `torch.distributed.checkpoint` loads into tensors of the saved size only, and
+        passes over what only the file has, such as an R.
         """
         scaling = math.nan if self.absorbed_scaling is None else self.absorbed_scaling
         state = torch.full((1 + (self._experts or 1),), math.nan, dtype=torch.float64)
         state[0] = scaling
         if self.beta is not None:
             state[1:] = self.beta.detach().cpu()
+        elif self.lora_R is not None:
+            state[1:] = math.inf
         return state
 
     def _numbers(self, state: Tensor) -> tuple[float | None, Tensor | None]:
@@ -331,7 +334,7 @@ class Adapter(WithStart, nn.Module):
         if self._experts is None:
             beta = beta[:1].squeeze(0)
         absorbed = scaling.numel() > 0 and not math.isnan(float(scaling))
-        has_beta = beta.numel() > 0 and not bool(beta.isnan().all())
+        has_beta = beta.numel() > 0 and bool(beta.isfinite().all())
         return float(scaling) if absorbed else None, beta.clone() if has_beta else None
 
     def _save_to_state_dict(
@@ -385,6 +388,11 @@ class Adapter(WithStart, nn.Module):
         if scaling == math.inf:
             raise ValueError(
                 "the saved adapter waits for its start: save it after start_adapters(model)"
+            )
+        if self.lora_R is None and bool(state.flatten()[1:].isposinf().any()):
+            raise ValueError(
+                "the saved layer has an R (lora_R), this one has none: construct it with the same "
+                "init_lora_weights"
             )
         # If nothing was absorbed, A₀ and B₀ are stored only for a forward that subtracts them.
         subtracts = self.start_A is not None or beta is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from functools import lru_cache
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -230,7 +231,9 @@ def _forward_is_replaced(module: nn.Module) -> bool:
 def is_parallel_forward(forward: object) -> bool:
     """Whether this is what transformers' tensor parallelism puts around a module's forward."""
     origin, name = (getattr(forward, key, "") for key in ("__module__", "__qualname__"))
-    return name.endswith(".tp_forward") and origin.startswith("transformers.")
+    # accelerate's hook around it is a `functools.partial` of the same name.
+    is_own = isinstance(forward, FunctionType) and name.endswith(".tp_forward")
+    return is_own and origin.startswith("transformers.")
 
 
 def _is_forward_only(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .._utils.peft_names import PREFIX, base_changing_start
 from ..init import Initializer, Start, get_initializer
 from ..init.base import refuse_implicit
+from ..init.sharded.layout import is_sharded
 from ..layers.base import BaseLayer, base_of
 from ..model.selection import bypassed_layers
 from ..model.starts import StartJob, make_starts
@@ -310,6 +311,11 @@ def _all_starts(
             )
         original = pattern_name(name, layer)
         base.refuse_sharded(original)
+        if base.sharded or is_sharded(A) or is_sharded(B):
+            raise ValueError(
+                f"{name} is sharded: give PEFT's adapters their start before the model is sharded, "
+                "or use lora_kernels.add_lora, which starts adapters on shards"
+            )
         # PEFT's hot-swapping changes the rank of A and B, and makes s a tensor.
         r, scaling = rank_in(layer, A), float(layer.scaling[adapter])
         aliases = (original,)

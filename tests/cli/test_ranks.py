@@ -14,6 +14,7 @@ import pytest
 
 from lora_kernels._utils.model_files import JOURNAL_FOLDER, is_unfinished
 from lora_kernels.cli import main
+from lora_kernels.files.checkpoint.folder import ModelFolder
 from lora_kernels.files.io.journal import Ranks
 
 from ..files.checkpoint.folders import fingerprint, read_file, write_file
@@ -36,6 +37,7 @@ def on_command_ranks(world: int, folder: Path, *arguments: object) -> list[tuple
         for name, text in (("code", str(code)), ("out", out.getvalue()), ("err", err.getvalue())):
             (folder / f"{ranks.rank}.{name}").write_text(text)
 
+    _ = ModelFolder(Path(str(arguments[1]))).architecture  # imports transformers before the fork
     ends = on_ranks(world, work, folder)
     assert not any(end.killed or end.type for end in ends), ends
     read = [

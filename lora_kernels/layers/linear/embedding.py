@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..kinds import ForeignLayer, lookup_scale
 from .float_layer import AdaptedFloatLayer
+from .parallel import refuse_parallel_embedding
 
 _OPTIONS = (
     *("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type"),
@@ -73,6 +74,7 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # a
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., D] of the tokens [...], integers, in the weight's dtype."""
+        refuse_parallel_embedding(self.matrix(), self.lora_A, self.lora_B)
         rows = self._rows_of(input, self.matrix().T)  # [..., D]
         if self.adapter_enabled:
             rows = self._updated(rows, input, self.active())

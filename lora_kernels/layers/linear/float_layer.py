@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,6 +140,20 @@ class AdaptedFloatLayer(AdaptedLayer):
         self._cast_by_hooks = self._cast_by_hooks or in_forward()
         super()._apply(fn, recurse)
         return self
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Those of any module; but torch's parallel styles, which take all modules of a layer for
+        layers of its kind, find the layer alone. So `parallelize_module` leaves the factors whole.
+        """
+        if _is_parallel_style(sys._getframe(1)):
+            return iter([("", self)])
+        return super().named_modules(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of any module; torch's parallel styles find the layer's own ones."""
+        if _is_parallel_style(sys._getframe(1)):
+            kwargs["recurse"] = False
+        return super().named_parameters(*args, **kwargs)
 
     def freeze(self) -> None:
         """Sets `requires_grad` of W and the bias to False, and marks a W with absorbed factors."""
@@ -283,6 +299,12 @@ class AdaptedFloatLayer(AdaptedLayer):
             f"bias={self.bias is not None}, r={self.r}, scaling={self.scaling:g}, "
             f"lora_dropout={self.lora_dropout:g}, residual={self.residual!r}"
         )
+
+
+def _is_parallel_style(frame: FrameType) -> bool:
+    """Whether the frame's code is that of `parallelize_module` and its styles."""
+    origin: str = frame.f_globals.get("__name__", "")
+    return origin.startswith("torch.distributed.tensor.")
 
 
 def _updated(stored: Tensor, update: Update) -> Tensor:

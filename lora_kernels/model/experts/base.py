@@ -58,7 +58,7 @@ class ExpertsBase(BaseLayer):
         return list(self.weight().unbind())
 
     def refuse_sharded(self, name: str) -> None:
-        """Raises ValueError, which names the parameter, if it is not loaded or part of a flat one."""
+        """Raises ValueError, which names the parameter, if it is not loaded or in a flat one."""
         refuse_sharded(name.rpartition(".")[0], self.layer, rewritable=True)
 
     def adapted(self, adapter: Adapter, adapter_name: str) -> AdaptedLayer:

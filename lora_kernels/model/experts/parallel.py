@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...init.sharded.layout import axis_places, is_dtensor
 from ...layers.adapter import Adapter
@@ -22,14 +22,8 @@ from ...layers.adapter import Adapter
 DTensor = Any  # torch.distributed is imported only for a tensor that needs it
 Mesh = Any
 Placements = tuple[Any, ...]
-_EXPERTS, _OUT, _IN = 0, 1, 2
-# Which sizes of W [E, out, in] the sizes of a factor are; None is the rank.
-_AXES: dict[str, tuple[int | None, ...]] = {
-    "lora_A": (_EXPERTS, None, _IN),
-    "lora_B": (_EXPERTS, _OUT, None),
-    "lora_R": (_EXPERTS, None, None),
-}
-_AXES |= {"start_A": _AXES["lora_A"], "start_B": _AXES["lora_B"]}
+# Which sizes of W [E, out, in] the sizes of A₀ and B₀ are; None is the rank.
+_AXES: dict[str, tuple[int | None, ...]] = {"start_A": (0, None, 2), "start_B": (0, 1, None)}
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class LocalPart:
         return (experts << 32) + columns
 
     def of(self, whole: Tensor, name: str) -> Tensor:
-        """A copy of this process's part of a factor, `name` is "lora_A" and the like."""
+        """A copy of the part of a whole `start_A` or `start_B` that is here."""
         part = whole
         for dim, axis in enumerate(_AXES[name]):
             if axis is not None:
@@ -63,38 +57,35 @@ class LocalPart:
         return part.contiguous()
 
     def of_start(self, start: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None]:
-        """This process's parts of A₀ and B₀, which are whole or DTensors; of None, None."""
+        """The parts of A₀ and B₀, which are whole or DTensors, that are here; of None, None."""
         names = ("start_A", "start_B")
         A, B = (t if t is None else _own(self, t, n) for t, n in zip(start, names, strict=True))
         return A, B
 
 
-def distribute(
-    adapter: Adapter, shape: Sequence[int], transposed: bool, mesh: Mesh, placements: Placements
+def local_part(
+    shape: Sequence[int], transposed: bool, mesh: Mesh, placements: Placements
 ) -> LocalPart:
-    """Replaces an adapter's whole factors, which all processes have alike, by DTensors that fit the
-    W that is laid out so in the forward. Nothing is sent. What this process has of W.
-
-    `shape` is that of the stored parameter, [E, in, out] if `transposed`.
+    """What this process has of a parameter of this shape, stored as [E, in, out] if `transposed`,
+    that is laid out so in the forward. Nothing is sent.
     """
+    experts, rows, columns = axis_places(shape, mesh, placements)
+    return LocalPart((experts, columns, rows) if transposed else (experts, rows, columns))
+
+
+def cut_start(adapter: Adapter, part: LocalPart) -> None:
+    """Makes A₀ and B₀, where they are stored, DTensors as A and B are."""
     from torch.distributed.tensor import DTensor
 
-    order = (_EXPERTS, _IN, _OUT) if transposed else (_EXPERTS, _OUT, _IN)
-    stored = axis_places(shape, mesh, placements)
-    part = LocalPart(tuple(stored[order.index(axis)] for axis in (_EXPERTS, _OUT, _IN)))
-    for name, axes in _AXES.items():
-        whole = getattr(adapter, name)
-        if whole is None:
+    factors: dict[str, Any] = {"start_A": adapter.lora_A, "start_B": adapter.lora_B}
+    for name, own in factors.items():
+        whole: Tensor | None = getattr(adapter, name)
+        if whole is None or whole.is_meta or is_dtensor(whole):
             continue
-        local = part.of(whole.detach(), name)
-        placed = [_placement(placement, order, axes) for placement in placements]
-        cut = DTensor.from_local(
-            local, mesh, placed, run_check=False, shape=whole.shape, stride=_strides(whole.shape)
-        )
-        if isinstance(whole, nn.Parameter):
-            cut = nn.Parameter(cut, requires_grad=whole.requires_grad)
+        local, size, strides = part.of(whole, name), own.shape, own.stride()
+        layout = own.device_mesh, own.placements
+        cut = DTensor.from_local(local, *layout, run_check=False, shape=size, stride=strides)
         setattr(adapter, name, cut)
-    return part
 
 
 def local_factors(adapter: Adapter) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -132,20 +123,3 @@ def _local(factor: DTensor, split: Sequence[bool]) -> Tensor:
         factor = factor.redistribute(placements=placements)
     local: Tensor = factor.to_local(grad_placements=grads)
     return local
-
-
-def _placement(of_weight: Any, order: Sequence[int], axes: Sequence[int | None]) -> Any:
-    """The placement of a factor, of whose sizes `axes` tells which ones of W they are."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    dim = getattr(of_weight, "dim", None)
-    axis = None if dim is None else order[dim]
-    if axis is None or axis not in axes:
-        return Replicate()
-    if hasattr(of_weight, "split_factor"):
-        return type(of_weight)(axes.index(axis), split_factor=of_weight.split_factor)
-    return Shard(axes.index(axis))
-
-
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    return torch.empty(tuple(shape), device="meta").stride()

@@ -15,7 +15,7 @@ from ...layers.adapted import AdaptedLayer
 from ...layers.linear import ABSORBED
 from .forward import SUFFIX, Factors, StartFactors
 from .kinds import ForeignExperts
-from .parallel import LocalPart, distribute, local_factors
+from .parallel import LocalPart, cut_start, local_factors, local_part
 
 _BLOCK = 64 * 2**20  # bytes of float32 that are merged at a time
 
@@ -91,12 +91,12 @@ class AdaptedStack(AdaptedLayer):
         start_B = start_B if start_B is None else adapter.scaled(start_B, dtype)
         return Factors(lora_A, lora_B, 1.0, p, lambda: (start_A, start_B), seed)
 
-    def distribute(self, adapter_name: str, mesh: Any, placements: tuple[Any, ...]) -> None:
-        """Cuts an adapter's whole factors as the forward needs them where the parameter is laid out
-        so; all processes have the same ones, and nothing is sent.
+    def follow(self, adapter_name: str, mesh: Any, placements: tuple[Any, ...]) -> None:
+        """Prepares the forward for a parameter that is laid out so then, and for the factors of an
+        adapter, which are DTensors that fit it.
         """
-        adapter, shape = self.adapter(adapter_name), self.weight.shape
-        self.part = distribute(adapter, shape, self.transposed, mesh, placements)
+        self.part = local_part(self.weight.shape, self.transposed, mesh, placements)
+        cut_start(self.adapter(adapter_name), self.part)
 
     def _restoring(self) -> Factors | None:
         if self.absorbed is None:

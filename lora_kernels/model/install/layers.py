@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 from torch import nn
@@ -36,7 +37,9 @@ def install(
     layers: list[AdaptedLayer] = []
     try:
         for plan in tracked_plans:
-            with rewrapped(plan.base.module):
+            # What is around the forward of experts stays where it is.
+            around = rewrapped if plan.base.num_experts is None else nullcontext
+            with around(plan.base.module):
                 layers.append(plan.adapted(adapter_name))
             plan.subtract_()
             plan.start = plan.trained = None

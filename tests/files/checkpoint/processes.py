@@ -15,7 +15,7 @@ import torch
 
 from lora_kernels.files.io.journal import Ranks
 
-SECONDS = 30.0  # no rank takes longer
+SECONDS = 60.0  # no rank takes longer
 
 
 class Ended(NamedTuple):

@@ -495,6 +495,7 @@ def _split(parameter: Any) -> list[Any]:
     for place in apart:
         other = copy.copy(parameter)
         other._module_info = ParamModuleInfo(*place)
+        other._orig_param_uid = -id(other)  # torch 2.13 refuses one that another parameter has
         other._post_load_hook_handle = place[0].register_load_state_dict_post_hook(
             functools.partial(_reset_after_load, other)
         )

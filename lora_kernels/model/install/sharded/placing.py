@@ -34,10 +34,11 @@ def place_factors(model: nn.Module, layers: Sequence[AdaptedLayer], adapter_name
         layout = layouts.get(place)
         if layout is None and place not in layouts and weight is not None and is_dtensor(weight):
             layout = Layout(weight.device_mesh, weight.placements)  # type: ignore[attr-defined]
-        if layout is not None and isinstance(layer, AdaptedStack):
-            layer.distribute(adapter_name, layout.mesh, layout.placements)
-        elif layout is not None:
-            distribute_factors(adapter, layout.mesh, layout.placements)
+        if layout is not None:
+            transposed = bool(getattr(layer, "transposed", False))
+            distribute_factors(adapter, layout.mesh, layout.placements, transposed)
+            if isinstance(layer, AdaptedStack):
+                layer.follow(adapter_name, layout.mesh, layout.placements)
         if place[0] in inside:  # also where FSDP2 ignores W itself
             own = (name for name, parameter in adapter._parameters.items() if parameter is not None)
             members |= {(adapter, name): place for name in own}

@@ -17,6 +17,14 @@ MAX_SIZE = 2**30
 _FLOAT_NAMES = "float64, float32, bfloat16 or float16"
 
 
+def is_dtensor(tensor: object) -> bool:
+    """Whether the tensor is a DTensor; torch.distributed is not imported for the answer."""
+    return any(
+        cls.__name__ == "DTensor" and cls.__module__.startswith("torch.distributed")
+        for cls in type(tensor).__mro__
+    )
+
+
 def check_weight(weight: torch.Tensor, name: str = "weight") -> None:
     """Raises unless `weight` is a dense 2-D floating-point matrix."""
     if weight.dtype not in FLOATS:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from .._utils.errors import unknown_name
+from .sharded.layout import ADAPT_MODEL, is_sharded
 from .start import (
     Start,
     StartRequest,
@@ -86,7 +87,14 @@ class Initializer:
     def __call__(
         self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
     ) -> Start:
-        """`make_start` for these arguments, which `StartRequest` explains."""
+        """`make_start` for these arguments, which `StartRequest` explains.
+
+        Raises:
+            TypeError: the weight is sharded, and whatever the start itself raises.
+
+        """
+        if is_sharded(weight):
+            raise TypeError(f"the weight is sharded: {ADAPT_MODEL}")
         return self.make_start(StartRequest(weight, r, scaling, gradient))
 
     def starts(

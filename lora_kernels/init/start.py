@@ -249,7 +249,7 @@ def _largest_entry(start: Start) -> float:
     return float(row * column)
 
 
-_ROW_BLOCK = 256
+ROW_BLOCK = 256  # the rows of W from which a product BA is subtracted at a time
 
 
 def subtract_start_(weight: Tensor, start: Start, scaling: float) -> None:
@@ -291,7 +291,7 @@ def subtract_factors_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     """
     work = torch.promote_types(weight.dtype, torch.float32)
     lora_A = lora_A.to(work)  # [r, in]
-    for begin in range(0, weight.shape[0], _ROW_BLOCK):
-        block = weight[begin : begin + _ROW_BLOCK]  # [block, in]
-        rows_B = lora_B[begin : begin + _ROW_BLOCK].to(work)  # [block, r]
+    for begin in range(0, weight.shape[0], ROW_BLOCK):
+        block = weight[begin : begin + ROW_BLOCK]  # [block, in]
+        rows_B = lora_B[begin : begin + ROW_BLOCK].to(work)  # [block, r]
         block.copy_(torch.addmm(block.to(work), rows_B, lora_A, alpha=-scaling))

@@ -163,9 +163,16 @@ class AdaptedLayer(nn.Module):
         """
         raise NotImplementedError
 
-    def merged(self) -> nn.Module:
-        """`to_linear()`; if the layer's parameters are sharded, this module, merged in place."""
+    def merged(self, shared: bool = False) -> nn.Module:
+        """`to_linear()`; if the layer's parameters are sharded, this module, merged in place. It
+        gets a weight of its own if its is `shared`: other modules have it too.
+        """
         return self.to_linear()
+
+    def check_mergeable(self, adapter: Adapter, shared: bool) -> None:
+        """Raises ValueError if an adapter cannot be merged into the layer's weight, which other
+        modules have too if it is `shared`.
+        """
 
     def to_linear(self) -> nn.Module:
         """A new layer without adapters, whose weight is W + s·(BA − B₀A₀)."""

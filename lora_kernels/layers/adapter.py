@@ -44,6 +44,7 @@ class Adapter(WithStart, nn.Module):
     scaling: float
     embedding = False  # whether the layer is an embedding
     _scaling_bits: Tensor
+    _aside: _Pair | None = None  # the values of start_A and start_B while these are on meta
 
     def __init__(self, options: AdapterOptions, start: Start, changes_base: bool) -> None:
         super().__init__()
@@ -56,8 +57,6 @@ class Adapter(WithStart, nn.Module):
         self.lora_B = nn.Parameter(start.lora_B, requires_grad=lora_R is None)
         self.register_parameter("lora_R", lora_R)
         self.register_parameter("lora_bias", None)
-        # The values of start_A and start_B while these are on the meta device.
-        self._aside: _Pair | None = None
         self._set_start(start, changes_base)
         self.register_buffer("_scaling_bits", None, persistent=False)
         self.scaling = options.scaling

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from .._utils.names import nearest, without_wrappers
 from .._utils.progress import tracked
+from ..init.sharded.agree import together
 from ..init.sharded.layout import fill_, full_shape
 from ..init.sharded.whole import whole
 from ..init.sharded.zero3 import gathered
 from ..layers.adapted import AdaptedLayer
+from ..layers.base import base_of
 from ..layers.options import AdapterOptions
 from ..layers.state import LayerState
 from ..layers.wrapper import LoRAWrapper
@@ -25,6 +27,7 @@ from .install.base_weights import settled_weights
 from .install.blocks import RepeatedBlocks, separate_blocks
 from .install.layers import (
     adapted_layers,
+    check_mergeable,
     install,
     layers_with_names,
     merge_adapted,
@@ -38,6 +41,8 @@ from .install.record import (
     adapters_of,
     all_or_nothing,
     apply,
+    check_absorbed,
+    check_dtypes,
     check_model,
     check_name,
     check_started,
@@ -47,8 +52,6 @@ from .install.record import (
     needed_record,
     record_of,
     switch,
-    waiting_layers,
-    waiting_names,
 )
 from .install.saved_modules import (
     extra_places,
@@ -63,7 +66,7 @@ from .originals import OriginalWeights
 from .plan import LayerPlan, check_norms, plan_layers, plan_starts, plan_states
 from .report import LoRAReport, make_report
 from .selection import select_layers, with_task_head
-from .starts import WAITS, naming
+from .starts import first_rank_loads, load_from_first_rank, naming
 
 
 def add_lora(
@@ -112,32 +115,32 @@ def add_lora(
     reshard(model)
     record = record_of(model) or ModelAdapters()
     check_name(adapter_name, record)
+    check_absorbed(model, record)
     config = with_task_head(model, config)
     selection = select_layers(model, config)
     saved = saved_places(model, config.modules_to_save)
     originals = None if original_weights is None else OriginalWeights(original_weights)
-    plans = plan_layers(model, selection, config, originals)
-    check_weights(model, plans, record)
-    places = {**saved, **trained_biases(model, config.bias, plans)}
-    _check_waiting(model, record, plans, places)
+    one_loads = first_rank_loads(selection.layers.values())
+    with together(where=one_loads):
+        plans = plan_layers(model, selection, config, originals)
+        check_weights(model, plans, record)
+        places = {**saved, **trained_biases(model, config.bias, plans)}
+        _refuse_saved_on_meta(plans, places)
+        check_dtypes(model, plans, places)
     with all_or_nothing(model, record, adapter_name), torch.no_grad():
         plan_starts(plans, config.initializer, gradients, progress)
+        if one_loads:
+            load_from_first_rank(places)
         record.saved.add(adapter_name, places)
         install(model, record.saved, plans, plans, adapter_name)
     activate_new(model, record, config, adapter_name)
     return make_report(model, adapter_name, plans, selection, places, time.perf_counter() - began)
 
 
-def _check_waiting(
-    model: nn.Module,
-    record: ModelAdapters,
-    plans: Sequence[LayerPlan],
-    places: Collection[str],
-) -> None:
-    """Raises ValueError if the new adapter, or another one that waits, could not start as it must."""
-    for name in waiting_names(model, record):
-        if any(waiting.residual == "absorb" for waiting in waiting_layers(model, name).values()):
-            raise ValueError(f"adapter {name!r} {WAITS}, before another one is added")
+def _refuse_saved_on_meta(plans: Sequence[LayerPlan], places: Collection[str]) -> None:
+    """Raises ValueError for tensors that are to be trained in full if they are loaded later: their
+    originals are kept apart, where nobody would load them.
+    """
     if places and any(plan.waits for plan in plans):
         raise ValueError(
             f"{next(iter(places))} is to be trained in full (modules_to_save, bias), but the model "
@@ -164,8 +167,8 @@ def merge_lora(
         The model itself.
 
     Raises:
-        ValueError: no adapter of that name, or quantized layers without `dequantize=True`. The
-            model is then unchanged.
+        ValueError: no adapter of that name, quantized layers without `dequantize=True`, or a
+            sharded layer that cannot be merged in place. The model is then unchanged.
 
     """
     record = needed_record(model)
@@ -182,6 +185,8 @@ def merge_lora(
             "update: load the base in floating point and load_adapter there, or pass "
             "dequantize=True to turn them into nn.Linear"
         )
+    reshard(model)
+    check_mergeable(model, name)
     set_adapter(model, name)
     record.saved.settle()
     adapted = layers_with_names(model)
@@ -369,6 +374,7 @@ def apply_state(
     reshard(model)
     record = record_of(model) or ModelAdapters()
     check_name(adapter_name, record)
+    check_absorbed(model, record)
     if record.configs:
         _check_replication(record, state)
     elif state.replication:
@@ -402,11 +408,15 @@ def _add_state(
     """`apply_state` for a model whose blocks are those of the adapter."""
     began = time.perf_counter()
     state = settled_weights(model, state)
-    plans, selection = plan_states(model, state)
-    check_weights(model, plans, record)
-    places = extra_places(model, state)
+    one_loads = first_rank_loads(filter(None, map(base_of, model.modules())))
+    with together(where=one_loads):
+        plans, selection = plan_states(model, state)
+        check_weights(model, plans, record)
+        places = extra_places(model, state)
     frozen = frozen_places(model, places, state.config.modules_to_save)
     with_rows, rows = row_places(model, state)
+    if is_trainable:
+        check_dtypes(model, plans, {n: place for n, place in places.items() if n not in frozen})
     if rows and is_trainable:
         warnings.warn(
             f"the adapter's rows of {', '.join(state.rows)} are used as they are: training here "
@@ -414,6 +424,8 @@ def _add_state(
             stacklevel=4,
         )
     with all_or_nothing(model, record, adapter_name), torch.no_grad():
+        if one_loads:
+            load_from_first_rank({**places, **with_rows})
         check_norms(plans)
         values = state.extra | {
             name: rows[name].put_(gathered(getattr(module, key)))

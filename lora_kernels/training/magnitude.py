@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from .._utils.checks import as_integer, check_finite, check_positive, check_weight, factor_dtype
 from .._utils.names import ALL_LINEAR
 from .._utils.progress import tracked
+from ..init.sharded.layout import Shards, is_sharded, local_part
+from ..init.sharded.whole import whole
 from ..layers.adapted import AdaptedLayer
+from ..layers.linear import AdaptedFloatLayer
 from ..model.experts.stack import AdaptedStack, ExpertView
 from ..model.selection import Targets, find_targets
 from ..ops import svd
@@ -90,7 +93,8 @@ class AdapterMagnitude:
 
 def mean_square(tensor: Tensor) -> float:
     """ν[X] of a matrix, summed in float64."""
-    return float(torch.ops.lora.frobenius_stats([tensor.detach()])[0, 1]) / tensor.numel()
+    tensor = _gathered(tensor).detach()
+    return float(torch.ops.lora.frobenius_stats([tensor])[0, 1]) / tensor.numel()
 
 
 def growth(nu_A: float, nu_B: float, out_features: int, in_features: int, r: int) -> float:
@@ -107,7 +111,7 @@ def product_mean_square(lora_A: Tensor, lora_B: Tensor) -> float:
     """ν[BA] of A [r, m] and B [n, r] from their r × r Gram matrices in float64:
     ‖BA‖_F² = ⟨BᵀB, AAᵀ⟩.
     """
-    A, B = lora_A.to(torch.float64), lora_B.to(torch.float64)
+    A, B = _gathered(lora_A).to(torch.float64), _gathered(lora_B).to(torch.float64)
     # Rounding may make this sum of squares slightly negative.
     return max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0) / (A.shape[1] * B.shape[0])
 
@@ -119,12 +123,12 @@ def update_mean_square(layer: AdaptedLayer | ExpertView) -> float:
     No matrix of W's size is formed. ΔW is computed as s((B − B₀)A + B₀(A − A₀)), because BA − B₀A₀
     would lose digits by cancellation while the update is small compared with s·B₀A₀.
     """
-    A, B = layer.lora_A.to(torch.float64), layer.lora_B.to(torch.float64)
+    A, B = _gathered(layer.lora_A).to(torch.float64), _gathered(layer.lora_B).to(torch.float64)
     start, R = layer.start_factors(), layer.lora_R
     if R is not None:
-        A = R.to(torch.float64) @ A
+        A = _gathered(R).to(torch.float64) @ A
     if start is not None:
-        A0, B0 = (factor.to(torch.float64) for factor in start)
+        A0, B0 = (_gathered(factor).to(torch.float64) for factor in start)
         A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)  # [2r, in], [out, 2r]
     return layer.scaling**2 * product_mean_square(A, B)
 
@@ -160,6 +164,7 @@ def measure(
     """
     svd.check_options(method)
     r, seed = _checked(r, scaling), as_integer(seed, "seed")
+    weight = _gathered(weight)
     check_weight(weight, name or "weight")
     n, m = weight.shape
     if not n or not m:
@@ -208,7 +213,8 @@ def measure_layer(
 
     The arguments and errors are those of `measure`.
     """
-    row = measure(layer.base_weight(), layer.r, layer.scaling, method=method, seed=seed, name=name)
+    weight = _base_weight(layer)
+    row = measure(weight, layer.r, layer.scaling, method=method, seed=seed, name=name)
     start, ratio = layer.start_factors(), 0.0
     if start is not None:
         nu = product_mean_square(*start)
@@ -232,6 +238,9 @@ def inspect_model(
     is as in `lora_kernels.model.selection.find_targets`; the other arguments and the errors are as
     in `measure`. A weight that several modules share has a row for each module. A 3-D parameter of
     experts, if `targets` names it, has a row "name[e]" for each of them.
+
+    Of a sharded model, all processes have to call this: the weights are gathered one after the
+    other, and every process gets all rows.
     """
     svd.check_options(method)
     _checked(r, scaling)
@@ -243,6 +252,10 @@ def inspect_model(
             layers = [*base.module.expert_views()]
         elif isinstance(base.module, AdaptedLayer):
             layers = [base.module]
+        elif base.sharded:
+            weight = _gathered(base.stored_weight)
+            weight = weight.mT if base.transposed else weight
+            layers = [*weight.unbind()] if several else [weight]
         else:
             layers = [*base.matrices()]
         for e, layer in enumerate(layers):
@@ -262,6 +275,7 @@ def measure_adapter(name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -
         TypeError: a factor of the wrong type.
 
     """
+    lora_A, lora_B = _gathered(lora_A), _gathered(lora_B)
     check_weight(lora_A, f"{name}.lora_A")
     check_weight(lora_B, f"{name}.lora_B")
     check_finite(scaling, "scaling")
@@ -283,6 +297,23 @@ def measure_adapter(name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -
         nu_update=nu,
         norm_update=math.sqrt(nu * n * m),
     )
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, of which all processes need a copy; any other as it is."""
+    return whole(tensor).to(local_part(tensor).device) if is_sharded(tensor) else tensor
+
+
+def _base_weight(layer: AdaptedLayer | ExpertView) -> Tensor:
+    """W of a layer before it was adapted."""
+    stored = layer._parameters.get("weight") if isinstance(layer, AdaptedFloatLayer) else None
+    if stored is None or not is_sharded(stored) or isinstance(layer, ExpertView):
+        return layer.base_weight()
+    weight = _gathered(stored)
+    matrix = weight.T if layer.transposed else weight
+    if layer.absorbed:
+        layer.adapter(layer.absorbed).add_absorbed_(Shards.of(matrix))
+    return matrix
 
 
 def _checked(r: int, scaling: float) -> int:

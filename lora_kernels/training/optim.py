@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .._utils.checks import check_positive
+from ..model.install.sharded.fsdp import reshard
 
 # Parts of the names of B's parameters; PEFT's embeddings have one of their own.
 _OF_B = frozenset(("lora_B", "lora_bias", "lora_embedding_B"))
@@ -37,6 +38,7 @@ def lora_plus_groups(
         raise TypeError("params is not an option: the groups are made of the model's parameters")
     check_positive(lr, "lr")
     check_positive(ratio, "ratio")
+    reshard(model)  # after a forward, FSDP2's modules may hold gathered parameters
     rest: list[nn.Parameter] = []
     factors_B: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -16,6 +16,7 @@ from .._utils.checks import check_positive
 from .._utils.errors import unknown_name
 from ..init import Initializer, Start, StartRequest, get_initializer
 from ..layers.linear import LoRALinear
+from ..model.install.sharded.fsdp import reshard
 
 # When a factor is multiplied by α, its gradient is multiplied by 1 / α. These are the powers of α
 # by which the learning rate, eps and the weight decay are multiplied to compensate.
@@ -72,6 +73,7 @@ class Setup:
             ValueError: the model has no `LoRALinear`, or one of them trains an R or a bias of B.
 
         """
+        reshard(model)  # after a forward, FSDP2's modules may hold gathered parameters
         layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
         if not layers:
             raise ValueError(f"{type(model).__name__} has no LoRALinear")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..._utils.checks import is_dtensor as is_dtensor
 from .zero3 import is_partitioned, is_zero3, partition_of, settle_, zero3_shape
 
 DTensor: TypeAlias = Any  # torch.distributed is imported only for a tensor that needs it
@@ -20,6 +21,9 @@ Group: TypeAlias = Any
 
 
 Place: TypeAlias = tuple[slice, ...]  # a rectangle of the whole
+
+# What to do with a sharded weight where a function takes whole ones.
+ADAPT_MODEL = "add_lora(model) adapts layers whose weights are sharded"
 
 
 class Piece(NamedTuple):
@@ -87,14 +91,6 @@ class Shards:
     def count(self) -> int:
         """The number of matrices."""
         return self.shape[0] if len(self.shape) == 3 else 1
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Whether the tensor is a DTensor; torch.distributed is not imported for the answer."""
-    return any(
-        cls.__name__ == "DTensor" and cls.__module__.startswith("torch.distributed")
-        for cls in type(tensor).__mro__
-    )
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -235,6 +231,12 @@ def _runs(size: int, mesh: Any, placements: Sequence[Any], axis: int) -> list[Ru
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     own = [_along(placement, axis) for placement in placements]
+    if sum(hasattr(placement, "split_factor") for placement in own) > 1:
+        raise ValueError(
+            f"the weight is packed by tensor parallelism and sharded by FSDP2 along the same "
+            f"dimension ({placements}), where torch does not tell which part a process has: leave "
+            "this layer out of target_modules, or use one of both"
+        )
     if all(placement is None for placement in own):
         return [(slice(0, size), slice(0, size))]
     placed = [Replicate() if placement is None else placement for placement in own]

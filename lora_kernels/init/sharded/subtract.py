@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..start import Start, subtract_factors_
+from ..start import ROW_BLOCK, Start, subtract_factors_
 from .layout import Block, Shards
 
 
@@ -13,7 +13,8 @@ def subtract_start_here_(weight: Shards, start: Start, scaling: float) -> None:
     """W ← W − scaling · B₀A₀ in place, for the parts that are here; a negative scaling restores W.
 
     `start` is that of the whole weight: of experts, a `Start.stacked`. The results are the bits of
-    `subtract_start_` on the whole, except in float64, where sums may be rounded in another order.
+    `subtract_start_` on the whole, except in float64 with a recipe, where sums may be rounded in
+    another order.
     """
     if start.beta is not None:
         subtract_recipe_here_(weight, start.beta, start.lora_A.shape[-2], scaling)
@@ -40,16 +41,27 @@ def subtract_factors_here_(weight: Shards, lora_A: Tensor, lora_B: Tensor, scali
     """
     for block in weight.blocks:
         if block.data.numel():
-            right, left = cut_factors(block, lora_A, lora_B)
-            subtract_factors_(block.data, right, left, scaling)
+            own = block.matrix if lora_A.dim() == 3 else ...
+            right, left = (factor[own].to(block.data.device) for factor in (lora_A, lora_B))
+            _subtract_factors_in_(block, right, left, scaling)
     weight.settle()
 
 
-def cut_factors(block: Block, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns of A and the rows of B whose product is this block, on the block's device."""
-    if lora_A.dim() == 3:
-        lora_A, lora_B = lora_A[block.matrix], lora_B[block.matrix]
+def _subtract_factors_in_(block: Block, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """Subtracts the part of scaling · BA that is in the block.
+
+    The last bits of a matrix product depend on its shape. So the rows that `subtract_factors_`
+    takes at a time are multiplied as a whole here too, with zeros in place of what is elsewhere.
+    """
+    work = torch.promote_types(block.data.dtype, torch.float32)
     rows, cols = block.data.shape
-    device = block.data.device
-    right = lora_A[:, block.col : block.col + cols].to(device)
-    return right, lora_B[block.row : block.row + rows].to(device)
+    end, columns = block.row + rows, slice(block.col, block.col + cols)
+    for begin in range(block.row // ROW_BLOCK * ROW_BLOCK, end, ROW_BLOCK):
+        left = lora_B[begin : begin + ROW_BLOCK]
+        first, last = max(begin, block.row), min(begin + len(left), end)
+        own = block.data[first - block.row : last - block.row]
+        place = slice(first - begin, last - begin), columns
+        wide = torch.zeros(len(left), lora_A.shape[1], dtype=work, device=own.device)
+        wide[place] = own.to(work)
+        subtract_factors_(wide, lora_A, left, scaling)
+        own.copy_(wide[place])

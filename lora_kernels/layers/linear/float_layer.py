@@ -17,9 +17,10 @@ from ...init import Initializer
 from ...init.sharded.layout import Shards, fill_, is_sharded
 from ...init.sharded.subtract import subtract_factors_here_
 from ...init.sharded.whole import whole
+from ...init.sharded.zero3 import is_partitioned
 from ...ops.philox import dropout_seed
 from ..adapted import CLASS, FOREIGN, AdaptedLayer, class_of, exchange_class
-from ..adapter import in_forward
+from ..adapter import Adapter, in_forward
 from ..kinds import ForeignLayer
 from .parallel import Update, check_input, is_parallel, on_parts, parallel_linear
 
@@ -184,30 +185,46 @@ class AdaptedFloatLayer(AdaptedLayer):
         return self._given_back() if self.sharded else self._plain(self.weight, self.bias)
 
     @torch.no_grad()
-    def merged(self) -> nn.Module:
+    def merged(self, shared: bool = False) -> nn.Module:
         """`to_linear()`; if W is sharded, this module, to whose parameters the update is added in
-        place, in float32 or wider and rounded once.
+        place, in float32 or wider and rounded once. It gets a W of its own if its is `shared`.
 
         Raises:
-            ValueError: B has a bias, but the layer has none.
+            ValueError: as `check_mergeable`.
 
         """
         if not self.sharded:
             return self.to_linear()
         adapter = self.active()
+        self.check_mergeable(adapter, shared)
+        if shared:
+            self.weight = nn.Parameter(self._stored().detach().clone(), requires_grad=False)
         right, left = adapter.merge_factors()  # [k, in], [out, k]
         added = None if adapter.lora_bias is None else whole(adapter.lora_bias) * adapter.scaling
-        if added is not None and self.bias is None:
-            raise ValueError(
-                "the adapter has a bias of lora_B, but a layer without one cannot get one while it "
-                "is sharded: merge on one process"
-            )
         stored = self._stored()
         subtract_factors_here_(Shards.of(stored, self.transposed), right, left, -adapter.scaling)
         vars(stored).pop(ABSORBED, None)
         if added is not None and self.bias is not None:
             fill_(self.bias, rounded_sum(whole(self.bias), added))
         return self._given_back()
+
+    def check_mergeable(self, adapter: Adapter, shared: bool) -> None:
+        """Raises ValueError if an adapter cannot be merged into a sharded W, which other modules
+        have too if it is `shared`.
+        """
+        stored = self._parameters.get("weight")
+        if stored is None or not is_sharded(stored):
+            return
+        if adapter.lora_bias is not None and self.bias is None:
+            raise ValueError(
+                "the adapter has a bias of lora_B, but a layer without one cannot get one while it "
+                "is sharded: merge on one process"
+            )
+        if shared and is_partitioned(stored):
+            raise ValueError(
+                "its weight is tied to another module's, and ZeRO-3 cannot part them: save the "
+                "adapter and merge on one process"
+            )
 
     @property
     def sharded(self) -> bool:
@@ -258,7 +275,13 @@ class AdaptedFloatLayer(AdaptedLayer):
         Its weight is W + s·(BA − B₀A₀), with BRA for BA if there is an R; the sum is computed in
         float32 or wider and rounded once. A bias of B is merged into the layer's bias, which the
         layer gets if it had none.
+
+        Raises:
+            ValueError: W is sharded.
+
         """
+        if is_sharded(self.matrix()):
+            raise ValueError("the weight is sharded: merge_lora(model) merges it in place")
         adapter = self.active()
         right, left = adapter.merge_factors()  # [k, in], [out, k]
         matrix = self.matrix().detach().to(right.dtype, copy=True)

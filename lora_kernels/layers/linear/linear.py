@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..._utils.checks import check_weight
 from ...init import Initializer, get_initializer
+from ...init.sharded.layout import ADAPT_MODEL, is_sharded
 from ...init.start import checked
 from ..adapted import AdaptedLayer, transplant
 from ..adapter import Adapter
@@ -103,7 +104,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         are those of `LoRALinear`; after an error `linear` is unchanged.
 
         Raises:
-            TypeError: `linear` is adapted already, or is not a plain `nn.Linear`.
+            TypeError: `linear` is adapted already, is sharded, or is not a plain `nn.Linear`.
 
         """
         if isinstance(linear, AdaptedLayer):
@@ -111,6 +112,8 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
                 "this layer is adapted already: pass layer.to_linear() or layer.base_linear()"
             )
         check_adaptable(linear)
+        if is_sharded(linear.weight):
+            raise TypeError(f"the weight of this layer is sharded: {ADAPT_MODEL}")
         initializer = get_initializer(init_lora_weights)
         options = AdapterOptions.checked(
             initializer,

@@ -249,7 +249,13 @@ class _Layout:
                 f"{self.mesh}: distribute both over one mesh"
             )
         sharded: DTensor = tensor
-        local: Tensor = sharded.redistribute(self.mesh, placements).to_local(grad_placements=grads)
+        if not torch.is_grad_enabled():
+            local: Tensor = sharded.to_local()
+            if sharded.placements == placements:
+                return local
+            # A parameter cannot be redistributed in inference mode before torch 2.12.
+            sharded = _wrapped(local.detach(), self.mesh, sharded.placements, sharded.shape)
+        local = sharded.redistribute(self.mesh, placements).to_local(grad_placements=grads)
         return local
 
     def parts(self, update: Update, weight: Tensor) -> Update:
@@ -305,7 +311,7 @@ class _Layout:
         for index, (way, at) in enumerate(zip(self.ways, _coordinate(self.mesh), strict=True)):
             if _dim(way.W) != 1:
                 continue
-            if hasattr(way.W, "split_factor"):
+            if getattr(way.W, "split_factor", None) is not None:
                 raise ValueError(
                     f"lora_dropout needs contiguous columns of W, but it is placed as {way.W}: set "
                     "lora_dropout=0"
@@ -390,9 +396,8 @@ def _moved(placement: Placement, dim: int) -> Placement:
     """The sharding `placement`, of another dimension."""
     from torch.distributed.tensor import Shard
 
-    if hasattr(placement, "split_factor"):
-        return type(placement)(dim, split_factor=placement.split_factor)
-    return Shard(dim)
+    factor = getattr(placement, "split_factor", None)  # of rows that are packed
+    return Shard(dim) if factor is None else type(placement)(dim, split_factor=factor)
 
 
 def _padded(tensor: Tensor, before: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..._utils.errors import needed
+from ...init.sharded.layout import is_sharded
 from ..config import Replication, repeated_blocks
 
 _SIZE = "num_hidden_layers"  # the option of a model's configuration
@@ -17,7 +18,7 @@ class RepeatedBlocks:
     parameters. Nothing is done to a model whose blocks are repeated so already.
 
     Raises:
-        ValueError: the model has no such blocks.
+        ValueError: the model has no such blocks, or is sharded.
         MissingExtraError: PEFT, whose function does it, is not installed.
 
     """
@@ -28,6 +29,11 @@ class RepeatedBlocks:
         self._options: list[tuple[Any, str, Any]] = []
         if any(_are_repeated(blocks, replication) for _, _, blocks in _lists(model)):
             return
+        if any(map(is_sharded, model.parameters())):
+            raise ValueError(
+                f"the adapter repeats blocks of the model ({list(map(list, replication))}), which "
+                "is sharded: load the adapter before it is sharded"
+            )
         tuners = needed(
             "peft.tuners.tuners_utils", "an adapter with layer_replication", "ecosystem"
         )

@@ -9,16 +9,18 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...init.sharded.layout import is_sharded
 from ...layers.adapted import AdaptedLayer, transplant
 from ...layers.linear import AdaptedFloatLayer
 from ..experts.module import remove_stack
 from ..experts.stack import AdaptedStack
 from ..plan import LayerPlan
 from ..selection import input_embeddings, output_head
+from ..starts import naming
 from .saved_modules import SavedTensors
 from .sharded.fsdp import leave
 from .sharded.placing import place_factors
-from .sharded.tensor_parallel import rewrapped
+from .sharded.tensor_parallel import carry_over, rewrapped
 
 
 def install(
@@ -41,6 +43,8 @@ def install(
             around = rewrapped if plan.base.num_experts is None else nullcontext
             with around(plan.base.module):
                 layers.append(plan.adapted(adapter_name))
+            if plan.base.rewritable and plan.base.num_experts is None:
+                carry_over(plan.base.module, layers[-1])
             plan.subtract_()
             plan.start = plan.trained = None
             _put(model, saved, plan, plan.base.module, layers[-1])
@@ -98,13 +102,25 @@ def merge_adapted(model: nn.Module, names: Sequence[str], layer: AdaptedLayer) -
         layer.merge_(shared=_is_shared(model, layer.weight))
         remove_stack(layer)
     else:
+        shared = _is_shared(model, layer._parameters.get("weight"))
         with rewrapped(layer):
-            plain = layer.merged()
+            plain = layer.merged(shared)
         _replace_adapted(model, names, layer, plain)
 
 
-def _is_shared(model: nn.Module, weight: nn.Parameter) -> bool:
+def check_mergeable(model: nn.Module, adapter_name: str) -> None:
+    """Raises ValueError, which names a layer, if an adapter cannot be merged into its weight."""
+    for name, layer in adapted_layers(model).items():
+        if adapter_name in layer.adapter_names and isinstance(layer, AdaptedFloatLayer):
+            with naming(name):
+                shared = _is_shared(model, layer._parameters.get("weight"))
+                layer.check_mergeable(layer.adapter(adapter_name), shared)
+
+
+def _is_shared(model: nn.Module, weight: nn.Parameter | None) -> bool:
     """Whether several modules of the model have this parameter."""
+    if weight is None or not (is_sharded(weight) or weight.dim() == 3):
+        return False  # a plain layer is replaced by a new one
     own = (p is weight for module in model.modules() for p in module._parameters.values())
     return sum(own) > 1
 
@@ -129,6 +145,7 @@ def _replace_adapted(
         return
     if isinstance(layer, AdaptedFloatLayer):
         transplant(layer, plain)
+        carry_over(layer, plain)
     for name in names:
         set_module(model, name, plain)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..._utils.checks import factor_dtype
 from ..._utils.errors import unknown_name
 from ..._utils.names import without_wrappers
 from ...layers.adapter import Adapter
@@ -18,9 +19,9 @@ from ..plan import LayerPlan
 from ..starts import WAITS, WaitingAdapter, naming
 from .blocks import RepeatedBlocks
 from .layers import Setting, adapted_layers, disable_fast_path, unwrapped
-from .saved_modules import SavedTensors
-from .sharded.deepspeed import refuse_initialized
-from .sharded.fsdp import reshard, sync_trainable
+from .saved_modules import SavedTensors, copy_dtype
+from .sharded.deepspeed import refuse_initialized, refuse_within_init
+from .sharded.fsdp import check_one_dtype, reshard, sync_trainable
 from .sharded.placing import check_experts
 
 _RECORD = "_lora_adapters"
@@ -146,6 +147,18 @@ def check_weights(model: nn.Module, plans: Sequence[LayerPlan], record: ModelAda
     check_experts(model, plans)
 
 
+def check_dtypes(
+    model: nn.Module, plans: Sequence[LayerPlan], places: Mapping[str, tuple[nn.Module, str]]
+) -> None:
+    """Raises ValueError if FSDP2 cannot train the factors of these layers beside the tensors at
+    these places, which are trained in full.
+    """
+    trained = {place: (name, copy_dtype(getattr(*place))) for name, place in places.items()}
+    for plan in plans:
+        trained[plan.base.place] = (f"the factors of {plan.name}", factor_dtype(plan.base.dtype))
+    check_one_dtype(model, trained)
+
+
 def _is_in_hooked(model: nn.Module, name: str) -> bool:
     """Whether a module around the layer `name` has hooks, which may cast its layers."""
     parts = name.split(".")[:-1]
@@ -195,6 +208,15 @@ def waiting_layers(model: nn.Module, adapter_name: str) -> dict[str, WaitingAdap
     return {path: adapter for path, adapter in found if isinstance(adapter, WaitingAdapter)}
 
 
+def check_absorbed(model: nn.Module, record: ModelAdapters) -> None:
+    """Raises ValueError if an adapter has yet to absorb its start, from weights to which another
+    adapter is to be added.
+    """
+    for name in waiting_names(model, record):
+        if any(waiting.residual == "absorb" for waiting in waiting_layers(model, name).values()):
+            raise ValueError(f"adapter {name!r} {WAITS}, before another one is added")
+
+
 def check_started(model: nn.Module, adapter_name: str) -> None:
     """Raises ValueError if the adapter waits for its start."""
     if waiting_layers(model, adapter_name):
@@ -212,6 +234,7 @@ def check_model(model: nn.Module) -> None:
     if unwrapped(model) is not model:
         raise TypeError(f"adapt the model before it is wrapped in {type(model).__name__}")
     refuse_initialized(model)
+    refuse_within_init()
     if base_of(model) is not None:
         hint = "use LoRALinear.from_linear"
         if isinstance(model, nn.Embedding):

@@ -58,9 +58,7 @@ class SavedTensors:
             base = getattr(module, key)
             value = values[name] if values else (gathered(base) if is_partitioned(base) else base)
             is_parameter = isinstance(base, nn.Parameter)
-            half = is_parameter and base.dtype == torch.float16
-            dtype = torch.float32 if half else base.dtype
-            copy = copied_like(value, base, dtype)
+            copy = copied_like(value, base, copy_dtype(base))
             same = tied.setdefault(id(base), []) if name in frozen else []
             equal = next((other for other in same if are_equal(other, copy)), None)
             if equal is None:
@@ -197,6 +195,12 @@ class SavedTensors:
             if getattr(module, key) is old:
                 setattr(module, key, new)
         return new
+
+
+def copy_dtype(original: Tensor) -> torch.dtype:
+    """The dtype of the copies of a tensor."""
+    half = isinstance(original, nn.Parameter) and original.dtype == torch.float16
+    return torch.float32 if half else original.dtype
 
 
 def _check_exchangeable(name: str, current: Tensor, wanted: Tensor, original: Tensor) -> None:

@@ -5,9 +5,9 @@ all processes, or made by one process for all.
 from .first_rank import (
     first_rank_loads,
     lacks_weights,
+    load_from_first_rank,
     loaded_device,
     starts_of_first_rank,
-    tensors_of_first_rank,
 )
 from .job import StartJob, naming
 from .make import make_starts
@@ -19,10 +19,10 @@ __all__ = [
     "WaitingAdapter",
     "first_rank_loads",
     "lacks_weights",
+    "load_from_first_rank",
     "loaded_device",
     "make_starts",
     "naming",
     "starts_of_first_rank",
-    "tensors_of_first_rank",
     "waiting_adapters",
 ]

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...init.sharded.agree import has_ranks, is_first_rank, shared
 from ...init.sharded.owners import moved
@@ -48,9 +48,19 @@ def starts_of_first_rank(
     return {name: moved(start, loaded_device(devices[name])) for name, start in found.items()}
 
 
-def tensors_of_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The first process's tensors of these names on all, on the CPU."""
-    return shared(0, lambda: {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+def load_from_first_rank(places: Mapping[str, tuple[nn.Module, str]]) -> None:
+    """Gives the tensors at some places, (module, name), the first process's values on all."""
+    own = {name: getattr(module, key) for name, (module, key) in places.items()}
+    values = shared(0, lambda: {name: tensor.detach().cpu() for name, tensor in own.items()})
+    loaded: dict[int, Tensor] = {}  # by the tensor on meta: tied ones stay tied
+    for name, (module, key) in places.items() if not is_first_rank() else ():
+        if not own[name].is_meta:
+            own[name].data.copy_(values[name])
+            continue
+        new = loaded.get(id(own[name]), values[name])
+        if isinstance(own[name], nn.Parameter) and not isinstance(new, nn.Parameter):
+            new = nn.Parameter(new, own[name].requires_grad)
+        setattr(module, key, loaded.setdefault(id(own[name]), new))
 
 
 def loaded_device(device: torch.device) -> torch.device:

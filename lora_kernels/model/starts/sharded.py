@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ...init.sharded.agree import agreed_randomness, has_ranks
-from ...init.sharded.layout import is_sharded
+from ...init.sharded.layout import Shards, is_sharded
 from ...init.sharded.owners import OwnedStart, starts_in_turn
 from ...init.sharded.sums import sums_of
 from ...init.start import Start
-from .job import StartJob
+from .first_rank import first_rank_loads
+from .job import StartJob, naming
 from .read import Readable, readable_shards
 
 # Makes the start of a job from its matrices and its gradient.
@@ -24,9 +25,11 @@ Make = Callable[[StartJob, Readable, "Tensor | None"], Start]
 def ranks_alike(jobs: Sequence[StartJob]) -> Iterator[None]:
     """Inside the context, all processes draw the same random numbers, if the starts need that: of
     sharded weights every process has a part of one start; and a start that is subtracted from a
-    weight before it is sharded has to be the same in all its parts.
+    weight before it is sharded has to be the same in all its parts. Not if the first process makes
+    the starts of all.
     """
-    if has_ranks() and any(map(_must_draw_alike, jobs)):
+    alone = first_rank_loads(job.base for job in jobs)
+    if has_ranks() and not alone and any(map(_must_draw_alike, jobs)):
         with agreed_randomness(jobs[0].base.device):
             yield
     else:
@@ -48,7 +51,7 @@ def read_shards(jobs: Sequence[StartJob]) -> dict[str, Readable]:
     layers of a group of processes. Layers whose entries are needed are not among them.
     """
     wanted = [job for job in jobs if job.base.sharded and not job.initializer.reads_entries]
-    shards = [job.base.shards() for job in wanted]
+    shards = [_shards_of(job) for job in wanted]
     summed = [
         own
         for job, own in zip(wanted, shards, strict=True)
@@ -73,7 +76,7 @@ def starts_by_owners(
     groups: dict[Any, list[StartJob]] = {}
     for job in jobs:
         if job.base.sharded and job.initializer.reads_entries:
-            groups.setdefault(job.base.shards().group, []).append(job)
+            groups.setdefault(_shards_of(job).group, []).append(job)
     starts: dict[str, Start] = {}
     for group, members in groups.items():
         owned = [_owned(job, gradients[job.name], make) for job in members]
@@ -95,3 +98,8 @@ def _owned(job: StartJob, gradient: Tensor | None, make: Make) -> OwnedStart:
         return make(job, Readable(matrices, [None] * len(matrices)), given)
 
     return OwnedStart(parts, made)
+
+
+def _shards_of(job: StartJob) -> Shards:
+    with naming(job.name):
+        return job.base.shards()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._utils.checks import as_integer
+from ..._utils.checks import as_integer, is_dtensor
 from ..._utils.errors import unknown_name
 from ._matrices import check_matrices, exact_svd, refuse_not_finite, stacked
 from .minor_svd import minor_triplets
@@ -120,9 +120,12 @@ def check_options(method: str, tol: float | None = None, subspace: int | None = 
 
 def _as_list(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if isinstance(weight, Tensor):
-        return list(weight.unbind()) if weight.dim() == 3 else [weight]
-    weights = list(weight) if isinstance(weight, Sequence) else [weight]
+        weights = list(weight.unbind()) if weight.dim() == 3 else [weight]
+    else:
+        weights = list(weight) if isinstance(weight, Sequence) else [weight]
     for one in weights:
+        if is_dtensor(one):
+            raise TypeError("the weight is a DTensor: give its full_tensor(), on every process")
         if not isinstance(one, Tensor):
             raise TypeError(
                 f"weight must be a tensor or a list of tensors, got {type(one).__name__}"

@@ -17,6 +17,7 @@ import torch
 from lora_kernels._utils.model_files import JOURNAL_FOLDER, is_unfinished
 from lora_kernels.files.adapter.folder import write_adapter
 from lora_kernels.files.checkpoint.initialize import initialize, job
+from lora_kernels.files.checkpoint.initialize.run import _device as device_of
 from lora_kernels.files.checkpoint.merge import merge
 from lora_kernels.files.io.journal import JournaledFolder, Ranks, folder, meeting
 from lora_kernels.files.io.journal.ranks import shares
@@ -480,3 +481,19 @@ def test_environment(environment, expected):
 def test_environment_errors(environment, match):
     with pytest.raises(ValueError, match=match):
         Ranks.of_environment(environment)
+
+
+def test_a_device_without_a_number_is_one_for_each_rank(monkeypatch):
+    """The name that the user gave is in the errors, so that all ranks print the same."""
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    for rank in range(2):
+        with pytest.raises(ValueError, match=r"'cuda' gives each of 2 ranks .* there are 1: start"):
+            device_of("cuda", Ranks(rank, 2, rank, 2))
+    assert device_of("cpu", Ranks(1, 2, 1, 2)) == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    on_meta = torch.empty(0, device="meta")
+    placed: list[torch.device] = []
+    monkeypatch.setattr(torch, "empty", lambda size, device: placed.append(device) or on_meta)
+    with pytest.raises(ValueError, match="has no numbers"):
+        device_of("cuda", Ranks(3, 4, 1, 2))
+    assert placed == [torch.device("cuda", 1)]

@@ -267,6 +267,57 @@ def test_a_copy_that_deepspeed_does_not_know_takes_no_place() -> None:
     on_ranks(2, work)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", EVERYWHERE])
+def test_a_resized_vocabulary_is_saved_whole(targets: str | list[str], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    llama().save_pretrained(tmp_path / "base")
+
+    def resized() -> nn.Module:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(101, mean_resizing=False)
+        return model
+
+    def saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+        add_lora(model, LoRAConfig(r=4, target_modules=targets), progress=False)
+        save_adapter(model, folder)
+        return load_file(folder / "adapter_model.safetensors")
+
+    expected = saved(resized(), tmp_path / "alone")
+    rows = [name for name, tensor in expected.items() if len(tensor) == 101 and "lora_" not in name]
+    assert len(rows) == 2
+
+    def work(rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found = saved(partition_all(resized()), tmp_path / "ranks")
+        model = partition_all(resized())
+        load_adapter(model, tmp_path / "alone", progress=False)
+        return found, wholes(model)
+
+    one = resized()
+    load_adapter(one, tmp_path / "alone", progress=False)
+    for found, loaded in on_ranks(2, work):
+        assert distance(found, expected) == 0
+        assert distance(loaded, wholes(one)) == 0
+
+
+class DeepSpeedZeRoOffload:
+    """Of deepspeed/runtime/zero/parameter_offload.py: what its engine leaves on a module."""
+
+    def register(self, module: nn.Module) -> None:
+        def _start_of_forward_hook(module: nn.Module, *args: object) -> None: ...
+
+        module.register_forward_pre_hook(_start_of_forward_hook)
+
+
+def test_a_model_with_an_engine_gets_no_adapter() -> None:
+    model = llama()
+    DeepSpeedZeRoOffload().register(model)
+    with pytest.raises(ValueError, match=r"deepspeed\.initialize has taken over this model"):
+        add_lora(model, progress=False)
+
+
 def test_a_quantized_partition_names_the_option() -> None:
     def work(rank: int) -> str:
         model = partition_all(llama())

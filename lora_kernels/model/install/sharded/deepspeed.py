@@ -4,6 +4,8 @@ made, and partitions no others.
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
 
 _HOOKS = "DeepSpeedZeRoOffload."  # of stage 3, on every module
@@ -17,4 +19,16 @@ def refuse_initialized(model: nn.Module) -> None:
             "deepspeed.initialize has taken over this model (ZeRO-3), and would not know new "
             "parameters: add or load all adapters before it, also where zero.Init or "
             "from_pretrained has partitioned the model already"
+        )
+
+
+def refuse_within_init() -> None:
+    """Raises ValueError inside of `with deepspeed.zero.Init()`, where DeepSpeed casts every new
+    tensor to the dtype of its configuration, float64 ones too, and partitions every new parameter.
+    """
+    module = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if getattr(module, "zero_init_context", 0):
+        raise ValueError(
+            "adapters cannot be added inside of `with deepspeed.zero.Init()`, which rounds all new "
+            "tensors: leave it first; the partitioned model can be adapted after it"
         )

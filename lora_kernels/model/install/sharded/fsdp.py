@@ -192,6 +192,24 @@ def sync_trainable(model: nn.Module, mixed: bool = False) -> None:
         _follow_trainable(group, mixed)
 
 
+def check_one_dtype(model: nn.Module, trained: Mapping[Place, tuple[str, torch.dtype]]) -> None:
+    """Raises ValueError if FSDP2 could not reduce the gradients of parameters that are to train.
+
+    `trained` are the text and the dtype of what trains at, or joins the group of, each parameter.
+    """
+    for group in _groups(model) or ():
+        here = [trained[p] for m in group.fsdp_params for p in _places(m) if p in trained]
+        texts = {dtype: text for text, dtype in reversed(here)}  # the first of each dtype
+        if len(texts) > 1:
+            kind = type(group.modules[0]).__name__
+            both = " and ".join(f"{text} in {dtype}" for dtype, text in texts.items())
+            raise ValueError(
+                f"{both} would train in one FSDP2 module ({kind}), which reduces gradients in one "
+                "dtype: apply fully_shard to one of these modules on its own, or load the model in "
+                "float32 (with a MixedPrecisionPolicy, if it is to compute in fewer bits)"
+            )
+
+
 @contextmanager
 def summed_gradients(model: nn.Module) -> Iterator[dict[Place, float]]:
     """Inside the context, every backward reduces the gradients of all data-parallel ranks, also

@@ -5,7 +5,7 @@ replaced on them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -87,29 +87,34 @@ def distribute_factors(
 
 
 @contextmanager
-def rewrapped(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
+def rewrapped(module: nn.Module) -> Iterator[None]:
     """Inside the context, the module is without what transformers' tensor parallelism has put
-    around its forward, so that its class can be exchanged. At the end it is put on again; also on a
-    module that replaces this one, if that is given to the context's function, which returns it.
+    around its forward, so that its class can be exchanged. At the end it is put on again.
 
     Raises:
         ValueError: the layer is of a style that would not know the adapter's factors.
 
     """
     styles = _taken_off(module)
-    modules = [module]
-
-    def onto(new: Any) -> Any:
-        if new is not module:
-            modules.append(new)
-        return new
-
     try:
-        yield onto
+        yield
     finally:
-        for each in modules:
-            for style, mesh in reversed(styles):
-                style.install_forward(each, mesh)
+        _put_on(module, styles)
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Puts around the forward of `new` what transformers' tensor parallelism has put around that of
+    `old`, which it replaces: also layers whose weight is whole on every process may have that.
+    """
+    if new is not old:
+        styles = _taken_off(old)
+        _put_on(old, styles)
+        _put_on(new, styles)
+
+
+def _put_on(module: nn.Module, styles: Sequence[tuple[Any, Any]]) -> None:
+    for style, mesh in reversed(styles):
+        style.install_forward(module, mesh)
 
 
 def _taken_off(module: nn.Module) -> list[tuple[Any, Any]]:

@@ -204,6 +204,7 @@ CALLS = {
             (Part("decode", 45, bench("decode")),),
             (Part("memory", 30, bench("memory")),),
             (Part("experts", 35, bench("experts")),),
+            (Part("sharded", 60, bench("sharded")),),
         ),
     ),
     "again": Definition(

@@ -31,6 +31,7 @@ from benchmarks.gpu.parts import (
     layer,
     memory,
     operators,
+    sharded,
     svd,
 )
 from benchmarks.gpu.session import Session, slug
@@ -45,6 +46,7 @@ PARTS = {
     "decode": decode.run,
     "memory": memory.run,
     "experts": experts.run,
+    "sharded": sharded.run,
     "svd": svd.run,
     "grid": grid.run,
 }

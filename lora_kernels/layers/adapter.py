@@ -367,6 +367,13 @@ class Adapter(WithStart, nn.Module):
         has a recipe instead.
         """
         scaling, beta = self._numbers(state)
+        has_R = bool(state.flatten()[1:].isposinf().any())
+        # Where the state_dict has the R, torch reports it.
+        if has_R and self.lora_R is None and f"{prefix}lora_R" not in state_dict:
+            raise ValueError(
+                "the saved layer has an R (lora_R), this one has none: construct it with the same "
+                "init_lora_weights"
+            )
         saved_A, saved_B = (state_dict.get(prefix + name) for name in ("start_A", "start_B"))
         if beta is not None and (scaling is not None or self._experts):
             self.start_A = self.start_B = self._aside = None
@@ -387,11 +394,6 @@ class Adapter(WithStart, nn.Module):
         if scaling == math.inf:
             raise ValueError(
                 "the saved adapter waits for its start: save it after start_adapters(model)"
-            )
-        if self.lora_R is None and bool(state.flatten()[1:].isposinf().any()):
-            raise ValueError(
-                "the saved layer has an R (lora_R), this one has none: construct it with the same "
-                "init_lora_weights"
             )
         # If nothing was absorbed, A₀ and B₀ are stored only for a forward that subtracts them.
         subtracts = self.start_A is not None or beta is not None

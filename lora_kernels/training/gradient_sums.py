@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ class GradientSums:
         flags = {p: p.requires_grad for p in (*self._model.parameters(), *self._names)}
         grads = {weight: weight.grad for weight in self._names}
         hooks = []
+        done = False
         try:
             for parameter in flags:
                 parameter.requires_grad_(parameter in self._names)
@@ -77,6 +78,7 @@ class GradientSums:
             with summed_gradients(self._model) as divisors:
                 self._divisors = self._of_weights(divisors)
                 yield
+            done = True
         finally:
             for hook in hooks:
                 hook.remove()
@@ -84,7 +86,9 @@ class GradientSums:
                 weight.grad = grad
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
-            sync_trainable(self._model, mixed=True)
+            # Before torch 2.13, FSDP2 cannot follow once an error has interrupted a forward.
+            with nullcontext() if done else suppress(RuntimeError):
+                sync_trainable(self._model, mixed=True)
 
     def reduce(self) -> None:
         """Adds the sums of all processes: FSDP2 has done so, and divided them; processes under

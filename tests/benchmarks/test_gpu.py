@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ import torch
 for package in ("rich", "matplotlib"):
     pytest.importorskip(package, reason="the benchmarks need what `make test` installs")
 
+from rich.console import Console  # noqa: E402
+
 from benchmarks.common.harness import Timing  # noqa: E402
 from benchmarks.gpu import experts, peers  # noqa: E402
 from benchmarks.gpu.__main__ import PARTS, main  # noqa: E402
+from benchmarks.gpu.parts import sharded  # noqa: E402
 from benchmarks.gpu.parts.grid import to_best_peer  # noqa: E402
 from benchmarks.gpu.session import slug  # noqa: E402
 from benchmarks.gpu.targets import costs, expert_costs  # noqa: E402
@@ -47,6 +52,10 @@ TINY = replace(
     experts_layer=Layer(2, 2, 8, 16, 16, 8),
     experts_stack=Projection(2, 24, 16, 8),
     experts_rank=8,
+    sharded_shape=(24, 16),
+    sharded_blocks=2,
+    sharded_tokens=4,
+    sharded_rank=2,
     rounds=2,
     grid_rounds=1,
     burst_ms=0.1,
@@ -64,6 +73,9 @@ FILES = {
     "decode": {"decode": {"shape", "tokens", "r", "layers", "variant", "median_ms", "ratio"}},
     "memory": {"memory": {"shape", "tokens", "variant", "peak_mib", "growth_mib", "ratio", "aim"}},
     "experts": {"experts": {"what", "shape", "tokens", "r", "pass", "variant", "peak_gb", "aim"}},
+    "sharded": {
+        "sharded": {"what", "variant", "processes", "backend", "ratio", "differing", "aim"},
+    },
     "svd": {"init_svd": {"what", "shape", "one_layer_s", "extrapolated_s", "times_ours"}},
     "grid": {
         "layer_grid": {"shape", "tokens", "r", "pass", "clock", "variant", "ours_to_best_peer"},
@@ -303,6 +315,37 @@ def test_best_peer():
         Timing("PEFT", failure="not installed"),
     ]
     assert to_best_peer(timings) == (1.5, "addmm_")
+
+
+def test_sharded_is_left_out_with_one_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: name == "nccl")
+    session = SimpleNamespace(device=torch.device("cuda"), plan=TINY, console=Console(width=150))
+    sharded.run(session)
+    said = "sharded: left out, it needs 2 GPUs, and there is 1"
+    assert capsys.readouterr().out.splitlines() == [said]
+
+
+def test_sharded_processes_that_hang_are_ended(monkeypatch):
+    monkeypatch.setattr(sharded, "measured", lambda device, plan: time.sleep(100))
+    with pytest.raises(TimeoutError, match="took longer than 1 s"):
+        sharded.rows_of_processes("cpu", TINY, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"differing": 1}, "1 entries of W, A, B have other bits"),
+        ({"gradient_error": 0.5}, "gradients are 0.5 off"),
+        ({"gradient_error": float("nan")}, "gradients are nan off"),
+        ({"failure": "fails: RuntimeError: no"}, "fails: RuntimeError: no"),
+    ],
+)
+def test_sharded_says_what_is_wrong(row, text):
+    good = {"what": "step", "variant": "FSDP2", "failure": "", "differing": 0}
+    sharded.check([good, {"what": "all", "failure": "skipped: time budget"}])
+    with pytest.raises(RuntimeError, match=f"step, FSDP2: {text}"):
+        sharded.check([good | row])
 
 
 def test_slug():

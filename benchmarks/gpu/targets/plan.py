@@ -39,6 +39,10 @@ class Plan:
     experts_stack: Projection = PEFT_CASE
     experts_rank: int = 16
     decode_layers: int = 8  # together, their weights exceed any L2 cache
+    sharded_shape: Shape = (11008, 4096)  # of W₁; W₂ has the other order
+    sharded_blocks: int = 8
+    sharded_tokens: int = 4096
+    sharded_rank: int = 16
     rounds: int = 15
     grid_rounds: int = 5
     burst_ms: float = 5.0  # approximate time of all calls between two events

@@ -97,13 +97,12 @@ class AdaptedFloatLayer(AdaptedLayer):
         """y [..., out_features] of x [..., in_features], in x's dtype. They are DTensors if the
         weight is one, under tensor parallelism.
         """
-        adapter = self.active()
-        if is_parallel(x, self.matrix(), adapter.lora_A, adapter.lora_B):
+        adapter, matrix = self.active(), self.matrix()
+        if is_parallel(x, matrix, adapter.lora_A, adapter.lora_B):
             return self._parallel_forward(x)
         if not self.adapter_enabled:
             return nn.functional.linear(x, self.base_weight(), self.bias)
         p = adapter.lora_dropout if self.training else 0.0
-        matrix = self.matrix()
         if self._cast_by_hooks:  # a view keeps its data for the backward, the Parameter does not
             matrix = matrix.view_as(matrix)
         lora_B, scaling, start_A, start_B = adapter.operands(x.dtype)

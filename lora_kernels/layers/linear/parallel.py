@@ -33,7 +33,7 @@ DTensor: TypeAlias = Any
 DeviceMesh: TypeAlias = Any
 Placement: TypeAlias = Any
 Placements: TypeAlias = tuple[Placement, ...]  # one for each mesh dimension
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class Update(NamedTuple):
@@ -69,7 +69,8 @@ class Update(NamedTuple):
 
 def is_parallel(*tensors: Tensor) -> bool:
     """Whether one of the tensors is a DTensor."""
-    return any(type(tensor) not in _PLAIN and is_dtensor(tensor) for tensor in tensors)
+    # Every forward asks this, mostly of plain tensors.
+    return not _PLAIN.issuperset(map(type, tensors)) and any(map(is_dtensor, tensors))
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:
@@ -253,7 +254,7 @@ class _Layout:
             local: Tensor = sharded.to_local()
             if sharded.placements == placements:
                 return local
-            # A parameter cannot be redistributed in inference mode before torch 2.12.
+            # In inference mode, torch 2.11 cannot redistribute a parameter.
             sharded = _wrapped(local.detach(), self.mesh, sharded.placements, sharded.shape)
         local = sharded.redistribute(self.mesh, placements).to_local(grad_placements=grads)
         return local
@@ -349,6 +350,8 @@ def _as_dtensor(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
         return tensor
     from torch.distributed.tensor import DTensor
 
+    if not torch.is_grad_enabled():  # in inference mode, torch 2.11 cannot wrap a parameter
+        tensor = tensor.detach()
     whole: Tensor = DTensor.from_local(tensor, mesh, (_replicated(),) * mesh.ndim, run_check=False)
     return whole
 

@@ -53,7 +53,8 @@ def why_not_adaptable(experts: nn.Module) -> str | None:
     foreign: ForeignExperts = experts
     weights = [experts._parameters.get(name) for name in projections(experts)]
     if foreign._is_expert_parallel and not all(map(is_dtensor, weights)):
-        return "its experts are divided among processes, and its weights do not tell which are here"
+        what = "its experts are divided among processes (expert parallelism)"
+        return f"{what}, but its weights do not tell which are here"
     if not hasattr(type(experts).forward, "__wrapped__") and not hasattr(
         type(experts), "adapted_from"
     ):

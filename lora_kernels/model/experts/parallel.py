@@ -88,12 +88,12 @@ def cut_start(adapter: Adapter, part: LocalPart) -> None:
         setattr(adapter, name, cut)
 
 
-def local_factors(adapter: Adapter) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A [E, r, in], B [E, out, r] and R [E, r, r] or None, as plain tensors of this process's part,
-    through which the gradients reach all processes that need them.
+def local_factors(adapter: Adapter, part: LocalPart | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A [E, r, in], B [E, out, r] and R [E, r, r] or None; if the forward has a part of W, as plain
+    tensors of that part, through which the gradients reach all processes that need them.
     """
     A, B, R = adapter.lora_A, adapter.lora_B, adapter.lora_R
-    if not is_dtensor(A):
+    if part is None:
         return A, B, R
     pairs = zip(_placements(A), _placements(B), strict=True)
     # Where one of the two is cut, each process has a part of the gradient of the other one.
@@ -102,7 +102,7 @@ def local_factors(adapter: Adapter) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _own(part: LocalPart, tensor: DTensor, name: str) -> Tensor:
-    own: Tensor = tensor.to_local() if is_dtensor(tensor) else part.of(tensor, name)
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else part.of(tensor, name)
     return own
 
 

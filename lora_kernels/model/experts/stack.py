@@ -75,7 +75,7 @@ class AdaptedStack(AdaptedLayer):
         if not self.adapter_enabled:
             return self._restoring()
         adapter, part = self.active(), self.part
-        lora_A, lora_B, lora_R = local_factors(adapter)
+        lora_A, lora_B, lora_R = local_factors(adapter, part)
         lora_A = lora_A if lora_R is None else lora_R @ lora_A
         p = adapter.lora_dropout if self.training else 0.0
         seed = 0 if part is None else part.seed

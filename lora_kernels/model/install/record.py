@@ -88,9 +88,7 @@ def activate_new(
     switch(model, record, adapter_name, trains)
 
 
-def switch(
-    model: nn.Module, record: ModelAdapters, adapter_name: str, trains: bool = True
-) -> None:
+def switch(model: nn.Module, record: ModelAdapters, adapter_name: str, trains: bool = True) -> None:
     """Makes an adapter the one that is used and, unless `trains` is False, trained."""
     apply(model, record, adapter_name)
     for layer in adapted_layers(model).values():

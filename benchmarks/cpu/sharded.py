@@ -187,9 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 world *= size
             for method in METHODS:
                 file = folder / f"{len(rows)}.row"
-                multiprocessing.start_processes(
-                    run, (world, method, sizes, folder, file), world, start_method="fork"
-                )
+                print(f"{layout}: {method}", flush=True)
+                started = (world, method, sizes, folder, file)
+                try:
+                    multiprocessing.start_processes(run, started, world, start_method="fork")
+                except multiprocessing.ProcessExitedException as error:
+                    torch.save({"failure": str(error)}, file)
                 row: dict[str, Any] = torch.load(file, weights_only=False)
                 losses = row.pop("losses", None)
                 if losses is not None:

@@ -24,8 +24,8 @@ def fully_sharded(model: nn.Module, mesh=None, **options) -> nn.Module:
 
 
 def trained(model: nn.Module, steps: int = 5, parts: int | None = None) -> list[float]:
-    """The losses of `steps` steps of AdamW. Of `parts` processes, each takes its share of the batch,
-    and the losses are the mean; None: all of `torch.distributed`, or one.
+    """The losses of `steps` steps of AdamW: the mean of those of all processes. Each of `parts`
+    groups of processes takes its share of the batch; None: each process its own.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     parts = ranks if parts is None else parts

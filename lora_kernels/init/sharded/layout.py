@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -246,7 +246,7 @@ def _runs(size: int, mesh: Any, placements: Sequence[Any], axis: int) -> list[Ru
     bounds = [0, *jumps.tolist(), len(local)]
     return [
         (slice(begin, end), slice(int(local[begin]), int(local[begin]) + end - begin))
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for begin, end in pairwise(bounds)
         if end > begin
     ] or [(slice(0, 0), slice(0, 0))]
 

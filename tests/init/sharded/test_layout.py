@@ -194,8 +194,8 @@ def test_stacks_and_transposed_weights():
 
 def test_texts():
     def work(rank: int) -> dict[str, str]:
-        found = layouts(4).items()
-        return {n: text_of(distributed(weight((8, 8), torch.float32), *l)) for n, l in found}
+        full = weight((8, 8), torch.float32)
+        return {name: text_of(distributed(full, *own)) for name, own in layouts(4).items()}
 
     texts = on_ranks(4, work)[0]
     assert texts["rows"] == "in 4 parts by rows"

@@ -1,4 +1,4 @@
-"""`add_lora` and what follows it, before and after FSDP2 has sharded a model, against one process."""
+"""`add_lora` and what follows it, before and after FSDP2 shards a model, against one process."""
 
 from __future__ import annotations
 
@@ -100,8 +100,7 @@ def everything(rank: int, order: str, config: LoRAConfig, layout: str) -> dict:
 
 def contents(folder: Path) -> dict[str, str]:
     return {
-        file.name: hashlib.sha1(file.read_bytes()).hexdigest()  # noqa: S324
-        for file in sorted(folder.iterdir())
+        file.name: hashlib.sha1(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())
     }
 
 
@@ -128,7 +127,7 @@ CASES = [
     ("absorb", "shard, adapt", "hsdp"),
 ]
 if EXHAUSTIVE:
-    CASES = [(n, o, l) for n in CONFIGS for o in ORDERS for l in ("fsdp", "hsdp")]
+    CASES = [(n, o, layout) for n in CONFIGS for o in ORDERS for layout in ("fsdp", "hsdp")]
 
 
 @pytest.mark.parametrize(("name", "order", "layout"), CASES)
@@ -258,7 +257,7 @@ def test_random_starts_without_a_seed(order):
 
 
 def test_plain_models_of_one_rank():
-    """A rank may adapt a model on its own, in a program of several: nothing waits for the others."""
+    """A rank may adapt a model on its own, in a program of several: it waits for no other."""
 
     def work(rank: int) -> int:
         if rank == 0:
@@ -272,7 +271,7 @@ def test_plain_models_of_one_rank():
 
 
 def test_a_layer_that_is_sharded_itself():
-    """`fully_shard` on the very layers: their classes are FSDP2's. Conv1D layers, biases, tied head."""
+    """`fully_shard` on the very layers, whose classes are FSDP2's: Conv1D, biases, a tied head."""
 
     def work(rank: int) -> tuple:
         from torch.distributed.fsdp import fully_shard

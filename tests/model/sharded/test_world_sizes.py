@@ -26,7 +26,7 @@ SIZES = (1, 2, 4, 8) if EXHAUSTIVE else (1, 2, 4)
 
 def digest(tensors: dict[str, Tensor]) -> str:
     """Of the residual base."""
-    found = hashlib.sha1()  # noqa: S324
+    found = hashlib.sha1()
     for name, tensor in sorted(tensors.items()):
         if "lora_" not in name:
             found.update(tensor.contiguous().numpy().tobytes())

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
@@ -161,8 +162,7 @@ def run(
         row = measured(method, layout, folder)
     except Exception as error:  # PEFT's are rows of the table
         row = {"failure": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
-    if (rank == 0 or "failure" in row) and not out.exists():
-        torch.save(row, out)
+    torch.save(row, Path(f"{out}.{rank}"))
 
 
 def alone(method: str, folder: Path) -> list[float]:
@@ -189,11 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 file = folder / f"{len(rows)}.row"
                 print(f"{layout}: {method}", flush=True)
                 started = (world, method, sizes, folder, file)
-                try:
-                    multiprocessing.start_processes(run, started, world, start_method="fork")
-                except multiprocessing.ProcessExitedException as error:
-                    torch.save({"failure": str(error)}, file)
-                row: dict[str, Any] = torch.load(file, weights_only=False)
+                multiprocessing.start_processes(run, started, world, start_method="fork")
+                row = _row([torch.load(f"{file}.{k}", weights_only=False) for k in range(world)])
                 losses = row.pop("losses", None)
                 if losses is not None:
                     pairs = zip(losses, expected[method], strict=True)
@@ -203,11 +200,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_csv(out / "sharded.csv", [row | environment() for row in rows])
 
 
+def _row(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first process's row; if processes failed, what the first to fail raised, not the errors
+    of those that waited for it.
+    """
+    failed = [row for row in found if "failure" in row]
+    causes = [row for row in failed if "gloo" not in row["failure"]]
+    return (causes or failed or found)[0]
+
+
 def _shown(row: dict[str, object]) -> dict[str, str]:
     columns = ("layout", "method", "start error", "loss error", "rank spread", "reload error")
     numbers = {c: row.get(c, "") for c in columns}
     shown = {c: f"{v:.1e}" if isinstance(v, float) else str(v) for c, v in numbers.items()}
-    return shown | {"failure": str(row.get("failure", ""))}
+    return shown | {"failure": escape(str(row.get("failure", "")))}
 
 
 if __name__ == "__main__":

@@ -365,6 +365,10 @@ class Adapter(WithStart, nn.Module):
     def _expect_start(self, state: Tensor, state_dict: dict[str, Any], prefix: str) -> None:
         """Makes room for A₀ and B₀ if a saved adapter has stored them, and drops those here if it
         has a recipe instead.
+
+        Raises:
+            ValueError: the saved adapter has an R, which this one and the state_dict lack.
+
         """
         scaling, beta = self._numbers(state)
         has_R = bool(state.flatten()[1:].isposinf().any())

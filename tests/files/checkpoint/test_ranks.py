@@ -350,7 +350,7 @@ def test_ranks_of_a_dying_run_are_waited_for(expected, run, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_rank_that_does_not_come(missing, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(meeting, "JOIN", 1.0)
+    monkeypatch.setattr(meeting, "JOIN", 3.0 if missing else 0.5)  # rank 2 comes in time
 
     def work(ranks: Ranks) -> None:
         if ranks.rank != missing:

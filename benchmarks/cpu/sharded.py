@@ -124,21 +124,20 @@ def spread(model: nn.Module) -> float:
     return largest
 
 
-def measured(method: str, layout: dict[str, int], folder: Path) -> dict[str, object]:
-    """One case, on a process of those of the layout."""
+def measure(row: dict[str, object], method: str, layout: dict[str, int], folder: Path) -> None:
+    """One case, on a process of those of the layout; the row gets what is measured, in order."""
     package, adapt = METHODS[method]
     shards = DistributedConfig(**layout)
     before = logits(AutoModelForCausalLM.from_pretrained(folder))
     model = adapt(AutoModelForCausalLM.from_pretrained(folder, distributed_config=shards))
-    row: dict[str, object] = {"start error": float((logits(model) - before).abs().max())}
+    row["start error"] = float((logits(model) - before).abs().max())
     parts = layout.get("fsdp_size", 1) * layout.get("dp_replicate_size", 1)
     row["losses"] = trained(model, parts)
     row["rank spread"] = spread(model)
     out = folder / f"adapter {method} {layout}"
     after = logits(model)
     if package == "PEFT":
-        if dist.get_rank() == 0:
-            model.save_pretrained(out)
+        model.save_pretrained(out, is_main_process=dist.get_rank() == 0)
         dist.barrier()
         one = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), out)
     else:
@@ -146,7 +145,6 @@ def measured(method: str, layout: dict[str, int], folder: Path) -> dict[str, obj
         one = AutoModelForCausalLM.from_pretrained(folder)
         load_adapter(one, out, progress=False)
     row["reload error"] = float((logits(one) - after).abs().max())
-    return row
 
 
 def run(
@@ -158,10 +156,11 @@ def run(
     file = f"file://{out}.store"
     wait = timedelta(seconds=30)  # for a process that has failed
     dist.init_process_group("gloo", init_method=file, rank=rank, world_size=world, timeout=wait)
+    row: dict[str, object] = {}
     try:
-        row = measured(method, layout, folder)
-    except Exception as error:  # PEFT's are rows of the table
-        row = {"failure": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
+        measure(row, method, layout, folder)
+    except Exception as error:  # PEFT's are part of the table
+        row["failure"] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
     torch.save(row, Path(f"{out}.{rank}"))
 
 
@@ -189,8 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 file = folder / f"{len(rows)}.row"
                 print(f"{layout}: {method}", flush=True)
                 started = (world, method, sizes, folder, file)
-                multiprocessing.start_processes(run, started, world, start_method="fork")
-                row = _row([torch.load(f"{file}.{k}", weights_only=False) for k in range(world)])
+                try:
+                    multiprocessing.start_processes(run, started, world, start_method="fork")
+                    files = [f"{file}.{rank}" for rank in range(world)]
+                    row = _row([torch.load(name, weights_only=False) for name in files])
+                except multiprocessing.ProcessExitedException as error:
+                    row = {"failure": str(error)}
                 losses = row.pop("losses", None)
                 if losses is not None:
                     pairs = zip(losses, expected[method], strict=True)

@@ -34,6 +34,10 @@ DeviceMesh: TypeAlias = Any
 Placement: TypeAlias = Any
 Placements: TypeAlias = tuple[Placement, ...]  # one for each mesh dimension
 _PLAIN = frozenset((Tensor, nn.Parameter))
+PARALLEL_EMBEDDING = (
+    "an adapted embedding cannot run while it is sharded by tensor parallelism: leave it "
+    "out of target_modules, or out of the parallel plan"
+)
 
 
 class Update(NamedTuple):
@@ -135,10 +139,7 @@ def on_parts(weight: Tensor, update: Update, compute: Callable[[Tensor, Update],
 def refuse_parallel_embedding(*tensors: Tensor) -> None:
     """Raises ValueError if a tensor of an adapted embedding is a DTensor."""
     if is_parallel(*tensors):
-        raise ValueError(
-            "an adapted embedding cannot run while it is sharded by tensor parallelism: leave the "
-            "embedding out of target_modules, or out of the parallel plan"
-        )
+        raise ValueError(PARALLEL_EMBEDDING)
 
 
 def _linear(

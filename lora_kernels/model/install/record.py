@@ -22,7 +22,7 @@ from .layers import Setting, adapted_layers, disable_fast_path, unwrapped
 from .saved_modules import SavedTensors, copy_dtype
 from .sharded.deepspeed import refuse_initialized, refuse_within_init
 from .sharded.fsdp import check_one_dtype, reshard, sync_trainable
-from .sharded.placing import check_experts
+from .sharded.placing import check_forwards
 
 _RECORD = "_lora_adapters"
 
@@ -142,7 +142,7 @@ def check_weights(model: nn.Module, plans: Sequence[LayerPlan], record: ModelAda
                 "out with exclude_modules; a layer is adapted by some adapters or trained in full "
                 "by others"
             )
-    check_experts(model, plans)
+    check_forwards(model, plans)
 
 
 def check_dtypes(

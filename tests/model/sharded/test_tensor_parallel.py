@@ -204,11 +204,13 @@ def distributed(rank: int) -> list[str]:
     distribute_factors(adapter, mesh, [S(0)])
     assert adapter.lora_B is kept
     found = []
-    adapter.embedding = True
+    tokens = nn.Embedding(8, 4)
+    tokens.weight = nn.Parameter(distribute_tensor(tokens.weight.detach(), mesh, [S(0)]))
+    embedded = nn.Sequential(tokens)
     style = tensor_parallel.ReplicatedWithGradAllReduce()
     summed = style.install_forward(nn.Linear(4, 4), mesh)
     for call in (
-        lambda: distribute_factors(adapter, mesh, [S(0)]),
+        lambda: add_lora(embedded, LoRAConfig(r=2, target_modules=["0"])),
         lambda: add_lora(nn.Sequential(summed), LoRAConfig(r=2, target_modules=["0"])),
     ):
         try:
@@ -216,6 +218,7 @@ def distributed(rank: int) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     assert "tp_forward" in repr(summed.forward)
+    assert type(embedded[0]) is nn.Embedding
     return found
 
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from ....init.sharded.layout import is_dtensor
 from ....layers.adapted import AdaptedLayer
+from ....layers.kinds import EMBEDDING
+from ....layers.linear.parallel import PARALLEL_EMBEDDING
 from ...experts.stack import AdaptedStack
 from ...experts.wrapped import has_parallel_forward
 from ...plan import LayerPlan
@@ -45,26 +47,33 @@ def place_factors(model: nn.Module, layers: Sequence[AdaptedLayer], adapter_name
     join(model, members)
 
 
-def check_experts(model: nn.Module, plans: Sequence[LayerPlan]) -> None:
-    """Raises ValueError, with the parameter's name, if experts would have to multiply with a part
-    of their weights in a way that is not known here.
+def check_forwards(model: nn.Module, plans: Sequence[LayerPlan]) -> None:
+    """Raises ValueError, with the layer's name, for experts and embeddings that would have to run
+    with a part of their weights in a way that is not known here.
     """
-    unknown = [
-        plan
-        for plan in plans
-        if plan.base.num_experts is not None
-        and is_dtensor(plan.base.stored_weight)
-        and not has_parallel_forward(plan.base.place[0])
-    ]
+    unknown = [plan for plan in plans if _needs_the_whole(plan)]
     layouts = unsharded_layouts(model) if unknown else {}
     for plan in unknown:
         place = plan.base.place
-        if layouts.get(place) is not None or place not in layouts:
-            raise ValueError(
-                f"{plan.name} is a DTensor in the forward of its module: shard experts with "
-                "fully_shard, or with transformers' DistributedConfig (tensor or expert "
-                "parallelism), or leave them out of target_parameters"
-            )
+        if layouts.get(place) is None and place in layouts:  # FSDP2 brings the whole weight
+            continue
+        if plan.base.num_experts is None:
+            raise ValueError(f"{plan.name}: {PARALLEL_EMBEDDING}")
+        raise ValueError(
+            f"{plan.name} is a DTensor in the forward of its module: shard experts with "
+            "fully_shard, or with transformers' DistributedConfig (tensor or expert "
+            "parallelism), or leave them out of target_parameters"
+        )
+
+
+def _needs_the_whole(plan: LayerPlan) -> bool:
+    """Whether the layer is sharded, and its adapters cannot run with a part of its weight."""
+    base = plan.base
+    if not (base.rewritable and is_dtensor(base.stored_weight)):
+        return False
+    if base.num_experts is not None:
+        return not has_parallel_forward(base.place[0])
+    return base.kind == EMBEDDING
 
 
 def _weight_place(layer: AdaptedLayer) -> Place:

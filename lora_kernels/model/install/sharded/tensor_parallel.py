@@ -66,14 +66,9 @@ def distribute_factors(
     that are DTensors already stay.
 
     Raises:
-        ValueError: the layer is an embedding, or `factor_placements` finds W unfit.
+        ValueError: as `factor_placements`.
 
     """
-    if adapter.embedding:
-        raise ValueError(
-            "an embedding that is sharded by tensor parallelism cannot be adapted: leave it out of "
-            "target_modules, or out of the parallel plan"
-        )
     from torch.distributed.tensor import Replicate
 
     for_A, for_B = factor_placements(placements, adapter.lora_A.dim(), transposed)

@@ -14,9 +14,9 @@ from torch import nn
 from lora_kernels import LoRAConfig, LoRALinear, add_lora, capture_gradients, set_adapter
 from lora_kernels.init import LoRAM
 from lora_kernels.magnitude import inspect_model, measure
-from lora_kernels.model import starts
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.selection import find_targets, select_layers
+from lora_kernels.model.starts import make
 
 from ..support.packages import needs_peft, needs_transformers
 from ..support.quantized import OnlyForward
@@ -154,7 +154,7 @@ def test_peft_starts_no_more_weights_at_once_than_add_lora(bytes_at_once, larges
 
     from lora_kernels.peft import initialize
 
-    monkeypatch.setattr(starts, "_BATCH_BYTES", bytes_at_once)
+    monkeypatch.setattr(make, "_BATCH_BYTES", bytes_at_once)
     calls = sizes_of_calls(monkeypatch)
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(70)))
     adapted = copy.deepcopy(model)

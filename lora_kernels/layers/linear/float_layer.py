@@ -97,12 +97,12 @@ class AdaptedFloatLayer(AdaptedLayer):
         """y [..., out_features] of x [..., in_features], in x's dtype. They are DTensors if the
         weight is one, under tensor parallelism.
         """
+        if not self.adapter_enabled:  # a compiled forward must not depend on which is active
+            return self._base_forward(x)
         adapter, matrix = self.active(), self.matrix()
-        if is_parallel(x, matrix, adapter.lora_A, adapter.lora_B):
-            return self._parallel_forward(x)
-        if not self.adapter_enabled:
-            return nn.functional.linear(x, self.base_weight(), self.bias)
         p = adapter.lora_dropout if self.training else 0.0
+        if is_parallel(x, matrix, adapter.lora_A, adapter.lora_B):
+            return parallel_linear(x, matrix, self.bias, Update.of(adapter, x.dtype), p)
         if self._cast_by_hooks:  # a view keeps its data for the backward, the Parameter does not
             matrix = matrix.view_as(matrix)
         lora_B, scaling, start_A, start_B = adapter.operands(x.dtype)
@@ -122,19 +122,19 @@ class AdaptedFloatLayer(AdaptedLayer):
         bias = adapter.output_bias(x.dtype)  # [out]
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _parallel_forward(self, x: Tensor) -> Tensor:
-        """`forward` where W or the factors are DTensors."""
-        matrix, bias = self.matrix(), self.bias
-        if self.adapter_enabled:
-            adapter = self.active()
-            p = adapter.lora_dropout if self.training else 0.0
-            return parallel_linear(x, matrix, bias, Update.of(adapter, x.dtype), p)
+    def _base_forward(self, x: Tensor) -> Tensor:
+        """`forward` of the layer before it was adapted."""
+        absorbing = self.adapter(self.absorbed) if self.absorbed else None
+        factors = () if absorbing is None else (absorbing.lora_A, absorbing.lora_B)
+        matrix = self.matrix()
+        if not is_parallel(x, matrix, *factors):
+            return nn.functional.linear(x, self.base_weight(), self.bias)
         # What was subtracted from W is added to y: a local part of W does not say which part it is.
-        absorbed = Update.of_absorbed(self.adapter(self.absorbed)) if self.absorbed else None
-        if absorbed is not None:
-            return parallel_linear(x, matrix, bias, absorbed)
+        update = None if absorbing is None else Update.of_absorbed(absorbing)
+        if update is not None:
+            return parallel_linear(x, matrix, self.bias, update)
         check_input(x, matrix)
-        return nn.functional.linear(x, matrix, bias)
+        return nn.functional.linear(x, matrix, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedFloatLayer:
         self._cast_by_hooks = self._cast_by_hooks or in_forward()

@@ -40,6 +40,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.cpu.host_init
 	$(BIN)/python -m benchmarks.cpu.portable
 	$(BIN)/python -m benchmarks.cpu.serving
+	$(BIN)/python -m benchmarks.cpu.sharded
 
 # The AVX2 kernels, and torch limited to AVX2, on a processor that may support more.
 bench-avx2: export LORA_KERNELS_CPU_CAPABILITY := avx2

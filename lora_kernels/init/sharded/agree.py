@@ -32,8 +32,6 @@ def together(group: Any = None, where: bool = True, what: str = "") -> Iterator[
     same error at its end, and nobody waits for the one that failed. `where=False` turns this off.
     With `what`, the others raise RuntimeError, which says that `what` failed on some ranks.
     """
-    import torch.distributed as dist
-
     if not (where and has_ranks()):
         yield
         return
@@ -42,8 +40,7 @@ def together(group: Any = None, where: bool = True, what: str = "") -> Iterator[
         yield
     except Exception as error:
         failed = error
-    errors: list[Exception | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, _portable(failed), group=group)
+    errors = from_every(_portable(failed), group)
     if failed is not None:
         raise failed
     others = [error for error in errors if error is not None]

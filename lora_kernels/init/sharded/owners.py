@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..start import Start
-from .agree import shared, talking_device
+from .agree import from_every, shared, talking_device
 from .layout import Place, full_shape, is_primary, local_part, pieces
 
 
@@ -87,11 +87,8 @@ Places: TypeAlias = list[list[list[list[Place]]]]
 
 
 def _places(jobs: Sequence[OwnedStart], group: Any) -> Places:
-    import torch.distributed as dist
-
     own = [[_own_places(part) for part in job.parts] for job in jobs]
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, own, group=group)
+    found = from_every(own, group)
     return [[theirs[index] for theirs in found] for index in range(len(jobs))]
 
 

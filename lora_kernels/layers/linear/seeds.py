@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ...init.sharded.agree import talking_device
+from ...init.sharded.agree import from_all
 from ...init.sharded.layout import mesh_group
 from ...ops.philox import dropout_seed
 
@@ -71,12 +71,6 @@ def mesh_seed(mesh: Any, device: torch.device, batch_part: int = 0) -> Tensor:
 
 def _next_seeds(mesh: Any, device: torch.device) -> list[int]:
     """What `dropout_seed` would return next on each process of the mesh."""
-    import torch.distributed as dist
-
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         drawn = dropout_seed(device).reshape(1)
-    group = mesh_group(mesh)
-    drawn = drawn.to(talking_device(drawn.device, group))
-    found = drawn.new_empty(dist.get_world_size(group))
-    dist.all_gather_into_tensor(found, drawn, group=group)
-    return [int(seed) for seed in found]
+    return [int(seed) for seed in from_all(drawn, mesh_group(mesh))]

@@ -138,6 +138,12 @@ def refuse_sharded(name: str, module: nn.Module, rewritable: bool | None = None)
             raise ValueError(
                 f"{what} is part of a flat parameter of FSDP: adapt the model before it is wrapped"
             )
+        if hasattr(tensor, "ds_id") and not tensor.numel() and not is_sharded(tensor):
+            raise ValueError(
+                f"{what} is partitioned by DeepSpeed ZeRO-3: adapt the model before "
+                "deepspeed.initialize, or within deepspeed.zero.GatheredParameters (this version "
+                "of DeepSpeed does not keep the partition in ds_tensor)"
+            )
         if is_sharded(tensor) and not rewritable:
             raise ValueError(
                 f"{what} is a part of a quantised weight, which is sharded: adapt the model before "

@@ -391,6 +391,14 @@ class TestSharded:
         refuse_sharded("q", nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
         refuse_sharded("q", random_unstructured(nn.Linear(3, 4), "weight", 0.5))
 
+    def test_zero_3_without_partitions(self):
+        linear = nn.Linear(3, 4)
+        linear.weight.ds_id, linear.weight.ds_shape = 0, linear.weight.shape
+        refuse_sharded("q", linear)  # gathered
+        linear.weight.data = torch.empty(0)
+        with pytest.raises(ValueError, match=r"q\.weight is partitioned .*ZeRO-3: adapt .*before"):
+            refuse_sharded("q", linear)
+
     def test_meta(self):
         with pytest.raises(ValueError, match=r"q\.weight is on the meta device: load it first"):
             refuse_sharded("q", nn.Linear(3, 4, device="meta"))

@@ -327,7 +327,8 @@ def test_06_a_bfloat16_start_is_the_base(init):
 def test_07_zero_3_raises(init):
     """ZeRO-3 / FSDP / TP shards: "linalg.svd: input tensor A must have at least 2 dimensions".
 
-    Stand-ins for DeepSpeed's parameters between uses: empty, with their shape as an attribute.
+    Stand-ins for DeepSpeed's parameters between uses: empty, with their shape as an attribute, but
+    without the partition. Real ones are in `sharded/`.
     """
 
     def partitioned() -> nn.Module:
@@ -349,7 +350,7 @@ def test_07_zero_3_raises(init):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-def test_07_shards_raise(tmp_path):
+def test_07_shards_start(tmp_path):
     """ZeRO-3 / FSDP / TP shards: a real DTensor, in a group of one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -369,12 +370,13 @@ def test_07_shards_raise(tmp_path):
         # "olora" is no exception: torch 2.13 crashes in its QR.
         with peft_raises(RuntimeError, "mixed torch.Tensor and DTensor"):
             peft_model(sharded(), "pissa_niter_4", target_modules=["q_proj"])
-        for name in ("pissa", "loram", "lora"):
-            model = sharded()
-            message = r"q_proj\.weight is a DTensor, .*adapt the model before fully_shard"
-            with pytest.raises(ValueError, match=message):
-                ours(model, name)
-            assert not adapted_layers(model)
+        for name in ("pissa", "loram"):
+            whole = adapted_layers(ours(llama(), name))
+            for path, layer in adapted_layers(ours(sharded(), name)).items():
+                for part in ("weight", "lora_A", "lora_B"):
+                    assert torch.equal(
+                        getattr(layer, part).full_tensor(), getattr(whole[path], part)
+                    )
     finally:
         dist.destroy_process_group()
 

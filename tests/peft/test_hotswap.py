@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ..support.exhaustive import EXHAUSTIVE
 from ..support.packages import needs_peft
 from ..support.peft_models import (
     MODELS,
@@ -88,7 +89,7 @@ def test_prepared_models_compute_and_train_the_same(method, target_rank):
     assert close(logits(model), logits(llama()))
 
 
-@pytest.mark.parametrize("source", ["plain", "started"])
+@pytest.mark.parametrize("source", ["plain", "started"] if EXHAUSTIVE else ["started"])
 def test_compiled_once(tmp_path, source):
     """As PEFT's own layers: another rank and another s do not compile again."""
     import torch._dynamo as dynamo

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from lora_kernels import LoRALinear, capture_gradients
 
 from ..support.oracle import ROUNDING
 from ..support.packages import needs_real_model
+from ..support.ranks import needs_ranks, on_ranks
 
 SIZE = 24
 
@@ -421,12 +421,8 @@ def test_real_model(real_model, checkpointing, device):
     assert (got[name].to(device) - want).norm() <= 1e-5 * want.norm()
 
 
-def _rank(rank: int, folder: str, fail: bool) -> None:
+def _rank(rank: int, fail: bool) -> dict[str, torch.Tensor] | str:
     """One of two processes."""
-    import torch.distributed as dist
-
-    init = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
     torch.manual_seed(0)
     model = Stack()
     batches = batches_of(4)[2 * rank : 2 * rank + 2]
@@ -439,16 +435,14 @@ def _rank(rank: int, folder: str, fail: bool) -> None:
     with pytest.raises(TypeError, match=r"pass model\.module"):
         wrapped = nn.parallel.DistributedDataParallel(model)
         capture_gradients(wrapped, batches, loss=mean_square)
-    torch.save(result, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return result
 
 
 @pytest.mark.parametrize("fail", [False, True])
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_two_processes(tmp_path, fail):
+@needs_ranks
+def test_two_processes(fail):
     """Both get the sum over all batches; if one fails, the other says so instead of waiting."""
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), fail), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    results = on_ranks(2, lambda rank: _rank(rank, fail))
     if fail:
         assert results[0] == "capture_gradients failed on 1 other rank(s)"
         assert "shapes cannot be multiplied" in results[1]

@@ -16,6 +16,7 @@ from benchmarks.common import smollm2
 from lora_kernels import LoRALinear, capture_gradients
 from lora_kernels.training.magnitude import growth, mean_square, measure, update_mean_square
 
+from ..support.exhaustive import EXHAUSTIVE
 from ..support.packages import needs_real_model
 
 pytestmark = needs_real_model
@@ -72,9 +73,12 @@ def train(task: Task, start: str) -> dict[int, dict[str, float]]:
     return ratios
 
 
+CASES = [("lora", (0.8, 1.25), 2.0), ("loram", (0.8, 1.25), 2.0), ("pissa", (1.5, 3.0), 12.0)]
+
+
 @pytest.mark.parametrize(
     "start,mean,spread",
-    [("lora", (0.8, 1.25), 2.0), ("loram", (0.8, 1.25), 2.0), ("pissa", (1.5, 3.0), 12.0)],
+    CASES if EXHAUSTIVE else CASES[1:],
 )
 def test_growth_of_the_update(start, mean, spread, task):
     """ν[ΔW] against k₁γt, γ = η²s⁴ν[∇_W L], over the first steps of SGD on SmolLM2-135M.

@@ -18,6 +18,7 @@ from lora_kernels.triton_kernels.dst_basis import _round_apart
 from ..ops.strides import LAYOUTS, lay_out
 from ..ops.test_subtract_dst import check as check_subtraction
 from ..ops.test_subtract_dst import correction_of
+from ..support.exhaustive import EXHAUSTIVE
 from ..support.oracle import ROUNDING, to_numpy
 from ..support.oracle import dst_basis as dst_oracle
 
@@ -26,14 +27,15 @@ FP64 = torch.float64
 ALL = (FP64, torch.float32, torch.float16)
 
 
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize(
-    ("size", "rank", "offset", "length"),
-    [
-        *((1, 1, 0, 1), (2, 2, 0, 2), (40, 7, 0, 40), (257, 257, 0, 257), (1200, 20, 1100, 90)),
-        *((16, 3, 5, 0), (2048, 16, 0, 2048), (3000, 129, 2000, 200)),
-    ],
-)
+SMALL = [(1, 1, 0, 1), (2, 2, 0, 2), (40, 7, 0, 40), (1200, 20, 1100, 90), (16, 3, 5, 0)]
+LARGE = [(257, 257, 0, 257), (2048, 16, 0, 2048), (3000, 129, 2000, 200)]
+BASES = [(*place, dtype) for place in SMALL + LARGE for dtype in ALL]
+if not EXHAUSTIVE:  # the interpreter takes seconds for each of the large ones
+    BASES = [(*place, dtype) for place in SMALL for dtype in ALL]
+    BASES += [(*place, dtype) for place, dtype in zip(LARGE, ALL, strict=True)]
+
+
+@pytest.mark.parametrize(("size", "rank", "offset", "length", "dtype"), BASES)
 def test_dst_basis_has_the_bits_of_the_reference(size, rank, offset, length, dtype, device):
     for scale in (None, torch.tensor(1.7, dtype=torch.float64, device=device)):
         place = {"offset": offset, "length": length, "scale": scale}
@@ -80,7 +82,7 @@ def test_dst_basis_on_strides(layout, device):
     assert np.abs(to_numpy(out) - want).max() <= 1.01 * ROUNDING[torch.float32] * np.abs(want).max()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS if EXHAUSTIVE else list(LAYOUTS)[:2])
 def test_frobenius_stats_of_mixed_weights(layout, device):
     shapes = [(100, 37), (512, 300), (1, 1), (3, 70000), (64, 64), (0, 5)]
     weights = [

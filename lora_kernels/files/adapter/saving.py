@@ -18,6 +18,7 @@ from ...init.sharded.whole import whole
 from ...model.config import AdapterState
 from ...model.experts.forward import SUFFIX
 from ...model.install import original_weight, unwrapped
+from ...model.install.sharded.fsdp import reshard
 from ...model.lora import adapter_state, apply_state
 from ...model.report import LoRAReport
 from ...model.selection import input_embeddings, output_head
@@ -54,14 +55,20 @@ def save_adapter(
     Of a sharded model, all processes have to call this. The factors are gathered one by one, the
     first process writes, and an error there is raised on all.
     """
+    reshard(model)  # after a forward, FSDP2's modules may hold gathered parameters
     sharded = any(map(is_sharded, model.parameters()))
     keep = not sharded or is_first_rank()
     state = adapter_state(model, adapter_name, keep=keep)
-    state.extra = _resized_embeddings(unwrapped(model), state, keep) | state.extra
+
+    def loaded_size() -> int | None:
+        return _loaded_vocab_size(state.base_model)
 
     def write() -> SavedAdapter:
         return _written(model, state, folder, format, compress_to, dtype, experts)
 
+    # The first process alone reads and writes files; the others may not have them.
+    size = shared(0, loaded_size) if sharded else loaded_size()
+    state.extra = _resized_embeddings(unwrapped(model), size, keep) | state.extra
     return shared(0, write) if sharded else write()
 
 
@@ -187,11 +194,11 @@ def _warn_of_lost_layers(model: nn.Module, state: AdapterState, layout: str) -> 
         )
 
 
-def _resized_embeddings(model: Any, state: AdapterState, keep: bool) -> dict[str, Tensor]:
+def _resized_embeddings(model: Any, before: int | None, keep: bool) -> dict[str, Tensor]:
     """The weights of the input embedding and the output head by name, if the vocabulary has another
-    size than in the configuration that the model was loaded from; else none.
+    size than `before`, in the configuration that the model was loaded from; else none.
     """
-    size, before = _vocab_size(getattr(model, "config", None)), _loaded_vocab_size(state.base_model)
+    size = _vocab_size(getattr(model, "config", None))
     if size is None or before is None or size == before:
         return {}
     names = {id(module): without_wrappers(name) for name, module in model.named_modules()}

@@ -18,6 +18,7 @@ from lora_kernels.files.io.journal import JournaledFolder
 from lora_kernels.model.config import LoRAConfig
 
 from ...support import ROOT
+from ...support.exhaustive import EXHAUSTIVE
 from .conftest import odd_shards
 from .folders import fingerprint, read_file, write_file, write_model
 
@@ -47,17 +48,24 @@ def unfinished(odd_model, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_hundred_kills(tmp_path):
+def test_many_kills(tmp_path):
     """After kill -9 at random moments all files are complete; repeated, the bytes are the same."""
     shards = odd_shards(dtypes=("F32", "BF16", "F16") * 5)
     write_model(tmp_path / "model", shards)
-    command = [sys.executable, "-m", "tests.files.checkpoint.killed", str(tmp_path), "100"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.files.checkpoint.killed",
+        str(tmp_path),
+        "100" if EXHAUSTIVE else "30",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
     # Kills hit runs in all states; how often depends on what else the machine does.
-    assert min(counts["before"], counts["between"], counts["completed"], counts["kept"]) > 0
+    assert min(counts["between"], counts["completed"], counts["kept"]) > 0
+    assert counts["before"] > 0 or not EXHAUSTIVE
 
 
 def test_only_what_is_left_is_done(unfinished, odd_model, tmp_path):

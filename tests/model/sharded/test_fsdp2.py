@@ -119,11 +119,10 @@ def alone(name: str) -> dict:
 
 
 CASES = [
-    *(("absorb", order, "fsdp") for order in ORDERS),
-    ("implicit", "shard, adapt", "fsdp"),
+    ("absorb", "adapt, shard", "fsdp"),
+    ("implicit", "evaluate, adapt", "fsdp"),
     ("uneven", "shard, adapt", "fsdp"),
     ("pissa", "shard, adapt", "fsdp"),
-    ("lora_xs", "shard, adapt", "fsdp"),
     ("absorb", "shard, adapt", "hsdp"),
 ]
 if EXHAUSTIVE:

@@ -45,7 +45,7 @@ STARTS = {
     ),
 }
 
-SHARDED = [*STARTS] if EXHAUSTIVE else ["loram", "pissa implicit"]
+SHARDED = [*STARTS] if EXHAUSTIVE else ["pissa implicit"]
 
 
 def on_meta(make=llama) -> nn.Module:

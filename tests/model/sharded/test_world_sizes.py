@@ -63,7 +63,7 @@ def resumed_on(world: int, folder: Path) -> tuple[str, list[float]]:
     return results[0]
 
 
-@pytest.mark.parametrize("saved", SIZES if EXHAUSTIVE else (1, 2))
+@pytest.mark.parametrize("saved", SIZES if EXHAUSTIVE else (2,))
 def test_resumed_on_any_world_size(saved):
     base, losses = resumed_on(1, saved_on(saved))
     for world in SIZES[1:]:

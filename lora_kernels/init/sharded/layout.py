@@ -107,6 +107,13 @@ def is_flattened(tensor: Tensor) -> bool:
     return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
+def is_packed(sharded: DTensor) -> bool:
+    """Whether a DTensor holds several tensors, packed into one, that are sharded one by one; or is
+    sharded by FSDP2 over tensor parallelism.
+    """
+    return any(hasattr(placement, "split_factor") for placement in sharded.placements)
+
+
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of the whole tensor."""
     return zero3_shape(tensor) if is_zero3(tensor) else tuple(tensor.shape)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..start import Start
-from .agree import from_every, shared, talking_device
-from .layout import Place, full_shape, is_primary, local_part, pieces
+from .agree import from_all, from_every, shared, talking_device
+from .layout import Place, full_shape, group_of, is_primary, local_part, pieces
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,18 @@ def moved(start: Start, device: torch.device) -> Start:
     tensors = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
     earlier = None if start.earlier is None else moved(start.earlier, device)
     return replace(start, **tensors, earlier=earlier)
+
+
+def gathered_pieces(part: Tensor) -> Tensor:
+    """The whole of a sharded tensor on all its processes, whatever its placements are."""
+    group = group_of(part)
+    places = from_every(_own_places(part), group)
+    sizes = [sum(map(_size, theirs)) for theirs in places]
+    own = _flat(part)
+    padded = own.new_zeros(max(sizes))
+    padded[: len(own)] = own
+    rows = from_all(padded, group)
+    return _assembled(part, [row[:size] for row, size in zip(rows, sizes, strict=True)], places)
 
 
 # Of every job and process: where that one's pieces of every tensor lie, none of a replica.

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import is_dtensor
+from .layout import is_dtensor, is_packed
+from .owners import gathered_pieces
 from .zero3 import gathered, is_partitioned
 
 
@@ -18,6 +19,8 @@ def whole(tensor: Tensor, keep: bool = True) -> Tensor:
     found: Any = tensor.detach()
     if is_partitioned(tensor):
         found = gathered(tensor)
+    elif is_dtensor(tensor) and found.device_mesh.ndim == 1 and is_packed(tensor):
+        found = gathered_pieces(tensor)  # torch 2.11 cannot
     elif is_dtensor(tensor):
         found = found.full_tensor()
     if not keep:

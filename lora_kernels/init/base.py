@@ -93,8 +93,7 @@ class Initializer:
             TypeError: the weight is sharded, and whatever the start itself raises.
 
         """
-        if is_sharded(weight):
-            raise TypeError(f"the weight is sharded: {ADAPT_MODEL}")
+        refuse_sharded(weight)
         return self.make_start(StartRequest(weight, r, scaling, gradient))
 
     def starts(
@@ -105,7 +104,13 @@ class Initializer:
         gradients: Sequence[Tensor | None] | None = None,
         sums: Sequence[Tensor | None] | None = None,
     ) -> list[Start]:
-        """`make_starts` for several weights of one shape, dtype and device."""
+        """`make_starts` for several weights of one shape, dtype and device.
+
+        Raises:
+            TypeError: a weight is sharded, and whatever a start itself raises.
+
+        """
+        refuse_sharded(*weights)
         none = [None] * len(weights)
         each = zip(weights, gradients or none, sums or none, strict=True)
         return self.make_starts([StartRequest(w, r, scaling, g, s) for w, g, s in each])
@@ -118,8 +123,10 @@ class Initializer:
         Raises:
             ValueError: if W holds NaN or Inf or the residual could overflow, and whatever the start
                 itself raises. Nothing is written then.
+            TypeError: the weight is sharded.
 
         """
+        refuse_sharded(weight)
         start = checked(self(weight, r, scaling, gradient), weight, r)
         if self.changes_base:
             check_residual_fits(weight, start, scaling)
@@ -146,6 +153,12 @@ class Initializer:
         else:
             for e, weight in enumerate(weights):
                 self.take_out_(weight, start.expert(e), scaling)
+
+
+def refuse_sharded(*weights: Tensor) -> None:
+    """Raise if a weight is sharded: a start of one alone would not be that of its whole."""
+    if any(map(is_sharded, weights)):
+        raise TypeError(f"the weight is sharded: {ADAPT_MODEL}")
 
 
 def refuse_implicit(initializer: Initializer, residual: str) -> None:

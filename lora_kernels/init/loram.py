@@ -16,7 +16,7 @@ from .._utils.errors import unknown_name
 from ..ops import svd
 from ..ops.loram_init import log_gain, shortened
 from ..ops.svd._matrices import names
-from .base import Initializer, get_initializer, register_initializer
+from .base import Initializer, get_initializer, refuse_sharded, register_initializer
 from .start import Start, StartRequest, batched, stats
 
 BASES = ("dst", "orthogonal", "gaussian")
@@ -128,6 +128,7 @@ class LoRAM(Initializer):
         self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
     ) -> Start:
         """The start and the subtraction, in one operator with the default options."""
+        refuse_sharded(weight)
         if self._is_default():
             return Start(*torch.ops.lora.loram_init(weight, r, scaling))
         return super().absorb_(weight, r, scaling, gradient)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..._utils.model_files import read_json
 from ..._utils.names import without_wrappers
-from ...init.sharded.agree import is_first_rank, shared
+from ...init.sharded.agree import from_every, is_first_rank, shared
 from ...init.sharded.layout import is_sharded
 from ...init.sharded.whole import whole
 from ...model.config import AdapterState
@@ -54,11 +54,18 @@ def save_adapter(
 
     Of a sharded model, all processes have to call this. The factors are gathered one by one, the
     first process writes, and an error there is raised on all.
+
+    Raises:
+        ValueError: no adapter of that name, whatever `write_adapter` raises, or processes that have
+            different layers, as the stages of a pipeline have.
+
     """
     reshard(model)  # after a forward, FSDP2's modules may hold gathered parameters
     sharded = any(map(is_sharded, model.parameters()))
     keep = not sharded or is_first_rank()
     state = adapter_state(model, adapter_name, keep=keep)
+    if sharded:
+        _check_same_layers(state)
 
     def loaded_size() -> int | None:
         return _loaded_vocab_size(state.base_model)
@@ -70,6 +77,18 @@ def save_adapter(
     size = shared(0, loaded_size) if sharded else loaded_size()
     state.extra = _resized_embeddings(unwrapped(model), size, keep) | state.extra
     return shared(0, write) if sharded else write()
+
+
+def _check_same_layers(state: AdapterState) -> None:
+    """Raises ValueError if processes have other layers, which the first one would not write."""
+    layers = from_every([*state.layers])
+    if any(own != layers[0] for own in layers):
+        raise ValueError(
+            "the processes have different layers, as the stages of a pipeline have, and "
+            "save_adapter would write those of the first process alone: on all processes of a "
+            "stage call lora_kernels.model.lora.adapter_state(model), and on one of them "
+            "lora_kernels.files.adapter.folder.write_adapter(folder, state)"
+        )
 
 
 def _written(

@@ -85,17 +85,35 @@ def shared(owner: int, make: Callable[[], T], group: Any = None) -> T:
 
 @contextmanager
 def agreed_randomness(device: torch.device) -> Iterator[None]:
-    """Inside the context, torch's global generators of all processes have one seed, which the first
-    process has drawn. Afterwards they go on from where they were, but for that one number.
+    """Inside the context, torch's global generators, that of the CPU and that of the device, have
+    the state of the first process's on all: they draw what one process would draw. Afterwards those
+    that had another state before go on from there.
     """
     import torch.distributed as dist
 
-    seed = [int(torch.randint(2**62, ()))]
-    dist.broadcast_object_list(seed, src=0)
-    cuda = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed[0])
+    places: list[torch.device | None] = [None, device] if device.type == "cuda" else [None]
+    before = [_random_state(place) for place in places]
+    shared = [before]
+    dist.broadcast_object_list(shared, src=0)
+    for place, state in zip(places, shared[0], strict=True):
+        _set_random_state(place, state)
+    try:
         yield
+    finally:
+        for place, state, first in zip(places, before, shared[0], strict=True):
+            if not torch.equal(state, first):
+                _set_random_state(place, state)
+
+
+def _random_state(cuda: torch.device | None) -> Tensor:
+    return torch.get_rng_state() if cuda is None else torch.cuda.get_rng_state(cuda)
+
+
+def _set_random_state(cuda: torch.device | None, state: Tensor) -> None:
+    if cuda is None:
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, cuda)
 
 
 def talking_device(device: torch.device, group: Any) -> torch.device:

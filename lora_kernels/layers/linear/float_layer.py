@@ -282,10 +282,14 @@ class AdaptedFloatLayer(AdaptedLayer):
         if is_sharded(self.matrix()):
             raise ValueError("the weight is sharded: merge_lora(model) merges it in place")
         adapter = self.active()
-        right, left = adapter.merge_factors()  # [k, in], [out, k]
-        matrix = self.matrix().detach().to(right.dtype, copy=True)
+        matrix = self.matrix().detach()
+        right, left = (factor.to(matrix.device) for factor in adapter.merge_factors())
+        matrix = matrix.to(right.dtype, copy=True)  # [out, in] + [out, k] [k, in]
         merged = matrix.addmm_(left, right, alpha=adapter.scaling)
-        return self._copied(merged.to(self.weight.dtype), adapter.output_bias(right.dtype))
+        added: Any = adapter.output_bias(right.dtype)
+        if added is not None and is_sharded(added):
+            added = whole(added)
+        return self._copied(merged.to(self.weight.dtype), added)
 
     def _take_over(self, layer: ForeignLayer) -> None:
         """Takes the parameters of the layer that is adapted; there is no adapter yet."""

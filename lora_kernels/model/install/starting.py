@@ -51,9 +51,9 @@ def start_adapters(
     """
     began = time.perf_counter()
     record = needed_record(model)
+    reshard(model)
     name = _waiting_name(model, record, adapter_name)
     model, config = unwrapped(model), record.configs[name]
-    reshard(model)
     selection = select_layers(model, config)
     adapters = waiting_layers(model, name)
     plans = [_plan(record, name, selection, path, adapters[path]) for path in adapters]

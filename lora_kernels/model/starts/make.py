@@ -16,8 +16,8 @@ from ..._utils.names import nearest
 from ..._utils.progress import tracked
 from ...init.start import Start, check_residual_fits, checked, checked_stack
 from .job import StartJob, naming
-from .read import Readable, readable
-from .sharded import ranks_alike, read_shards, starts_by_owners
+from .read import Readable, readable, telling_of_values
+from .sharded import read_shards, starts_by_owners, with_ranks_alike
 
 _BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # at most so many weights and bytes of them in one call
 _BATCH_EXPERTS = 1024
@@ -40,19 +40,31 @@ def make_starts(
 
     """
     matched = _matched_gradients(jobs, gradients)
-    title = type(jobs[0].initializer).__name__
-    with ranks_alike(jobs):
-        starts = starts_by_owners(jobs, matched, _start)
-        others = [job for job in jobs if job.name not in starts]
+    starts = starts_by_owners(jobs, matched, _start)
+    others = [job for job in jobs if job.name not in starts]
+    if others:
         read = read_shards(others)
-        for batch in tracked(list(_batches(others)), title, progress):
-            readables = [read.get(job.name) or readable(job) for job in batch]
-            if batch[0].base.num_experts is not None:
-                job = batch[0]
-                starts[job.name] = _start(job, readables[0], matched[job.name])
-            else:
-                starts |= _batch_starts(batch, readables, [matched[job.name] for job in batch])
+        starts |= with_ranks_alike(others, lambda: _starts(others, read, matched, progress))
     return {job.name: starts[job.name] for job in jobs}
+
+
+def _starts(
+    jobs: Sequence[StartJob],
+    read: Mapping[str, Readable],
+    gradients: Mapping[str, Tensor | None],
+    progress: bool,
+) -> dict[str, Start]:
+    """The starts that every process makes itself; `read` are the layers that are sharded."""
+    starts: dict[str, Start] = {}
+    title = type(jobs[0].initializer).__name__
+    for batch in tracked(list(_batches(jobs)), title, progress):
+        readables = [read.get(job.name) or readable(job) for job in batch]
+        if batch[0].base.num_experts is not None:
+            job = batch[0]
+            starts[job.name] = _start(job, readables[0], gradients[job.name])
+        else:
+            starts |= _batch_starts(batch, readables, [gradients[job.name] for job in batch])
+    return starts
 
 
 def _matched_gradients(
@@ -85,11 +97,16 @@ def _batch_starts(
     """The starts of layers that are one matrix each, of one shape."""
     first = batch[0]
     matrices, sums = [own.matrices[0] for own in weights], [own.sums[0] for own in weights]
-    starts = _computed(first, matrices, gradients, sums, [job.name for job in batch])
+    starts = []
+    with telling_of_values(first, weights[0]):
+        computed = _computed(first, matrices, gradients, sums, [job.name for job in batch])
+        for job, matrix, start in zip(batch, matrices, computed, strict=True):
+            with naming(job.name):
+                starts.append(checked(start, matrix, job.r))
     found = {}
     for job, own, start in zip(batch, weights, starts, strict=True):
         with naming(job.name):
-            found[job.name] = _finished(job, own, checked(start, own.matrices[0], job.r))
+            found[job.name] = _finished(job, own, start)
     return found
 
 
@@ -110,11 +127,12 @@ def _start(job: StartJob, weight: Readable, gradient: Tensor | None) -> Start:
     size = matrices[0].numel() * matrices[0].element_size()
     step = max(1, min(_BATCH_EXPERTS, _BATCH_BYTES // max(1, size)))
     names = [job.named(e) for e in range(len(matrices))]
-    for begin in range(0, len(matrices), step):
-        part = slice(begin, begin + step)
-        starts += _computed(job, matrices[part], given[part], weight.sums[part], names[part])
-    with naming(job.name):
-        start = checked_stack(starts, matrices, job.r)
+    with telling_of_values(job, weight):
+        for begin in range(0, len(matrices), step):
+            part = slice(begin, begin + step)
+            starts += _computed(job, matrices[part], given[part], weight.sums[part], names[part])
+        with naming(job.name):
+            start = checked_stack(starts, matrices, job.r)
     return _finished(job, weight, start)
 
 

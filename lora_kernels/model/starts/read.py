@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,23 @@ def readable_shards(job: StartJob, shards: Shards, sums: Tensor | None) -> Reada
     with naming(job.name):
         check_readable(job, matrices)
     return Readable(matrices, [None] * shards.count if sums is None else sums.unbind(), shards)
+
+
+@contextmanager
+def telling_of_values(job: StartJob, weight: Readable) -> Iterator[None]:
+    """If the initializer fails because it reads, against its `reads_weight`, the values of a weight
+    that has none here, the error says so.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        if weight.shards is None or job.initializer.reads_weight:
+            raise
+        kind, text = type(job.initializer).__name__, str(error).rstrip(".")
+        raise ValueError(
+            f"{text}. By its class attribute reads_weight, {kind} does not read the values of a "
+            "weight, and gets none of a sharded one: set it to True if it does"
+        ) from error
 
 
 def check_readable(job: StartJob, matrices: Sequence[Tensor]) -> None:

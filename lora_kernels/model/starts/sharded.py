@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ...init.sharded.agree import agreed_randomness, has_ranks
@@ -17,33 +17,54 @@ from .first_rank import first_rank_loads
 from .job import StartJob, naming
 from .read import Readable, readable_shards
 
+T = TypeVar("T")
 # Makes the start of a job from its matrices and its gradient.
 Make = Callable[[StartJob, Readable, "Tensor | None"], Start]
 
 
-@contextmanager
-def ranks_alike(jobs: Sequence[StartJob]) -> Iterator[None]:
-    """Inside the context, all processes draw the same random numbers, if the starts need that: of
-    sharded weights every process has a part of one start; and a start that is subtracted from a
-    weight before it is sharded has to be the same in all its parts. Not if the first process makes
-    the starts of all.
+def with_ranks_alike(jobs: Sequence[StartJob], make: Callable[[], T]) -> T:
+    """`make()`, which makes starts on all processes, with the same random numbers on all if that
+    matters: of sharded weights every process has a part of one start; and a start that is
+    subtracted from a weight before it is sharded has to be the same in all its parts. Not if the
+    first process makes the starts of all.
+
+    Where it is not known whether starts draw from torch's global generators, it is found out:
+    `make` is called again if it has drawn.
     """
-    alone = first_rank_loads(job.base for job in jobs)
-    if has_ranks() and not alone and any(map(_must_draw_alike, jobs)):
-        with agreed_randomness(jobs[0].base.device):
-            yield
-    else:
-        yield
+    device = jobs[0].base.device
+    if not has_ranks() or first_rank_loads(job.base for job in jobs):
+        return make()
+    if not any(map(_must_draw_alike, jobs)):
+        before = _generators(device)
+        made = make()
+        if not any(map(_may_draw, jobs)) or torch.equal(before, _generators(device)):
+            return made
+        del made
+    with agreed_randomness(device):
+        return make()
+
+
+def _generators(device: torch.device) -> Tensor:
+    """The states of torch's global generators of the CPU and of the device."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
 
 
 def _must_draw_alike(job: StartJob) -> bool:
-    """Whether all processes make the start themselves, and it is, or may be, drawn from generators
-    that differ. Of a plain weight that nobody rewrites, they may have their own starts.
+    """Whether the start is drawn from generators that differ, or may be, of a sharded weight. Of a
+    plain weight that nobody rewrites, processes may have their own starts.
     """
     initializer = job.initializer
     if job.base.sharded:
-        return initializer.draws_unseeded is not False and not initializer.reads_entries
+        return initializer.draws_unseeded is not False
     return initializer.changes_base and initializer.draws_unseeded is True
+
+
+def _may_draw(job: StartJob) -> bool:
+    """Whether it is not known if the start, which is subtracted, is drawn."""
+    return job.initializer.changes_base and job.initializer.draws_unseeded is None
 
 
 def read_shards(jobs: Sequence[StartJob]) -> dict[str, Readable]:

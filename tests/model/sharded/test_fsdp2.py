@@ -255,6 +255,117 @@ def test_random_starts_without_a_seed(order):
     assert a == b
 
 
+class Drawn(init.Initializer):
+    """Of a user: drawn from torch's global generator, which nothing says of it."""
+
+    changes_base = True
+
+    def make_start(self, request: init.StartRequest) -> init.Start:
+        (rows, cols), r = request.shape, request.r
+        return init.Start(torch.randn(r, cols) / cols**0.5, torch.randn(rows, r) / r**0.5)
+
+
+class Called(init.Initializer):
+    """Of a user, who overrides `__call__` and does not say that it reads the weight."""
+
+    changes_base = True
+
+    def __call__(self, weight: Tensor, r: int, scaling: float = 1.0, gradient=None) -> init.Start:
+        return init.Start(weight[:r].float(), torch.full((len(weight), r), 0.1))
+
+
+class Decomposed(Called):
+    def __call__(self, weight: Tensor, r: int, scaling: float = 1.0, gradient=None) -> init.Start:
+        left, _, right = torch.linalg.svd(weight.float(), full_matrices=False)
+        return init.Start(right[:r], left[:, :r])
+
+
+@pytest.mark.parametrize("order", ORDERS[:2])
+def test_drawn_starts_of_a_user(order):
+    def work(rank: int) -> float:
+        expected = logits(llama())
+        torch.manual_seed(rank)
+        before = torch.get_rng_state()
+        model = llama()
+        torch.set_rng_state(before)
+        config = LoRAConfig(r=4, init_lora_weights=Drawn())
+        if order == ORDERS[0]:
+            add_lora(model, config, progress=False)
+        model = fully_sharded(model)
+        if order != ORDERS[0]:
+            add_lora(model, config, progress=False)
+        return float((logits(model) - expected).abs().max())
+
+    assert max(on_ranks(2, work)) < 1e-5
+
+
+def test_starts_of_a_user_that_read_what_they_do_not_declare():
+    """Sharded weights have no values for such starts; the error says what to declare."""
+
+    def work(rank: int) -> list[float]:
+        found = []
+        for start in (Called(), Decomposed()):
+            config = LoRAConfig(r=4, init_lora_weights=start)
+            model, expected = fully_sharded(llama()), logits(llama())
+            with pytest.raises(ValueError, match=f"reads_weight, {type(start).__name__} does not"):
+                add_lora(model, config, progress=False)
+            found.append(float((logits(model) - expected).abs().max()))
+        return found
+
+    assert max(map(max, on_ranks(2, work))) < 1e-6
+
+
+@pytest.mark.parametrize("start", [init.LoRAM(), init.PiSSA(), init.LoRA()])
+def test_initializers_take_whole_weights(start):
+    def work(rank: int) -> None:
+        weight = fully_sharded(llama()).model.layers[0].mlp.up_proj.weight
+        for call in (
+            lambda: start(weight, 4),
+            lambda: start.starts([weight], 4),
+            lambda: start.absorb_(weight, 4, 1.0),
+        ):
+            with pytest.raises(TypeError, match="the weight is sharded: add_lora"):
+                call()
+
+    on_ranks(1, work)
+
+
+def test_one_rank_writes_after_a_forward():
+    """Of a model whose only FSDP2 module is its root, a forward leaves no parameter sharded."""
+
+    def work(rank: int) -> bool:
+        from torch.distributed.fsdp import fully_shard
+
+        model = fully_shard(llama())
+        add_lora(model, LoRAConfig(r=4), progress=False)
+        logits(model)
+        assert not any(hasattr(p, "full_tensor") for p in model.parameters())
+        own = Path(tempfile.mkdtemp()) / "own"  # another folder on each rank
+        save_adapter(model, own, format="native")
+        return own.exists()
+
+    assert on_ranks(2, work) == [True, False]
+
+
+def test_stages_of_a_pipeline_are_not_lost():
+    """Each process has other layers, and the first one alone would write."""
+
+    def work(rank: int) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("stage", "shard"))
+        model = llama()
+        del model.model.layers[rank]
+        model.model.layers = nn.ModuleDict({str(1 - rank): model.model.layers[0]})
+        fully_shard(model, mesh=mesh["shard"])
+        add_lora(model, LoRAConfig(r=4), progress=False)
+        with pytest.raises(ValueError, match="different layers, as the stages of a pipeline"):
+            save_adapter(model, tempfile.mkdtemp())
+
+    on_ranks(2, work)
+
+
 def test_plain_models_of_one_rank():
     """A rank may adapt a model on its own, in a program of several: it waits for no other."""
 

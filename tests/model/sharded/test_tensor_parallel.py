@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import LoRAConfig, add_lora, unload_lora
+from lora_kernels import LoRAConfig, add_lora, merge_lora, unload_lora
 from lora_kernels.layers.linear import AdaptedFloatLayer
 
 from ...support.exhaustive import EXHAUSTIVE
@@ -75,12 +75,12 @@ class Gated(nn.Module):
 PLAN = {"query": "colwise", "both": "packed_colwise", "out": "rowwise", "whole": "replicate"}
 
 
-def parallel(mesh) -> Gated:
+def parallel(mesh, without: str = "") -> Gated:
     """`Gated` as transformers shards it; `whole` only has its forward replaced."""
-    model = Gated()
+    model, plan = Gated(), {name: style for name, style in PLAN.items() if name != without}
     weights = {f"{name}.weight": style for name, style in PLAN.items() if name != "whole"}
     biases = {f"{name}.bias": PLAN[name] for name in ("query", "out")}
-    return tensor_parallel.apply_tensor_parallelism(model, mesh, PLAN | weights | biases)
+    return tensor_parallel.apply_tensor_parallelism(model, mesh, plan | weights | biases)
 
 
 def run(model: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
@@ -187,6 +187,46 @@ def over_tensor_parallelism(rank: int) -> dict[str, float]:
 def test_fsdp2_over_tensor_parallelism():
     for found in on_ranks(4, over_tensor_parallelism):
         assert {name: error for name, error in found.items() if not error < EXACT} == {}
+
+
+def partly(rank: int, world: int) -> dict[str, float]:
+    """`whole` is not in the plan. Clipping and foreach take all factors, and find one process's;
+    with two dimensions, FSDP2 has the first one, and all processes the whole batch.
+    """
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(1)
+    x = torch.randn(2, 3, 8).double()
+    names = [name for name in PLAN if name != "both"]
+    plain, model = adapt(Gated(), names, lora_dropout=0.2), parallel(mesh["tp"], without="whole")
+    if world > 2:
+        fully_shard(model, mesh=mesh["dp"])
+    adapt(model, names, lora_dropout=0.2)
+    bias = torch.randn(8).double()
+    if world == 2:  # as PEFT's lora_bias=True
+        plain.whole.active().lora_bias = nn.Parameter(bias.clone())
+        model.whole.active().lora_bias = nn.Parameter(distribute_tensor(bias, mesh["tp"], [R]))
+    assert len({p.device_mesh for p in model.parameters() if p.requires_grad}) == 1
+    for own in (plain, model):
+        trained = [p for p in own.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, foreach=True)
+        torch.manual_seed(5)
+        for _ in range(2):
+            own(x).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(trained, 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    found = {}
+    for name, change in (("trained", lambda _: None), ("merged", merge_lora)):
+        change(plain.eval()), change(model.eval())
+        with torch.no_grad():
+            found[name] = difference([model(x)], [plain(x)])
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_layers_outside_the_plan_have_factors_of_the_same_mesh(world):
+    for found in on_ranks(world, partial(partly, world=world)):
+        assert {name: error for name, error in found.items() if not error < 1e-9} == {}
 
 
 def distributed(rank: int) -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from torch import nn
 
 from ....init.sharded.layout import is_dtensor
 from ....layers.adapted import AdaptedLayer
 from ....layers.kinds import EMBEDDING
+from ....layers.linear import AdaptedFloatLayer, LoRAEmbedding
 from ....layers.linear.parallel import PARALLEL_EMBEDDING
 from ...experts.stack import AdaptedStack
 from ...experts.wrapped import has_parallel_forward
@@ -22,6 +23,9 @@ from .tensor_parallel import distribute_factors
 def place_factors(model: nn.Module, layers: Sequence[AdaptedLayer], adapter_name: str) -> None:
     """Gives the new factors of layers with a sharded weight their place: those of a layer under
     tensor parallelism become DTensors that fit W's, and where FSDP2 manages W, they join its group.
+    If all layers under tensor parallelism have one mesh, the factors of the other linear layers
+    become DTensors of it, too, of which every process has the whole: `clip_grad_norm_` and the
+    optimizers' foreach and fused loops take only tensors of one kind.
 
     All processes have the same whole factors before, so that nothing is sent.
     """
@@ -29,13 +33,13 @@ def place_factors(model: nn.Module, layers: Sequence[AdaptedLayer], adapter_name
     inside = {part for module in fsdp_modules(model) for part in module.modules()}
     if not inside and not any(is_dtensor(module._parameters.get(name)) for module, name in weights):
         return
-    layouts = unsharded_layouts(model)
+    known = unsharded_layouts(model)
+    layouts = [_layout(place, known) for place in weights]
+    whole = _whole_layout(layers, layouts)
     members: dict[Place, Place] = {}
-    for layer, place in zip(layers, weights, strict=True):
-        adapter, weight = layer.adapter(adapter_name), place[0]._parameters.get(place[1])
-        layout = layouts.get(place)
-        if layout is None and place not in layouts and weight is not None and is_dtensor(weight):
-            layout = Layout(weight.device_mesh, weight.placements)  # type: ignore[attr-defined]
+    for layer, place, own_layout in zip(layers, weights, layouts, strict=True):
+        adapter = layer.adapter(adapter_name)
+        layout = own_layout or (whole if _is_linear(layer) else None)
         if layout is not None:
             transposed = bool(getattr(layer, "transposed", False))
             distribute_factors(adapter, layout.mesh, layout.placements, transposed)
@@ -45,6 +49,34 @@ def place_factors(model: nn.Module, layers: Sequence[AdaptedLayer], adapter_name
             own = (name for name, parameter in adapter._parameters.items() if parameter is not None)
             members |= {(adapter, name): place for name in own}
     join(model, members)
+
+
+def _layout(place: Place, known: Mapping[Place, Layout | None]) -> Layout | None:
+    """How a weight lies in the forward; None for a plain tensor."""
+    weight: Any = place[0]._parameters.get(place[1])
+    if place in known or weight is None or not is_dtensor(weight):
+        return known.get(place)
+    return Layout(weight.device_mesh, weight.placements)
+
+
+def _whole_layout(
+    layers: Sequence[AdaptedLayer], layouts: Sequence[Layout | None]
+) -> Layout | None:
+    """That of a whole tensor on the one mesh of all linear layers under tensor parallelism; None
+    if there is no such mesh.
+    """
+    pairs = zip(layers, layouts, strict=True)
+    meshes = {layout.mesh for layer, layout in pairs if layout is not None and _is_linear(layer)}
+    if len(meshes) != 1:
+        return None
+    from torch.distributed.tensor import Replicate
+
+    mesh = meshes.pop()
+    return Layout(mesh, (Replicate(),) * mesh.ndim)
+
+
+def _is_linear(layer: AdaptedLayer) -> bool:
+    return isinstance(layer, AdaptedFloatLayer) and not isinstance(layer, LoRAEmbedding)
 
 
 def check_forwards(model: nn.Module, plans: Sequence[LayerPlan]) -> None:

@@ -13,6 +13,7 @@ from benchmarks.common import smollm2
 from lora_kernels import LoRALinear
 
 from ..support import ROOT
+from ..support.exhaustive import EXHAUSTIVE
 from ..support.packages import needs_demo, needs_real_model
 from ..support.running import logits
 
@@ -35,7 +36,7 @@ def adapt(model, blocks=None, **kwargs) -> list[LoRALinear]:
     return layers
 
 
-@pytest.mark.parametrize("residual", ["absorb", "implicit"])
+@pytest.mark.parametrize("residual", ["absorb", "implicit"] if EXHAUSTIVE else ["absorb"])
 def test_life_on_a_model(real_model, ids, residual, device):
     model, ids = copy.deepcopy(real_model).to(device), ids.to(device)
     want = logits(model, ids)
@@ -87,6 +88,7 @@ def test_bf16_model_with_fp32_adapters(real_model, ids, device):
     assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
 
+@pytest.mark.skipif(not EXHAUSTIVE, reason="LORA_KERNELS_TEST_ALL=1; `make demo` runs it")
 @needs_demo
 def test_the_demo_runs(tmp_path):
     """`make demo` in small: two blocks, two steps; the reloaded logits agree, and nothing warns."""

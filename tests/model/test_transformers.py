@@ -15,6 +15,7 @@ from lora_kernels.init import LoRAM
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_state
 
+from ..support.exhaustive import EXHAUSTIVE
 from ..support.packages import needs_transformers
 from ..support.running import TIGHT, logits, quiet, token_ids, train, training_arguments
 from ..support.tiny_models import bert, falcon, llama, mamba
@@ -164,6 +165,7 @@ class TestWithTransformers:
         tokens = model.generate(token_ids(1, 4), **options)
         assert torch.equal(tokens, merge_lora(model).generate(token_ids(1, 4), **options))
 
+    @pytest.mark.skipif(not EXHAUSTIVE, reason="LORA_KERNELS_TEST_ALL=1 compiles a Llama")
     def test_compile(self):
         model = llama()
         base = logits(model)

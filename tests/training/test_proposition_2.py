@@ -78,7 +78,7 @@ CASES = [("lora", (0.8, 1.25), 2.0), ("loram", (0.8, 1.25), 2.0), ("pissa", (1.5
 
 @pytest.mark.parametrize(
     "start,mean,spread",
-    CASES if EXHAUSTIVE else CASES[1:],
+    CASES if EXHAUSTIVE else CASES[1:2],
 )
 def test_growth_of_the_update(start, mean, spread, task):
     """ν[ΔW] against k₁γt, γ = η²s⁴ν[∇_W L], over the first steps of SGD on SmolLM2-135M.

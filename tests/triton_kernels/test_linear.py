@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
@@ -12,6 +15,7 @@ from lora_kernels.triton_kernels.integers import next_power_of_2
 from lora_kernels.triton_kernels.linear import choice, gemm, operator, rank
 
 from ..ops.test_linear import check, check_columns, inputs
+from ..support.exhaustive import EXHAUSTIVE
 
 CONFIGS = list(gemm.CONFIGS)
 SHAPES = [  # rows, N, K, r
@@ -49,17 +53,28 @@ def force(monkeypatch, device):
     return use
 
 
-@pytest.mark.parametrize("start", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("lead", "n", "k", "r"), SHAPES)
-@pytest.mark.parametrize(
-    "ways",
-    [
-        *(("kernel", "decode"), ("kernel", "steps", "reversed"), ("steps", "library")),
-        ("kernel", "overlapped"),
-        *(("steps", config) for config in CONFIGS),
-    ],
-)
+WAYS = [
+    *(("kernel", "decode"), ("kernel", "steps", "reversed"), ("steps", "library")),
+    ("kernel", "overlapped"),
+    *(("steps", config) for config in CONFIGS),
+]
+
+
+def sweep(ways: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """All combinations of the ways with shapes, dropout and a start; or, since the interpreter takes
+    seconds for many, a third of them: every way with every shape.
+    """
+    combinations = [
+        (way, *shape, dropout, start)
+        for way in ways
+        for shape in SHAPES
+        for dropout in (0.0, 0.3)
+        for start in (False, True)
+    ]
+    return combinations if EXHAUSTIVE or torch.cuda.is_available() else combinations[::3]
+
+
+@pytest.mark.parametrize(("ways", "lead", "n", "k", "r", "dropout", "start"), sweep(WAYS))
 def test_every_way(ways, lead, n, k, r, dropout, start, device, dtypes, force):
     for dtype in dtypes:
         bias = (n + k) % 3 != 0
@@ -78,10 +93,10 @@ def test_every_way(ways, lead, n, k, r, dropout, start, device, dtypes, force):
     assert (ways[-1] in taken) == offered.get(ways[-1], True)
 
 
-@pytest.mark.parametrize("start", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("lead", "n", "k", "r"), SHAPES)
-@pytest.mark.parametrize("way", ["decode", "reversed", "library", CONFIGS[0]])
+R_WAYS = ["decode", "reversed", "library", CONFIGS[0]]
+
+
+@pytest.mark.parametrize(("way", "lead", "n", "k", "r", "dropout", "start"), sweep(R_WAYS))
 def test_with_R(way, lead, n, k, r, dropout, start, device, dtypes, force):
     for dtype in dtypes:
         t = inputs(lead, n, k, r, dtype, start=start, core=True, device=device)

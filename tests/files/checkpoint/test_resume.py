@@ -57,7 +57,7 @@ def test_many_kills(tmp_path):
         "-m",
         "tests.files.checkpoint.killed",
         str(tmp_path),
-        "100" if EXHAUSTIVE else "30",
+        "100" if EXHAUSTIVE else "15",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -61,8 +61,8 @@ WAYS = [
 
 
 def sweep(ways: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """All combinations of the ways with shapes, dropout and a start; or, since the interpreter takes
-    seconds for many, a third of them: every way with every shape.
+    """All combinations of the ways with shapes, dropout and a start; or, since many take seconds in
+    the interpreter, a third of them: every way with every shape.
     """
     combinations = [
         (way, *shape, dropout, start)

@@ -59,7 +59,8 @@ def model(tmp_path_factory) -> Path:
 PEAKS = [("absorb", "bfloat16"), ("absorb", None), ("implicit", None)]
 
 
-@pytest.mark.parametrize("residual,dtype", PEAKS if EXHAUSTIVE else PEAKS[:1])
+@pytest.mark.skipif(not EXHAUSTIVE, reason="LORA_KERNELS_TEST_ALL=1 runs it")
+@pytest.mark.parametrize("residual,dtype", PEAKS)
 def test_peak(residual, dtype, model, tmp_path):
     """The largest tensor, twice if it is cast, the bound on what is ahead, and 32 MiB for the rest:
     A and B of a few layers, the interpreter's own.

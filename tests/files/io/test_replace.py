@@ -365,7 +365,6 @@ SAVERS = """
 import os, sys
 import torch
 from lora_kernels.files.adapter.folder import read_adapter, write_adapter
-from ...support.exhaustive import EXHAUSTIVE
 torch.set_num_threads(1)
 states = [read_adapter(folder) for folder in sys.argv[2:4]]
 
@@ -401,11 +400,7 @@ def memory_folder(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize(
-    "kills,alone",
-    [(50 if EXHAUSTIVE else 15, True), (15 if EXHAUSTIVE else 8, False)],
-    ids=["alone", "shared"],
-)
+@pytest.mark.parametrize("kills,alone", [(50, True), (15, False)], ids=["alone", "shared"])
 def test_kill_9(kills, alone, memory_folder):
     """Savers that write two adapters over each other by turns, killed at a random moment: what is
     there is one of the two, to this package and to plain PEFT. In a folder with other files, which

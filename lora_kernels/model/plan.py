@@ -135,9 +135,10 @@ def plan_layers(
     waits = _are_on_meta(bases)
     if first_rank_loads(bases):
         waits = shared(0, lambda: waits)
+    is_loaded = not waits and not lacks_weights(bases)
     plans = []
     for name, base in selection.layers.items():
-        if not waits and not lacks_weights(bases):
+        if is_loaded:
             base.refuse_sharded(name)
         rows, cols = base.shape
         r = config.layer_rank(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._utils.checks import check_weight, factor_dtype
 from ..init.sharded.agree import has_ranks
-from ..init.sharded.layout import Shards, is_dtensor, is_sharded, local_part
+from ..init.sharded.layout import Shards, is_dtensor, is_flattened, is_sharded, local_part
 from ..init.sharded.sums import sums_of
 from ..init.sharded.zero3 import is_zero3
 from ..layers.base import BaseLayer
@@ -177,7 +177,7 @@ def _checked_weight(name: str, base: BaseLayer) -> Tensor:
             "itself: capture the gradients before deepspeed.initialize and outside of zero.Init"
         )
     own = base.layer._parameters.get("weight", weight)
-    if own is None or getattr(weight, "_fsdp_flattened", False):
+    if own is None or is_flattened(weight):
         raise ValueError(
             f"the weight of {name!r} is part of a flat parameter of FSDP: capture the gradients "
             "before the model is wrapped, or shard it by fully_shard"

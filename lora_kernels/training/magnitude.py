@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from .._utils.checks import as_integer, check_finite, check_positive, check_weight, factor_dtype
 from .._utils.names import ALL_LINEAR
 from .._utils.progress import tracked
-from ..init.sharded.layout import Shards, is_sharded, local_part
+from ..init.sharded.layout import is_sharded, local_part
 from ..init.sharded.whole import whole
 from ..layers.adapted import AdaptedLayer
-from ..layers.linear import AdaptedFloatLayer
 from ..model.experts.stack import AdaptedStack, ExpertView
 from ..model.selection import Targets, find_targets
 from ..ops import svd
@@ -213,8 +212,7 @@ def measure_layer(
 
     The arguments and errors are those of `measure`.
     """
-    weight = _base_weight(layer)
-    row = measure(weight, layer.r, layer.scaling, method=method, seed=seed, name=name)
+    row = measure(layer.base_weight(), layer.r, layer.scaling, method=method, seed=seed, name=name)
     start, ratio = layer.start_factors(), 0.0
     if start is not None:
         nu = product_mean_square(*start)
@@ -302,18 +300,6 @@ def measure_adapter(name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 def _gathered(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, of which all processes need a copy; any other as it is."""
     return whole(tensor).to(local_part(tensor).device) if is_sharded(tensor) else tensor
-
-
-def _base_weight(layer: AdaptedLayer | ExpertView) -> Tensor:
-    """W of a layer before it was adapted."""
-    stored = layer._parameters.get("weight") if isinstance(layer, AdaptedFloatLayer) else None
-    if stored is None or not is_sharded(stored) or isinstance(layer, ExpertView):
-        return layer.base_weight()
-    weight = _gathered(stored)
-    matrix = weight.T if layer.transposed else weight
-    if layer.absorbed:
-        layer.adapter(layer.absorbed).add_absorbed_(Shards.of(matrix))
-    return matrix
 
 
 def _checked(r: int, scaling: float) -> int:

@@ -1,13 +1,19 @@
-"""What tests of sharded models share: a batch, training on it, and a model's tensors as a whole."""
+"""What tests of sharded models share: a batch, training on it, a model's tensors as a whole, and
+what is done with an adapted model from its start to its end.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lora_kernels import disable_adapters, load_adapter, merge_lora, save_adapter, unload_lora
 
 from .tiny_models import VOCABULARY
 
@@ -64,6 +70,58 @@ def shared_folder() -> Path:
     found = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     return Path(found[0])
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The digests of the files in a folder, by name."""
+    return {
+        file.name: hashlib.sha1(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())
+    }
+
+
+def life_alone(model: nn.Module) -> dict:
+    """Of an adapted model on one process: the tensors and files at the start, the losses of five
+    steps, and the tensors after them.
+    """
+    found: dict = {"start": whole_tensors(model)}
+    folder = Path(tempfile.mkdtemp())
+    save_adapter(model, folder)
+    found["files"] = contents(folder)
+    found["losses"] = trained(model)
+    found["end"] = whole_tensors(model)
+    return found
+
+
+def life(
+    model: nn.Module, base: Tensor, bare: Callable[[], nn.Module], parts: int | None = None
+) -> dict:
+    """The same of a sharded model, whose base has the logits `base`; and by how much logits differ
+    at the start, with adapters off, in another model, `bare()`, that loads the adapter, when it is
+    merged there, and when it is removed here. `parts` are as in `trained`.
+    """
+    found: dict = {"start": whole_tensors(model)}
+    folder, later = shared_folder(), shared_folder()
+    found["saved"] = save_adapter(model, folder)
+    found["files"] = contents(folder)
+    found["at start"] = float((logits(model) - base).abs().max())
+    found["losses"] = trained(model, parts=parts)
+    found["end"] = whole_tensors(model)
+    found["classes"] = {type(module).__name__ for module in model.modules()}
+    found["later"] = later
+    save_adapter(model, later, format="native")
+    after = logits(model)
+    with disable_adapters(model):
+        found["disabled"] = float((logits(model) - base).abs().max())
+    other = bare()
+    load_adapter(other, later, progress=False)
+    found["loaded"] = float((logits(other) - after).abs().max())
+    merge_lora(other)
+    found["merged"] = float((logits(other) - after).abs().max())
+    unload_lora(model)
+    found["unloaded"] = float((logits(model) - base).abs().max())
+    plain = [*model.modules(), *other.modules()]
+    found["left"] = [type(m).__name__ for m in plain if "LoRA" in type(m).__name__]
+    return found
 
 
 def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:

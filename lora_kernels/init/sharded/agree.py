@@ -27,10 +27,10 @@ def is_first_rank() -> bool:
 
 
 @contextmanager
-def together(group: Any = None, where: bool = True, what: str = "") -> Iterator[None]:
-    """If a process raises inside the context, all processes of the group (all, if None) raise the
-    same error at its end, and nobody waits for the one that failed. `where=False` turns this off.
-    With `what`, the others raise RuntimeError, which says that `what` failed on some ranks.
+def together(where: bool = True, what: str = "") -> Iterator[None]:
+    """If a process raises inside the context, all processes raise the same error at its end, and
+    nobody waits for the one that failed. `where=False` turns this off. With `what`, the others
+    raise RuntimeError, which says that `what` failed on some ranks.
     """
     if not (where and has_ranks()):
         yield
@@ -40,7 +40,7 @@ def together(group: Any = None, where: bool = True, what: str = "") -> Iterator[
         yield
     except Exception as error:
         failed = error
-    errors = from_every(_portable(failed), group)
+    errors = from_every(_portable(failed))
     if failed is not None:
         raise failed
     others = [error for error in errors if error is not None]
@@ -89,31 +89,28 @@ def agreed_randomness(device: torch.device) -> Iterator[None]:
     the state of the first process's on all: they draw what one process would draw. Afterwards those
     that had another state before go on from there.
     """
-    import torch.distributed as dist
-
-    places: list[torch.device | None] = [None, device] if device.type == "cuda" else [None]
-    before = [_random_state(place) for place in places]
-    shared = [before]
-    dist.broadcast_object_list(shared, src=0)
-    for place, state in zip(places, shared[0], strict=True):
-        _set_random_state(place, state)
+    before = random_states(device)
+    first = shared(0, lambda: before)
+    _set_random_states(first, device)
     try:
         yield
     finally:
-        for place, state, first in zip(places, before, shared[0], strict=True):
-            if not torch.equal(state, first):
-                _set_random_state(place, state)
+        drawn = random_states(device)
+        states = zip(before, first, drawn, strict=True)
+        kept = [now if torch.equal(own, start) else own for own, start, now in states]
+        _set_random_states(kept, device)
 
 
-def _random_state(cuda: torch.device | None) -> Tensor:
-    return torch.get_rng_state() if cuda is None else torch.cuda.get_rng_state(cuda)
+def random_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's global generators, that of the CPU and that of a CUDA device."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
 
 
-def _set_random_state(cuda: torch.device | None, state: Tensor) -> None:
-    if cuda is None:
-        torch.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state, cuda)
+def _set_random_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 def talking_device(device: torch.device, group: Any) -> torch.device:

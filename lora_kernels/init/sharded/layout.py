@@ -108,10 +108,10 @@ def is_flattened(tensor: Tensor) -> bool:
 
 
 def is_packed(sharded: DTensor) -> bool:
-    """Whether a DTensor holds several tensors, packed into one, that are sharded one by one; or is
-    sharded by FSDP2 over tensor parallelism.
+    """Whether a DTensor on one mesh dimension holds several tensors, packed into one, that are
+    sharded one by one.
     """
-    return any(hasattr(placement, "split_factor") for placement in sharded.placements)
+    return sharded.device_mesh.ndim == 1 and hasattr(sharded.placements[0], "split_factor")
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
@@ -151,6 +151,17 @@ def fill_(target: Tensor, whole: Tensor) -> None:
     for data, place in pieces(target):
         data.copy_(whole[place])
     settle_(target)
+
+
+def copied_like(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of `value` on the device of `like`. If that is a DTensor, the copy is one with the
+    same layout; a plain `value` is whole then, on all processes.
+    """
+    if not is_dtensor(like) or is_dtensor(value):
+        return value.detach().to(like.device, dtype, copy=True)
+    copy = torch.empty_like(like.detach(), dtype=dtype)
+    fill_(copy, value)
+    return copy
 
 
 def text_of(tensor: Tensor) -> str:
@@ -266,12 +277,14 @@ def axis_places(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> l
     return [[place for _, place in runs] for runs in axes]
 
 
-def _along(placement: Any, axis: int) -> Any | None:
-    """The placement of a vector that is sharded as the tensor is along `axis`; None if not."""
+def of_dimension(placement: Any, dim: int) -> Any:
+    """The sharding `placement`, of another dimension."""
     from torch.distributed.tensor import Shard
 
-    if getattr(placement, "dim", None) != axis:
-        return None
-    if hasattr(placement, "split_factor"):
-        return type(placement)(0, split_factor=placement.split_factor)
-    return Shard(0)
+    factor = getattr(placement, "split_factor", None)  # of rows that are packed
+    return Shard(dim) if factor is None else type(placement)(dim, split_factor=factor)
+
+
+def _along(placement: Any, axis: int) -> Any | None:
+    """The placement of a vector that is sharded as the tensor is along `axis`; None if not."""
+    return of_dimension(placement, 0) if getattr(placement, "dim", None) == axis else None

@@ -53,9 +53,14 @@ def _subtract_factors_in_(block: Block, lora_A: Tensor, lora_B: Tensor, scaling:
     The last bits of a matrix product depend on its shape. So the rows that `subtract_factors_`
     takes at a time are multiplied as a whole here too, with zeros in place of what is elsewhere.
     """
-    work = torch.promote_types(block.data.dtype, torch.float32)
     rows, cols = block.data.shape
-    end, columns = block.row + rows, slice(block.col, block.col + cols)
+    end = block.row + rows
+    begins, ends = block.row % ROW_BLOCK == 0, end % ROW_BLOCK == 0 or end == len(lora_B)
+    if begins and ends and cols == lora_A.shape[1]:  # nothing of these rows is elsewhere
+        subtract_factors_(block.data, lora_A, lora_B[block.row : end], scaling)
+        return
+    work = torch.promote_types(block.data.dtype, torch.float32)
+    columns = slice(block.col, block.col + cols)
     for begin in range(block.row // ROW_BLOCK * ROW_BLOCK, end, ROW_BLOCK):
         left = lora_B[begin : begin + ROW_BLOCK]
         first, last = max(begin, block.row), min(begin + len(left), end)

@@ -19,7 +19,7 @@ def whole(tensor: Tensor, keep: bool = True) -> Tensor:
     found: Any = tensor.detach()
     if is_partitioned(tensor):
         found = gathered(tensor)
-    elif is_dtensor(tensor) and found.device_mesh.ndim == 1 and is_packed(tensor):
+    elif is_dtensor(tensor) and is_packed(tensor):
         found = gathered_pieces(tensor)  # torch 2.11 cannot
     elif is_dtensor(tensor):
         found = found.full_tensor()

@@ -17,7 +17,7 @@ from ...init import Initializer
 from ...init.sharded.layout import Shards, fill_, is_sharded
 from ...init.sharded.subtract import subtract_factors_here_
 from ...init.sharded.whole import whole
-from ...init.sharded.zero3 import is_partitioned
+from ...init.sharded.zero3 import gathered, is_partitioned
 from ...ops.philox import dropout_seed
 from ..adapted import CLASS, FOREIGN, AdaptedLayer, class_of, exchange_class
 from ..adapter import Adapter, in_forward
@@ -74,6 +74,19 @@ class AdaptedFloatLayer(AdaptedLayer):
         if weight is None:  # FSDP has replaced it by a view of its flat parameter
             weight = vars(self)["weight"]
         return weight.T if self.transposed else weight
+
+    def base_weight(self) -> Tensor:
+        """The W of `matrix` before the layer was adapted: a view, or a copy to which absorbed
+        factors were added back. One that ZeRO-3 has partitioned is gathered, by all processes.
+        """
+        stored = self._parameters.get("weight")
+        if stored is None or not is_partitioned(stored):
+            return super().base_weight()
+        weight = gathered(stored)
+        matrix = weight.T if self.transposed else weight
+        if self.absorbed:
+            self.adapter(self.absorbed).add_absorbed_(Shards.of(matrix))
+        return matrix
 
     def effective_weight(self) -> Tensor:
         """The weight that the forward multiplies with, in the layout and dtype of `weight`:

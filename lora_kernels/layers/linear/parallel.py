@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ...init.sharded.layout import is_dtensor
+from ...init.sharded.layout import is_dtensor, of_dimension
 from ..adapter import Adapter
 from .seeds import mesh_seed
 
@@ -202,11 +202,11 @@ class _Way(NamedTuple):
         """
         R, P, last = _replicated(), _partial(), dims - 1
         if _dim(W) is None and _dim(x, dims) == last:
-            W = _moved(x, 1)
+            W = of_dimension(x, 1)
         if _dim(W) == 0:
-            return _Way(W, R, R, W, _moved(W, last), W, P, P, W, P, W)
+            return _Way(W, R, R, W, of_dimension(W, last), W, P, P, W, P, W)
         if _dim(W) == 1:
-            x = _moved(W, last)
+            x = of_dimension(W, last)
             return _Way(W, x, W, R, P, W, x, W, P, P, R)
         if _dim(x, dims) is None:
             return _Way(*(R,) * 11)
@@ -233,7 +233,7 @@ class _Layout:
             a if _dim(a) == 1 else b if _dim(b) == 0 else _replicated()
             for a, b in zip(_placements(A, mesh), _placements(B, mesh), strict=True)
         )
-        x = tuple(_moved(w, dims - 1) if _dim(w) == 1 else _replicated() for w in W)
+        x = tuple(of_dimension(w, dims - 1) if _dim(w) == 1 else _replicated() for w in W)
         return _Layout.of(mesh, W, x, dims)
 
     def all(self, name: str) -> Placements:
@@ -394,14 +394,6 @@ def _dim(placement: Placement, dims: int = 2) -> int | None:
     """The dimension that is sharded, of a tensor of `dims` dimensions."""
     dim: int | None = getattr(placement, "dim", None)
     return None if dim is None else dim % dims
-
-
-def _moved(placement: Placement, dim: int) -> Placement:
-    """The sharding `placement`, of another dimension."""
-    from torch.distributed.tensor import Shard
-
-    factor = getattr(placement, "split_factor", None)  # of rows that are packed
-    return Shard(dim) if factor is None else type(placement)(dim, split_factor=factor)
 
 
 def _padded(tensor: Tensor, before: int) -> Tensor:

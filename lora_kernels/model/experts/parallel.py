@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...init.sharded.layout import axis_places, is_dtensor
+from ...init.sharded.layout import axis_places, copied_like, is_dtensor
 from ...layers.adapter import Adapter
 
 DTensor = Any  # torch.distributed is imported only for a tensor that needs it
@@ -36,6 +36,16 @@ class LocalPart:
     """
 
     runs: tuple[list[slice], ...]
+
+    @staticmethod
+    def laid_out(
+        shape: Sequence[int], transposed: bool, mesh: Mesh, placements: Placements
+    ) -> LocalPart:
+        """What this process has of a parameter of this shape, stored as [E, in, out] if
+        `transposed`, that is laid out so in the forward. Nothing is sent.
+        """
+        experts, rows, columns = axis_places(shape, mesh, placements)
+        return LocalPart((experts, columns, rows) if transposed else (experts, rows, columns))
 
     @property
     def seed(self) -> int:
@@ -63,29 +73,12 @@ class LocalPart:
         return A, B
 
 
-def local_part(
-    shape: Sequence[int], transposed: bool, mesh: Mesh, placements: Placements
-) -> LocalPart:
-    """What this process has of a parameter of this shape, stored as [E, in, out] if `transposed`,
-    that is laid out so in the forward. Nothing is sent.
-    """
-    experts, rows, columns = axis_places(shape, mesh, placements)
-    return LocalPart((experts, columns, rows) if transposed else (experts, rows, columns))
-
-
-def cut_start(adapter: Adapter, part: LocalPart) -> None:
+def cut_start(adapter: Adapter) -> None:
     """Makes A₀ and B₀, where they are stored, DTensors as A and B are."""
-    from torch.distributed.tensor import DTensor
-
-    factors: dict[str, Any] = {"start_A": adapter.lora_A, "start_B": adapter.lora_B}
-    for name, own in factors.items():
+    for name, own in {"start_A": adapter.lora_A, "start_B": adapter.lora_B}.items():
         whole: Tensor | None = getattr(adapter, name)
-        if whole is None or whole.is_meta or is_dtensor(whole):
-            continue
-        local, size, strides = part.of(whole, name), own.shape, own.stride()
-        layout = own.device_mesh, own.placements
-        cut = DTensor.from_local(local, *layout, run_check=False, shape=size, stride=strides)
-        setattr(adapter, name, cut)
+        if whole is not None and not whole.is_meta and not is_dtensor(whole):
+            setattr(adapter, name, copied_like(whole, own, whole.dtype))
 
 
 def local_factors(adapter: Adapter, part: LocalPart | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from ...layers.adapted import AdaptedLayer
 from ...layers.linear import ABSORBED
 from .forward import SUFFIX, Factors, StartFactors
 from .kinds import ForeignExperts
-from .parallel import LocalPart, cut_start, local_factors, local_part
+from .parallel import LocalPart, cut_start, local_factors
 
 _BLOCK = 64 * 2**20  # bytes of float32 that are merged at a time
 
@@ -95,8 +95,8 @@ class AdaptedStack(AdaptedLayer):
         """Prepares the forward for a parameter that is laid out so then, and for the factors of an
         adapter, which are DTensors that fit it.
         """
-        self.part = local_part(self.weight.shape, self.transposed, mesh, placements)
-        cut_start(self.adapter(adapter_name), self.part)
+        self.part = LocalPart.laid_out(self.weight.shape, self.transposed, mesh, placements)
+        cut_start(self.adapter(adapter_name))
 
     def _restoring(self) -> Factors | None:
         if self.absorbed is None:

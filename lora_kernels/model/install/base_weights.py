@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ...init.sharded.layout import Shards
-from ...init.sharded.zero3 import gathered, is_partitioned, is_zero3
+from ...init.sharded.zero3 import is_zero3
 from ...layers.adapted import AdaptedLayer
 from ...layers.linear import AdaptedFloatLayer
 from ..config import AdapterState
@@ -46,22 +45,12 @@ def original_weight(module: nn.Module) -> Tensor | None:
     that is sharded still is, but for a copy that is made of ZeRO-3's parts, by all processes.
     """
     if isinstance(module, AdaptedFloatLayer):
-        stored = module._parameters["weight"]
-        if stored is not None and is_partitioned(stored):
-            return _gathered_original(module, stored)
         weight = module.base_weight().detach()
         return weight.T if module.transposed else weight
     found = None if isinstance(module, AdaptedLayer) else getattr(module, "weight", None)
     if isinstance(found, Tensor):
         return found if is_zero3(found) else found.detach()
     return None
-
-
-def _gathered_original(layer: AdaptedFloatLayer, stored: nn.Parameter) -> Tensor:
-    weight = gathered(stored)
-    if layer.absorbed:
-        layer.adapter(layer.absorbed).add_absorbed_(Shards.of(weight, layer.transposed))
-    return weight
 
 
 def _owner(name: str) -> str:

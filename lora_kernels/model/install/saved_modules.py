@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._utils.names import nearest, without_wrappers
-from ...init.sharded.layout import full_shape, is_dtensor, is_flattened
+from ...init.sharded.layout import copied_like, full_shape, is_dtensor, is_flattened
 from ...init.sharded.zero3 import gathered, is_partitioned, is_zero3
 from ...layers.adapted import AdaptedLayer
 from ...layers.base import base_of
@@ -17,7 +17,7 @@ from ...layers.wrapper import LoRAWrapper
 from ..config import AdapterState, TokenRows
 from ..plan import LayerPlan
 from ..selection import input_embeddings, match_modules, output_head
-from .sharded.copies import are_equal, copied_like, sharded_from_first
+from .sharded.copies import are_equal, sharded_from_first
 
 Place = tuple[nn.Module, str]  # a module, and the name of its attribute that holds the tensor
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -166,7 +165,7 @@ def _finished(job: StartJob, weight: Readable, start: Start) -> Start:
     for e, matrix in enumerate(weight.matrices if job.absorb else ()):
         own = start.expert(e) if stacked else start
         with naming(job.named(e)) if stacked else nullcontext():
-            check_residual_fits(matrix, own, job.scaling, partial(weight.largest, e))
+            check_residual_fits(matrix, own, job.scaling, weight.largest(e))
     return start
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,11 +35,12 @@ class Readable:
             return torch.stack(known)
         return torch.ops.lora.frobenius_stats(list(self.matrices))[:, 1]
 
-    def largest(self, matrix: int) -> Tensor:
-        """max |W| of one of the matrices. If they are sharded, all processes have to call this."""
-        if self.shards is not None:
-            return largest_entry(self.shards)[matrix]
-        return torch.linalg.vector_norm(self.matrices[matrix], torch.inf)
+    def largest(self, matrix: int) -> Callable[[], Tensor] | None:
+        """A function that returns max |W| of one of the matrices, if they have no values: all
+        processes have to call it.
+        """
+        shards = self.shards
+        return None if shards is None else lambda: largest_entry(shards)[matrix]
 
 
 def readable(job: StartJob) -> Readable:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...init.sharded.agree import agreed_randomness, has_ranks
+from ...init.sharded.agree import agreed_randomness, has_ranks, random_states
 from ...init.sharded.layout import Shards, is_sharded
 from ...init.sharded.owners import OwnedStart, starts_in_turn
 from ...init.sharded.sums import sums_of
@@ -35,21 +35,14 @@ def with_ranks_alike(jobs: Sequence[StartJob], make: Callable[[], T]) -> T:
     if not has_ranks() or first_rank_loads(job.base for job in jobs):
         return make()
     if not any(map(_must_draw_alike, jobs)):
-        before = _generators(device)
+        before = random_states(device)
         made = make()
-        if not any(map(_may_draw, jobs)) or torch.equal(before, _generators(device)):
+        drawn = not all(map(torch.equal, before, random_states(device)))
+        if not (drawn and any(map(_may_draw, jobs))):
             return made
         del made
     with agreed_randomness(device):
         return make()
-
-
-def _generators(device: torch.device) -> Tensor:
-    """The states of torch's global generators of the CPU and of the device."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
 
 
 def _must_draw_alike(job: StartJob) -> bool:

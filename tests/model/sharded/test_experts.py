@@ -5,10 +5,7 @@ and tensor parallelism. One process is the oracle.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_kernels import (
     LoRAConfig,
     add_lora,
-    disable_adapters,
-    load_adapter,
-    merge_lora,
-    save_adapter,
     set_adapter,
     unload_lora,
 )
@@ -36,8 +29,9 @@ from ...support.sharded import (
     BATCH,
     distance,
     fully_sharded,
+    life,
+    life_alone,
     logits,
-    shared_folder,
     trained,
     whole_tensors,
 )
@@ -93,25 +87,13 @@ def distributed(model: Any, sizes: dict[str, int]) -> Any:
     return type(model).maybe_distribute_model(model, found, mesh)
 
 
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        file.name: hashlib.sha1(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())
-    }
-
-
 @functools.cache
 def alone(family: str, experts: int, start: str) -> dict:
     """One process's start, files, losses and factors after training."""
     model = tiny(family, experts)
     torch.manual_seed(0)
     add_lora(model, config(start, target_parameters=expert_parameters(model)), progress=False)
-    found: dict = {"start": whole_tensors(model)}
-    folder = Path(tempfile.mkdtemp())
-    save_adapter(model, folder)
-    found["files"] = contents(folder)
-    found["losses"] = trained(model)
-    found["end"] = whole_tensors(model)
-    return found
+    return life_alone(model)
 
 
 def everything(family: str, experts: int, start: str, layout: Layout, before: bool) -> dict:
@@ -129,27 +111,7 @@ def everything(family: str, experts: int, start: str, layout: Layout, before: bo
     parts = layout.get("fsdp_size", 1) if isinstance(layout, dict) else None
     if isinstance(layout, dict):
         parts *= layout.get("dp_replicate_size", 1)
-    found: dict = {"start": whole_tensors(model)}
-    folder, later = shared_folder(), shared_folder()
-    found["saved"] = save_adapter(model, folder)
-    found["files"] = contents(folder)
-    found["at start"] = float((logits(model) - base).abs().max())
-    found["losses"] = trained(model, parts=parts)
-    found["end"] = whole_tensors(model)
-    save_adapter(model, later, format="native")
-    after = logits(model)
-    with disable_adapters(model):
-        found["disabled"] = float((logits(model) - base).abs().max())
-    other = sharded(tiny(family, experts), layout)
-    load_adapter(other, later, progress=False)
-    found["loaded"] = float((logits(other) - after).abs().max())
-    merge_lora(other)
-    found["merged"] = float((logits(other) - after).abs().max())
-    unload_lora(model)
-    found["unloaded"] = float((logits(model) - base).abs().max())
-    plain = [*model.modules(), *other.modules()]
-    found["left"] = [type(m).__name__ for m in plain if "LoRA" in type(m).__name__]
-    return found
+    return life(model, base, lambda: sharded(tiny(family, experts), layout), parts)
 
 
 CASES: list[tuple[str, int, int, str, Layout, bool]] = [

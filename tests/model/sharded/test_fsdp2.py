@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import tempfile
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from lora_kernels import (
     LoRAConfig,
     add_lora,
-    disable_adapters,
     init,
     load_adapter,
     merge_lora,
@@ -28,6 +26,8 @@ from ...support.ranks import RankFailed, needs_ranks, on_ranks
 from ...support.sharded import (
     distance,
     fully_sharded,
+    life,
+    life_alone,
     logits,
     shared_folder,
     trained,
@@ -73,35 +73,7 @@ def everything(rank: int, order: str, config: LoRAConfig, layout: str) -> dict:
     """All that is compared, of one model on shards."""
     base = logits(llama())
     model = built(order, config, layout)
-    found: dict = {"start": whole_tensors(model)}
-    folder, later = shared_folder(), shared_folder()
-    found["saved"] = save_adapter(model, folder)
-    found["files"] = contents(folder)
-    found["at start"] = float((logits(model) - base).abs().max())
-    found["losses"] = trained(model)
-    found["end"] = whole_tensors(model)
-    found["classes"] = {type(module).__name__ for module in model.modules()}
-    save_adapter(model, later, format="native")
-    after = logits(model)
-    with disable_adapters(model):
-        found["disabled"] = float((logits(model) - base).abs().max())
-    other = fully_sharded(llama(), meshes(layout))
-    load_adapter(other, later, progress=False)
-    found["loaded"] = float((logits(other) - after).abs().max())
-    merge_lora(other)
-    found["merged"] = float((logits(other) - after).abs().max())
-    unload_lora(model)
-    found["unloaded"] = float((logits(model) - base).abs().max())
-    plain = [*model.modules(), *other.modules()]
-    found["left"] = [type(m).__name__ for m in plain if "LoRA" in type(m).__name__]
-    found["later"] = later
-    return found
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        file.name: hashlib.sha1(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())
-    }
+    return life(model, base, lambda: fully_sharded(llama(), meshes(layout)))
 
 
 @functools.cache
@@ -109,13 +81,7 @@ def alone(name: str) -> dict:
     """The same of one process."""
     model = llama()
     add_lora(model, CONFIGS[name], progress=False)
-    found: dict = {"start": whole_tensors(model)}
-    folder = Path(tempfile.mkdtemp())
-    save_adapter(model, folder)
-    found["files"] = contents(folder)
-    found["losses"] = trained(model)
-    found["end"] = whole_tensors(model)
-    return found
+    return life_alone(model)
 
 
 CASES = [

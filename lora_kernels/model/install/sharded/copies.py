@@ -8,18 +8,7 @@ import torch
 from torch import Tensor
 
 from ....init.sharded.agree import from_every, talking_device
-from ....init.sharded.layout import fill_, full_shape, group_of, is_dtensor, pieces
-
-
-def copied_like(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of `value` on the device of `like`. If that is a DTensor, the copy is one with the
-    same layout; a plain `value` is whole then, on all processes.
-    """
-    if not is_dtensor(like) or is_dtensor(value):
-        return value.detach().to(like.device, dtype, copy=True)
-    copy = torch.empty_like(like.detach(), dtype=dtype)
-    fill_(copy, value)
-    return copy
+from ....init.sharded.layout import copied_like, full_shape, group_of, is_dtensor, pieces
 
 
 def sharded_from_first(value: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ....init.sharded.layout import is_dtensor
+from ....init.sharded.layout import is_dtensor, of_dimension
 from ....layers.adapter import Adapter
 from ....layers.kinds import is_parallel_forward
 
@@ -49,9 +49,7 @@ def factor_placements(
             )
         if dim is None or dim in (rows, columns):
             for_A.append(Shard(dims - 1) if dim == columns else Replicate())
-            is_B = dim == rows
-            own = _packed(placement, dims - 2) if packed else Shard(dims - 2)
-            for_B.append(own if is_B else Replicate())
+            for_B.append(of_dimension(placement, dims - 2) if dim == rows else Replicate())
         else:  # experts
             for_A.append(placement)
             for_B.append(placement)
@@ -133,10 +131,6 @@ def _taken_off(module: nn.Module) -> list[tuple[Any, Any]]:
             else:
                 object.__setattr__(module, slot, inner)
     return found
-
-
-def _packed(placement: Any, dim: int) -> Any:
-    return type(placement)(dim, split_factor=placement.split_factor)
 
 
 def _distributed(parameter: nn.Parameter, mesh: Any, placements: Placements) -> nn.Parameter:

@@ -175,9 +175,7 @@ class Meeting:
             return error
         if self._ranks.is_main and wait:
             self.wait_until_alone()
-        elif wait and isinstance(
-            error, (ValueError, TypeError, OSError)
-        ):  # others have a traceback
+        elif isinstance(error, (ValueError, TypeError, OSError)):  # others have a traceback
             told = self._wait_for_error()
             if told is not None and str(told) != str(error):
                 return told

@@ -68,7 +68,7 @@ def reshard(model: nn.Module) -> None:
 
     """
     modules = fsdp_modules(model)
-    groups = _groups(model)
+    groups = _groups(model) if modules else []
     _check_whole(model, groups)
     if not modules:
         return

@@ -164,8 +164,8 @@ class AdaptedLayer(nn.Module):
         raise NotImplementedError
 
     def merged(self, shared: bool = False) -> nn.Module:
-        """`to_linear()`; if the layer's parameters are sharded, this module, merged in place. It
-        gets a weight of its own if its is `shared`: other modules have it too.
+        """`to_linear()`; if the layer's parameters are sharded, this module, merged in place. If
+        other modules have its weight too (`shared`), it gets a weight of its own.
         """
         return self.to_linear()
 

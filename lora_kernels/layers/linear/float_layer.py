@@ -199,7 +199,8 @@ class AdaptedFloatLayer(AdaptedLayer):
     @torch.no_grad()
     def merged(self, shared: bool = False) -> nn.Module:
         """`to_linear()`; if W is sharded, this module, to whose parameters the update is added in
-        place, in float32 or wider and rounded once. It gets a W of its own if its is `shared`.
+        place, in float32 or wider and rounded once. If other modules have W too (`shared`), the
+        module gets a W of its own.
 
         Raises:
             ValueError: as `check_mergeable`.

@@ -18,7 +18,7 @@ from lora_kernels.triton_kernels.dst_basis import _round_apart
 from ..ops.strides import LAYOUTS, lay_out
 from ..ops.test_subtract_dst import check as check_subtraction
 from ..ops.test_subtract_dst import correction_of
-from ..support.exhaustive import EXHAUSTIVE
+from ..support.exhaustive import ALL_KERNELS, sampled
 from ..support.oracle import ROUNDING, to_numpy
 from ..support.oracle import dst_basis as dst_oracle
 
@@ -30,7 +30,7 @@ ALL = (FP64, torch.float32, torch.float16)
 SMALL = [(1, 1, 0, 1), (2, 2, 0, 2), (40, 7, 0, 40), (1200, 20, 1100, 90), (16, 3, 5, 0)]
 LARGE = [(257, 257, 0, 257), (2048, 16, 0, 2048), (3000, 129, 2000, 200)]
 BASES = [(*place, dtype) for place in SMALL + LARGE for dtype in ALL]
-if not EXHAUSTIVE:  # the interpreter takes seconds for each of the large ones
+if not ALL_KERNELS:  # the interpreter takes seconds for each of the large ones
     BASES = [(*place, dtype) for place in SMALL for dtype in ALL]
     BASES += [(*place, dtype) for place, dtype in zip(LARGE, ALL, strict=True)]
 
@@ -82,7 +82,7 @@ def test_dst_basis_on_strides(layout, device):
     assert np.abs(to_numpy(out) - want).max() <= 1.01 * ROUNDING[torch.float32] * np.abs(want).max()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS if EXHAUSTIVE else list(LAYOUTS)[:2])
+@pytest.mark.parametrize("layout", LAYOUTS if ALL_KERNELS else list(LAYOUTS)[:2])
 def test_frobenius_stats_of_mixed_weights(layout, device):
     shapes = [(100, 37), (512, 300), (1, 1), (3, 70000), (64, 64), (0, 5)]
     weights = [
@@ -123,11 +123,13 @@ def test_frobenius_stats_keeps_small_and_large_values(device):
     torch.testing.assert_close(got[:, 1].log10(), torch.tensor([-56.0, 64.0]).double())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("n", "m", "rank"),
-    [(1, 1, 1), (1, 9, 1), (5, 11, 5), (40, 40, 3), (130, 129, 16), (16, 2000, 16), (600, 64, 64)],
-)
+SUBTRACTED = [
+    *((1, 1, 1), (1, 9, 1), (5, 11, 5), (40, 40, 3), (130, 129, 16), (16, 2000, 16), (600, 64, 64))
+]
+SUBTRACTIONS = ((*sizes, layout) for layout in LAYOUTS for sizes in SUBTRACTED)
+
+
+@pytest.mark.parametrize(("n", "m", "rank", "layout"), sampled(SUBTRACTIONS))
 def test_subtract_dst(n, m, rank, layout, device, dtypes):
     for dtype in dtypes:
         before = torch.randn(n, m).to(device, dtype)

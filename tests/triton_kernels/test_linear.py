@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from lora_kernels.triton_kernels.integers import next_power_of_2
 from lora_kernels.triton_kernels.linear import choice, gemm, operator, rank
 
 from ..ops.test_linear import check, check_columns, inputs
-from ..support.exhaustive import EXHAUSTIVE
+from ..support.exhaustive import ALL_KERNELS, sampled
 
 CONFIGS = list(gemm.CONFIGS)
 SHAPES = [  # rows, N, K, r
@@ -61,17 +62,9 @@ WAYS = [
 
 
 def sweep(ways: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """All combinations of the ways with shapes, dropout and a start; or, since many take seconds in
-    the interpreter, a third of them: every way with every shape.
-    """
-    combinations = [
-        (way, *shape, dropout, start)
-        for way in ways
-        for shape in SHAPES
-        for dropout in (0.0, 0.3)
-        for start in (False, True)
-    ]
-    return combinations if EXHAUSTIVE or torch.cuda.is_available() else combinations[::3]
+    """Combinations of the ways with shapes, dropout and a start: every way with every shape."""
+    combinations = product(ways, SHAPES, (0.0, 0.3), (False, True))
+    return sampled((way, *shape, dropout, start) for way, shape, dropout, start in combinations)
 
 
 @pytest.mark.parametrize(("ways", "lead", "n", "k", "r", "dropout", "start"), sweep(WAYS))
@@ -105,9 +98,10 @@ def test_with_R(way, lead, n, k, r, dropout, start, device, dtypes, force):
         assert "decode" not in taken  # its kernels do not support R
 
 
-@pytest.mark.parametrize("start", [False, True])
-@pytest.mark.parametrize("core", [False, True])
-@pytest.mark.parametrize(("lead", "n", "k", "r"), SHAPES)
+PLAIN = ((*shape, *rest) for shape, *rest in product(SHAPES, (False, True), (False, True)))
+
+
+@pytest.mark.parametrize(("lead", "n", "k", "r", "core", "start"), sampled(PLAIN))
 def test_plain(lead, n, k, r, core, start, device, force):
     """All library calls from one C++ function: the only implementation for a wide dtype."""
     for dtype in (torch.float16, torch.float64):
@@ -130,8 +124,11 @@ def test_the_mask_of_some_columns(ways, device, force):
     check_columns(t, 132, 3e-2)
 
 
-@pytest.mark.parametrize("r", [1, 2, 15, 17, 100, 128, 200, 512])
-@pytest.mark.parametrize("rows", [5, 80])
+RANKS = zip((1, 2, 15, 17, 100, 128, 200, 512), cycle((5, 80)))
+OTHERS = zip((1, 2, 15, 17, 100, 128, 200, 512), cycle((80, 5)))
+
+
+@pytest.mark.parametrize(("r", "rows"), [*RANKS, *(OTHERS if ALL_KERNELS else ())])
 def test_ranks(r, rows, device, force):
     t = inputs((rows,), 520, 528, r, torch.float16, start=r < 128, device=device)
     force("kernel", "steps", "reversed")

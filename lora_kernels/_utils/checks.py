@@ -41,11 +41,15 @@ def check_weight(weight: torch.Tensor, name: str = "weight") -> None:
 
 
 def overlaps(weight: torch.Tensor) -> bool:
-    """Whether two entries of the matrix share memory, so that writing one changes the other."""
+    """Whether two entries of a tensor share memory, so that writing one changes the other."""
     if weight.is_contiguous() or not weight.numel():
         return False
-    fast, slow = sorted(zip(weight.stride(), weight.shape, strict=True))
-    return (fast[0] == 0 and fast[1] > 1) or (slow[1] > 1 and slow[0] <= (fast[1] - 1) * fast[0])
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def check_writable(weight: torch.Tensor, name: str = "weight") -> None:

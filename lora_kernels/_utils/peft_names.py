@@ -63,10 +63,11 @@ VARIANTS = {
     "use_qalora": "QA-LoRA, which averages groups of the input before A",
     "velora_config": "VeLoRA, which trains with compressed inputs",
 }
-# Of these, adapters that PEFT has written are read; `add_lora` does not make them.
+# Of these, adapters that PEFT has written are read; `add_lora` makes those of DORA alone.
 TOKEN_INDICES, BIAS_OF_B = "trainable_token_indices", "lora_bias"
 REPLICATION, TARGET_PARAMETERS = "layer_replication", "target_parameters"
-READ = (TOKEN_INDICES, BIAS_OF_B, REPLICATION)
+DORA = "use_dora"
+READ = (TOKEN_INDICES, BIAS_OF_B, REPLICATION, DORA)
 # PEFT makes an object of these even from {}: only None turns them off.
 GROUPS_OF_OPTIONS = (
     "arrow_config",
@@ -81,7 +82,7 @@ BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 TIE = "ensure_weight_tying"
 # PEFT ties an adapter or a saved module only if the configuration names one of these.
 TIED_MODULES = ("embed_tokens", "lm_head")
-OPTIONS_OF_VARIANTS = (*VARIANTS, TIE)
+OPTIONS_OF_VARIANTS = (*(option for option in VARIANTS if option != DORA), TIE)
 # Options of old versions of PEFT, of Swift and of Unsloth that PEFT ignores, and rightly so.
 OPTIONS_OF_OTHERS = (
     "merge_weights",

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -33,19 +34,25 @@ class Initializer:
       starts as the layer it adapts.
     - `reads_weight`: the start depends on W's values.
     - `needs_gradient`: the start is made from the loss gradient of W.
+    - `needs_activations`: the start is made from what was measured of the layer's input.
     - `grows_with_scaling`: s · B₀A₀ is not zero and grows with s.
     - `rewrites_base`: the start only makes sense on a base with new values, which are not
       W − s · B₀A₀; the base has to be writable.
     - `has_recipe`: the start's A and B follow from its β.
     - `has_R`: the start has an R.
+    - `has_diag`: the start has a λ.
+    - `trains`: which of A and B train, "AB" or "A". If the start has an R, only R trains.
     """
 
     changes_base: bool
     rewrites_base: bool = False
     reads_weight: bool = False
     needs_gradient: bool = False
+    needs_activations: bool = False
     has_recipe: bool = False
     has_R: bool = False
+    has_diag: bool = False
+    trains: str = "AB"
 
     @property
     def grows_with_scaling(self) -> bool:
@@ -103,6 +110,7 @@ class Initializer:
         scaling: float = 1.0,
         gradients: Sequence[Tensor | None] | None = None,
         sums: Sequence[Tensor | None] | None = None,
+        activations: Sequence[Any] | None = None,
     ) -> list[Start]:
         """`make_starts` for several weights of one shape, dtype and device.
 
@@ -112,8 +120,8 @@ class Initializer:
         """
         refuse_sharded(*weights)
         none = [None] * len(weights)
-        each = zip(weights, gradients or none, sums or none, strict=True)
-        return self.make_starts([StartRequest(w, r, scaling, g, s) for w, g, s in each])
+        each = zip(weights, gradients or none, sums or none, activations or none, strict=True)
+        return self.make_starts([StartRequest(w, r, scaling, g, s, x) for w, g, s, x in each])
 
     def absorb_(
         self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None

@@ -17,6 +17,20 @@ from .base import Initializer, register_initializer
 from .start import Start, StartRequest
 
 
+def seeded_generator(seed: int | None, weight: Tensor) -> torch.Generator | None:
+    """A generator on the weight's device; None, torch's global one, without a seed."""
+    if seed is None or weight.is_meta:
+        return None
+    return torch.Generator(weight.device).manual_seed(int(seed))
+
+
+def kaiming_A(request: StartRequest, generator: torch.Generator | None) -> Tensor:
+    """A ~ U(±1/√m) [r, m]: kaiming_uniform_(a=√5)."""
+    bound = 1 / math.sqrt(request.shape[1])
+    A = request.empty(request.r, request.shape[1])
+    return A.uniform_(-bound, bound, generator=generator)
+
+
 @dataclass(frozen=True)
 class _Random(Initializer):
     """The seed, which all random starts have."""
@@ -29,9 +43,7 @@ class _Random(Initializer):
             as_integer(self.seed, "seed")
 
     def _generator(self, weight: Tensor) -> torch.Generator | None:
-        if self.seed is None or weight.is_meta:
-            return None
-        return torch.Generator(weight.device).manual_seed(int(self.seed))
+        return seeded_generator(self.seed, weight)
 
 
 @dataclass(frozen=True)
@@ -57,10 +69,8 @@ class LoRA(_Random):
         return LoRAOnEmbedding(self.seed)
 
     def make_start(self, request: StartRequest) -> Start:
-        (rows, cols), generator = request.shape, self._generator(request.weight)
-        bound = 1 / math.sqrt(cols)
-        lora_A = request.empty(request.r, cols).uniform_(-bound, bound, generator=generator)
-        return Start(lora_A, request.empty(rows, request.r).zero_())
+        lora_A = kaiming_A(request, self._generator(request.weight))
+        return Start(lora_A, request.empty(request.shape[0], request.r).zero_())
 
 
 @dataclass(frozen=True)
@@ -131,8 +141,40 @@ class InitABPlus(InitAB):
     grows_with_scaling = True
 
 
+@dataclass(frozen=True)
+class Orthogonal(_Random):
+    """A = (X₁Q₁)ᵀ/10, B = X₂ᵀQ₂/10, where Q₁ and Q₂ [r/2, r] are every other row of a random
+    orthogonal matrix, and X₁ [m, r/2] and X₂ [r/2, n] ~ N(0, 1): BA = 0 although neither is zero.
+
+    PEFT's `init_lora_weights="orthogonal"`, after the post "Rethinking LoRA initialisation"
+    (datta0.github.io). Not divided by s. W does not change: s·BA is zero except for the rounding of
+    A and B, about 1e-7 of ‖A‖‖B‖, and nothing is subtracted. Cost: the random numbers and two
+    products with r columns. ValueError for an odd r; an embedding is refused, as in PEFT.
+    """
+
+    def for_embedding(self) -> Initializer:
+        raise ValueError("Orthogonal is for linear layers, not for embeddings: take another start")
+
+    def make_start(self, request: StartRequest) -> Start:
+        (rows, cols), r = request.shape, request.r
+        if r % 2:
+            raise ValueError(f"Orthogonal needs an even rank, got r = {r}")
+        weight, generator = request.weight, self._generator(request.weight)
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(
+                *shape, dtype=torch.float64, device=weight.device, generator=generator
+            )
+
+        Q = torch.linalg.qr(drawn(r, r))[0]
+        lora_A = (drawn(cols, r // 2) @ Q[0::2]).mT / 10
+        lora_B = drawn(r // 2, rows).mT @ Q[1::2] / 10
+        return Start(lora_A.to(request.factor_dtype), lora_B.to(request.factor_dtype))
+
+
 register_initializer("lora", LoRA)
 register_initializer("init_b", InitB)
 register_initializer("gaussian", Gaussian)
 register_initializer("init_ab", InitAB)
 register_initializer("init_ab_plus", InitABPlus)
+register_initializer("orthogonal", Orthogonal)

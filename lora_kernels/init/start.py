@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class StartRequest:
     """The weight W [out, in] to make a start for, which is only read, and the rank r.
 
     `scaling` is the layer's s, for starts that are divided by it; `gradient` [out, in] is the loss
-    gradient of W, for starts that are made from it.
+    gradient of W, for starts that are made from it; `activations` are what was measured of the
+    layer's input, for starts that need that.
 
     `sums` are the sum and the sum of squares of W's entries [2] in float64, if they are known. If W
     is sharded, they are, and `weight` has W's shape, dtype and device, but no values.
@@ -30,6 +32,7 @@ class StartRequest:
     scaling: float = 1.0
     gradient: Tensor | None = None
     sums: Tensor | None = None
+    activations: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,6 +86,10 @@ class Start:
             they can be recomputed from it.
         lora_R: [r, r] if A and B are frozen and only this matrix between them trains: the layer
             multiplies B R A.
+        lora_diag: [r], λ, if a diagonal between A and B trains too: the layer multiplies
+            B diag(λ) A.
+        taken: A₀ [r, in] and B₀ [out, r], whose product s · B₀A₀ is subtracted from W, if these are
+            not A and B themselves.
         weight_norm: ‖W‖_F (0-dim float64) if the initializer has measured it anyway.
         rewritten: whether the base that goes with this start is not W − s · B₀A₀, but new values
             (LoftQ's quantized weight).
@@ -97,6 +104,8 @@ class Start:
     weight_norm: Tensor | None = None
     rewritten: bool = False
     earlier: Start | None = None
+    lora_diag: Tensor | None = None
+    taken: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def stacked(starts: Sequence[Start]) -> Start:
@@ -116,6 +125,8 @@ class Start:
             stack([start.weight_norm for start in starts]),
             first.rewritten,
             Start.stacked(earlier) if earlier else None,
+            stack([start.lora_diag for start in starts]),
+            _stacked_pairs([start.taken for start in starts if start.taken is not None]),
         )
 
     def expert(self, index: int) -> Start:
@@ -132,13 +143,32 @@ class Start:
             own(self.weight_norm),
             self.rewritten,
             None if self.earlier is None else self.earlier.expert(index),
+            own(self.lora_diag),
+            None if self.taken is None else (self.taken[0][index], self.taken[1][index]),
         )
 
     def right(self) -> Tensor:
-        """A, or R A if there is an R, [r, in] in float32 or wider: B₀A₀ is `lora_B` times this."""
+        """A, or R A if there is an R, or diag(λ) A, [r, in] in float32 or wider: the product is
+        `lora_B` times this.
+        """
         work = torch.promote_types(self.lora_A.dtype, torch.float32)
         lora_A = self.lora_A.to(work)
+        if self.lora_diag is not None:
+            return self.lora_diag.to(work)[..., None] * lora_A
         return lora_A if self.lora_R is None else self.lora_R.to(work) @ lora_A
+
+    def subtracted(self) -> tuple[Tensor, Tensor]:
+        """A₀ [r, in] and B₀ [out, r], whose product s · B₀A₀ is subtracted from W if the start
+        changes the base: `taken`, or else those that A, R and B begin with.
+        """
+        return self.taken or (self.right(), self.lora_B)
+
+
+def _stacked_pairs(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    if not pairs:
+        return None
+    rights, lefts = zip(*pairs, strict=True)
+    return torch.stack(rights), torch.stack(lefts)
 
 
 def checked(start: Start, weight: Tensor, r: int) -> Start:
@@ -151,7 +181,7 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
     rows, cols = weight.shape
     dtype, device = factor_dtype(weight.dtype), weight.device
 
-    def copied(name: str, factor: Tensor, shape: tuple[int, int]) -> Tensor:
+    def copied(name: str, factor: Tensor, shape: tuple[int, ...]) -> Tensor:
         if tuple(factor.shape) != shape:
             raise ValueError(
                 f"the initializer returned {name} of shape {list(factor.shape)}; a weight "
@@ -162,11 +192,19 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
         # A copy: the factor may be a view of W or G, expanded, or kept by the initializer.
         return torch.empty(shape, dtype=dtype, device=device).copy_(factor.detach())
 
+    taken = start.taken
+    if taken is not None:
+        taken = (
+            copied("taken A₀", taken[0], (r, cols)),
+            copied("taken B₀", taken[1], (rows, r)),
+        )
     return replace(
         start,
         lora_A=copied("lora_A", start.lora_A, (r, cols)),
         lora_B=copied("lora_B", start.lora_B, (rows, r)),
         lora_R=None if start.lora_R is None else copied("lora_R", start.lora_R, (r, r)),
+        lora_diag=None if start.lora_diag is None else copied("lora_diag", start.lora_diag, (r,)),
+        taken=taken,
     )
 
 
@@ -180,7 +218,7 @@ def checked_stack(starts: Sequence[Start], weights: Sequence[Tensor], r: int) ->
     dtype, device = factor_dtype(weights[0].dtype), weights[0].device
     stack = Start.stacked(starts) if _alike(starts) else None
     rows, cols = weights[0].shape
-    shapes = {"lora_A": (r, cols), "lora_B": (rows, r), "lora_R": (r, r)}
+    shapes = {"lora_A": (r, cols), "lora_B": (rows, r), "lora_R": (r, r), "lora_diag": (r,)}
     factors = [(getattr(stack, name), shape) for name, shape in shapes.items()] if stack else []
     fits = all(
         factor.shape[1:] == shape and (factor.is_meta or all_finite(factor))
@@ -203,16 +241,19 @@ def checked_stack(starts: Sequence[Start], weights: Sequence[Tensor], r: int) ->
         lora_A=placed(stack.lora_A),
         lora_B=placed(stack.lora_B),
         lora_R=None if stack.lora_R is None else placed(stack.lora_R),
+        lora_diag=None if stack.lora_diag is None else placed(stack.lora_diag),
+        taken=None if stack.taken is None else (placed(stack.taken[0]), placed(stack.taken[1])),
     )
 
 
 def _alike(starts: Sequence[Start]) -> bool:
     """Whether the starts can be stacked: factors of the same shapes, and the same ones."""
-    kinds = {
-        (s.lora_A.shape, s.lora_B.shape, s.beta is None, s.lora_R is None, s.weight_norm is None)
-        for s in starts
-    }
-    return len(kinds) == 1
+
+    def kind(start: Start) -> tuple[object, ...]:
+        optional = (start.beta, start.lora_R, start.weight_norm, start.lora_diag, start.taken)
+        return (start.lora_A.shape, start.lora_B.shape, *(part is None for part in optional))
+
+    return len(set(map(kind, starts))) == 1
 
 
 def check_residual_fits(
@@ -244,8 +285,9 @@ def _largest_entry(start: Start) -> float:
     if start.beta is not None:
         (r, cols), rows = start.lora_A.shape, start.lora_B.shape[0]
         return float(start.beta) ** 2 * 2 * r / math.sqrt((rows + 1) * (cols + 1))
-    row = torch.linalg.vector_norm(start.lora_B, dim=1, dtype=torch.float64).max()
-    column = torch.linalg.vector_norm(start.right(), dim=0, dtype=torch.float64).max()
+    right, left = start.subtracted()
+    row = torch.linalg.vector_norm(left, dim=1, dtype=torch.float64).max()
+    column = torch.linalg.vector_norm(right, dim=0, dtype=torch.float64).max()
     return float(row * column)
 
 
@@ -257,7 +299,7 @@ def subtract_start_(weight: Tensor, start: Start, scaling: float) -> None:
     if start.beta is not None:
         subtract_recipe_(weight, start.beta, start.lora_A.shape[0], scaling)
     else:
-        subtract_factors_(weight, start.right(), start.lora_B, scaling)
+        subtract_factors_(weight, *start.subtracted(), scaling)
 
 
 def subtract_starts_(weights: Sequence[Tensor], start: Start, scaling: float) -> None:
@@ -283,8 +325,11 @@ def subtract_recipe_(weight: Tensor, beta: Tensor, r: int, scaling: float) -> No
     torch.ops.lora.subtract_dst_(weight, coefficient, r)
 
 
-def subtract_factors_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-    """weight ← weight − scaling · BA in place; a negative scaling restores it.
+def subtract_factors_(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, gain: Tensor | None = None
+) -> None:
+    """weight ← weight − scaling · BA in place; a negative scaling restores it. With a `gain` [out],
+    the rows of the difference are multiplied by it.
 
     Computed in float32 or wider and rounded once, by blocks of rows, so that no second matrix of
     W's size is allocated.
@@ -294,4 +339,7 @@ def subtract_factors_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     for begin in range(0, weight.shape[0], ROW_BLOCK):
         block = weight[begin : begin + ROW_BLOCK]  # [block, in]
         rows_B = lora_B[begin : begin + ROW_BLOCK].to(work)  # [block, r]
-        block.copy_(torch.addmm(block.to(work), rows_B, lora_A, alpha=-scaling))
+        changed = torch.addmm(block.to(work), rows_B, lora_A, alpha=-scaling)
+        if gain is not None:
+            changed = changed * gain[begin : begin + ROW_BLOCK, None]
+        block.copy_(changed)

@@ -15,6 +15,7 @@ from .adapter import Adapter
 from .options import AdapterOptions
 from .state import LayerState
 
+# Until version 0.1 these were the layer's own.
 _FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B", "_extra_state")
 
 
@@ -43,6 +44,8 @@ class AdaptedLayer(nn.Module):
     lora_B: nn.Parameter = _of_active("lora_B")  # [out, r]
     lora_R: nn.Parameter | None = _of_active("lora_R")  # [r, r]
     lora_bias: nn.Parameter | None = _of_active("lora_bias")  # [out]
+    lora_diag: nn.Parameter | None = _of_active("lora_diag")  # [r]
+    lora_magnitude: nn.Parameter | None = _of_active("lora_magnitude")  # [out]
     start_A: Tensor | None = _of_active("start_A")  # [r, in]
     start_B: Tensor | None = _of_active("start_B")  # [out, r]
     options: AdapterOptions = _of_active("options")
@@ -105,6 +108,14 @@ class AdaptedLayer(nn.Module):
         active = self._active
         return self.adapter(self.active_adapter) if active is None else active
 
+    def use(self, name: str, enabled: bool) -> None:
+        """Sets `active_adapter` and `adapter_enabled`, without the checks of nn.Module, for every
+        call of a model.
+        """
+        object.__setattr__(self, "active_adapter", name)
+        object.__setattr__(self, "adapter_enabled", enabled)
+        self._point_to(name)
+
     def attach(self, name: str, adapter: Adapter) -> None:
         """Adds an adapter; the layer's first adapter becomes active."""
         self.adapters[name] = adapter.train(self.training)
@@ -128,6 +139,10 @@ class AdaptedLayer(nn.Module):
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
         """`Adapter.start_factors` of the active adapter: A₀ [r, in] and B₀ [out, r], or None."""
         return self.active().start_factors()
+
+    def middle(self) -> Tensor | None:
+        """`Adapter.middle` of the active adapter: R or diag(λ) [r, r], or None."""
+        return self.active().middle()
 
     def layer_state(self) -> LayerState:
         """`Adapter.layer_state` of the active adapter."""
@@ -184,7 +199,6 @@ class AdaptedLayer(nn.Module):
         return replica
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Until version 0.1 the first adapter's tensors were the layer's own.
         for name in _FACTORS if self.adapters else ():
             if prefix + name in state_dict:
                 new = f"{prefix}adapters.{self.adapter_names[0]}.{name}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..init.sharded.whole import whole
 from ..init.start import Start
 from ..ops.loram_init import shortened
 from .options import AdapterOptions
-from .state import LayerState, WithStart, product_factors
+from .state import TRAINED, LayerState, WithStart, product_factors, row_gain
 
 _CALLS = (nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__)
 _OWN_STATE = ("start_A", "start_B", "_extra_state")  # what is no Parameter
@@ -29,6 +29,7 @@ _LOAD = "load it as a further adapter, load_adapter(..., adapter_name=...)"
 class Adapter(WithStart, nn.Module):
     """A [r, in], B [out, r] and, for some starts, R [r, r]; s; and the initial factors A₀ and B₀.
     Adapters by PEFT may have a bias of B [out], which is multiplied by s and added to the output.
+    KaSA's have λ [r], a diagonal between A and B; DoRA's the magnitudes m [out] of W's rows.
 
     A₀ and B₀ are needed to restore the base. Those of a DST start are computed from β; those of
     other starts are stored. A layer that subtracts s·B₀A₀ in its forward ("implicit") always stores
@@ -40,9 +41,13 @@ class Adapter(WithStart, nn.Module):
     lora_B: nn.Parameter  # [out, r], of experts [E, out, r]
     lora_R: nn.Parameter | None  # [r, r], of experts [E, r, r]
     lora_bias: nn.Parameter | None  # [out]
+    lora_diag: nn.Parameter | None  # [r], of experts [E, r]
+    lora_magnitude: nn.Parameter | None  # [out]
     beta: Tensor | None
     scaling: float
     embedding = False  # whether the layer is an embedding
+    kernel: tuple[int, ...] = ()  # of a convolution
+    groups = 1
     _scaling_bits: Tensor
     _aside: _Pair | None = None  # the values of start_A and start_B while these are on meta
 
@@ -52,11 +57,10 @@ class Adapter(WithStart, nn.Module):
         # Stored, because every forward reads it.
         self.lora_dropout = options.lora_dropout
         self.residual = options.residual
-        lora_R = None if start.lora_R is None else nn.Parameter(start.lora_R)
-        self.lora_A = nn.Parameter(start.lora_A, requires_grad=lora_R is None)
-        self.lora_B = nn.Parameter(start.lora_B, requires_grad=lora_R is None)
-        self.register_parameter("lora_R", lora_R)
-        self.register_parameter("lora_bias", None)
+        for name in TRAINED:
+            values: Tensor | None = getattr(start, name, None)
+            self.register_parameter(name, None if values is None else nn.Parameter(values))
+        self.set_trainable(True)
         self._set_start(start, changes_base)
         self.register_buffer("_scaling_bits", None, persistent=False)
         self.scaling = options.scaling
@@ -66,9 +70,9 @@ class Adapter(WithStart, nn.Module):
         absorbed = changes_base and self.residual == "absorb"
         recomputed = start.beta is not None and (absorbed or start.lora_A.dim() == 3)
         keep = changes_base and not recomputed
-        start_A = start.lora_A.clone() if start.lora_R is None else start.right()
-        self.register_buffer("start_A", start_A if keep else None)
-        self.register_buffer("start_B", start.lora_B.clone() if keep else None)
+        pair = start.subtracted() if keep else (None, None)
+        for name, factor in zip(("start_A", "start_B"), pair, strict=True):
+            self.register_buffer(name, None if factor is None else factor.detach().clone())
         self._subtracts = changes_base and not absorbed
         self.beta = start.beta if changes_base else None
         # s, if s·B₀A₀ was subtracted from the base's weight.
@@ -136,20 +140,13 @@ class Adapter(WithStart, nn.Module):
         """The rank."""
         return self.options.r
 
-    def load_factors(
-        self,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        lora_R: Tensor | None,
-        lora_bias: Tensor | None = None,
-    ) -> None:
-        """Replaces A [r, in], B [out, r], R [r, r] and the bias of B [out] by trained ones, which
-        are not copied.
+    def load_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """Replaces the trained tensors, by the names in `state.TRAINED`, by others, which are not
+        copied; those that are not in `factors` are None then.
         """
-        self.lora_A = nn.Parameter(lora_A)
-        self.lora_B = nn.Parameter(lora_B)
-        self.lora_R = None if lora_R is None else nn.Parameter(lora_R)
-        self.lora_bias = None if lora_bias is None else nn.Parameter(lora_bias)
+        for name in TRAINED:
+            values = factors.get(name)
+            setattr(self, name, None if values is None else nn.Parameter(values))
         self.set_trainable(True)
 
     def check_replaceable(self, state: LayerState) -> None:
@@ -161,13 +158,8 @@ class Adapter(WithStart, nn.Module):
             )
         if self.r != state.r:
             raise ValueError(f"its rank is {self.r}, the new one has {state.r}: {_LOAD}")
-        for name, old in (
-            ("lora_A", self.lora_A),
-            ("lora_B", self.lora_B),
-            ("lora_R", self.lora_R),
-            ("lora_bias", self.lora_bias),
-        ):
-            _check_same(name, old, getattr(state, name))
+        for name in TRAINED:
+            _check_same(name, getattr(self, name), getattr(state, name))
         if state.changes_base and not self._subtracts:
             raise ValueError(f"the new one has a start to subtract, this one has none: {_LOAD}")
         if state.changes_base and self.start_A is None and state.beta is None:
@@ -179,10 +171,9 @@ class Adapter(WithStart, nn.Module):
         optimizers and compiled forwards keep their tensors. `options.residual` is this adapter's.
         """
         start_A, start_B = state.start_factors() or (torch.zeros(()), torch.zeros(()))
-        news: tuple[Tensor | None, ...]
-        news = (state.lora_A, state.lora_B, state.lora_R, start_A, start_B, state.lora_bias)
-        olds = (self.lora_A, self.lora_B, self.lora_R, self.start_A, self.start_B, self.lora_bias)
-        for old, new in zip(olds, news, strict=True):
+        news: dict[str, Tensor | None] = {name: getattr(state, name) for name in TRAINED}
+        for name, new in (news | {"start_A": start_A, "start_B": start_B}).items():
+            old: Tensor | None = getattr(self, name)
             if old is not None and new is not None:
                 fill_(old, new.expand(full_shape(old)))
 
@@ -196,15 +187,15 @@ class Adapter(WithStart, nn.Module):
         self.scaling = options.scaling
 
     def set_trainable(self, trainable: bool) -> None:
-        """Sets `requires_grad` of the trained factors: R if there is one, else A and B; and of the
-        bias of B.
+        """Sets `requires_grad` of what trains: R if there is one, else those of A and B that
+        `options.trains` names; the bias of B, λ and the magnitudes.
         """
-        self.lora_A.requires_grad_(trainable and self.lora_R is None)
-        self.lora_B.requires_grad_(trainable and self.lora_R is None)
-        if self.lora_R is not None:
-            self.lora_R.requires_grad_(trainable)
-        if self.lora_bias is not None:
-            self.lora_bias.requires_grad_(trainable)
+        trains = "" if self.lora_R is not None else self.options.trains
+        frozen = {f"lora_{half}" for half in "AB" if half not in trains}
+        for name in TRAINED:
+            parameter: nn.Parameter | None = getattr(self, name)
+            if parameter is not None:
+                parameter.requires_grad_(trainable and name not in frozen)
 
     def implicit_start(self) -> tuple[Tensor | None, Tensor | None]:
         """A₀ [r, in] and B₀ [out, r] if the forward subtracts s·B₀A₀, else (None, None)."""
@@ -242,6 +233,41 @@ class Adapter(WithStart, nn.Module):
             subtract_factors_here_(weight, start_A, start_B, -self.absorbed_scaling)
 
     @torch.no_grad()
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """‖V‖ [out], the norms of the rows of V = W + s·(BA − B₀A₀), which the forward forms of the
+        stored W [out, in]; float32, or float64 over a float64 base.
+        """
+        lora_B, scaling, start_A, start_B = self.operands(torch.float32)
+        start = None if start_A is None or start_B is None else (start_A, start_B)
+        right, left = product_factors(self.lora_A, lora_B, self.middle(), start)
+        norms: Tensor = torch.ops.lora.row_norms(weight, right, left, scaling)
+        return norms
+
+    def gain(self, weight: Tensor) -> Tensor | None:
+        """m ⊘ ‖V‖ [out] of the stored W [out, in], with the gradient of m alone (`row_gain`); None
+        without magnitudes.
+        """
+        magnitude = self.lora_magnitude
+        return None if magnitude is None else row_gain(magnitude, self.row_norms(weight))
+
+    def measure_(self, weight: Tensor) -> None:
+        """Gives a DoRA adapter at its start the magnitudes m = ‖V‖, for the W [out, in] from which
+        its start was subtracted, if it was: the layer then computes what it would without DoRA.
+
+        Raises:
+            ValueError: a norm is not finite.
+
+        """
+        norms = self.row_norms(weight)
+        if not bool(norms.isfinite().all()):
+            raise ValueError(
+                "use_dora needs the norms of the weight's rows, which are not finite: the weight "
+                "holds NaN, Inf or numbers whose squares overflow"
+            )
+        self.lora_magnitude = nn.Parameter(norms)
+        self.set_trainable(True)
+
+    @torch.no_grad()
     def merge_factors(self) -> tuple[Tensor, Tensor]:
         """A' [k, in] and B' [out, k], in float32 or wider: the forward adds s·B'A' to W.
 
@@ -250,7 +276,7 @@ class Adapter(WithStart, nn.Module):
         """
         own = self.layer_state() if self.sharded else self
         start = own.start_factors() if self.residual == "implicit" else None
-        return product_factors(own.lora_A, own.lora_B, own.lora_R, start)
+        return product_factors(own.lora_A, own.lora_B, own.middle(), start)
 
     @property
     def sharded(self) -> bool:
@@ -299,6 +325,11 @@ class Adapter(WithStart, nn.Module):
             weight_norm=number(norm),
             lora_bias=copied_if_any(self.lora_bias),
             embedding=self.embedding,
+            kernel=self.kernel,
+            groups=self.groups,
+            lora_magnitude=copied_if_any(self.lora_magnitude),
+            lora_diag=copied_if_any(self.lora_diag),
+            trains=self.options.trains,
         )
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +13,43 @@ from ..init.sharded.layout import Shards, full_shape, is_flattened, is_sharded, 
 from .adapted import AdaptedLayer, transplant
 from .adapter import Adapter
 from .dequantize import compute_dtype, dequantized_weight, device_of
-from .kinds import EMBEDDING, FLOAT_KINDS, ForeignLayer, is_conv1d, kind_of, refuse_sharded
-from .linear import AdaptedFloatLayer, LoRAConv1D, LoRAEmbedding, LoRALinear
+from .kinds import (
+    ATTENTION,
+    CONVOLUTION,
+    EMBEDDING,
+    FLOAT_KINDS,
+    OUT_PROJECTION,
+    ForeignLayer,
+    is_conv1d,
+    kind_of,
+    refuse_sharded,
+)
+from .linear import (
+    AdaptedFloatLayer,
+    LoRAAttention,
+    LoRAConv,
+    LoRAConv1D,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRAOutProjection,
+)
+from .linear.attention import IN_PROJ
+from .linear.conv import change_flattened_, refuse_sharded_change
 from .wrapper import LoRAWrapper
 
-_FLOAT_CLASSES: dict[str, type[LoRALinear] | type[LoRAConv1D] | type[LoRAEmbedding]]
-_FLOAT_CLASSES = {"linear": LoRALinear, "conv1d": LoRAConv1D, EMBEDDING: LoRAEmbedding}
+# The first class that an adapted layer has tells its kind.
+_FLOAT_CLASSES: dict[str, Any] = {
+    OUT_PROJECTION: LoRAOutProjection,
+    "linear": LoRALinear,
+    "conv1d": LoRAConv1D,
+    EMBEDDING: LoRAEmbedding,
+    CONVOLUTION: LoRAConv,
+    ATTENTION: LoRAAttention,
+}
 
 
 class BaseLayer:
-    """A linear layer or embedding that can be adapted, or has been.
+    """A linear layer, embedding, convolution or attention that can be adapted, or has been.
 
     Attributes:
         module: the layer in the model.
@@ -90,6 +119,12 @@ class BaseLayer:
         """The name of the weight, of the layer called `name`."""
         return f"{name}.weight"
 
+    def pattern_name(self, name: str) -> str:
+        """The name that `rank_pattern` and `alpha_pattern` match for the layer called `name`: an
+        attention's for its `out_proj`, as in PEFT.
+        """
+        return name.rpartition(".")[0] if self.kind == OUT_PROJECTION else name
+
     def matrices(self) -> list[Tensor]:
         """`weight()`; of experts, which are one layer, the W [out, in] of each."""
         return [self.weight()]
@@ -106,6 +141,10 @@ class BaseLayer:
             return dequantized_weight(self.layer)
         weight = self.stored_weight.detach()
         return weight.mT if self.transposed else weight
+
+    def change_(self, change: Callable[[Tensor], None]) -> None:
+        """Calls `change` with `weight()` of a `rewritable` layer, which it may write to."""
+        change(self.weight())
 
     def refuse_sharded(self, name: str) -> None:
         """Raises ValueError, which names the layer, if its tensors are shards or not loaded."""
@@ -133,9 +172,77 @@ class BaseLayer:
         return layer
 
 
+class _Unsharded(BaseLayer):
+    """A layer of a kind that cannot be adapted while it is sharded."""
+
+    def refuse_sharded(self, name: str) -> None:
+        """Raises ValueError, which names the layer, if its tensors are sharded or not loaded."""
+        super().refuse_sharded(name)
+        try:
+            refuse_sharded_change(self.stored_weight, "adapted")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    def adapted(self, adapter: Adapter, adapter_name: str) -> AdaptedLayer:
+        """As of `BaseLayer`.
+
+        Raises:
+            ValueError: the weight is sharded.
+
+        """
+        refuse_sharded_change(self.stored_weight, "adapted")
+        return super().adapted(adapter, adapter_name)
+
+
+class ConvolutionLayer(_Unsharded):
+    """A convolution, whose weight [out, in / groups, k ...] is the matrix [out, in / groups · k ...]
+    if it is flattened.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in / groups · k ...)."""
+        rows, *rest = full_shape(self.stored_weight)
+        return rows, math.prod(rest)
+
+    def weight(self) -> Tensor:
+        """W [out, in / groups · k ...]: a view, or a copy if the weight is not contiguous."""
+        return self.stored_weight.detach().flatten(1)
+
+    def shards(self) -> Shards:
+        """The local parts of W, all of it."""
+        return Shards.of(self.weight())
+
+    def change_(self, change: Callable[[Tensor], None]) -> None:
+        """As of `BaseLayer`."""
+        change_flattened_(self.stored_weight, change)
+
+
+class AttentionLayer(_Unsharded):
+    """An `nn.MultiheadAttention`, whose matrix is `in_proj_weight` [3 · embed_dim, embed_dim]."""
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """The weight of queries, keys and values."""
+        found = self.layer._parameters.get(IN_PROJ)
+        return cast(Tensor, getattr(self.layer, IN_PROJ) if found is None else found)
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """The module that owns the weight, and the weight's attribute there."""
+        return self.module, IN_PROJ
+
+    def parameter_name(self, name: str) -> str:
+        """The name of the weight, of the layer called `name`."""
+        return f"{name}.{IN_PROJ}"
+
+
+_LAYERS = {CONVOLUTION: ConvolutionLayer, ATTENTION: AttentionLayer}
+
+
 def base_of(module: nn.Module) -> BaseLayer | None:
     """The `BaseLayer` of a module; None if the module is no layer that can be adapted."""
     kind = next((kind for kind, cls in _FLOAT_CLASSES.items() if isinstance(module, cls)), None)
     if kind is None:
         kind = kind_of(module.base_layer if isinstance(module, LoRAWrapper) else module)
-    return None if kind is None else BaseLayer(module, kind)
+    return None if kind is None else _LAYERS.get(kind, BaseLayer)(module, kind)

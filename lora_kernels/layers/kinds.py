@@ -1,4 +1,4 @@
-"""The kind of a linear layer or embedding, found without importing the package that defines it."""
+"""The kind of a layer that can be adapted, found without importing the package that defines it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.checks import FLOATS
@@ -23,13 +24,20 @@ FLOAT8 = (
     torch.float8_e4m3fnuz,
     torch.float8_e5m2fnuz,
 )
-EMBEDDING = "embedding"
-FLOAT_KINDS = ("linear", "conv1d", EMBEDDING)  # the kinds whose weight can be rewritten
+EMBEDDING, CONVOLUTION = "embedding", "conv"
+ATTENTION, OUT_PROJECTION = "attention", "attention_out"
+# Kinds of layers that are adapted only if they, or of OUT_PROJECTION its attention, are named.
+NAMED_KINDS = (EMBEDDING, CONVOLUTION, ATTENTION, OUT_PROJECTION)
+FLOAT_KINDS = ("linear", "conv1d", *NAMED_KINDS)  # the kinds whose weight can be rewritten
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # The forwards of models' subclasses of `nn.Embedding` that multiply by a scale, by their forms.
 _SCALES = {
     "number": "return super().forward({}) * self.embed_scale",
     "cast": "return super().forward({}) * self.embed_scale.to(self.weight.dtype)",
 }
+
+# The class of nn.MultiheadAttention's out_proj, whose forward is never called.
+_UNCALLED = (NonDynamicallyQuantizableLinear,)
 
 # A layer that another package defines, perhaps without types.
 ForeignLayer: TypeAlias = Any
@@ -43,6 +51,10 @@ def kind_of(module: nn.Module) -> str | None:
     - "conv1d": GPT-2's `Conv1D`, whose weight is [in, out].
     - "embedding": an `nn.Embedding` with the usual forward, perhaps times a scale, and a
       floating-point weight of its own; as a matrix [out, in] it is the transposed weight.
+    - "conv": an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with the usual forward and a floating-point
+      weight of its own; as a matrix it is the weight, flattened from the second dimension on.
+    - "attention": an `nn.MultiheadAttention` whose queries, keys and values have one size; the
+      matrix is `in_proj_weight`. "attention_out": its `out_proj`.
     - "bnb_4bit", "bnb_8bit": bitsandbytes' `Linear4bit` and `Linear8bitLt`.
     - "torchao": an `nn.Linear` whose weight is one of torchao's tensors.
     - "float8": an `nn.Linear` or `Conv1D` whose weight is stored in float8; something, such as a
@@ -122,6 +134,56 @@ def why_not_embedding(module: nn.Embedding) -> str | None:
         return "its forward is replaced; undo that first"
     if module.max_norm is not None:
         return "max_norm rewrites its weight in every forward"
+    return None
+
+
+def why_not_named(module: nn.Module) -> str | None:
+    """Why a layer of the kinds that must be named cannot be adapted; None if it can, or if it is of
+    another kind.
+    """
+    if isinstance(module, nn.Embedding):
+        return why_not_embedding(module)
+    if isinstance(module, CONVOLUTIONS):
+        return why_not_convolution(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return why_not_attention(module)
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return "it is a transposed convolution, for which there is no adapter"
+    return None
+
+
+def why_not_convolution(module: nn.Module) -> str | None:
+    """Why a convolution cannot be adapted; None if it can."""
+    cls: Any = type(module)
+    usual: Any = next(base for base in CONVOLUTIONS if isinstance(module, base))
+    if isinstance(module._parameters.get("weight"), UninitializedParameter):
+        return "its weight has no shape yet; run the model once"
+    if is_parametrized(module) or not _has_float_weight(module):
+        return "its weight is computed or not of a floating-point type"
+    if module._parameters.keys() != {"weight", "bias"} or module._modules:
+        return f"{cls.__name__} has other parts than a weight and a bias"
+    if cls.forward is not usual.forward or cls._conv_forward is not usual._conv_forward:
+        return f"{cls.__name__} does not compute as nn.{usual.__name__} does"
+    if _forward_is_replaced(module):
+        return "its forward is replaced; undo that first"
+    return None
+
+
+def why_not_attention(module: nn.MultiheadAttention) -> str | None:
+    """Why an attention cannot be adapted; None if it can."""
+    cls, out_proj = type(module), module._modules.get("out_proj")
+    if cls.forward is not nn.MultiheadAttention.forward:
+        return f"{cls.__name__} does not compute as nn.MultiheadAttention does"
+    if _forward_is_replaced(module):
+        return "its forward is replaced; undo that first"
+    if not module._qkv_same_embed_dim:
+        return "its queries, keys and values have different sizes (kdim, vdim)"
+    weight = module._parameters.get("in_proj_weight")
+    is_own = weight is not None and (type(weight) is nn.Parameter or is_dtensor(weight))
+    if is_parametrized(module) or not is_own or weight.dtype not in FLOATS:
+        return "its in_proj_weight is computed or not of a floating-point type"
+    if out_proj is None or kind_of(out_proj) != OUT_PROJECTION:
+        return "its out_proj is replaced, or has no floating-point weight of its own"
     return None
 
 
@@ -215,8 +277,7 @@ def _why_not_plain(linear: nn.Linear) -> str | None:
     kind = type(linear)
     # transformers' FalconLinear computes x Wᵀ + b in two steps.
     falcon = kind.__name__ == "FalconLinear" and kind.__module__.startswith("transformers.")
-    # The class of nn.MultiheadAttention's out_proj, whose forward is never called.
-    uncalled = isinstance(linear, NonDynamicallyQuantizableLinear)
+    uncalled = isinstance(linear, _UNCALLED)
     if (kind.forward is not nn.Linear.forward and not falcon) or uncalled:
         return f"{kind.__name__} does not compute as nn.Linear does"
     if _forward_is_replaced(linear):
@@ -263,6 +324,9 @@ _KINDS: dict[str, Callable[[nn.Module], bool]] = {
     "conv1d": lambda m: is_conv1d(m) and _has_float_weight(m) and not _forward_is_replaced(m),
     "linear": lambda m: _is_plain(m) and _has_float_weight(m),
     EMBEDDING: lambda m: isinstance(m, nn.Embedding) and why_not_embedding(m) is None,
+    CONVOLUTION: lambda m: isinstance(m, CONVOLUTIONS) and why_not_convolution(m) is None,
+    ATTENTION: lambda m: isinstance(m, nn.MultiheadAttention) and why_not_attention(m) is None,
+    OUT_PROJECTION: lambda m: type(m) in _UNCALLED and _has_float_weight(m),
     "torchao": lambda m: _is_plain(m) and _is_a(m.weight, "torchao"),
     "float8": _is_float8,
     "forward": _is_forward_only,

@@ -76,13 +76,17 @@ RESIDUALS = ("absorb", "implicit")
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """The settings of an adapter: rank, α, the rule for s, dropout and residual."""
+    """The settings of an adapter: rank, α, the rule for s, dropout and residual; whether it is a
+    DoRA adapter; and which of A and B train, "AB" or "A".
+    """
 
     r: int
     lora_alpha: float
     scaling_rule: str
     lora_dropout: float
     residual: str
+    use_dora: bool = False
+    trains: str = "AB"
 
     @classmethod
     def checked(
@@ -95,6 +99,7 @@ class AdapterOptions:
         scaling: str | None,
         lora_dropout: float,
         residual: str,
+        use_dora: bool = False,
     ) -> AdapterOptions:
         """Checked options of an adapter whose factors `initializer` computes.
 
@@ -111,7 +116,10 @@ class AdapterOptions:
         refuse_implicit(initializer, residual)
         check_probability(lora_dropout, "lora_dropout")
         lora_alpha = DEFAULT_ALPHA[rule] if lora_alpha is None else lora_alpha
-        options = cls(r, lora_alpha, rule, lora_dropout, residual)
+        if not isinstance(use_dora, bool):
+            raise TypeError(f"use_dora must be True or False, got {use_dora!r}")
+        trains = initializer.trains
+        options = cls(r, lora_alpha, rule, lora_dropout, residual, use_dora, trains)
         check_start(rule, options.scaling, initializer)
         return options
 

@@ -8,10 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..init.start import subtract_factors_
+from .options import AdapterOptions
+
 # Rounding to bfloat16 loses 0.24 % of a product, times `cancellation`: 0.43 % at most.
 _MOST_CANCELLATION = 1.8
 # An adapter's tensors.
-FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B", "lora_bias")
+FACTORS = (
+    *("lora_A", "lora_B", "lora_R", "start_A", "start_B", "lora_bias"),
+    *("lora_magnitude", "lora_diag"),
+)
+# Those of them that are, or were, trained.
+TRAINED = tuple(name for name in FACTORS if not name.startswith("start_"))
 
 
 class WithStart:
@@ -19,9 +27,15 @@ class WithStart:
 
     lora_A: Tensor  # [r, in], of experts [E, r, in]
     lora_B: Tensor  # [out, r], of experts [E, out, r]
+    lora_R: Tensor | None  # [r, r], of experts [E, r, r]
+    lora_diag: Tensor | None  # [r], of experts [E, r]
     start_A: Tensor | None
     start_B: Tensor | None
     beta: Tensor | float | None  # of experts [E]
+
+    def middle(self) -> Tensor | None:
+        """What is between A and B: R or diag(λ) [r, r]; None if there is nothing."""
+        return self.lora_R if self.lora_diag is None else torch.diag_embed(self.lora_diag)
 
     @torch.no_grad()
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
@@ -48,7 +62,13 @@ class LayerState(WithStart):
 
     `weight_norm` is ‖W_base‖_F, which tells whether another base is the same; None if unknown.
     `lora_bias` [out] is PEFT's bias of B, which adds s·`lora_bias` to the output; or None.
-    `embedding`: the layer is an embedding of `in` tokens, and W its transposed weight.
+    `embedding`: the layer is an embedding of `in` tokens, and W its transposed weight. `kernel`,
+    not empty: it is a convolution with kernels of this size and with `groups`, and W its weight,
+    flattened from the second dimension on.
+
+    `lora_diag` λ [r]: the update is B diag(λ) A in place of BA (KaSA). `lora_magnitude` m [out]:
+    the adapted weight is (m ⊘ ‖V‖) ∘ V, where V = W_base + s·(BA − B₀A₀) and ‖V‖ [out] are the
+    norms of its rows (DoRA). `trains` says which of A and B train, "AB" or "A".
 
     The adapters of E experts that a model keeps in one parameter are one state: its factors have a
     first dimension [E] more, and `beta` and `weight_norm` are float64 [E].
@@ -66,11 +86,22 @@ class LayerState(WithStart):
     weight_norm: float | Tensor | None = None
     lora_bias: Tensor | None = None
     embedding: bool = False
+    lora_magnitude: Tensor | None = None
+    lora_diag: Tensor | None = None
+    trains: str = "AB"
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
     def r(self) -> int:
         """The rank."""
         return self.lora_A.shape[-2]
+
+    def options(self, scaling_rule: str, lora_dropout: float, residual: str) -> AdapterOptions:
+        """The settings of the adapter, with those that the state does not have."""
+        use_dora = self.lora_magnitude is not None
+        own = (self.r, self.lora_alpha, scaling_rule, lora_dropout, residual)
+        return AdapterOptions(*own, use_dora, self.trains)
 
     @property
     def experts(self) -> int | None:
@@ -101,6 +132,8 @@ class LayerState(WithStart):
             start_B=own(self.start_B),
             weight_norm=number(self.weight_norm),
             lora_bias=own(self.lora_bias),
+            lora_magnitude=own(self.lora_magnitude),
+            lora_diag=own(self.lora_diag),
         )
 
     @property
@@ -111,14 +144,27 @@ class LayerState(WithStart):
     @torch.no_grad()
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """A' [k, in] and B' [out, k], in float32 or wider: s·B'A' is the update of the original
-        base. k = r, or 2r if s·B₀A₀ is subtracted.
+        base, and V − W_base if there are magnitudes. k = r, or 2r if s·B₀A₀ is subtracted.
         """
-        return product_factors(self.lora_A, self.lora_B, self.lora_R, self.start_factors())
+        return product_factors(self.lora_A, self.lora_B, self.middle(), self.start_factors())
+
+    @torch.no_grad()
+    def add_to_(self, weight: Tensor, rows: slice = slice(None)) -> None:
+        """W ← V = W + s·B'A' in place, or (m ⊘ ‖V‖) ∘ V if there are magnitudes; in float32 or
+        wider, rounded once, by blocks of rows. W is the original base's [out, in], of any strides,
+        or those of its `rows`.
+        """
+        right, left = (factor.to(weight.device) for factor in self.update_factors())
+        left, gain = left[rows], None
+        if self.lora_magnitude is not None:
+            norms = torch.ops.lora.row_norms(weight, right, left, self.scaling)
+            gain = row_gain(self.lora_magnitude[rows].to(weight.device), norms)
+        subtract_factors_(weight, right, left, -self.scaling, gain)
 
     @torch.no_grad()
     def portable_factors(self) -> tuple[Tensor, Tensor]:
-        """A' [k, in] and s·B' [out, k], whose product is the update, and which may be rounded to 16
-        bits: those of `update_factors`, or if their parts cancel, those of an SVD.
+        """A' [k, in] and s·B' [out, k], whose product is the update (V − W_base if there are
+        magnitudes), and which may be rounded to 16 bits: those of `update_factors`, or if their parts cancel, those of an SVD.
         """
         if self.experts is not None:
             pairs = [self.expert(e).portable_factors() for e in range(self.experts)]
@@ -136,6 +182,16 @@ class LayerState(WithStart):
         None if there is none.
         """
         return None if self.lora_bias is None else scaled(self.lora_bias, self.scaling)
+
+
+def row_gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """m ⊘ ‖V‖ [out] of DoRA's m and the norms of V's rows (arXiv 2402.09353, equation 5), in
+    float32 or wider; 1 where a norm is 0, as in `lora::dora_linear`. The norms are constants for
+    the gradient of m (section 4.3).
+    """
+    zero = norms == 0
+    ratio = magnitude.to(norms.dtype) / norms.masked_fill(zero, 1.0)
+    return ratio.masked_fill(zero, 1.0)
 
 
 def scaled(factor: Tensor, scaling: float) -> Tensor:

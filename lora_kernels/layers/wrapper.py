@@ -17,7 +17,8 @@ from .linear import merged_bias
 
 class LoRAWrapper(AdaptedLayer):
     """y = base_layer(x) + s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ), mostly for quantized layers; plus s · b
-    if B has a bias b.
+    if B has a bias b. DoRA's magnitudes scale all of it but the base layer's bias; the weight is
+    dequantized for their norms in every forward.
 
     The residual is always "implicit": before the first step y equals base_layer(x) bit for bit,
     unless dropout is drawn. The wrapper passes unknown attributes on to the base layer.
@@ -64,7 +65,25 @@ class LoRAWrapper(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features], in the base layer's output dtype."""
         y = frozen_forward(self.base_layer, x, self._differentiable)  # [..., out]
-        return y + self._update(x).to(y.dtype) if self.adapter_enabled else y
+        if not self.adapter_enabled:
+            return y
+        update = self._update(x)
+        if self.active().lora_magnitude is not None:
+            update = self._change_of_dora(y, update)
+        return y + update.to(y.dtype)
+
+    def _change_of_dora(self, y: Tensor, update: Tensor) -> Tensor:
+        """g ∘ (y − b + `update`) + b − y [..., out], with g = m ⊘ ‖V‖ [out]; exactly zero before
+        the first step. In g's dtype, float32 or wider.
+        """
+        gain = self.active().gain(self.base_weight())
+        if gain is None:
+            return update
+        direction = y.to(gain.dtype)
+        bias = getattr(self.base_layer, "bias", None)
+        if bias is not None:
+            direction = direction - bias.detach().to(direction)
+        return (gain - 1) * direction + gain * update.to(gain.dtype)
 
     def _update(self, x: Tensor) -> Tensor:
         """s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ) [..., out], as s · (z (B − B₀)ᵀ + (z − z₀) B₀ᵀ), whose
@@ -74,8 +93,9 @@ class LoRAWrapper(AdaptedLayer):
         p = adapter.lora_dropout if self.training else 0.0
         dropped = nn.functional.dropout(x, p, self.training)  # [..., in]
         z = nn.functional.linear(dropped, adapter.lora_A.to(x.dtype))  # [..., r]
-        if adapter.lora_R is not None:
-            z = nn.functional.linear(z, adapter.lora_R.to(x.dtype))
+        middle = adapter.middle()  # [r, r]
+        if middle is not None:
+            z = nn.functional.linear(z, middle.to(x.dtype))
         start_A, start_B = adapter.implicit_start()
         change = adapter.lora_B if start_B is None else adapter.lora_B - start_B  # [out, r]
         if compiling:
@@ -110,7 +130,9 @@ class LoRAWrapper(AdaptedLayer):
         dtype = matrix.dtype
         # [k, in], [out, k]
         right, left = (factor.to(matrix.device) for factor in adapter.merge_factors())
-        merged = matrix.to(right.dtype).addmm(left, right, alpha=adapter.scaling).to(dtype)
+        merged = matrix.to(right.dtype).addmm(left, right, alpha=adapter.scaling)
+        gain = adapter.gain(matrix)  # [out]
+        merged = (merged if gain is None else merged * gain[:, None]).to(dtype)
         bias = getattr(self.base_layer, "bias", None)
         bias = None if bias is None else bias.detach().to(dtype)
         bias = merged_bias(bias, adapter.output_bias(right.dtype), dtype)

@@ -61,6 +61,8 @@ class LoRAConfig:
             go by the name of their parameter ("gate_up_proj"): see `with_expert_rank`.
         alpha_pattern: {name, ending or regular expression: lora_alpha} for layers with another
             lora_alpha.
+        use_dora: whether the norms of the adapted weights' rows are trained too (DoRA, see
+            `LoRALinear`).
         task_type: PEFT's task type ("CAUSAL_LM" ...), which is written to the adapter's files. As
             in PEFT, the head of "SEQ_CLS" and "TOKEN_CLS" ("classifier", "score") and of
             "QUESTION_ANS" ("qa_outputs") is added to `modules_to_save`, unless it is a target.
@@ -89,6 +91,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     task_type: str | None = None
     target_parameters: Sequence[str] | None = None
+    use_dora: bool = False
 
     def __new__(cls, *args: object, **options: object) -> LoRAConfig:
         """Raises TypeError for unknown options, with a reason or the nearest name."""
@@ -129,6 +132,14 @@ class LoRAConfig:
                 raise TypeError(f"{option} must be a list of names, got {getattr(self, option)!r}")
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+        if not isinstance(self.use_dora, bool):
+            raise TypeError(f"use_dora must be True or False, got {self.use_dora!r}")
+        if self.use_dora and self.target_parameters:
+            raise ValueError(
+                "use_dora=True is not implemented for target_parameters, the parameters of "
+                f"experts ({', '.join(self.target_parameters)}): give them an adapter of their own "
+                "without use_dora"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
         if isinstance(self.layers_to_transform, Sequence):
@@ -200,6 +211,7 @@ class LoRAConfig:
             scaling=self.scaling,
             lora_dropout=self.lora_dropout,
             residual=residual,
+            use_dora=self.use_dora,
         )
 
     def _check_names(self, option: str) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from ..init.sharded.whole import whole
 from ..init.sharded.zero3 import gathered
 from ..layers.adapted import AdaptedLayer
 from ..layers.base import base_of
-from ..layers.options import AdapterOptions
 from ..layers.state import LayerState
 from ..layers.wrapper import LoRAWrapper
 from .config import AdapterState, LoRAConfig, TokenRows
@@ -75,6 +75,7 @@ def add_lora(
     *,
     adapter_name: str = "default",
     gradients: Mapping[str, Tensor] | None = None,
+    activations: Mapping[str, Any] | None = None,
     original_weights: Mapping[str, Tensor] | str | Path | None = None,
     progress: bool = True,
 ) -> LoRAReport:
@@ -93,6 +94,8 @@ def add_lora(
         adapter_name: the adapter's name for `set_adapter`, `save_adapter` and the like.
         gradients: {layer name: ∂loss/∂W [out, in]} from `capture_gradients`, for starts that are
             computed from gradients.
+        activations: {layer name: what was measured of the layer's input} from
+            `capture_activations`, for starts that are computed from it.
         original_weights: the weights of a quantized model before quantization, for LoftQ: a dict
             {name: W [out, in]}, or the path of a checkpoint, whose tensors are read one at a time.
         progress: whether to show a bar; needs rich, and a terminal as standard error.
@@ -128,7 +131,7 @@ def add_lora(
         _refuse_saved_on_meta(plans, places)
         check_dtypes(model, plans, places)
     with all_or_nothing(model, record, adapter_name), torch.no_grad():
-        plan_starts(plans, config.initializer, gradients, progress)
+        plan_starts(plans, config.initializer, gradients, progress, activations)
         if one_loads:
             load_from_first_rank(places)
         record.saved.add(adapter_name, places)
@@ -471,8 +474,7 @@ def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> N
     rule, dropout = state.config.scaling_rule, state.config.lora_dropout
     for path, layer in state.layers.items():
         adapter = adapters[path]
-        options = AdapterOptions(layer.r, layer.lora_alpha, rule, dropout, adapter.residual)
-        adapter.replace_(layer, options)
+        adapter.replace_(layer, layer.options(rule, dropout, adapter.residual))
     for path, tensor in state.extra.items():
         fill_(extra[path], tensor)
     for path, row in rows.items():

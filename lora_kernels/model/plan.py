@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,10 @@ from ..layers.base import BaseLayer
 from ..layers.kinds import EMBEDDING
 from ..layers.linear import ABSORBED
 from ..layers.options import AdapterOptions
-from ..layers.state import LayerState
+from ..layers.state import TRAINED, LayerState
 from .config import AdapterState, LoRAConfig
 from .originals import OriginalWeights
-from .selection import Selection, find_candidates, without_embeddings
+from .selection import Selection, find_candidates, without_named
 from .starts import (
     StartJob,
     WaitingAdapter,
@@ -43,8 +44,7 @@ from .starts import (
 _NORM_TOLERANCE = 0.02
 
 
-# A [r, in], B [out, r], R [r, r] and the bias of B [out], the last two or None.
-Trained = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Trained = dict[str, Tensor]  # by the names in `layers.state.TRAINED`
 
 
 @dataclass
@@ -52,7 +52,7 @@ class LayerPlan:
     """The plan for one layer: the base, the adapter's options and, once computed, its start.
 
     `note` says why the initial factors are not absorbed. `initializer` computes the start; if the
-    adapter comes from a file, `initializer` is None and `trained` holds A, B, R and the bias of B.
+    adapter comes from a file, `initializer` is None and `trained` holds its trained tensors.
     `changes_base` says whether s·B₀A₀ is subtracted, `subtracted` whether `subtract_` has done so.
     If the plan `waits`, the weight is on the meta device, and `start_adapters` computes the start.
     """
@@ -89,7 +89,7 @@ class LayerPlan:
         else:
             adapter = Adapter(self.options, self.computed_start(), self.changes_base)
         if self.trained is not None:
-            adapter.load_factors(*self.trained)
+            adapter.load_factors(self.trained)
         self.was_adapted = isinstance(self.base.module, AdaptedLayer)
         return self.base.adapted(adapter, adapter_name)
 
@@ -102,12 +102,23 @@ class LayerPlan:
             subtract_start_here_(self.base.shards(), start, scaling)
         elif self.base.num_experts is None:
             subtract = subtract_start_ if self.initializer is None else self.initializer.take_out_
-            subtract(self.base.weight(), start, scaling)
+            self.base.change_(lambda weight: subtract(weight, start, scaling))
         elif self.initializer is None:
             subtract_starts_(self.base.matrices(), start, scaling)
         else:
             self.initializer.take_out_each_(self.base.matrices(), start, scaling)
         self.subtracted = True
+
+    def measure_(self, adapter: Adapter) -> None:
+        """Gives a new DoRA adapter its magnitudes, of the weight as `subtract_` has left it.
+
+        Raises:
+            ValueError: as `Adapter.measure_`, with the layer's name.
+
+        """
+        if self.options.use_dora and self.trained is None:
+            with naming(self.name):
+                adapter.measure_(self.base.weight())
 
     def undo_(self, layer: AdaptedLayer, adapter_name: str) -> None:
         """Removes the adapter from the layer that `adapted` returned, and restores the weight."""
@@ -133,7 +144,8 @@ def plan_layers(
     owners = _owners(model)
     bases = selection.layers.values()
     waits = _are_on_meta(bases)
-    if first_rank_loads(bases):
+    one_loads = first_rank_loads(bases)
+    if one_loads:
         waits = shared(0, lambda: waits)
     is_loaded = not waits and not lacks_weights(bases)
     plans = []
@@ -141,7 +153,7 @@ def plan_layers(
         if is_loaded:
             base.refuse_sharded(name)
         rows, cols = base.shape
-        r = config.layer_rank(name)
+        r = config.layer_rank(base.pattern_name(name))
         if r > min(rows, cols):
             raise ValueError(
                 f"r = {r} is larger than min(out, in) = {min(rows, cols)} of {name} [{rows}, "
@@ -150,6 +162,11 @@ def plan_layers(
             )
         residual, note = _residual(name, base, config.residual, owners)
         initializer = _initializer(name, base, config.initializer, originals)
+        if waits and initializer.needs_activations:
+            raise ValueError(
+                f"{name} is on the meta device, and {type(initializer).__name__} starts from its "
+                "inputs: adapt the model once its weights are loaded"
+            )
         if (base.sharded or waits) and (initializer.rewrites_base or not initializer.subtracts):
             kind = type(initializer).__name__
             what, when = (
@@ -160,8 +177,10 @@ def plan_layers(
             raise ValueError(
                 f"{name} is {what}, and {kind} rewrites the whole weight: adapt the model {when}"
             )
+        if config.use_dora:
+            refuse_dora(name, base, True, waits, one_loads)
         with naming(name):
-            options = config.layer_options(name, initializer, residual)
+            options = config.layer_options(base.pattern_name(name), initializer, residual)
         plan = LayerPlan(name, base, options, selection.aliases[name], note, waits=waits)
         plan.changes_base, plan.initializer = initializer.changes_base, initializer
         plans.append(plan)
@@ -190,6 +209,7 @@ def plan_starts(
     initializer: Initializer,
     gradients: Mapping[str, Tensor] | None,
     progress: bool,
+    activations: Mapping[str, Any] | None = None,
 ) -> None:
     """Computes the start of every plan; no weight is changed.
 
@@ -202,6 +222,11 @@ def plan_starts(
 
     """
     if any(plan.waits for plan in plans):
+        if activations is not None:
+            raise ValueError(
+                "the weights are on the meta device: add an adapter whose start is made from "
+                "activations once they are loaded"
+            )
         if gradients is not None:
             raise ValueError(
                 "the weights are on the meta device: pass gradients= to start_adapters, which "
@@ -222,7 +247,7 @@ def plan_starts(
     ]
 
     def make() -> dict[str, Start]:
-        return make_starts(jobs, gradients, progress)
+        return make_starts(jobs, gradients, progress, activations)
 
     bases = [plan.base for plan in plans]
     if first_rank_loads(bases):
@@ -246,10 +271,10 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
         if name not in places:
             raise ValueError(
                 f"the adapter contains a layer {name!r}, which is no linear layer of this "
-                f"{type(model).__name__}{nearest(name, without_embeddings(candidates))}"
+                f"{type(model).__name__}{nearest(name, without_named(candidates))}"
             )
     layers = {places[name]: layer for name, layer in state.layers.items()}
-    others = (n for n in without_embeddings(candidates) if n not in layers)
+    others = (n for n in without_named(candidates) if n not in layers)
     skipped = dict.fromkeys(others, "not in the adapter")
     selection = Selection({n: candidates[n] for n in layers}, aliases, skipped)
     owners = _owners(model)
@@ -266,18 +291,45 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
             raise ValueError(
                 f"the adapter's {name} is for a weight {found}, this model has {expected}"
             )
+        if layer.lora_magnitude is not None:
+            refuse_dora(name, base, starts=False)
         wanted = "auto" if layer.residual == "absorb" else layer.residual
         if without_wrappers(base.parameter_name(name)) in state.extra:
             # The adapter brings a weight, in place of the one here.
             wanted, layer = "implicit", replace(layer, weight_norm=None)
         residual, note = _residual(name, base, wanted, owners)
         rule, dropout = state.config.scaling_rule, state.config.lora_dropout
-        options = AdapterOptions(layer.r, layer.lora_alpha, rule, dropout, residual)
+        options = layer.options(rule, dropout, residual)
         plan = LayerPlan(name, base, options, selection.aliases[name], note)
         plan.changes_base = layer.changes_base
         plan.start, plan.trained = _placed(layer, base)
         plans.append(plan)
     return plans, selection
+
+
+def refuse_dora(
+    name: str, base: BaseLayer, starts: bool, waits: bool = False, one_loads: bool = False
+) -> None:
+    """Raises ValueError if the layer cannot have a DoRA adapter. If the adapter `starts`, the
+    magnitudes are measured: `waits` says whether the model is on the meta device, and `one_loads`
+    whether the first process alone has the weights.
+    """
+    reason = None
+    if base.num_experts is not None:
+        reason = "is a parameter of experts: leave it out of target_parameters"
+    elif base.kind == "attention":
+        reason = "is an nn.MultiheadAttention, for which PEFT has no DoRA either: leave it out"
+    elif base.sharded:
+        reason = "is sharded: adapt the model before it is sharded"
+    elif one_loads:
+        reason = (
+            "has no weight on some processes, of which magnitudes are the norms: load the model on "
+            "all of them (FSDP_CPU_RAM_EFFICIENT_LOADING=0)"
+        )
+    elif waits or (starts and base.rewritable and base.local.is_meta):
+        reason = "is on the meta device: adapt the model once its weights are loaded"
+    if reason is not None:
+        raise ValueError(f"use_dora=True is not possible: {name} {reason}")
 
 
 def _check_embedding(name: str, layer: LayerState, base: BaseLayer) -> None:
@@ -394,7 +446,7 @@ def _why_not_absorbed(name: str, base: BaseLayer, owners: Mapping[object, list[s
             f"another adapter's initial factors were already subtracted from the weight of {name} "
             "(residual='absorb')"
         )
-    overlapping = not base.sharded and any(map(overlaps, base.matrices()))
+    overlapping = not base.sharded and overlaps(base.local)
     return "its weight is an expanded or overlapping view" if overlapping else None
 
 
@@ -427,11 +479,10 @@ def _placed(layer: LayerState, base: BaseLayer) -> tuple[Start, Trained]:
     def number(value: float | Tensor | None) -> Tensor | None:
         return None if value is None else torch.as_tensor(value, dtype=torch.float64, device=device)
 
-    lora_R = None if layer.lora_R is None else placed(layer.lora_R)
-    lora_bias = None if layer.lora_bias is None else placed(layer.lora_bias)
-    trained = placed(layer.lora_A), placed(layer.lora_B), lora_R, lora_bias
+    found = {name: getattr(layer, name) for name in TRAINED}
+    trained = {name: placed(tensor) for name, tensor in found.items() if tensor is not None}
     subtracted = layer.start_factors()
     if subtracted is None:
-        return Start(trained[0], trained[1], lora_R=lora_R), trained
+        return Start(trained["lora_A"], trained["lora_B"]), trained
     A0, B0 = map(placed, subtracted)
     return Start(A0, B0, number(layer.beta), weight_norm=number(layer.weight_norm)), trained

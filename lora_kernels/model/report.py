@@ -21,6 +21,7 @@ class AdaptedRow:
     Experts have a row for each 3-D parameter, with the sizes of one of `num_experts` matrices.
     `sharding` says how a weight is sharded, such as "in 8 parts by rows"; else it is empty.
     `waits`: the weight is on the meta device, and `start_adapters` will compute the start.
+    `use_dora`: the layer's magnitudes train too.
     """
 
     name: str
@@ -36,6 +37,7 @@ class AdaptedRow:
     num_experts: int | None = None
     sharding: str = ""
     waits: bool = False
+    use_dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class LoRAReport:
         ]
         for rows in _grouped(self.adapted):
             row = rows[0]
-            numbers = f"r={row.r}, s={row.scaling:g}, {row.residual}"
+            numbers = f"r={row.r}, s={row.scaling:g}, {row.residual}{', DoRA' * row.use_dora}"
             experts = "" if row.num_experts is None else f"{row.num_experts} experts x "
             sharding, note = row.sharding and f" {row.sharding}", row.note and f" ({row.note})"
             lines.append(
@@ -111,6 +113,7 @@ def make_report(
             plan.base.num_experts,
             text_of(plan.base.stored_weight) if plan.base.sharded else "",
             plan.waits,
+            plan.options.use_dora,
         )
         for plan in plans
     )

@@ -123,7 +123,7 @@ def update_mean_square(layer: AdaptedLayer | ExpertView) -> float:
     would lose digits by cancellation while the update is small compared with s·B₀A₀.
     """
     A, B = _gathered(layer.lora_A).to(torch.float64), _gathered(layer.lora_B).to(torch.float64)
-    start, R = layer.start_factors(), layer.lora_R
+    start, R = layer.start_factors(), layer.middle()
     if R is not None:
         A = _gathered(R).to(torch.float64) @ A
     if start is not None:

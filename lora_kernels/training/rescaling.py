@@ -77,7 +77,7 @@ class Setup:
         layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
         if not layers:
             raise ValueError(f"{type(model).__name__} has no LoRALinear")
-        if any(layer.lora_R is not None for layer in layers):
+        if any(layer.middle() is not None for layer in layers):
             raise ValueError("a layer trains R between a frozen A and B, which cannot be rescaled")
         if any(layer.lora_bias is not None for layer in layers):
             raise ValueError("a layer has a bias of B, which grows with s and cannot be rescaled")

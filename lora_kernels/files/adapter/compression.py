@@ -11,13 +11,14 @@ from torch import Tensor
 from ..._utils.checks import FLOATS, as_integer
 from ...layers.state import LayerState, svd_factors
 from ...model.config import AdapterState
+from .peft_format.magnitudes import is_magnitude
 
 
 def truncated(state: AdapterState, r: int) -> AdapterState:
     """The best adapter of rank r for the original base, without a start to subtract and without R.
 
     s(BA − B₀A₀), of twice the rank, is truncated to its r largest singular values, and s becomes 1.
-    A layer whose rank is r or less keeps its factors.
+    Magnitudes stay: the rows of the adapted weight keep their norms exactly, whatever r is. A layer whose rank is r or less keeps its factors.
     """
     as_integer(r, "compress_to", minimum=1)
     layers = {name: _truncated(layer, r) for name, layer in state.layers.items()}
@@ -37,6 +38,7 @@ def _truncated(layer: LayerState, r: int) -> LayerState:
         weight_norm=layer.weight_norm,
         lora_bias=layer.portable_bias(),
         embedding=layer.embedding,
+        lora_magnitude=layer.lora_magnitude,
     )
 
 
@@ -60,7 +62,7 @@ def update_errors(
     state: AdapterState, written: Mapping[str, tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, float], float]:
     """‖ΔW − B'A'‖_F / ‖ΔW‖_F of each layer, whose A' and B' are `written`, and the same over all
-    layers; 0 where ΔW is zero.
+    layers; 0 where ΔW is zero. If there are magnitudes, ΔW is V − W_base, that of the direction.
     """
     errors, lost, total = {}, 0.0, 0.0
     for name, (right, left) in written.items():
@@ -94,17 +96,22 @@ def balanced(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Te
 
 
 def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """The tensors in this dtype; the same mapping if all of them have it.
+    """The tensors in this dtype; the same mapping if all of them have it. Magnitudes become float32
+    at least: what their rounding loses is a part of the whole weight, not of its update.
 
     Raises:
         ValueError: a number is too large for the dtype.
 
     """
-    wider = {name for name, tensor in tensors.items() if tensor.dtype in FLOATS}
-    wider = {name for name in wider if tensors[name].dtype != dtype}
+    dtypes = {
+        name: torch.promote_types(dtype, torch.float32) if is_magnitude(name) else dtype
+        for name, tensor in tensors.items()
+        if tensor.dtype in FLOATS
+    }
+    wider = {name for name, wanted in dtypes.items() if tensors[name].dtype != wanted}
     if not wider:
         return tensors
-    new = {n: t.to(dtype) if n in wider else t for n, t in tensors.items()}
+    new = {n: t.to(dtypes[n]) if n in wider else t for n, t in tensors.items()}
     for name in wider:
         if not bool(new[name].isfinite().all()):
             raise ValueError(

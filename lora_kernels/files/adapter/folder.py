@@ -131,8 +131,9 @@ def write_adapter(
             small as the training state, and with R.
         compress_to: the rank that format="peft" is truncated to, by the SVD of s(BA − B₀A₀). The
             result is a plain adapter, from which the start cannot be recovered.
-        dtype: float32, bfloat16 or float16, to which all tensors of format="peft" are rounded. If
-            this changes them, the result is a plain adapter too. None keeps float32, or float64.
+        dtype: float32, bfloat16 or float16, to which all tensors of format="peft" are rounded, but
+            DoRA's magnitudes to float32. If this changes them, the result is a plain adapter too.
+            None keeps float32, or float64.
         module_names: the names of all modules of the base. With them `target_modules` of the
             configuration can be endings ("q_proj") where those match exactly these layers.
         fan_in_fan_out: whether the layers are Conv1D, for PEFT's option of that name.
@@ -180,7 +181,7 @@ def write_adapter(
         errors, error = update_errors(state, factors_of(content, state.layers))
     elif format == PEFT:
         content = with_recipe(content, state)
-        folded = tuple(n for n, layer in state.layers.items() if layer.lora_R is not None)
+        folded = tuple(n for n, layer in state.layers.items() if layer.middle() is not None)
     sizes = content.write(Path(folder))
     return SavedAdapter(
         folder=Path(folder),

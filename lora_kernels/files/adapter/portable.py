@@ -90,25 +90,27 @@ def unscaled(factor: Tensor, scaling: float) -> Tensor:
 
 def portable_recipe(layer: LayerState, right: Tensor, left: Tensor) -> dict[str, Any]:
     """The recipe of a layer that is stored as A' and s·B', from which `layer_from_dict` gives back
-    its factors to the last bit, except that an R stays multiplied into A.
+    its factors to the last bit, except that an R or a λ stays multiplied into A.
     """
     recipe = layer_to_dict(layer) | {"checksum": checksum(right, left)}
     plain, _ = layer.update_factors()
     k = plain.shape[-2]
     if not torch.equal(plain, right[..., :k, :]):
         recipe["svd"] = k
-        if layer.lora_R is not None:
+        if layer.middle() is not None:
             product = plain[..., : layer.r, :].to(layer.lora_A.dtype)
-            layer = replace(layer, lora_A=product, lora_R=None)
+            layer = replace(layer, lora_A=product, lora_R=None, lora_diag=None)
     factors = trained_factors(recipe, right, left)
     bias = layer.portable_bias()
     if bias is not None:
         factors["lora_bias"] = unscaled(bias, layer.scaling)
+    if layer.lora_magnitude is not None:  # it is in the file as it is
+        factors["lora_magnitude"] = layer.lora_magnitude
     back = layer_from_dict(recipe, factors)
     bits = {}
     for key in FACTORS:
         want, got = getattr(layer, key), getattr(back, key)
-        folded = key == "lora_A" and layer.lora_R is not None
+        folded = key == "lora_A" and layer.middle() is not None
         if want is not None and got is not None and not folded:
             bits[key] = difference(want, got)
     return recipe | with_bits(bits)

@@ -140,6 +140,8 @@ def layer_numbers(recipe: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"r is {recipe.get('r')!r}, not a positive whole number")
     if recipe.get("residual") not in ("absorb", "implicit"):
         raise ValueError(f"residual is {recipe.get('residual')!r}")
+    if recipe.get("trains", "AB") not in ("AB", "A"):
+        raise ValueError(f"trains is {recipe['trains']!r}")
     if recipe.get("start") not in (None, "dst", "kept"):
         raise ValueError(f"start is {recipe['start']!r}")
     if (recipe.get("start") == "dst") != (numbers["beta"] is not None):
@@ -186,6 +188,9 @@ def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) ->
         weight_norm=numbers["weight_norm"],
         lora_bias=factors.get("lora_bias"),
         embedding=bool(recipe.get("embedding")),
+        lora_magnitude=factors.get("lora_magnitude"),
+        lora_diag=factors.get("lora_diag"),
+        trains=recipe.get("trains", "AB"),
     )
 
 
@@ -268,6 +273,9 @@ def layer_to_dict(layer: LayerState) -> dict[str, Any]:
         "R": layer.lora_R is not None,
         **({} if layer.lora_bias is None else {"bias": True}),
         **({"embedding": True} if layer.embedding else {}),
+        **({} if layer.lora_magnitude is None else {"magnitude": True}),
+        **({} if layer.lora_diag is None else {"diag": True}),
+        **({} if layer.trains == "AB" else {"trains": layer.trains}),
     }
     factors = {key: factor for key in FACTORS if (factor := getattr(layer, key)) is not None}
     work = widest(*factors.values())

@@ -14,6 +14,7 @@ from ...layers.state import FACTORS, LayerState
 from ...model.config import AdapterState, ExpertPart, TokenRows
 from .peft_format.biases import check_biases, split_biases
 from .peft_format.experts.layouts import from_pairs
+from .peft_format.magnitudes import checked_magnitudes, split_magnitudes
 from .peft_format.reading import (
     DECISIVE,
     check_options,
@@ -34,6 +35,14 @@ from .recipe import (
     parts_from_json,
 )
 
+# Entries of a layer's recipe which say that the layer has a factor.
+_OPTIONAL = {
+    "R": "lora_R",
+    "bias": "lora_bias",
+    "magnitude": "lora_magnitude",
+    "diag": "lora_diag",
+}
+
 
 class ChangedTensorsError(ValueError):
     """The tensors of a file are not those that its recipe belongs to."""
@@ -49,6 +58,13 @@ def check_state(state: AdapterState) -> None:
         raise ValueError(
             f"whether A and B of the experts {unclear[0]!r} are exchanged, as PEFT before 0.19 "
             "wrote them, only the model tells: give its folder (--base of lora-kernels convert)"
+        )
+    with_norms = [n for n, layer in state.layers.items() if layer.lora_magnitude is not None]
+    if with_norms and len(with_norms) < len(state.layers):
+        other = next(name for name in state.layers if name not in with_norms)
+        raise ValueError(
+            f"{with_norms[0]!r} has DoRA's magnitudes and {other!r} has none: an adapter has them "
+            "in all layers or in none"
         )
     for name, layer in state.layers.items():
         experts = len(layer.lora_A) if layer.lora_A.dim() > 2 else None
@@ -176,13 +192,16 @@ def _split_peft(
     config = recipe["peft_config" if by_peft else "config"]
     saved = config.get("modules_to_save") or ()
     biases, tensors = split_biases(recipe["peft_config"], tensors)
+    magnitudes, tensors = split_magnitudes(recipe["peft_config"], tensors)
     parts = parts_from_json(recipe.get(TENSORS, {}))
     pairs, extra = split_tensors(tensors, saved, _names_in_file(recipe, parts), by_peft)
     pairs = _joined(recipe, parts, pairs)
     _check_names(recipe["layers"], pairs)
-    check_biases(biases, {name: left.shape[-2] for name, (_, left) in pairs.items()}, ())
+    rows = {name: left.shape[-2] for name, (_, left) in pairs.items()}
+    check_biases(biases, rows, ())
+    magnitudes = checked_magnitudes(magnitudes, rows, ())
     factors = {
-        name: layer_factors(recipe, name, *pairs[name], biases.get(name))
+        name: layer_factors(recipe, name, *pairs[name], biases.get(name), magnitudes.get(name))
         for name in recipe["layers"]
     }
     return factors, extra
@@ -240,10 +259,15 @@ def _joined(
 
 
 def layer_factors(
-    recipe: dict[str, Any], name: str, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+    recipe: dict[str, Any],
+    name: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor | None,
 ) -> dict[str, Tensor]:
     """The factors of one layer for `layer_from_dict`, from those of PEFT's file, with the bias of B
-    [out] if the file has one, and its recipe.
+    [out] and DoRA's magnitudes [out] if the file has them, and its recipe.
 
     Raises:
         ChangedTensorsError: they were changed after they were saved.
@@ -263,6 +287,10 @@ def layer_factors(
         if bias is None:
             raise ValueError(f"the bias of lora_B of {name!r} is missing")
         factors["lora_bias"] = unscaled(bias, layer["scaling"])
+    if layer.get("magnitude"):
+        if magnitude is None:
+            raise ValueError(f"the lora_magnitude_vector of {name!r} is missing")
+        factors["lora_magnitude"] = magnitude.clone()
     return factors
 
 
@@ -295,9 +323,10 @@ def _split_native(
         factors.setdefault(layer, {})[part] = tensor
     _check_names(recipe["layers"], factors)
     for name, layer in recipe["layers"].items():
-        expected = {"lora_A", "lora_B"} | ({"lora_R"} if layer.get("R") else set())
+        expected = {"lora_A", "lora_B"}
         expected |= {"start_A", "start_B"} if layer.get("start") == "kept" else set()
-        expected |= {"lora_bias"} if layer.get("bias") else set()
+        for key, factor in _OPTIONAL.items():
+            expected |= {factor} if layer.get(key) else set()
         if factors[name].keys() != expected:
             wrong = ", ".join(sorted(factors[name].keys() ^ expected))
             raise ValueError(f"{wrong} of {name!r} is missing, or not in the recipe")
@@ -319,14 +348,18 @@ def _check_layer(name: str, layer: LayerState, r: int, experts: int | None) -> N
     first = () if experts is None else (experts,)
     expected = {"lora_A": (*first, r, shapes["lora_A"][-1])}
     expected["lora_B"] = (*first, shapes["lora_B"][-2], r)
-    for key, like in (("start_A", "lora_A"), ("start_B", "lora_B"), ("lora_R", None)):
+    expected |= {"start_A": expected["lora_A"], "start_B": expected["lora_B"]}
+    expected |= {"lora_R": (*first, r, r), "lora_diag": (*first, r)}
+    expected |= dict.fromkeys(("lora_bias", "lora_magnitude"), (len(layer.lora_B),))
+    if layer.lora_magnitude is not None and (experts is not None or layer.lora_bias is not None):
+        what = "experts" if experts is not None else "layers with a bias of lora_B"
+        raise ValueError(f"{name!r} has DoRA's magnitudes (lora_magnitude), which {what} cannot have")
+    for key in FACTORS:
         factor = getattr(layer, key)
         if factor is not None:
             if factor.dtype not in FLOATS:
                 raise ValueError(f"{key} of {name!r} is {factor.dtype}, not a floating-point type")
-            shapes[key], expected[key] = factor.shape, expected[like] if like else (*first, r, r)
-    if layer.lora_bias is not None:
-        shapes["lora_bias"], expected["lora_bias"] = layer.lora_bias.shape, (len(layer.lora_B),)
+            shapes[key] = factor.shape
     for key, shape in shapes.items():
         if tuple(shape) != expected[key]:
             raise ValueError(f"{key} of {name!r} is {list(shape)}, expected {list(expected[key])}")

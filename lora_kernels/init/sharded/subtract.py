@@ -19,7 +19,7 @@ def subtract_start_here_(weight: Shards, start: Start, scaling: float) -> None:
     if start.beta is not None:
         subtract_recipe_here_(weight, start.beta, start.lora_A.shape[-2], scaling)
     else:
-        subtract_factors_here_(weight, start.right(), start.lora_B, scaling)
+        subtract_factors_here_(weight, *start.subtracted(), scaling)
 
 
 def subtract_recipe_here_(weight: Shards, beta: Tensor, r: int, scaling: float) -> None:

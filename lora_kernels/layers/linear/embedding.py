@@ -25,7 +25,8 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # a
 
     Only the rows that are looked up are read: a forward adds a product of rank r (2r if it
     subtracts initial factors), in float32 (float64 over a float64 base), also under autocast. A's
-    gradient is dense, [r, V]. Until the first step, y is W[i] bit for bit ("implicit") or to one
+    gradient is dense, [r, V]. DoRA's magnitudes [D] scale the columns of the table, so that every
+    forward reads all of it for their norms. Until the first step, y is W[i] bit for bit ("implicit") or to one
     rounding ("absorb").
 
     As in PEFT: `lora_dropout` has no effect, for there is no input to drop; the column of A at
@@ -102,13 +103,15 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # a
         work = torch.promote_types(rows.dtype, lora_A.dtype)
         lora_B, scaling, start_A, start_B = adapter.operands(work)
         z, left = self._rows_of(input, lora_A.T).to(work), lora_B.to(work)  # [..., r], [D, r]
-        with _without_autocast(rows):
-            if adapter.lora_R is not None:
-                z = z @ adapter.lora_R.to(work).T
+        with without_autocast(rows):
+            middle = adapter.middle()  # [r, r]
+            if middle is not None:
+                z = z @ middle.to(work).T
             if start_A is not None and start_B is not None:
                 z0, left0 = self._rows_of(input, start_A.T).to(work), start_B.to(work)
                 z, left = torch.cat([z, z - z0], -1), torch.cat([left - left0, left0], 1)
-            return _plus_product(rows, z, left if scaling == 1 else left * scaling)
+            left = left if scaling == 1 else left * scaling
+            return _plus_product(rows, z, left, adapter.gain(self.matrix()))
 
     def _restored(self, rows: Tensor, input: Tensor, adapter: Adapter) -> Tensor:
         """`rows` [..., D] with the initial factors' product, which was subtracted from W."""
@@ -117,7 +120,7 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # a
             return rows
         work = torch.promote_types(rows.dtype, start[0].dtype)
         z0 = self._rows_of(input, start[0].T).to(work)  # [..., r]
-        with _without_autocast(rows):
+        with without_autocast(rows):
             return _plus_product(rows, z0, start[1].to(work) * scaling)
 
     def _check_size(self, lora_A: Tensor) -> None:
@@ -177,14 +180,17 @@ def _copy_options(old: ForeignLayer, new: nn.Module) -> None:
         new.embed_scale = scale
 
 
-def _without_autocast(like: Tensor) -> Any:
+def without_autocast(like: Tensor) -> Any:
     """A context in which products keep their dtype on the device of `like`."""
     kind = like.device.type
     return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
 
 
-def _plus_product(rows: Tensor, z: Tensor, left: Tensor) -> Tensor:
-    """`rows` [..., D] + z [..., k] leftᵀ, with left [D, k]: summed in z's dtype, rounded once."""
+def _plus_product(rows: Tensor, z: Tensor, left: Tensor, gain: Tensor | None = None) -> Tensor:
+    """`rows` [..., D] + z [..., k] leftᵀ, with left [D, k], times `gain` [D] if that is given:
+    computed in z's dtype, rounded once.
+    """
     flat = rows.reshape(-1, rows.shape[-1]).to(z.dtype)  # [n, D]
     total = torch.addmm(flat, z.reshape(-1, z.shape[-1]), left.T)
+    total = total if gain is None else total * gain
     return total.view(rows.shape).to(rows.dtype)

@@ -22,7 +22,14 @@ from ...ops.philox import dropout_seed
 from ..adapted import CLASS, FOREIGN, AdaptedLayer, class_of, exchange_class
 from ..adapter import Adapter, in_forward
 from ..kinds import ForeignLayer
-from .parallel import Update, check_input, is_parallel, on_parts, parallel_linear
+from .parallel import (
+    Update,
+    check_input,
+    is_parallel,
+    on_parts,
+    parallel_linear,
+    refuse_parallel_dora,
+)
 
 # The attributes of an adapted layer in its `__dict__`.
 _OWN = ("active_adapter", "adapter_enabled", "_active", "_cast_by_hooks")
@@ -90,8 +97,9 @@ class AdaptedFloatLayer(AdaptedLayer):
 
     def effective_weight(self) -> Tensor:
         """The weight that the forward multiplies with, in the layout and dtype of `weight`:
-        W + s(BA − B₀A₀), with BRA for BA if there is an R, and the gradients of A, B and R. There
-        is no dropout in it. Without an enabled adapter it is the base's W.
+        W + s(BA − B₀A₀), with BRA for BA if there is an R, and the gradients of A, B and R; with
+        magnitudes, its rows have those norms, and m gets its gradient too. There is no dropout in
+        it. Without an enabled adapter it is the base's W.
         """
         stored = self.matrix()
         if not self.adapter_enabled:
@@ -101,9 +109,10 @@ class AdaptedFloatLayer(AdaptedLayer):
             work = torch.promote_types(stored.dtype, adapter.lora_A.dtype)
             update = Update.of(adapter, work)
             if is_parallel(stored, adapter.lora_A, adapter.lora_B):
+                refuse_parallel_dora(adapter)
                 matrix = on_parts(stored, update, _updated)
             else:
-                matrix = _updated(stored, update)
+                matrix = _updated(stored, update, adapter.gain(stored))
         return matrix.T if self.transposed else matrix
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,23 +124,19 @@ class AdaptedFloatLayer(AdaptedLayer):
         adapter, matrix = self.active(), self.matrix()
         p = adapter.lora_dropout if self.training else 0.0
         if is_parallel(x, matrix, adapter.lora_A, adapter.lora_B):
+            refuse_parallel_dora(adapter)
             return parallel_linear(x, matrix, self.bias, Update.of(adapter, x.dtype), p)
         if self._cast_by_hooks:  # a view keeps its data for the backward, the Parameter does not
             matrix = matrix.view_as(matrix)
         lora_B, scaling, start_A, start_B = adapter.operands(x.dtype)
-        y: Tensor = torch.ops.lora.linear(
-            x,
-            matrix,  # [out, in]
-            self.bias,  # [out]
-            adapter.lora_A,  # [r, in]
-            lora_B,  # [out, r]
-            scaling,
-            p,
-            dropout_seed(x.device) if p else None,
-            start_A,  # [r, in]
-            start_B,  # [out, r]
-            adapter.lora_R,  # [r, r]
-        )
+        factors = (adapter.lora_A, lora_B)  # [r, in], [out, r]
+        seed = dropout_seed(x.device) if p else None
+        others = (scaling, p, seed, start_A, start_B, adapter.middle())  # [r, in], [out, r], [r, r]
+        if adapter.lora_magnitude is None:
+            y: Tensor = torch.ops.lora.linear(x, matrix, self.bias, *factors, *others)
+        else:
+            magnitude = adapter.lora_magnitude  # [out]
+            y = torch.ops.lora.dora_linear(x, matrix, self.bias, *factors, magnitude, *others)
         bias = adapter.output_bias(x.dtype)  # [out]
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -228,6 +233,11 @@ class AdaptedFloatLayer(AdaptedLayer):
         stored = self._parameters.get("weight")
         if stored is None or not is_sharded(stored):
             return
+        if adapter.lora_magnitude is not None:
+            raise ValueError(
+                "the adapter is a DoRA one (use_dora), which is not merged into a sharded weight: "
+                "save the adapter and merge on one process, or use lora-kernels merge"
+            )
         if adapter.lora_bias is not None and self.bias is None:
             raise ValueError(
                 "the adapter has a bias of lora_B, but a layer without one cannot get one while it "
@@ -285,8 +295,8 @@ class AdaptedFloatLayer(AdaptedLayer):
     def to_linear(self) -> nn.Module:
         """A new layer of the original kind, with the active adapter merged.
 
-        Its weight is W + s·(BA − B₀A₀), with BRA for BA if there is an R; the sum is computed in
-        float32 or wider and rounded once. A bias of B is merged into the layer's bias, which the
+        Its weight is W + s·(BA − B₀A₀), with BRA for BA if there is an R, and with rows of the
+        norms m if there are magnitudes; it is computed in float32 or wider and rounded once. A bias of B is merged into the layer's bias, which the
         layer gets if it had none.
 
         Raises:
@@ -298,12 +308,15 @@ class AdaptedFloatLayer(AdaptedLayer):
         adapter = self.active()
         matrix = self.matrix().detach()
         right, left = (factor.to(matrix.device) for factor in adapter.merge_factors())
+        gain = adapter.gain(matrix)  # [out]
         matrix = matrix.to(right.dtype, copy=True)  # [out, in] + [out, k] [k, in]
         merged = matrix.addmm_(left, right, alpha=adapter.scaling)
+        if gain is not None:
+            merged *= gain[:, None]
         added: Any = adapter.output_bias(right.dtype)
         if added is not None and is_sharded(added):
             added = whole(added)
-        return self._copied(merged.to(self.weight.dtype), added)
+        return self._copied(merged.to(self.matrix().dtype), added)
 
     def _take_over(self, layer: ForeignLayer) -> None:
         """Takes the parameters of the layer that is adapted; there is no adapter yet."""
@@ -347,14 +360,17 @@ def _is_parallel_style(frame: FrameType) -> bool:
     return origin.startswith("torch.distributed.tensor.")
 
 
-def _updated(stored: Tensor, update: Update) -> Tensor:
-    """W + s(BA − B₀A₀) [out, in], with BRA for BA if there is an R, in W's dtype."""
+def _updated(stored: Tensor, update: Update, gain: Tensor | None = None) -> Tensor:
+    """W + s(BA − B₀A₀) [out, in], with BRA for BA if there is an R, and its rows multiplied by
+    `gain` [out] if that is given; in W's dtype.
+    """
     work = torch.promote_types(stored.dtype, update.lora_A.dtype)
     right = update.lora_A if update.lora_R is None else update.lora_R @ update.lora_A
     added = update.lora_B.to(work) @ right.to(work)
     if update.start_A is not None and update.start_B is not None:
         added = added - update.start_B.to(work) @ update.start_A.to(work)
-    return (stored.to(work) + update.scaling * added).to(stored.dtype)
+    matrix = stored.to(work) + update.scaling * added
+    return (matrix if gain is None else matrix * gain[:, None]).to(stored.dtype)
 
 
 def merged_bias(bias: Tensor | None, added: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -31,6 +31,12 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
 
     A, B and R are float32 (float64 over a float64 base) whatever W is; the output has x's dtype.
 
+    DoRA (`use_dora`, Liu et al., arXiv 2402.09353, equation 5) trains the norms m [out] of the
+    adapted weight's rows too, `lora_magnitude`. With y₀ the output above without b, and ‖V‖ the
+    norms of the rows of its weight, W + s·(BA − B₀A₀), y = (m ⊘ ‖V‖) ∘ y₀ + b. ‖V‖ is a constant in
+    the backward (section 4.3), dropout does not change it, and that weight is never in memory. m
+    begins as ‖V‖, so that training begins where it would without DoRA.
+
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         r: rank, 1 ≤ r ≤ min(in_features, out_features).
@@ -41,6 +47,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
             (LoRA-α), s = lora_alpha / √r. "alpha_sqrt" is only for starts whose s·B₀A₀ does not
             grow with s. The layer's attribute `scaling_rule` is the rule, and `scaling` is s.
         lora_dropout: probability of dropping an element of x on its way to A, while training.
+        use_dora: whether magnitudes are trained too.
         residual: "absorb" or "implicit".
         gradient: ∂loss/∂W [out, in], for the starts that are computed from it.
 
@@ -65,6 +72,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         use_rslora: bool = False,
         scaling: str | None = None,
         lora_dropout: float = 0.0,
+        use_dora: bool = False,
         residual: str = "absorb",
         gradient: Tensor | None = None,
         device: torch.device | str | None = None,
@@ -81,6 +89,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
             scaling=scaling,
             lora_dropout=lora_dropout,
             residual=residual,
+            use_dora=use_dora,
         )
         self._adapt(initializer, options, gradient)
 
@@ -95,6 +104,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         use_rslora: bool = False,
         scaling: str | None = None,
         lora_dropout: float = 0.0,
+        use_dora: bool = False,
         residual: str = "absorb",
         gradient: Tensor | None = None,
     ) -> LoRALinear:
@@ -123,6 +133,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
             scaling=scaling,
             lora_dropout=lora_dropout,
             residual=residual,
+            use_dora=use_dora,
         )
         layer = cls.over(linear)
         layer._adapt(initializer, options, gradient)
@@ -152,7 +163,14 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
             start = initializer.absorb_(self.weight, r, scaling, gradient)
         else:
             start = checked(initializer(self.weight, r, scaling, gradient), self.weight, r)
-        self.attach("default", Adapter(options, start, initializer.changes_base))
+        adapter = Adapter(options, start, initializer.changes_base)
+        self.attach("default", adapter)
+        if options.use_dora:
+            try:
+                adapter.measure_(self.matrix())
+            except BaseException:
+                self.restore_()  # the weight may belong to another layer too
+                raise
         self.freeze()
 
     def _base_class(self) -> type[nn.Module]:

@@ -34,6 +34,11 @@ DeviceMesh: TypeAlias = Any
 Placement: TypeAlias = Any
 Placements: TypeAlias = tuple[Placement, ...]  # one for each mesh dimension
 _PLAIN = frozenset((Tensor, nn.Parameter))
+PARALLEL_DORA = (
+    "a DoRA adapter (use_dora) cannot run while its layer is sharded by tensor parallelism: the "
+    "norms of the rows would need all parts of the weight; leave the layer out of the parallel "
+    "plan, or use an adapter without use_dora"
+)
 PARALLEL_EMBEDDING = (
     "an adapted embedding cannot run while it is sharded by tensor parallelism: leave it "
     "out of target_modules, or out of the parallel plan"
@@ -59,7 +64,7 @@ class Update(NamedTuple):
         """That of an adapter, for a forward in this dtype."""
         lora_B, scaling, start_A, start_B = adapter.operands(dtype)
         bias = adapter.output_bias(dtype)
-        lora_A, lora_R, stored = adapter.lora_A, adapter.lora_R, (adapter.lora_A, adapter.lora_B)
+        lora_A, lora_R, stored = adapter.lora_A, adapter.middle(), (adapter.lora_A, adapter.lora_B)
         return Update(lora_A, lora_B, scaling, stored, start_A, start_B, lora_R, bias)
 
     @staticmethod
@@ -134,6 +139,12 @@ def on_parts(weight: Tensor, update: Update, compute: Callable[[Tensor, Update],
     local = layout.part(weight, layout.all("W"), layout.all("grad_W"))
     found = compute(local, layout.parts(update, local))
     return _wrapped(found, mesh, layout.all("W"), tuple(weight.shape))
+
+
+def refuse_parallel_dora(adapter: Adapter) -> None:
+    """Raises ValueError if an adapter whose layer's tensors are DTensors has magnitudes."""
+    if adapter.lora_magnitude is not None:
+        raise ValueError(PARALLEL_DORA)
 
 
 def refuse_parallel_embedding(*tensors: Tensor) -> None:

@@ -85,7 +85,7 @@ def local_factors(adapter: Adapter, part: LocalPart | None) -> tuple[Tensor, Ten
     """A [E, r, in], B [E, out, r] and R [E, r, r] or None; if the forward has a part of W, as plain
     tensors of that part, through which the gradients reach all processes that need them.
     """
-    A, B, R = adapter.lora_A, adapter.lora_B, adapter.lora_R
+    A, B, R = adapter.lora_A, adapter.lora_B, adapter.middle()
     if part is None:
         return A, B, R
     pairs = zip(_placements(A), _placements(B), strict=True)

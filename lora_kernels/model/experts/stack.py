@@ -205,11 +205,10 @@ class ExpertView:
         """[out, r]."""
         return self.stack.lora_B[self.index]
 
-    @property
-    def lora_R(self) -> Tensor | None:
-        """[r, r], or None."""
-        R = self.stack.lora_R
-        return None if R is None else R[self.index]
+    def middle(self) -> Tensor | None:
+        """R or diag(λ) [r, r], or None."""
+        middle = self.stack.middle()
+        return None if middle is None else middle[self.index]
 
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
         """A₀ [r, in] and B₀ [out, r] of the active adapter, or None."""

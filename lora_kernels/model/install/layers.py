@@ -32,8 +32,8 @@ def install(
 ) -> None:
     """Puts the adapted layers of `plans` into the model.
 
-    `tracked_plans` yields the same plans, perhaps with a progress bar. Only a lack of memory or an
-    interrupt can make this fail. Then all changes are undone; a weight from which s·B₀A₀ had been
+    `tracked_plans` yields the same plans, perhaps with a progress bar. Only a lack of memory, an
+    interrupt, or the norms of rows that overflow can make this fail. Then all changes are undone; a weight from which s·B₀A₀ had been
     subtracted is restored to one rounding, and a base that LoftQ had rewritten stays quantized.
     """
     layers: list[AdaptedLayer] = []
@@ -46,6 +46,7 @@ def install(
             if plan.base.rewritable and plan.base.num_experts is None:
                 carry_over(plan.base.module, layers[-1])
             plan.subtract_()
+            plan.measure_(layers[-1].adapter(adapter_name))
             plan.start = plan.trained = None
             _put(model, saved, plan, plan.base.module, layers[-1])
         place_factors(model, layers, adapter_name)

@@ -11,7 +11,7 @@ from .layers import (
     output_head,
     select_layers,
     with_task_head,
-    without_embeddings,
+    without_named,
 )
 
 __all__ = [
@@ -25,5 +25,5 @@ __all__ = [
     "output_head",
     "select_layers",
     "with_task_head",
-    "without_embeddings",
+    "without_named",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 from ..._utils.names import ALL_LINEAR, match_names, nearest, pattern_matches
 from ..._utils.peft_names import TASK_HEADS
 from ...layers.base import BaseLayer, base_of
-from ...layers.kinds import EMBEDDING, why_not_embedding
+from ...layers.kinds import ATTENTION, NAMED_KINDS, OUT_PROJECTION, why_not_named
 from ..config import LoRAConfig
 from ..experts.base import experts_bases
 from ..experts.kinds import is_experts
@@ -46,7 +46,7 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
     Raises:
         ValueError: no layer is selected, or an option contains a name that the model does not have
             (the nearest name is given).
-        TypeError: a target is not a linear layer that can be adapted.
+        TypeError: a target is not a layer that can be adapted.
 
     """
     candidates, aliases = find_candidates(model)
@@ -54,8 +54,9 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
     bypassed = bypassed_layers(model)
     linear = {name: base for name, base in candidates.items() if base.num_experts is None}
     chosen = set(_targeted(config, modules, linear, aliases, bypassed))
-    # An embedding that is not named is not even a layer that was left out.
-    candidates = {n: b for n, b in candidates.items() if b.kind != EMBEDDING or n in chosen}
+    # An embedding or the like that is not named is not even a layer that was left out.
+    candidates = {n: b for n, b in candidates.items() if b.kind not in NAMED_KINDS or n in chosen}
+    linear = {n: b for n, b in linear.items() if n in candidates}
     parameters = set(targeted_parameters(model, config, candidates, aliases))
     names = {*linear, *(alias for name in linear for alias in aliases[name])}
     known = [*modules, *parameters]
@@ -78,7 +79,7 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
     if not selection.layers:
         reasons = ", ".join(dict.fromkeys(selection.skipped.values())) or "it has no linear layer"
         raise ValueError(f"no layer of {type(model).__name__} is left to adapt: {reasons}")
-    _check_patterns(config, selection.layers)
+    _check_patterns(config, [b.pattern_name(n) for n, b in selection.layers.items()])
     return selection
 
 
@@ -120,13 +121,43 @@ def find_candidates(model: nn.Module) -> tuple[dict[str, BaseLayer], dict[str, l
         # A layer inside another one, such as the quantized layer in its wrapper, is a part of it.
         inside = last is not None and name.startswith(f"{last}.")
         if name and not inside and (base := base_of(module)) is not None:
-            last, candidates[name], aliases[name] = name, base, []
+            candidates[name], aliases[name] = base, []
+            if base.kind != ATTENTION:  # whose out_proj is a layer of its own
+                last = name
     return candidates, aliases
 
 
-def without_embeddings(candidates: Mapping[str, BaseLayer]) -> dict[str, BaseLayer]:
-    """The candidates without the embeddings, which are adapted only if they are named."""
-    return {name: base for name, base in candidates.items() if base.kind != EMBEDDING}
+def without_named(candidates: Mapping[str, BaseLayer]) -> dict[str, BaseLayer]:
+    """The candidates without those that are adapted only if they are named: embeddings,
+    convolutions and attentions.
+    """
+    return {name: base for name, base in candidates.items() if base.kind not in NAMED_KINDS}
+
+
+def with_projections(
+    names: Collection[str], candidates: Mapping[str, BaseLayer], option: str
+) -> list[str]:
+    """The names with those of the attentions' `out_proj`, which are adapted with them, as by PEFT.
+
+    Raises:
+        TypeError: `option` names an `out_proj` alone.
+
+    """
+    found: list[str] = []
+    for name in names:
+        base, (owner, _, _) = candidates.get(name), name.rpartition(".")
+        if base is not None and base.kind == OUT_PROJECTION:
+            if owner not in names:
+                raise TypeError(
+                    f"{option} names {name!r}, which nn.MultiheadAttention does not call: name "
+                    f"{owner!r}, which adapts both"
+                )
+            continue
+        found.append(name)
+        projection = f"{name}.out_proj"
+        if base is not None and base.kind == ATTENTION and projection in candidates:
+            found.append(projection)
+    return found
 
 
 def match_modules(
@@ -156,12 +187,13 @@ def _targeted(
     bypassed: Mapping[str, str],
 ) -> Iterable[str]:
     """The candidates that `target_modules` means."""
-    targets, linear = config.target_modules, without_embeddings(candidates)
+    targets, linear = config.target_modules, without_named(candidates)
     if _is_all_linear(targets):
         return linear
     if not targets:  # target_parameters alone
         return []
-    found = match_names([n for n in modules if n], targets, linear, option="target_modules")
+    option = "target_modules"
+    found = match_names([n for n in modules if n], targets, linear, option=option)
     first = {alias: name for name, others in aliases.items() for alias in (name, *others)}
     for name in found:
         if name not in first:
@@ -171,14 +203,14 @@ def _targeted(
             module = modules[name]
             if isinstance(module, nn.Linear):
                 what = "has a forward or a weight that is not its own, and cannot be adapted"
-            elif isinstance(module, nn.Embedding):
-                what = f"cannot be adapted: {why_not_embedding(module)}"
+            elif (reason := why_not_named(module)) is not None:
+                what = f"cannot be adapted: {reason}"
             raise TypeError(
                 f"target_modules names {name!r}, a {type(modules[name]).__name__}, which {what}"
             )
         if name in bypassed:
             raise ValueError(f"target_modules names {name!r}, but {bypassed[name]}")
-    return [first[name] for name in found]
+    return with_projections(list(dict.fromkeys(first[name] for name in found)), candidates, option)
 
 
 def _skip_reasons(
@@ -290,9 +322,10 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, B
     order = [*modules, *(name for name, base in bases.items() if base.num_experts is not None)]
     bases = {name: bases[name] for name in order if name in bases}  # in the model's order
     if not _is_all_linear(targets):
-        names = match_names(order, targets, list(without_embeddings(bases)))
+        names = match_names(order, targets, list(without_named(bases)))
+        names = with_projections(names, bases, "targets")
         return {name: bases.get(name) or _checked(name, modules[name]) for name in names}
-    linear = {n: b for n, b in without_embeddings(bases).items() if b.num_experts is None}
+    linear = {n: b for n, b in without_named(bases).items() if b.num_experts is None}
     skip_reasons = _not_in_all_linear(model, linear, bypassed_layers(model))
     found = {name: base for name, base in linear.items() if name not in skip_reasons}
     if not found:
@@ -329,7 +362,7 @@ def _checked(name: str, module: nn.Module) -> BaseLayer:
     if base is None:
         raise TypeError(
             f"{name!r} is {type(module).__name__}; a target must be a linear layer that computes "
-            "x Wᵀ + b from a weight of its own, or an embedding"
+            "x Wᵀ + b from a weight of its own, or an embedding, a convolution or an attention"
         )
     return base
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,37 +21,47 @@ from .sharded import read_shards, starts_by_owners, with_ranks_alike
 
 _BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # at most so many weights and bytes of them in one call
 _BATCH_EXPERTS = 1024
+_SOURCES = {"gradients": "gradients of the weights", "activations": "inputs of the layers"}
 
 
 @torch.no_grad()
 def make_starts(
-    jobs: Sequence[StartJob], gradients: Mapping[str, Tensor] | None, progress: bool
+    jobs: Sequence[StartJob],
+    gradients: Mapping[str, Tensor] | None,
+    progress: bool,
+    activations: Mapping[str, Any] | None = None,
 ) -> dict[str, Start]:
     """The start of every job by the job's name; no weight is changed.
 
-    `gradients` are {layer name: ∂loss/∂W [out, in], of experts [E, out, in]}, for starts that need
-    them. Starts that change the base have the weight's norm, `weight_norm`. The start of experts is
-    the `Start.stacked` one of a start for each.
+    `gradients` are {layer name: ∂loss/∂W [out, in], of experts [E, out, in]}, and `activations`
+    what was measured of each layer's input, for starts that need them. Starts that change the base
+    have the weight's norm, `weight_norm`. The start of experts is the `Start.stacked` one of a
+    start for each.
 
     Raises:
-        ValueError, TypeError: a gradient is missing or of no use, a start cannot be computed or has
-            the wrong shape or dtype, or the weight's dtype cannot hold W − s·B₀A₀; the layer is
-            named.
+        ValueError, TypeError: a gradient or what was measured is missing or of no use, a start
+            cannot be computed or has the wrong shape or dtype, or the weight's dtype cannot hold
+            W − s·B₀A₀; the layer is named.
 
     """
-    matched = _matched_gradients(jobs, gradients)
-    starts = starts_by_owners(jobs, matched, _start)
+    data = _matched_data(jobs, gradients, activations)
+    own_gradients = {name: own.gradient for name, own in data.items()}
+
+    def start(job: StartJob, weight: Readable, gradient: Tensor | None) -> Start:
+        return _start(job, weight, data[job.name]._replace(gradient=gradient))
+
+    starts = starts_by_owners(jobs, own_gradients, start)
     others = [job for job in jobs if job.name not in starts]
     if others:
         read = read_shards(others)
-        starts |= with_ranks_alike(others, lambda: _starts(others, read, matched, progress))
+        starts |= with_ranks_alike(others, lambda: _starts(others, read, data, progress))
     return {job.name: starts[job.name] for job in jobs}
 
 
 def _starts(
     jobs: Sequence[StartJob],
     read: Mapping[str, Readable],
-    gradients: Mapping[str, Tensor | None],
+    data: Mapping[str, _Data],
     progress: bool,
 ) -> dict[str, Start]:
     """The starts that every process makes itself; `read` are the layers that are sharded."""
@@ -60,45 +71,62 @@ def _starts(
         readables = [read.get(job.name) or readable(job) for job in batch]
         if batch[0].base.num_experts is not None:
             job = batch[0]
-            starts[job.name] = _start(job, readables[0], gradients[job.name])
+            starts[job.name] = _start(job, readables[0], data[job.name])
         else:
-            starts |= _batch_starts(batch, readables, [gradients[job.name] for job in batch])
+            starts |= _batch_starts(batch, readables, [data[job.name] for job in batch])
     return starts
 
 
-def _matched_gradients(
-    jobs: Sequence[StartJob], gradients: Mapping[str, Tensor] | None
-) -> dict[str, Tensor | None]:
-    """The gradient [out, in] of each job's layer; None if the start does not need one."""
+class _Data(NamedTuple):
+    """What a start is made from besides W, if it is."""
+
+    gradient: Tensor | None = None
+    activations: Any = None
+
+
+def _matched_data(
+    jobs: Sequence[StartJob],
+    gradients: Mapping[str, Tensor] | None,
+    activations: Mapping[str, Any] | None,
+) -> dict[str, _Data]:
+    """The data of each job's layer."""
     initializer = jobs[0].initializer
-    title = type(initializer).__name__
-    if not initializer.needs_gradient:
-        if gradients is not None:
-            raise ValueError(f"{title} has no use for gradients")
+    own = _matched(jobs, gradients, "gradients", initializer.needs_gradient)
+    measured = _matched(jobs, activations, "activations", initializer.needs_activations)
+    return {job.name: _Data(own[job.name], measured[job.name]) for job in jobs}
+
+
+def _matched(
+    jobs: Sequence[StartJob], given: Mapping[str, Any] | None, what: str, needed: bool
+) -> dict[str, Any]:
+    """What is `given` for each job's layer; None if the start does not need it."""
+    title = type(jobs[0].initializer).__name__
+    if not needed:
+        if given is not None:
+            raise ValueError(f"{title} has no use for {what}")
         return {job.name: None for job in jobs}
-    if gradients is None:
+    if given is None:
         raise ValueError(
-            f"{title} starts from the gradients of the weights: pass gradients="
-            "capture_gradients(model, batches)"
+            f"{title} starts from the {_SOURCES[what]}: pass {what}=capture_{what}(model, batches)"
         )
-    found: dict[str, Tensor | None] = {}
+    found = {}
     for job in jobs:
-        name = next((n for n in (job.name, *job.aliases) if n in gradients), None)
+        name = next((n for n in (job.name, *job.aliases) if n in given), None)
         if name is None:
-            raise ValueError(f"gradients has none for {job.name}{nearest(job.name, gradients)}")
-        found[job.name] = gradients[name]
+            raise ValueError(f"{what} has none for {job.name}{nearest(job.name, given)}")
+        found[job.name] = given[name]
     return found
 
 
 def _batch_starts(
-    batch: Sequence[StartJob], weights: Sequence[Readable], gradients: Sequence[Tensor | None]
+    batch: Sequence[StartJob], weights: Sequence[Readable], data: Sequence[_Data]
 ) -> dict[str, Start]:
     """The starts of layers that are one matrix each, of one shape."""
     first = batch[0]
     matrices, sums = [own.matrices[0] for own in weights], [own.sums[0] for own in weights]
     starts = []
     with telling_of_values(first, weights[0]):
-        computed = _computed(first, matrices, gradients, sums, [job.name for job in batch])
+        computed = _computed(first, matrices, data, sums, [job.name for job in batch])
         for job, matrix, start in zip(batch, matrices, computed, strict=True):
             with naming(job.name):
                 starts.append(checked(start, matrix, job.r))
@@ -109,19 +137,19 @@ def _batch_starts(
     return found
 
 
-def _start(job: StartJob, weight: Readable, gradient: Tensor | None) -> Start:
+def _start(job: StartJob, weight: Readable, data: _Data) -> Start:
     """The start of one layer; of experts, of all of them."""
     if job.base.num_experts is None:
-        return _batch_starts([job], [weight], [gradient])[job.name]
-    matrices = weight.matrices
-    given: list[Tensor | None] = [None] * len(matrices)
+        return _batch_starts([job], [weight], [data])[job.name]
+    matrices, gradient = weight.matrices, data.gradient
+    given = [data] * len(matrices)
     if gradient is not None:
         if gradient.dim() != 3 or len(gradient) != len(matrices):
             wanted = [len(matrices), *job.base.shape]
             raise ValueError(
                 f"the gradient of {job.name} is {list(gradient.shape)}, its experts need {wanted}"
             )
-        given = list(gradient.unbind())
+        given = [data._replace(gradient=own) for own in gradient.unbind()]
     starts: list[Start] = []
     size = matrices[0].numel() * matrices[0].element_size()
     step = max(1, min(_BATCH_EXPERTS, _BATCH_BYTES // max(1, size)))
@@ -138,19 +166,23 @@ def _start(job: StartJob, weight: Readable, gradient: Tensor | None) -> Start:
 def _computed(
     like: StartJob,
     matrices: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
+    data: Sequence[_Data],
     sums: Sequence[Tensor | None],
     names: Sequence[str],
 ) -> list[Start]:
     """The starts of several matrices by the initializer, rank and scaling of `like`."""
     initializer, r, scaling = like.initializer, like.r, like.scaling
+    gradients, measured = [own.gradient for own in data], [own.activations for own in data]
     given = gradients if initializer.needs_gradient else None
     try:
-        return initializer.starts(matrices, r, scaling, given, sums)
+        return initializer.starts(matrices, r, scaling, given, sums, measured)
     except (ValueError, TypeError):
-        for matrix, gradient, own, name in zip(matrices, gradients, sums, names, strict=True):
+        for k, name in enumerate(names):
+            part = slice(k, k + 1)
             with naming(name):  # finds the one that failed
-                initializer.starts([matrix], r, scaling, [gradient], [own])
+                initializer.starts(
+                    matrices[part], r, scaling, gradients[part], sums[part], measured[part]
+                )
         raise
 
 

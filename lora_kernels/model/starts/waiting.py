@@ -16,6 +16,7 @@ from ...layers.adapter import Adapter
 from ...layers.base import BaseLayer
 from ...layers.options import AdapterOptions
 
+_MIDDLES = (("lora_R", "has_R", "an R"), ("lora_diag", "has_diag", "a λ"))
 WAITS = "waits for its start: load the weights, then call start_adapters(model)"
 
 
@@ -47,7 +48,8 @@ class WaitingAdapter(Adapter):
 
         beta = empty() if initializer.has_recipe else None
         lora_R = empty(r, r) if initializer.has_R else None
-        start = Start(empty(r, cols), empty(rows, r), beta, lora_R)
+        lora_diag = empty(r) if initializer.has_diag else None
+        start = Start(empty(r, cols), empty(rows, r), beta, lora_R, lora_diag=lora_diag)
         adapter = cls(options, start, initializer.changes_base)
         adapter._changes_base = initializer.changes_base
         adapter._forget_numbers()
@@ -62,21 +64,22 @@ class WaitingAdapter(Adapter):
         return self._changes_base
 
     def check_start(self, start: Start) -> None:
-        """Raises ValueError if the start has an R and its initializer does not say so, or the
-        reverse.
+        """Raises ValueError if the start has an R or a λ and its initializer does not say so, or
+        the reverse.
         """
-        if (start.lora_R is None) != (self.lora_R is None):
-            raise ValueError(
-                "the start has an R, or lacks one, against `has_R` of its initializer: set that "
-                "class attribute to what the initializer returns"
-            )
+        for name, attribute, what in _MIDDLES:
+            if (getattr(start, name) is None) != (getattr(self, name) is None):
+                raise ValueError(
+                    f"the start has {what}, or lacks one, against `{attribute}` of its "
+                    "initializer: set that class attribute to what the initializer returns"
+                )
 
     @torch.no_grad()
     def start_(self, start: Start, device: torch.device) -> None:
         """Gives the adapter its start, which is that of the whole weight, on the layer's device."""
         if self.lora_A.is_meta:
             self.to_empty(device=device)
-        for name in ("lora_A", "lora_B", "lora_R"):
+        for name in ("lora_A", "lora_B", "lora_R", "lora_diag"):
             factor, values = getattr(self, name), getattr(start, name)
             if factor is not None:
                 fill_(factor, values)

@@ -28,6 +28,7 @@ from ...files.adapter.peft_format.experts.writing import (
     target_parameters,
     wrappers,
 )
+from ...files.adapter.peft_format.magnitudes import magnitude_key
 from ...files.adapter.recipe import (
     METADATA,
     PEFT,
@@ -89,7 +90,8 @@ def _restore(tensors: dict[str, Tensor], recipe: dict[str, Any]) -> Starts:
     parts = _parts(recipe)
     for name in recipe["layers"].keys() - parts.keys():
         key_A, key_B, key_bias = _stored_keys(name, tensors)
-        state = _state(recipe, name, tensors[key_A], tensors[key_B], tensors.get(key_bias))
+        others = tensors.get(key_bias), tensors.get(magnitude_key(name))
+        state = _state(recipe, name, tensors[key_A], tensors[key_B], *others)
         start = state.start_factors()
         if start is not None:
             starts[name] = start
@@ -119,7 +121,7 @@ def _restore_experts(tensors: dict[str, Tensor], recipe: dict[str, Any]) -> Star
             right, left = from_pairs(pairs, parts[name], recipe["layers"][name]["experts"])
         except ValueError as error:
             raise ChangedTensorsError(str(error)) from None
-        state = _state(recipe, name, right, left, None)
+        state = _state(recipe, name, right, left, None, None)
         tensors |= zip(factor_keys(place, ()), stacked(state.lora_A, state.lora_B), strict=True)
         start = state.start_factors()
         if start is not None:
@@ -128,9 +130,15 @@ def _restore_experts(tensors: dict[str, Tensor], recipe: dict[str, Any]) -> Star
 
 
 def _state(
-    recipe: dict[str, Any], name: str, right: Tensor, left: Tensor, bias: Tensor | None
+    recipe: dict[str, Any],
+    name: str,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor | None,
 ) -> LayerState:
-    return layer_from_dict(recipe["layers"][name], layer_factors(recipe, name, right, left, bias))
+    factors = layer_factors(recipe, name, right, left, bias, magnitude)
+    return layer_from_dict(recipe["layers"][name], factors)
 
 
 def _at_trained_rank(config: Mapping[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:

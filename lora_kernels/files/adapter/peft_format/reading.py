@@ -21,6 +21,7 @@ from ...._utils.peft_names import (
     ADAPTER_CONFIG,
     BIAS_OF_B,
     BIASES,
+    DORA,
     GROUPS_OF_OPTIONS,
     OPTIONS_OF_OTHERS,
     OPTIONS_WITHOUT_EFFECT,
@@ -45,6 +46,7 @@ from ....model.config import AdapterState, LoRAConfig, Replication
 from .biases import check_biases, split_biases
 from .converted import with_starts
 from .experts.reading import unstacked_experts, wrapped_parameters
+from .magnitudes import checked_magnitudes, split_magnitudes
 from .tokens import split_rows
 
 # Options of `LoRAConfig` that PEFT's `LoraConfig` has with the same meaning.
@@ -75,6 +77,7 @@ def from_peft(
     check_options(values, residual_base)
     rows, others = split_rows(values, tensors)
     biases, others = split_biases(values, others)
+    magnitudes, others = split_magnitudes(values, others)
     halves, extra = split_tensors(others, values.get("modules_to_save") or ())
     if not halves:
         raise ValueError("it has no lora_A and lora_B of a linear layer or embedding")
@@ -95,6 +98,10 @@ def from_peft(
         check_biases(biases, {n: len(layers[n].lora_B) for n in linear}, linear)
     for name, bias in biases.items():
         layers[name].lora_bias = bias
+    if values.get(DORA):
+        rows_of = {n: len(layers[n].lora_B) for n in linear}
+        for name, magnitude in checked_magnitudes(magnitudes, rows_of, linear).items():
+            layers[name].lora_magnitude = magnitude
     _check_saved(config, extra)
     _warn_of_base([name for name, layer in layers.items() if not layer.embedding], extra)
     config = with_own_ranks(config, layers)
@@ -260,9 +267,12 @@ def _base_tensors(
     for name, tensor in tensors.items():
         variant = variant_of(name, layers)
         if variant and saved_module(name.rpartition(".")[0], modules_to_save) is None:
+            why = "which is not implemented here"
+            if variant == VARIANTS[DORA]:
+                why = f"but {ADAPTER_CONFIG} does not say {DORA} = true"
             raise ValueError(
                 f"{name!r} is not A or B of a linear layer or embedding: it belongs to {variant}, "
-                "which is not implemented here"
+                f"{why}"
             )
         base = names[name]
         if base is not None:
@@ -299,6 +309,10 @@ def check_options(values: Mapping[str, Any], residual_base: bool = False) -> Non
         value = None if option in READ else values.get(option)
         if value or (option in GROUPS_OF_OPTIONS and value not in (None, False)):
             raise ValueError(f"{option} = {value!r} is not implemented here: {variant}")
+    if not isinstance(values.get(DORA) or False, bool):
+        raise ValueError(f"{DORA} must be true or false, got {values[DORA]!r}")
+    if values.get(DORA) and values.get(BIAS_OF_B):
+        raise ValueError(f"{DORA} and {BIAS_OF_B} exclude each other")
     _check_ties(values)
     _warn_of_unknown(values)
     init = values.get("init_lora_weights", True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...._utils.names import match_names
 from ...._utils.peft_names import (
     BIAS_OF_B,
+    DORA,
     PREFIX,
     REPLICATION,
     TARGET_PARAMETERS,
@@ -32,6 +33,7 @@ from .experts.writing import (
     target_modules,
     target_parameters,
 )
+from .magnitudes import magnitude_key
 from .reading import saved_module
 from .tokens import rows_to_peft
 
@@ -80,6 +82,12 @@ def to_peft(
         tensors[PREFIX + key] = tensor
     biases = _biases(state, portable)
     tensors |= biases
+    magnitudes = {
+        magnitude_key(name): layer.lora_magnitude
+        for name, layer in state.layers.items()
+        if layer.lora_magnitude is not None
+    }
+    tensors |= magnitudes
     indices, rows = rows_to_peft(state.rows)
     tensors |= rows
     linear = [name for name in state.layers if name not in parts]
@@ -111,6 +119,7 @@ def to_peft(
         **parameters,
         **({TOKEN_INDICES: indices} if indices else {}),
         **({BIAS_OF_B: True} if biases else {}),
+        **({DORA: True} if magnitudes else {}),
         **({REPLICATION: list(map(list, state.replication))} if state.replication else {}),
     }, tensors
 

@@ -40,6 +40,7 @@ class StartRecord:
     beta: float | None
     kept: bool
     has_R: bool
+    trains: str = "AB"
     offset: int = 0
     expert: int | None = None
 
@@ -90,6 +91,7 @@ class StartRecord:
             beta=self.beta,
             residual=self.residual,
             weight_norm=self.weight_norm,
+            trains=self.trains,
         )
 
 
@@ -104,7 +106,7 @@ class FactorFile:
     def append(self, record: StartRecord, start: Start) -> None:
         """Writes the factors of a layer that `record.shapes` names."""
         factors = {"lora_A": start.lora_A, "lora_B": start.lora_B}
-        factors |= {"start_A": start.right(), "start_B": start.lora_B}
+        factors |= zip(("start_A", "start_B"), start.subtracted(), strict=True)
         if start.lora_R is not None:
             factors["lora_R"] = start.lora_R
         with self._lock:

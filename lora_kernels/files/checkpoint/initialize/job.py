@@ -181,6 +181,7 @@ class Job:
             beta=beta if subtracted else None,
             kept=subtracted and beta is None,
             has_R=start.lora_R is not None,
+            trains=self.initializer.trains,
         )
         with self._lock:
             if shard.name not in self.factors:

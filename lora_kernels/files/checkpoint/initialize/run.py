@@ -76,11 +76,7 @@ def initialize(
 
     """
     initializer = config.initializer
-    if initializer.needs_gradient:
-        raise ValueError(
-            f"{config.init_lora_weights!r} starts from the loss gradients of the weights, which a "
-            "file does not have: load the model and use lora_kernels.capture_gradients and add_lora"
-        )
+    _refuse_data(config)
     for option, none in (
         ("modules_to_save", None),
         ("bias", "none"),
@@ -123,6 +119,26 @@ def initialize(
         job = Job(work, folder, config, residual, weights, place, seed)
         done = job.run(dtype, progress)
     return replace(done, skipped=skipped, assumption=folder.assumption)
+
+
+def _refuse_data(config: LoRAConfig) -> None:
+    """Raises ValueError for a start that is made from more than the weight, or that no file of this
+    kind can hold.
+    """
+    initializer, name = config.initializer, config.init_lora_weights
+    sources = {"gradients": "loss gradients of the weights", "activations": "inputs of the layers"}
+    needed = {
+        "gradients": initializer.needs_gradient,
+        "activations": initializer.needs_activations,
+    }
+    for what, source in sources.items():
+        if needed[what]:
+            raise ValueError(
+                f"{name!r} starts from the {source}, which a file does not have: load the model "
+                f"and use lora_kernels.capture_{what} and add_lora"
+            )
+    if initializer.has_diag:
+        raise ValueError(f"{name!r} trains a diagonal between A and B: load the model and add_lora")
 
 
 def _device(name: str, ranks: Ranks) -> torch.device:

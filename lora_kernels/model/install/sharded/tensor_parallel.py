@@ -73,6 +73,7 @@ def distribute_factors(
     stack = adapter.lora_A.dim() == 3
     for_R = tuple(p if stack and p == q else Replicate() for p, q in zip(for_A, for_B, strict=True))
     own = {"lora_A": for_A, "lora_B": for_B, "lora_R": for_R, "lora_bias": for_B}
+    own |= {"lora_diag": for_R, "lora_magnitude": for_B}
     for name, places in own.items():
         parameter = adapter._parameters[name]
         if parameter is not None and not is_dtensor(parameter):

@@ -1,0 +1,100 @@
+"""`Rows`: the rows of a batch in groups; tensors are cut into groups and joined again."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Values that are the same for every group. Functions and classes are too.
+_SHARED = (
+    *(type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.Generator, torch.Stream),
+)
+
+
+class NotRowsError(ValueError):
+    """A value belongs to a call, and it is not known which part of it belongs to which row."""
+
+
+class WrongCountError(NotRowsError):
+    """A call has more or fewer rows than there are names."""
+
+
+class Rows:
+    """The rows 0 to `size` − 1 of a batch in groups, each a list of rows in ascending order."""
+
+    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+        self.groups = groups
+        self.counts = [len(rows) for rows in groups]
+        self.size = sum(self.counts)
+        order = [row for rows in groups for row in rows]
+        self._is_sorted = order == sorted(order)
+        self._order = torch.tensor(order)
+        self._indices: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> list[Tensor]:
+        """The rows of each group, of a tensor [size, ...]: copies, aligned as any new tensor is,
+        because the bits of a product may depend on that.
+        """
+        return [tensor.index_select(0, index) for index in self._on(tensor.device)[0]]
+
+    def join(self, parts: Sequence[Tensor], what: str) -> Tensor:
+        """The tensor [k · size, ...] of the groups' [k · count, ...], k numbers for each row, or
+        the one that all groups have alike.
+
+        Raises:
+            NotRowsError: the tensors, of which the error says `what` they are, do not fit so.
+
+        """
+        per_row = self._per_row(parts)
+        if per_row:
+            joined = torch.cat(list(parts))
+            if self._is_sorted:
+                return joined
+            shape = joined.shape
+            joined = joined.reshape(self.size, per_row, *shape[1:])
+            return joined.index_select(0, self._on(joined.device)[1]).view(shape)
+        if all(p.shape == parts[0].shape and torch.equal(p, parts[0]) for p in parts[1:]):
+            return parts[0]
+        shapes = ", ".join(dict.fromkeys(str(list(part.shape)) for part in parts))
+        raise NotRowsError(f"{what} has no part for each row: {shapes} for {self.counts} rows")
+
+    def write(self, target: Tensor, parts: Sequence[Tensor]) -> None:
+        """Writes the groups' tensors into `target` [size, ...], or one of them into a number."""
+        if target.dim() == 0 or target.numel() == 0:
+            target.copy_(parts[0])
+            return
+        for index, part in zip(self._on(target.device)[0], parts, strict=True):
+            target.index_copy_(0, index, part)
+
+    def _per_row(self, parts: Sequence[Tensor]) -> int:
+        """How many indices of dimension 0 each row has; 0 if they are not the rows'."""
+        first = parts[0]
+        if any(p.dim() == 0 or p.shape[1:] != first.shape[1:] for p in parts):
+            return 0
+        per_row = len(first) // self.counts[0]
+        fits = all(len(p) == per_row * n for p, n in zip(parts, self.counts, strict=True))
+        return per_row if fits else 0
+
+    def _on(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """Each group's rows, and where each row is in the groups one after another."""
+        if device not in self._indices:
+            order = self._order.to(device)
+            self._indices[device] = list(order.split(self.counts)), order.argsort()
+        return self._indices[device]
+
+
+def is_shared(value: object) -> bool:
+    """Whether a value holds no rows: a number, a name, a setting, a function."""
+    return isinstance(value, _SHARED) or callable(value)
+
+
+def joined_shared(parts: Sequence[Any], what: str) -> Any:
+    """The value that all groups have; raises NotRowsError if they differ."""
+    if any(part is not parts[0] and part != parts[0] for part in parts[1:]):
+        raise NotRowsError(f"{what} differs between the adapters: {', '.join(map(repr, parts))}")
+    return parts[0]

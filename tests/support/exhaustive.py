@@ -19,8 +19,16 @@ ALL_KERNELS = EXHAUSTIVE or torch.cuda.is_available()
 
 
 def sampled(combinations: Iterable[T]) -> list[T]:
-    """All combinations of a sweep of kernels; or every third, if they run in Triton's interpreter,
-    which takes seconds for many of them.
+    """All combinations of a sweep of kernels; or every seventh, if they run in Triton's
+    interpreter, which takes seconds for many of them.
     """
     found = list(combinations)
-    return found if ALL_KERNELS else found[::3]
+    return found if ALL_KERNELS else found[::7]
+
+
+def thinned(combinations: Iterable[T], step: int = 3) -> list[T]:
+    """All combinations of a sweep if all are tested; else one of `step`, which has no factor in
+    common with the numbers of values, so that every value is met.
+    """
+    found = list(combinations)
+    return found if EXHAUSTIVE else found[::step]

@@ -128,7 +128,7 @@ RANKS = zip((1, 2, 15, 17, 100, 128, 200, 512), cycle((5, 80)))
 OTHERS = zip((1, 2, 15, 17, 100, 128, 200, 512), cycle((80, 5)))
 
 
-@pytest.mark.parametrize(("r", "rows"), [*RANKS, *(OTHERS if ALL_KERNELS else ())])
+@pytest.mark.parametrize(("r", "rows"), [*RANKS, *OTHERS] if ALL_KERNELS else [(1, 5), (100, 80)])
 def test_ranks(r, rows, device, force):
     t = inputs((rows,), 520, 528, r, torch.float16, start=r < 128, device=device)
     force("kernel", "steps", "reversed")

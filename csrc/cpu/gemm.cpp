@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "pack.h"
 #include "simd/kernels.h"
 #include "weight_view.h"
 
@@ -18,15 +19,11 @@ namespace {
 // A tile of 96 rows (192 columns for a transposed A) by 256 floats or pairs fits in a core's L2
 // cache together with the part of B that it is multiplied by. On Zen 4 this is faster than 192 x
 // 256 and 96 x 128. Both counts are multiples of kStripRows.
-constexpr int64_t kRowTile = 96, kColumnTile = 192, kMaxDepth = 256;
+constexpr int64_t kRowTile = 96, kColumnTile = 192, kMaxDepth = kMaxPacked;
 // Columns of out that are computed together: their sums fit in the L2 cache too.
 constexpr int64_t kMaxColumns = 256;
 constexpr int64_t kLine = 64;
 constexpr int64_t kPad = 16;  // scalars added to the row stride of a tile, to avoid powers of two
-
-constexpr int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
 
 struct FloatForm {
   using A = float;
@@ -51,49 +48,6 @@ struct PairForm {
   static int lines() { return 2; }
   static void strip(const Strip& s, const Prefetch& p) { pair_kernels()->strip(s, p); }
 };
-
-template <typename T, typename Out>
-void copy_strided(const void* source, int64_t stride, int64_t count, Out* out) {
-  const auto* x = static_cast<const T*>(source);
-  if (stride == 1 && std::is_same_v<T, Out>) {
-    std::memcpy(out, x, count * sizeof(T));
-    return;
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    out[j] = static_cast<Out>(x[j * stride]);
-  }
-}
-
-// Converts `count` <= kMaxDepth entries from `source`, `stride` apart, and multiplies them by
-// `factor`.
-template <typename Out>
-void pack_row(
-    const char* source, c10::ScalarType dtype, int64_t stride, double factor, int64_t count,
-    Out* out) {
-  if (dtype == c10::ScalarType::Double) {
-    copy_strided<double>(source, stride, count, out);
-  } else if (dtype == c10::ScalarType::Float) {
-    copy_strided<float>(source, stride, count, out);
-  } else {
-    uint16_t gathered[kMaxDepth];
-    if (stride != 1) {
-      copy_strided<uint16_t>(source, stride, count, gathered);
-      source = reinterpret_cast<const char*>(gathered);
-    }
-    if constexpr (std::is_same_v<Out, float>) {
-      kernels().widen_row(source, dtype, out, count);
-    } else {
-      float wide[kMaxDepth];
-      kernels().widen_row(source, dtype, wide, count);
-      copy_strided<float>(wide, 1, count, out);
-    }
-  }
-  if (factor != 1.0) {
-    for (int64_t j = 0; j < count; ++j) {
-      out[j] = static_cast<Out>(out[j] * factor);  // the factor may exceed float32's range
-    }
-  }
-}
 
 // tile[i][k] = A(row + i, term k); with pairs, term k consists of the entries 2k and 2k + 1.
 template <typename Form>

@@ -12,6 +12,7 @@ from lora_kernels.triton_kernels import (
     linear,
     loram_init,
     philox,
+    row_norms,
     subtract_dst,
 )
 
@@ -62,6 +63,15 @@ def init(arch: int) -> None:
     loram_init.loram_init_(
         weights, lora_A, lora_B, beta, stats, 16, 1.0, lambda shape: 0.5, None, None
     )
+
+
+def norms(arch: int) -> None:
+    for dtype, r in itertools.product((BF16, FP32, FP64), (16, 32, 128)):
+        right, left = factors(r)
+        weight = of(256, 256, dtype=dtype)
+        for W in (weight, weight.T.contiguous().T):
+            row_norms.row_norms(W, right, left, 1.0)
+    row_norms.row_norms(of(100, 100), of(3, 100, dtype=FP32), of(100, 3, dtype=BF16), 1.0)
 
 
 def dropout(arch: int) -> None:
@@ -159,6 +169,7 @@ CASES = {
         stats,
         subtract,
         init,
+        norms,
         dropout,
         shrink,
         shrink_dropped,

@@ -11,8 +11,10 @@
 #define LORA_VECTOR_BYTES 32
 #define LORA_STRIP_ROWS_1 6
 #define LORA_ISA avx2
+#include "dora_rows.h"
 #include "float_strips.h"
 #include "rows.h"
+#include "squares.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -15,8 +15,10 @@
 #define LORA_STRIP_ROWS_2 12
 #define LORA_STRIP_ROWS_1 24
 #define LORA_ISA avx512
+#include "dora_rows.h"
 #include "float_strips.h"
 #include "rows.h"
+#include "squares.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -55,6 +55,41 @@ struct Prefetch {
                                                               // k / 16, k % 16, and between the two
 };
 
+// Rows of W + a b, of which only the squares are wanted. `a` is packed as [depth][kSquareRows], `b`
+// as [panel][depth][square_bytes], zeros after the last column included. W, a and b are all float32
+// or all float64.
+constexpr int kSquareRows = 8;
+
+struct SquareTile {
+  const void* rows[kSquareRows];  // of W; those from `count` on may be any that can be read
+  int64_t count;
+  const void* a;
+  const void* b;
+  int64_t depth;
+  int64_t columns;  // rows[] can be read up to the end of the panel
+  // Memory of W that will be needed soon, prefetched with each panel; 0: none.
+  uintptr_t ahead = 0;
+  int64_t ahead_row = 0, ahead_panel = 0;  // in bytes
+};
+
+// y = y0 * gain + bias in float32 (float64 if dtype is), rounded once. The gain is float32, or
+// float64 if dtype is; the bias may be null.
+struct DoraRow {
+  const void *y0, *gain, *bias;
+  void* y;
+  c10::ScalarType dtype;
+  int64_t count;
+};
+
+// dy0 = dy * gain; gain_sums += dy * y0; bias_sums += dy. The sums have the gain's type. What is
+// null is not computed.
+struct DoraGradRow {
+  const void *dy, *y0, *gain;
+  void *dy0, *gain_sums, *bias_sums;
+  c10::ScalarType dtype;
+  int64_t count;
+};
+
 struct Kernels {
   // rows[g][j] -= (high[g] low_col[j] - low[g] high_col[j]) / (cosine[g] - cosine_col[j]), in fp32
   // and rounded once to the dtype, which is not float64. Undefined at columns where the divisor of
@@ -76,6 +111,15 @@ struct Kernels {
   void (*strip_f64)(const Strip& strip, const Prefetch& prefetch);
   // out[j] = x[j] in float32; x is bfloat16 or float16
   void (*widen_row)(const void* x, c10::ScalarType dtype, float* out, int64_t count);
+  int square_bytes;  // of a row of a panel
+  // sums[i] += sum_j (W + a b)(i, j)^2 and sizes[i] += sum_j W(i, j)^2, for each of `count` rows
+  void (*row_squares_f32)(const SquareTile& tile, double* sums, double* sizes);
+  void (*row_squares_f64)(const SquareTile& tile, double* sums, double* sizes);
+  // sums[j] += sum_i (W + a b)(i, j)^2 and sizes[j] += sum_i W(i, j)^2, for whole panels
+  void (*column_squares_f32)(const SquareTile& tile, float* sums, float* sizes);
+  void (*column_squares_f64)(const SquareTile& tile, double* sums, double* sizes);
+  void (*dora_scale_row)(const DoraRow& row);
+  void (*dora_scale_grad_row)(const DoraGradRow& row);
 };
 
 // Products of bfloat16 pairs, summed in float32 (AVX512_BF16).

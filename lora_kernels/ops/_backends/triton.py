@@ -104,6 +104,11 @@ def _grouped_linear_backward(
     return backward(grad, x, weight, ends, rows, lora_A, lora_B, *others)
 
 
+def _row_norms(weight: Tensor, right: Tensor, left: Tensor, scaling: float) -> Tensor:
+    norms: Tensor = _module("row_norms").row_norms(weight, right, left, scaling)
+    return norms
+
+
 KERNELS: dict[str, Callable[..., object]] = {
     "_dst_basis_": _dst_basis_,
     "_frobenius_stats": _frobenius_stats,
@@ -113,6 +118,7 @@ KERNELS: dict[str, Callable[..., object]] = {
     "linear_backward": _linear_backward,
     "grouped_linear_forward": _grouped_linear_forward,
     "grouped_linear_backward": _grouped_linear_backward,
+    "_row_norms": _row_norms,
 }
 
 

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils.checks import FLOATS
-from ._backends.library import LIBRARY, define_composite, define_kernel
-from .philox import dropout as drop_elements
+from ..._utils.checks import FLOATS
+from .._backends.library import LIBRARY, define_composite, define_kernel
+from ..philox import dropout as drop_elements
 
 _EXTRAS = "float dropout, Tensor? seed, Tensor? start_A, Tensor? start_B, Tensor? lora_R"
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
@@ -53,7 +53,7 @@ def linear_forward_ref(
     lora_R: Tensor | None,
     col_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(x)  # [M, K]
+    rows = as_rows(x)  # [M, K]
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     z = dropped(rows, dropout, seed, col_offset) @ A.T  # [M, r]
     into_B = z if lora_R is None else z @ lora_R.to(x.dtype).T  # [M, r]
@@ -73,7 +73,7 @@ def linear_forward_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, x.new_empty(_rows(x).shape[0], lora_A.shape[0])
+    return y, x.new_empty(as_rows(x).shape[0], lora_A.shape[0])
 
 
 def linear_plain_ref(
@@ -100,7 +100,7 @@ def linear_backward_ref(
     col_offset: int = 0,
 ) -> tuple[Tensor, ...]:
     needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_R = needs
-    dy, rows = _rows(grad), _rows(x)
+    dy, rows = as_rows(grad), as_rows(x)
     A = lora_A.to(x.dtype)
     dx = dweight = dbias = dA = dB = dR = x.new_empty(0)
     dz = (dy @ lora_B.to(x.dtype)) * scaling  # [M, r]
@@ -196,14 +196,14 @@ def linear(
 ) -> Tensor:
     operands = (x, weight, bias, lora_A, lora_B)
     extras = (scaling, dropout, seed, start_A, start_B)
-    _check(*operands, *extras, lora_R, col_offset)
+    check_linear(*operands, *extras, lora_R, col_offset)
     learned = (*operands, lora_R)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
         return _Linear.apply(*learned, *extras, col_offset)
     return torch.ops.lora.linear_forward(*operands, *extras, lora_R, col_offset)[0]
 
 
-def _check(
+def check_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -288,19 +288,25 @@ def check_operand(
         raise TypeError(f"{name} must be a real float, got {tensor.dtype}")
 
 
+def autocast_copies(
+    device_type: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors cast as torch.autocast does for nn.Linear: floats, except float64."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
+
+
 def _autocast_to(operator: Any, device_type: str) -> Callable[..., Tensor]:
     """`operator` with x, W and b cast as torch.autocast does for nn.Linear, and the rest uncast."""
 
     def with_autocast(
         x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = [
-            t.to(dtype)
-            if t is not None and t.is_floating_point() and t.dtype != torch.float64
-            else t
-            for t in (x, weight, bias)
-        ]
+        cast = autocast_copies(device_type, x, weight, bias)
         with torch.amp.autocast(device_type, enabled=False):
             result: Tensor = operator(*cast, *args, **kwargs)
             return result

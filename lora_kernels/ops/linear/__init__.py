@@ -1,0 +1,23 @@
+"""The layers' operators: `lora::linear`, and DoRA's `lora::row_norms` and `lora::dora_linear`."""
+
+from . import dora as dora
+from . import row_norms as row_norms
+from .lora import (
+    check_operand,
+    check_together,
+    define_autocast,
+    dropped,
+    linear,
+    linear_backward_ref,
+    linear_forward_ref,
+)
+
+__all__ = [
+    "check_operand",
+    "check_together",
+    "define_autocast",
+    "dropped",
+    "linear",
+    "linear_backward_ref",
+    "linear_forward_ref",
+]

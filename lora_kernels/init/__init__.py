@@ -1,28 +1,36 @@
 """Initializers: one file per family of starts, one registry of names."""
 
 from .base import Initializer, get_initializer, initializer_names, register_initializer
-from .data_driven import LoRAGA, LoRAOne, LoRASB
-from .loftq import LoftQ
+from .data_driven import EVA, Activations, CorDA, LoRAGA, LoRANull, LoRAOne, LoRASB
 from .loram import LoRAM
-from .random import Gaussian, InitAB, InitABPlus, InitB, LoRA
-from .spectral import LoRAXS, MiLoRA, OLoRA, PiSSA
+from .quantized import QERA, LoftQ
+from .random import Gaussian, InitAB, InitABPlus, InitB, LoRA, Orthogonal
+from .spectral import KaSA, LoRAXS, MiCA, MiLoRA, OLoRA, PiSSA
 from .start import Start, StartRequest
 
 __all__ = [
+    "EVA",
+    "QERA",
+    "Activations",
+    "CorDA",
     "Gaussian",
     "InitAB",
     "InitABPlus",
     "InitB",
     "Initializer",
+    "KaSA",
     "LoRA",
     "LoRAGA",
     "LoRAM",
+    "LoRANull",
     "LoRAOne",
     "LoRASB",
     "LoRAXS",
     "LoftQ",
+    "MiCA",
     "MiLoRA",
     "OLoRA",
+    "Orthogonal",
     "PiSSA",
     "Start",
     "StartRequest",

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,6 +19,13 @@ from .start import (
     subtract_start_,
     subtract_starts_,
 )
+
+
+class LayerRank(NamedTuple):
+    """The rank of a layer, and the factor of its `lora_alpha` that goes with it."""
+
+    r: int
+    alpha_factor: float = 1.0
 
 
 class Initializer:
@@ -41,6 +48,8 @@ class Initializer:
     - `has_recipe`: the start's A and B follow from its β.
     - `has_R`: the start has an R.
     - `has_diag`: the start has a λ.
+    - `compensates`: the start makes up for a base's quantization error. On a base that is quantized
+      already, `toward(original)` makes it from the weight before quantization.
     - `trains`: which of A and B train, "AB" or "A". If the start has an R, only R trains.
     """
 
@@ -52,6 +61,7 @@ class Initializer:
     has_recipe: bool = False
     has_R: bool = False
     has_diag: bool = False
+    compensates: bool = False
     trains: str = "AB"
 
     @property
@@ -92,7 +102,12 @@ class Initializer:
         return [self(q.weight, q.r, q.scaling, q.gradient) for q in requests]
 
     def __call__(
-        self, weight: Tensor, r: int, scaling: float = 1.0, gradient: Tensor | None = None
+        self,
+        weight: Tensor,
+        r: int,
+        scaling: float = 1.0,
+        gradient: Tensor | None = None,
+        activations: Any = None,
     ) -> Start:
         """`make_start` for these arguments, which `StartRequest` explains.
 
@@ -101,7 +116,8 @@ class Initializer:
 
         """
         refuse_sharded(weight)
-        return self.make_start(StartRequest(weight, r, scaling, gradient))
+        request = StartRequest(weight, r, scaling, gradient, activations=activations)
+        return self.make_start(request)
 
     def starts(
         self,
@@ -123,8 +139,20 @@ class Initializer:
         each = zip(weights, gradients or none, sums or none, activations or none, strict=True)
         return self.make_starts([StartRequest(w, r, scaling, g, s, x) for w, g, s, x in each])
 
+    def layer_ranks(self, requests: Mapping[str, StartRequest]) -> dict[str, LayerRank] | None:
+        """The ranks that this start gives the layers of a model, by name, in place of those that
+        are asked for; None, as most starts return, leaves them. The requests' weights have shapes,
+        but no values. Layers of rank 0 are not adapted.
+        """
+        return None
+
     def absorb_(
-        self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
+        self,
+        weight: Tensor,
+        r: int,
+        scaling: float,
+        gradient: Tensor | None = None,
+        activations: Any = None,
     ) -> Start:
         """The start, with weight ← weight − scaling · B₀A₀ in place if that is not zero.
 
@@ -135,11 +163,18 @@ class Initializer:
 
         """
         refuse_sharded(weight)
-        start = checked(self(weight, r, scaling, gradient), weight, r)
+        measured = () if activations is None else (activations,)
+        start = checked(self(weight, r, scaling, gradient, *measured), weight, r)
         if self.changes_base:
             check_residual_fits(weight, start, scaling)
             self.take_out_(weight, start, scaling)
         return start
+
+    def toward(self, original: Callable[[], Tensor]) -> Initializer:
+        """The start for a base that is quantized already, where `original()` returns the weight W
+        [out, in] that it was made from. Only starts that `compensates` have one.
+        """
+        raise TypeError(f"{type(self).__name__} has no use for the weight before quantization")
 
     def for_embedding(self) -> Initializer:
         """The initializer that an embedding gets in place of this one; by default the same."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,12 @@ class LoRAM(Initializer):
         return _dst_starts(requests[0], betas, squares)
 
     def absorb_(
-        self, weight: Tensor, r: int, scaling: float, gradient: Tensor | None = None
+        self,
+        weight: Tensor,
+        r: int,
+        scaling: float,
+        gradient: Tensor | None = None,
+        activations: Any = None,
     ) -> Start:
         """The start and the subtraction, in one operator with the default options."""
         refuse_sharded(weight)

@@ -153,7 +153,10 @@ class Orthogonal(_Random):
     """
 
     def for_embedding(self) -> Initializer:
-        raise ValueError("Orthogonal is for linear layers, not for embeddings: take another start")
+        raise ValueError(
+            "Orthogonal is for linear layers, not for embeddings: take another start, or leave the "
+            "embedding out with exclude_modules"
+        )
 
     def make_start(self, request: StartRequest) -> Start:
         (rows, cols), r = request.shape, request.r

@@ -27,7 +27,7 @@ class GradientSums:
         self, model: nn.Module, bases: Mapping[str, BaseLayer], device: torch.device | str | None
     ) -> None:
         self._model = model
-        self._copies = _ranks_with_one_batch(model)
+        self._copies = ranks_with_one_batch(model)
         self._names: dict[Tensor, str] = {}
         self._sums: dict[Tensor, Tensor] = {}  # [out, in]
         self._counts: dict[Tensor, int] = {}
@@ -130,7 +130,8 @@ class GradientSums:
             grad = grad.redistribute(placements=weight.placements)  # type: ignore[attr-defined]
         total = local_part(self._sums[weight])
         transposed = self._bases[weight].transposed
-        total.add_(local_part(grad.mT if transposed else grad).to(total.device))
+        own = local_part(grad.mT if transposed else grad)
+        total.add_(own.reshape(total.shape).to(total.device))  # that of a convolution is flattened
         self._counts[weight] += 1
 
     def _of_weights(self, divisors: Mapping[tuple[nn.Module, str], float]) -> dict[Tensor, float]:
@@ -196,7 +197,7 @@ def _checked_weight(name: str, base: BaseLayer) -> Tensor:
     return weight
 
 
-def _ranks_with_one_batch(model: nn.Module) -> int:
+def ranks_with_one_batch(model: nn.Module) -> int:
     """How many processes compute with one batch: those of a mesh of tensor parallelism."""
     layouts = unsharded_layouts(model)
     sizes = {layout.mesh.size() for layout in layouts.values() if layout is not None}

@@ -85,19 +85,19 @@ def capture_gradients(
 def _run(
     model: nn.Module, sums: GradientSums, batches: Iterable[Any], loss: Loss, progress: bool
 ) -> None:
-    count, in_step = 0, sums.in_step and has_ranks()
+    count, waits = 0, sums.in_step and has_ranks()
     batches = tracked(batches, "gradients", progress)
     with sums.collecting(), torch.enable_grad():
-        for count, batch in enumerate(_in_step(batches) if in_step else batches, start=1):
+        for count, batch in enumerate(in_step(batches) if waits else batches, start=1):
             value = loss(model, batch)
-            with together(where=in_step):
+            with together(where=waits):
                 _check_loss(value, count)
             value.backward()
     if not count:
         raise ValueError("batches is empty: there is no gradient to sum")
 
 
-def _in_step(batches: Iterable[Any]) -> Iterator[Any]:
+def in_step(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches, as many on every rank: the forward of a sharded model waits for all ranks.
 
     Raises:
@@ -122,7 +122,7 @@ def _in_step(batches: Iterable[Any]) -> Iterator[Any]:
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The `.loss` of a Hugging Face model's output."""
-    device = _input_device(model)
+    device = input_device(model)
     if isinstance(batch, Tensor) and not batch.is_floating_point():
         if batch.dim() != 2:
             raise ValueError(
@@ -132,7 +132,7 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
         ids = batch.to(device)
         batch = {"input_ids": ids, "labels": ids}
     elif isinstance(batch, Mapping):
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = moved_batch(batch, device)
     else:
         what = f"a {batch.dtype} tensor" if isinstance(batch, Tensor) else type(batch).__name__
         raise TypeError(
@@ -148,7 +148,12 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     return value
 
 
-def _input_device(model: nn.Module) -> torch.device:
+def moved_batch(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on the device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def input_device(model: nn.Module) -> torch.device:
     """The device of the model's inputs. FSDP2 may keep the parameters of another one on the CPU."""
     first: Any = next(model.parameters())
     own: torch.device = first.device

@@ -21,3 +21,22 @@ def real_gradients(real_model, real_linears) -> list[torch.Tensor]:
     ids = torch.randint(real_model.config.vocab_size, (2, 32), generator=generator)
     loss = real_model(ids, labels=ids, use_cache=False).loss
     return list(torch.autograd.grad(loss, [linear.weight for linear in real_linears]))
+
+
+@pytest.fixture(scope="session")
+def real_inputs(real_model, real_linears) -> list[torch.Tensor]:
+    """What `real_linears` get as input [1024, in], for random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(real_model.config.vocab_size, (4, 256), generator=generator)
+    found: dict[nn.Module, torch.Tensor] = {}
+    hooks = [
+        linear.register_forward_pre_hook(
+            lambda module, args: found.update({module: args[0].reshape(-1, args[0].shape[-1])})
+        )
+        for linear in real_linears
+    ]
+    with torch.no_grad():
+        real_model.model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [found[linear] for linear in real_linears]

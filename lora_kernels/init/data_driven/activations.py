@@ -1,5 +1,5 @@
-"""`Activations`: what `capture_activations` measures of a layer's input, and `ActivationSums`, which
-adds up rows of it.
+"""`Activations`: what `capture_activations` measures of a layer's input, and `ActivationSums`,
+which adds up rows of it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..._utils.checks import FLOATS, all_finite, factor_dtype
 from ...ops import svd
+from ..base import Initializer
 from ..start import StartRequest
 from .sketch import FrequentDirections
 
@@ -50,11 +51,15 @@ class Activations:
         """in."""
         return len(self.total)
 
+    def whole_gram(self) -> Tensor:
+        """Σ xᵀx [in, in]; ValueError if there is a sketch in its place."""
+        if self.gram is None:
+            raise ValueError("there is a sketch instead of Σ xᵀx")
+        return self.gram
+
     def moment(self) -> Tensor:
         """Σ xᵀx / N [in, in] in float64."""
-        if self.gram is None:
-            raise ValueError(f"there is a sketch of {len(self.sketch or ())} rows instead of Σ xᵀx")
-        return self.gram.double() / self.count
+        return self.whole_gram().double() / self.count
 
     def variance(self) -> Tensor:
         """Σ ‖x − mean‖² (0-dim float64): the variance of all directions together, times N."""
@@ -83,10 +88,12 @@ class Activations:
 
     def _from_sketch(self, r: int) -> tuple[Tensor, Tensor]:
         """From the span of the sketch's rows and the mean, in which S has all that it says."""
-        if self.sketch is None or r > len(self.sketch):
+        if self.sketch is None:
+            raise ValueError("there is neither Σ xᵀx nor a sketch")
+        if r > len(self.sketch):
             raise ValueError(
-                f"the sketch has {len(self.sketch or ())} rows, too few for {r} principal axes: "
-                f"capture with sketch={2 * r} or more"
+                f"the sketch has {len(self.sketch)} rows, too few for {r} principal axes: capture "
+                f"with sketch={2 * r} or more"
             )
         mean = self.total.double() * self.count**-0.5
         basis, parts = torch.linalg.qr(torch.cat([self.sketch.double(), mean[None]]).mT)
@@ -142,8 +149,21 @@ class ActivationSums:
         return Activations(self.count, total, rest[0], sketch=rows, error=self.sketch.error)
 
 
+class FromActivations(Initializer):
+    """Starts that are made from the inputs of the layer."""
+
+    needs_activations = True
+    grows_with_scaling = False
+
+    def for_embedding(self) -> Initializer:
+        raise ValueError(
+            f"{type(self).__name__} starts from the inputs of a linear layer, and an embedding's "
+            "are token ids: take another start for it, or leave it out with exclude_modules"
+        )
+
+
 def measured(request: StartRequest, method: str, *, needs_gram: bool = True) -> Activations:
-    """The request's activations, on W's device.
+    """The request's activations, checked. They may be on another device than W.
 
     Raises:
         ValueError: there are none, or those of another layer or of no use for `method`.
@@ -164,8 +184,8 @@ def measured(request: StartRequest, method: str, *, needs_gram: bool = True) -> 
             f"activations are of inputs [{found.in_features}], the weight's are [{cols}]: {method} "
             "needs those of this layer"
         )
-    if request.weight.is_meta or found.total.is_meta:
-        raise ValueError(f"{method} reads numbers: weight and activations cannot be on meta")
+    if found.total.is_meta:
+        raise ValueError(f"{method} reads numbers: activations cannot be on meta")
     if needs_gram and found.gram is None:
         raise ValueError(
             f"{method} needs all of Σ xᵀx, and activations have a sketch of it: capture them "

@@ -42,6 +42,12 @@ class FrequentDirections:
         self._compress()
         return self._buffer[: self._filled].clone()
 
+    def empty(self) -> FrequentDirections:
+        """A new sketch like this one, of nothing."""
+        return FrequentDirections(
+            self.size, self._buffer.shape[1], self._buffer.dtype, self._buffer.device
+        )
+
     def copy(self) -> FrequentDirections:
         """A sketch that goes on by itself."""
         other = object.__new__(FrequentDirections)

@@ -1,5 +1,6 @@
 """Starts that make up for a base's quantization error."""
 
 from .loftq import LoftQ
+from .qera import QERA
 
-__all__ = ["LoftQ"]
+__all__ = ["QERA", "LoftQ"]

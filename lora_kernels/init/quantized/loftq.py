@@ -23,9 +23,10 @@ class LoftQ(Initializer):
     of rank r and B₀A₀ = 0.
 
     Li et al., arXiv 2310.08659, algorithm 1, with T = `iterations` (5, as in the paper) and q =
-    `quantizer`: a name that `lora_kernels.init.quantized.quantizers.quantized` knows, or a function from W to
-    its quantized and dequantized values. A and B each get a factor √(σ / s), as in PiSSA. Cost: T
-    truncated SVDs and T passes of the quantizer. No recipe: the layer stores the initial factors.
+    `quantizer`: a name that `lora_kernels.init.quantized.quantizers.quantized` knows, or a function
+    from W to its quantized and dequantized values. A and B each get a factor √(σ / s), as in PiSSA.
+    Cost: T truncated SVDs and T passes of the quantizer. No recipe: the layer stores the initial
+    factors.
 
     ‖W − Q_t − s·B_tA_t‖ falls with every step while r is small relative to W's sizes. At r = 64 and
     a random W of 256 × 192 it rises from the third step on: use fewer steps there.
@@ -49,6 +50,7 @@ class LoftQ(Initializer):
     rewrites_base = True
     reads_weight = True
     grows_with_scaling = False
+    compensates = True
 
     def __post_init__(self) -> None:
         check_quantizer(self.quantizer)
@@ -113,18 +115,23 @@ class _QuantizedBaseLoftQ(Initializer):
 
     def make_start(self, request: StartRequest) -> Start:
         weight = request.weight
-        original = self.original().detach().to(weight.device)
-        if original.shape != weight.shape:
-            raise ValueError(
-                f"the original weight has shape {list(original.shape)}, this one "
-                f"{list(weight.shape)}"
-            )
+        original = original_of(self.original, weight)
         return _best(original, weight, request.r, request.scaling, self.method, self.seed)
 
     def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
         if len(requests) != 1:
             raise ValueError(f"one original weight makes one start, not {len(requests)}")
         return super().make_starts(requests)
+
+
+def original_of(original: Callable[[], Tensor], weight: Tensor) -> Tensor:
+    """The weight before quantization, on the device of `weight`; ValueError for another shape."""
+    found = original().detach().to(weight.device)
+    if found.shape != weight.shape:
+        raise ValueError(
+            f"the original weight has shape {list(found.shape)}, this one {list(weight.shape)}"
+        )
+    return found
 
 
 def _best(original: Tensor, Q: Tensor, r: int, scaling: float, method: str, seed: int) -> Start:

@@ -78,6 +78,8 @@ def moved(start: Start, device: torch.device) -> Start:
     values = {field.name: getattr(start, field.name) for field in fields(start)}
     tensors: dict[str, Any]
     tensors = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
+    if start.taken is not None:
+        tensors["taken"] = (start.taken[0].to(device), start.taken[1].to(device))
     earlier = None if start.earlier is None else moved(start.earlier, device)
     return replace(start, **tensors, earlier=earlier)
 

@@ -92,15 +92,15 @@ class MiCA(_Minor):
 
 
 @dataclass(frozen=True)
-class KaSA(_Minor):
+class KaSA(Factorization):
     """W ← W − U_r S_r V_rᵀ of its r smallest singular triplets; A ~ U(±1/√m) and B = 0 as for LoRA,
     and λ ~ N(0, 1) [r] between them: y = x W′ᵀ + s·x Aᵀ diag(λ) Bᵀ. A, B and λ train.
 
-    Wang et al., arXiv 2412.06071, equations 3 to 8. The r triplets are taken away for good while the
-    adapter is on: the layer starts as its truncated base, not as its base. They are stored, so that
-    `disable_adapters` and `unload_lora` give W back, which PEFT's KaSA cannot.
+    Wang et al., arXiv 2412.06071; PEFT's `KasaLinearVariant`. The r triplets are taken away for
+    good while the adapter is on: the layer starts as its truncated base, not as its base. They are
+    stored, so that `disable_adapters` and `unload_lora` give W back, which PEFT's KaSA cannot.
 
-    The paper adds penalties to the loss: `lora_kernels.training.penalties.kasa_penalty`.
+    The paper adds penalties to the loss: `lora_kernels.optim.kasa_penalty`.
 
     PEFT and this class take away the last r of min(n, m) triplets, as the paper does. The authors'
     code keeps the first m − r of them, so that it takes away fewer of a W with n < m, or none.
@@ -109,10 +109,11 @@ class KaSA(_Minor):
     embedding is refused.
 
     `method` is that of `lora_kernels.svd.minor`. `seed` seeds the SVD and the generator of A and λ;
-    None draws them from torch's global generator.
+    None draws these from torch's global generator.
     """
 
-    seed: int | None = None  # type: ignore[assignment]
+    method: str = "randomized"
+    seed: int | None = None
     changes_base = True
     grows_with_scaling = False
     has_diag = True
@@ -123,7 +124,11 @@ class KaSA(_Minor):
             as_integer(self.seed, "seed")
 
     def for_embedding(self) -> Initializer:
-        raise ValueError("KaSA is for linear layers, not for embeddings: take another start")
+        """Raises ValueError: PEFT has no KaSA for embeddings, and neither has the paper."""
+        raise ValueError(
+            "KaSA is for linear layers, not for embeddings: take another start, or leave the "
+            "embedding out with exclude_modules"
+        )
 
     def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
         weights, r, scaling = batched(requests)

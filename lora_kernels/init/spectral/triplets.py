@@ -87,10 +87,10 @@ def refuse_zero_weights(weights: Sequence[Tensor], method: str) -> list[float]:
 
 
 def refuse_zero_values(
-    S: Sequence[Tensor], weights: Sequence[Tensor], largest: Sequence[float], method: str
+    S: Tensor, weights: Sequence[Tensor], largest: Sequence[float], method: str
 ) -> None:
-    """Raise if one of the smallest singular values S of a weight, whose entries are at most
-    `largest`, is zero.
+    """Raise if one of the smallest singular values S [k, r] of the k weights, whose entries are at
+    most `largest`, is zero.
     """
     for name, values, value in zip(names(list(weights)), S, largest, strict=True):
         r, zeros = len(values), int(torch.le(values, _ZERO * value).sum())
@@ -115,6 +115,15 @@ def refuse_small_rank(S: Tensor, matrix: Tensor, name: str, method: str) -> None
             f"{name} has numerical rank {rank}, less than r = {r}: the other {r - rank} "
             f"components of {method} would start at zero and never train; take r <= {rank}"
         )
+
+
+def refuse_missing_rank(rows: Tensor, request: StartRequest, name: str, method: str) -> None:
+    """`refuse_small_rank` for the products `rows` [r, m] of a matrix of the request's dtype with
+    orthonormal vectors: for starts from a weighted matrix, whose values are small for other reasons
+    too.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=1).sort(descending=True).values
+    refuse_small_rank(norms.to(request.factor_dtype), request.weight, name, method)
 
 
 def split(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Start:

@@ -29,7 +29,8 @@ class StartJob:
 
     def __post_init__(self) -> None:
         if self.base.kind == EMBEDDING:
-            object.__setattr__(self, "initializer", self.initializer.for_embedding())
+            with naming(self.name):
+                object.__setattr__(self, "initializer", self.initializer.for_embedding())
 
     def named(self, matrix: int) -> str:
         """The name of the layer, or of one of its experts."""

@@ -91,12 +91,12 @@ def _matched_data(
 ) -> dict[str, _Data]:
     """The data of each job's layer."""
     initializer = jobs[0].initializer
-    own = _matched(jobs, gradients, "gradients", initializer.needs_gradient)
-    measured = _matched(jobs, activations, "activations", initializer.needs_activations)
+    own = matched(jobs, gradients, "gradients", initializer.needs_gradient)
+    measured = matched(jobs, activations, "activations", initializer.needs_activations)
     return {job.name: _Data(own[job.name], measured[job.name]) for job in jobs}
 
 
-def _matched(
+def matched(
     jobs: Sequence[StartJob], given: Mapping[str, Any] | None, what: str, needed: bool
 ) -> dict[str, Any]:
     """What is `given` for each job's layer; None if the start does not need it."""
@@ -111,6 +111,11 @@ def _matched(
         )
     found = {}
     for job in jobs:
+        if job.base.num_experts is not None and what == "activations":
+            raise ValueError(
+                f"{job.name} holds experts, and nothing measures the inputs of each: {title} is "
+                "for linear layers; leave out target_parameters"
+            )
         name = next((n for n in (job.name, *job.aliases) if n in given), None)
         if name is None:
             raise ValueError(f"{what} has none for {job.name}{nearest(job.name, given)}")

@@ -1,0 +1,151 @@
+"""QERA: factors that make up for a base's quantization error, in the metric of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..._utils.checks import all_finite, as_integer, check_positive
+from ...ops import svd
+from ..base import Initializer, register_initializer
+from ..data_driven.activations import Activations, FromActivations, measured
+from ..spectral.triplets import refuse_missing_rank, refuse_small_rank
+from ..start import Start, StartRequest
+from .loftq import original_of
+from .quantizers import Quantizer, check_quantizer, quantized
+
+_ERROR = "the quantization error W − Q"
+
+
+class _QERA(FromActivations):
+    """The start for an original weight and its quantized values."""
+
+    exact: bool
+    method: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.exact, bool):
+            raise TypeError(f"exact must be True or False, got {self.exact!r}")
+        svd.check_options(self.method)
+        as_integer(self.seed, "seed")
+
+    def _best(self, request: StartRequest, original: Tensor, Q: Tensor) -> Start:
+        """A and B where s·BA is the best approximation of original − Q for the inputs."""
+        found = measured(request, "QERA", needs_gram=self.exact)
+        check_positive(request.scaling, "scaling")
+        if found.count < request.r:
+            raise ValueError(
+                f"activations are of {found.count} inputs, on which no error has the rank "
+                f"r = {request.r}: capture more of them"
+            )
+        error = original.double() - Q.double()
+        weighted = _times_exact(error, found) if self.exact else _times_diagonal(error, found)
+        U, S, _, _ = svd.truncated(weighted, request.r, self.method, seed=self.seed)
+        refuse_small_rank(S, weighted, f"{_ERROR} on the inputs", "QERA")
+        rows = U.mT @ error
+        refuse_missing_rank(rows, request, _ERROR, "QERA")
+        lora_A, lora_B = rows / S[:, None], U * (S / request.scaling)
+        return Start(lora_A.to(request.factor_dtype), lora_B.to(request.factor_dtype))
+
+
+@dataclass(frozen=True)
+class QERA(_QERA):
+    """W ← Q = q(W), and s·BA is the matrix of rank r for which x (W − Q − s·BA)ᵀ is smallest, in
+    the mean of the squares over the layer's inputs x.
+
+    Zhang et al., arXiv 2410.06040, and the authors' code: with (W − Q)R^½ = USVᵀ for R = Σ xᵀx / N
+    (`exact`, theorem 1) or its diagonal alone (`exact=False`, QERA-approx, theorem 2), B = U_r S_r
+    / s and A = V_rᵀR^{−½}. q = `quantizer`, as for `LoftQ`.
+
+    Neither the root nor its inverse is computed: V_rᵀR^{−½} = S_r⁻¹U_rᵀ(W − Q), and U and S are
+    those of (W − Q)F for every F with FFᵀ = R, as a Cholesky factor. So R may be singular, where
+    the authors' code replaces zeros by rounding errors.
+
+    W becomes its quantized values, in W's own dtype, as LoftQ's does, and all that is said there of
+    saving and quantizing it again holds. A base that is quantized already stays as it is: `toward`
+    makes the start for it.
+
+    Cost: a Cholesky factorization of [m, m] (an eigendecomposition if R is singular) and a product
+    of W with it in float64, and a truncated SVD; a sketch is enough for `exact=False`. ValueError
+    if W holds NaN or Inf, or if W − Q has a rank less than r on the inputs.
+
+    `method` and `seed` are those of `lora_kernels.svd.truncated`.
+    """
+
+    quantizer: str | Quantizer = "nf4"
+    exact: bool = True
+    method: str = "randomized"
+    seed: int = 0
+    changes_base = True
+    rewrites_base = True
+    reads_weight = True
+    compensates = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_quantizer(self.quantizer)
+
+    def make_start(self, request: StartRequest) -> Start:
+        weight = request.weight
+        if not all_finite(weight):
+            raise ValueError("weight holds NaN or Inf")
+        start = self._best(request, weight, self._quantized(weight))
+        return Start(start.lora_A, start.lora_B, rewritten=True)
+
+    def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
+        """weight ← q(weight) in place."""
+        weight.copy_(self._quantized(weight))
+
+    def _quantized(self, weight: Tensor) -> Tensor:
+        return quantized(weight, self.quantizer).to(weight.dtype)
+
+    def toward(self, original: Callable[[], Tensor]) -> Initializer:
+        """The start for a base Q that is quantized already, where `original()` returns the weight W
+        [out, in] that Q was made from. Q does not change, and `quantizer` has no effect.
+        """
+        return _QuantizedBaseQERA(original, self.exact, self.method, self.seed)
+
+
+@dataclass(frozen=True)
+class _QuantizedBaseQERA(_QERA):
+    """QERA's start for W = `original()` [out, in] and the weight in the request, dequantized, as Q.
+    Nothing is subtracted.
+    """
+
+    original: Callable[[], Tensor]
+    exact: bool = True
+    method: str = "randomized"
+    seed: int = 0
+    changes_base = False
+    reads_weight = True
+
+    def make_start(self, request: StartRequest) -> Start:
+        return self._best(request, original_of(self.original, request.weight), request.weight)
+
+    def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
+        if len(requests) != 1:
+            raise ValueError(f"one original weight makes one start, not {len(requests)}")
+        return super().make_starts(requests)
+
+
+def _times_exact(error: Tensor, found: Activations) -> Tensor:
+    """The error [n, m] times an F [m, m] with FFᵀ = R."""
+    moment = found.moment().to(error.device)
+    factor, failed = torch.linalg.cholesky_ex(moment)
+    if int(failed):
+        values, vectors = torch.linalg.eigh(moment)
+        factor = vectors * values.clamp_(min=0).sqrt_()
+    return error @ factor
+
+
+def _times_diagonal(error: Tensor, found: Activations) -> Tensor:
+    """The error [n, m] times the roots of R's diagonal."""
+    mean = found.squares.double().to(error.device) / found.count
+    return error * mean.sqrt()
+
+
+register_initializer("qera", QERA)

@@ -1,0 +1,82 @@
+"""Ranks that a start distributes anew over the layers of a model (EVA)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..._utils.names import pattern_matches
+from ...init.base import Initializer, LayerRank
+from ...init.start import StartRequest
+from ...layers.options import DEFAULT_ALPHA
+from ..config import LoRAConfig
+from ..selection import Selection
+from .job import StartJob
+from .make import matched
+
+
+def redistributed(
+    config: LoRAConfig, selection: Selection, activations: Mapping[str, Any] | None
+) -> tuple[LoRAConfig, Selection]:
+    """The configuration and the layers to adapt with the ranks that the initializer gives them, by
+    whole names in `rank_pattern` and `alpha_pattern`, and in `target_modules` if some get none.
+
+    Raises:
+        ValueError, TypeError: activations are missing or of no use; the layer is named.
+
+    """
+    initializer = config.initializer
+    if type(initializer).layer_ranks is Initializer.layer_ranks:
+        return config, selection
+    jobs = [
+        StartJob(
+            name,
+            base,
+            initializer,
+            config.layer_rank(name),
+            config.layer_scaling(name),
+            aliases=selection.aliases[name],
+        )
+        for name, base in selection.layers.items()
+    ]
+    measured = matched(jobs, activations, "activations", initializer.needs_activations)
+    ranks = initializer.layer_ranks({job.name: _request(job, measured[job.name]) for job in jobs})
+    if ranks is None:
+        return config, selection
+    return _with_ranks(config, ranks), _without(selection, ranks, type(initializer).__name__)
+
+
+def _request(job: StartJob, activations: Any) -> StartRequest:
+    weight = torch.empty(job.base.shape, device="meta")
+    return StartRequest(weight, job.r, job.scaling, activations=activations)
+
+
+def _with_ranks(config: LoRAConfig, ranks: Mapping[str, LayerRank]) -> LoRAConfig:
+    """The configuration that gives every layer its rank, and its α."""
+    kept = {name: rank for name, rank in ranks.items() if rank.r}
+    alphas = {name: config.layer_alpha(name) * rank.alpha_factor for name, rank in kept.items()}
+    usual = DEFAULT_ALPHA[config.scaling_rule] if config.lora_alpha is None else config.lora_alpha
+    # The first pattern that matches counts, and a name matches longer ones that end in it.
+    longest_first = sorted(kept, key=len, reverse=True)
+    return replace(
+        config,
+        rank_pattern={_pattern(n): kept[n].r for n in longest_first if kept[n].r != config.r},
+        alpha_pattern={_pattern(n): alphas[n] for n in longest_first if alphas[n] != usual},
+        target_modules=config.target_modules if len(kept) == len(ranks) else tuple(kept),
+    )
+
+
+def _pattern(name: str) -> str:
+    """The name as a regular expression: itself, where that means the same."""
+    return name if pattern_matches(name, name) else re.escape(name)
+
+
+def _without(selection: Selection, ranks: Mapping[str, LayerRank], title: str) -> Selection:
+    """The selection without the layers of rank 0."""
+    layers = {name: base for name, base in selection.layers.items() if ranks[name].r}
+    none = {name: f"{title} gave it rank 0" for name in selection.layers if name not in layers}
+    return replace(selection, layers=layers, skipped={**selection.skipped, **none})

@@ -1,0 +1,216 @@
+"""`capture_activations`: what is known of the inputs of layers, for the starts that are made from
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .._utils.checks import as_integer
+from .._utils.names import ALL_LINEAR
+from .._utils.progress import tracked
+from ..init import Activations
+from ..init.data_driven.inputs import InputSums
+from ..init.sharded.agree import has_ranks, together
+from ..init.sharded.layout import is_sharded
+from ..layers.base import BaseLayer
+from ..layers.kinds import NAMED_KINDS
+from ..model.install.sharded.fsdp import reshard
+from ..model.selection import Targets, find_targets
+from .gradient_sums import ranks_with_one_batch
+from .gradients import in_step, input_device, moved_batch
+
+Forward = Callable[[nn.Module, Any], Any]
+_IGNORED = -100  # the label of positions that have no loss
+
+
+def capture_activations(
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Targets = ALL_LINEAR,
+    *,
+    forward: Forward | None = None,
+    sketch: int | None = None,
+    use_attention_mask: bool = True,
+    use_label_mask: bool = False,
+    device: torch.device | str | None = "cpu",
+    progress: bool = True,
+) -> dict[str, Activations]:
+    """Sums over all inputs x of every target: their number, Σ x, Σ xᵀx; collected in the forward.
+
+    Layers that get the same tensor, such as q, k and v, share one object, for which each input is
+    added once. A target gets [in, in] float32 numbers (float64 from a float64 input), or with a
+    sketch 2 · `sketch` · [in], however many batches there are. The model runs in evaluation mode
+    without gradients. Afterwards, also if a batch raises, its modes and hooks are the same as
+    before.
+
+    If `torch.distributed` is initialized, the sums of all ranks are added; every rank must pass the
+    same targets. The model may be sharded by FSDP2 (`fully_shard`) or by tensor parallelism; then
+    every rank must pass the same number of batches, under tensor parallelism the same batches. A
+    layer whose input tensor parallelism has sharded is refused.
+
+    Where a batch has an "attention_mask" [batch, length], inputs [batch, length, in], or these with
+    the first two dimensions in one, are left out at the positions where it is 0. Inputs of other
+    sizes are not: those that a mixture of experts has sorted by expert, and pooled ones.
+
+    Args:
+        model: a model not wrapped in `DistributedDataParallel`; quantized layers are fine.
+        batches: dicts, for `model(**batch)`, or tensors, for `model(batch)`. They are moved to the
+            model's device. Other batches need `forward`.
+        targets: as in `lora_kernels.model.selection.find_targets`. Embeddings, convolutions,
+            `nn.MultiheadAttention` and the 3-D parameters of experts have no such inputs.
+        forward: a function `forward(model, batch)` that runs the model.
+        sketch: the rows of a `FrequentDirections` sketch to take in place of Σ xᵀx. EVA and
+            QERA(exact=False) can start from it, other starts cannot.
+        use_attention_mask: whether to leave padding out.
+        use_label_mask: whether to leave out the positions where "labels" [batch, length] is -100
+            too, as PEFT's EVA does by default.
+        device: the device of the sums: "cpu", another device, or None for each input's own.
+        progress: whether to show a bar; needs rich, and a terminal as standard error.
+
+    Returns:
+        {name: Activations}; all names of a layer have the same object.
+
+    Raises:
+        ValueError: no batch; an input that is not finite or sharded; a target that no batch
+            reached; a mask of another shape; unknown targets; ranks with other numbers of batches.
+        TypeError: a target that has no such inputs, a batch of the wrong type, or a
+            `DistributedDataParallel` model.
+        RuntimeError: another rank failed.
+
+    """
+    if isinstance(model, DistributedDataParallel):
+        raise TypeError("model is wrapped in DistributedDataParallel: pass model.module")
+    if sketch is not None:
+        sketch = as_integer(sketch, "sketch", minimum=1)
+    reshard(model)
+    bases = find_targets(model, targets)
+    for name, base in bases.items():
+        _check_target(name, base)
+    together_in_step = any(map(is_sharded, model.parameters()))
+    layers = {name: (base.module, base.shape[1]) for name, base in bases.items()}
+    sums = InputSums(layers, sketch, device)
+    masks = _Masks(model, use_attention_mask, use_label_mask)
+    with together(where=not together_in_step, what="capture_activations"):
+        _run(model, sums, batches, forward or _forward, masks, together_in_step, progress)
+    if has_ranks():
+        sums.reduce(ranks_with_one_batch(model), input_device(model))
+    return sums.results()
+
+
+def _run(
+    model: nn.Module,
+    sums: InputSums,
+    batches: Iterable[Any],
+    forward: Forward,
+    masks: _Masks,
+    sharded: bool,
+    progress: bool,
+) -> None:
+    count = 0
+    batches = tracked(batches, "activations", progress)
+    stepped = in_step(batches) if sharded and has_ranks() else batches
+    # Tensors of inference mode have no version, by which a change in place is noticed.
+    with torch.inference_mode(False), torch.no_grad(), _evaluating(model), sums.collecting():
+        try:
+            for batch in stepped:
+                count += 1
+                sums.mask = masks.of(batch)
+                forward(model, batch)
+                sums.settle()
+        finally:
+            _reshard_if_possible(model)
+    if not count:
+        raise ValueError("batches is empty: there is no input to measure")
+
+
+def _reshard_if_possible(model: nn.Module) -> None:
+    """Lets FSDP2 hold the shards again, unless an error has interrupted a forward."""
+    with suppress(RuntimeError):
+        reshard(model)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the context, all modules are in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    device = input_device(model)
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))
+    if isinstance(batch, Mapping):
+        return model(**moved_batch(batch, device))
+    raise TypeError(
+        f"a batch is {type(batch).__name__}; without forward=, it must be a dict or a tensor"
+    )
+
+
+class _Masks:
+    """Which positions of a batch are inputs."""
+
+    def __init__(self, model: nn.Module, attention: bool, labels: bool) -> None:
+        config = getattr(model, "config", None)
+        self._has_two = bool(getattr(config, "is_encoder_decoder", False))
+        self._attention, self._labels = attention, labels
+
+    def of(self, batch: Any) -> Tensor | None:
+        """A bool mask [batch, length]; None if all positions are."""
+        if not isinstance(batch, Mapping):
+            return None
+        mask = self._found(batch, "attention_mask", 0) if self._attention else None
+        labels = self._found(batch, "labels", _IGNORED) if self._labels else None
+        if mask is None or labels is None:
+            return labels if mask is None else mask
+        if mask.shape != labels.shape:
+            raise ValueError(
+                f"attention_mask is {list(mask.shape)} and labels are {list(labels.shape)}: one "
+                "does not mask the other"
+            )
+        return mask & labels
+
+    def _found(self, batch: Mapping[str, Any], key: str, left_out: int) -> Tensor | None:
+        found = batch.get(key)
+        if found is None:
+            return None
+        mask = found != left_out
+        if bool(mask.all()):
+            return None
+        if self._has_two:
+            raise ValueError(
+                f"{key} masks positions, but not the same ones of encoder and decoder: give "
+                "batches without padding, or switch the mask off"
+            )
+        if mask.dim() != 2:
+            raise ValueError(
+                f"{key} is {list(mask.shape)}, not [batch, length]: switch the mask off with "
+                "use_attention_mask=False or use_label_mask=False, or give forward= batches that "
+                "are no dicts"
+            )
+        return mask
+
+
+def _check_target(name: str, base: BaseLayer) -> None:
+    """Raises TypeError if the layer is not called with rows x of which it computes x Wᵀ."""
+    if base.num_experts is not None:
+        raise TypeError(
+            f"{name!r} holds experts: nothing measures the inputs of each; take linear layers"
+        )
+    if base.kind in NAMED_KINDS:
+        raise TypeError(
+            f"{name!r} is {type(base.module).__name__}, which has no inputs x of x Wᵀ: take linear "
+            "layers"
+        )

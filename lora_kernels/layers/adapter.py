@@ -158,6 +158,8 @@ class Adapter(WithStart, nn.Module):
             )
         if self.r != state.r:
             raise ValueError(f"its rank is {self.r}, the new one has {state.r}: {_LOAD}")
+        if (self.kernel, self.groups) != (state.kernel, state.groups):
+            raise ValueError("its layer's kernels or groups are others than the new one's")
         for name in TRAINED:
             _check_same(name, getattr(self, name), getattr(state, name))
         if state.changes_base and not self._subtracts:

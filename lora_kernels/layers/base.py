@@ -119,6 +119,14 @@ class BaseLayer:
         """The name of the weight, of the layer called `name`."""
         return f"{name}.weight"
 
+    @property
+    def geometry(self) -> tuple[tuple[int, ...], int]:
+        """The sizes of a convolution's kernels, and its groups; () and 1 of other layers."""
+        if self.kind != CONVOLUTION:
+            return (), 1
+        layer: ForeignLayer = self.layer
+        return tuple(layer.kernel_size), layer.groups
+
     def pattern_name(self, name: str) -> str:
         """The name that `rank_pattern` and `alpha_pattern` match for the layer called `name`: an
         attention's for its `out_proj`, as in PEFT.
@@ -195,8 +203,8 @@ class _Unsharded(BaseLayer):
 
 
 class ConvolutionLayer(_Unsharded):
-    """A convolution, whose weight [out, in / groups, k ...] is the matrix [out, in / groups · k ...]
-    if it is flattened.
+    """A convolution, whose weight [out, in / groups, k ...] is, flattened, the matrix
+    [out, in / groups · k ...].
     """
 
     @property

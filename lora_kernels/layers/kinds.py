@@ -179,8 +179,7 @@ def why_not_attention(module: nn.MultiheadAttention) -> str | None:
     if not module._qkv_same_embed_dim:
         return "its queries, keys and values have different sizes (kdim, vdim)"
     weight = module._parameters.get("in_proj_weight")
-    is_own = weight is not None and (type(weight) is nn.Parameter or is_dtensor(weight))
-    if is_parametrized(module) or not is_own or weight.dtype not in FLOATS:
+    if is_parametrized(module) or weight is None or weight.dtype not in FLOATS:
         return "its in_proj_weight is computed or not of a floating-point type"
     if out_proj is None or kind_of(out_proj) != OUT_PROJECTION:
         return "its out_proj is replaced, or has no floating-point weight of its own"

@@ -113,6 +113,19 @@ class LayerState(WithStart):
         """(out, in) of the layer, or of each expert."""
         return self.lora_B.shape[-2], self.lora_A.shape[-1]
 
+    def stored_shape(self, transposed: bool = False) -> tuple[int, ...]:
+        """The shape of the layer's weight in a model; `transposed`: it is stored as [in, out]."""
+        rows, cols = self.shape
+        if self.kernel:
+            return (rows, cols // math.prod(self.kernel), *self.kernel)
+        return (cols, rows) if transposed or self.embedding else (rows, cols)
+
+    def matrix_of(self, weight: Tensor, transposed: bool = False) -> Tensor:
+        """A view [out, in] of a contiguous weight that has the `stored_shape`."""
+        if self.kernel:
+            return weight.view(len(weight), -1)
+        return weight.T if transposed or self.embedding else weight
+
     def expert(self, index: int) -> LayerState:
         """The state of one of the experts, with views of the tensors."""
 
@@ -149,22 +162,22 @@ class LayerState(WithStart):
         return product_factors(self.lora_A, self.lora_B, self.middle(), self.start_factors())
 
     @torch.no_grad()
-    def add_to_(self, weight: Tensor, rows: slice = slice(None)) -> None:
+    def add_to_(self, weight: Tensor) -> None:
         """W ← V = W + s·B'A' in place, or (m ⊘ ‖V‖) ∘ V if there are magnitudes; in float32 or
-        wider, rounded once, by blocks of rows. W is the original base's [out, in], of any strides,
-        or those of its `rows`.
+        wider, rounded once, by blocks of rows. W is the original base's, [out, in] of any strides.
         """
         right, left = (factor.to(weight.device) for factor in self.update_factors())
-        left, gain = left[rows], None
+        gain = None
         if self.lora_magnitude is not None:
             norms = torch.ops.lora.row_norms(weight, right, left, self.scaling)
-            gain = row_gain(self.lora_magnitude[rows].to(weight.device), norms)
+            gain = row_gain(self.lora_magnitude.to(weight.device), norms)
         subtract_factors_(weight, right, left, -self.scaling, gain)
 
     @torch.no_grad()
     def portable_factors(self) -> tuple[Tensor, Tensor]:
         """A' [k, in] and s·B' [out, k], whose product is the update (V − W_base if there are
-        magnitudes), and which may be rounded to 16 bits: those of `update_factors`, or if their parts cancel, those of an SVD.
+        magnitudes), and which may be rounded to 16 bits: those of `update_factors`, or if their
+        parts cancel, those of an SVD.
         """
         if self.experts is not None:
             pairs = [self.expert(e).portable_factors() for e in range(self.experts)]

@@ -60,7 +60,8 @@ class TestKinds:
         pruned = random_unstructured(nn.Linear(3, 4), "weight", 0.5)
         odd = nn.MultiheadAttention(4, 1).out_proj
         norm = nn.LayerNorm(3)
-        computed = (parametrised, pruned, odd, norm, nn.Bilinear(2, 3, 4), nn.EmbeddingBag(3, 4))
+        assert kind_of(odd) == "attention_out"
+        computed = (parametrised, pruned, norm, nn.Bilinear(2, 3, 4), nn.EmbeddingBag(3, 4))
         for module in (*computed, LoRALinear(8, 8), nn.Sequential(nn.Linear(3, 4))):
             assert kind_of(module) is None
         assert kind_of(nn.Embedding(3, 4)) == "embedding"

@@ -12,6 +12,8 @@ from lora_kernels import LoRALinear
 from lora_kernels.init import LoRAM, get_initializer, initializer_names
 from lora_kernels.layers.options import RULES, lora_scaling
 
+from ..support.running import layer_data
+
 ZERO = {"init_lora_weights": "lora"}
 
 
@@ -72,7 +74,11 @@ def test_the_number_is_no_rule(value):
 
 
 # Zero, or divided by s, or (LoRA-XS) a hundred-thousandth.
-FIT = {"lora", "init_b", "gaussian", "pissa", "milora", "lora_xs", "lora_sb", "loftq"}
+FIT = {
+    *("lora", "init_b", "gaussian", "orthogonal", "mica", "eva"),
+    *("pissa", "milora", "kasa", "corda", "lora_null", "loftq", "qera"),
+    *("lora_xs", "lora_sb"),
+}
 
 
 @pytest.mark.parametrize("initializer", [*initializer_names(), LoRAM(track="pissa")], ids=str)
@@ -84,30 +90,29 @@ def test_alpha_sqrt_and_the_start(initializer, residual, device):
     linear = nn.Linear(200, 160).to(device)
     original, before = nn.Linear(200, 160).to(device), linear.weight.detach().clone()
     original.load_state_dict(linear.state_dict())
-    needs = get_initializer(initializer).needs_gradient
     options = {
         "r": 16,
         "scaling": "alpha_sqrt",
         "init_lora_weights": initializer,
         "residual": residual,
-        "gradient": torch.randn(160, 200).to(device) if needs else None,
+        **layer_data(get_initializer(initializer), before),
     }
     if initializer not in FIT and initializer != LoRAM(track="pissa"):
         with pytest.raises(ValueError, match=r"by s = 64: s·B₀A₀ would dwarf .*'lora', 'gaussian'"):
             LoRALinear.from_linear(linear, **options)
         assert torch.equal(linear.weight, before) and linear.weight.requires_grad
         return
-    if initializer == "loftq" and residual == "implicit":
-        with pytest.raises(ValueError, match=r"LoftQ.* and residual='absorb'"):
+    if get_initializer(initializer).rewrites_base and residual == "implicit":
+        with pytest.raises(ValueError, match=r"(LoftQ|QERA).* and residual='absorb'"):
             LoRALinear.from_linear(linear, **options)
         assert torch.equal(linear.weight, before) and linear.weight.requires_grad
         return
     layer = LoRALinear.from_linear(linear, **options)
     x = torch.randn(4, 200).to(device)
     y = original(x)
-    # LoRA-XS starts with s · 1e-5 of W: 64e-5; LoftQ with 4 bits of it, less what A and B make up
-    # for; the others with float32's rounding.
-    room = {"lora_xs": 5e-3, "loftq": 0.1}.get(initializer, 1e-4)
+    # LoRA-XS starts with s · 1e-5 of W: 64e-5; LoftQ and QERA with 4 bits of it, less what A and B
+    # make up for; KaSA without its 16 smallest components; the others with float32's rounding.
+    room = {"lora_xs": 5e-3, "loftq": 0.1, "qera": 0.1, "kasa": 0.1}.get(initializer, 1e-4)
     assert (layer(x) - y).norm() <= room * y.norm()
 
 

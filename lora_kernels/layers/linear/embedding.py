@@ -25,9 +25,9 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # a
 
     Only the rows that are looked up are read: a forward adds a product of rank r (2r if it
     subtracts initial factors), in float32 (float64 over a float64 base), also under autocast. A's
-    gradient is dense, [r, V]. DoRA's magnitudes [D] scale the columns of the table, so that every
-    forward reads all of it for their norms. Until the first step, y is W[i] bit for bit ("implicit") or to one
-    rounding ("absorb").
+    gradient is dense, [r, V]. Until the first step, y is W[i] bit for bit ("implicit") or to one
+    rounding ("absorb"). DoRA's magnitudes [D] are those of the columns of the table W: every forward
+    reads all of it for their norms.
 
     As in PEFT: `lora_dropout` has no effect, for there is no input to drop; the column of A at
     `padding_idx` gets no gradient; and where a model's subclass multiplies by `embed_scale`, the

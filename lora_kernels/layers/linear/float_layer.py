@@ -296,8 +296,8 @@ class AdaptedFloatLayer(AdaptedLayer):
         """A new layer of the original kind, with the active adapter merged.
 
         Its weight is W + s·(BA − B₀A₀), with BRA for BA if there is an R, and with rows of the
-        norms m if there are magnitudes; it is computed in float32 or wider and rounded once. A bias of B is merged into the layer's bias, which the
-        layer gets if it had none.
+        norms m if there are magnitudes; it is computed in float32 or wider and rounded once. A bias
+        of B is merged into the layer's bias, which the layer gets if it had none.
 
         Raises:
             ValueError: W is sharded.

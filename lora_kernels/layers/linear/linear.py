@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._utils.checks import check_weight
-from ...init import Initializer, get_initializer
+from ...init import Activations, Initializer, get_initializer
 from ...init.sharded.layout import ADAPT_MODEL, is_sharded
 from ...init.start import checked
 from ..adapted import AdaptedLayer, transplant
@@ -50,6 +50,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         use_dora: whether magnitudes are trained too.
         residual: "absorb" or "implicit".
         gradient: ∂loss/∂W [out, in], for the starts that are computed from it.
+        activations: what was measured of the inputs, for the starts that are computed from it.
 
     Raises:
         ValueError: a value out of range, an unknown name, a weight that is zero or not finite.
@@ -75,6 +76,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         use_dora: bool = False,
         residual: str = "absorb",
         gradient: Tensor | None = None,
+        activations: Activations | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -91,7 +93,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
             residual=residual,
             use_dora=use_dora,
         )
-        self._adapt(initializer, options, gradient)
+        self._adapt(initializer, options, gradient, activations)
 
     @classmethod
     def from_linear(
@@ -107,6 +109,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         use_dora: bool = False,
         residual: str = "absorb",
         gradient: Tensor | None = None,
+        activations: Activations | None = None,
     ) -> LoRALinear:
         """An adapted layer that uses the weight and bias of `linear` and freezes them.
 
@@ -136,7 +139,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
             use_dora=use_dora,
         )
         layer = cls.over(linear)
-        layer._adapt(initializer, options, gradient)
+        layer._adapt(initializer, options, gradient, activations)
         transplant(linear, layer)
         return layer
 
@@ -151,18 +154,25 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
 
     @torch.no_grad()
     def _adapt(
-        self, initializer: Initializer, options: AdapterOptions, gradient: Tensor | None
+        self,
+        initializer: Initializer,
+        options: AdapterOptions,
+        gradient: Tensor | None,
+        activations: Activations | None,
     ) -> None:
         """Makes the start of this layer's first adapter and attaches it."""
         check_weight(self.weight)
         check_startable(self.weight, self.weight, options.r, initializer)
         if gradient is not None and not initializer.needs_gradient:
             raise ValueError(f"{type(initializer).__name__} has no use for a gradient")
+        if activations is not None and not initializer.needs_activations:
+            raise ValueError(f"{type(initializer).__name__} has no use for activations")
         r, scaling = options.r, options.scaling
+        data = (gradient,) if activations is None else (gradient, activations)
         if options.residual == "absorb":
-            start = initializer.absorb_(self.weight, r, scaling, gradient)
+            start = initializer.absorb_(self.weight, r, scaling, *data)
         else:
-            start = checked(initializer(self.weight, r, scaling, gradient), self.weight, r)
+            start = checked(initializer(self.weight, r, scaling, *data), self.weight, r)
         adapter = Adapter(options, start, initializer.changes_base)
         self.attach("default", adapter)
         if options.use_dora:

@@ -32,7 +32,10 @@ _PREPARING = (
     *("post_init", "prune_heads", "reset_parameters", "resize_token_embeddings"),
     *("set_input_embeddings", "set_output_embeddings", "tie_weights"),
 )
-_PREPARING_PREFIXES = ("_init", "init_", "_load", "load_", "_prune", "_resize", "_tie", "from_")
+_PREPARING_PREFIXES = (
+    *("_init", "init_", "_load", "load_", "_prune", "_resize", "_tie", "from_"),
+    *("fuse_", "unfuse_"),  # diffusers' way to join projections, before or after a run
+)
 _ITERATING = ("enumerate", "iter", "list", "reversed", "sorted", "tuple", "zip")
 _ITERATING_METHODS = ("children", "items", "named_children", "values")
 _DEPTH = 3  # of functions that are given a module

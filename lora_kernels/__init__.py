@@ -16,7 +16,9 @@ from .files.adapter.hotswap import hotswap_adapter
 from .files.adapter.saving import load_adapter, save_adapter
 from .layers.linear import LoRALinear
 from .model.config import LoRAConfig
+from .model.install.per_row import adapters_per_row
 from .model.install.starting import start_adapters
+from .model.install.weighted import add_weighted_adapter
 from .model.lora import (
     adapter_names,
     add_lora,
@@ -29,6 +31,7 @@ from .model.lora import (
 from .model.selection.expert_rank import with_expert_rank
 from .ops import svd
 from .training import magnitude, optim, rescaling, trainer
+from .training.activations import capture_activations
 from .training.gradients import capture_gradients
 from .training.optim import lora_plus_groups
 
@@ -37,7 +40,10 @@ __all__ = [
     "LoRALinear",
     "__version__",
     "adapter_names",
+    "adapters_per_row",
     "add_lora",
+    "add_weighted_adapter",
+    "capture_activations",
     "capture_gradients",
     "disable_adapters",
     "enable_adapters",

@@ -67,6 +67,7 @@ from .plan import LayerPlan, check_norms, plan_layers, plan_starts, plan_states
 from .report import LoRAReport, make_report
 from .selection import select_layers, with_task_head
 from .starts import first_rank_loads, load_from_first_rank, naming
+from .starts.ranks import redistributed
 
 
 def add_lora(
@@ -96,8 +97,9 @@ def add_lora(
             computed from gradients.
         activations: {layer name: what was measured of the layer's input} from
             `capture_activations`, for starts that are computed from it.
-        original_weights: the weights of a quantized model before quantization, for LoftQ: a dict
-            {name: W [out, in]}, or the path of a checkpoint, whose tensors are read one at a time.
+        original_weights: the weights of a quantized model before quantization, for LoftQ and QERA:
+            a dict {name: W [out, in]}, or the path of a checkpoint, whose tensors are read one at a
+            time.
         progress: whether to show a bar; needs rich, and a terminal as standard error.
 
     Returns:
@@ -121,6 +123,7 @@ def add_lora(
     check_absorbed(model, record)
     config = with_task_head(model, config)
     selection = select_layers(model, config)
+    config, selection = redistributed(config, selection, activations)
     saved = saved_places(model, config.modules_to_save)
     originals = None if original_weights is None else OriginalWeights(original_weights)
     one_loads = first_rank_loads(selection.layers.values())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._utils.checks import factor_dtype, overlaps
 from .._utils.names import nearest, without_wrappers
-from ..init import Initializer, LoftQ
+from ..init import Initializer
 from ..init.sharded.agree import shared
 from ..init.sharded.subtract import subtract_start_here_
 from ..init.sharded.sums import sums_of
@@ -285,6 +285,7 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
         if not lacks:
             base.refuse_sharded(name)
         _check_embedding(name, layer, base)
+        _check_convolution(name, layer, base)
         found = _sizes(layer.experts, layer.shape)
         expected = _sizes(base.num_experts, base.shape)
         if found != expected:
@@ -348,6 +349,20 @@ def _check_embedding(name: str, layer: LayerState, base: BaseLayer) -> None:
         )
 
 
+def _check_convolution(name: str, layer: LayerState, base: BaseLayer) -> None:
+    """Raises ValueError unless both are of convolutions with the same kernels and groups, or
+    neither is.
+    """
+    if (layer.kernel, layer.groups) != base.geometry:
+        theirs, ours = (
+            f"a convolution with kernels {list(kernel)} and groups = {groups}"
+            if kernel
+            else "no convolution"
+            for kernel, groups in ((layer.kernel, layer.groups), base.geometry)
+        )
+        raise ValueError(f"the adapter's {name} is {theirs}, this model's is {ours}")
+
+
 def _sizes(experts: int | None, shape: tuple[int, int]) -> list[int]:
     """The sizes of a weight; those of experts begin with their number."""
     return [*shape] if experts is None else [experts, *shape]
@@ -384,18 +399,19 @@ def check_norms(plans: Sequence[LayerPlan]) -> None:
 def _initializer(
     name: str, base: BaseLayer, initializer: Initializer, originals: OriginalWeights | None
 ) -> Initializer:
-    """The initializer for this layer: on a quantized base, LoftQ is given the original weight, so
+    """The initializer for this layer: on a quantized base, LoftQ or QERA gets the original weight, so
     that it can approximate the quantization error.
     """
-    if originals is not None and not isinstance(initializer, LoftQ):
+    if originals is not None and not initializer.compensates:
         raise ValueError(f"{type(initializer).__name__} has no use for original_weights")
-    if base.rewritable or not isinstance(initializer, LoftQ):
+    if base.rewritable or not initializer.compensates:
         return initializer
     if originals is None:
         raise ValueError(
             f"{name} is quantised already ({base.kind}): without the weight that it was made from, "
-            "LoftQ has no quantisation error to compensate for. Pass original_weights=, the folder "
-            "or the state_dict of the model that was quantised, or adapt that model"
+            f"{type(initializer).__name__} has no quantisation error to compensate for. Pass "
+            "original_weights=, the folder or the state_dict of the model that was quantised, or "
+            "adapt that model"
         )
     originals.find(name)
     return initializer.toward(lambda: originals.weight(name, base))

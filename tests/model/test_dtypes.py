@@ -19,11 +19,12 @@ from lora_kernels import (
     set_adapter,
     unload_lora,
 )
-from lora_kernels.init import initializer_names
+from lora_kernels.init import Activations, get_initializer, initializer_names
 from lora_kernels.layers.wrapper import LoRAWrapper
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_state
 
+from ..support.exhaustive import paired
 from ..support.packages import needs_transformers
 from ..support.running import logits, move, quiet, token_ids
 from ..support.tiny_models import gpt2, llama
@@ -31,8 +32,10 @@ from ..support.tiny_models import gpt2, llama
 pytestmark = needs_transformers
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
-NAMES = [n for n in initializer_names() if n != "loftq"]  # LoftQ needs the weight before
-STARTS_AS_BASE = [n for n in NAMES if n not in ("init_ab_plus", "lora_one", "lora_sb", "lora_xs")]
+# LoftQ and QERA need the weight before quantization.
+NAMES = [n for n in initializer_names() if not get_initializer(n).rewrites_base]
+# These change the model's outputs on purpose, or (orthogonal) by the rounding of A and B.
+CHANGING = ("init_ab_plus", "kasa", "lora_one", "lora_sb", "lora_xs", "orthogonal")
 # Two layers of 16 columns, on outputs of size 1.
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
@@ -143,9 +146,8 @@ def test_hooks_that_move_a_layer_move_its_factors():
 
 
 class TestFloat8:
-    @pytest.mark.parametrize("name", NAMES)
-    @pytest.mark.parametrize("stored", FLOAT8)
-    def test_starts(self, stored, name):
+    @pytest.mark.parametrize(("name", "stored"), paired(NAMES, FLOAT8))
+    def test_starts(self, name, stored):
         self.check(stored_net(with_hooks, stored), torch.float32, name)
 
     @pytest.mark.parametrize("how", [with_hooks, with_accelerate, as_diffusers_does, "block"])
@@ -175,10 +177,13 @@ class TestFloat8:
             n: torch.randn(rows, 16, generator=generator) for n, rows in (("a", 16), ("b", 8))
         }
         config = LoRAConfig(r=4, init_lora_weights=name)
-        needed = gradients if config.initializer.needs_gradient else None
-        quiet(model, config, gradients=needed)
+        data = {"gradients": gradients} if config.initializer.needs_gradient else {}
+        if config.initializer.needs_activations:
+            inputs = torch.randn(64, 16, generator=generator)
+            data = {"activations": {n: Activations.of(inputs) for n in ("a", "b")}}
+        quiet(model, config, **data)
         assert all(isinstance(layer, LoRAWrapper) for layer in adapted_layers(model).values())
-        if name in STARTS_AS_BASE:
+        if name not in CHANGING:
             assert torch.equal(model(x), base)
         move(model, 0.1)
         x = x.clone().requires_grad_()

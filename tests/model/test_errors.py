@@ -19,7 +19,7 @@ from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_state, apply_state
 
 from ..support.packages import needs_transformers
-from ..support.running import gradients_for, quiet, snapshot
+from ..support.running import quiet, snapshot, start_data
 from ..support.tiny_models import gpt2, llama
 
 pytestmark = needs_transformers
@@ -89,7 +89,7 @@ class TestWrongCalls:
 
     def test_gradients_of_other_layers(self):
         model, config = llama(), LoRAConfig(r=2, init_lora_weights="lora_ga")
-        gradients = gradients_for(model, config)
+        gradients = start_data(model, config)["gradients"]
         del gradients["model.layers.1.mlp.up_proj"]
         with pytest.raises(ValueError, match=r"none for model\.layers\.1\.mlp\.up_proj"):
             quiet(model, config, gradients=gradients)

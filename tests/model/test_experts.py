@@ -44,10 +44,10 @@ def endings(model) -> list[str]:
     return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
 
 
-def adapt(model, adapter_name="default", **options):
+def adapt(model, adapter_name="default", activations=None, **options):
     options = {"r": R, "target_modules": None, "target_parameters": endings(model)} | options
-    config = LoRAConfig(**options)
-    return add_lora(model, config, adapter_name=adapter_name, progress=False)
+    config, data = LoRAConfig(**options), {"activations": activations}
+    return add_lora(model, config, adapter_name=adapter_name, progress=False, **data)
 
 
 def logits(model):
@@ -168,7 +168,9 @@ def test_the_start_of_each_expert_is_exact(transposed, dtype):
         assert bool(((residual + product - W).abs() <= bound).all())
 
 
-STARTS = [n for n in init.initializer_names() if n not in ("init_ab_plus", "loftq", "lora_xs")]
+FROM_INPUTS = [n for n in init.initializer_names() if init.get_initializer(n).needs_activations]
+_OTHERS = ("init_ab_plus", "loftq", "lora_xs", *FROM_INPUTS)
+STARTS = [n for n in init.initializer_names() if n not in _OTHERS]
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -182,8 +184,9 @@ def test_every_start(name, residual):
     before = {n: model.get_parameter(n).detach().clone() for n in expert_parameters(model)}
     gradients = {n: torch.randn_like(w) for n, w in before.items()}
     options = {"gradients": gradients} if initializer.needs_gradient else {}
+    r = R - R % 2 if name == "orthogonal" else R
     config = LoRAConfig(
-        r=R,
+        r=r,
         target_modules=None,
         target_parameters=endings(model),
         init_lora_weights=initializer,
@@ -194,9 +197,10 @@ def test_every_start(name, residual):
         assert isinstance(layer, AdaptedStack)
         for e in range(EXPERTS):
             gradient = gradients[path][e] if options else None
-            alone = initializer(before[path][e], R, layer.scaling, gradient)
+            alone = initializer(before[path][e], r, layer.scaling, gradient)
             expected = alone.lora_B @ alone.right()
-            own = layer.lora_A[e] if layer.lora_R is None else layer.lora_R[e] @ layer.lora_A[e]
+            middle = layer.active().middle()
+            own = layer.lora_A[e] if middle is None else middle[e] @ layer.lora_A[e]
             found = (layer.lora_B[e] @ own).detach()
             size = max(float(expected.norm()), 1e-12)
             assert float((found - expected).norm()) <= 1e-4 * size
@@ -204,6 +208,14 @@ def test_every_start(name, residual):
     unload_lora(model)
     for path, weight in before.items():
         assert relative(model.get_parameter(path).detach(), weight) < 3e-7
+
+
+@pytest.mark.parametrize("name", FROM_INPUTS)
+def test_starts_from_inputs_are_refused(name):
+    model = tiny_experts("Qwen3Moe")
+    with pytest.raises(ValueError, match=r"gate_up_proj holds experts, .* leave out target_parame"):
+        adapt(model, init_lora_weights=name, activations={})
+    assert not adapted_layers(model)
 
 
 def test_loftq_rewrites_each_expert():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lora_kernels import (
     LoRAConfig,
     add_lora,
+    capture_activations,
     capture_gradients,
     disable_adapters,
     enable_adapters,
@@ -56,9 +57,9 @@ examples = settings(
     deadline=None,
 )
 
-NAMES = [name for name in initializer_names() if name != "loftq"]
+NAMES = [name for name in initializer_names() if not get_initializer(name).rewrites_base]
 # These change the function at the start on purpose.
-_ADDING = ("init_ab_plus", "lora_one", "lora_sb", "lora_xs")
+_ADDING = ("init_ab_plus", "kasa", "lora_one", "lora_sb", "lora_xs")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
@@ -120,16 +121,23 @@ class Case:
             return model(batch)
         return model(input_ids=batch, use_cache=False).logits
 
+    def data(self) -> dict:
+        """What the start needs."""
+        initializer, batches = self.config.initializer, [self.batch(5)]
+        if not (initializer.needs_gradient or initializer.needs_activations):
+            return {}
+        names = adapted_names(self.model(), self.config)
+        if initializer.needs_gradient:
+            found = capture_gradients(self.model(), batches, names, loss=self.loss, progress=False)
+            return {"gradients": found}
+        batches = batches if self.family == "mlp" else [{"input_ids": b} for b in batches]
+        return {"activations": capture_activations(self.model(), batches, names, progress=False)}
+
     def add(self, model: nn.Module, **options) -> None:
-        gradients = None
-        if self.config.initializer.needs_gradient:
-            names = adapted_names(self.model(), self.config)
-            gradients = capture_gradients(
-                self.model(), [self.batch(5)], names, loss=self.loss, progress=False
-            )
+        data = self.data()
         torch.manual_seed(4)
         try:
-            add_lora(model, self.config, gradients=gradients, progress=False, **options)
+            add_lora(model, self.config, **data, progress=False, **options)
         except ValueError as error:
             # Gradients of a few tokens may have too low a rank.
             assume("numerical rank" not in str(error))
@@ -208,13 +216,16 @@ def configs(draw: Callable, family: str, options: tuple) -> LoRAConfig:
         rules.append("alpha_sqrt")
     scaling = draw(st.sampled_from(rules))
     alphas, keys = st.floats(0.5, 16), st.lists(st.sampled_from(layers), max_size=2, unique=True)
+    ranks = st.integers(1, 5)
+    if initializer == "orthogonal":
+        ranks = st.sampled_from([2, 4])
     whole = st.lists(
         st.sampled_from([name for name in SAVED[family] if name not in layers]),
         max_size=2,
         unique=True,
     )
     return LoRAConfig(
-        r=draw(st.integers(1, 5)),
+        r=draw(ranks),
         target_modules=targets,
         exclude_modules=excluded,
         # The default of "alpha_sqrt", 256, changes these models too much in one step.
@@ -225,7 +236,7 @@ def configs(draw: Callable, family: str, options: tuple) -> LoRAConfig:
         init_lora_weights=initializer,
         residual=draw(st.sampled_from(["auto", "implicit"])),
         modules_to_save=draw(st.none() | whole),
-        rank_pattern={key: draw(st.integers(1, 5)) for key in draw(keys)},
+        rank_pattern={key: draw(ranks) for key in draw(keys)},
         alpha_pattern={key: draw(alphas) for key in draw(keys)},
     )
 
@@ -254,7 +265,8 @@ def effort(case: Case, model: nn.Module) -> float:
         W = module.weight.detach().double()
         W = W.T if is_conv1d(module) else W
         A, B = layer.lora_A.double(), layer.lora_B.double()
-        A = A if layer.lora_R is None else layer.lora_R.double() @ A
+        middle = layer.middle()
+        A = A if middle is None else middle.double() @ A
         terms, total = [W, layer.scaling * B @ A], W + layer.scaling * B @ A
         start = layer.start_factors()
         if start is not None:
@@ -341,7 +353,7 @@ def test_files_give_it_back(case):
             fresh = case.model()
             load_adapter(fresh, folder / kind, progress=False)
             # PEFT's format has no R: the rounded R A is stored.
-            folded = any(layer.lora_R is not None for layer in state.layers.values())
+            folded = any(layer.middle() is not None for layer in state.layers.values())
             if kind == "native" or (kind == "peft" and not folded):
                 assert torch.equal(case.logits(fresh), trained)
                 pairs = zip(model.named_parameters(), fresh.named_parameters(), strict=True)
@@ -408,7 +420,7 @@ def test_an_error_changes_nothing(case, data):
     else:
         config = replace(config, alpha_pattern={"nowhere": 2.0})
         message = "alpha_pattern has 'nowhere'"
-    if config.initializer.needs_gradient:
+    if config.initializer.needs_gradient or config.initializer.needs_activations:
         config = replace(config, init_lora_weights="lora")
     check = snapshot(model)
     with pytest.raises((ValueError, RuntimeError), match=message):

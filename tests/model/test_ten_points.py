@@ -41,13 +41,16 @@ from ..support.tiny_models import llama
 pytestmark = needs_peft
 
 LAYERS = 14  # linear layers of the tiny Llama's blocks
-# LoftQ changes the base on purpose: tested in test_loftq.py and test_quantized.py.
+# LoftQ and KaSA change the function on purpose: tested in test_loftq.py, test_quantized.py and
+# test_lora.py, which has those that are made from gradients or activations too.
 CHANGING = [
     name
     for name in initializer_names()
     if get_initializer(name).changes_base
     and not get_initializer(name).needs_gradient
+    and not get_initializer(name).needs_activations
     and not get_initializer(name).rewrites_base
+    and not get_initializer(name).has_diag
 ]
 # So small a subspace that the SVD is random, like PEFT's; the default spans these small weights.
 RANDOM = PiSSA(subspace=8)
@@ -560,8 +563,8 @@ def test_09_misspelled_names_get_a_suggestion():
     for wrong, right in (("lora_aplha", "lora_alpha"), ("dropout", "lora_dropout")):
         with pytest.raises(TypeError, match=rf"'{wrong}'; did you mean '{right}'\?"):
             LoRAConfig(**{wrong: 16})
-    with pytest.raises(TypeError, match="'use_dora': what PEFT does with it is not implemented"):
-        LoRAConfig(use_dora=True)
+    with pytest.raises(TypeError, match="'use_qalora': what PEFT does with it is not implemented"):
+        LoRAConfig(use_qalora=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -33,8 +33,9 @@ def install(
     """Puts the adapted layers of `plans` into the model.
 
     `tracked_plans` yields the same plans, perhaps with a progress bar. Only a lack of memory, an
-    interrupt, or the norms of rows that overflow can make this fail. Then all changes are undone; a weight from which s·B₀A₀ had been
-    subtracted is restored to one rounding, and a base that LoftQ had rewritten stays quantized.
+    interrupt, or a row whose norm is not finite can make this fail. Then all changes are undone; a
+    weight from which s·B₀A₀ had been subtracted is restored to one rounding, and a base that LoftQ
+    had rewritten stays quantized.
     """
     layers: list[AdaptedLayer] = []
     try:

@@ -29,7 +29,7 @@ def named_arguments(module: nn.Module, call: Call) -> list[tuple[str, Any]]:
     cls: Any = type(module)  # nn.Module's annotations make it no Hashable for type checkers
     names = _parameter_names(cls)
     numbered = [f"argument {number}" for number in range(len(names), len(args))]
-    return [*zip((*names, *numbered), args, strict=False), *kwargs.items()]
+    return [*zip((*names, *numbered)[: len(args)], args, strict=True), *kwargs.items()]
 
 
 @lru_cache(maxsize=1024)

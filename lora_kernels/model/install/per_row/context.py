@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from ...._utils.errors import unknown_name
 from ....init.sharded.layout import is_sharded
 from ....layers.adapted import AdaptedLayer
-from ...experts.module import stacks_of
+from ....layers.adapter import Adapter
 from ..layers import adapted_layers, unwrapped
 from ..record import ModelAdapters, check_started, needed_record
 from .arguments import Call, SplitCall, named_arguments, row_count
+from .modules import IMPL, Taken, has_adapters, is_batch_first, is_compiled
 from .rows import NotRowsError, Rows, WrongCountError
 
 Names = tuple[str | None, ...]
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
-_IMPL = "_compiled_call_impl"  # what torch calls in place of a module's hooks and forward
-_CONTEXT = "_lora_adapters_per_row"
+_OPEN: WeakSet[Any] = WeakSet()  # the models that are in a context
 
 
 @contextmanager
@@ -58,14 +60,14 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
     """
     context = _Context(model, _checked_names(needed_record(model), names))
     inner = unwrapped(model)
-    if _CONTEXT in vars(inner):
+    if inner in _OPEN:
         raise ValueError(
             "the model is in a context of adapters_per_row already: leave it, or give it the names "
             "of all rows"
         )
     with ExitStack() as stack:
-        object.__setattr__(inner, _CONTEXT, context)
-        stack.callback(vars(inner).pop, _CONTEXT)
+        _OPEN.add(inner)
+        stack.callback(_OPEN.discard, inner)
         context.enter(stack)
         yield
 
@@ -93,12 +95,15 @@ class _Context:
 
     def __init__(self, model: nn.Module, names: Names) -> None:
         self._model, self._names = model, names
-        self._paths = {id(module): path for path, module in model.named_modules()}
+        # Adapters are not called: the layers read their tensors.
+        modules = {m: path for path, m in model.named_modules() if not isinstance(m, Adapter)}
+        self._modules, self._paths = list(modules), {id(m): path for m, path in modules.items()}
         self._lock = threading.Lock()  # a layer has one active adapter for all threads
         self._owner: int | None = None  # the thread that runs a group
-        self._local = threading.local()  # how deep this thread is in `generate`, and in whole calls
+        self._local = threading.local()
         self._layers: list[AdaptedLayer] = []
         self._known: tuple[str, ...] = ()  # the adapters, when the layers were listed
+        self._compiled: list[Taken] = []  # those of modules inside compiled ones
 
     def enter(self, stack: ExitStack) -> None:
         """Takes the calls of all modules, until the stack is closed."""
@@ -107,11 +112,13 @@ class _Context:
         for name in {name for name in self._names if name is not None}:
             check_started(self._model, name)
         self._list_layers(record)
-        for module in self._model.modules():
-            self._replace(stack, module, _IMPL, self._taken(module))
-            generate: Any = getattr(module, "generate", None)
-            if callable(generate):
-                self._replace(stack, module, "generate", self._generating(generate))
+        calls = {id(module): self._taken(module) for module in self._modules}
+        for module in filter(is_compiled, self._modules):
+            inside = [id(part) for part in module.modules() if part is not module]
+            self._compiled += [calls[part] for part in inside if part in calls]
+        for call in calls.values():
+            call.put()
+            stack.callback(call.remove)
 
     def _check_model(self) -> None:
         """Raises ValueError if the model is in training mode or sharded."""
@@ -120,64 +127,42 @@ class _Context:
                 "adapters_per_row is for inference, and the model is in training mode: call "
                 "model.eval() first"
             )
-        for name, parameter in self._model.named_parameters():
-            if is_sharded(parameter):
-                raise ValueError(
-                    f"adapters_per_row cannot run a sharded model, and {name} is sharded: the "
-                    "processes would have to run the same adapters at the same time"
-                )
+        for module in self._modules:
+            for key, parameter in module._parameters.items():
+                if parameter is not None and is_sharded(parameter):
+                    name = ".".join(filter(None, (self._paths[id(module)], key)))
+                    raise ValueError(
+                        f"adapters_per_row cannot run a sharded model, and {name} is sharded: the "
+                        "processes would have to run the same adapters at the same time"
+                    )
 
     def _list_layers(self, record: ModelAdapters) -> None:
         self._layers = list(adapted_layers(self._model).values())
         self._known = tuple(record.configs)
 
-    @staticmethod
-    def _replace(stack: ExitStack, module: nn.Module, name: str, value: object) -> None:
-        """Sets an attribute of the instance, until the stack is closed."""
-        own = vars(module)
-        had, old = name in own, own.get(name)
-        own[name] = value
-
-        def restore() -> None:
-            if own.get(name) is not value:
-                return  # somebody has set another one
-            if had:
-                own[name] = old
-            else:
-                del own[name]
-
-        stack.callback(restore)
-
-    def _taken(self, module: nn.Module) -> Callable[..., Any]:
-        """What torch is to call for a call of the module."""
-        former = vars(module).get(_IMPL) or module._call_impl
+    def _taken(self, module: nn.Module) -> Taken:
+        former = vars(module).get(IMPL) or module._call_impl
 
         def taken(*args: Any, **kwargs: Any) -> Any:
-            if self._owner == threading.get_ident():
+            own = self._owner
+            if own is not None and (is_dynamo_compiling() or own == threading.get_ident()):
                 return former(*args, **kwargs)
             return self._run(module, former, (args, kwargs))
 
-        return taken
+        return Taken(module, taken)
 
-    def _generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(generate)
-        def generating(*args: Any, **kwargs: Any) -> Any:
-            with self._within("generating"):
-                return generate(*args, **kwargs)
-
-        return generating
+    @property
+    def _depth(self) -> int:
+        """In how many calls of modules that run as a whole this thread is."""
+        return getattr(self._local, "depth", 0)
 
     @contextmanager
-    def _within(self, what: str) -> Iterator[None]:
-        depth = getattr(self._local, what, 0)
-        setattr(self._local, what, depth + 1)
+    def _whole_call(self) -> Iterator[None]:
+        self._local.depth = self._depth + 1
         try:
             yield
         finally:
-            setattr(self._local, what, depth)
-
-    def _is_within(self, what: str) -> bool:
-        return getattr(self._local, what, 0) > 0
+            self._local.depth -= 1
 
     @torch.compiler.disable(recursive=False)
     def _run(self, module: nn.Module, former: Callable[..., Any], call: Call) -> Any:
@@ -192,9 +177,9 @@ class _Context:
             split = SplitCall(module, call, rows) if len(own) > 1 else None
         except NotRowsError as error:
             self._check_whole(module, error)
-            with self._within("whole call"):
+            with self._whole_call():
                 return former(*call[0], **call[1])
-        with self._lock, self._exclusive(module), self._unchanged(record):
+        with self._lock, self._exclusive(), self._unchanged(record):
             if split is None:
                 self._use(record, own[0])
                 return former(*call[0], **call[1])
@@ -223,50 +208,60 @@ class _Context:
 
         """
         inner = unwrapped(module)
-        if getattr(inner, "batch_first", True) is False:
+        if not is_batch_first(inner):
             raise NotRowsError("its rows are in dimension 1 (batch_first=False)")
         rows = row_count(named_arguments(inner, call))
         times, rest = divmod(rows, len(names))
-        if self._is_within("generating"):
-            several = True
-        else:
-            several = self._is_within("whole call") and _has_adapters(module)
-        if rest or times == 0 or (times > 1 and not several):
+        if rest or times == 0 or (times > 1 and not self._may_repeat(module)):
             raise WrongCountError(
                 f"its first dimension is {rows}, adapters_per_row got {len(names)} names"
             )
         return tuple(name for name in names for _ in range(times))
 
+    def _may_repeat(self, module: nn.Module) -> bool:
+        """Whether a call may have several rows for each name."""
+        return bool(self._depth and has_adapters(module)) or self._is_generating()
+
+    def _is_generating(self) -> bool:
+        """Whether the caller is a method `generate` of the model or of a model in it."""
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code.co_name == "generate" and id(frame.f_locals.get("self")) in self._paths:
+                return True
+            frame = frame.f_back
+        return False
+
     def _check_whole(self, module: nn.Module, error: NotRowsError) -> None:
-        """Raises ValueError if the module cannot run as a whole: it has adapters or saved tensors
-        itself, or it is the model, whose batch has other rows than there are names.
+        """Raises ValueError if the module cannot run as a whole: it is adapted itself, or contains
+        such modules and is the model, whose batch has other rows than there are names, or has its
+        rows in dimension 1.
         """
-        record = needed_record(self._model)
-        holders = {id(record.saved.module(name)) for name in record.saved.names}
-        own = _has_adapters(module) or id(module) in holders
-        inside = any(_has_adapters(part) or id(part) in holders for part in module.modules())
-        outermost = not self._is_within("whole call")
-        if own or (inside and outermost and isinstance(error, WrongCountError)):
+        wrong = not self._depth and isinstance(error, WrongCountError)
+        wrong = wrong or not is_batch_first(unwrapped(module))
+        if any(map(self._is_adapted, module.modules() if wrong else (module,))):
             raise ValueError(f"{self._name(module)} cannot have an adapter for each row: {error}")
+
+    def _is_adapted(self, module: nn.Module) -> bool:
+        """Whether the module itself has adapters, or tensors that an adapter trains in full."""
+        saved = needed_record(self._model).saved
+        return has_adapters(module) or any(saved.module(n) is module for n in saved.names)
 
     def _name(self, module: nn.Module) -> str:
         return self._paths.get(id(module)) or type(unwrapped(module)).__name__
 
     @contextmanager
-    def _exclusive(self, module: nn.Module) -> Iterator[None]:
-        """In the context, this thread runs groups, and its calls are not taken. A compiled module
-        finds the one inside it as it was compiled.
+    def _exclusive(self) -> Iterator[None]:
+        """In the context, this thread runs groups, and its calls are not taken. Compiled modules
+        find those inside them as they were compiled.
         """
         self._owner = threading.get_ident()
-        inner = vars(getattr(module, "_orig_mod", module))
-        taken = inner.get(_IMPL) if inner is not vars(module) else None
         try:
-            if taken is not None:
-                del inner[_IMPL]
+            for call in self._compiled:
+                call.remove()
             yield
         finally:
-            if taken is not None:
-                inner[_IMPL] = taken
+            for call in self._compiled:
+                call.put()
             self._owner = None
 
     @contextmanager
@@ -290,8 +285,3 @@ class _Context:
         for layer in self._layers:
             has_it = name in layer.adapters._modules
             layer.use(name if has_it and name is not None else layer.active_adapter, has_it)
-
-
-def _has_adapters(module: nn.Module) -> bool:
-    """Whether the module itself has adapters, in one of its parameters or all."""
-    return isinstance(module, AdaptedLayer) or bool(stacks_of(module))

@@ -7,10 +7,10 @@ import sys
 import time
 
 from .._utils.progress import byte_bar
-from ..files.checkpoint.initialize import InitSummary, initialize
+from ..files.checkpoint.initialize import InitSummary, initialize, starts_from_files
 from ..files.checkpoint.residual import ADAPTER
 from ..files.io.journal import Ranks
-from ..init import Initializer, get_initializer, initializer_names
+from ..init import get_initializer, initializer_names
 from ..model.config import LoRAConfig
 from ..model.report import listed
 from ._options import (
@@ -67,7 +67,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_path(parser, "MODEL_DIR", "folder of a Hugging Face model with safetensors files")
     add_path(parser, "OUT_DIR", "a new folder")
-    names = [name for name in initializer_names() if _starts_from_files(get_initializer(name))]
+    names = [name for name in initializer_names() if starts_from_files(get_initializer(name))]
     parser.add_argument(
         "--method",
         default="loram",
@@ -101,12 +101,6 @@ def add_parser(commands: Commands) -> None:
     add_overwrite(parser, "OUT_DIR")
     add_quiet(parser, "summary")
     parser.set_defaults(run=_init, resumes=True)
-
-
-def _starts_from_files(initializer: Initializer) -> bool:
-    """Whether the start is made from the weight alone."""
-    others = (initializer.needs_gradient, initializer.needs_activations, initializer.has_diag)
-    return not any(others)
 
 
 def _init(options: argparse.Namespace) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -21,7 +23,8 @@ from .experts.forward import fused_experts, why_never_fused
 from .experts.wrappers import chain_of, outermost
 from .layers import check_model, described, lora_layers
 from .patch import is_plain, is_replaced, replace_method, restore_method
-from .variant import StartVariant, start_of
+from .variant import StartVariant, magnitude_of, start_of
+from .variant.dora import DoraStartVariant
 
 
 @dataclass
@@ -62,9 +65,13 @@ def accelerate(peft_model: peft.PeftModel) -> AccelerateReport:
     The parameters remain PEFT's, so that optimizers, saving and all of PEFT's methods still work.
     A layer is accelerated if its base is a plain `nn.Linear` or GPT-2's `Conv1D` with a
     floating-point weight. In such a layer, a call is fused if exactly one adapter is active, it is
-    plain LoRA, with or without a start of `initialize`, and it is neither merged nor disabled. All
-    other calls (several adapters, mixed batches ...) use PEFT's own forward. Each call is checked
-    anew.
+    plain LoRA or DoRA, with or without a start of `initialize`, and it is neither merged nor
+    disabled. All other calls (several adapters, mixed batches ...) use PEFT's own forward. Each call
+    is checked anew.
+
+    DoRA layers use `torch.ops.lora.dora_linear`, which does not form W + s·BA, and norms in float32
+    or wider. While dropout is active they use PEFT's own forward: there PEFT drops parts of x for
+    the base's product too.
 
     Of the layers that PEFT makes for `target_parameters`, those are accelerated whose parameters
     are the floating-point ones of experts in a class that transformers decorates with
@@ -110,18 +117,15 @@ def fused_forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
     base, dropout = layer.base_layer, layer.lora_dropout[adapter]
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
     lora_A, lora_B, scaling, start_A, start_B = _operands(layer, adapter)
-    return torch.ops.lora.linear(
-        x,
-        base.weight.T if layer.fan_in_fan_out else base.weight,  # [out, in]
-        base.bias,  # [out]
-        lora_A,
-        lora_B,
-        scaling,
-        p,
-        dropout_seed(x.device) if p > 0 else None,
-        start_A,
-        start_B,
-    )
+    weight = base.weight.T if layer.fan_in_fan_out else base.weight  # [out, in]
+    magnitude = magnitude_of(layer, adapter)  # [out]
+    if magnitude is not None:
+        factors = (lora_A, lora_B, magnitude, scaling)
+        starts = {"start_A": start_A, "start_B": start_B}
+        return torch.ops.lora.dora_linear(x, weight, base.bias, *factors, **starts)
+    seed = dropout_seed(x.device) if p > 0 else None
+    others = (lora_A, lora_B, scaling, p, seed, start_A, start_B)
+    return torch.ops.lora.linear(x, weight, base.bias, *others)
 
 
 def _operands(
@@ -187,8 +191,12 @@ def _why_never(layer: LoraLayer) -> str | None:
 def _why_not(layer: Linear, adapter: str) -> str | None:
     """Why calls with this adapter cannot be fused; None if they can."""
     variant = layer.lora_variant.get(adapter)
-    if variant is not None and type(variant) is not StartVariant:
+    if variant is not None and type(variant) not in _VARIANTS:
         return f"it is PEFT's {type(variant).__name__}, not plain LoRA"
+    if adapter in layer.lora_magnitude_vector and not is_plain(
+        layer.lora_magnitude_vector[adapter], DoraLinearLayer
+    ):
+        return "its lora_magnitude_vector has hooks or is wrapped"
     if layer.lora_bias[adapter]:
         return "its lora_B has a bias"
     if type(layer.lora_dropout[adapter]) not in (nn.Dropout, nn.Identity):
@@ -208,9 +216,25 @@ def _fusable_adapter(layer: Linear, x: Tensor) -> str | None:
     base = layer.base_layer
     if not is_plain(base, type(base)):
         return None
+    if not _fits_dora(layer, active[0]):
+        return None
     if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return None
     return active[0]
 
 
+def _fits_dora(layer: Linear, adapter: str) -> bool:
+    """Whether a call with this adapter can be fused as far as DoRA is concerned: PEFT drops the
+    same parts of x for the base's product too, and may keep magnitudes on the CPU.
+    """
+    magnitude = magnitude_of(layer, adapter)
+    if magnitude is None:
+        return True
+    dropout = layer.lora_dropout[adapter]
+    drops = layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+    return not drops and magnitude.device == layer.base_layer.weight.device
+
+
 _FORWARDS = (fused_forward, fused_experts)
+# Of adapters that are fused, beside plain ones.
+_VARIANTS = (StartVariant, DoraStartVariant, DoraLinearVariant)

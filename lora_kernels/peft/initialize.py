@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import peft
 import torch
@@ -12,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor
 
 from .._utils.peft_names import PREFIX, base_changing_start
-from ..init import Initializer, Start, get_initializer
+from ..init import Activations, Initializer, Start, get_initializer
 from ..init.base import refuse_implicit
 from ..init.sharded.layout import is_sharded
 from ..layers.base import BaseLayer, base_of
@@ -32,7 +33,16 @@ from .layers import (
     why_not_startable,
 )
 from .overrides import install, uninstall
-from .variant import drop_start, factors_of, set_start, start_of
+from .variant import (
+    drop_start,
+    factors_of,
+    magnitude_of,
+    measure_magnitude,
+    set_start,
+    start_of,
+)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -56,7 +66,7 @@ class InitializeReport:
     _undone: bool = field(default=False, repr=False)
 
     def undo(self) -> None:
-        """Restores A, B and the subtracted factors bit for bit; later training is lost.
+        """Restores A, B, magnitudes and the subtracted factors bit for bit; later training is lost.
 
         A second call does nothing; neither does a call after the adapter was deleted.
 
@@ -98,21 +108,25 @@ class InitializeReport:
 @dataclass
 class _Snapshot:
     """A copy of one layer's adapter: A [r, in], B [out, r], and A₀ and B₀ if it has them; those of
-    experts in PEFT's layout.
+    experts in PEFT's layout; and the magnitudes [out] of a DoRA adapter.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     start: tuple[Tensor, Tensor] | None
+    magnitude: Tensor | None
 
     @classmethod
     def of(cls, layer: LoraLayer, adapter: str) -> _Snapshot:
         A, B = _factors(layer, adapter)
-        return cls(A.detach().clone(), B.detach().clone(), start_of(layer, adapter))
+        magnitude = magnitude_of(layer, adapter)
+        magnitude = None if magnitude is None else magnitude.detach().clone()
+        return cls(A.detach().clone(), B.detach().clone(), start_of(layer, adapter), magnitude)
 
     def fits(self, layer: LoraLayer, adapter: str) -> bool:
         A, B = _factors(layer, adapter)
-        return A.shape == self.lora_A.shape and B.shape == self.lora_B.shape
+        same_kind = (magnitude_of(layer, adapter) is None) == (self.magnitude is None)
+        return A.shape == self.lora_A.shape and B.shape == self.lora_B.shape and same_kind
 
     def restore(self, layer: LoraLayer, adapter: str) -> None:
         _write(layer, adapter, self.lora_A, self.lora_B)
@@ -120,6 +134,10 @@ class _Snapshot:
             drop_start(layer, adapter)
         else:
             set_start(layer, adapter, *self.start)
+        magnitude = magnitude_of(layer, adapter)
+        if magnitude is not None and self.magnitude is not None:
+            with torch.no_grad():
+                magnitude.copy_(self.magnitude)
 
 
 def initialize(
@@ -128,6 +146,7 @@ def initialize(
     *,
     adapter_name: str | None = None,
     gradients: Mapping[str, Tensor] | None = None,
+    activations: Mapping[str, Activations] | None = None,
     progress: bool = True,
 ) -> InitializeReport:
     """Gives an adapter of a PEFT model new initial factors: `lora_A` [r, in] and `lora_B` [out, r]
@@ -145,6 +164,9 @@ def initialize(
     initialized model, `load_adapter` reads such a folder back exactly, at rank r, whichever start
     was used and also in a later process, so that `Trainer` can resume. It also reads folders of
     `lora_kernels.save_adapter`, and `lora_kernels.load_adapter` reads the folders written here.
+
+    The magnitudes of DoRA adapters (PEFT's `use_dora`) are measured anew, in float32: the norms of
+    the rows of W + s·(BA − B₀A₀), as the layer is with the new start.
 
     If `add_adapter` is given the configuration object of an adapter that subtracts A₀ and B₀, the
     new adapter gets the same A₀ and B₀, as TRL's reference model needs. `get_peft_model_state_dict`
@@ -169,11 +191,14 @@ def initialize(
             quantized linear layers, embeddings and the floating-point experts of transformers'
             decorated classes are initialized; the report names the others, with reasons.
         init_lora_weights: a name or an object of `lora_kernels.init`, except the starts that train
-            an R between A and B, which PEFT's layers do not have.
+            an R or a λ between A and B, or only one of A and B, which PEFT's layers do not.
         adapter_name: the adapter; the active one if None.
         gradients: {layer: ∂loss/∂W [out, in]} from `capture_gradients`, of experts
             {parameter: [E, out, in]}, for starts that are computed from gradients; layers by their
             names in the base model or the PEFT model.
+        activations: {layer: what was measured of its input} from `capture_activations`, for starts
+            that are computed from it. The adapter's ranks stay as they are: EVA does not
+            distribute them anew.
         progress: whether to show a bar; needs rich, and a terminal as standard error.
 
     Returns:
@@ -182,8 +207,8 @@ def initialize(
     Raises:
         TypeError: the model is not a `PeftModel`, or has adapters other than LoRA, or a weight
             cannot be read.
-        ValueError: an unknown adapter or start; a start with an R; a start that cannot be computed
-            (the layer is named); a base whose weights another adapter has changed (PEFT's "pissa",
+        ValueError: an unknown adapter or start; a start with an R or a λ; a start that cannot be
+            computed (the layer is named); a base whose weights another adapter has changed (PEFT's "pissa",
             "olora" ...); a subtracted start in layers that another package's kernels compute.
         RuntimeError: an adapter is merged.
 
@@ -192,13 +217,14 @@ def initialize(
     check_model(peft_model)
     initializer = get_initializer(init_lora_weights)
     refuse_implicit(initializer, "implicit")
+    _refuse_other_layers(initializer)
     adapter = adapter_of(peft_model, adapter_name)
     _refuse_changed_base(peft_model)
     _refuse_merged(peft_model)
     kernels = kernels_past(peft_model)
     layers, left = _linear_layers(peft_model, adapter, kernels)
     _refuse_kernels(initializer, {name: kernels[name] for name in layers if name in kernels})
-    starts = _all_starts(layers, adapter, initializer, gradients, progress)
+    starts = _all_starts(layers, adapter, initializer, gradients, activations, progress)
     before = {name: _Snapshot.of(layer, adapter) for name, layer in layers.items()}
     for name, layer in layers.items():
         start = starts[name]
@@ -208,6 +234,7 @@ def initialize(
             set_start(layer, adapter, *_factors(layer, adapter))
         else:
             drop_start(layer, adapter)
+        measure_magnitude(layer, adapter)
     install(peft_model)
     depths = getattr(peft_model, DEPTH, None)
     if depths is None:
@@ -288,14 +315,11 @@ def _all_starts(
     adapter: str,
     initializer: Initializer,
     gradients: Mapping[str, Tensor] | None,
+    activations: Mapping[str, Activations] | None,
     progress: bool,
 ) -> dict[str, Start]:
     """The start of every layer, by its name, checked."""
-    if gradients is not None:
-        gradients = {
-            original_name(name.removeprefix(PREFIX)): gradient
-            for name, gradient in gradients.items()
-        }
+    gradients, activations = _by_original_name(gradients), _by_original_name(activations)
     jobs = []
     for name, layer in layers.items():
         base: BaseLayer | None
@@ -320,13 +344,32 @@ def _all_starts(
         r, scaling = rank_in(layer, A), float(layer.scaling[adapter])
         aliases = (original,)
         jobs.append(StartJob(name, base, initializer, r, scaling, aliases=aliases))
-    starts = make_starts(jobs, gradients, progress)
+    starts = make_starts(jobs, gradients, progress, activations)
     if any(start.lora_R is not None for start in starts.values()):
         raise ValueError(
             f"{type(initializer).__name__} trains an R between a frozen A and B, which PEFT's "
             "layers do not have: use lora_kernels.add_lora"
         )
     return starts
+
+
+def _by_original_name(given: Mapping[str, T] | None) -> dict[str, T] | None:
+    """What is given for layers, by their names in the base model."""
+    if given is None:
+        return None
+    return {original_name(name.removeprefix(PREFIX)): own for name, own in given.items()}
+
+
+def _refuse_other_layers(initializer: Initializer) -> None:
+    """Raises ValueError for starts of adapters that are not PEFT's plain B and A."""
+    what = "trains a λ between A and B" if initializer.has_diag else ""
+    if initializer.trains != "AB":
+        what = f"trains only {initializer.trains}"
+    if what:
+        raise ValueError(
+            f"{type(initializer).__name__} {what}, which PEFT's plain LoRA layers do not: use "
+            "lora_kernels.add_lora, or PEFT's own layers for it"
+        )
 
 
 def _factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import (
     MultiheadAttention,
     ParamWrapper,
 )
+from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from torch import nn
 
 from .._utils.errors import unknown_name
@@ -20,10 +21,11 @@ from .._utils.peft_names import PREFIX
 from ..layers.base import base_of
 from ..layers.kinds import check_adaptable, why_not_embedding
 from .experts.wrappers import why_not_experts
-from .variant import StartVariant, adapters_in, start_of
+from .variant import STARTED, adapters_in, start_of
 
 # Attribute of the PeftModel: how often each adapter was initialized without being undone.
 DEPTH = "_lora_kernels_depth"
+_DORA = (DoraLinearVariant, DoraEmbeddingVariant)
 # PEFT's layers that support a `LoraVariant`, other than those derived from Linear.
 _QUANTIZED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 
@@ -132,7 +134,7 @@ def why_not_startable(layer: LoraLayer, adapter: str) -> str | None:
     if not supports_start(layer):
         return f"PEFT's {type(layer).__name__} is no linear layer known to lora_kernels"
     variant = layer.lora_variant.get(adapter)
-    if variant is not None and not isinstance(variant, StartVariant):
+    if variant is not None and not isinstance(variant, (*STARTED, *_DORA)):
         return f"it is PEFT's {type(variant).__name__}, not plain LoRA"
     return _why_not_base(layer.get_base_layer())
 

@@ -20,7 +20,15 @@ from .files import saving
 from .foreign_kernels import explained, without_start
 from .layers import adapters_with_start, lora_layers, supports_start
 from .patch import is_replaced, replace_method, restore_method
-from .variant import factors_of, load_from_state_dict, set_start, start_of
+from .variant import (
+    drop_start,
+    factors_of,
+    load_from_state_dict,
+    magnitude_of,
+    measure_magnitude,
+    set_start,
+    start_of,
+)
 
 
 def install(peft_model: peft.PeftModel) -> None:
@@ -93,6 +101,9 @@ def add_adapter(
     """
     started = [name for name, known in peft_model.peft_config.items() if known is peft_config]
     started = [name for name in started if name in adapters_with_start(peft_model)]
+    for layer in lora_layers(peft_model).values():
+        if magnitude_of(layer, adapter_name) is not None:  # PEFT makes the adapter anew
+            drop_start(layer, adapter_name)
     type(peft_model).add_adapter(peft_model, adapter_name, peft_config, *args, **kwargs)
     for layer in lora_layers(peft_model).values() if started else ():
         start = start_of(layer, started[0])
@@ -100,6 +111,7 @@ def add_adapter(
             for factor, initial in zip(factors_of(layer, adapter_name), start, strict=True):
                 factor.copy_(initial)
             set_start(layer, adapter_name, *start)
+            measure_magnitude(layer, adapter_name)
     _look_at_next_forward(peft_model.get_base_model())
 
 

@@ -76,7 +76,8 @@ class AdapterMagnitude:
     """The magnitudes of one layer of an adapter: A [r, in], B [out, r] and their product.
 
     `nu_A`, `nu_B` and `nu_update` are ν[A], ν[B] and ν[s·BA], `norm_update` is ‖s·BA‖_F. If the
-    initial B₀A₀ was not zero, the update of W is s·(BA − B₀A₀), not s·BA.
+    initial B₀A₀ was not zero, the update of W is s·(BA − B₀A₀), not s·BA. DoRA's magnitudes are not
+    in these numbers.
     """
 
     name: str
@@ -117,7 +118,8 @@ def product_mean_square(lora_A: Tensor, lora_B: Tensor) -> float:
 
 @torch.no_grad()
 def update_mean_square(layer: AdaptedLayer | ExpertView) -> float:
-    """ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀), with BRA for BA if the layer trains an R.
+    """ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀), with BRA for BA if the layer trains an R. Of a
+    DoRA layer, it is the update of the weight whose rows then get the norms m.
 
     No matrix of W's size is formed. ΔW is computed as s((B − B₀)A + B₀(A − A₀)), because BA − B₀A₀
     would lose digits by cancellation while the update is small compared with s·B₀A₀.

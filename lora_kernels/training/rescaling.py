@@ -7,6 +7,7 @@ s, the magnitude of its initial factors and the learning rates, not on each of t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .._utils.checks import check_positive
 from .._utils.errors import unknown_name
 from ..init import Initializer, Start, StartRequest, get_initializer
+from ..init.base import LayerRank
 from ..layers.linear import LoRALinear
 from ..model.install.sharded.fsdp import reshard
 
@@ -70,7 +72,8 @@ class Setup:
         """Two parameter groups for the optimizer: the A and the B of all `LoRALinear` layers.
 
         Raises:
-            ValueError: the model has no `LoRALinear`, or one of them trains an R or a bias of B.
+            ValueError: the model has no `LoRALinear`, or one of them trains an R, magnitudes or a
+                bias of B.
 
         """
         reshard(model)  # after a forward, FSDP2's modules may hold gathered parameters
@@ -79,6 +82,8 @@ class Setup:
             raise ValueError(f"{type(model).__name__} has no LoRALinear")
         if any(layer.middle() is not None for layer in layers):
             raise ValueError("a layer trains R between a frozen A and B, which cannot be rescaled")
+        if any(layer.lora_magnitude is not None for layer in layers):
+            raise ValueError("a layer trains magnitudes (use_dora), which belong to neither group")
         if any(layer.lora_bias is not None for layer in layers):
             raise ValueError("a layer has a bias of B, which grows with s and cannot be rescaled")
         groups = []
@@ -127,6 +132,13 @@ def rescaled(setup: Setup, alpha_A: float, alpha_B: float) -> Setup:
     )
 
 
+# The attributes of an initializer that do not depend on the sizes of A and B.
+_OF_START = (
+    *("changes_base", "reads_weight", "needs_gradient", "needs_activations", "rewrites_base"),
+    *("has_R", "has_diag", "compensates", "trains"),
+)
+
+
 @dataclass(frozen=True)
 class ScaledStart(Initializer):
     """The initial factors of another initializer, with A₀ multiplied by α_A and B₀ by α_B.
@@ -141,7 +153,7 @@ class ScaledStart(Initializer):
 
     def __post_init__(self) -> None:
         # Not fields: they follow from `start`.
-        for what in ("changes_base", "reads_weight", "needs_gradient", "rewrites_base"):
+        for what in _OF_START:
             object.__setattr__(self, what, getattr(self.start, what))
 
     @property
@@ -158,9 +170,22 @@ class ScaledStart(Initializer):
 
     def make_start(self, request: StartRequest) -> Start:
         scaling = request.scaling * self.alpha_A * self.alpha_B
-        start = self.start(request.weight, request.r, scaling, request.gradient)
-        A, B = start.lora_A * self.alpha_A, start.lora_B * self.alpha_B
-        return replace(start, lora_A=A, lora_B=B, beta=None)
+        start = self.start.make_starts([replace(request, scaling=scaling)])[0]
+        A, B = self._scaled(start.lora_A, start.lora_B)
+        taken = start.taken and self._scaled(*start.taken)
+        return replace(start, lora_A=A, lora_B=B, beta=None, taken=taken)
+
+    def _scaled(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        return lora_A * self.alpha_A, lora_B * self.alpha_B
+
+    def layer_ranks(self, requests: Mapping[str, StartRequest]) -> dict[str, LayerRank] | None:
+        return self.start.layer_ranks(requests)
+
+    def for_embedding(self) -> Initializer:
+        return replace(self, start=self.start.for_embedding())
+
+    def toward(self, original: Callable[[], Tensor]) -> Initializer:
+        return replace(self, start=self.start.toward(original))
 
     def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
         """Rewrites the weight [out, in] in place, as the other initializer does if it rewrites the

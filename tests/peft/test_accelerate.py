@@ -304,7 +304,6 @@ class _Odd(nn.Linear):
 @pytest.mark.parametrize(
     "change, options, reason",
     [
-        (None, {"use_dora": True}, "it is PEFT's DoraLinearVariant, not plain LoRA"),
         (None, {"lora_bias": True}, "its lora_B has a bias"),
         ("class", {}, "its base is _Odd, not a plain linear layer"),
         ("hook", {}, "its base has hooks or a wrapped forward"),

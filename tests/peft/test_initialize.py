@@ -633,9 +633,9 @@ def test_a_layer_that_is_not_called_is_left():
 
 
 def test_what_cannot_be_initialized():
-    model = adapted(llama(), use_dora=True)
+    model = adapted(llama(), alora_invocation_tokens=[1], task_type="CAUSAL_LM")
     with pytest.raises(
-        ValueError, match="no linear layer to initialise: skipped 14: it is PEFT's Dora"
+        ValueError, match="no linear layer to initialise: skipped 14: it is PEFT's ALora"
     ):
         initialize(model)
     model = adapted(llama(), init_lora_weights="olora")

@@ -21,6 +21,7 @@ from lora_kernels.layers.state import LayerState
 from lora_kernels.model.config import AdapterState, LoRAConfig
 
 from .oracle import to_numpy
+from .running import layer_data
 from .tiny_models import bert, gpt2, llama
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -40,7 +41,6 @@ IDS = torch.arange(24).reshape(2, 12) * 5 % 64
 def adapt(linear: nn.Linear, config: LoRAConfig, name: str = "", residual: str = "absorb"):
     """The trained state of a layer over a copy of `linear`, and its true ΔW in float64."""
     initializer = config.initializer
-    gradient = torch.randn_like(linear.weight) if initializer.needs_gradient else None
     layer = LoRALinear.from_linear(
         copy.deepcopy(linear),
         r=config.layer_rank(name),
@@ -48,17 +48,22 @@ def adapt(linear: nn.Linear, config: LoRAConfig, name: str = "", residual: str =
         scaling=config.scaling_rule,
         init_lora_weights=initializer,
         residual=residual,
-        gradient=gradient,
+        **layer_data(initializer, linear.weight.detach()),
     )
+    adapter = layer.active()
 
     def product():
-        B, A = to_numpy(layer.lora_B), to_numpy(layer.lora_A)
-        return B @ A if layer.lora_R is None else B @ to_numpy(layer.lora_R) @ A
+        B, A = to_numpy(adapter.lora_B), to_numpy(adapter.lora_A)
+        if adapter.lora_diag is not None:
+            return B * to_numpy(adapter.lora_diag) @ A
+        return B @ A if adapter.lora_R is None else B @ to_numpy(adapter.lora_R) @ A
 
-    start = product() if initializer.changes_base else 0.0
+    if initializer.has_diag:  # what is subtracted is not the product of the factors
+        start = to_numpy(adapter.start_B) @ to_numpy(adapter.start_A)
+    else:
+        start = product() if initializer.changes_base else 0.0
     with torch.no_grad():
-        trained = [layer.lora_A, layer.lora_B] if layer.lora_R is None else [layer.lora_R]
-        for factor in trained:
+        for factor in (p for p in adapter.parameters() if p.requires_grad):
             spread = factor.square().mean().sqrt()
             factor.add_(0.1 * spread + 0.05, alpha=random.uniform(0.5, 1.5))
             factor.add_(0.05 * torch.randn_like(factor))

@@ -7,12 +7,12 @@ skips them for the others, and compiles the Triton kernels ahead of time for one
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
 
-T = TypeVar("T")
+T, U = TypeVar("T"), TypeVar("U")
 EXHAUSTIVE = os.environ.get("LORA_KERNELS_TEST_ALL") == "1"
 # Whether the sweeps of Triton kernels are complete: on a GPU they are quick.
 ALL_KERNELS = EXHAUSTIVE or torch.cuda.is_available()
@@ -24,6 +24,13 @@ def sampled(combinations: Iterable[T]) -> list[T]:
     """
     found = list(combinations)
     return found if ALL_KERNELS else found[::7]
+
+
+def paired(values: Iterable[T], others: Sequence[U]) -> list[tuple[T, U]]:
+    """All pairs if all are tested; else every value with one of the others, which take turns."""
+    if EXHAUSTIVE:
+        return [(value, other) for value in values for other in others]
+    return [(value, others[k % len(others)]) for k, value in enumerate(values)]
 
 
 def thinned(combinations: Iterable[T], step: int = 3) -> list[T]:

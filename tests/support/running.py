@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import LoRAConfig, adapter_names, add_lora, capture_gradients
+from lora_kernels import (
+    LoRAConfig,
+    adapter_names,
+    add_lora,
+    capture_activations,
+    capture_gradients,
+)
+from lora_kernels.init import Activations, Initializer
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.report import LoRAReport
 
@@ -35,13 +43,29 @@ def quiet(model: nn.Module, config: LoRAConfig | None = None, **options) -> LoRA
     return add_lora(model, config, progress=False, **options)
 
 
-def gradients_for(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor] | None:
-    """What `add_lora` needs for that start, from one batch of random tokens."""
-    if not config.initializer.needs_gradient:
-        return None
+def start_data(model: nn.Module, config: LoRAConfig, **options: Any) -> dict[str, Any]:
+    """The arguments of `add_lora` that the start of `config` needs, from one batch of random
+    tokens; `options` are those of the function that captures them.
+    """
     ids = token_ids().to(next(model.parameters()).device)
     batches = [{"input_ids": ids, "labels": ids}]
-    return capture_gradients(model, batches, progress=False)
+    if config.initializer.needs_gradient:
+        return {"gradients": capture_gradients(model, batches, progress=False, **options)}
+    if config.initializer.needs_activations:
+        return {"activations": capture_activations(model, batches, progress=False, **options)}
+    return {}
+
+
+def layer_data(initializer: Initializer, weight: Tensor) -> dict[str, Any]:
+    """The arguments of an initializer, or of a layer that it starts, for one weight [out, in]:
+    random numbers.
+    """
+    if initializer.needs_gradient:
+        return {"gradient": torch.randn_like(weight)}
+    if initializer.needs_activations:
+        rows = weight.new_empty(3 * weight.shape[1], weight.shape[1]).normal_()
+        return {"activations": Activations.of(rows)}
+    return {}
 
 
 def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, seed: int = 2) -> list[float]:

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from lora_kernels import LoRALinear
-from lora_kernels.init import initializer_names
+from lora_kernels.init import Initializer, get_initializer, initializer_names
 from lora_kernels.training.rescaling import ScaledStart, Setup, rescaled
 
 from ..support.packages import needs_real_model
+from ..support.running import layer_data
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
@@ -128,9 +129,42 @@ def test_scaled_start():
 @pytest.mark.parametrize("name", initializer_names())
 def test_scaled_start_is_treated_as_its_start(name):
     scaled = Setup("sgd", 1, 1, 1, alpha_A=2.0).initializer(name)
-    whats = ("changes_base", "reads_weight", "needs_gradient", "grows_with_scaling")
-    for what in (*whats, "rewrites_base"):
-        assert getattr(scaled, what) == getattr(scaled.start, what), what
+    for what, value in vars(Initializer).items():
+        if isinstance(value, (bool, str, property)) and not what.startswith("_"):
+            want = getattr(scaled.start, what)
+            if what == "reads_entries":
+                assert getattr(scaled, what) >= want
+            elif what != "has_recipe":
+                assert what == "subtracts" or getattr(scaled, what) == want, what
+    assert not scaled.has_recipe
+
+
+@pytest.mark.parametrize("name", [n for n in initializer_names() if n != "lora_xs"])
+def test_scaled_starts_give_the_same_function(name):
+    """s·(BA − B₀A₀) is the same for any α: W, data and seed are passed on."""
+    weight = torch.randn(12, 10)
+    data = layer_data(get_initializer(name), weight)
+    updates = []
+    for setup in (Setup("sgd", 8, 1, 1), rescaled(Setup("sgd", 8, 1, 1), 2.0, 8.0)):
+        linear = nn.Linear(10, 12, bias=False)
+        linear.weight.data = weight.clone()
+        torch.manual_seed(1)
+        layer = LoRALinear.from_linear(
+            linear,
+            r=4,
+            lora_alpha=setup.lora_alpha,
+            init_lora_weights=setup.initializer(name),
+            **data,
+        )
+        adapter = layer.active()
+        assert adapter.lora_B.requires_grad == (layer.lora_R is None and name != "mica")
+        updates.append(adapter.layer_state().scaling)
+        with torch.no_grad():
+            (adapter.lora_B if layer.lora_R is None else layer.lora_R).mul_(0.5)
+        x = torch.ones(1, 10)
+        updates.append(layer(x))
+    assert updates[0] == 16 * updates[2]
+    assert torch.allclose(updates[1], updates[3], atol=1e-4, rtol=1e-4)
 
 
 def test_scaled_start_of_a_gradient():

@@ -18,7 +18,8 @@ def truncated(state: AdapterState, r: int) -> AdapterState:
     """The best adapter of rank r for the original base, without a start to subtract and without R.
 
     s(BA − B₀A₀), of twice the rank, is truncated to its r largest singular values, and s becomes 1.
-    Magnitudes stay: the rows of the adapted weight keep their norms exactly, whatever r is. A layer whose rank is r or less keeps its factors.
+    Magnitudes stay: the rows of the adapted weight keep their norms, whatever r is. A layer whose
+    rank is r or less keeps its factors.
     """
     as_integer(r, "compress_to", minimum=1)
     layers = {name: _truncated(layer, r) for name, layer in state.layers.items()}
@@ -38,6 +39,8 @@ def _truncated(layer: LayerState, r: int) -> LayerState:
         weight_norm=layer.weight_norm,
         lora_bias=layer.portable_bias(),
         embedding=layer.embedding,
+        kernel=layer.kernel,
+        groups=layer.groups,
         lora_magnitude=layer.lora_magnitude,
     )
 

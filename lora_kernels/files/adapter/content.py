@@ -4,6 +4,8 @@
 original base, whatever the start and the loader (see `portable`). "start": the same two files, for
 a base from which the start was subtracted. "native": `adapter_native.safetensors`, another name on
 purpose, holds A, B, R and those initial factors that cannot be recomputed, at their own rank.
+"diffusers": the content of "peft" in `pytorch_lora_weights.safetensors`, whose header has the
+configuration, and whose names begin with a model of a pipeline.
 
 In all of them the recipe, from which training continues exactly, is in the header of the tensors,
 which PEFT and serving engines do not read.
@@ -20,14 +22,23 @@ from typing import Any
 from torch import Tensor
 
 from ..._utils.checks import all_finite
-from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, REPLICATION, factor_keys
+from ..._utils.errors import unknown_name
+from ..._utils.peft_names import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    PREFIX,
+    REPLICATION,
+    as_factor,
+    factor_keys,
+)
 from ..._utils.safetensors import save_tensors
 from ...layers.state import LayerState
 from ...model.config import AdapterState
 from ..io.replace import replace_files
 from .peft_format.experts.layouts import STACKED, Pair, from_pairs, to_pairs
 from .peft_format.experts.writing import Parts, expert_layers, file_parts, layout_of
-from .peft_format.writing import rank_fields, to_peft
+from .peft_format.shapes import from_file, name_in_file, to_file
+from .peft_format.writing import portable_fields, rank_fields, to_peft
 from .portable import portable_recipe, within_header
 from .recipe import (
     EXPERTS,
@@ -44,6 +55,19 @@ from .recipe import (
 from .tensors import native_tensors
 
 NATIVE_FILE = "adapter_native.safetensors"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+# The models of a pipeline that diffusers loads adapters into; the first part of a tensor's name.
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "controlnet",
+    "prior",
+)
 NATIVE_TYPE = "LORA_KERNELS"  # its peft_type, which PEFT does not know
 ADAPTER_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE})
 
@@ -51,7 +75,8 @@ ADAPTER_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE})
 @dataclass(frozen=True)
 class FolderContent:
     """`config` is the content of `adapter_config.json`; `tensors` and `recipe` are in `file`.
-    `parts` are the tensors that hold experts, by the names of their layers.
+    `parts` are the tensors that hold experts, by the names of their layers. `component` is the
+    model of a pipeline, of the format "diffusers".
     """
 
     file: str
@@ -59,11 +84,16 @@ class FolderContent:
     tensors: Mapping[str, Tensor]
     recipe: str | None
     parts: Parts = field(default_factory=dict)
+    component: str = ""
 
     @property
     def metadata(self) -> dict[str, str]:
         """The metadata of `file`."""
-        return {METADATA: self.recipe} if self.recipe else {}
+        found = {METADATA: self.recipe} if self.recipe else {}
+        if not self.component:
+            return found
+        options = {f"{self.component}.{key}": value for key, value in self.config.items()}
+        return found | {"format": "pt", DIFFUSERS_METADATA: json.dumps(options, allow_nan=False)}
 
     def write(self, folder: Path, owned: Collection[str] = ADAPTER_FILES) -> dict[str, int]:
         """Replaces the adapter in a folder, as `replace_files`; returns the sizes by name.
@@ -84,10 +114,67 @@ class FolderContent:
             folder,
             self.file,
             lambda path: save_tensors(self.tensors, path, self.metadata),
-            {ADAPTER_CONFIG: config},
-            owned,
+            {} if self.component else {ADAPTER_CONFIG: config},
+            {self.file} if self.component else owned,
         )
-        return {self.file: size, ADAPTER_CONFIG: len(config)}
+        sizes = {self.file: size}
+        return sizes if self.component else sizes | {ADAPTER_CONFIG: len(config)}
+
+
+def as_diffusers(content: FolderContent, component: str) -> FolderContent:
+    """The content of a "peft" folder as a file of diffusers, for a model of a pipeline.
+
+    Raises:
+        ValueError: an unknown component, or tensors that diffusers refuses.
+
+    """
+    if component not in COMPONENTS:
+        raise unknown_name("component", component, COMPONENTS)
+    others = [name for name in content.tensors if "lora_" not in name.removeprefix(PREFIX)]
+    if others:
+        raise ValueError(
+            f"diffusers loads nothing but factors, and the adapter has {others[0]!r} too "
+            "(modules_to_save, bias, trainable_token_indices): use format='peft'"
+        )
+    tensors = {
+        f"{component}.{name.removeprefix(PREFIX)}": tensor
+        for name, tensor in content.tensors.items()
+    }
+    return replace(content, file=DIFFUSERS_FILE, tensors=tensors, component=component)
+
+
+def from_diffusers(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a file of diffusers, as PEFT has them. A file without
+    options has s = 1.
+
+    Raises:
+        ValueError: it holds adapters of several models, a tensor <layer>.alpha, or damaged options.
+
+    """
+    starts = {key.partition(".")[0] for key in tensors}
+    component = next(iter(starts), "") if starts <= set(COMPONENTS) else ""
+    if len(starts) > 1 and starts & set(COMPONENTS):
+        raise ValueError(f"it holds the adapters of {', '.join(sorted(starts))}: keep one of them")
+    if any(key.endswith(".alpha") for key in tensors):
+        raise ValueError(
+            "it has tensors <layer>.alpha, which pipelines read in different ways: load it with "
+            "diffusers and save it again with save_lora_weights"
+        )
+    begin = f"{component}." if component else ""
+    named = {PREFIX + key.removeprefix(begin): tensor for key, tensor in tensors.items()}
+    try:
+        options = json.loads(metadata.get(DIFFUSERS_METADATA, "null"))
+        config = None if options is None else dict(options)
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{DIFFUSERS_METADATA} in its header is damaged") from None
+    if config is not None:
+        own = {key.removeprefix(begin): value for key, value in config.items()}
+        return {"peft_type": "LORA", **own}, named
+    factors = {key: as_factor(key.removeprefix(PREFIX)) for key in named}
+    ranks = {f.layer: len(named[key]) for key, f in factors.items() if f and f.half == "A"}
+    return {"peft_type": "LORA", **portable_fields(0, ranks)}, named
 
 
 def factors_of(content: FolderContent, layers: Mapping[str, LayerState]) -> dict[str, Pair]:
@@ -101,16 +188,25 @@ def factors_of(content: FolderContent, layers: Mapping[str, LayerState]) -> dict
     for name, layer in layers.items():
         parts, experts = content.parts.get(name, ()), layer.experts or 1
         pairs = {own: pair(own) for part in parts for own in part.names(experts)}
-        found[name] = from_pairs(pairs, parts, experts) if parts else pair(name)
+        if parts:
+            found[name] = from_pairs(pairs, parts, experts)
+        else:
+            place = name_in_file(name, layers)
+            found[name] = from_file(name, pair(place), place != name)
     return found
 
 
-def with_factors(content: FolderContent, factors: Mapping[str, Pair]) -> FolderContent:
-    """The content with other A' and B' of the same shapes."""
+def with_factors(
+    content: FolderContent, layers: Mapping[str, LayerState], factors: Mapping[str, Pair]
+) -> FolderContent:
+    """The content with other A' and B' of the same shapes, of `layers`."""
     tensors = dict(content.tensors)
     for name, (right, left) in factors.items():
-        parts = content.parts.get(name, ())
-        pairs = to_pairs(right, left, parts) if parts else {name: (right, left)}
+        parts, place = content.parts.get(name, ()), name_in_file(name, layers)
+        if parts:
+            pairs = to_pairs(right, left, parts)
+        else:
+            pairs = {place: to_file(layers[name], (right, left), place != name)}
         for own, pair in pairs.items():
             tensors |= zip(factor_keys(own, content.tensors), pair, strict=True)
     return replace(content, tensors=tensors)

@@ -20,17 +20,21 @@ from ...model.config import AdapterState
 from .compression import balanced, rounded, truncated, update_errors
 from .content import (
     ADAPTER_FILES,
+    COMPONENTS,
+    DIFFUSERS_FILE,
     NATIVE_FILE,
     NATIVE_TYPE,
+    as_diffusers,
     factors_of,
     folder_content,
+    from_diffusers,
     with_factors,
     with_recipe,
 )
 from .peft_format.experts.layouts import LAYOUTS
 from .peft_format.experts.writing import chosen_layout
 from .peft_format.reading import from_peft
-from .recipe import FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
+from .recipe import DIFFUSERS, FORMATS, METADATA, NATIVE, PEFT, START, recipe_from_json
 from .tensors import ChangedTensorsError, check_state, check_tensors, from_recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -117,6 +121,7 @@ def write_adapter(
     module_names: Collection[str] | None = None,
     fan_in_fan_out: bool = False,
     experts: str = "auto",
+    component: str = "",
 ) -> SavedAdapter:
     """Writes an adapter into a folder and replaces the one that is there. A killed process leaves
     the old one or the new one, complete. Other files in the folder stay.
@@ -128,7 +133,8 @@ def write_adapter(
             same strength: s is multiplied into B, all layers have one rank, and `lora_alpha` is
             equal to it. A start that was subtracted doubles the rank: A' = [A; A − A₀],
             B' = s·[B − B₀, B₀]. An R is multiplied into A. Or "native", for this package: as
-            small as the training state, and with R.
+            small as the training state, and with R. Or "diffusers": what "peft" has, in the one
+            file that a pipeline's `load_lora_weights` loads.
         compress_to: the rank that format="peft" is truncated to, by the SVD of s(BA − B₀A₀). The
             result is a plain adapter, from which the start cannot be recovered.
         dtype: float32, bfloat16 or float16, to which all tensors of format="peft" are rounded, but
@@ -142,6 +148,7 @@ def write_adapter(
             experts of a parameter, as PEFT writes it from 0.19 on. "auto": as `save_adapter` chose,
             or as the file had it that the adapter was read from. A projection that is not adapted
             is written as zeros beside one that is.
+        component: of format="diffusers", the pipeline's model: "unet", "transformer" ...
 
     Raises:
         ValueError: an unknown format, dtype or layout of experts, "each" without the names of a
@@ -151,6 +158,10 @@ def write_adapter(
     """
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
+    if (format == DIFFUSERS) != bool(component):
+        known = ", ".join(COMPONENTS)
+        raise ValueError(f"component is for format='diffusers', which needs it: one of {known}")
+    format = PEFT if component else format
     if experts not in LAYOUTS:
         raise unknown_name("experts", experts, LAYOUTS)
     for option, value in (("compress_to", compress_to), ("dtype", dtype)):
@@ -170,7 +181,7 @@ def write_adapter(
     if narrow is not None:
         whole = content
         if narrow in HALF:
-            whole = with_factors(content, balanced(factors_of(content, state.layers)))
+            whole = with_factors(content, state.layers, balanced(factors_of(content, state.layers)))
         tensors = rounded(whole.tensors, narrow)
         if tensors is not content.tensors:
             changed.append(f"rounded to {str(narrow).removeprefix('torch.')}")
@@ -182,7 +193,7 @@ def write_adapter(
     elif format == PEFT:
         content = with_recipe(content, state)
         folded = tuple(n for n, layer in state.layers.items() if layer.middle() is not None)
-    sizes = content.write(Path(folder))
+    sizes = (as_diffusers(content, component) if component else content).write(Path(folder))
     return SavedAdapter(
         folder=Path(folder),
         files=sizes,
@@ -288,6 +299,8 @@ def read_files(
             config = _read_config(folder)
             file = _tensor_file(folder, config)
             tensors, metadata = load_tensors(file)
+            if file.name == DIFFUSERS_FILE:
+                config, tensors = from_diffusers(tensors, metadata)
         except (FileNotFoundError, RuntimeError):  # RuntimeError: a mapped file has become smaller
             if before == _versions(folder) or attempt == _ATTEMPTS - 1:
                 raise
@@ -301,7 +314,7 @@ def read_files(
 def _versions(folder: Path) -> list[tuple[int, int, int] | None]:
     """What identifies the versions of an adapter's files: equal only if none was replaced."""
     versions: list[tuple[int, int, int] | None] = []
-    for name in sorted(ADAPTER_FILES):
+    for name in (*sorted(ADAPTER_FILES), DIFFUSERS_FILE):
         try:
             status = (folder / name).stat()
             versions.append((status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
@@ -312,7 +325,7 @@ def _versions(folder: Path) -> list[tuple[int, int, int] | None]:
 
 def is_adapter(path: Path) -> bool:
     """Whether the path is a folder with an adapter of this package or of PEFT."""
-    return any((path / name).is_file() for name in ADAPTER_FILES)
+    return any((path / name).is_file() for name in (*ADAPTER_FILES, DIFFUSERS_FILE))
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
@@ -331,6 +344,8 @@ def _tensor_file(folder: Path, config: dict[str, Any] | None) -> Path:
     if config is not None:
         names = (NATIVE_FILE,) if config.get("peft_type") == NATIVE_TYPE else (ADAPTER_FILE,)
     files = [folder / name for name in names if (folder / name).is_file()]
+    if config is None and not files and (folder / DIFFUSERS_FILE).is_file():
+        return folder / DIFFUSERS_FILE
     if files:
         return max(files, key=lambda file: file.stat().st_mtime_ns)
     hint = ""

@@ -30,7 +30,8 @@ _VERSIONS = (1, VERSION)
 # Formats of a folder. START is that of the start beside a residual base, from which it was
 # subtracted (see lora_kernels.files.checkpoint.residual).
 PEFT, NATIVE, START = "peft", "native", "start"
-FORMATS = (PEFT, NATIVE)
+DIFFUSERS = "diffusers"  # the content of PEFT, in one file
+FORMATS = (PEFT, NATIVE, DIFFUSERS)
 # Entries of the recipes of adapters of experts: what files have of them, and the tensors of this
 # file, of format "peft", that hold them.
 EXPERTS, TENSORS = "experts", "expert_tensors"
@@ -188,6 +189,8 @@ def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) ->
         weight_norm=numbers["weight_norm"],
         lora_bias=factors.get("lora_bias"),
         embedding=bool(recipe.get("embedding")),
+        kernel=tuple(recipe.get("kernel", ())),
+        groups=recipe.get("groups", 1),
         lora_magnitude=factors.get("lora_magnitude"),
         lora_diag=factors.get("lora_diag"),
         trains=recipe.get("trains", "AB"),
@@ -273,6 +276,8 @@ def layer_to_dict(layer: LayerState) -> dict[str, Any]:
         "R": layer.lora_R is not None,
         **({} if layer.lora_bias is None else {"bias": True}),
         **({"embedding": True} if layer.embedding else {}),
+        **({"kernel": list(layer.kernel)} if layer.kernel else {}),
+        **({"groups": layer.groups} if layer.groups != 1 else {}),
         **({} if layer.lora_magnitude is None else {"magnitude": True}),
         **({} if layer.lora_diag is None else {"diag": True}),
         **({} if layer.trains == "AB" else {"trains": layer.trains}),

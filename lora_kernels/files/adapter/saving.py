@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..._utils.model_files import read_json
 from ..._utils.names import without_wrappers
+from ..._utils.peft_names import ADAPTER_FILE
 from ...init.sharded.agree import from_every, is_first_rank, shared
 from ...init.sharded.layout import is_sharded
 from ...init.sharded.whole import whole
@@ -22,12 +23,15 @@ from ...model.install.sharded.fsdp import reshard
 from ...model.lora import adapter_state, apply_state
 from ...model.report import LoRAReport
 from ...model.selection import input_embeddings, output_head
+from .content import COMPONENTS, NATIVE_FILE
 from .folder import SavedAdapter, read_adapter, write_adapter
 from .peft_format.experts.layouts import EACH
 from .peft_format.experts.naming import is_converted_by_peft, stored_experts
 from .peft_format.experts.placing import placed
 from .peft_format.experts.writing import chosen_layout, expert_layers
-from .peft_format.loading import lost_in_peft
+from .peft_format.loading import differing_in_peft, lost_in_peft
+from .peft_format.shapes import LAST_TWICE, attention_of
+from .recipe import DIFFUSERS, read_recipe
 
 
 def save_adapter(
@@ -39,6 +43,7 @@ def save_adapter(
     compress_to: int | None = None,
     dtype: torch.dtype | str | None = None,
     experts: str = "auto",
+    component: str | None = None,
 ) -> SavedAdapter:
     """Writes an adapter of the model, by default the active one, as `write_adapter` does.
 
@@ -47,6 +52,9 @@ def save_adapter(
     does from 0.19 on; "auto", what this model's loaders read: "each" if its checkpoint has a tensor
     for each expert and PEFT converts such adapters, else "stacked", also for models of which vLLM
     reads nothing else.
+
+    `component` is the pipeline's model for format="diffusers": "unet", "transformer",
+    "text_encoder" ...; None takes it from the model's class.
 
     If the vocabulary was resized since the model was loaded, the embeddings are stored too, as PEFT
     stores them. Warnings name the layers that PEFT will not find in the folder, and the limit of
@@ -60,6 +68,7 @@ def save_adapter(
             different layers, as the stages of a pipeline have.
 
     """
+    own = _component(unwrapped(model), format) if component is None else component
     reshard(model)  # after a forward, FSDP2's modules may hold gathered parameters
     sharded = any(map(is_sharded, model.parameters()))
     keep = not sharded or is_first_rank()
@@ -71,7 +80,7 @@ def save_adapter(
         return _loaded_vocab_size(state.base_model)
 
     def write() -> SavedAdapter:
-        return _written(model, state, folder, format, compress_to, dtype, experts)
+        return _written(model, state, folder, format, compress_to, dtype, experts, own)
 
     # The first process alone reads and writes files; the others may not have them.
     size = shared(0, loaded_size) if sharded else loaded_size()
@@ -99,15 +108,17 @@ def _written(
     compress_to: int | None,
     dtype: torch.dtype | str | None,
     experts: str,
+    component: str,
 ) -> SavedAdapter:
     """`save_adapter` of an adapter that is whole."""
     stacks = expert_layers(state)
     if stacks:
         state.experts = stored_experts(unwrapped(model))
-    if format == "peft":
+    if format != "native":
         _warn_of_second_names(unwrapped(model), state)
         layout = chosen_layout(state, experts) if stacks else ""
         _warn_of_lost_layers(unwrapped(model), state, layout)
+        _warn_of_other_updates(unwrapped(model), state)
     if state.config.initializer.rewrites_base and any(
         layer.residual == "absorb" for layer in state.layers.values()
     ):
@@ -131,6 +142,7 @@ def _written(
         fan_in_fan_out=bool(linear)
         and all(getattr(modules[name], "transposed", False) for name in linear),
         experts=experts,
+        component=component,
     )
     if saved.warning:
         warnings.warn(saved.warning, stacklevel=4)
@@ -172,6 +184,7 @@ def load_adapter(
     """
     state = read_adapter(folder, residual_base=residual_base, expert_order=expert_order)
     state = placed(state, unwrapped(model))
+    _warn_of_padding(unwrapped(model), state, Path(folder))
     return apply_state(
         model, state, adapter_name=adapter_name, is_trainable=is_trainable, progress=progress
     )
@@ -211,6 +224,66 @@ def _warn_of_lost_layers(model: nn.Module, state: AdapterState, layout: str) -> 
             f"{reason}. load_adapter and lora-kernels merge are right",
             stacklevel=3,
         )
+
+
+def _warn_of_other_updates(model: nn.Module, state: AdapterState) -> None:
+    """Warns of layers that PEFT finds in the folder, and adapts in another way."""
+    modules = {without_wrappers(name): module for name, module in model.named_modules()}
+    for reason, names in differing_in_peft(modules, list(state.layers)).items():
+        warnings.warn(
+            f"plain PEFT computes another update of {len(names)} layers of this adapter "
+            f"({names[0]} ...): {reason}. load_adapter and lora-kernels merge are right",
+            stacklevel=5,
+        )
+    projections = [name for name in state.layers if attention_of(name, state.layers)]
+    if projections:
+        warnings.warn(
+            f"PEFT up to {LAST_TWICE} adds the update of {projections[0]} twice (its pull request "
+            "3774): the file has half of this lora_B, with which these versions compute the same. "
+            "A later PEFT may add it once, and half of it; load_adapter is right in any case",
+            stacklevel=5,
+        )
+
+
+def _warn_of_padding(model: nn.Module, state: AdapterState, folder: Path) -> None:
+    """Warns of an adapter without a recipe, perhaps by PEFT, whose layers PEFT adapts in another
+    way.
+    """
+    if not any(layer.kernel for layer in state.layers.values()):
+        return
+    if any(read_recipe(folder / file) is not None for file in (ADAPTER_FILE, NATIVE_FILE)):
+        return
+    modules = {without_wrappers(name): module for name, module in model.named_modules()}
+    for reason, names in differing_in_peft(modules, list(state.layers)).items():
+        warnings.warn(
+            f"if PEFT has trained this adapter, {len(names)} of its layers ({names[0]} ...) "
+            f"compute another update here: {reason}. Here, as in PEFT's own merged weight, the "
+            "update has the padding and dilation of its layer",
+            stacklevel=4,
+        )
+
+
+def _component(model: nn.Module, format: str) -> str:
+    """The pipeline's model that a class is, for format="diffusers"; "" for others.
+
+    Raises:
+        ValueError: the class does not tell.
+
+    """
+    if format != DIFFUSERS:
+        return ""
+    name, origin = type(model).__name__, type(model).__module__.partition(".")[0]
+    words = {"unet": "UNet", "controlnet": "ControlNet", "prior": "Prior"}
+    words |= {"transformer": "Transformer"}
+    found = next((c for c, word in words.items() if word in name), None)
+    if origin == "transformers":
+        found = "text_encoder"
+    if found is None:
+        raise ValueError(
+            f"which model of a pipeline {name} is, its class does not tell: pass component=, one "
+            f"of {', '.join(COMPONENTS)}"
+        )
+    return found
 
 
 def _resized_embeddings(model: Any, before: int | None, keep: bool) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from .peft_format.reading import (
     replication,
     split_tensors,
 )
+from .peft_format.shapes import name_in_file, own_names
 from .peft_format.tokens import split_rows
 from .portable import checksum, trained_factors, unscaled
 from .recipe import (
@@ -195,6 +196,7 @@ def _split_peft(
     magnitudes, tensors = split_magnitudes(recipe["peft_config"], tensors)
     parts = parts_from_json(recipe.get(TENSORS, {}))
     pairs, extra = split_tensors(tensors, saved, _names_in_file(recipe, parts), by_peft)
+    biases, magnitudes = own_names(biases, pairs), own_names(magnitudes, pairs)
     pairs = _joined(recipe, parts, pairs)
     _check_names(recipe["layers"], pairs)
     rows = {name: left.shape[-2] for name, (_, left) in pairs.items()}
@@ -211,7 +213,7 @@ def _names_in_file(
     recipe: dict[str, Any], parts: Mapping[str, tuple[ExpertPart, ...]]
 ) -> list[str]:
     """The names of the layers in the file, which has several for the experts of one."""
-    names = [name for name in recipe["layers"] if name not in parts]
+    names = [name_in_file(n, recipe["layers"]) for n in recipe["layers"] if n not in parts]
     return [*names, *(own for name in parts for own in _of_experts(recipe, parts, name))]
 
 
@@ -353,7 +355,9 @@ def _check_layer(name: str, layer: LayerState, r: int, experts: int | None) -> N
     expected |= dict.fromkeys(("lora_bias", "lora_magnitude"), (len(layer.lora_B),))
     if layer.lora_magnitude is not None and (experts is not None or layer.lora_bias is not None):
         what = "experts" if experts is not None else "layers with a bias of lora_B"
-        raise ValueError(f"{name!r} has DoRA's magnitudes (lora_magnitude), which {what} cannot have")
+        raise ValueError(
+            f"{name!r} has DoRA's magnitudes (lora_magnitude), which {what} cannot have"
+        )
     for key in FACTORS:
         factor = getattr(layer, key)
         if factor is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from ..._utils.names import nearest
 from ..._utils.safetensors import DTYPES, Entry, load_tensor
 from ...init.start import subtract_factors_
 from ...layers.linear import rounded_sum
+from ...layers.linear.attention import IN_PROJ
 from ...layers.state import LayerState
 from ...model.config import AdapterState, TokenRows
 from ...model.experts.stored import StoredMatrix
 from ...model.selection import input_embeddings, output_head
 from ..adapter.peft_format.experts.placing import placed
+from ..adapter.peft_format.shapes import attention_of
 from .architecture import Architecture, classes_for
 from .experts import stored_stack
 from .folder import ModelFolder
@@ -84,9 +86,11 @@ def _check_finite(weight: Tensor) -> None:
 
 
 def _apply_(weight: Tensor, value: Value, transposed: bool) -> None:
-    """Adds s·B'A' or a bias to a tensor of the base, or replaces some rows or all of it."""
+    """Merges a layer's adapter or a bias into a tensor of the base, or replaces some rows or all of
+    it.
+    """
     if isinstance(value, LayerState):
-        add_update_(weight.T if transposed or value.embedding else weight, value)
+        value.add_to_(value.matrix_of(weight, transposed))
     elif isinstance(value, TokenRows):
         value.put_(weight)
     elif isinstance(value, Added):
@@ -117,15 +121,6 @@ class Changes:
     vocab_size: int | None = None
 
 
-@torch.no_grad()
-def add_update_(weight: Tensor, layer: LayerState) -> None:
-    """W ← W + s(BA − B₀A₀) for a weight W [out, in] of the original base, with BRA for BA if there
-    is an R; in float32 or wider, and rounded once.
-    """
-    right, left = (f.to(weight.device) for f in layer.update_factors())
-    subtract_factors_(weight, right, left, -layer.scaling)
-
-
 def placed_in(folder: ModelFolder, state: AdapterState) -> AdapterState:
     """The adapter whose experts are parameters where they are in the model, as far as it is known.
 
@@ -153,15 +148,22 @@ def folder_for(folder: ModelFolder, state: AdapterState) -> ModelFolder:
     return folder
 
 
+def weight_of(layer: str, layers: Collection[str]) -> str:
+    """The name of the weight of an adapted layer: in an attention, of queries, keys and values."""
+    attention = any(attention_of(other, layers) == layer for other in layers)
+    return f"{layer}.{IN_PROJ if attention else 'weight'}"
+
+
 def _wanted(state: AdapterState) -> Wanted:
     wanted: dict[str, Value] = {
-        name if layer.experts else f"{name}.weight": layer for name, layer in state.layers.items()
+        name if layer.experts else weight_of(name, state.layers): layer
+        for name, layer in state.layers.items()
     }
     wanted |= {**state.extra, **state.rows, **_updated_weights(state)}
     for layer_name, layer in state.layers.items():
         bias = layer.portable_bias()
         if bias is not None:
-            name = f"{layer_name}.bias"
+            name = weight_of(layer_name, state.layers).removesuffix("weight") + "bias"
             trained = state.extra.get(name)
             wanted[name] = Added(bias) if trained is None else rounded_sum(trained, bias)
     return wanted
@@ -279,8 +281,9 @@ def _change(folder: ModelFolder, changes: Changes, name: str, value: Value) -> N
     transposed = folder.is_transposed(name.removesuffix(".weight"))
     expected = tuple(entry.shape)
     if isinstance(value, LayerState):
-        shape: tuple[int, ...] = (value.lora_B.shape[0], value.lora_A.shape[1])
-        expected = expected[::-1] if transposed or value.embedding else expected
+        shape: tuple[int, ...] = value.stored_shape(transposed)
+        if not value.kernel and (transposed or value.embedding):  # as [out, in]
+            shape, expected = shape[::-1], expected[::-1]
     elif isinstance(value, TokenRows):
         value.check(name, entry.shape)
         shape = expected

@@ -33,7 +33,9 @@ class Part:
         return self.tensor.name, self.index
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """The view [rows, in] of what is stored."""
+        """The view [rows, in] of what is stored, of a convolution [rows, in / groups · k ...]."""
+        if stored.dim() > 2:
+            return stored.view(len(stored), -1)
         return stored.mT if self.transposed else stored
 
     def load(self) -> Tensor:

@@ -25,13 +25,13 @@ from ..adapter.peft_format.loading import lost_in_peft
 from ..adapter.saving import load_adapter
 from .architecture import Architecture
 from .changes import (
-    add_update_,
     changes_of,
     check_experts,
     folder_for,
     is_resized,
     placed_in,
     resized_to,
+    weight_of,
 )
 from .folder import ModelFolder
 from .residual import refuse_residual
@@ -112,9 +112,7 @@ def _check_fit(folder: ModelFolder, state: AdapterState) -> None:
         if layer.experts:
             check_experts(folder, name, layer)
             continue
-        rows, cols = layer.shape
-        transposed = layer.embedding or folder.is_transposed(name)
-        wanted[f"{name}.weight"] = (cols, rows) if transposed else (rows, cols)
+        wanted[weight_of(name, state.layers)] = layer.stored_shape(folder.is_transposed(name))
     model = architecture.model
     if state.replication:
         model = copy.deepcopy(model)
@@ -221,14 +219,17 @@ class _Ways:
                 _merge_experts_(model, name, layer)
                 continue
             module: Any = model.get_submodule(name)
-            given = extra.pop(f"{name}.weight", module.weight.data)
-            weight = given.to(module.weight.dtype, copy=True)
-            transposed = layer.embedding or is_conv1d(module)
-            add_update_(weight.T if transposed else weight, layer)
-            module.weight = nn.Parameter(weight)  # its own, if it was tied to another
+            own = weight_of(name, self.state.layers)
+            key = own.removeprefix(f"{name}.")
+            before = getattr(module, key).data
+            weight = extra.pop(own, before).to(before.dtype, copy=True)
+            layer.add_to_(layer.matrix_of(weight, is_conv1d(module)))
+            setattr(module, key, nn.Parameter(weight))  # its own, if it was tied to another
             bias = layer.portable_bias()
             if bias is not None:
-                module.bias = nn.Parameter(bias if module.bias is None else module.bias + bias)
+                key = key.removesuffix("weight") + "bias"
+                old = getattr(module, key)
+                setattr(module, key, nn.Parameter(bias if old is None else old + bias))
         _, rows = row_places(model, self.state)
         weights = model.state_dict()
         with_rows = {name: row.put_(weights[name].clone()) for name, row in rows.items()}
@@ -257,8 +258,7 @@ class _Ways:
         weights = []
         for name in self.state.layers:
             layer: Any = adapted.get_submodule(name)
-            delta = layer.get_delta_weight("default") if hasattr(layer, "lora_A") else 0.0
-            weights.append((layer.weight.detach() + delta).float().flatten())
+            weights.append(_weight_in_peft(layer).float().flatten())
         return torch.cat(weights)
 
     def _result(self, model: nn.Module) -> Tensor:
@@ -267,8 +267,22 @@ class _Ways:
             return outputs_of(model, self.inputs)
         tensors = model.state_dict()
         layers = self.state.layers.items()
-        changed = [name if layer.experts else f"{name}.weight" for name, layer in layers]
+        changed = [
+            name if layer.experts else weight_of(name, self.state.layers) for name, layer in layers
+        ]
         return torch.cat([tensors[name].float().flatten() for name in changed])
+
+
+def _weight_in_peft(layer: Any) -> Tensor:
+    """A new tensor, the weight of a layer of PEFT with its adapter."""
+    weight: Tensor = layer.weight.detach()
+    if not hasattr(layer, "lora_A"):
+        return weight
+    variant = layer.lora_variant.get("default")
+    if variant is not None:
+        found: Tensor = variant.merge_safe(layer, "default", weight.clone())
+        return found
+    return weight + layer.get_delta_weight("default")
 
 
 @torch.no_grad()
@@ -276,7 +290,7 @@ def _merge_experts_(model: nn.Module, name: str, layer: LayerState) -> None:
     """Adds the update of an experts' parameter to it, in place."""
     owner: Any = model.get_submodule(name.rpartition(".")[0])
     for expert, weight in enumerate(model.get_parameter(name)):
-        add_update_(weight.mT if owner.is_transposed else weight, layer.expert(expert))
+        layer.expert(expert).add_to_(weight.mT if owner.is_transposed else weight)
 
 
 def _ranks(ranks: list[int]) -> str:

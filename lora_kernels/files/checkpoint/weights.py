@@ -4,6 +4,7 @@ model's architecture, `stored_weights` by their names alone.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from ..._utils.model_files import StoredTensor, read_json, stored_tensors
 from ..._utils.names import ALL_LINEAR, match_names
 from ..._utils.peft_names import ADAPTER_CONFIG
 from ..._utils.safetensors import DTYPES
-from ...layers.kinds import EMBEDDING
+from ...layers.base import BaseLayer
+from ...layers.kinds import ATTENTION, CONVOLUTION, EMBEDDING, OUT_PROJECTION
 from ...model.config import LoRAConfig
 from ...model.selection import select_layers as select_modules
-from ..adapter.peft_format.loading import lost_in_peft
+from ..adapter.peft_format.loading import differing_in_peft, lost_in_peft
 from .architecture import Architecture
 from .experts import Entries, Matrix, Part, StoredStack, stored_stack
 
@@ -33,21 +35,27 @@ _EMBEDDING = re.compile(r"wte|wpe|shared|relative_attention_bias|(?!embed_out).*
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """The weight of a linear layer; `name` is the layer's in the model."""
+    """The weight of a linear layer or convolution; `name` is the layer's in the model."""
 
     name: str
     tensor: StoredTensor
     transposed: bool
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The sizes of a convolution's kernels; () of a linear layer."""
+        return tuple(self.tensor.entry.shape[2:])
+
     def load(self) -> Tensor:
         """W [out, in], on the CPU."""
-        weight = self.tensor.load()
+        weight = self.tensor.load().flatten(1)
         return weight.T if self.transposed else weight
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        rows, cols = self.tensor.entry.shape
+        rows, *rest = self.tensor.entry.shape
+        cols = math.prod(rest)
         return (cols, rows) if self.transposed else (rows, cols)
 
     def matrices(self) -> Iterator[Matrix]:
@@ -89,8 +97,8 @@ def chosen_weights(
                 raise ValueError(f"target_parameters names {name!r} of {path}, but {found}")
             weights.append(found)
             continue
-        if base.kind == EMBEDDING:
-            skipped[name] = "it is an embedding: adapt it with add_lora"
+        if (reason := _why_not_here(base, absorb)) is not None:
+            skipped[name] = f"it is {reason}: adapt it with add_lora"
             continue
         tied = architecture.tied(f"{name}.weight")
         stored = next((n for n in (f"{name}.weight", *tied) if n in architecture.stored), "")
@@ -124,6 +132,22 @@ def chosen_weights(
     return weights, skipped
 
 
+def _why_not_here(base: BaseLayer, absorb: bool) -> str | None:
+    """What a layer is that cannot be started in files; None if it can."""
+    if base.kind == EMBEDDING:
+        return "an embedding"
+    if base.kind in (ATTENTION, OUT_PROJECTION):
+        return "an attention"
+    if base.kind != CONVOLUTION:
+        return None
+    if base.geometry[1] > 1:
+        return "a convolution with groups"
+    differs = differing_in_peft({"": base.layer}, [""])
+    if absorb and differs:  # PEFT is to train it
+        return f"a convolution that PEFT computes in another way ({next(iter(differs))})"
+    return None
+
+
 def _is_quantized(architecture: Architecture, layer: str, tensor: StoredTensor | None) -> bool:
     """Whether the files have codes in place of the layer's floating-point weight."""
     if tensor is not None:
@@ -132,8 +156,8 @@ def _is_quantized(architecture: Architecture, layer: str, tensor: StoredTensor |
 
 
 def _check_shape(weight: StoredWeight, shape: tuple[int, int]) -> None:
-    stored = weight.tensor.entry.shape
-    if stored != (shape[::-1] if weight.transposed else shape):
+    if weight.shape != shape:
+        stored = weight.tensor.entry.shape
         raise ValueError(
             f"{weight.name} is {list(shape)} by config.json, its weight in the files "
             f"{list(stored)}: they do not belong together"

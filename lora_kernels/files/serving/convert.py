@@ -13,7 +13,7 @@ from ...model.config import AdapterState
 from ..adapter.compression import truncated, update_errors
 from ..adapter.folder import SavedAdapter, float_dtype, read_adapter, write_adapter
 from ..adapter.peft_format.experts.naming import stored_experts
-from ..adapter.recipe import FORMATS
+from ..adapter.recipe import NATIVE, PEFT
 from ..checkpoint.changes import check_experts, placed_in
 from ..checkpoint.folder import CONFIG, ModelFolder, check_outside
 from ..checkpoint.residual import refuse_residual, without_start
@@ -23,7 +23,7 @@ from .gguf import GGUFSummary, write_gguf
 from .rename import renamed
 
 GGUF = "gguf"
-TARGETS = (*FORMATS, GGUF)
+TARGETS = (PEFT, NATIVE, GGUF)
 
 
 def convert(

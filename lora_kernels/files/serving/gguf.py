@@ -132,6 +132,12 @@ def _check_extra(state: AdapterState) -> None:
             "which a GGUF adapter cannot hold: load it with load_adapter, merge it with "
             "merge_lora, and convert the model with llama.cpp's convert_hf_to_gguf.py"
         )
+    if any(layer.lora_magnitude is not None for layer in state.layers.values()):
+        raise ValueError(
+            "the adapter is a DoRA one (use_dora), whose magnitudes a GGUF adapter cannot hold: "
+            "merge it into the model (lora-kernels merge) and convert the result with llama.cpp's "
+            "convert_hf_to_gguf.py"
+        )
     stacks = [name for name, layer in state.layers.items() if layer.experts is not None]
     if stacks:
         raise ValueError(

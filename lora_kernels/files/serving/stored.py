@@ -19,24 +19,11 @@ from typing import Any
 from ..._utils.model_files import StoredTensor, read_json
 from ..._utils.peft_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX
 from ..._utils.safetensors import read_layout
-from ..adapter.content import NATIVE_FILE
+from ..adapter.content import COMPONENTS, DIFFUSERS_FILE, DIFFUSERS_METADATA, NATIVE_FILE
 from ..adapter.recipe import METADATA, START
 
 PEFT, DIFFUSERS, NATIVE = "peft", "diffusers", "native"
 LINEAR, EMBEDDING, CONVOLUTION = "linear", "embedding", "convolution"
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-DIFFUSERS_METADATA = "lora_adapter_metadata"
-# The models of a pipeline that diffusers loads adapters into; the first part of a tensor's name.
-COMPONENTS = (
-    "unet",
-    "transformer",
-    "transformer_2",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-    "controlnet",
-    "prior",
-)
 # kohya's names of them, which precede the module's name.
 KOHYA = {
     "lora_unet_": "unet",

@@ -35,8 +35,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """A and B of one layer: their names in the model's state_dict, and that of B's bias if there is
-    one; rank and s; the numbers of experts and groups; whether they are matrices, as those of a
+    """A and B of one layer: their names in the model's state_dict, and those of B's bias and DoRA's
+    magnitudes if there are any; rank and s; the numbers of experts and groups; whether they are matrices, as those of a
     linear layer or embedding;
     the name of the 3-D parameter if they are those of experts; and whether they are there whole,
     not as shards of DeepSpeed ZeRO-3 or FSDP, which are left as they are.
@@ -55,6 +55,7 @@ class LayerFactors:
     whole: bool
     start: tuple[Tensor, Tensor] | None
     embedding: bool = False
+    key_magnitude: str | None = None
 
     @property
     def keys(self) -> tuple[str, str, str]:
@@ -84,6 +85,9 @@ class LayerFactors:
             residual="implicit",
             lora_bias=None if self.key_bias is None else tensors[self.key_bias].detach(),
             embedding=self.embedding,
+            lora_magnitude=None
+            if self.key_magnitude is None
+            else tensors[self.key_magnitude].detach(),
         )
 
     @torch.no_grad()
@@ -142,6 +146,7 @@ def layer_factors_of(
             continue
         A, B = tensors[key_A], tensors[key_B]
         bias = f"{path}.lora_B.{adapter}.bias"
+        magnitude = f"{path}.lora_magnitude_vector.{adapter}.weight"
         experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
         base = layer.get_base_layer()
         groups = base.groups if isinstance(base, _CONVOLUTIONS) else 1
@@ -164,6 +169,7 @@ def layer_factors_of(
             whole=whole,
             start=start,
             embedding=embedding,
+            key_magnitude=magnitude if magnitude in tensors else None,
         )
 
 

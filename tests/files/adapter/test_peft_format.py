@@ -49,6 +49,7 @@ from ...support.adapters import (
     train,
     write_plain,
 )
+from ...support.exhaustive import paired
 from ...support.oracle import to_numpy
 from ...support.packages import needs_real_model
 
@@ -60,7 +61,6 @@ NAMES = [n for n in initializer_names() if not get_initializer(n).rewrites_base]
 
 # What each field of PEFT's LoraConfig does to a trained adapter: (option, value, why it is refused)
 REFUSED = [
-    ("use_dora", True, "DoRA"),
     ("alora_invocation_tokens", [3], "aLoRA"),
     ("use_qalora", True, "QA-LoRA"),
     ("megatron_config", {"a": 1}, "Megatron"),
@@ -92,16 +92,16 @@ IMPLEMENTED = [
     *("r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias"),
     *("use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform"),
     *("layers_pattern", "rank_pattern", "alpha_pattern", "task_type", "target_parameters"),
+    "use_dora",
 ]
 
 
 class TestPlainPeft:
     """From the files, plain PEFT computes the adapted model on the original base."""
 
-    @pytest.mark.parametrize("kind,names", [("llama", LLAMA_LAYERS), ("gpt2", GPT2_LAYERS)])
-    @pytest.mark.parametrize("name", NAMES)
-    def test_every_start(self, name, kind, names, tmp_path):
-        model = tiny_model(kind)
+    @pytest.mark.parametrize(("name", "kind"), paired(NAMES, ["llama", "gpt2"]))
+    def test_every_start(self, name, kind, tmp_path):
+        model, names = tiny_model(kind), {"llama": LLAMA_LAYERS, "gpt2": GPT2_LAYERS}[kind]
         config = LoRAConfig(r=4, lora_alpha=6, init_lora_weights=name)
         state, deltas = adapt_model(model, names, config)
         modules = [n for n, _ in model.named_modules()]

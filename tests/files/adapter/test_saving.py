@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -85,12 +85,12 @@ class TestRoundTrip:
         assert all((tmp_path / n).stat().st_size == size for n, size in report.files.items())
         got = read_adapter(tmp_path)
         layer = got.layers["block.1.q"]
-        if state.layers["block.1.q"].lora_R is None or form == "native":
+        if state.layers["block.1.q"].middle() is None or form == "native":
             assert not report.folded
             assert_same(got, state)
-        else:  # said in the report: R A is one matrix now
+        else:  # said in the report: R A, or diag(λ) A, is one matrix now
             assert report.folded == ("block.1.q",) and "only format='native'" in str(report)
-            assert layer.lora_R is None
+            assert layer.middle() is None
         right, left = layer.update_factors()
         product = layer.scaling * to_numpy(left) @ to_numpy(right)
         # Starts are rounded to float32, and so is R A.
@@ -196,7 +196,10 @@ class TestRoundTrip:
 )
 def test_any_layer(tmp_path_factory, name, form, residual, dtype, rule, sizes, alpha, data):
     """For any shapes the same ΔW is restored, and PEFT's file alone has it too."""
-    r = data.draw(st.integers(1, min(sizes) // (2 if name == "lora_ga" else 1)))
+    largest = {"lora_ga": min(sizes) // 2, "kasa": min(sizes) - 1}.get(name, min(sizes))
+    r = data.draw(st.integers(1, largest))
+    r = 2 * ((r + 1) // 2) if name == "orthogonal" and r < min(sizes) else r
+    assume(name != "orthogonal" or r % 2 == 0)
     config = LoRAConfig(r=r, lora_alpha=alpha, scaling=rule, init_lora_weights=name)
     linear = nn.Linear(*sizes, dtype=dtype)
     layer, delta = adapt(linear, config, residual=residual)
@@ -204,7 +207,7 @@ def test_any_layer(tmp_path_factory, name, form, residual, dtype, rule, sizes, a
     folder = tmp_path_factory.mktemp("layer")
     write_adapter(folder, state, format=form)
     got = read_adapter(folder)
-    if layer.lora_R is None or form == "native":
+    if layer.middle() is None or form == "native":
         assert_same(got, state)
     right, left = got.layers["a.b"].update_factors()
     scaling = layer.scaling
@@ -229,7 +232,8 @@ class TestModels:
         "form,name",
         [
             *itertools.product(["peft", "native"], ["loram", "pissa", "lora"]),
-            ("native", "lora_xs"),  # PEFT's format has no place for R
+            *itertools.product(["native"], ["lora_xs", "kasa"]),  # PEFT's has no place for R and λ
+            ("peft", "mica"),
         ],
     )
     def test_training_goes_on_as_if_it_had_not_stopped(self, form, name, residual, tmp_path):
@@ -254,7 +258,7 @@ class TestModels:
             assert torch.equal(resumed(IDS).logits, through(IDS).logits)
 
     @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-    @pytest.mark.parametrize("name", ["loram", "olora", "lora_xs"])
+    @pytest.mark.parametrize("name", ["loram", "olora", "lora_xs", "kasa"])
     def test_plain_peft_on_the_original_base(self, name, kind, tmp_path):
         model = copy.deepcopy(tiny_model(kind))
         config = LoRAConfig(

@@ -17,7 +17,7 @@ from lora_kernels._utils.model_files import JOURNAL_FOLDER
 from lora_kernels.cli import main
 from lora_kernels.files.adapter.folder import read_adapter
 from lora_kernels.files.checkpoint.folder import ModelFolder
-from lora_kernels.files.checkpoint.initialize import initialize, recent
+from lora_kernels.files.checkpoint.initialize import initialize, recent, starts_from_files
 from lora_kernels.files.checkpoint.merge import merge
 from lora_kernels.files.checkpoint.residual import read_start
 from lora_kernels.files.checkpoint.verify import verify
@@ -38,7 +38,7 @@ NAMES = ["experts.gate_up_proj", "experts.down_proj"]
 BOTH = {"r": R, "lora_alpha": 12, "target_parameters": NAMES, "target_modules": ["q_proj"]}
 FAMILIES = ("Qwen3Moe", "GptOss")
 GATE_UP, DOWN = (f"model.layers.0.mlp.{name}" for name in NAMES)
-METHODS = [name for name in initializer_names() if not get_initializer(name).needs_gradient]
+METHODS = [name for name in initializer_names() if starts_from_files(get_initializer(name))]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_kernels.files.adapter.folder import read_adapter
-from lora_kernels.files.checkpoint.initialize import initialize
+from lora_kernels.files.checkpoint.initialize import initialize, starts_from_files
 from lora_kernels.files.checkpoint.residual import read_start
 from lora_kernels.files.checkpoint.weights import stored_weights
 from lora_kernels.files.io import pipeline
@@ -30,7 +30,7 @@ from .folders import (
     write_model,
 )
 
-METHODS = [name for name in initializer_names() if not get_initializer(name).needs_gradient]
+METHODS = [name for name in initializer_names() if starts_from_files(get_initializer(name))]
 R = 4
 
 
@@ -320,7 +320,13 @@ class TestErrors:
     @pytest.mark.parametrize(
         "options,match",
         [
-            ({"init_lora_weights": "lora_ga"}, "capture_gradients"),
+            ({"init_lora_weights": "lora_ga"}, r"'lora_ga' starts from the loss gra.*ture_gradients"),
+            *(
+                ({"init_lora_weights": name}, rf"'{name}' starts from the inputs .*ture_activations")
+                for name in ("corda", "eva", "lora_null", "qera")
+            ),
+            ({"init_lora_weights": "kasa"}, "'kasa' trains a diagonal .*load the model and add_"),
+            ({"use_dora": True}, r"use_dora=True .* load the model and use add_lora"),
             ({"r": 17}, r"rank 17 is larger than min\(n, m\) = 16 of model\.layers\.0"),
             ({"target_modules": ["embed_tokens"]}, "is an embedding by its name"),
             ({"target_modules": ["q_prok"]}, "did you mean 'q_proj'"),

@@ -19,6 +19,7 @@ from lora_kernels.init import get_initializer, initializer_names
 from lora_kernels.model.config import AdapterState, LoRAConfig
 
 from ...support.adapters import adapt_model
+from ...support.exhaustive import paired
 from ...support.oracle import ROUNDING, to_numpy
 from .gguf_models import NAMES, PERMUTED, linear_layers, make_model, save_config
 
@@ -128,8 +129,7 @@ class TestContents:
             name = f"blk.{block}.{TENSORS[end]}.weight" if end else "output.weight"
             assert_close(transformers_rows(got[name], layer, model), delta)
 
-    @pytest.mark.parametrize("residual", ["absorb", "implicit"])
-    @pytest.mark.parametrize("start", STARTS)
+    @pytest.mark.parametrize(("start", "residual"), paired(STARTS, ["absorb", "implicit"]))
     def test_every_start_and_scaling(self, start, residual, llama, tmp_path):
         model, folder, *_ = llama
         for options in ({"use_rslora": True, "lora_alpha": 3.7}, {"lora_alpha": 0.3}):

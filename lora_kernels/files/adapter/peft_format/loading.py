@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...._utils.peft_names import factor_key
+from ....layers.kinds import CONVOLUTIONS, ForeignLayer
 
 
 def lost_in_peft(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
@@ -31,6 +32,23 @@ def lost_in_peft(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
     lost = _retargeted(conversion, model, layers)
     rest = [name for name in layers if name not in lost]
     return lost | _renamed(conversion, model, rest)
+
+
+def differing_in_peft(
+    modules: Mapping[str, nn.Module], layers: Sequence[str]
+) -> dict[str, list[str]]:
+    """{reason: layers} of the layers for which PEFT computes another update than their weight's:
+    its convolution with A has the kernel, stride and padding of the layer, and nothing else.
+    """
+    found: dict[str, list[str]] = {}
+    convolutions = {n: modules[n] for n in layers if isinstance(modules.get(n), CONVOLUTIONS)}
+    for name, convolution in convolutions.items():
+        module: ForeignLayer = convolution
+        if any(step != 1 for step in module.dilation):
+            found.setdefault("PEFT leaves out the dilation of lora_A", []).append(name)
+        elif module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
+            found.setdefault("PEFT pads the input of lora_A with zeros", []).append(name)
+    return found
 
 
 def _retargeted(conversion: Any, model: nn.Module, layers: Sequence[str]) -> dict[str, str]:

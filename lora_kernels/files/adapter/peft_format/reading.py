@@ -47,6 +47,7 @@ from .biases import check_biases, split_biases
 from .converted import with_starts
 from .experts.reading import unstacked_experts, wrapped_parameters
 from .magnitudes import checked_magnitudes, split_magnitudes
+from .shapes import Geometry, attention_of, flattened, geometry, own_names, own_tensors
 from .tokens import split_rows
 
 # Options of `LoRAConfig` that PEFT's `LoraConfig` has with the same meaning.
@@ -79,6 +80,7 @@ def from_peft(
     biases, others = split_biases(values, others)
     magnitudes, others = split_magnitudes(values, others)
     halves, extra = split_tensors(others, values.get("modules_to_save") or ())
+    shapes = convolutions(others)
     if not halves:
         raise ValueError("it has no lora_A and lora_B of a linear layer or embedding")
     parameters = {
@@ -91,9 +93,14 @@ def from_peft(
     pairs = {parameters[name]: halves[name] for name in halves if name in parameters}
     ranks = {name: config.layer_rank(name) for name in pairs}
     stacks, experts = unstacked_experts(values, pairs, ranks, expert_order)
-    layers = {name: _layer(name, *pair, config) for name, pair in (linear | stacks).items()}
+    layers = {}
+    for name, pair in (linear | stacks).items():
+        shape = shapes.get(name, Geometry())
+        layers[name] = _layer(name, *pair, config, shape.groups, attention_of(name, linear))
+        layers[name].kernel, layers[name].groups = shape
     for name in embeddings(tensors) & layers.keys():
         layers[name].embedding = True
+    biases, magnitudes = own_names(biases, linear), own_names(magnitudes, linear)
     if values.get(BIAS_OF_B):
         check_biases(biases, {n: len(layers[n].lora_B) for n in linear}, linear)
     for name, bias in biases.items():
@@ -138,20 +145,28 @@ def _check_saved(config: LoRAConfig, extra: Mapping[str, Tensor]) -> None:
             )
 
 
-def _layer(name: str, lora_A: Tensor, lora_B: Tensor, config: LoRAConfig) -> LayerState:
-    """The layer with these factors.
+def _layer(
+    name: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    config: LoRAConfig,
+    groups: int = 1,
+    attention: str | None = None,
+) -> LayerState:
+    """The layer with these factors: of a convolution with `groups`, those of one group; of the
+    `out_proj` of an attention, which has the attention's r and lora_alpha.
 
     PEFT's starts by an SVD or a QR have at most min(out, in) rows, whatever r is; s is that of the
     configuration's r.
     """
     check_pair(name, lora_A, lora_B, lora_A.dim() == 3)
-    r, alpha = config.layer_rank(name), config.layer_alpha(name)
+    r, alpha = config.layer_rank(attention or name), config.layer_alpha(attention or name)
     scaling = lora_scaling(alpha, r, config.scaling_rule)
     rows, full = lora_A.shape[-2], min(lora_B.shape[-2], lora_A.shape[-1])
     if rows == r:
         return LayerState(lora_A, lora_B, scaling, alpha)
-    if rows != min(r, full):
-        raise _other_rank(name, rows, r)
+    if rows * groups != min(r, full if groups == 1 else r):
+        raise _other_rank(name, rows * groups, r)
     divisor = rows if config.scaling_rule == "lora" else math.sqrt(rows)
     return LayerState(lora_A, lora_B, scaling, scaling * divisor)
 
@@ -192,7 +207,8 @@ def split_tensors(
     layers: Collection[str] | None = None,
     by_peft: bool = True,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """A and B of each layer, and all other tensors, by their names in the base model.
+    """A [r, in] and B [out, r] of each layer, and all other tensors, by their names in the base
+    model. PEFT's stacked experts are as they are.
 
     Args:
         tensors: by PEFT's names, with or without the name of the adapter.
@@ -230,7 +246,8 @@ def split_tensors(
                 raise ValueError(f"lora_{half} of {name!r} is missing")
     pairs = {name: (found["A"], found["B"]) for name, found in halves.items()}
     names = base_names(others, pairs, adapters, modules_to_save if by_peft else ())
-    return pairs, _base_tensors(others, names, pairs, modules_to_save)
+    extra = _base_tensors(others, names, pairs, modules_to_save)
+    return flattened(pairs), own_tensors(extra, pairs)
 
 
 def embeddings(tensors: Collection[str]) -> set[str]:
@@ -240,6 +257,19 @@ def embeddings(tensors: Collection[str]) -> set[str]:
     names = (without_wrappers(key).removeprefix(PREFIX) for key in tensors)
     factors = (as_factor(name) for name in names)
     return {factor.layer for factor in factors if factor is not None and factor.embedding}
+
+
+def convolutions(tensors: Mapping[str, Tensor]) -> dict[str, Geometry]:
+    """The geometry of the convolutions whose A and B are among these tensors of PEFT's, by their
+    names in the base model.
+    """
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        factor = as_factor(without_wrappers(key).removeprefix(PREFIX))
+        if factor is not None and tensor.dim() > 2:
+            halves.setdefault(factor.layer, {})[factor.half] = tensor
+    pairs = {n: (own["A"], own["B"]) for n, own in halves.items() if len(own) == 2}
+    return {name: geometry(name, pair) for name, pair in pairs.items()}
 
 
 def _is_of_layer(

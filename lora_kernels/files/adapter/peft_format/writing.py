@@ -35,6 +35,7 @@ from .experts.writing import (
 )
 from .magnitudes import magnitude_key
 from .reading import saved_module
+from .shapes import attention_of, file_rank, name_in_file, to_file
 from .tokens import rows_to_peft
 
 
@@ -65,10 +66,15 @@ def to_peft(
         for name, layer in state.layers.items()
     }
     ranks = {name: right.shape[-2] for name, (right, _) in pairs.items()}
-    largest = max(ranks.values())
+    # Those of convolutions with groups are larger in the file, and have patterns of their own.
+    grouped = {n: file_rank(state.layers[n], r) for n, r in ranks.items() if _is_grouped(state, n)}
+    largest = max([r for n, r in ranks.items() if n not in grouped] or grouped.values())
     parts = file_parts(state, layout if portable else STACKED, None if portable else {})
     if portable:
-        pairs = {n: (padded(A, largest, -2), padded(B, largest, -1)) for n, (A, B) in pairs.items()}
+        pairs = {
+            n: (A, B) if n in grouped else (padded(A, largest, -2), padded(B, largest, -1))
+            for n, (A, B) in pairs.items()
+        }
         pairs |= {n: pair for n, pair in _zeros(state, largest).items() if n in parts}
     tensors = _tensors(state, pairs, parts)
     saved: dict[str, None] = {}  # the saved modules, in the order of their tensors
@@ -77,20 +83,20 @@ def to_peft(
         module = saved_module(owner, config.modules_to_save or (), last != "bias")
         if module is not None:
             saved[module] = None
-        elif last in ("bias", "weight") and owner in state.layers:
-            key = f"{owner}.base_layer.{last}"
+        elif last.endswith(("bias", "weight")) and owner in state.layers:
+            key = f"{name_in_file(owner, state.layers)}.base_layer.{last}"
         tensors[PREFIX + key] = tensor
     biases = _biases(state, portable)
     tensors |= biases
     magnitudes = {
-        magnitude_key(name): layer.lora_magnitude
+        magnitude_key(name_in_file(name, state.layers)): layer.lora_magnitude
         for name, layer in state.layers.items()
         if layer.lora_magnitude is not None
     }
     tensors |= magnitudes
     indices, rows = rows_to_peft(state.rows)
     tensors |= rows
-    linear = [name for name in state.layers if name not in parts]
+    linear = [n for n in state.layers if n not in parts and not attention_of(n, state.layers)]
     if state.replication and not set(linear) <= set(module_names or ()):
         module_names = None  # those of the base, without its repeated blocks
     targets, excluded = exact_targets(linear, module_names, tuple(saved)) if linear else ([], None)
@@ -100,13 +106,17 @@ def to_peft(
         parameters = {TARGET_PARAMETERS: target_parameters(list(parts), known)}
     elif parts:
         targets = [*targets, *(t for t in target_modules(parts) if t not in targets)]
-    scalings = {name: layer.scaling for name, layer in state.layers.items()}
+    scalings = {n: s.scaling for n, s in state.layers.items() if n in parts or n in linear}
     return {
         "peft_type": "LORA",
         "task_type": _task_type(config.task_type, saved),
         "base_model_name_or_path": state.base_model,
         "inference_mode": True,
-        **(portable_fields(largest) if portable else rank_fields(scalings, ranks)),
+        **(
+            portable_fields(largest, grouped)
+            if portable
+            else rank_fields(scalings, {n: (ranks | grouped)[n] for n in scalings})
+        ),
         "target_modules": targets,
         "exclude_modules": excluded,
         "layers_to_transform": None,
@@ -129,7 +139,10 @@ def _tensors(state: AdapterState, pairs: Mapping[str, Pair], parts: Parts) -> di
     tensors: dict[str, Tensor] = {}
     for name, (right, left) in pairs.items():
         embedding = name in state.layers and state.layers[name].embedding
-        own = to_pairs(right, left, parts[name]) if name in parts else {name: (right, left)}
+        own = to_pairs(right, left, parts[name]) if name in parts else {}
+        if name not in parts:
+            place = name_in_file(name, state.layers)
+            own[place] = to_file(state.layers[name], (right, left), place != name)
         for place, (A, B) in own.items():
             tensors[factor_key(place, "A", embedding=embedding)] = A
             tensors[factor_key(place, "B", embedding=embedding)] = B
@@ -154,18 +167,26 @@ def _biases(state: AdapterState, portable: bool) -> dict[str, Tensor]:
             continue
         bias = layer.portable_bias() if portable else layer.lora_bias
         bias = layer.lora_B.new_zeros(len(layer.lora_B)) if bias is None else bias
-        biases[f"{PREFIX}{name}.lora_B.bias"] = bias
+        biases[f"{PREFIX}{name_in_file(name, state.layers)}.lora_B.bias"] = bias
     return biases
 
 
-def portable_fields(r: int) -> dict[str, Any]:
-    """The fields of an adapter whose layers all have rank r, with s in their B."""
+def _is_grouped(state: AdapterState, name: str) -> bool:
+    """Whether a layer is a convolution with groups."""
+    return state.layers[name].groups > 1
+
+
+def portable_fields(r: int, others: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """The fields of an adapter whose layers all have rank r, with s in their B, except for those
+    with the ranks `others`.
+    """
+    patterns = {_pattern(name): own for name, own in (others or {}).items() if own != r}
     return {
         "r": r,
         "lora_alpha": r,
         "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": patterns,
+        "alpha_pattern": dict(patterns),
         "init_lora_weights": True,
     }
 

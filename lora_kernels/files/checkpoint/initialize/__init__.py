@@ -2,3 +2,4 @@
 
 from .job import InitSummary as InitSummary
 from .run import initialize as initialize
+from .run import starts_from_files as starts_from_files

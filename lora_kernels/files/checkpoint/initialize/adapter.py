@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -102,7 +103,9 @@ class _Writer:
         """The layer, with its factors or with factors on the meta device."""
         found = [self.records[matrix.layer, matrix.expert] for matrix in weight.matrices()]
         states = [record.state(path if loaded else None) for record, path in found]
-        return stacked(states) if isinstance(weight, StoredStack) else states[0]
+        if isinstance(weight, StoredStack):
+            return stacked(states)
+        return replace(states[0], kernel=weight.kernel)
 
     def _contents(
         self, content: FolderContent, owners: Mapping[str, str]

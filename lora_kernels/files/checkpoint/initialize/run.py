@@ -11,6 +11,7 @@ import torch
 from ...._utils.checks import as_integer
 from ...._utils.progress import ByteCounter, uncounted
 from ...._utils.version import __version__
+from ....init import Initializer
 from ....init.base import refuse_implicit
 from ....model.config import LoRAConfig
 from ...adapter.recipe import config_to_dict
@@ -121,6 +122,12 @@ def initialize(
     return replace(done, skipped=skipped, assumption=folder.assumption)
 
 
+def starts_from_files(initializer: Initializer) -> bool:
+    """Whether the start is made from the weight alone, and the files of a start can hold it."""
+    others = (initializer.needs_gradient, initializer.needs_activations, initializer.has_diag)
+    return not any(others)
+
+
 def _refuse_data(config: LoRAConfig) -> None:
     """Raises ValueError for a start that is made from more than the weight, or that no file of this
     kind can hold.
@@ -137,6 +144,11 @@ def _refuse_data(config: LoRAConfig) -> None:
                 f"{name!r} starts from the {source}, which a file does not have: load the model "
                 f"and use lora_kernels.capture_{what} and add_lora"
             )
+    if config.use_dora:
+        raise ValueError(
+            "use_dora=True measures the rows of the weights, which is not done here: load the "
+            "model and use add_lora"
+        )
     if initializer.has_diag:
         raise ValueError(f"{name!r} trains a diagonal between A and B: load the model and add_lora")
 

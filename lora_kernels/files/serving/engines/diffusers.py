@@ -13,7 +13,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..stored import COMPONENTS, KOHYA, PEFT, StoredAdapter, StoredLayer, names_in_brief
+from ...adapter.content import COMPONENTS
+from ..stored import KOHYA, PEFT, StoredAdapter, StoredLayer, names_in_brief
 from ..updates import alpha_of, option_name, options_of, rank_of, scale_of
 from .model import BaseModel
 from .verdict import Applied, Engine, Ignored, Verdict, residual_fault

@@ -143,6 +143,12 @@ def _stack(
             "parameter of this model, which has one of each"
         )
     first = next(iter(layers.values()))
+    if any(layer.lora_magnitude is not None for layer in layers.values()):
+        raise ValueError(
+            f"the experts of {parameter!r} are DoRA adapters (use_dora) of linear layers, and are "
+            "one parameter of this model, for which DoRA is not implemented: merge the adapter "
+            "with a version of transformers that has them as linear layers"
+        )
     pairs = {part: _of_part(layers, part, number) for part in parts}
     found = {part: pair for part, pair in pairs.items() if pair is not None}
     rights = [right for right, _ in found.values()]

@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, ParamWrapper
+from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .experts import wrappers
-from .patch import replace_method, restore_method
+from ..experts import wrappers
+from ..patch import replace_method, restore_method
+from .dora import DoraEmbeddingStartVariant, DoraStartVariant
+from .parts import BUFFERS, adapters_in, factors_of, magnitude_of, start_of
 
-_BUFFERS = ("lora_start_A", "lora_start_B")
 _LOADED_WITHOUT = "A and B were loaded without the initial factors that the model subtracted"
 
 
@@ -87,6 +89,10 @@ class EmbeddingStartVariant(StartVariant):
         return result + (update if scale is None else update * scale.to(update.dtype))
 
 
+# The variants of layers that subtract a start.
+STARTED = (StartVariant, DoraStartVariant, DoraEmbeddingStartVariant)
+
+
 def mixed_batch(
     layer: Embedding, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
 ) -> Tensor:
@@ -101,18 +107,6 @@ def mixed_batch(
         found = EmbeddingStartVariant.forward(layer, adapter, x[rows], result[rows])
         result[rows] = found.to(result.dtype)
     return result
-
-
-def factors_of(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [r, in] and B [out, r] of an adapter that the layer has; of experts in PEFT's layout."""
-    if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-
-
-def adapters_in(layer: LoraLayer) -> list[str]:
-    """The adapters that the layer, linear or embedding, has."""
-    return [*layer.lora_A, *layer.lora_embedding_A]
 
 
 def _sum(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
@@ -163,27 +157,18 @@ def _deltas(layer: LoraLayer) -> dict[str, Callable[..., Any]]:
     return {"get_delta_weight": experts_delta_weight, "get_delta_factors": experts_delta_factors}
 
 
-def start_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
-    """A₀ [r, in] and B₀ [out, r] that the layer subtracts for the adapter, of experts in the layout
-    of its A and B; None if it does not.
-    """
-    if adapter not in getattr(layer, _BUFFERS[0], ()):
-        return None
-    return layer.lora_start_A[adapter], layer.lora_start_B[adapter]
-
-
 def set_start(layer: LoraLayer, adapter: str, start_A: Tensor, start_B: Tensor) -> None:
     """Makes the layer subtract s·B₀A₀ while the adapter is active.
 
     A₀ [r, in] and B₀ [out, r] are copied with the dtypes and devices of A and B, so that BA − B₀A₀
     is exactly zero if A and B have the same values.
     """
-    if not hasattr(layer, _BUFFERS[0]):
-        for name in _BUFFERS:
+    if not hasattr(layer, BUFFERS[0]):
+        for name in BUFFERS:
             # Persistent, because a checkpoint of the whole model must contain them.
             setattr(layer, name, BufferDict(persistent=True))
         # PEFT moves and deletes the attributes with these names.
-        layer.other_param_names = (*layer.other_param_names, *_BUFFERS)
+        layer.other_param_names = (*layer.other_param_names, *BUFFERS)
         for name, function in _deltas(layer).items():
             replace_method(layer, name, function)
         replace_method(layer, "_load_from_state_dict", load_from_state_dict)
@@ -193,8 +178,15 @@ def set_start(layer: LoraLayer, adapter: str, start_A: Tensor, start_B: Tensor) 
         (layer.lora_start_B, start_B, lora_B),
     ):
         buffers[adapter] = factor.detach().to(like.device, like.dtype, copy=True)
-    is_embedding = isinstance(layer, Embedding)
-    layer.lora_variant[adapter] = EmbeddingStartVariant() if is_embedding else StartVariant()
+    layer.lora_variant[adapter] = _variant(layer, adapter)
+
+
+def _variant(layer: LoraLayer, adapter: str) -> LoraVariant:
+    """That of an adapter which subtracts a start."""
+    is_embedding, is_dora = isinstance(layer, Embedding), magnitude_of(layer, adapter) is not None
+    if is_dora:
+        return DoraEmbeddingStartVariant() if is_embedding else DoraStartVariant()
+    return EmbeddingStartVariant() if is_embedding else StartVariant()
 
 
 def drop_start(layer: LoraLayer, adapter: str) -> None:
@@ -202,11 +194,15 @@ def drop_start(layer: LoraLayer, adapter: str) -> None:
     if start_of(layer, adapter) is None:
         return
     del layer.lora_start_A[adapter], layer.lora_start_B[adapter]
-    del layer.lora_variant[adapter]
+    if magnitude_of(layer, adapter) is None:
+        del layer.lora_variant[adapter]
+    else:
+        is_embedding = isinstance(layer, Embedding)
+        layer.lora_variant[adapter] = DoraEmbeddingVariant() if is_embedding else DoraLinearVariant()
     if len(layer.lora_start_A) == 0:
-        for name in _BUFFERS:
+        for name in BUFFERS:
             delattr(layer, name)
-        names = tuple(name for name in layer.other_param_names if name not in _BUFFERS)
+        names = tuple(name for name in layer.other_param_names if name not in BUFFERS)
         del layer.other_param_names  # the instance's, which hides the class's
         if names != layer.other_param_names:
             layer.other_param_names = names
@@ -230,13 +226,13 @@ def load_from_state_dict(
         _add_adapter_name(state, prefix, loaded[0])
     for adapter in loaded:
         started = start_of(layer, adapter) is not None
-        keys = [f"{prefix}{buffer}.{adapter}" for buffer in _BUFFERS]
+        keys = [f"{prefix}{buffer}.{adapter}" for buffer in BUFFERS]
         if started and state.keys().isdisjoint(keys):
             drop_start(layer, adapter)
             warnings.warn(
                 f"{_LOADED_WITHOUT} for adapter {adapter!r}: nothing is subtracted any longer, as "
                 "for a plain adapter of PEFT. If these A and B need their initial factors, load "
-                f"the complete state_dict, with {' and '.join(_BUFFERS)}",
+                f"the complete state_dict, with {' and '.join(BUFFERS)}",
                 stacklevel=2,
             )
         elif adapter not in layer.lora_variant and _fit(
@@ -266,6 +262,6 @@ def _add_adapter_name(state: dict[str, Any], prefix: str, adapter: str) -> None:
     """Renames A₀ and B₀ of a layer that subtracts nothing yet: PEFT's `set_peft_model_state_dict`
     gives only those tensors their adapter's name that the model has.
     """
-    for buffer in _BUFFERS:
+    for buffer in BUFFERS:
         if prefix + buffer in state:
             state[f"{prefix}{buffer}.{adapter}"] = state.pop(prefix + buffer)

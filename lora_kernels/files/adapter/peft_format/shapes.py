@@ -1,0 +1,154 @@
+"""PEFT's names and shapes of the factors of convolutions and attentions, and ours.
+
+Convolution: PEFT's A [r, in, k ...] and B [out, r, 1 ...] are ours with the kernel's dimensions.
+With g `groups`, PEFT's A sees the channels of all groups, and B [out, r / g, 1 ...] keeps the
+groups apart; ours is one A [r, in / g · k ...] for every group. So ours is PEFT's of rank g · r,
+whose A is block-diagonal: zero for the channels of other groups. PEFT's with other values there is
+no update of the layer's weight.
+
+Attention: PEFT's layer `attn` has A and B of `in_proj_weight`, and those of `out_proj` are called
+`attn.base_layer.out_proj`. PEFT up to 0.21.2 adds the update of `out_proj` twice (pull request
+3774 of PEFT), so that the file has half of our B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....layers.state import LayerState
+
+Pair = tuple[Tensor, Tensor]
+# How often PEFT adds the update of an attention's out_proj, and the last version that was seen so.
+TWICE, LAST_TWICE = 2, "0.21.2"
+_INSIDE = ".base_layer."
+
+
+class Geometry(NamedTuple):
+    """The sizes of a convolution's kernels, and its groups."""
+
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+
+def attention_of(name: str, layers: Collection[str]) -> str | None:
+    """The attention whose `out_proj` the layer `name` is; None of other layers. No other adapted
+    layer has one inside.
+    """
+    owner = name.rpartition(".")[0]
+    return owner if owner in layers else None
+
+
+def name_in_file(name: str, layers: Collection[str]) -> str:
+    """PEFT's name of a layer of ours."""
+    owner = attention_of(name, layers)
+    return name if owner is None else f"{owner}{_INSIDE}{name.rpartition('.')[2]}"
+
+
+def own_name(name: str, layers: Collection[str]) -> str:
+    """Our name of a layer of PEFT's, by the names of all layers of the file."""
+    owner, inside, last = name.rpartition(_INSIDE)
+    return f"{owner}.{last}" if inside and owner in layers and "." not in last else name
+
+
+def geometry(name: str, pair: Pair) -> Geometry:
+    """The geometry of a layer of a file that is no parameter of experts; an empty kernel if it is
+    no convolution.
+
+    Raises:
+        ValueError: the shapes are not those of a convolution, or do not fit each other.
+
+    """
+    right, left = pair
+    if right.dim() < 3 or right.dim() != left.dim():
+        return Geometry()
+    shapes = f"lora_A {list(right.shape)} and lora_B {list(left.shape)} of {name!r}"
+    if right.dim() > 5 or left.shape[2:].numel() != 1:
+        raise ValueError(f"{shapes} are not those of a convolution")
+    groups, rest = divmod(len(right), max(1, left.shape[1]))
+    if rest or not groups or right.shape[1] % groups or len(left) % groups:
+        raise ValueError(f"{shapes} do not fit each other; expected [r, in ...] and [out, r ...]")
+    return Geometry(tuple(right.shape[2:]), groups)
+
+
+def file_rank(layer: LayerState, r: int) -> int:
+    """PEFT's rank of a layer whose factors have rank r here."""
+    return r * layer.groups
+
+
+def to_file(layer: LayerState, pair: Pair, of_attention: bool = False) -> Pair:
+    """A and B of a layer in PEFT's shapes. `of_attention`: it is the `out_proj` of one."""
+    right, left = pair
+    if of_attention:
+        return right, left / TWICE
+    if not layer.kernel:
+        return pair
+    ones = (1,) * len(layer.kernel)
+    right = right.reshape(len(right), -1, *layer.kernel)  # [k, in / groups, ...]
+    if layer.groups > 1:
+        rank, channels, *_ = right.shape
+        blocks = right.new_zeros(layer.groups, rank, layer.groups, channels, *layer.kernel)
+        for group in range(layer.groups):
+            blocks[group, :, group] = right
+        right = blocks.flatten(2, 3).flatten(0, 1)
+    return right, left.reshape(*left.shape, *ones)
+
+
+def from_file(name: str, pair: Pair, of_attention: bool = False) -> Pair:
+    """The inverse of `to_file`, for a layer that is no parameter of experts.
+
+    Raises:
+        ValueError: as `geometry`; or our A and B cannot express those of a convolution with groups.
+
+    """
+    right, left = pair
+    if of_attention:
+        return right, left * TWICE
+    found = geometry(name, pair)
+    if not found.kernel:
+        return pair
+    if found.groups > 1:
+        right = _of_one_group(name, right, found.groups)
+    return right.flatten(1), left.flatten(1)
+
+
+def _of_one_group(name: str, right: Tensor, groups: int) -> Tensor:
+    """A [r, in / groups, ...] of each group, from PEFT's [groups · r, in, ...]."""
+    blocks = right.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))  # [g, r, g, in / g, ...]
+    first = blocks[0, :, 0]
+    expected = torch.zeros_like(blocks)
+    for group in range(groups):
+        expected[group, :, group] = first
+    if not torch.equal(blocks, expected):
+        raise ValueError(
+            f"{name!r} is a convolution with {groups} groups, and PEFT's lora_A multiplies the "
+            "channels of other groups too: this is no update of the layer's weight, which PEFT "
+            "cannot merge either; leave the layer out (exclude_modules), or train it here"
+        )
+    return first
+
+
+def flattened(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The pairs of a file by our names, with our shapes; those of experts as they are."""
+    found = {}
+    for name, pair in pairs.items():
+        own = own_name(name, pairs)
+        found[own] = from_file(own, pair, own != name)
+    return found
+
+
+def own_names(named: Mapping[str, Any], layers: Collection[str]) -> dict[str, Any]:
+    """What a file has of its layers by their names there, by our names."""
+    return {own_name(name, layers): value for name, value in named.items()}
+
+
+def own_tensors(tensors: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
+    """The base's tensors of a file by our names, which begin with those of the layers."""
+    found = {}
+    for key, tensor in tensors.items():
+        owner, dot, last = key.rpartition(".")
+        found[f"{own_name(owner, layers)}{dot}{last}"] = tensor
+    return found

@@ -250,3 +250,38 @@ def test_bad_inputs():
     unchanged()
     model = adapted(tiny(), starts=("loram", "loram"))
     raises(ValueError, "adapter 'a' subtracts a start", combination_type="linear")
+
+
+def test_a_convolution():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2), "proj": nn.Linear(6, 5)})
+    for name in "ab":
+        config = LoRAConfig(r=2, target_modules=["conv", "proj"], residual="implicit")
+        quiet(model, config, adapter_name=name)
+        move(model, 0.2, seed=ord(name))
+    want = expected_sum(model)
+    x, outputs = torch.randn(2, 4, 5, 5), {}
+    for name in "ab":
+        set_adapter(model, name)
+        outputs[name] = model["conv"](x)
+    add_weighted_adapter(model, ["a", "b"], [0.5, 0.5], "average", "cat")
+    add_weighted_adapter(model, ["a", "b"], WEIGHTS, "c", svd_rank=8)
+    for path, delta in deltas(model, "c").items():
+        torch.testing.assert_close(delta, want[path], rtol=1e-5, atol=1e-6)
+    set_adapter(model, "average")
+    torch.testing.assert_close(model["conv"](x), (outputs["a"] + outputs["b"]) / 2)
+
+
+def test_tied_adapters_stay_tied():
+    model = tiny(tied=True)
+    for name, r in (("a", 2), ("b", 3)):
+        options = {"target_modules": ["lm_head"], "init_lora_weights": "lora"}
+        config = LoRAConfig(r=r, ensure_weight_tying=True, **options)
+        quiet(model, config, adapter_name=name)
+        move(model, 0.1, seed=r)
+    want = expected_sum(model)
+    for kind in ("cat", "svd"):
+        add_weighted_adapter(model, ["a", "b"], WEIGHTS, kind, kind, svd_rank=5)
+        assert model.lm_head.adapter(kind).source is model.model.embed_tokens.adapter(kind)
+        for path, delta in deltas(model, kind).items():
+            torch.testing.assert_close(delta, want[path], rtol=1e-5, atol=1e-6)

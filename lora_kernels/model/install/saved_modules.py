@@ -47,19 +47,20 @@ class SavedTensors:
         places: Mapping[str, Place],
         values: Mapping[str, Tensor] | None = None,
         frozen: Collection[str] = (),
+        tied: bool = False,
     ) -> None:
         """Makes an adapter's copies from `values`, or from the originals if None. The modules must
-        hold the originals. `frozen` names copies that are not trained; of these, those of one tied
-        tensor stay tied if they have the same values.
+        hold the originals. `frozen` names copies that are not trained. Of these, and of all copies
+        if `tied`, those of one tied tensor stay tied if they have the same values.
         """
         copies: dict[str, Tensor] = {}
-        tied: dict[int, list[Tensor]] = {}  # frozen copies by the original
+        by_original: dict[int, list[Tensor]] = {}  # copies that may be tied
         for name, (module, key) in places.items():
             base = getattr(module, key)
             value = values[name] if values else (gathered(base) if is_partitioned(base) else base)
             is_parameter = isinstance(base, nn.Parameter)
             copy = copied_like(value, base, copy_dtype(base))
-            same = tied.setdefault(id(base), []) if name in frozen else []
+            same = by_original.setdefault(id(base), []) if tied or name in frozen else []
             equal = next((other for other in same if are_equal(other, copy)), None)
             if equal is None:
                 equal = nn.Parameter(copy, requires_grad=False) if is_parameter else copy

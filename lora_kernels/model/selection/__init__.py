@@ -13,6 +13,7 @@ from .layers import (
     with_task_head,
     without_named,
 )
+from .tied import tie_adapters, tie_weights, tied_layers, with_saved_ties, with_ties
 
 __all__ = [
     "Selection",
@@ -24,6 +25,11 @@ __all__ = [
     "match_modules",
     "output_head",
     "select_layers",
+    "tie_adapters",
+    "tie_weights",
+    "tied_layers",
+    "with_saved_ties",
     "with_task_head",
+    "with_ties",
     "without_named",
 ]

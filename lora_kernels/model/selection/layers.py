@@ -79,7 +79,7 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
     if not selection.layers:
         reasons = ", ".join(dict.fromkeys(selection.skipped.values())) or "it has no linear layer"
         raise ValueError(f"no layer of {type(model).__name__} is left to adapt: {reasons}")
-    _check_patterns(config, [b.pattern_name(n) for n, b in selection.layers.items()])
+    _check_patterns(config, selection.layers)
     return selection
 
 
@@ -281,15 +281,17 @@ def _block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int |
     return None
 
 
-def _check_patterns(config: LoRAConfig, layers: Collection[str]) -> None:
+def _check_patterns(config: LoRAConfig, layers: Mapping[str, BaseLayer]) -> None:
     """Raises ValueError for a pattern that matches no layer, as a misspelt one would; PEFT ignores
     such patterns.
     """
-    for option in ("rank_pattern", "alpha_pattern"):
+    by_peft = [base.pattern_name(name) for name, base in layers.items()]
+    known = {"rank_pattern": by_peft, "alpha_pattern": by_peft, "fused_parts": list(layers)}
+    for option, names in known.items():
         for key in getattr(config, option):
-            if not any(pattern_matches(key, name) for name in layers):
+            if not any(pattern_matches(key, name) for name in names):
                 raise ValueError(
-                    f"{option} has {key!r}, which matches no adapted layer{nearest(key, layers)}"
+                    f"{option} has {key!r}, which matches no adapted layer{nearest(key, names)}"
                 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import lru_cache
@@ -44,11 +45,16 @@ def _parameter_names(cls: Any) -> tuple[str, ...]:
 
 
 def row_count(named: Sequence[tuple[str, Any]]) -> int:
-    """The first dimension of the first tensor that may hold rows; 1 if all have one index or are
-    numbers, 0 if there is no such tensor.
+    """The first dimension of the first tensor that may hold rows and has several, else 1.
+
+    Raises:
+        NotRowsError: there is no such tensor.
+
     """
     sizes = [len(tensor) for name, tensor in _tensors(named) if _may_hold_rows(name, tensor)]
-    return next((size for size in sizes if size != 1), 1 if sizes else 0)
+    if not sizes:
+        raise NotRowsError("it gets no tensor with rows")
+    return next((size for size in sizes if size != 1), 1)
 
 
 def _tensors(named: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]]:
@@ -101,6 +107,9 @@ class SplitCall:
         if isinstance(value, MutableMapping):
             own = {key: self._parts(str(key), item) for key, item in value.items()}
             return [_with_items(value, {k: v[g] for k, v in own.items()}) for g in groups]
+        if _is_dataclass(value):
+            own = {key: self._parts(key, item) for key, item in vars(value).items()}
+            return [_with_fields(value, {k: v[g] for k, v in own.items()}) for g in groups]
         if is_shared(value):
             return [value for _ in groups]
         raise NotRowsError(f"{name} is a {type(value).__name__}")
@@ -143,6 +152,9 @@ class SplitCall:
                 raise NotRowsError(f"{what} has other keys for each adapter")
             items = {key: self._joined(str(key), [p[key] for p in parts]) for key in first}
             return _with_items(first, items)
+        if _is_dataclass(first):
+            items = {key: self._joined(key, [vars(p)[key] for p in parts]) for key in vars(first)}
+            return _with_fields(first, items)
         if is_shared(first):
             return joined_shared(parts, what)
         raise NotRowsError(f"{what} is a {type(first).__name__}")
@@ -151,6 +163,18 @@ class SplitCall:
 def _like(value: Any, items: list[Any]) -> Any:
     """A list, tuple or named tuple of the kind of `value`."""
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _with_fields(value: Any, items: Mapping[str, Any]) -> Any:
+    """A copy of a dataclass with these attributes."""
+    new = copy.copy(value)
+    for key, item in items.items():
+        object.__setattr__(new, key, item)
+    return new
 
 
 def _with_items(value: Any, items: Mapping[Any, Any]) -> Any:

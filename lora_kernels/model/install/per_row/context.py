@@ -36,9 +36,10 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
 
     A call of the model is run once for each of these adapters, with their rows: each row's results
     are bit for bit those of a batch of that adapter's rows alone, with whatever the adapter has
-    (saved modules, biases, DoRA). The time is that of these smaller batches. transformers'
-    key-value caches are cut and joined; in `generate`, the names hold for all beams and returned
-    sequences of a row. Where adapters are disabled, all rows get the base.
+    (saved modules, biases, DoRA). The time is that of these smaller batches, and hooks are called
+    for each of them. transformers' key-value caches are cut and joined. In `generate`, the names
+    hold for all beams and returned sequences of a row; with a static cache, its masks are those of
+    the whole batch. Where adapters are disabled, all rows get the base.
 
     If an argument is not of the rows (the images of a vision model), the module that gets it runs
     as a whole, and the modules inside it, with their adapters, are run for each adapter. The same

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -165,8 +164,11 @@ def _new_rank(
 
 
 def _rank(state: AdapterState) -> int:
-    """The largest rank that the configuration gives, as in PEFT; twice that with a start."""
-    rank = max(state.config.r, *state.config.rank_pattern.values(), 0)
+    """The largest rank that the configuration gives, as in PEFT, or that a fused layer has; twice
+    that with a start.
+    """
+    fused = [layer.r for layer in state.layers.values() if layer.parts]
+    rank = max(state.config.r, *state.config.rank_pattern.values(), *fused, 0)
     return 2 * rank if _has_start(state) else rank
 
 
@@ -205,27 +207,23 @@ def _only_once(names: Sequence[str], found: Sequence[dict[str, T]]) -> dict[str,
 
 
 def _config(states: Sequence[AdapterState], layers: dict[str, LayerState], r: int) -> LoRAConfig:
-    """The first adapter's configuration, with the layers of all, rank r and s = 1."""
+    """A configuration of the layers of all adapters, with rank r and s = 1."""
+    first = states[0].config
     saved = [n for state in states for n in state.config.modules_to_save or ()]
     biases = [state.config.bias for state in states if state.config.bias != "none"]
     stacks = [path for path, layer in layers.items() if layer.experts is not None]
-    options: dict[str, Any] = {
-        "target_modules": [path for path in layers if path not in stacks] or None,
-        "target_parameters": stacks or None,
-        "modules_to_save": list(dict.fromkeys(saved)) or None,
-        "bias": biases[0] if biases else "none",
-        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "scaling")),
-    }
-    return replace(
-        states[0].config,
+    return LoRAConfig(
         r=r,
         lora_alpha=float(r),
-        use_rslora=False,
+        target_modules=[path for path in layers if path not in stacks] or None,
+        target_parameters=stacks or None,
+        modules_to_save=list(dict.fromkeys(saved)) or None,
+        bias=biases[0] if biases else "none",
+        lora_dropout=first.lora_dropout,
+        task_type=first.task_type,
         init_lora_weights="lora",
         residual="implicit",
-        rank_pattern={},
-        alpha_pattern={},
-        **options,
+        ensure_weight_tying=any(state.config.ensure_weight_tying for state in states),
     )
 
 

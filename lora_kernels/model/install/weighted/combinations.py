@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -35,21 +34,16 @@ def combined_layer(
         scaled(own.lora_bias, w * own.scaling) for w, own in parts if own.lora_bias is not None
     ]
     work = first.update_factors()[0].dtype
-    return replace(
-        first,
+    return LayerState(
         lora_A=nn.functional.pad(right, (0, 0, 0, missing)).to(work),
         lora_B=nn.functional.pad(left, (0, missing)).to(work),
-        lora_R=None,
-        lora_diag=None,
         scaling=1.0,
         lora_alpha=float(r),
-        beta=None,
-        start_A=None,
-        start_B=None,
         residual="implicit",
-        weight_norm=None,
         lora_bias=torch.stack(biases).sum(0) if biases else None,
-        trains="AB",
+        embedding=first.embedding,
+        kernel=first.kernel,
+        groups=first.groups,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .._utils.peft_names import (
     TASK_TYPES,
 )
 from ..init import Initializer, get_initializer
+from ..init.fused import Sizes, checked_sizes
 from ..init.sharded.layout import pieces
 from ..layers.options import DEFAULT_ALPHA, AdapterOptions, lora_scaling, resolve_rule
 from ..layers.state import LayerState
@@ -61,6 +63,21 @@ class LoRAConfig:
             go by the name of their parameter ("gate_up_proj"): see `with_expert_rank`.
         alpha_pattern: {name, ending or regular expression: lora_alpha} for layers with another
             lora_alpha.
+        ensure_weight_tying: whether the input embedding and the modules that have its weight, such
+            as a tied output head, are adapted, or trained in full, as one if `target_modules` or
+            `modules_to_save` names one of them. They get the same update, with the gradients of
+            all of them, and stay tied when the adapter is merged.
+        fused_parts: {name, ending or regular expression: parts} for fused layers, whose rows are
+            several projections one after another (GPT-2's "c_attn", Phi-3's "qkv_proj" and
+            "gate_up_proj", the in_proj of an attention). Each part gets an A and a B of rank r of
+            its own, with its own start from its rows of W; without this option all parts share one
+            A. The parts are the number of equal ones ({"c_attn": 3}), the rows of each
+            ({"qkv_proj": (4096, 1024, 1024)}), or the first row and the row after the last of those
+            that are adapted ({"c_attn": ((0, 768), (1536, 2304))}, q and v alone). The rows of a
+            part must be contiguous; those of GPT-NeoX's, BLOOM's and Falcon's "query_key_value"
+            are interleaved by heads. The layer is one of rank P·r with the s of rank r, and B is
+            zero outside the parts' blocks. In memory B has these zeros, and an optimizer's states
+            have them too.
         use_dora: whether the norms of the adapted weights' rows are trained too (DoRA, see
             `LoRALinear`).
         task_type: PEFT's task type ("CAUSAL_LM" ...), which is written to the adapter's files. As
@@ -92,6 +109,8 @@ class LoRAConfig:
     task_type: str | None = None
     target_parameters: Sequence[str] | None = None
     use_dora: bool = False
+    ensure_weight_tying: bool = False
+    fused_parts: Mapping[str, Any] = field(default_factory=dict)
 
     def __new__(cls, *args: object, **options: object) -> LoRAConfig:
         """Raises TypeError for unknown options, with a reason or the nearest name."""
@@ -132,8 +151,10 @@ class LoRAConfig:
                 raise TypeError(f"{option} must be a list of names, got {getattr(self, option)!r}")
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
-        if not isinstance(self.use_dora, bool):
-            raise TypeError(f"use_dora must be True or False, got {self.use_dora!r}")
+        for option in ("use_dora", "ensure_weight_tying"):
+            if not isinstance(getattr(self, option), bool):
+                value = getattr(self, option)
+                raise TypeError(f"{option} must be True or False, got {value!r}")
         if self.use_dora and self.target_parameters:
             raise ValueError(
                 "use_dora=True is not implemented for target_parameters, the parameters of "
@@ -147,6 +168,7 @@ class LoRAConfig:
         for index in self.layer_indices() or ():
             as_integer(index, "layers_to_transform", minimum=0)
         self._check_patterns()
+        self._check_fused_parts()
         self._options(self.r, self.lora_alpha, self.initializer, "absorb")
 
     @property
@@ -183,6 +205,11 @@ class LoRAConfig:
     def layer_scaling(self, name: str) -> float:
         """s of the layer `name`."""
         return lora_scaling(self.layer_alpha(name), self.layer_rank(name), self.scaling_rule)
+
+    def layer_parts(self, name: str) -> Sizes | None:
+        """What `fused_parts` says of the layer `name`; None if nothing."""
+        patterns = self.fused_parts
+        return next((v for key, v in patterns.items() if pattern_matches(key, name)), None)
 
     def layer_options(self, name: str, initializer: Initializer, residual: str) -> AdapterOptions:
         """The options of the layer `name`, whose factors `initializer` computes.
@@ -241,6 +268,15 @@ class LoRAConfig:
                 else:
                     check_positive(value, f"{option}[{key!r}]")
             object.__setattr__(self, option, dict(patterns))
+
+    def _check_fused_parts(self) -> None:
+        if not isinstance(self.fused_parts, Mapping):
+            raise TypeError(f"fused_parts must be a dict, got {type(self.fused_parts).__name__}")
+        found = {}
+        for key, value in self.fused_parts.items():
+            _check_expression("fused_parts", key)
+            found[key] = checked_sizes(value, f"fused_parts[{key!r}]")
+        object.__setattr__(self, "fused_parts", found)
 
 
 def _check_expression(option: str, pattern: str) -> None:

@@ -65,7 +65,15 @@ from .install.sharded.fsdp1 import by_unit
 from .originals import OriginalWeights
 from .plan import LayerPlan, check_norms, plan_layers, plan_starts, plan_states
 from .report import LoRAReport, make_report
-from .selection import select_layers, with_task_head
+from .selection import (
+    select_layers,
+    tie_adapters,
+    tie_weights,
+    tied_layers,
+    with_saved_ties,
+    with_task_head,
+    with_ties,
+)
 from .starts import first_rank_loads, load_from_first_rank, naming
 from .starts.ranks import redistributed
 
@@ -121,7 +129,7 @@ def add_lora(
     record = record_of(model) or ModelAdapters()
     check_name(adapter_name, record)
     check_absorbed(model, record)
-    config = with_task_head(model, config)
+    config = with_ties(model, with_task_head(model, config))
     selection = select_layers(model, config)
     config, selection = redistributed(config, selection, activations)
     saved = saved_places(model, config.modules_to_save)
@@ -137,8 +145,9 @@ def add_lora(
         plan_starts(plans, config.initializer, gradients, progress, activations)
         if one_loads:
             load_from_first_rank(places)
-        record.saved.add(adapter_name, places)
+        record.saved.add(adapter_name, places, tied=config.ensure_weight_tying)
         install(model, record.saved, plans, plans, adapter_name)
+        tie_adapters(model, config, adapter_name)
     activate_new(model, record, config, adapter_name)
     return make_report(model, adapter_name, plans, selection, places, time.perf_counter() - began)
 
@@ -195,7 +204,7 @@ def merge_lora(
     check_mergeable(model, name)
     set_adapter(model, name)
     record.saved.settle()
-    adapted = layers_with_names(model)
+    adapted, tied = layers_with_names(model), tied_layers(model, name)
     adapters = [layer.adapters for _, layer in adapted]
     _warn_of_new_biases([layer for _, layer in adapted if name in layer.adapter_names])
     for whole_here, own in by_unit(model, adapted, lambda entry: entry[1], write=True):
@@ -206,6 +215,7 @@ def merge_lora(
                 finish(model, paths, layer)
     model.requires_grad_(False)
     leave(model, adapters)
+    tie_weights(model, tied)
     untie_if_needed(model)
     separate_blocks(model, record.replication)
     sync_trainable(model)
@@ -235,11 +245,15 @@ def unload_lora(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or a convolution or attention is sharded, from whose
+            weight s·B₀A₀ was subtracted. The model is then unchanged.
 
     """
     record = needed_record(model)
     reshard(model)
+    for path, layer in adapted_layers(model).items():
+        with naming(path):
+            layer.check_restorable()
     record.saved.activate(None)
     sync_trainable(model, mixed=True)
     adapted = layers_with_names(model)
@@ -414,12 +428,13 @@ def _add_state(
     """`apply_state` for a model whose blocks are those of the adapter."""
     began = time.perf_counter()
     state = settled_weights(model, state)
+    config = with_saved_ties(model, state.config)
     one_loads = first_rank_loads(filter(None, map(base_of, model.modules())))
     with together(where=one_loads):
         plans, selection = plan_states(model, state)
         check_weights(model, plans, record)
         places = extra_places(model, state)
-    frozen = frozen_places(model, places, state.config.modules_to_save)
+    frozen = frozen_places(model, places, config.modules_to_save)
     with_rows, rows = row_places(model, state)
     if is_trainable:
         check_dtypes(model, plans, {n: place for n, place in places.items() if n not in frozen})
@@ -438,10 +453,12 @@ def _add_state(
             for name, (module, key) in with_rows.items()
         }
         places |= with_rows
-        record.saved.add(adapter_name, places, values, {*frozen, *rows})
+        ties = config.ensure_weight_tying
+        record.saved.add(adapter_name, places, values, {*frozen, *rows}, ties)
         record.tokens[adapter_name] = _tokens(state, rows)
         install(model, record.saved, plans, tracked(plans, "loading", progress), adapter_name)
-    activate_new(model, record, state.config, adapter_name, is_trainable)
+        tie_adapters(model, config, adapter_name, loaded=True)
+    activate_new(model, record, config, adapter_name, is_trainable)
     return make_report(model, adapter_name, plans, selection, places, time.perf_counter() - began)
 
 

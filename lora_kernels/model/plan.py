@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._utils.checks import factor_dtype, overlaps
 from .._utils.names import nearest, without_wrappers
 from ..init import Initializer
+from ..init.fused import Parts
 from ..init.sharded.agree import shared
 from ..init.sharded.subtract import subtract_start_here_
 from ..init.sharded.sums import sums_of
@@ -22,7 +23,7 @@ from ..init.start import Start, subtract_start_, subtract_starts_
 from ..layers.adapted import AdaptedLayer
 from ..layers.adapter import Adapter
 from ..layers.base import BaseLayer
-from ..layers.kinds import EMBEDDING
+from ..layers.kinds import ATTENTION, EMBEDDING, OUT_PROJECTION
 from ..layers.linear import ABSORBED
 from ..layers.options import AdapterOptions
 from ..layers.state import TRAINED, LayerState
@@ -34,9 +35,12 @@ from .starts import (
     WaitingAdapter,
     first_rank_loads,
     lacks_weights,
+    layer_parts,
     loaded_device,
     make_starts,
     naming,
+    part_names,
+    refuse_parts,
     starts_of_first_rank,
 )
 
@@ -152,14 +156,8 @@ def plan_layers(
     for name, base in selection.layers.items():
         if is_loaded:
             base.refuse_sharded(name)
-        rows, cols = base.shape
-        r = config.layer_rank(base.pattern_name(name))
-        if r > min(rows, cols):
-            raise ValueError(
-                f"r = {r} is larger than min(out, in) = {min(rows, cols)} of {name} [{rows}, "
-                f"{cols}]: give it a smaller one in rank_pattern, or leave it out with "
-                "exclude_modules"
-            )
+        parts = layer_parts(name, base, config, config.initializer, waits)
+        _check_rank(name, base, config.layer_rank(base.pattern_name(name)), parts)
         residual, note = _residual(name, base, config.residual, owners)
         initializer = _initializer(name, base, config.initializer, originals)
         if waits and initializer.needs_activations:
@@ -181,12 +179,25 @@ def plan_layers(
             refuse_dora(name, base, True, waits, one_loads)
         with naming(name):
             options = config.layer_options(base.pattern_name(name), initializer, residual)
+        options = options.fused(parts) if parts else options
         plan = LayerPlan(name, base, options, selection.aliases[name], note, waits=waits)
         plan.changes_base, plan.initializer = initializer.changes_base, initializer
         plans.append(plan)
     if originals is not None and all(plan.base.rewritable for plan in plans):
         raise ValueError("original_weights are for quantised layers, of which there are none here")
     return plans
+
+
+def _check_rank(name: str, base: BaseLayer, r: int, parts: Parts) -> None:
+    """Raises ValueError if the rank is too large for the layer, or for one of its parts."""
+    cols = base.shape[1]
+    for own, rows in part_names(name, parts, base.shape[0]).items():
+        if r > min(rows, cols):
+            raise ValueError(
+                f"r = {r} is larger than min(out, in) = {min(rows, cols)} of {own} [{rows}, "
+                f"{cols}]: give it a smaller one in rank_pattern, or leave it out with "
+                "exclude_modules"
+            )
 
 
 def check_still_absorbing(model: nn.Module, plans: Sequence[LayerPlan]) -> None:
@@ -242,6 +253,7 @@ def plan_starts(
             plan.options.scaling,
             plan.absorbs,
             plan.aliases,
+            plan.options.parts,
         )
         for plan in plans
     ]
@@ -292,6 +304,8 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
             raise ValueError(
                 f"the adapter's {name} is for a weight {found}, this model has {expected}"
             )
+        if layer.parts:
+            refuse_parts(name, base)
         if layer.lora_magnitude is not None:
             refuse_dora(name, base, starts=False)
         wanted = "auto" if layer.residual == "absorb" else layer.residual
@@ -318,8 +332,13 @@ def refuse_dora(
     reason = None
     if base.num_experts is not None:
         reason = "is a parameter of experts: leave it out of target_parameters"
-    elif base.kind == "attention":
+    elif base.kind in (ATTENTION, OUT_PROJECTION):
         reason = "is an nn.MultiheadAttention, for which PEFT has no DoRA either: leave it out"
+    elif getattr(base.layer, "groups", 1) != 1:
+        reason = (
+            "is a convolution with groups, of which PEFT's DoRA measures another weight: leave it "
+            "out"
+        )
     elif base.sharded:
         reason = "is sharded: adapt the model before it is sharded"
     elif one_loads:

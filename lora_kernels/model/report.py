@@ -9,6 +9,7 @@ from math import prod
 
 from torch import nn
 
+from ..init.fused import Parts
 from ..init.sharded.layout import full_shape, text_of
 from .plan import LayerPlan
 from .selection import Selection
@@ -21,7 +22,8 @@ class AdaptedRow:
     Experts have a row for each 3-D parameter, with the sizes of one of `num_experts` matrices.
     `sharding` says how a weight is sharded, such as "in 8 parts by rows"; else it is empty.
     `waits`: the weight is on the meta device, and `start_adapters` will compute the start.
-    `use_dora`: the layer's magnitudes train too.
+    `use_dora`: the layer's magnitudes train too. `parts`: the first row and the row after the last
+    of each part of a fused layer, all of which together have the rank `r`.
     """
 
     name: str
@@ -38,6 +40,7 @@ class AdaptedRow:
     sharding: str = ""
     waits: bool = False
     use_dora: bool = False
+    parts: Parts = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class LoRAReport:
         ]
         for rows in _grouped(self.adapted):
             row = rows[0]
-            numbers = f"r={row.r}, s={row.scaling:g}, {row.residual}{', DoRA' * row.use_dora}"
+            rank = f"r={row.r}" + (f" ({len(row.parts)} parts)" if row.parts else "")
+            numbers = f"{rank}, s={row.scaling:g}, {row.residual}{', DoRA' * row.use_dora}"
             experts = "" if row.num_experts is None else f"{row.num_experts} experts x "
             sharding, note = row.sharding and f" {row.sharding}", row.note and f" ({row.note})"
             lines.append(
@@ -114,6 +118,7 @@ def make_report(
             text_of(plan.base.stored_weight) if plan.base.sharded else "",
             plan.waits,
             plan.options.use_dora,
+            plan.options.parts,
         )
         for plan in plans
     )

@@ -87,3 +87,19 @@ def test_layers_ranks_and_scalings_are_those_of_peft(make, rule):
     assert [row.name for row in report.adapted] == list(ours)
     own = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert own == sum(p.numel() for p in theirs_model.parameters() if p.requires_grad)
+
+
+def test_an_adapter_may_be_called_like_a_module():
+    """Its own modules are none of those that an option names."""
+    model = llama()
+    options = {"r": 2, "residual": "implicit", "target_modules": ["q_proj"]}
+    for name in ("q_proj", "lm_head"):
+        quiet(model, LoRAConfig(**options, modules_to_save=["lm_head"]), adapter_name=name)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "lm_head.weight",
+        *(
+            f"model.layers.{k}.self_attn.q_proj.adapters.lm_head.lora_{half}"
+            for k in range(2)
+            for half in "AB"
+        ),
+    }

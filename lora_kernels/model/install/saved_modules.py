@@ -16,7 +16,7 @@ from ...layers.base import base_of
 from ...layers.wrapper import LoRAWrapper
 from ..config import AdapterState, TokenRows
 from ..plan import LayerPlan
-from ..selection import input_embeddings, match_modules, output_head
+from ..selection import input_embeddings, match_modules, output_head, without_adapters
 from .sharded.copies import are_equal, sharded_from_first
 
 Place = tuple[nn.Module, str]  # a module, and the name of its attribute that holds the tensor
@@ -306,7 +306,7 @@ def saved_places(model: nn.Module, modules_to_save: Sequence[str] | None) -> dic
     """
     if not modules_to_save:
         return {}
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in without_adapters(model).items() if name}
     places: dict[str, Place] = {}
     for name, module in match_modules(modules, modules_to_save, "modules_to_save").items():
         for path, part in module.named_modules(prefix=name):

@@ -11,6 +11,7 @@ from .layers import (
     output_head,
     select_layers,
     with_task_head,
+    without_adapters,
     without_named,
 )
 from .tied import tie_adapters, tie_weights, tied_layers, with_saved_ties, with_ties
@@ -31,5 +32,6 @@ __all__ = [
     "with_saved_ties",
     "with_task_head",
     "with_ties",
+    "without_adapters",
     "without_named",
 ]

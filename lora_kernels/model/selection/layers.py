@@ -11,6 +11,8 @@ from torch import nn
 
 from ..._utils.names import ALL_LINEAR, match_names, nearest, pattern_matches
 from ..._utils.peft_names import TASK_HEADS
+from ...layers.adapted import AdaptedLayer
+from ...layers.adapter import Adapter
 from ...layers.base import BaseLayer, base_of
 from ...layers.kinds import ATTENTION, NAMED_KINDS, OUT_PROJECTION, why_not_named
 from ..config import LoRAConfig
@@ -50,7 +52,7 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
 
     """
     candidates, aliases = find_candidates(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = without_adapters(model)
     bypassed = bypassed_layers(model)
     linear = {name: base for name, base in candidates.items() if base.num_experts is None}
     chosen = set(_targeted(config, modules, linear, aliases, bypassed))
@@ -81,6 +83,13 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
         raise ValueError(f"no layer of {type(model).__name__} is left to adapt: {reasons}")
     _check_patterns(config, selection.layers)
     return selection
+
+
+def without_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by their names, but for the adapters, whose names no option means."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    own = {id(module.adapters) for module in modules.values() if isinstance(module, AdaptedLayer)}
+    return {n: m for n, m in modules.items() if not isinstance(m, Adapter) and id(m) not in own}
 
 
 def with_task_head(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
@@ -314,7 +323,7 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, B
         raise ValueError("targets is empty: give names, or 'all-linear'")
     if isinstance(targets, Mapping):
         return {name: _checked(name, module) for name, module in targets.items()}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = without_adapters(model)
     if _has_modules(targets):
         return _names_of(modules, targets)
     candidates, aliases = find_candidates(model)

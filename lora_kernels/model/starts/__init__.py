@@ -11,6 +11,7 @@ from .first_rank import (
 )
 from .job import StartJob, naming
 from .make import make_starts
+from .parts import layer_parts, part_names, refuse_parts
 from .waiting import WAITS, WaitingAdapter, waiting_adapters
 
 __all__ = [
@@ -19,10 +20,13 @@ __all__ = [
     "WaitingAdapter",
     "first_rank_loads",
     "lacks_weights",
+    "layer_parts",
     "load_from_first_rank",
     "loaded_device",
     "make_starts",
     "naming",
+    "part_names",
+    "refuse_parts",
     "starts_of_first_rank",
     "waiting_adapters",
 ]

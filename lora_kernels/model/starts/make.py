@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..._utils.names import nearest
 from ..._utils.progress import tracked
+from ...init.fused import joined
 from ...init.start import Start, check_residual_fits, checked, checked_stack
 from .job import StartJob, naming
+from .parts import part_names
 from .read import Readable, readable, telling_of_values
 from .sharded import read_shards, starts_by_owners, with_ranks_alike
 
@@ -69,7 +71,7 @@ def _starts(
     title = type(jobs[0].initializer).__name__
     for batch in tracked(list(_batches(jobs)), title, progress):
         readables = [read.get(job.name) or readable(job) for job in batch]
-        if batch[0].base.num_experts is not None:
+        if _is_alone(batch[0]):
             job = batch[0]
             starts[job.name] = _start(job, readables[0], data[job.name])
         else:
@@ -144,6 +146,8 @@ def _batch_starts(
 
 def _start(job: StartJob, weight: Readable, data: _Data) -> Start:
     """The start of one layer; of experts, of all of them."""
+    if job.parts:
+        return _fused_start(job, weight, data)
     if job.base.num_experts is None:
         return _batch_starts([job], [weight], [data])[job.name]
     matrices, gradient = weight.matrices, data.gradient
@@ -165,6 +169,33 @@ def _start(job: StartJob, weight: Readable, data: _Data) -> Start:
             starts += _computed(job, matrices[part], given[part], weight.sums[part], names[part])
         with naming(job.name):
             start = checked_stack(starts, matrices, job.r)
+    return _finished(job, weight, start)
+
+
+def _fused_start(job: StartJob, weight: Readable, data: _Data) -> Start:
+    """The start of a fused layer: those of its parts, each made from its rows of W."""
+    (matrix,), gradient = weight.matrices, data.gradient
+    if gradient is not None and gradient.shape != matrix.shape:
+        wanted = list(matrix.shape)
+        raise ValueError(f"the gradient of {job.name} is {list(gradient.shape)}, expected {wanted}")
+    like = replace(job, r=job.matrix_rank)
+    names = list(part_names(job.name, job.parts, len(matrix)))
+    by_rows: dict[int, list[int]] = {}
+    for k, (begin, end) in enumerate(job.parts):
+        by_rows.setdefault(end - begin, []).append(k)
+    starts: dict[int, Start] = {}
+    for alike in by_rows.values():
+        rows = [slice(*job.parts[k]) for k in alike]
+        own = [matrix[part] for part in rows]
+        given = [
+            data if gradient is None else data._replace(gradient=gradient[part]) for part in rows
+        ]
+        computed = _computed(like, own, given, [None] * len(rows), [names[k] for k in alike])
+        for k, part, start in zip(alike, own, computed, strict=True):
+            with naming(names[k]):
+                starts[k] = checked(start, part, like.r)
+    with naming(job.name):
+        start = joined([starts[k] for k in range(len(names))], job.parts, len(matrix))
     return _finished(job, weight, start)
 
 
@@ -206,16 +237,21 @@ def _finished(job: StartJob, weight: Readable, start: Start) -> Start:
     return start
 
 
+def _is_alone(job: StartJob) -> bool:
+    """Whether the layer's start is made of those of several matrices."""
+    return job.base.num_experts is not None or bool(job.parts)
+
+
 def _batches(jobs: Sequence[StartJob]) -> Iterator[list[StartJob]]:
     """Batches of jobs with equal shape, dtype and device of the weight, equal r and equal s.
 
     A quantized layer is a batch of its own, so that only one dequantized weight is in memory; so
-    are experts, which are many matrices.
+    are experts and fused layers, which are many matrices.
     """
     groups: dict[tuple[object, ...], list[StartJob]] = {}
     for job in jobs:
         base = job.base
-        if not base.rewritable or base.num_experts is not None:
+        if not base.rewritable or _is_alone(job):
             yield [job]
             continue
         shape = (base.shape, base.kind, base.dtype, base.device, base.sharded)

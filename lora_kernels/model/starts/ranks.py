@@ -11,11 +11,13 @@ import torch
 
 from ..._utils.names import pattern_matches
 from ...init.base import Initializer, LayerRank
+from ...init.fused import Parts, parts_of
 from ...init.start import StartRequest
+from ...layers.base import BaseLayer
 from ...layers.options import DEFAULT_ALPHA
 from ..config import LoRAConfig
 from ..selection import Selection
-from .job import StartJob
+from .job import StartJob, naming
 from .make import matched
 
 
@@ -40,6 +42,7 @@ def redistributed(
             config.layer_rank(name),
             config.layer_scaling(name),
             aliases=selection.aliases[name],
+            parts=_parts(config, name, base),
         )
         for name, base in selection.layers.items()
     ]
@@ -50,8 +53,18 @@ def redistributed(
     return _with_ranks(config, ranks), _without(selection, ranks, type(initializer).__name__)
 
 
+def _parts(config: LoRAConfig, name: str, base: BaseLayer) -> Parts:
+    """The parts of a fused layer, of each of which the job's r is the rank."""
+    sizes = config.layer_parts(name)
+    with naming(name):
+        return () if sizes is None else parts_of(sizes, base.shape[0])
+
+
 def _request(job: StartJob, activations: Any) -> StartRequest:
-    weight = torch.empty(job.base.shape, device="meta")
+    rows, cols = job.base.shape
+    if job.parts:  # all have one rank, which fits the smallest
+        rows = min(end - begin for begin, end in job.parts)
+    weight = torch.empty(rows, cols, device="meta")
     return StartRequest(weight, job.r, job.scaling, activations=activations)
 
 

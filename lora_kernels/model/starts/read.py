@@ -52,7 +52,7 @@ def readable(job: StartJob) -> Readable:
     """
     with naming(job.name):
         if not job.base.rewritable:
-            check_rank(job.r, *job.base.shape)
+            check_rank(job.matrix_rank, *job.base.shape)
         matrices = job.base.matrices()
         check_readable(job, matrices)
     return Readable(matrices, [None] * len(matrices))
@@ -93,4 +93,4 @@ def telling_of_values(job: StartJob, weight: Readable) -> Iterator[None]:
 def check_readable(job: StartJob, matrices: Sequence[Tensor]) -> None:
     """Raises ValueError if a start cannot be computed from the matrices of a `rewritable` layer."""
     for matrix in matrices if job.base.rewritable else ():
-        check_startable(matrix, job.base.stored_weight, job.r, job.initializer)
+        check_startable(matrix, job.base.stored_weight, job.matrix_rank, job.initializer)

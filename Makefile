@@ -33,7 +33,9 @@ bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks/cpu/test_operators.py --benchmark-only --benchmark-disable-gc
 	$(BIN)/python -m benchmarks.cpu.init
 	$(BIN)/python -m benchmarks.cpu.svd
+	$(BIN)/python -m benchmarks.cpu.starts
 	$(BIN)/python -m benchmarks.cpu.layer
+	$(BIN)/python -m benchmarks.cpu.dora
 	$(BIN)/python -m benchmarks.cpu.experts
 	$(BIN)/python -m benchmarks.cpu.model
 	$(BIN)/python -m benchmarks.cpu.host
@@ -52,6 +54,7 @@ bench-avx2: $(VENV)/built
 	$(BIN)/python -m benchmarks.cpu.init --no-slow --out benchmarks/results/avx2
 	$(BIN)/python -m benchmarks.cpu.svd --no-model --out benchmarks/results/avx2
 	$(BIN)/python -m benchmarks.cpu.layer --tokens 64 --rounds 1 --out benchmarks/results/avx2
+	$(BIN)/python -m benchmarks.cpu.dora --rounds 5 --out benchmarks/results/avx2
 	$(BIN)/python -m benchmarks.cpu.experts --rounds 2 --out benchmarks/results/avx2
 
 # One call of 9 minutes that builds, tests, sanitizes and measures, and writes the results to OUT.

@@ -15,10 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .integers import cdiv, next_power_of_2
+from .integers import cdiv
 from .launcher import Launch
 
-LARGEST_R = 32  # ranks that a program multiplies at a time
 # As in csrc/cpu/row_norms.cpp: a row is settled if the square of its norm is this part of that of
 # its terms, or (r + 1) / K times that share, and far from the ends of float32's range.
 SETTLED, SETTLED_SHARE = 1 / 16, 1 / 6
@@ -139,9 +138,10 @@ def row_norms(
 @functools.lru_cache(maxsize=1024)
 def _plan(sizes: tuple[int, ...], is_double: bool) -> Launch:
     N, _, r, w_row, w_col = sizes[:5]
-    block_r = min(max(16, next_power_of_2(r)), LARGEST_R)
+    block_r = 32 if 16 < r <= 32 else 16  # with 32 of more ranks, registers would spill
+    by_columns = w_row < w_col
     # Wide enough for whole cache lines of a transposed W too.
-    block_n, block_k = (32, 64) if w_row < w_col else (16, 128)
+    block_n, block_k = (32, 64) if by_columns else (16, 128)
     return Launch(
         row_norms_kernel,
         (cdiv(N, block_n),),
@@ -152,6 +152,7 @@ def _plan(sizes: tuple[int, ...], is_double: bool) -> Launch:
         BLOCK_R=block_r,
         RANKS=cdiv(r, block_r) * block_r,
         STAGES=4,
-        num_warps=4 if r <= 16 else 8,  # with 4, registers would spill
+        num_warps=4 if r <= 16 else 8,
+        maxnreg=168 if by_columns or r > 16 else None,  # by default ptxas spills 8 bytes
         enable_fp_fusion=True,
     )

@@ -4,6 +4,8 @@ float64, and against PEFT's layer.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capabilit
 from lora_kernels.ops.linear.dora import dora_scale_backward_ref, dora_scale_ref
 from lora_kernels.ops.philox import dropout as drop
 
-from ..support.exhaustive import EXHAUSTIVE
+from ..support.exhaustive import EXHAUSTIVE, thinned
 from ..support.oracle import assert_close, to_numpy
 from .compiled import needs_compiled
 from .test_linear import formula, inputs, largest_ratio
@@ -91,12 +93,16 @@ def check(t, scaling, dropout=0.0, seed=None):
         assert_close(got, want[name], size[name], ratio, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("start", [False, True])
-@pytest.mark.parametrize("core", [False, True])
-@pytest.mark.parametrize(("lead", "n", "k", "r"), [((2, 35), 33, 70, 5), ((), 9, 12, 3)])
-def test_matches_float64(lead, n, k, r, core, start, dropout, dtype, device):
+BOTH = (False, True)
+SIZES = (((2, 35), 33, 70, 5), ((), 9, 12, 3))
+
+
+@pytest.mark.parametrize(
+    ("size", "core", "start", "dropout", "dtype"),
+    thinned(itertools.product(SIZES, BOTH, BOTH, (0.0, 0.25), DTYPES)),
+)
+def test_matches_float64(size, core, start, dropout, dtype, device):
+    lead, n, k, r = size
     torch.manual_seed(n + r)
     options = {"bias": not core, "start": start, "core": core, "device": device}
     t = dora_inputs(lead, n, k, r, dtype, **options)
@@ -196,6 +202,19 @@ def test_empty_batch(lead, device):
     assert y.shape == (*lead, 6)
     grads = torch.autograd.grad(y.sum(), leaves)
     assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize(("n", "k", "r"), [(0, 5, 2), (6, 0, 2), (6, 5, 0)])
+def test_empty_matrices(n, k, r, device):
+    t = dora_inputs((4,), n, 5, r, torch.float32, device=device)
+    for key in ("x", "weight", "lora_A"):
+        t[key] = t[key][:, :k]
+    leaves = [t[key].requires_grad_() for key in GIVEN]
+    y = call(t, 1.0)
+    assert y.shape == (4, n) and y.isfinite().all()
+    grads = torch.autograd.grad(y.sum(), leaves)
+    assert [g.shape for g in grads] == [leaf.shape for leaf in leaves]
+    assert all(grad.isfinite().all() for grad in grads)
 
 
 def test_saves_one_output_besides_x_and_z(device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch.library import opcheck
 
 from lora_kernels.ops.linear.row_norms import row_norms_ref
 
-from ..support.exhaustive import EXHAUSTIVE
+from ..support.exhaustive import EXHAUSTIVE, thinned
 from .compiled import needs_compiled
 from .strides import LAYOUTS, lay_out
 
@@ -38,9 +39,9 @@ def assert_exact(weight, right, left, scaling):
     torch.testing.assert_close(got.double(), want, rtol=1e-10 if wide else 1e-6, atol=0)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "dtype", "shape"), thinned(itertools.product(LAYOUTS, DTYPES, SHAPES), 5)
+)
 def test_matches_float64(shape, dtype, layout, device):
     weight, right, left = operands(*shape, dtype, device)
     assert_exact(lay_out(weight, layout), right, left, 0.7)
@@ -54,7 +55,7 @@ def test_factors_of_other_dtypes_and_strides(factor, layout, device):
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 2), (70, 300, 16), (40, 2500, 64)])
-@pytest.mark.parametrize("residue", [0.3, 1e-2, 1e-4])
+@pytest.mark.parametrize("residue", [0.3, 1e-4])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_rows_that_nearly_cancel(shape, residue, layout, device):
     """To 1e-6 of what remains, in some rows or in all of them."""

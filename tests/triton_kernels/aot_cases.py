@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from lora_kernels.triton_kernels import (
+    dora,
     dst_basis,
     frobenius_stats,
     linear,
@@ -65,13 +66,26 @@ def init(arch: int) -> None:
     )
 
 
-def norms(arch: int) -> None:
-    for dtype, r in itertools.product((BF16, FP32, FP64), (16, 32, 128)):
+def norms(arch: int, dtypes: tuple[torch.dtype, ...] = (BF16, FP32)) -> None:
+    for dtype, r in itertools.product(dtypes, (16, 32, 128)):
         right, left = factors(r)
         weight = of(256, 256, dtype=dtype)
         for W in (weight, weight.T.contiguous().T):
             row_norms.row_norms(W, right, left, 1.0)
-    row_norms.row_norms(of(100, 100), of(3, 100, dtype=FP32), of(100, 3, dtype=BF16), 1.0)
+    odd = of(100, 101, dtype=dtypes[0])[:, 1:]
+    row_norms.row_norms(odd, of(3, 100, dtype=FP32), of(100, 3), 1.0)
+
+
+def norms_double(arch: int) -> None:
+    norms(arch, (FP64,))
+
+
+def dora_passes(arch: int) -> None:
+    for dtype, N in itertools.product((BF16, FP32), (256, 100)):
+        y, gain, bias = of(512, N, dtype=dtype), of(N, dtype=FP32), of(N, dtype=dtype)
+        for shift in (bias, None):
+            dora.dora_scale(y, gain, shift)
+            dora.dora_scale_backward(y, y, gain, True, shift is not None)
 
 
 def dropout(arch: int) -> None:
@@ -170,6 +184,8 @@ CASES = {
         subtract,
         init,
         norms,
+        norms_double,
+        dora_passes,
         dropout,
         shrink,
         shrink_dropped,
@@ -186,6 +202,7 @@ EXPECTS = {
     # Memory-bound: 16-byte accesses, several in flight.
     "stats:stats_kernel": {arch: ["ld.global.128"] for arch in (80, 90)},
     "init:subtract_kernel": {arch: ["cp.async", "st.global.128"] for arch in (80, 90, 100)},
+    "norms:row_norms_kernel": {arch: ["mma.sync", "cp.async"] for arch in (80, 90, 100)},
     "decode:decode_kernel": {80: ["cp.async"], 90: ["cp.async", WAIT], 100: ["cp.async", WAIT]},
     # Matrix cores.
     "gemm:gemm_kernel": {

@@ -167,6 +167,31 @@ def test_weights_past_two_to_the_31_elements():
         torch.testing.assert_close(weight[rows].double(), want, rtol=2**-7, atol=1e-6)
 
 
+def test_norms_past_two_to_the_31_elements():
+    n, m = 2**16 + 8, 2**15 + 8
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB")
+    weight = torch.zeros(n, m, dtype=torch.bfloat16, device="cuda")
+    weight[-1, -1], weight[-2, -1], weight[0, 0] = 3.0, 4.0, 2.0
+    right, left = torch.randn(16, m, device="cuda"), torch.zeros(n, 16, device="cuda")
+    for W in (weight, weight.view(m, n).T):  # [n, m], by rows and by columns
+        norms = ops.row_norms(W, right, left, 1.0)
+        torch.testing.assert_close(norms, torch.linalg.vector_norm(W, dim=1, dtype=torch.float32))
+
+
+def test_dora_layer_in_a_graph():
+    x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
+    W = torch.randn(768, 512, device="cuda", dtype=torch.bfloat16)
+    A, B = torch.randn(16, 512, device="cuda"), torch.randn(768, 16, device="cuda")
+    m, out = torch.rand(768, device="cuda"), {}
+    graph = captured(lambda: out.update(y=ops.dora_linear(x, W, None, A, B, m, 0.5)))
+    for tensor in (x, W, A, B, m):
+        tensor.mul_(1.5)
+    graph.replay()
+    want = ops.dora_linear(x, W, None, A, B, m, 0.5)
+    torch.testing.assert_close(out["y"], want, rtol=2e-2, atol=2e-2)
+
+
 def test_on_another_stream():
     weight = torch.randn(1024, 1024, device="cuda")
     want = weight.clone()

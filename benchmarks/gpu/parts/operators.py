@@ -1,4 +1,6 @@
-"""The bandwidth of `dst_basis`, `frobenius_stats` and `subtract_dst_`, relative to a copy's."""
+"""The bandwidth of `dst_basis`, `frobenius_stats`, `row_norms` and `subtract_dst_`, relative to a
+copy's.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +37,10 @@ def prepare(case: OperatorCase, device: torch.device) -> tuple[Callable[[], obje
         step = case.weights
         lists = [weights[i : i + step] for i in range(0, len(weights), step)]
         return rotating([partial(ops.frobenius_stats, some) for some in lists]), count
+    if case.operator == "row_norms":
+        (n, k), r = case.shape, case.rank
+        factors = torch.randn(r, k, device=device), torch.randn(n, r, device=device)
+        return rotating([partial(ops.row_norms, w, *factors, 1e-2) for w in weights]), count
     # Too small to change W, however often it is subtracted.
     coefficient = torch.tensor(1e-6, dtype=torch.float64, device=device)
     calls = [partial(ops.subtract_dst_, w, coefficient, case.rank) for w in weights]

@@ -32,7 +32,7 @@ class OperatorCase:
     def name(self) -> str:
         """The target's name."""
         parts = [self.operator, shape_name(self.shape), dtype_name(self.dtype)]
-        if self.operator == "subtract_dst_":
+        if self.operator in ("subtract_dst_", "row_norms"):
             parts.append(f"r = {self.rank}")
         if self.weights > 1:
             parts.append(f"{self.weights} weights in one call")
@@ -40,7 +40,7 @@ class OperatorCase:
 
 
 def operator_cases(plan: Plan) -> Iterator[OperatorCase]:
-    """`dst_basis` writes, `frobenius_stats` reads, `subtract_dst_` reads and writes."""
+    """`dst_basis` writes, `frobenius_stats` and `row_norms` read, `subtract_dst_` does both."""
     for shape in plan.operator_shapes:
         for dtype in (torch.float32, torch.bfloat16):
             rank = min(shape)
@@ -52,6 +52,7 @@ def operator_cases(plan: Plan) -> Iterator[OperatorCase]:
         yield OperatorCase("frobenius_stats", shape, dtype, size)
         many = plan.list_length
         yield OperatorCase("frobenius_stats", shape, dtype, many * size, weights=many)
+        yield OperatorCase("row_norms", shape, dtype, size, plan.operator_ranks[0])
     for shape in plan.operator_shapes:
         size = shape[0] * shape[1] * dtype.itemsize
         for rank in plan.operator_ranks:

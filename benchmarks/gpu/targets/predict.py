@@ -178,6 +178,8 @@ def _operator_cost(machine: Machine, case: OperatorCase) -> Cost:
     if case.operator == "frobenius_stats":
         table = Cost(copies=COPY if case.weights > 1 else 0.0)
         return table + machine.kernel(case.bytes, wide=(entries, 2, 1), serial=LAST_ADDS)
+    if case.operator == "row_norms":  # and the norms of the right factor's rows
+        return machine.kernel(0) + machine.kernel(case.bytes)
     tables = machine.kernel(5 * FP64 * sum(case.shape))
     return tables + machine.kernel(case.bytes, wide=(entries, 6, 2))
 

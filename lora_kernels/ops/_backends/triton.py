@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..grouped_linear import grouped_linear_backward_ref, grouped_linear_forward_ref
+from ..linear.dora import dora_scale_backward_ref, dora_scale_ref
 from ..loram_init import check_distinct, largest_sum, log_gain, refuse_unfit
 from .library import LIBRARY
 
@@ -109,6 +110,22 @@ def _row_norms(weight: Tensor, right: Tensor, left: Tensor, scaling: float) -> T
     return norms
 
 
+def _dora_scale(y0: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    kernels = _module("dora")
+    scale = kernels.dora_scale if kernels.suits(y0, gain) else dora_scale_ref
+    y: Tensor = scale(y0, gain, bias)
+    return y
+
+
+def _dora_scale_backward(
+    grad: Tensor, y0: Tensor | None, gain: Tensor, needs_y0: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = _module("dora")
+    suits = kernels.suits(grad, gain)
+    backward = kernels.dora_scale_backward if suits else dora_scale_backward_ref
+    return backward(grad, y0, gain, needs_y0, needs_bias)
+
+
 KERNELS: dict[str, Callable[..., object]] = {
     "_dst_basis_": _dst_basis_,
     "_frobenius_stats": _frobenius_stats,
@@ -119,6 +136,8 @@ KERNELS: dict[str, Callable[..., object]] = {
     "grouped_linear_forward": _grouped_linear_forward,
     "grouped_linear_backward": _grouped_linear_backward,
     "_row_norms": _row_norms,
+    "_dora_scale": _dora_scale,
+    "_dora_scale_backward": _dora_scale_backward,
 }
 
 

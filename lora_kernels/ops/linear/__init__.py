@@ -1,7 +1,6 @@
 """The layers' operators: `lora::linear`, and DoRA's `lora::row_norms` and `lora::dora_linear`."""
 
-from . import dora as dora
-from . import row_norms as row_norms
+from . import dora, row_norms
 from .lora import (
     check_operand,
     check_together,
@@ -16,8 +15,10 @@ __all__ = [
     "check_operand",
     "check_together",
     "define_autocast",
+    "dora",
     "dropped",
     "linear",
     "linear_backward_ref",
     "linear_forward_ref",
+    "row_norms",
 ]

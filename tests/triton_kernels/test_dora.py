@@ -1,4 +1,4 @@
-"""The kernel of `lora::row_norms`, through the operator, against float64."""
+"""The kernels of DoRA: `lora::row_norms` and the passes over y and dy, through the operators."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import math
 import pytest
 import torch
 
+from lora_kernels.ops.linear.dora import dora_scale_backward_ref, dora_scale_ref
+
 from ..ops.strides import LAYOUTS, lay_out
+from ..ops.test_dora import check as check_layer
+from ..ops.test_dora import dora_inputs
 from ..ops.test_row_norms import assert_exact, exact, operands
 from ..support.exhaustive import ALL_KERNELS
 
-op = torch.ops.lora.row_norms
-SHAPES = [(1, 1, 1), (5, 7, 2), (33, 300, 16), (40, 130, 70), (17, 129, 0), (9, 600, 20)]
+ops = torch.ops.lora
+op = ops.row_norms
+SHAPES = [(1, 1, 1), (33, 300, 16), (17, 129, 0), (20, 130, 40)]
+SHAPES += [(5, 7, 2), (40, 130, 70), (9, 600, 20)] if ALL_KERNELS else []
 
 
 @pytest.mark.sanitize
@@ -63,3 +69,30 @@ def test_empty(shape, device):
 def test_the_same_bits_twice(device):
     given = operands(40, 300, 16, torch.float32, device)
     assert torch.equal(op(*given, 0.7), op(*given, 0.7))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("rows", [1, 140])
+@pytest.mark.parametrize("columns", [37, 520])
+def test_passes_agree_with_their_references(rows, columns, dtypes, device):
+    for dtype in (*dtypes, torch.float64):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        y0, dy = (torch.randn(rows, columns).to(device, dtype) for _ in range(2))
+        gain, bias = torch.rand(columns).to(device, wide), torch.randn(columns).to(device, dtype)
+        for shift in (bias, None):
+            got = ops._dora_scale(y0, gain, shift)
+            torch.testing.assert_close(got, dora_scale_ref(y0, gain, shift))
+        for args in ((dy, y0, gain, True, True), (dy, None, gain, False, True)):
+            got = ops._dora_scale_backward(*args)
+            torch.testing.assert_close(got, dora_scale_backward_ref(*args))
+        got = ops._dora_scale_backward(dy[:1].expand_as(dy), y0, gain, True, False)
+        want = dora_scale_backward_ref(dy[:1].expand_as(dy), y0, gain, True, False)
+        torch.testing.assert_close(got, want)
+
+
+def test_layer(dtypes, device):
+    """All kernels together, with a start and dropout."""
+    seed = torch.tensor(5, device=device)
+    for dtype in dtypes:
+        t = dora_inputs((2, 10), 24, 40, 4, dtype, start=True, device=device)
+        check_layer(t, 0.7, 0.25, seed)

@@ -53,6 +53,9 @@ def test_options_arrive(odd_model, tmp_path):
     [
         (["--method", "lorram"], "did you mean 'loram'?"),
         (["--method", "lora_one"], "capture_gradients"),
+        (["--method", "corda"], "capture_activations"),
+        (["--method", "kasa"], "trains a diagonal between A and B"),
+        (["--method", "orthogonal", "-r", "3"], "Orthogonal needs an even rank"),
         (["--targets", "q_prok"], "did you mean 'q_proj'?"),
         (["-r", "0"], "r must be at least 1"),
         (["-r", "99"], "rank 99 is larger than min(n, m)"),

@@ -210,6 +210,20 @@ def test_every_start(name, residual):
         assert relative(model.get_parameter(path).detach(), weight) < 3e-7
 
 
+def test_kasa_trains_a_diagonal_of_each_expert():
+    model = tiny_experts("GptOss")
+    base = logits(model)
+    adapt(model, init_lora_weights="kasa")
+    train(model)
+    for layer in adapted_layers(model).values():
+        assert layer.lora_diag.shape == (EXPERTS, R) and layer.lora_diag.requires_grad
+    trained = logits(model)
+    assert relative(trained, base) > 1e-2
+    with disable_adapters(model):
+        assert relative(logits(model), base) < 1e-6
+    assert relative(logits(merge_lora(model)), trained) < 1e-6
+
+
 @pytest.mark.parametrize("name", FROM_INPUTS)
 def test_starts_from_inputs_are_refused(name):
     model = tiny_experts("Qwen3Moe")

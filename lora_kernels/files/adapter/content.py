@@ -174,7 +174,7 @@ def from_diffusers(
         return {"peft_type": "LORA", **own}, named
     factors = {key: as_factor(key.removeprefix(PREFIX)) for key in named}
     ranks = {f.layer: len(named[key]) for key, f in factors.items() if f and f.half == "A"}
-    return {"peft_type": "LORA", **portable_fields(0, ranks)}, named
+    return {"peft_type": "LORA", **portable_fields(max(ranks.values(), default=1), ranks)}, named
 
 
 def factors_of(content: FolderContent, layers: Mapping[str, LayerState]) -> dict[str, Pair]:

@@ -152,5 +152,6 @@ def _without_bits(recipe: dict[str, Any]) -> dict[str, Any]:
     if "svd" not in left:
         return left
     r = left.pop("svd")
+    left.pop("parts", None)
     return left | {"r": r, "scaling": 1.0, "lora_alpha": r, "beta": None, "start": None,
                    "R": False, "dtypes": {}}  # fmt: skip

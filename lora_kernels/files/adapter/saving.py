@@ -23,7 +23,7 @@ from ...model.install.sharded.fsdp import reshard
 from ...model.lora import adapter_state, apply_state
 from ...model.report import LoRAReport
 from ...model.selection import input_embeddings, output_head
-from .content import COMPONENTS, NATIVE_FILE
+from .content import COMPONENTS, DIFFUSERS_FILE, NATIVE_FILE
 from .folder import SavedAdapter, read_adapter, write_adapter
 from .peft_format.experts.layouts import EACH
 from .peft_format.experts.naming import is_converted_by_peft, stored_experts
@@ -251,7 +251,8 @@ def _warn_of_padding(model: nn.Module, state: AdapterState, folder: Path) -> Non
     """
     if not any(layer.kernel for layer in state.layers.values()):
         return
-    if any(read_recipe(folder / file) is not None for file in (ADAPTER_FILE, NATIVE_FILE)):
+    files = (ADAPTER_FILE, NATIVE_FILE, DIFFUSERS_FILE)
+    if any(read_recipe(folder / file) is not None for file in files):
         return
     modules = {without_wrappers(name): module for name, module in model.named_modules()}
     for reason, names in differing_in_peft(modules, list(state.layers)).items():

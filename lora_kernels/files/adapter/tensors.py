@@ -23,7 +23,7 @@ from .peft_format.reading import (
     replication,
     split_tensors,
 )
-from .peft_format.shapes import name_in_file, own_names
+from .peft_format.shapes import name_in_file, of_peft_model, own_names
 from .peft_format.tokens import split_rows
 from .portable import checksum, trained_factors, unscaled
 from .recipe import (
@@ -119,6 +119,8 @@ def from_recipe(
         ValueError: they do not fit each other.
 
     """
+    if recipe["format"] == PEFT and recipe["config"] is None:
+        recipe = of_peft_model(recipe, tensors)
     rows, tensors = _split_rows(recipe, tensors)
     if recipe["format"] == PEFT:
         check_unedited(recipe, config)
@@ -186,7 +188,8 @@ def _split_peft(
     if recipe.get("others"):
         raise ValueError(
             f"{', '.join(recipe['others'])}: lora_kernels.peft has saved what is not read here, "
-            "such as the adapters of convolutions and experts, and of embeddings by versions that "
+            "such as the adapters of convolutions with groups, of matrices and experts that are "
+            "parameters, and of embeddings by versions that "
             "gave these no start; load it with PEFT"
         )
     by_peft = recipe["config"] is None

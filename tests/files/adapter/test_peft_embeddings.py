@@ -124,12 +124,6 @@ class TestFiles:
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert config["fan_in_fan_out"] and config["target_modules"] == ["c_attn", "wte"]
 
-    def test_tied_adapters_are_refused(self, tmp_path):
-        theirs = by_peft(llama(tied=True), ["embed_tokens"], ensure_weight_tying=True)
-        theirs.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="ensure_weight_tying = True is not implemented here"):
-            load_adapter(llama(tied=True), tmp_path, progress=False)
-
     def test_a_second_adapter_and_an_exchanged_one(self, tmp_path):
         base = llama(tied=True)
         folders = []

@@ -233,7 +233,6 @@ class TestModels:
         [
             *itertools.product(["peft", "native"], ["loram", "pissa", "lora"]),
             *itertools.product(["native"], ["lora_xs", "kasa"]),  # PEFT's has no place for R and λ
-            ("peft", "mica"),
         ],
     )
     def test_training_goes_on_as_if_it_had_not_stopped(self, form, name, residual, tmp_path):
@@ -258,7 +257,7 @@ class TestModels:
             assert torch.equal(resumed(IDS).logits, through(IDS).logits)
 
     @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-    @pytest.mark.parametrize("name", ["loram", "olora", "lora_xs", "kasa"])
+    @pytest.mark.parametrize("name", ["loram", "lora_xs", "kasa"])
     def test_plain_peft_on_the_original_base(self, name, kind, tmp_path):
         model = copy.deepcopy(tiny_model(kind))
         config = LoRAConfig(

@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_kernels import LoRAConfig, add_lora, load_adapter
 from lora_kernels.cli import main
@@ -46,6 +48,33 @@ def train(model) -> None:
 
 def run(*arguments: object) -> None:
     assert main([str(a) for a in arguments]) == 0
+
+
+def test_mica_keeps_B_frozen(llama, tmp_path):
+    """In PEFT, which makes the start anew and then loads this one; here, after the conversion."""
+    out, trained, adapter = tmp_path / "out", tmp_path / "trained", tmp_path / "adapter"
+    run("init", llama, out, "--method", "mica", "-r", 4, "--residual", "absorb")
+    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+    with safe_open(out / "adapter" / "adapter_model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    with torch.no_grad():  # not what an SVD of the base gives
+        signs = {key: torch.tensor([-1.0, 1, 1, -1]) for key in tensors if "lora_B" in key}
+    flipped = {key: tensor * signs.get(key, 1.0) for key, tensor in tensors.items()}
+    save_file(flipped, out / "adapter" / "adapter_model.safetensors", metadata)
+    model = peft.PeftModel.from_pretrained(load(out), out / "adapter", is_trainable=True)
+    B = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
+    assert len(B) == len(signs)
+    assert all(torch.equal(B[k.replace(".weight", ".default.weight")], flipped[k]) for k in signs)
+    assert_same(logits(model), logits(load(llama)))
+    train(model)
+    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in B.items())
+    model.save_pretrained(trained)
+    run("convert", trained, adapter, "--start", out / "adapter")
+    ours = load(llama)
+    load_adapter(ours, adapter, progress=False)
+    assert_same(logits(ours), logits(model))
+    names = {n.rpartition(".")[2] for n, p in ours.named_parameters() if p.requires_grad}
+    assert names == {"lora_A"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,12 @@ from lora_kernels.files.checkpoint.initialize import initialize, starts_from_fil
 from lora_kernels.files.checkpoint.residual import read_start
 from lora_kernels.files.checkpoint.weights import stored_weights
 from lora_kernels.files.io import pipeline
-from lora_kernels.init import get_initializer, initializer_names, register_initializer
+from lora_kernels.init import (
+    LoRAXS,
+    get_initializer,
+    initializer_names,
+    register_initializer,
+)
 from lora_kernels.init.base import _REGISTRY
 from lora_kernels.layers.state import dst_start
 from lora_kernels.model.config import LoRAConfig
@@ -229,7 +234,9 @@ class TestAbsorb:
 
 
 class TestImplicit:
-    @pytest.mark.parametrize("method", [m for m in METHODS if m != "loftq"])
+    @pytest.mark.parametrize(
+        "method", [*(m for m in METHODS if m != "loftq"), LoRAXS(retain_part="bottom")], ids=str
+    )
     def test_native_adapter(self, method, odd_model, tmp_path):
         """The factors are those of the initializer; the base is named, not copied."""
         out = tmp_path / "out"
@@ -246,7 +253,8 @@ class TestImplicit:
             assert layer.weight_norm == pytest.approx(norm, rel=1e-12)
             initializer = get_initializer(method)
             assert layer.changes_base == initializer.changes_base
-            assert (layer.lora_R is not None) == (method == "lora_xs")
+            assert (layer.lora_R is not None) == initializer.has_R
+            assert layer.trains == initializer.trains
             if getattr(initializer, "seed", 0) is not None:
                 want = initializer(W, R, layer.scaling)
                 assert torch.equal(layer.lora_A, want.lora_A)
@@ -320,9 +328,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         "options,match",
         [
-            ({"init_lora_weights": "lora_ga"}, r"'lora_ga' starts from the loss gra.*ture_gradients"),
+            ({"init_lora_weights": "lora_ga"}, r"'lora_ga' starts from the loss .*ture_gradients"),
             *(
-                ({"init_lora_weights": name}, rf"'{name}' starts from the inputs .*ture_activations")
+                ({"init_lora_weights": name}, rf"'{name}' starts from the inp.*ture_activations")
                 for name in ("corda", "eva", "lora_null", "qera")
             ),
             ({"init_lora_weights": "kasa"}, "'kasa' trains a diagonal .*load the model and add_"),

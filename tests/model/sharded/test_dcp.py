@@ -214,3 +214,14 @@ class TestExtraState:
         assert torch.equal(other(x), layer(x))
         assert torch.equal(other.base_weight(), layer.base_weight())
         assert other.state_dict().keys() == layer.state_dict().keys()
+
+    @pytest.mark.parametrize(("name", "factor"), [("kasa", "lora_diag"), ("lora_xs", "lora_R")])
+    def test_what_is_between_is_not_lost(self, name, factor):
+        """`torch.distributed.checkpoint` passes over what only the file has."""
+        layer, other = linear(init_lora_weights=name), linear(init_lora_weights="pissa")
+        again = linear(init_lora_weights=name)
+        again.load_state_dict(layer.state_dict())
+        assert torch.equal(getattr(again, factor), getattr(layer, factor))
+        state = {key: tensor for key, tensor in layer.state_dict().items() if factor not in key}
+        with pytest.raises(ValueError, match=rf"\({factor}\), this one has none"):
+            other.load_state_dict(state, strict=False)

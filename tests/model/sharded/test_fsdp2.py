@@ -43,6 +43,9 @@ CONFIGS = {
     "uneven": LoRAConfig(r=3, init_lora_weights=init.InitAB(seed=1)),
     "pissa": LoRAConfig(r=4, init_lora_weights="pissa"),
     "lora_xs": LoRAConfig(r=4, init_lora_weights="lora_xs"),
+    # A diagonal between A and B, and a start that is not their product, nor as the base.
+    "kasa": LoRAConfig(r=4, init_lora_weights=init.KaSA(seed=1)),
+    "mica": LoRAConfig(r=4, init_lora_weights="mica"),
 }
 ORDERS = ("adapt, shard", "shard, adapt", "evaluate, adapt")
 
@@ -88,7 +91,7 @@ CASES = [
     ("absorb", "adapt, shard", "fsdp"),
     ("implicit", "evaluate, adapt", "fsdp"),
     ("uneven", "shard, adapt", "fsdp"),
-    ("pissa", "shard, adapt", "fsdp"),
+    ("kasa", "shard, adapt", "fsdp"),
     ("absorb", "shard, adapt", "hsdp"),
 ]
 if EXHAUSTIVE:
@@ -108,7 +111,8 @@ def test_as_on_one_process(name, order, layout):
         assert other["losses"] == first["losses"]
         assert distance(other["end"], first["end"]) == 0
         assert other["saved"] == first["saved"]
-    for what in ("at start", "disabled", "loaded", "merged", "unloaded"):
+    assert (first["at start"] < 1e-5) == (name != "kasa")
+    for what in ("disabled", "loaded", "merged", "unloaded"):
         assert first[what] < 1e-5, what
     assert first["left"] == []
     assert "FSDPLlamaDecoderLayer" in first["classes"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import LoRAConfig, add_lora, merge_lora, unload_lora
+from lora_kernels.init import KaSA
 from lora_kernels.layers.linear import AdaptedFloatLayer
 
 from ...support.exhaustive import EXHAUSTIVE
@@ -151,8 +152,11 @@ def layers(model: nn.Module) -> list[tuple[str, Any]]:
 OPTIONS = [
     {},
     {"residual": "implicit", "lora_dropout": 0.3},
-    {"init_lora_weights": "pissa", "residual": "implicit"},
+    # A diagonal between A and B, and a start that is not their product.
+    {"init_lora_weights": KaSA(seed=1), "residual": "implicit"},
 ]
+if EXHAUSTIVE:
+    OPTIONS += [{"init_lora_weights": name, "residual": "implicit"} for name in ("pissa", "mica")]
 
 
 @pytest.mark.parametrize("world", [2, 4] if EXHAUSTIVE else [2])

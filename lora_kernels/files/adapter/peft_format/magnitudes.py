@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +18,13 @@ _NAME = re.compile(r"(.+)\.lora_magnitude_vector(?:\.[^.]+){0,2}")
 def magnitude_key(layer: str) -> str:
     """The name in a file of the magnitudes of a layer."""
     return f"{PREFIX}{layer}.lora_magnitude_vector"
+
+
+def in_shape(magnitude: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Magnitudes [out] as PEFT has them: [1, out, 1 ...] of a convolution with this `kernel`, which
+    is empty for other layers.
+    """
+    return magnitude.view(1, -1, *(1 for _ in kernel)) if kernel else magnitude
 
 
 def is_magnitude(key: str) -> bool:

@@ -47,7 +47,16 @@ from .biases import check_biases, split_biases
 from .converted import with_starts
 from .experts.reading import unstacked_experts, wrapped_parameters
 from .magnitudes import checked_magnitudes, split_magnitudes
-from .shapes import Geometry, attention_of, flattened, geometry, own_names, own_tensors
+from .shapes import (
+    LAST_TWICE,
+    TWICE,
+    Geometry,
+    attention_of,
+    flattened,
+    geometry,
+    own_names,
+    own_tensors,
+)
 from .tokens import split_rows
 
 # Options of `LoRAConfig` that PEFT's `LoraConfig` has with the same meaning.
@@ -98,16 +107,25 @@ def from_peft(
         shape = shapes.get(name, Geometry())
         layers[name] = _layer(name, *pair, config, shape.groups, attention_of(name, linear))
         layers[name].kernel, layers[name].groups = shape
+        layers[name].trains = config.initializer.trains
     for name in embeddings(tensors) & layers.keys():
         layers[name].embedding = True
+    _once_if_later(values, [layers[n] for n in linear if attention_of(n, linear)], linear)
     biases, magnitudes = own_names(biases, linear), own_names(magnitudes, linear)
     if values.get(BIAS_OF_B):
         check_biases(biases, {n: len(layers[n].lora_B) for n in linear}, linear)
+    attentions = {attention_of(name, linear) for name in linear}
     for name, bias in biases.items():
-        layers[name].lora_bias = bias
+        if name not in attentions:  # PEFT has one of their in_proj too, and never adds it
+            layers[name].lora_bias = bias
     if values.get(DORA):
         rows_of = {n: len(layers[n].lora_B) for n in linear}
         for name, magnitude in checked_magnitudes(magnitudes, rows_of, linear).items():
+            if layers[name].groups > 1:
+                raise ValueError(
+                    f"{name!r} is a convolution with {layers[name].groups} groups, of which PEFT's "
+                    f"DoRA ({DORA}) measures another weight: it cannot be read"
+                )
             layers[name].lora_magnitude = magnitude
     _check_saved(config, extra)
     _warn_of_base([name for name, layer in layers.items() if not layer.embedding], extra)
@@ -116,6 +134,26 @@ def from_peft(
     state = AdapterState(config, layers, extra, base_model, rows, replication(values), experts)
     changed = base_changing_start(values.get("init_lora_weights"))
     return state if changed else with_starts(state)
+
+
+def _once_if_later(
+    values: Mapping[str, Any], projections: Collection[LayerState], names: Collection[str]
+) -> None:
+    """Halves B of the attentions' `out_proj` again, with a warning, if a version of PEFT wrote them
+    that may add their update once.
+    """
+    version = str(values.get("peft_version", ""))
+    known, found = (tuple(map(int, re.findall(r"\d+", v)[:3])) for v in (LAST_TWICE, version))
+    if not projections or found <= known:
+        return
+    for layer in projections:
+        layer.lora_B = layer.lora_B / TWICE
+    name = next(n for n in names if attention_of(n, names))
+    warnings.warn(
+        f"PEFT {version} wrote the adapter of {name}: it is read as an update that is added once; "
+        f"versions up to {LAST_TWICE} add it twice (pull request 3774 of PEFT)",
+        stacklevel=3,
+    )
 
 
 def replication(values: Mapping[str, Any]) -> Replication:
@@ -343,7 +381,8 @@ def check_options(values: Mapping[str, Any], residual_base: bool = False) -> Non
         raise ValueError(f"{DORA} must be true or false, got {values[DORA]!r}")
     if values.get(DORA) and values.get(BIAS_OF_B):
         raise ValueError(f"{DORA} and {BIAS_OF_B} exclude each other")
-    _check_ties(values)
+    if not isinstance(values.get(TIE) or False, bool):
+        raise ValueError(f"{TIE} must be true or false, got {values[TIE]!r}")
     _warn_of_unknown(values)
     init = values.get("init_lora_weights", True)
     changed = base_changing_start(init)
@@ -356,28 +395,6 @@ def check_options(values: Mapping[str, Any], residual_base: bool = False) -> Non
         )
     if isinstance(init, str) and not changed and init not in _INITS:
         raise unknown_name("init_lora_weights of PEFT", init, _INITS)
-    if init == "mica":
-        warnings.warn(
-            "init_lora_weights = 'mica': PEFT trains A only; further training here moves B too",
-            stacklevel=2,
-        )
-
-
-def _check_ties(values: Mapping[str, Any]) -> None:
-    """Raises if PEFT may tie modules, which depends on the base too."""
-    if not values.get(TIE):
-        return
-    targets, saved = values.get("target_modules") or (), values.get("modules_to_save") or ()
-    if isinstance(targets, str):
-        named = [name for name in TIED_MODULES if re.fullmatch(targets, name)]
-    else:
-        named = [name for name in targets if name.rpartition(".")[2] in TIED_MODULES]
-    named += [name for name in saved if name.rpartition(".")[2] in TIED_MODULES]
-    if named:
-        raise ValueError(
-            f"{TIE} = {values[TIE]!r} is not implemented here: {', '.join(named)} may be tied to "
-            "another module, which gets the same adapter then"
-        )
 
 
 def _warn_of_base(layers: Collection[str], extra: Mapping[str, Tensor]) -> None:
@@ -393,7 +410,7 @@ def _warn_of_base(layers: Collection[str], extra: Mapping[str, Tensor]) -> None:
 
 
 def _warn_of_unknown(values: Mapping[str, Any]) -> None:
-    known = {*_SHARED, "init_lora_weights", *OPTIONS_WITHOUT_EFFECT, *VARIANTS, TIE}
+    known = {*_SHARED, "init_lora_weights", *OPTIONS_WITHOUT_EFFECT, *VARIANTS}
     known.update(OPTIONS_OF_OTHERS)
     unknown = [option for option, value in values.items() if value and option not in known]
     if unknown:
@@ -424,9 +441,8 @@ def config_from_peft(
     if parameters:
         given.setdefault(TARGET_PARAMETERS, parameters)
     given.setdefault("lora_alpha", 8)
-    given["init_lora_weights"] = (
-        "gaussian" if values.get("init_lora_weights") == "gaussian" else "lora"
-    )
+    init = values.get("init_lora_weights")
+    given["init_lora_weights"] = init if init in ("gaussian", "mica") else "lora"
     if not isinstance(given.get("use_rslora", False), bool):
         raise ValueError(f"use_rslora must be true or false, got {given['use_rslora']!r}")
     try:

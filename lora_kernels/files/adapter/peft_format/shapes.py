@@ -13,12 +13,15 @@ Attention: PEFT's layer `attn` has A and B of `in_proj_weight`, and those of `ou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...._utils.peft_names import factor_keys
+from ...._utils.safetensors import DTYPES
 from ....layers.state import LayerState
 
 Pair = tuple[Tensor, Tensor]
@@ -138,6 +141,52 @@ def flattened(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
         own = own_name(name, pairs)
         found[own] = from_file(own, pair, own != name)
     return found
+
+
+def of_peft_model(recipe: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The recipe of an adapter that `lora_kernels.peft` saved, with its attentions as they are here,
+    and its convolutions without groups among the layers that are read.
+    """
+    found, others = {}, dict(recipe.get("others", {}))
+    for name, layer in recipe["layers"].items():
+        own = own_name(name, recipe["layers"])
+        found[own] = layer if own == name else _added_twice(layer)
+    for name, other in recipe.get("others", {}).items():
+        pair = [tensors.get(key) for key in factor_keys(name, ())]
+        if pair[0] is None or pair[1] is None or "dtypes" not in other:
+            continue
+        kernel, groups = geometry(name, (pair[0], pair[1]))
+        if kernel and groups == 1:
+            found[name] = _convolution(others.pop(name), kernel, recipe["rank_fields"])
+    return {**recipe, "layers": found, "others": others}
+
+
+def _added_twice(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of an attention's `out_proj`, whose update PEFT adds twice. The checksum is that of
+    half of the B that `from_file` returns.
+    """
+    doubled = {key: TWICE * layer[key] for key in ("scaling", "lora_alpha")}
+    return {key: value for key, value in layer.items() if key != "checksum"} | doubled
+
+
+def _convolution(
+    other: Mapping[str, Any], kernel: tuple[int, ...], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The recipe of a convolution, from what `lora_kernels.peft` stores of it."""
+    r, scaling = other["r"], other["scaling"]
+    dtypes = {key: str(DTYPES[name]) for key, name in other["dtypes"].items()}
+    return {
+        "r": r,
+        "scaling": scaling,
+        "lora_alpha": scaling * (math.sqrt(r) if options.get("use_rslora") else r),
+        "residual": "implicit",
+        "start": None,
+        "R": False,
+        "kernel": list(kernel),
+        "bias": "lora_bias" in dtypes,
+        "dtypes": {key: dtype.removeprefix("torch.") for key, dtype in dtypes.items()},
+        "bits": other.get("bits", {}),
+    }
 
 
 def own_names(named: Mapping[str, Any], layers: Collection[str]) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from ...._utils.peft_names import (
     REPLICATION,
     TARGET_PARAMETERS,
     TASK_HEADS,
+    TIE,
     TOKEN_INDICES,
     factor_key,
 )
+from ....layers.state import LayerState
 from ....model.config import AdapterState
 from ..portable import padded
 from .experts.layouts import STACKED, Pair, to_pairs
@@ -33,10 +35,12 @@ from .experts.writing import (
     target_modules,
     target_parameters,
 )
-from .magnitudes import magnitude_key
+from .magnitudes import in_shape, magnitude_key
 from .reading import saved_module
 from .shapes import attention_of, file_rank, name_in_file, to_file
 from .tokens import rows_to_peft
+
+MICA = "mica"  # PEFT's `init_lora_weights` of adapters whose B it freezes
 
 
 def to_peft(
@@ -89,9 +93,9 @@ def to_peft(
     biases = _biases(state, portable)
     tensors |= biases
     magnitudes = {
-        magnitude_key(name_in_file(name, state.layers)): layer.lora_magnitude
+        magnitude_key(name_in_file(name, state.layers)): in_shape(m, layer.kernel)
         for name, layer in state.layers.items()
-        if layer.lora_magnitude is not None
+        if (m := layer.lora_magnitude) is not None
     }
     tensors |= magnitudes
     indices, rows = rows_to_peft(state.rows)
@@ -117,6 +121,7 @@ def to_peft(
             if portable
             else rank_fields(scalings, {n: (ranks | grouped)[n] for n in scalings})
         ),
+        **({"init_lora_weights": MICA} if not portable and _is_mica(state) else {}),
         "target_modules": targets,
         "exclude_modules": excluded,
         "layers_to_transform": None,
@@ -130,8 +135,21 @@ def to_peft(
         **({TOKEN_INDICES: indices} if indices else {}),
         **({BIAS_OF_B: True} if biases else {}),
         **({DORA: True} if magnitudes else {}),
+        **({TIE: True} if config.ensure_weight_tying else {}),
         **({REPLICATION: list(map(list, state.replication))} if state.replication else {}),
     }, tensors
+
+
+def _is_mica(state: AdapterState) -> bool:
+    """Whether PEFT has to be told to freeze B of every layer: it then makes the start anew, before
+    it loads this one. It cannot do that for float64 weights, convolutions and experts.
+    """
+
+    def can(layer: LayerState) -> bool:
+        plain = not layer.kernel and layer.experts is None
+        return plain and layer.lora_A.dtype != torch.float64
+
+    return all(layer.trains == "A" and can(layer) for layer in state.layers.values())
 
 
 def _tensors(state: AdapterState, pairs: Mapping[str, Pair], parts: Parts) -> dict[str, Tensor]:

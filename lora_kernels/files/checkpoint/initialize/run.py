@@ -82,6 +82,7 @@ def initialize(
         ("modules_to_save", None),
         ("bias", "none"),
         ("layers_to_transform", None),
+        ("fused_parts", {}),
     ):
         if getattr(config, option) != none:
             raise ValueError(

@@ -40,7 +40,7 @@ LIMIT = 9  # parts in a room
 NOT_PARTS = ("__init__.py", "__main__.py", "__pycache__", "py.typed")
 PUBLIC = {
     *("LoRAConfig", "LoRALinear", "__version__", "adapter_names", "add_lora", "capture_gradients"),
-    *("adapters_per_row", "capture_activations"),
+    *("adapters_per_row", "add_weighted_adapter", "capture_activations"),
     *("disable_adapters", "enable_adapters", "hotswap_adapter", "init", "load_adapter"),
     *("lora_plus_groups", "magnitude", "merge_lora", "ops", "optim", "rescaling", "save_adapter"),
     *("set_adapter", "start_adapters", "svd", "trainer", "unload_lora", "with_expert_rank"),
@@ -176,8 +176,8 @@ def test_rooms_are_small():
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("layers/kinds.py", "from ..model import lora"),
-        ("layers/kinds.py", "def late():\n    from ..files.adapter.saving import save_adapter"),
+        ("layers/options.py", "from ..model import lora"),
+        ("layers/options.py", "def late():\n    from ..files.adapter.saving import save_adapter"),
         ("_utils/checks.py", "import lora_kernels.ops.linear"),
         ("ops/linear/lora.py", "if TYPE_CHECKING:\n    from ...init.base import Initializer"),
         ("files/checkpoint/merge.py", "from ...training.magnitude import measure"),

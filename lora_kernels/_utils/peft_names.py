@@ -79,10 +79,11 @@ GROUPS_OF_OPTIONS = (
 # Values of `init_lora_weights`, or their beginnings, for which PEFT subtracts the start from the
 # base's weights; "loftq" rounds them too.
 BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# One adapter or saved module for the input embedding and the modules with its weight. PEFT ties
+# them only if the configuration names one of these.
 TIE = "ensure_weight_tying"
-# PEFT ties an adapter or a saved module only if the configuration names one of these.
 TIED_MODULES = ("embed_tokens", "lm_head")
-OPTIONS_OF_VARIANTS = (*(option for option in VARIANTS if option != DORA), TIE)
+OPTIONS_OF_VARIANTS = tuple(option for option in VARIANTS if option != DORA)
 # Options of old versions of PEFT, of Swift and of Unsloth that PEFT ignores, and rightly so.
 OPTIONS_OF_OTHERS = (
     "merge_weights",

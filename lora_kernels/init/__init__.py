@@ -1,9 +1,11 @@
 """Initializers: one file per family of starts, one registry of names."""
 
+import sys
+
 from .base import Initializer, get_initializer, initializer_names, register_initializer
 from .data_driven import EVA, Activations, CorDA, LoRAGA, LoRANull, LoRAOne, LoRASB
 from .loram import LoRAM
-from .quantized import QERA, LoftQ
+from .quantized import QERA, LoftQ, quantizers
 from .random import Gaussian, InitAB, InitABPlus, InitB, LoRA, Orthogonal
 from .spectral import KaSA, LoRAXS, MiCA, MiLoRA, OLoRA, PiSSA
 from .start import Start, StartRequest
@@ -38,3 +40,6 @@ __all__ = [
     "initializer_names",
     "register_initializer",
 ]
+
+# A public module inside a sub-package; this makes `import lora_kernels.init.quantizers` work.
+sys.modules[f"{__name__}.quantizers"] = quantizers

@@ -162,12 +162,10 @@ class Orthogonal(_Random):
         (rows, cols), r = request.shape, request.r
         if r % 2:
             raise ValueError(f"Orthogonal needs an even rank, got r = {r}")
-        weight, generator = request.weight, self._generator(request.weight)
+        generator = self._generator(request.weight)
 
         def drawn(*shape: int) -> Tensor:
-            return torch.randn(
-                *shape, dtype=torch.float64, device=weight.device, generator=generator
-            )
+            return request.empty(*shape).normal_(generator=generator).double()
 
         Q = torch.linalg.qr(drawn(r, r))[0]
         lora_A = (drawn(cols, r // 2) @ Q[0::2]).mT / 10

@@ -189,6 +189,9 @@ class AdaptedLayer(nn.Module):
         modules have too if it is `shared`.
         """
 
+    def check_restorable(self) -> None:
+        """Raises ValueError if `restore_` cannot give back the original layer."""
+
     def to_linear(self) -> nn.Module:
         """A new layer without adapters, whose weight is W + s·(BA − B₀A₀)."""
         raise NotImplementedError

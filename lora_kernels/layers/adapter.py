@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from .._utils.checks import is_dtensor
+from ..init.fused import check_parts, within_blocks
 from ..init.sharded.layout import Shards, fill_, full_shape, is_flattened, is_sharded, local_part
 from ..init.sharded.subtract import subtract_factors_here_, subtract_recipe_here_
 from ..init.sharded.whole import whole
@@ -35,6 +37,9 @@ class Adapter(WithStart, nn.Module):
     other starts are stored. A layer that subtracts s·B₀A₀ in its forward ("implicit") always stores
     them, except for experts, where they would double the adapter's memory. A, B and R are float32,
     or float64 over a float64 base. Those of E experts are stacks, with a first dimension [E] more.
+
+    If `options.parts` is not empty, the layer is a fused one: B is zero outside the blocks of these
+    parts, and the forward uses no other entries of it, so that their gradients are zero.
     """
 
     lora_A: nn.Parameter  # [r, in], of experts [E, r, in]
@@ -158,6 +163,8 @@ class Adapter(WithStart, nn.Module):
             )
         if self.r != state.r:
             raise ValueError(f"its rank is {self.r}, the new one has {state.r}: {_LOAD}")
+        if self.options.parts != state.parts:
+            raise ValueError(f"its fused layer has other parts than the new one's: {_LOAD}")
         if (self.kernel, self.groups) != (state.kernel, state.groups):
             raise ValueError("its layer's kernels or groups are others than the new one's")
         for name in TRAINED:
@@ -185,8 +192,11 @@ class Adapter(WithStart, nn.Module):
             return torch.as_tensor(value, dtype=torch.float64, device=self.lora_A.device)
 
         self.beta, self._weight_norm = number(state.beta), number(state.weight_norm)
+        before = self.options
         self.options, self.lora_dropout = options, options.lora_dropout
         self.scaling = options.scaling
+        if before.trains != options.trains:
+            self.set_trainable(any(parameter.requires_grad for parameter in self.parameters()))
 
     def set_trainable(self, trainable: bool) -> None:
         """Sets `requires_grad` of what trains: R if there is one, else those of A and B that
@@ -205,16 +215,27 @@ class Adapter(WithStart, nn.Module):
             return (self.start_A, self.start_B) if self._subtracts else (None, None)
         return self.start_factors() or (None, None)
 
+    def left(self) -> Tensor:
+        """B [out, r]; of a fused layer, its blocks and zeros, which pass no gradient on."""
+        if not self.options.parts:
+            return self.lora_B
+        if not is_dynamo_compiling() and is_dtensor(self.lora_B):
+            raise ValueError(
+                "an adapter with fused_parts cannot run while its B is sharded by tensor "
+                "parallelism: leave the layer out of the parallel plan, or out of fused_parts"
+            )
+        return within_blocks(self.lora_B, self.options.parts)
+
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, float, Tensor | None, Tensor | None]:
         """B [out, r], s, A₀ [r, in] and B₀ [out, r] for a forward in this dtype. If it is being
         compiled, B and B₀ are multiplied by s, and 1 is returned for s.
         """
         start_A, start_B = self.implicit_start()
         if not is_dynamo_compiling():
-            return self.lora_B, self.scaling, start_A, start_B
+            return self.left(), self.scaling, start_A, start_B
         if start_B is not None:
             start_B = self.scaled(start_B, dtype)
-        return self.scaled(self.lora_B, dtype), 1.0, start_A, start_B
+        return self.scaled(self.left(), dtype), 1.0, start_A, start_B
 
     def output_bias(self, dtype: torch.dtype) -> Tensor | None:
         """s times the bias of B [out] for a forward in this dtype; None if there is none."""
@@ -241,7 +262,12 @@ class Adapter(WithStart, nn.Module):
         """
         lora_B, scaling, start_A, start_B = self.operands(torch.float32)
         start = None if start_A is None or start_B is None else (start_A, start_B)
-        right, left = product_factors(self.lora_A, lora_B, self.middle(), start)
+        middle = self.middle()
+        if middle is None:
+            right, left = product_factors(self.lora_A, lora_B, None, start)
+        else:
+            with torch.autocast(weight.device.type, enabled=False):  # R A in float32
+                right, left = product_factors(self.lora_A, lora_B, middle, start)
         norms: Tensor = torch.ops.lora.row_norms(weight, right, left, scaling)
         return norms
 
@@ -263,8 +289,8 @@ class Adapter(WithStart, nn.Module):
         norms = self.row_norms(weight)
         if not bool(norms.isfinite().all()):
             raise ValueError(
-                "use_dora needs the norms of the weight's rows, which are not finite: the weight "
-                "holds NaN, Inf or numbers whose squares overflow"
+                "use_dora needs the norms of the weight's rows, and one is not finite: the weight "
+                "holds NaN or Inf, or its numbers are too large"
             )
         self.lora_magnitude = nn.Parameter(norms)
         self.set_trainable(True)
@@ -278,7 +304,7 @@ class Adapter(WithStart, nn.Module):
         """
         own = self.layer_state() if self.sharded else self
         start = own.start_factors() if self.residual == "implicit" else None
-        return product_factors(own.lora_A, own.lora_B, own.middle(), start)
+        return product_factors(own.lora_A, own.left(), own.middle(), start)
 
     @property
     def sharded(self) -> bool:
@@ -314,9 +340,10 @@ class Adapter(WithStart, nn.Module):
                 return None if value is None else value.detach().to("cpu", torch.float64, copy=True)
             return float(value)
 
+        lora_B = copied(self.lora_B)
         return LayerState(
             lora_A=copied(self.lora_A),
-            lora_B=copied(self.lora_B),
+            lora_B=within_blocks(lora_B, self.options.parts) if self.options.parts else lora_B,
             scaling=self.scaling,
             lora_alpha=self.options.lora_alpha,
             lora_R=copied_if_any(self.lora_R),
@@ -332,6 +359,7 @@ class Adapter(WithStart, nn.Module):
             lora_magnitude=copied_if_any(self.lora_magnitude),
             lora_diag=copied_if_any(self.lora_diag),
             trains=self.options.trains,
+            parts=self.options.parts,
         )
 
     @property
@@ -344,17 +372,20 @@ class Adapter(WithStart, nn.Module):
         """The numbers that restore the base: [s, β] in float64, which `.to(dtype)` does not change.
 
         s is NaN unless initial factors were absorbed with it, β is NaN unless the start is a DST
-        start; it is infinite if there is an R. Experts have a β each. The size does not depend on
-        the start: `torch.distributed.checkpoint` loads into tensors of the saved size only, and
-        passes over what only the file has, such as an R.
+        start; it is infinite if there is an R, and minus infinite if there is a λ. Experts have a β
+        each. If there are magnitudes, s is negative: −s, or minus infinite for NaN. The size does
+        not depend on the start: `torch.distributed.checkpoint` loads into tensors of the saved size
+        only, and passes over what only the file has, such as an R.
         """
         scaling = math.nan if self.absorbed_scaling is None else self.absorbed_scaling
         state = torch.full((1 + (self._experts or 1),), math.nan, dtype=torch.float64)
         state[0] = scaling
+        if self.lora_magnitude is not None:
+            state[0] = -math.inf if math.isnan(scaling) else -scaling
         if self.beta is not None:
             state[1:] = self.beta.detach().cpu()
-        elif self.lora_R is not None:
-            state[1:] = math.inf
+        elif self.lora_R is not None or self.lora_diag is not None:
+            state[1:] = -math.inf if self.lora_R is None else math.inf
         return state
 
     def _numbers(self, state: Tensor) -> tuple[float | None, Tensor | None]:
@@ -365,9 +396,10 @@ class Adapter(WithStart, nn.Module):
         scaling, beta = values[:1], values[1:]
         if self._experts is None:
             beta = beta[:1].squeeze(0)
-        absorbed = scaling.numel() > 0 and not math.isnan(float(scaling))
+        s = float(scaling) if scaling.numel() > 0 else math.nan
+        absorbed = not math.isnan(s) and s != -math.inf
         has_beta = beta.numel() > 0 and bool(beta.isfinite().all())
-        return float(scaling) if absorbed else None, beta.clone() if has_beta else None
+        return abs(s) if absorbed else None, beta.clone() if has_beta else None
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -384,6 +416,7 @@ class Adapter(WithStart, nn.Module):
         state = state_dict.get(f"{prefix}_extra_state")
         if state is not None:
             self._expect_start(state, state_dict, prefix)
+        self._check_blocks(state_dict.get(f"{prefix}lora_B"))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         missing[:] = [key for key in missing if key not in own]
         if self.lora_A.is_meta:
@@ -395,22 +428,40 @@ class Adapter(WithStart, nn.Module):
             self._store_scaling()
         self._move_beta()
 
+    def _check_blocks(self, lora_B: Tensor | None) -> None:
+        """Raises ValueError for a saved B of an adapter with other parts, if this one is of a fused
+        layer. Shapes that differ are reported by torch.
+        """
+        if not self.options.parts or lora_B is None or lora_B.is_meta or is_sharded(lora_B):
+            return
+        if lora_B.shape == self.lora_B.shape:
+            check_parts(self.options.parts, lora_B)
+
     def _expect_start(self, state: Tensor, state_dict: dict[str, Any], prefix: str) -> None:
         """Makes room for A₀ and B₀ if a saved adapter has stored them, and drops those here if it
         has a recipe instead.
 
         Raises:
-            ValueError: the saved adapter has an R, which this one and the state_dict lack.
+            ValueError: the saved adapter has an R, a λ or magnitudes, which this one and the
+                state_dict lack.
 
         """
         scaling, beta = self._numbers(state)
-        has_R = bool(state.flatten()[1:].isposinf().any())
-        # Where the state_dict has the R, torch reports it.
-        if has_R and self.lora_R is None and f"{prefix}lora_R" not in state_dict:
+        lost = self.lora_magnitude is None and f"{prefix}lora_magnitude" not in state_dict
+        if lost and bool((state.flatten()[:1] < 0).any()):
             raise ValueError(
-                "the saved layer has an R (lora_R), this one has none: construct it with the same "
-                "init_lora_weights"
+                "the saved layer has DoRA's magnitudes (lora_magnitude), this one has none: "
+                "construct it with use_dora=True"
             )
+        marks = state.flatten()[1:]
+        for name, what, mark in (("lora_R", "an R", math.inf), ("lora_diag", "a λ", -math.inf)):
+            # Where the state_dict has it, torch reports it.
+            lost = getattr(self, name) is None and prefix + name not in state_dict
+            if lost and bool((marks == mark).any()):
+                raise ValueError(
+                    f"the saved layer has {what} ({name}), this one has none: construct it with "
+                    "the same init_lora_weights"
+                )
         saved_A, saved_B = (state_dict.get(prefix + name) for name in ("start_A", "start_B"))
         if beta is not None and (scaling is not None or self._experts):
             self.start_A = self.start_B = self._aside = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .._utils.checks import as_integer, check_positive, check_probability
 from .._utils.errors import unknown_name
 from ..init import Initializer
 from ..init.base import refuse_implicit
+from ..init.fused import Parts
 
 DEFAULT_ALPHA = {"lora": 8.0, "rslora": 8.0, "alpha_sqrt": 256.0}
 RULES = tuple(DEFAULT_ALPHA)
@@ -77,7 +78,8 @@ RESIDUALS = ("absorb", "implicit")
 @dataclass(frozen=True)
 class AdapterOptions:
     """The settings of an adapter: rank, α, the rule for s, dropout and residual; whether it is a
-    DoRA adapter; and which of A and B train, "AB" or "A".
+    DoRA adapter; which of A and B train, "AB" or "A"; and the parts of a fused layer, if its B is
+    block-diagonal.
     """
 
     r: int
@@ -87,6 +89,7 @@ class AdapterOptions:
     residual: str
     use_dora: bool = False
     trains: str = "AB"
+    parts: Parts = ()
 
     @classmethod
     def checked(
@@ -122,6 +125,15 @@ class AdapterOptions:
         options = cls(r, lora_alpha, rule, lora_dropout, residual, use_dora, trains)
         check_start(rule, options.scaling, initializer)
         return options
+
+    def fused(self, parts: Parts) -> AdapterOptions:
+        """The settings of a fused layer each of whose P parts has an adapter with these settings:
+        of rank P·r, with the same s.
+        """
+        count = len(parts)
+        factor = count if self.scaling_rule == "lora" else math.sqrt(count)
+        alpha = self.lora_alpha * factor
+        return replace(self, r=count * self.r, lora_alpha=alpha, parts=parts)
 
     @property
     def scaling(self) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..init.fused import Parts
 from ..init.start import subtract_factors_
 from .options import AdapterOptions
 
@@ -32,6 +33,10 @@ class WithStart:
     start_A: Tensor | None
     start_B: Tensor | None
     beta: Tensor | float | None  # of experts [E]
+
+    def left(self) -> Tensor:
+        """B [out, r], as the forward uses it."""
+        return self.lora_B
 
     def middle(self) -> Tensor | None:
         """What is between A and B: R or diag(λ) [r, r]; None if there is nothing."""
@@ -68,7 +73,8 @@ class LayerState(WithStart):
 
     `lora_diag` λ [r]: the update is B diag(λ) A in place of BA (KaSA). `lora_magnitude` m [out]:
     the adapted weight is (m ⊘ ‖V‖) ∘ V, where V = W_base + s·(BA − B₀A₀) and ‖V‖ [out] are the
-    norms of its rows (DoRA). `trains` says which of A and B train, "AB" or "A".
+    norms of its rows (DoRA). `trains` says which of A and B train, "AB" or "A". `parts`, not empty:
+    the layer is a fused one, and B is zero outside the blocks of these parts (`init.fused`).
 
     The adapters of E experts that a model keeps in one parameter are one state: its factors have a
     first dimension [E] more, and `beta` and `weight_norm` are float64 [E].
@@ -91,6 +97,7 @@ class LayerState(WithStart):
     trains: str = "AB"
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    parts: Parts = ()
 
     @property
     def r(self) -> int:
@@ -101,7 +108,7 @@ class LayerState(WithStart):
         """The settings of the adapter, with those that the state does not have."""
         use_dora = self.lora_magnitude is not None
         own = (self.r, self.lora_alpha, scaling_rule, lora_dropout, residual)
-        return AdapterOptions(*own, use_dora, self.trains)
+        return AdapterOptions(*own, use_dora, self.trains, self.parts)
 
     @property
     def experts(self) -> int | None:
@@ -205,6 +212,17 @@ def row_gain(magnitude: Tensor, norms: Tensor) -> Tensor:
     zero = norms == 0
     ratio = magnitude.to(norms.dtype) / norms.masked_fill(zero, 1.0)
     return ratio.masked_fill(zero, 1.0)
+
+
+def change_by_gain(y: Tensor, bias: Tensor | None, update: Tensor, gain: Tensor) -> Tensor:
+    """g ∘ (y − b + `update`) + b − y, which DoRA adds to the base's output y, whose bias is b; in
+    g's dtype. It is exactly zero if g is 1 and the update is zero. g and b have shapes that go with
+    y's.
+    """
+    direction = y.to(gain.dtype)
+    if bias is not None:
+        direction = direction - bias.to(direction)
+    return (gain - 1) * direction + gain * update.to(gain.dtype)
 
 
 def scaled(factor: Tensor, scaling: float) -> Tensor:

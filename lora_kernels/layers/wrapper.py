@@ -13,6 +13,7 @@ from .adapter import Adapter
 from .dequantize import dequantized_weight, frozen_forward, keep_unpacked, passes_gradient
 from .kinds import is_conv1d
 from .linear import merged_bias
+from .state import change_by_gain
 
 
 class LoRAWrapper(AdaptedLayer):
@@ -68,22 +69,11 @@ class LoRAWrapper(AdaptedLayer):
         if not self.adapter_enabled:
             return y
         update = self._update(x)
-        if self.active().lora_magnitude is not None:
-            update = self._change_of_dora(y, update)
+        adapter = self.active()
+        gain = None if adapter.lora_magnitude is None else adapter.gain(self.base_weight())
+        if gain is not None:  # [out]
+            update = change_by_gain(y, getattr(self.base_layer, "bias", None), update, gain)
         return y + update.to(y.dtype)
-
-    def _change_of_dora(self, y: Tensor, update: Tensor) -> Tensor:
-        """g ∘ (y − b + `update`) + b − y [..., out], with g = m ⊘ ‖V‖ [out]; exactly zero before
-        the first step. In g's dtype, float32 or wider.
-        """
-        gain = self.active().gain(self.base_weight())
-        if gain is None:
-            return update
-        direction = y.to(gain.dtype)
-        bias = getattr(self.base_layer, "bias", None)
-        if bias is not None:
-            direction = direction - bias.detach().to(direction)
-        return (gain - 1) * direction + gain * update.to(gain.dtype)
 
     def _update(self, x: Tensor) -> Tensor:
         """s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ) [..., out], as s · (z (B − B₀)ᵀ + (z − z₀) B₀ᵀ), whose
@@ -97,7 +87,8 @@ class LoRAWrapper(AdaptedLayer):
         if middle is not None:
             z = nn.functional.linear(z, middle.to(x.dtype))
         start_A, start_B = adapter.implicit_start()
-        change = adapter.lora_B if start_B is None else adapter.lora_B - start_B  # [out, r]
+        left = adapter.left()
+        change = left if start_B is None else left - start_B  # [out, r]
         if compiling:
             change = adapter.scaled(change, x.dtype)
         update = nn.functional.linear(z, change.to(x.dtype))  # [..., out]

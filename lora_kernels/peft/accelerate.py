@@ -66,8 +66,8 @@ def accelerate(peft_model: peft.PeftModel) -> AccelerateReport:
     A layer is accelerated if its base is a plain `nn.Linear` or GPT-2's `Conv1D` with a
     floating-point weight. In such a layer, a call is fused if exactly one adapter is active, it is
     plain LoRA or DoRA, with or without a start of `initialize`, and it is neither merged nor
-    disabled. All other calls (several adapters, mixed batches ...) use PEFT's own forward. Each call
-    is checked anew.
+    disabled. All other calls (several adapters, mixed batches ...) use PEFT's own forward. Each
+    call is checked anew.
 
     DoRA layers use `torch.ops.lora.dora_linear`, which does not form W + s·BA, and norms in float32
     or wider. While dropout is active they use PEFT's own forward: there PEFT drops parts of x for

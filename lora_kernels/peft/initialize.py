@@ -119,8 +119,8 @@ class _Snapshot:
     @classmethod
     def of(cls, layer: LoraLayer, adapter: str) -> _Snapshot:
         A, B = _factors(layer, adapter)
-        magnitude = magnitude_of(layer, adapter)
-        magnitude = None if magnitude is None else magnitude.detach().clone()
+        own = magnitude_of(layer, adapter)
+        magnitude = None if own is None else own.detach().clone()
         return cls(A.detach().clone(), B.detach().clone(), start_of(layer, adapter), magnitude)
 
     def fits(self, layer: LoraLayer, adapter: str) -> bool:

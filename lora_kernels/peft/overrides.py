@@ -21,10 +21,8 @@ from .foreign_kernels import explained, without_start
 from .layers import adapters_with_start, lora_layers, supports_start
 from .patch import is_replaced, replace_method, restore_method
 from .variant import (
-    drop_start,
     factors_of,
     load_from_state_dict,
-    magnitude_of,
     measure_magnitude,
     set_start,
     start_of,
@@ -101,9 +99,6 @@ def add_adapter(
     """
     started = [name for name, known in peft_model.peft_config.items() if known is peft_config]
     started = [name for name in started if name in adapters_with_start(peft_model)]
-    for layer in lora_layers(peft_model).values():
-        if magnitude_of(layer, adapter_name) is not None:  # PEFT makes the adapter anew
-            drop_start(layer, adapter_name)
     type(peft_model).add_adapter(peft_model, adapter_name, peft_config, *args, **kwargs)
     for layer in lora_layers(peft_model).values() if started else ():
         start = start_of(layer, started[0])

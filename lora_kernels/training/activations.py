@@ -28,6 +28,8 @@ from .gradients import in_step, input_device, moved_batch
 
 Forward = Callable[[nn.Module, Any], Any]
 _IGNORED = -100  # the label of positions that have no loss
+# bitsandbytes' 4-bit layers pack their weight in evaluation mode if this is True.
+_PACKS = "support_avx512bf16_for_cpu"
 
 
 def capture_activations(
@@ -115,13 +117,17 @@ def _run(
 ) -> None:
     count = 0
     batches = tracked(batches, "activations", progress)
-    stepped = in_step(batches) if sharded and has_ranks() else batches
-    # Tensors of inference mode have no version, by which a change in place is noticed.
-    with torch.inference_mode(False), torch.no_grad(), _evaluating(model), sums.collecting():
+    waits = sharded and has_ranks()
+    stepped = in_step(batches) if waits else batches
+    # Tensors of inference mode have no version, by which a change in place is noticed; compiled
+    # modules do not call hooks that came later.
+    modes = torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager")
+    with modes[0], modes[1], modes[2], _evaluating(model), sums.collecting():
         try:
             for batch in stepped:
                 count += 1
-                sums.mask = masks.of(batch)
+                with together(where=waits):
+                    sums.mask = masks.of(batch)
                 forward(model, batch)
                 sums.settle()
         finally:
@@ -138,14 +144,20 @@ def _reshard_if_possible(model: nn.Module) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the context, all modules are in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Inside the context, all modules are in evaluation mode, and 4-bit layers do not pack their
+    weights (see `keep_unpacked`).
+    """
+    names = ("training", _PACKS)
+    before = [(m, n, getattr(m, n)) for m in model.modules() for n in names if n in vars(m)]
     try:
         model.eval()
+        for module, name, _ in before:
+            if name == _PACKS:
+                setattr(module, name, False)
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_finite, check_positive
+from ..init.fused import diagonal_blocks
 from ..layers.adapter import Adapter
 from ..model.install.layers import adapted_layers
 from ..model.install.sharded.fsdp import reshard
@@ -39,9 +40,9 @@ def lora_plus_groups(
     """LoRA+ (Hayou et al., arXiv 2402.12354): B has `ratio` times the learning rate of the rest.
 
     There are two parameter groups: B with the learning rate `ratio` · `lr`, and all other trainable
-    parameters (A, R, DoRA's magnitudes, those of `modules_to_save`) with `lr`; PEFT's function gives
-    magnitudes the learning rate of B. A group without parameters is omitted.
-    Frozen parameters are in no group; a shared parameter is in one. A parameter belongs to B if
+    parameters (A, R, DoRA's magnitudes, those of `modules_to_save`) with `lr`; PEFT's function
+    gives magnitudes the learning rate of B. A group without parameters is omitted. Frozen
+    parameters are in no group; a shared parameter is in one. A parameter belongs to B if
     `lora_B`, or `lora_bias` for the bias of B, is a part of its name, in our layers and in PEFT's.
 
     Args:
@@ -107,6 +108,8 @@ def _kasa_penalty(adapter: Adapter, beta: float, gamma: float) -> Tensor:
     work = torch.promote_types(adapter.lora_A.dtype, torch.float32)
     lora_A, lora_B, lora_diag = (own.to(work) for own in factors if own is not None)
     identity = torch.eye(lora_A.shape[-2], dtype=work, device=lora_A.device)
-    grams = lora_B.mT @ lora_B - identity, lora_A @ lora_A.mT - identity
+    grams = [lora_B.mT @ lora_B - identity, lora_A @ lora_A.mT - identity]
+    if adapter.options.parts:  # each has an A and a B of its own
+        grams = [diagonal_blocks(gram, len(adapter.options.parts)) for gram in grams]
     orthogonality = sum(torch.linalg.matrix_norm(gram).sum() for gram in grams)
     return beta * lora_diag.square().sum() + gamma * orthogonality

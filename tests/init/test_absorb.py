@@ -14,11 +14,16 @@ from lora_kernels.init import InitAB, LoRAM, PiSSA, get_initializer, initializer
 
 from ..support.oracle import ROUNDING, TINY, to_numpy
 from ..support.packages import needs_real_model
+from ..support.running import layer_data
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 STARTS = [
-    # LoftQ changes the base on purpose, and is tested in test_loftq.py.
-    *(name for name in initializer_names() if not get_initializer(name).rewrites_base),
+    # LoftQ and QERA change the base on purpose, and KaSA the layer: they have tests of their own.
+    *(
+        name
+        for name in initializer_names()
+        if not get_initializer(name).rewrites_base and not get_initializer(name).has_diag
+    ),
     LoRAM(basis="orthogonal"),
     LoRAM(basis="gaussian"),
     LoRAM(gain="exact"),
@@ -32,10 +37,12 @@ STARTS = [
 def start_of(linear: nn.Linear, initializer, residual: str, G: torch.Tensor, **options):
     """(layer, the original W); s is 2 by default."""
     W = to_numpy(linear.weight).copy()
-    gradient = G if get_initializer(initializer).needs_gradient else None
-    options = {"r": 8, "lora_alpha": 16, **options}
+    data = layer_data(get_initializer(initializer), linear.weight.detach())
+    if "gradient" in data:
+        data = {"gradient": G}
+    options = {"r": 8, "lora_alpha": 16, **options, **data}
     layer = LoRALinear.from_linear(
-        linear, init_lora_weights=initializer, residual=residual, gradient=gradient, **options
+        linear, init_lora_weights=initializer, residual=residual, **options
     )
     return layer, W
 

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import LoRALinear
+from lora_kernels import LoRAConfig, LoRALinear, add_lora, capture_activations
 from lora_kernels.init import EVA, QERA, Activations, CorDA, LoRANull, get_initializer
-from lora_kernels.init.quantized.quantizers import quantized
+from lora_kernels.init.quantizers import quantized
+from lora_kernels.layers.base import base_of
 
 from ..ops.svd.spectra import with_sigma
 from ..support.exhaustive import thinned
 from ..support.oracle import to_numpy
-from ..support.packages import needs_real_model
+from ..support.packages import needs_bitsandbytes, needs_real_model, needs_transformers
+from ..support.quantized import linear_4bit
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(40, 28), (28, 40), (32, 32)]
@@ -318,6 +320,58 @@ def test_names(name, kind):
     assert type(initializer) is kind and initializer.needs_activations
     assert not initializer.grows_with_scaling
     assert initializer.changes_base == (kind is not EVA)
+
+
+@needs_bitsandbytes
+def test_qera_of_a_quantized_model():
+    """Its base stays, and what is left of the error on the inputs is that of the best BA."""
+    original = nn.Sequential(nn.Linear(64, 32, bias=False))
+    model = nn.Sequential(linear_4bit(original[0]))
+    x = inputs(300, 64).float()
+    packs = getattr(model[0], "support_avx512bf16_for_cpu", None)
+    activations = capture_activations(model, [x], progress=False)
+    assert getattr(model[0], "support_avx512bf16_for_cpu", None) == packs
+    assert not getattr(model[0].weight.quant_state, "packing_format_for_cpu", False)
+    config = LoRAConfig(r=R, lora_alpha=2 * R, init_lora_weights="qera")
+    Q = to_numpy(base_of(model[0]).weight())
+    with pytest.raises(ValueError, match=r"QERA has no quantisation error.*original_weights="):
+        add_lora(model, config, activations=activations, progress=False)
+    weights = {"0.weight": original[0].weight.detach()}
+    add_lora(model, config, activations=activations, original_weights=weights, progress=False)
+    assert np.array_equal(to_numpy(base_of(model[0].base_layer).weight()), Q)
+    error = to_numpy(original[0].weight) - Q
+    BA = 2 * to_numpy(model[0].lora_B) @ to_numpy(model[0].lora_A)
+    sigma = np.linalg.svd(to_numpy(x) @ error.T, compute_uv=False)
+    left = np.linalg.norm(to_numpy(x) @ (error - BA).T)
+    assert left == pytest.approx(np.linalg.norm(sigma[R:]), rel=1e-4)
+
+
+@needs_transformers
+@pytest.mark.parametrize("initializer", [EVA(), *MODES], ids=str)
+def test_conv1d(initializer, device):
+    """GPT-2's layers, which store Wᵀ: their starts are those of W."""
+    from ..support.tiny_models import gpt2
+
+    model = gpt2().to(device)
+    ids = torch.randint(1, 20, (8, 12), device=device)
+    want = model(ids).logits
+    activations = capture_activations(model, [ids], progress=False)
+    weights = {
+        n: m.weight.detach().mT.clone() for n, m in model.named_modules() if n in activations
+    }
+    add_lora(
+        model,
+        LoRAConfig(r=R, lora_alpha=R, init_lora_weights=initializer),
+        activations=activations,
+        progress=False,
+    )
+    if not isinstance(initializer, QERA):
+        assert (model(ids).logits - want).abs().max() <= 1e-4
+    for name in activations if not isinstance(initializer, EVA) else ():
+        start = initializer(weights[name], R, 1.0, activations=activations[name])
+        layer = model.get_submodule(name)
+        assert np.abs(to_numpy(layer.lora_A) - to_numpy(start.lora_A)).max() <= 1e-5
+        assert np.abs(to_numpy(layer.lora_B) - to_numpy(start.lora_B)).max() <= 1e-5
 
 
 @needs_real_model

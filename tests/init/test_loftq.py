@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_kernels import LoRALinear
 from lora_kernels.init import LoftQ, Start, get_initializer
-from lora_kernels.init.quantized.quantizers import quantized
+from lora_kernels.init.quantizers import quantized
 from lora_kernels.layers.base import base_of
 from lora_kernels.model.originals import OriginalWeights
 

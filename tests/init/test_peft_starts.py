@@ -217,3 +217,32 @@ def test_eva(options):
     # Among layers that share an input it is an accident which one gets the last rank.
     assert all(sorted(own) == sorted(other) for own, other in ranks.values())
     assert sum(row.r for row in rows.values()) == R * len(linears(model))
+
+
+def test_given_to_peft_models():
+    """Their layers get A and B of the same inputs; the ranks stay, and what they do not train is
+    refused.
+    """
+    from lora_kernels.peft import initialize
+
+    model, batch = Model(), batch_of()
+    activations = capture_activations(model, [batch], LAYERS, progress=False)
+    want = model(**batch)
+    theirs = peft_model(copy.deepcopy(model))
+    for name in ("eva", "corda", "lora_null"):
+        report = initialize(theirs, name, activations=activations, progress=False)
+        assert len(report.layers) == len(linears(model))
+        for layer, linear in linears(model).items():
+            start = get_initializer(name)(linear.weight, R, 2.0, activations=activations[layer])
+            A, B, _ = factors(theirs, layer)
+            assert np.abs(A - to_numpy(start.lora_A)).max() <= 1e-6
+            assert np.abs(B - to_numpy(start.lora_B)).max() <= 1e-6
+        assert (theirs(**batch) - want).abs().max() <= 1e-4
+        report.undo()
+    for name, text in (
+        ("kasa", "trains a λ between A and B"),
+        ("mica", "trains only A"),
+        ("eva", "pass activations="),
+    ):
+        with pytest.raises(ValueError, match=text):
+            initialize(theirs, name, progress=False)

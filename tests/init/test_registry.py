@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_kernels import LoRAConfig, LoRALinear, add_lora
 from lora_kernels.init import (
+    Activations,
     Initializer,
     LoRA,
     LoRAM,
@@ -25,14 +26,19 @@ from ..support.oracle import ROUNDING
 
 
 def test_names():
-    random = {"lora", "init_b", "gaussian", "init_ab", "init_ab_plus"}
-    spectral = {"pissa", "milora", "olora", "lora_xs"}
+    random = {"lora", "init_b", "gaussian", "init_ab", "init_ab_plus", "orthogonal"}
+    spectral = {"pissa", "milora", "olora", "lora_xs", "mica", "kasa"}
     data_driven = {"lora_ga", "lora_one", "lora_sb"}
-    assert {"loram", "loftq"} | random | spectral | data_driven <= set(initializer_names())
+    of_inputs = {"eva", "corda", "lora_null", "qera"}
+    known = {"loram", "loftq"} | random | spectral | data_driven | of_inputs
+    assert known <= set(initializer_names())
     for name in initializer_names():
         initializer = get_initializer(name)
         assert initializer.needs_gradient == (name in data_driven)
-        assert initializer.rewrites_base == (name == "loftq")
+        assert initializer.needs_activations == (name in of_inputs)
+        assert initializer.rewrites_base == initializer.compensates == (name in ("loftq", "qera"))
+        assert initializer.trains == ("A" if name == "mica" else "AB")
+        assert initializer.has_diag == (name == "kasa")
         source = f"{type(initializer).__doc__} {type(initializer).__mro__[1].__doc__}"
         assert "arXiv" in source or "PEFT" in source  # formula and source are told
     assert get_initializer("LoRAM") == LoRAM()
@@ -261,12 +267,15 @@ def test_starts_together_are_starts_alone(name, device):
     weights = [torch.randn(40, 24).to(device) for _ in range(3)]
     gradients = [torch.randn(40, 24).to(device) for _ in range(3)]
     given = gradients if initializer.needs_gradient else None
+    inputs = [None] * 3
+    if initializer.needs_activations:
+        inputs = [Activations.of(torch.randn(100, 24).to(device)) for _ in range(3)]
     torch.manual_seed(1)
-    together = initializer.starts(weights, 4, 2.0, given)
+    together = initializer.starts(weights, 4, 2.0, given, activations=inputs)
     torch.manual_seed(1)
     for k, (weight, start) in enumerate(zip(weights, together, strict=True)):
-        alone = initializer(weight, 4, 2.0, given and given[k])
-        for factor in ("lora_A", "lora_B", "lora_R"):
+        alone = initializer(weight, 4, 2.0, given and given[k], inputs[k])
+        for factor in ("lora_A", "lora_B", "lora_R", "lora_diag"):
             one, many = getattr(alone, factor), getattr(start, factor)
             assert (one is None) == (many is None)
             if one is not None:

@@ -125,7 +125,7 @@ class TestForward:
         for attention in (model.attn, alone):
             assert type(attention) is nn.MultiheadAttention
             assert type(attention.out_proj) is type(original.attn.out_proj)
-            assert (attention(x, x, x)[0] - y).abs().max() <= 32 * ROUNDING[dtype]
+            assert (attention(x, x, x)[0] - y).abs().max() <= 16 * ROUNDING[dtype] * y.abs().max()
         base = other.attn.base_linear()
         unload_lora(other)
         assert model.state_dict().keys() == other.state_dict().keys()
@@ -275,7 +275,7 @@ class TestLayer:
 
     def test_an_original_weight_is_not_loaded(self):
         model, original, _ = made()
-        with pytest.raises(RuntimeError, match="attn.in_proj_weight is an original weight"):
+        with pytest.raises(RuntimeError, match=r"attn.in_proj_weight is an original weight"):
             model.load_state_dict(original.state_dict(), strict=False)
 
     @pytest.mark.skipif(not EXHAUSTIVE, reason="LORA_KERNELS_TEST_ALL=1 compiles an attention")

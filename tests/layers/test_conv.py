@@ -283,7 +283,7 @@ class TestMemory:
             models.append(Net(conv))
         report = quiet(models[0], LoRAConfig(r=2, target_modules=["conv"]))
         assert "overlapping" in str(report) and models[0].conv.residual == "implicit"
-        with pytest.raises(ValueError, match="conv cannot absorb its start.*overlapping"):
+        with pytest.raises(ValueError, match=r"conv cannot absorb its start.*overlapping"):
             quiet(models[1], LoRAConfig(r=2, target_modules=["conv"], residual="absorb"))
 
 
@@ -337,7 +337,7 @@ class TestLayer:
                 weight = conv.weight
                 return nn.functional.conv2d(x, weight, conv.bias, padding=1)
 
-        model, original, x = made()
+        model, _, x = made()
         reading = Reading(model.conv)
         trained(model)
         assert torch.allclose(reading(x), model(x), atol=1e-5)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import capture_gradients
-from lora_kernels.init import LoRAM, PiSSA
+from lora_kernels import LoRAConfig, add_lora, capture_gradients
+from lora_kernels.init import EVA, CorDA, LoRAM, LoRANull, Orthogonal, PiSSA
 from lora_kernels.init.base import get_initializer, initializer_names
 
 from ..support import ROOT
+from ..support.exhaustive import paired
 from ..support.packages import needs_peft
 from ..support.peft_models import (
     MODELS,
@@ -29,44 +30,60 @@ from ..support.peft_models import (
     linear_layers,
     update_of,
 )
-from ..support.running import close, logits, move, same_bits, token_ids, weights_of
+from ..support.running import close, logits, move, same_bits, start_data, token_ids, weights_of
 from ..support.tiny_models import llama
 
 pytestmark = needs_peft
 
-WITH_R = ("lora_sb", "lora_xs")
-METHODS = [n for n in initializer_names() if n not in (*WITH_R, "loftq")]
+# Those of layers that PEFT does not have: with R or λ, or a frozen B; or of another base.
+REFUSED = ("lora_sb", "lora_xs", "kasa", "mica", "loftq", "qera")
+METHODS = [n for n in initializer_names() if n not in REFUSED]
 
 
-def gradients_of(model: nn.Module, method: str) -> dict | None:
-    if not get_initializer(method).needs_gradient:
-        return None
-    return capture_gradients(model, [token_ids(seed=5)], progress=False)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("method", "kind"), paired(METHODS, [*MODELS]))
 def test_every_method_starts_as_it_says(kind, method):
-    """A and B are the initializer's for W and s; a subtracted start cancels to the last bit."""
+    """A and B are the initializer's for W and s; a subtracted start cancels to the last bit. Ranks
+    stay as they are.
+    """
     base = MODELS[kind]()
-    gradients = gradients_of(base, method)
+    initializer = get_initializer(method)
+    data = start_data(base, LoRAConfig(init_lora_weights=method))
     model = adapted(base)
     torch.manual_seed(0)
-    report = initialize(model, method, gradients=gradients)
-    initializer = get_initializer(method)
+    report = initialize(model, method, **data)
     assert report.layers == list(linear_layers(model)) and not report.left
     assert report.subtracted == initializer.changes_base
-    if initializer.changes_base or method in ("lora", "gaussian", "init_b"):
+    if initializer.changes_base or method in ("lora", "gaussian", "init_b", "eva"):
         assert torch.equal(logits(model), logits(base))
+    elif method == "orthogonal":  # BA is zero up to rounding
+        assert close(logits(model), logits(base))
     else:
         assert not close(logits(model), logits(base))
     if getattr(initializer, "seed", 0) is None:
         return  # random
     for name, layer in linear_layers(model).items():
         weight = torch.tensor(base_weight(layer), dtype=torch.float32)
-        start = initializer(weight, 4, 2.0, None if gradients is None else gradients[name])
+        given = {what.replace("gradients", "gradient"): own[name] for what, own in data.items()}
+        start = initializer(weight, 4, 2.0, **given)
         assert close(layer.lora_A["default"].weight, start.lora_A, 1e4)
         assert close(layer.lora_B["default"].weight, start.lora_B, 1e4)
+
+
+@pytest.mark.parametrize(
+    "start", [EVA(rho=1.0), CorDA("kpm"), LoRANull(), Orthogonal(seed=1)], ids=lambda s: type(s)
+)
+def test_starts_are_those_of_add_lora(start):
+    """With ρ = 1, EVA leaves the ranks there too."""
+    base, model = llama(), adapted(llama())
+    config = LoRAConfig(r=4, lora_alpha=8, init_lora_weights=start, residual="implicit")
+    data = start_data(base, config)
+    inside = {what: {f"base_model.model.{n}": x for n, x in d.items()} for what, d in data.items()}
+    initialize(model, start, **inside)
+    add_lora(base, config, progress=False, **data)
+    for name, layer in linear_layers(model).items():
+        own = base.get_submodule(name)
+        assert torch.equal(layer.lora_A["default"].weight, own.lora_A)
+        assert torch.equal(layer.lora_B["default"].weight, own.lora_B)
 
 
 def test_loram_start_is_the_papers():
@@ -455,6 +472,12 @@ def test_names_of_gradients():
         ({"init_lora_weights": LoRAM}, TypeError, r"make an object of it, LoRAM\(\)"),
         ({"init_lora_weights": "lora_xs"}, ValueError, "an R between a frozen A and B"),
         ({"init_lora_weights": "loftq"}, ValueError, "LoftQ goes with a base that it rewrites"),
+        ({"init_lora_weights": "qera"}, ValueError, "QERA goes with a base that it rewrites"),
+        ({"init_lora_weights": "kasa"}, ValueError, "KaSA trains a λ .* use lora_kernels.add_lora"),
+        ({"init_lora_weights": "mica"}, ValueError, "MiCA trains only A.* PEFT's own layers"),
+        ({"init_lora_weights": "eva"}, ValueError, "pass activations=capture_activations"),
+        ({"init_lora_weights": "eva", "activations": {}}, ValueError, "activations has none for"),
+        ({"init_lora_weights": "loram", "activations": {}}, ValueError, "no use for activations"),
         ({"init_lora_weights": "lora_ga"}, ValueError, "pass gradients=capture_gradients"),
         ({"init_lora_weights": "loram", "gradients": {}}, ValueError, "no use for gradients"),
         ({"init_lora_weights": "lora_ga", "gradients": {}}, ValueError, "gradients has none for"),

@@ -565,7 +565,7 @@ def test_folders_of_this_package(tmp_path):
 def test_what_this_package_does_not_know_stays_an_error(tmp_path):
     from lora_kernels import load_adapter
 
-    base = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 4))
+    base = nn.Sequential(nn.Conv1d(4, 4, 1, groups=2), nn.Linear(4, 4))
     model = adapted(copy.deepcopy(base), target_modules=["0", "1"], r=2)
     initialize(model)
     model.save_pretrained(tmp_path)

@@ -137,6 +137,9 @@ def _config(
     if any(moved.layer_alpha(now) != config.layer_alpha(name) for name, now in names.items()):
         alphas = {now: config.layer_alpha(name) for name, now in names.items()}
         moved = replace(moved, alpha_pattern=_exact(alphas, config.lora_alpha))
+    if any(moved.layer_parts(now) != config.layer_parts(name) for name, now in names.items()):
+        sizes = {now: config.layer_parts(name) for name, now in names.items()}
+        moved = replace(moved, fused_parts=_exact(sizes, None))
     return moved
 
 

@@ -143,10 +143,19 @@ class StoredAdapter:
 
 
 def plain_name(name: str) -> str:
-    """The module's own name: PEFT's nested "base_layer" at the end taken off."""
+    """The module's own name: PEFT's nested "base_layer" at the end taken off, and that before the
+    `out_proj` of an attention.
+    """
     while name.endswith(".base_layer"):
         name = name.removesuffix(".base_layer")
-    return name
+    owner = selected_name(name)
+    return name if owner == name else f"{owner}.{name.rpartition('.')[2]}"
+
+
+def selected_name(name: str) -> str:
+    """The name by which PEFT's options know a layer: the attention's for its `out_proj`."""
+    owner, inside, last = name.rpartition(".base_layer.")
+    return owner if inside and "." not in last else name
 
 
 def read_stored(path: Path) -> StoredAdapter:

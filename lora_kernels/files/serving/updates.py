@@ -21,7 +21,7 @@ from torch import Tensor
 from ..._utils.names import pattern_matches
 from ..adapter.compression import product_norm
 from ..adapter.peft_format.experts.reading import targeted_parameters
-from .stored import PEFT, StoredAdapter, StoredLayer, plain_name
+from .stored import PEFT, StoredAdapter, StoredLayer, plain_name, selected_name
 
 _DEFAULT_R, _DEFAULT_ALPHA = 8, 8  # of PEFT's LoraConfig
 
@@ -152,7 +152,7 @@ def alpha_of(layer: StoredLayer, default: float) -> float:
 
 def option_name(options: Mapping[str, Any], layer: StoredLayer) -> str:
     """The name that PEFT matches patterns with: that of the module, or of the parameter."""
-    name = layer.name
+    name = selected_name(layer.name)
     if layer.component and name.startswith(f"{layer.component}."):
         name = name.removeprefix(f"{layer.component}.")
     return parameter_of(options, layer) or name

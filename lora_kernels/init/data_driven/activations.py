@@ -114,35 +114,35 @@ class ActivationSums:
         self.device = torch.device(device)
         # Σ xᵀx above Σ x, or Σ x² above Σ x: one tensor, which processes add at once.
         rows = cols if sketch is None else 1
-        self.sums = torch.zeros(rows + 1, cols, dtype=dtype, device=device)
+        self.moments = torch.zeros(rows + 1, cols, dtype=dtype, device=device)
         self.sketch = None
         if sketch is not None:
             self.sketch = FrequentDirections(sketch, cols, dtype, self.device)
 
     def add(self, rows: Tensor) -> None:
         """Adds rows [n, in] of any float dtype."""
-        rows = rows.to(self.sums.dtype)
+        rows = rows.to(self.moments.dtype)
         total = rows.sum(0).to(self.device)
         self.count += len(rows)
-        self.sums[-1] += total
+        self.moments[-1] += total
         if self.sketch is not None:
-            self.sums[0] += rows.square().sum(0).to(self.device)
+            self.moments[0] += rows.square().sum(0).to(self.device)
             self.sketch.add(rows.to(self.device))
         elif rows.device == self.device:
-            self.sums[:-1].addmm_(rows.mT, rows)
+            self.moments[:-1].addmm_(rows.mT, rows)
         else:
-            self.sums[:-1] += (rows.mT @ rows).to(self.device)
+            self.moments[:-1] += (rows.mT @ rows).to(self.device)
 
     def copy(self) -> ActivationSums:
         """Sums that go on by themselves."""
         other = object.__new__(ActivationSums)
-        other.count, other.device, other.sums = self.count, self.device, self.sums.clone()
+        other.count, other.device, other.moments = self.count, self.device, self.moments.clone()
         other.sketch = None if self.sketch is None else self.sketch.copy()
         return other
 
     def result(self) -> Activations:
         """What was added; the Gram matrix is not copied."""
-        total, rest = self.sums[-1], self.sums[:-1]
+        total, rest = self.moments[-1], self.moments[:-1]
         if self.sketch is None:
             return Activations(self.count, total, rest.diagonal(), gram=rest)
         rows = self.sketch.rows()

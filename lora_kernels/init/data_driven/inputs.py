@@ -98,7 +98,7 @@ class InputSums:
             own = self._inputs[module]
             if own in found or own.sums is None:
                 continue
-            if not all_finite(own.sums.sums):
+            if not all_finite(own.sums.moments):
                 raise ValueError(
                     f"the inputs of {name!r} hold NaN or Inf, or their squares overflow; float16 "
                     "overflows easily: run the model in bfloat16"
@@ -144,7 +144,7 @@ class InputSums:
         self._recent[id(x)] = own
         own.waiting = own.members - {module}
         if own.waiting:  # a copy: x may be changed in place before all have got it
-            own.pending = rows.to(own.sums.sums.dtype, copy=True)
+            own.pending = rows.to(own.sums.moments.dtype, copy=True)
         else:
             own.sums.add(rows)
 
@@ -169,6 +169,8 @@ class InputSums:
         x = next((value for value in given if isinstance(value, Tensor)), None)
         if x is None:
             raise TypeError(f"{name!r} was called without a tensor")
+        if x.is_meta:
+            raise ValueError(f"the input of {name!r} is on the meta device: load the model first")
         if x.dtype not in FLOATS:
             raise TypeError(f"the input of {name!r} is {x.dtype}: expected floating point")
         placements = x.placements if is_dtensor(x) else ()  # type: ignore[attr-defined]
@@ -206,7 +208,7 @@ class InputSums:
             if own is None or own.sums is None:
                 known[name] = (-1, 0, None)
             else:
-                known[name] = (numbers[own], own.sums.count, own.sums.sums.dtype)
+                known[name] = (numbers[own], own.sums.count, own.sums.moments.dtype)
         return known
 
     def _own_sums(
@@ -238,9 +240,9 @@ def _reduce(sums: ActivationSums, count: int, copies: int, device: torch.device)
     """Adds the sums of all processes, in one collective; sketches are merged."""
     import torch.distributed as dist
 
-    total = sums.sums.to(talking_device(device, None)).contiguous()
+    total = sums.moments.to(talking_device(device, None)).contiguous()
     dist.all_reduce(total)
-    sums.sums, sums.count = total.div_(copies).to(sums.device), count
+    sums.moments, sums.count = total.div_(copies).to(sums.device), count
     if sums.sketch is None:
         return
     every = from_every((sums.sketch.rows().cpu(), sums.sketch.error))

@@ -23,7 +23,7 @@ class LoftQ(Initializer):
     of rank r and B₀A₀ = 0.
 
     Li et al., arXiv 2310.08659, algorithm 1, with T = `iterations` (5, as in the paper) and q =
-    `quantizer`: a name that `lora_kernels.init.quantized.quantizers.quantized` knows, or a function
+    `quantizer`: a name that `lora_kernels.init.quantizers.quantized` knows, or a function
     from W to its quantized and dequantized values. A and B each get a factor √(σ / s), as in PiSSA.
     Cost: T truncated SVDs and T passes of the quantizer. No recipe: the layer stores the initial
     factors.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..._utils.source import is_trusted
 from ...init.sharded.layout import Shards
@@ -29,6 +30,14 @@ _OPTIONS = (
 
 class LoRAOutProjection(LoRALinear):
     """`out_proj` of a `LoRAAttention`, which computes with its weight and does not call it."""
+
+    def _base_class(self) -> type[nn.Module]:
+        return NonDynamicallyQuantizableLinear
+
+    def _plain(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+        linear = super()._plain(weight, bias)
+        linear.__class__ = NonDynamicallyQuantizableLinear
+        return linear
 
 
 class _InProjection:
@@ -51,7 +60,7 @@ class _InProjection:
 class LoRAAttention(AdaptedFloatLayer, nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose `in_proj_weight` W [3 · embed_dim, embed_dim] is
     W + s(BA − B₀A₀), with A [r, embed_dim] and B [3 · embed_dim, r]; queries, keys and values share
-    A. Its `out_proj` is a layer with an adapter of its own, a `LoRAOutProjection`. Initial factors,
+    A, unless `LoRAConfig.fused_parts` gives each an A of its own. Its `out_proj` is a layer with an adapter of its own, a `LoRAOutProjection`. Initial factors,
     R and the residual are as for `LoRALinear`.
 
     Every forward makes both weights, rounded to their dtype, and calls the forward of
@@ -118,12 +127,17 @@ class LoRAAttention(AdaptedFloatLayer, nn.MultiheadAttention):
         """
         stored = self._stored()
         if self.absorbed:
-            refuse_sharded_change(stored, "unloaded")
+            self.check_restorable()
             self.adapter(self.absorbed).add_absorbed_(Shards.of(stored.detach()))
             vars(stored).pop(ABSORBED, None)
         if self.sharded:
             return self._given_back()
         return self._attention(stored, self.in_proj_bias, self.out_proj)
+
+    def check_restorable(self) -> None:
+        """Raises ValueError if the layer is sharded, and initial factors were absorbed."""
+        if self.absorbed:
+            refuse_sharded_change(self.matrix(), "unloaded")
 
     def check_mergeable(self, adapter: Adapter, shared: bool) -> None:
         """Raises ValueError if the weight is sharded."""

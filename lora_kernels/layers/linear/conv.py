@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...init.sharded.layout import Shards, is_sharded
 from ..adapter import Adapter
 from ..kinds import CONVOLUTIONS, ForeignLayer
-from ..state import product_factors
+from ..state import change_by_gain, product_factors
 from .float_layer import ABSORBED, AdaptedFloatLayer, merged_bias
 
 _OPTIONS = (
@@ -97,7 +97,12 @@ class LoRAConv(AdaptedFloatLayer):
             return self._conv_forward(input, self._base_kernels(), self.bias)
         adapter = self.active()
         y = self._conv_forward(input, self._kernels(), self.bias)
-        y = y + self._update(input, adapter).to(y.dtype)
+        update = self._update(input, adapter)
+        gain = adapter.gain(self.matrix())  # [out]
+        if gain is not None:
+            own = None if self.bias is None else self._along_channels(self.bias)
+            update = change_by_gain(y, own, update, self._along_channels(gain))
+        y = y + update.to(y.dtype)
         bias = adapter.output_bias(y.dtype)  # [out]
         return y if bias is None else y + self._along_channels(bias.to(y.dtype))
 
@@ -143,11 +148,16 @@ class LoRAConv(AdaptedFloatLayer):
         stored = self._stored()
         if not self.absorbed:
             return super().restore_()
-        refuse_sharded_change(stored, "unloaded")
+        self.check_restorable()
         absorbed = self.adapter(self.absorbed)
         change_flattened_(stored, lambda matrix: absorbed.add_absorbed_(Shards.of(matrix)))
         vars(stored).pop(ABSORBED, None)
         return self._plain(stored, self.bias)
+
+    def check_restorable(self) -> None:
+        """Raises ValueError if the layer is sharded, and initial factors were absorbed."""
+        if self.absorbed:
+            refuse_sharded_change(self.matrix(), "unloaded")
 
     def check_mergeable(self, adapter: Adapter, shared: bool) -> None:
         """Raises ValueError if the weight is sharded."""

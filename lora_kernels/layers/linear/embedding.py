@@ -26,8 +26,8 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # a
     Only the rows that are looked up are read: a forward adds a product of rank r (2r if it
     subtracts initial factors), in float32 (float64 over a float64 base), also under autocast. A's
     gradient is dense, [r, V]. Until the first step, y is W[i] bit for bit ("implicit") or to one
-    rounding ("absorb"). DoRA's magnitudes [D] are those of the columns of the table W: every forward
-    reads all of it for their norms.
+    rounding ("absorb"). DoRA's magnitudes [D] are those of the columns of the table W, all of which
+    every forward reads for their norms.
 
     As in PEFT: `lora_dropout` has no effect, for there is no input to drop; the column of A at
     `padding_idx` gets no gradient; and where a model's subclass multiplies by `embed_scale`, the
@@ -183,7 +183,12 @@ def _copy_options(old: ForeignLayer, new: nn.Module) -> None:
 def without_autocast(like: Tensor) -> Any:
     """A context in which products keep their dtype on the device of `like`."""
     kind = like.device.type
-    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+    return torch.autocast(kind if _has_autocast(kind) else "cpu", enabled=False)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def _plus_product(rows: Tensor, z: Tensor, left: Tensor, gain: Tensor | None = None) -> Tensor:

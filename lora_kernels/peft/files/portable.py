@@ -35,11 +35,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """A and B of one layer: their names in the model's state_dict, and those of B's bias and DoRA's
-    magnitudes if there are any; rank and s; the numbers of experts and groups; whether they are matrices, as those of a
-    linear layer or embedding;
-    the name of the 3-D parameter if they are those of experts; and whether they are there whole,
-    not as shards of DeepSpeed ZeRO-3 or FSDP, which are left as they are.
+    """A and B of one layer: their names in the model's state_dict, and those of B's bias and of
+    DoRA's magnitudes if there are any; rank and s; the numbers of experts and groups; whether they
+    are matrices, as those of a linear layer or embedding; the name of the 3-D parameter if they are
+    those of experts; and whether they are there whole, not as shards of DeepSpeed ZeRO-3 or FSDP,
+    which are left as they are.
     """
 
     name: str

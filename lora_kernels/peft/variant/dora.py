@@ -62,7 +62,10 @@ class DoraEmbeddingStartVariant(DoraEmbeddingVariant):
         start_A, start_B = module.lora_start_A[active_adapter], module.lora_start_B[active_adapter]
         adapter = module._embed(x, lora_A.T) @ lora_B.T  # [..., D]
         start = module._embed(x, start_A.T) @ start_B.T
-        update, scale = (adapter - start) * module.scaling[active_adapter], module._get_embed_scale()
+        update, scale = (
+            (adapter - start) * module.scaling[active_adapter],
+            module._get_embed_scale(),
+        )
         update = update if scale is None else update * scale.to(update.dtype)
         return gain * (result + update)
 

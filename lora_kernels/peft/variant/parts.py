@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from peft.tuners.lora.layer import Embedding, LoraLayer
 from torch import Tensor, nn
 
@@ -42,7 +41,7 @@ def magnitude_of(layer: LoraLayer, adapter: str) -> nn.Parameter | None:
 
 
 def matrix_of(layer: LoraLayer) -> Tensor:
-    """W [out, in] of a linear layer or embedding that can be initialized: a view, or dequantized."""
+    """W [out, in] of a linear layer or embedding under an adapter: a view, or dequantized."""
     base = layer.get_base_layer()
     weight = base.weight
     if type(weight) is nn.Parameter and weight.dtype in FLOATS and weight.dim() == 2:

@@ -20,7 +20,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, ParamWrapper
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from ..experts import wrappers
@@ -198,7 +198,9 @@ def drop_start(layer: LoraLayer, adapter: str) -> None:
         del layer.lora_variant[adapter]
     else:
         is_embedding = isinstance(layer, Embedding)
-        layer.lora_variant[adapter] = DoraEmbeddingVariant() if is_embedding else DoraLinearVariant()
+        layer.lora_variant[adapter] = (
+            DoraEmbeddingVariant() if is_embedding else DoraLinearVariant()
+        )
     if len(layer.lora_start_A) == 0:
         for name in BUFFERS:
             delattr(layer, name)

@@ -172,7 +172,8 @@ class _Hook:
 
 @torch.no_grad()
 def _rewrite_(pairs: Sequence[FactorPair], rule: Rule) -> None:
-    for blocks in batches(rule.prepare_(pairs)):
+    prepared = [own for pair in rule.prepare_(pairs) for own in pair.by_part()]
+    for blocks in batches(prepared):
         with torch.autocast(blocks[0].device.type, enabled=False):
             rule.rewrite_(blocks)
 

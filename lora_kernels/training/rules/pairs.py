@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...init.fused import Parts, blocks
 from ...init.sharded.layout import is_sharded
 from ...layers.adapter import Adapter
 from ...model.install.layers import adapted_layers
@@ -23,6 +24,7 @@ class FactorPair:
         lora_A, lora_B: the parameters; those of PEFT's convolutions have more dimensions.
         scaling: s.
         shape_A, shape_B: [N, r, in] and [N, out, r], the parameters as N matrices.
+        parts: those of a fused layer, whose B is block-diagonal.
 
     """
 
@@ -32,6 +34,7 @@ class FactorPair:
     scaling: float
     shape_A: tuple[int, int, int]
     shape_B: tuple[int, int, int]
+    parts: Parts = ()
 
     @property
     def rank(self) -> int:
@@ -59,6 +62,21 @@ class FactorPair:
         """The gradient of B, which has one."""
         assert self.lora_B.grad is not None
         return self.lora_B.grad
+
+    def by_part(self) -> list[FactorPair]:
+        """A pair for each part of a fused layer, whose factors and gradients are views of these: a
+        rule for the whole would fill B between the blocks. Of other layers, the pair itself.
+        """
+        if not self.parts:
+            return [self]
+        pairs = []
+        for rows, columns in blocks(self.parts, self.rank):
+            A, B = self.lora_A.detach()[columns], self.lora_B.detach()[rows, columns]
+            A.grad = None if self.lora_A.grad is None else self.lora_A.grad[columns]
+            B.grad = None if self.lora_B.grad is None else self.lora_B.grad[rows, columns]
+            pair = FactorPair(self.name, A, B, self.scaling, (1, *A.shape), (1, *B.shape))
+            pairs.append(pair)
+        return pairs
 
     def check_dense(self) -> None:
         """Raises TypeError if a gradient is sparse."""
@@ -112,7 +130,8 @@ def _our_pairs(model: nn.Module, rule: str) -> Iterator[FactorPair]:
         A, B = adapter.lora_A, adapter.lora_B
         N = A.shape[0] if A.dim() == 3 else 1
         out, r = B.shape[-2:]
-        pair = FactorPair(name, A, B, adapter.scaling, (N, r, A.shape[-1]), (N, out, r))
+        shapes = (N, r, A.shape[-1]), (N, out, r)
+        pair = FactorPair(name, A, B, adapter.scaling, *shapes, adapter.options.parts)
         if pair.trains:  # not a magnitude or a bias only
             yield pair
 

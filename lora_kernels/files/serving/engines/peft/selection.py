@@ -18,7 +18,7 @@ from torch import nn
 from ....._utils.names import ALL_LINEAR
 from .....layers.kinds import is_conv1d
 from ...remedies import renaming
-from ...stored import LINEAR, StoredAdapter, plain_name
+from ...stored import LINEAR, StoredAdapter, plain_name, selected_name
 from ...updates import parameter_of, saved_modules
 from ..model import FOUND, RENAMED, SERVED, BaseModel
 from ..verdict import Ignored, Verdict
@@ -52,7 +52,7 @@ def unselected(
             chosen = _ends(parameter, config.get("target_parameters") or ())
             options = "target_parameters"
         else:
-            chosen = selects(_name_in_base(name, base)) and not (
+            chosen = selects(_name_in_base(selected_name(name), base)) and not (
                 _is_all_linear(config) and layer.kind != LINEAR
             )
             options = "target_modules"

@@ -94,7 +94,7 @@ def parts_of(sizes: Sizes, rows: int) -> Parts:
 
 
 def check_parts(parts: Parts, lora_B: Tensor) -> None:
-    """Raises ValueError unless B [out, r] can have blocks for these parts, and is zero elsewhere."""
+    """Raises ValueError unless B [out, r] can have blocks for these parts and is zero elsewhere."""
     rows, r = lora_B.shape
     if parts[-1][1] > rows or r % len(parts):
         raise ValueError(f"lora_B {[rows, r]} has no blocks for the parts {list(map(list, parts))}")

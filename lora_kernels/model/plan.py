@@ -114,15 +114,21 @@ class LayerPlan:
         self.subtracted = True
 
     def measure_(self, adapter: Adapter) -> None:
-        """Gives a new DoRA adapter its magnitudes, of the weight as `subtract_` has left it.
+        """Gives a new DoRA adapter its magnitudes, of the weight as `subtract_` has left it. Where
+        another process has the weight, accelerate copies the magnitudes together with it, over
+        numbers that mean nothing.
 
         Raises:
             ValueError: as `Adapter.measure_`, with the layer's name.
 
         """
-        if self.options.use_dora and self.trained is None:
-            with naming(self.name):
-                adapter.measure_(self.base.weight())
+        if not self.options.use_dora or self.trained is not None:
+            return
+        if lacks_weights([self.base]):
+            adapter.lora_magnitude = nn.Parameter(torch.ones_like(adapter.lora_B[:, 0]))
+            return
+        with naming(self.name):
+            adapter.measure_(self.base.weight())
 
     def undo_(self, layer: AdaptedLayer, adapter_name: str) -> None:
         """Removes the adapter from the layer that `adapted` returned, and restores the weight."""
@@ -148,8 +154,7 @@ def plan_layers(
     owners = _owners(model)
     bases = selection.layers.values()
     waits = _are_on_meta(bases)
-    one_loads = first_rank_loads(bases)
-    if one_loads:
+    if first_rank_loads(bases):
         waits = shared(0, lambda: waits)
     is_loaded = not waits and not lacks_weights(bases)
     plans = []
@@ -176,7 +181,7 @@ def plan_layers(
                 f"{name} is {what}, and {kind} rewrites the whole weight: adapt the model {when}"
             )
         if config.use_dora:
-            refuse_dora(name, base, True, waits, one_loads)
+            refuse_dora(name, base, not lacks_weights(bases), waits)
         with naming(name):
             options = config.layer_options(base.pattern_name(name), initializer, residual)
         options = options.fused(parts) if parts else options
@@ -307,7 +312,7 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
         if layer.parts:
             refuse_parts(name, base)
         if layer.lora_magnitude is not None:
-            refuse_dora(name, base, starts=False)
+            refuse_dora(name, base, measured=False)
         wanted = "auto" if layer.residual == "absorb" else layer.residual
         if without_wrappers(base.parameter_name(name)) in state.extra:
             # The adapter brings a weight, in place of the one here.
@@ -322,12 +327,9 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
     return plans, selection
 
 
-def refuse_dora(
-    name: str, base: BaseLayer, starts: bool, waits: bool = False, one_loads: bool = False
-) -> None:
-    """Raises ValueError if the layer cannot have a DoRA adapter. If the adapter `starts`, the
-    magnitudes are measured: `waits` says whether the model is on the meta device, and `one_loads`
-    whether the first process alone has the weights.
+def refuse_dora(name: str, base: BaseLayer, measured: bool, waits: bool = False) -> None:
+    """Raises ValueError if the layer cannot have a DoRA adapter: `measured` says whether its
+    magnitudes are measured now, and `waits` whether the model is on the meta device.
     """
     reason = None
     if base.num_experts is not None:
@@ -341,12 +343,7 @@ def refuse_dora(
         )
     elif base.sharded:
         reason = "is sharded: adapt the model before it is sharded"
-    elif one_loads:
-        reason = (
-            "has no weight on some processes, of which magnitudes are the norms: load the model on "
-            "all of them (FSDP_CPU_RAM_EFFICIENT_LOADING=0)"
-        )
-    elif waits or (starts and base.rewritable and base.local.is_meta):
+    elif waits or (measured and base.rewritable and base.local.is_meta):
         reason = "is on the meta device: adapt the model once its weights are loaded"
     if reason is not None:
         raise ValueError(f"use_dora=True is not possible: {name} {reason}")

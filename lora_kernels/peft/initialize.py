@@ -208,8 +208,9 @@ def initialize(
         TypeError: the model is not a `PeftModel`, or has adapters other than LoRA, or a weight
             cannot be read.
         ValueError: an unknown adapter or start; a start with an R or a λ; a start that cannot be
-            computed (the layer is named); a base whose weights another adapter has changed (PEFT's "pissa",
-            "olora" ...); a subtracted start in layers that another package's kernels compute.
+            computed (the layer is named); a base whose weights another adapter has changed (PEFT's
+            "pissa", "olora" ...); a subtracted start in layers that another package's kernels
+            compute.
         RuntimeError: an adapter is merged.
 
     """

@@ -230,7 +230,7 @@ def test_embeddings(residual):
 def test_a_bias_that_trains():
     """The gain is not that of the bias: its gradient is the sum of dy's rows."""
     linear, conv = nn.Linear(12, 10), nn.Conv1d(4, 6, 3)
-    model = nn.ModuleDict({"wrapped": linear, "conv": conv, "linear": nn.Linear(12, 10)})
+    model = nn.ModuleDict({"conv": conv, "linear": nn.Linear(12, 10)})
     options = {"r": 2, "use_dora": True, "bias": "lora_only"}
     quiet(model, LoRAConfig(target_modules=["conv", "linear"], **options))
     wrapper = LoRAWrapper.over(linear)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lora_kernels import (
@@ -236,3 +238,27 @@ def test_data_parallel_and_tensor_parallel():
     quiet(model, config(target_modules=["up_proj"]))
     want = trained(model, steps=2)
     assert max(abs(a - b) for a, b in zip(second, want, strict=True)) < 1e-5
+
+
+@needs_ranks
+@needs_transformers
+def test_weights_of_the_first_rank_only():
+    """accelerate's FSDP copies the first process's parameters, magnitudes with them, to the others,
+    which have no weights while the adapters start.
+    """
+    base = logits(llama())
+
+    def work(rank):
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+        model = llama()
+        if rank:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(torch.nan)
+        quiet(model, config())
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, 0)
+        return logits(model), model.model.layers[0].mlp.up_proj.lora_magnitude.requires_grad
+
+    for found, trains in on_ranks(2, work):
+        assert close(found, base) and trains

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,23 +14,31 @@ from torch import Tensor, nn
 from lora_kernels import (
     LoRAConfig,
     LoRALinear,
+    adapters_per_row,
     add_weighted_adapter,
     hotswap_adapter,
     load_adapter,
     merge_lora,
     optim,
     save_adapter,
+    set_adapter,
     unload_lora,
 )
 from lora_kernels.files.adapter.folder import read_adapter
+from lora_kernels.files.adapter.recipe import layer_from_dict, layer_to_dict
+from lora_kernels.files.adapter.tensors import check_state
+from lora_kernels.files.checkpoint.initialize import initialize
+from lora_kernels.files.serving.rename import renamed
 from lora_kernels.init import LoRAM
-from lora_kernels.init.fused import check_parts, parts_of
+from lora_kernels.init.fused import check_parts
 from lora_kernels.layers.kinds import is_conv1d
+from lora_kernels.layers.state import FACTORS
 from lora_kernels.model.install import adapted_layers
 from lora_kernels.model.lora import adapter_state
 from tests.support.packages import needs_peft
-from tests.support.running import layer_data, logits, move, quiet, token_ids, train
+from tests.support.running import layer_data, logits, move, quiet, train
 
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "fused.md"
 INNER, R = 16, 2
 SIZES = (12, 4, 4)  # q, and k and v of fewer heads
 FUSED = {"qkv": SIZES}
@@ -314,7 +323,7 @@ def trained(kind: str, start="loram", **options) -> tuple[nn.Module, nn.Module]:
     make, targets, fused = MODELS[kind]
     model = make()
     config = LoRAConfig(
-        r=4, lora_alpha=6, target_modules=targets, fused_parts=fused, init_lora_weights=start,
+        r=2, lora_alpha=3, target_modules=targets, fused_parts=fused, init_lora_weights=start,
         **options,
     )  # fmt: skip
     before = logits(model)
@@ -540,7 +549,7 @@ def test_refuses_starts(start, text):
 
 
 def test_refuses_layers():
-    with pytest.raises(ValueError, match="fused_parts has 'qvk', which matches .* mean 'qkv'"):
+    with pytest.raises(ValueError, match=r"fused_parts has 'qvk', which matches .* mean 'qkv'"):
         adapted(fused={"qvk": 2})
     with pytest.raises(TypeError, match="fused_parts must be a dict, got int"):
         LoRAConfig(fused_parts=3)
@@ -565,17 +574,51 @@ def test_refuses_layers():
 
 
 def test_damaged_files(tmp_path):
-    with pytest.raises(ValueError, match="no blocks for the parts"):
-        check_parts(((0, 30),), torch.zeros(20, 6))
-    with pytest.raises(ValueError, match="no blocks for the parts"):
-        check_parts(((0, 4), (4, 8)), torch.zeros(20, 5))
-    with pytest.raises(ValueError, match="not zero outside the blocks"):
-        check_parts(((0, 4), (4, 8)), torch.ones(8, 4))
-    assert parts_of(2, 8) == ((0, 4), (4, 8))
+    state = adapter_state(adapted("pissa"))
+    layer = state.layers["qkv"]
+    recipe = layer_to_dict(layer)
+    factors = {key: value for key in FACTORS if (value := getattr(layer, key)) is not None}
+    assert layer_from_dict(recipe, dict(factors)).parts == layer.parts
+    for parts, text in (([[4, 2]], "rows 4 to 2 after"), ([[0, "a"]], "must be an integer")):
+        with pytest.raises((ValueError, TypeError), match=text):
+            layer_from_dict(recipe | {"parts": parts}, dict(factors))
+    for parts, text in (
+        (((0, 30),), r"'qkv': lora_B \[20, 6\] has no blocks for the parts \[\[0, 30\]\]"),
+        (((0, 4), (4, 8), (8, 12), (12, 20)), "has no blocks for the parts"),
+        (((0, 10), (10, 20)), "lora_B is not zero outside the blocks of its parts"),
+    ):
+        wrong = replace(state, layers={"qkv": replace(layer, parts=parts)})
+        with pytest.raises(ValueError, match=text):
+            check_state(wrong)
 
 
-def test_is_silent():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        adapted("loram", lora_dropout=0.1)(torch.randn(2, INNER).double())
-    assert token_ids().dim() == 2
+def test_other_places():
+    state = adapter_state(adapted("loram"))
+    config = replace(state.config, fused_parts={"^qkv": SIZES})
+    moved = renamed(replace(state, config=config), "", "model")
+    assert moved.config.layer_parts("model.qkv") == SIZES
+    assert renamed(state, "", "model").config.fused_parts == FUSED
+    with pytest.raises(ValueError, match="fused_parts is for models that are loaded"):
+        initialize("model", "out", LoRAConfig(fused_parts=FUSED))
+
+
+def test_mixed_batch():
+    model = adapted("loram", residual="implicit").eval()
+    quiet(model, LoRAConfig(r=2, target_modules=["qkv"], residual="implicit"), adapter_name="b")
+    move(model, 0.1)
+    x, alone = torch.randn(3, INNER, dtype=torch.float64), []
+    for k, name in enumerate(("default", "b", "default")):
+        set_adapter(model, name)
+        alone.append(model(x[k : k + 1]))
+    with torch.no_grad(), adapters_per_row(model, ["default", "b", "default"]):
+        torch.testing.assert_close(model(x), torch.cat(alone).detach())
+
+
+def test_the_guide_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    code = GUIDE.read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(code, GUIDE.name, "exec"), {})
+    out = capsys.readouterr().out
+    assert "r=6 (3 parts), s=4" in out
+    assert "torch.Size([6, 32]) torch.Size([64, 6]) 4.0" in out

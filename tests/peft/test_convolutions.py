@@ -1,4 +1,4 @@
-"""Adapters of convolutions and attentions that `lora_kernels.peft` saved, read by `load_adapter`."""
+"""Convolutions and attentions that `lora_kernels.peft` saved, read by `load_adapter`."""
 
 from __future__ import annotations
 

@@ -204,3 +204,32 @@ def test_quantized_layers():
     y.square().sum().backward()
     assert not close(y, want) and not accelerate(model).layers
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+class Mixed(nn.Module):
+    """A convolution before a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+def test_files_with_convolutions(tmp_path):
+    """`initialize` starts the linear layer alone; the file has the magnitudes of both."""
+    torch.manual_seed(0)
+    base, x = Mixed(), torch.randn(2, 3, 5, 5)
+    model = adapted(base, use_dora=True, target_modules=["conv", "head"])
+    assert initialize(model, "pissa").layers == ["head"]
+    move(model, 0.1)
+    want = model(x)
+    model.save_pretrained(tmp_path)
+    plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    ours = copy.deepcopy(base)
+    load_adapter(ours, tmp_path, progress=False)
+    model.load_adapter(tmp_path, "again")
+    model.set_adapter("again")
+    for other in (plain, ours, model.eval()):
+        assert close(other(x), want)

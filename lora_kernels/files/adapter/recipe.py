@@ -19,7 +19,7 @@ import torch
 
 from ..._utils.safetensors import DTYPES, read_layout
 from ...init import Initializer, get_initializer, initializer_names
-from ...init.fused import Parts, check_parts, checked_ranges
+from ...init.fused import checked_ranges
 from ...layers.state import FACTORS, LayerState, widest
 from ...model.config import ExpertPart, LoRAConfig, StoredExperts
 from ..io.differences import changed
@@ -195,20 +195,8 @@ def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) ->
         lora_magnitude=factors.get("lora_magnitude"),
         lora_diag=factors.get("lora_diag"),
         trains=recipe.get("trains", "AB"),
-        parts=_parts(recipe.get("parts", []), factors["lora_B"]),
+        parts=checked_ranges(recipe.get("parts", ()), "parts"),
     )
-
-
-def _parts(values: Any, lora_B: torch.Tensor) -> Parts:
-    """The parts of a fused layer, whose B [out, r] has a block for each."""
-    if not values:
-        return ()
-    try:
-        parts = checked_ranges(values, "parts")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"parts is {values!r}: {error}") from None
-    check_parts(parts, lora_B)
-    return parts
 
 
 def config_to_dict(config: LoRAConfig) -> dict[str, Any]:

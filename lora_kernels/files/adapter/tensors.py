@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._utils.checks import FLOATS
 from ..._utils.peft_names import ADAPTER_CONFIG
+from ...init.fused import check_parts
 from ...layers.state import FACTORS, LayerState
 from ...model.config import AdapterState, ExpertPart, TokenRows
 from .peft_format.biases import check_biases, split_biases
@@ -189,8 +190,7 @@ def _split_peft(
         raise ValueError(
             f"{', '.join(recipe['others'])}: lora_kernels.peft has saved what is not read here, "
             "such as the adapters of convolutions with groups, of matrices and experts that are "
-            "parameters, and of embeddings by versions that "
-            "gave these no start; load it with PEFT"
+            "parameters, and of embeddings by versions that gave these no start; load it with PEFT"
         )
     by_peft = recipe["config"] is None
     config = recipe["peft_config" if by_peft else "config"]
@@ -292,9 +292,10 @@ def layer_factors(
         if bias is None:
             raise ValueError(f"the bias of lora_B of {name!r} is missing")
         factors["lora_bias"] = unscaled(bias, layer["scaling"])
-    if layer.get("magnitude"):
-        if magnitude is None:
-            raise ValueError(f"the lora_magnitude_vector of {name!r} is missing")
+    if bool(layer.get("magnitude")) != (magnitude is not None):
+        what = "not in its recipe" if magnitude is not None else "missing"
+        raise ValueError(f"the lora_magnitude_vector of {name!r} is {what}")
+    if magnitude is not None:
         factors["lora_magnitude"] = magnitude.clone()
     return factors
 
@@ -370,3 +371,8 @@ def _check_layer(name: str, layer: LayerState, r: int, experts: int | None) -> N
     for key, shape in shapes.items():
         if tuple(shape) != expected[key]:
             raise ValueError(f"{key} of {name!r} is {list(shape)}, expected {list(expected[key])}")
+    if layer.parts:
+        try:
+            check_parts(layer.parts, layer.lora_B)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from None

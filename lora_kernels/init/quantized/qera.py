@@ -43,9 +43,13 @@ class _QERA(FromActivations):
                 f"r = {request.r}: capture more of them"
             )
         error = original.double() - Q.double()
-        weighted = _times_exact(error, found) if self.exact else _times_diagonal(error, found)
+        if self.exact:
+            weighted = _times_exact(error, found)
+        else:  # nothing cancels: float32 is enough
+            weighted = _times_diagonal(error, found).to(request.factor_dtype)
         U, S, _, _ = svd.truncated(weighted, request.r, self.method, seed=self.seed)
         refuse_small_rank(S, weighted, f"{_ERROR} on the inputs", "QERA")
+        U, S = U.double(), S.double()
         rows = U.mT @ error
         refuse_missing_rank(rows, request, _ERROR, "QERA")
         lora_A, lora_B = rows / S[:, None], U * (S / request.scaling)

@@ -60,8 +60,9 @@ class _InProjection:
 class LoRAAttention(AdaptedFloatLayer, nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose `in_proj_weight` W [3 · embed_dim, embed_dim] is
     W + s(BA − B₀A₀), with A [r, embed_dim] and B [3 · embed_dim, r]; queries, keys and values share
-    A, unless `LoRAConfig.fused_parts` gives each an A of its own. Its `out_proj` is a layer with an adapter of its own, a `LoRAOutProjection`. Initial factors,
-    R and the residual are as for `LoRALinear`.
+    A, unless `LoRAConfig.fused_parts` gives each an A of its own. Its `out_proj` is a layer with an
+    adapter of its own, a `LoRAOutProjection`. Initial factors, R and the residual are as for
+    `LoRALinear`.
 
     Every forward makes both weights, rounded to their dtype, and calls the forward of
     `nn.MultiheadAttention` with them: in evaluation its fast path too. So does PEFT; and as there

@@ -21,11 +21,12 @@ _OPTIONS = (
     *("transposed", "output_padding", "groups", "padding_mode"),
     "_reversed_padding_repeated_twice",
 )
-# Why a sharded layer of this kind cannot be changed.
-SHARDED = (
-    "a convolution or attention that is sharded cannot be {}: do so before it is sharded, or save "
-    "the adapter and do so on one process"
-)
+# What to do where a sharded layer cannot be changed.
+_INSTEAD = {
+    "adapted": "add the adapter before the model is sharded",
+    "merged": "save the adapter, and merge it into the model on one process",
+    "unloaded": "load the model again",
+}
 
 
 class LoRAConv(AdaptedFloatLayer):
@@ -227,6 +228,10 @@ def change_flattened_(weight: Tensor, change: Callable[[Tensor], None]) -> None:
 
 
 def refuse_sharded_change(weight: Tensor, what: str) -> None:
-    """Raises ValueError if a weight of these kinds is sharded; `what` is what should be done."""
+    """Raises ValueError if the weight of a convolution or attention is sharded. `what` is what
+    would have to be done with the layer: "adapted", "merged" or "unloaded".
+    """
     if is_sharded(weight):
-        raise ValueError(SHARDED.format(what))
+        raise ValueError(
+            f"a convolution or attention that is sharded cannot be {what}: {_INSTEAD[what]}"
+        )

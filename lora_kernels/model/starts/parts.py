@@ -35,7 +35,7 @@ def layer_parts(
         reason = f"{kind} rewrites the whole weight: use another start"
     if reason is not None:
         raise ValueError(f"fused_parts is not possible for {name}: {reason}")
-    rows, cols = base.shape
+    rows = base.shape[0]
     with naming(name):
         parts = parts_of(sizes, rows)
     adapted = sum(end - begin for begin, end in parts)

@@ -247,6 +247,10 @@ def test_our_file_without_magnitudes(tmp_path):
     key = next(k for k in stored if "magnitude" in k)
     with safetensors.safe_open(tmp_path / ADAPTER_FILE, "pt") as file:
         assert METADATA in file.metadata()
+    with_config(tmp_path, use_dora=False)
+    with pytest.raises(ValueError, match="says use_dora = False, but this was saved with True"):
+        read_adapter(tmp_path)
+    with_config(tmp_path, use_dora=True)
     rewrite(tmp_path, {k: t for k, t in stored.items() if k != key}, keep_recipe=True)
     with pytest.raises(ValueError, match=r"the lora_magnitude_vector of .*q_proj' is missing"):
         read_adapter(tmp_path)

@@ -65,8 +65,8 @@ _SHARED = tuple(
     for f in dataclasses.fields(LoRAConfig)
     if f.name not in ("scaling", "residual", "init_lora_weights")
 )
-# Options that s and the names of the tensors depend on.
-DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
+# Options that s, magnitudes and the names of the tensors depend on.
+DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", DORA)
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 

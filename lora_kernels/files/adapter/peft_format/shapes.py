@@ -23,6 +23,7 @@ from torch import Tensor
 from ...._utils.peft_names import factor_keys
 from ...._utils.safetensors import DTYPES
 from ....layers.state import LayerState
+from .magnitudes import magnitude_key
 
 Pair = tuple[Tensor, Tensor]
 # How often PEFT adds the update of an attention's out_proj, and the last version that was seen so.
@@ -144,8 +145,8 @@ def flattened(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
 
 
 def of_peft_model(recipe: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The recipe of an adapter that `lora_kernels.peft` saved, with its attentions as they are here,
-    and its convolutions without groups among the layers that are read.
+    """The recipe of an adapter that `lora_kernels.peft` saved, with its attentions as they are
+    here, and its convolutions without groups among the layers that are read.
     """
     found, others = {}, dict(recipe.get("others", {}))
     for name, layer in recipe["layers"].items():
@@ -158,12 +159,14 @@ def of_peft_model(recipe: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict
         kernel, groups = geometry(name, (pair[0], pair[1]))
         if kernel and groups == 1:
             found[name] = _convolution(others.pop(name), kernel, recipe["rank_fields"])
+            if magnitude_key(name) in tensors:
+                found[name]["magnitude"] = True
     return {**recipe, "layers": found, "others": others}
 
 
 def _added_twice(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of an attention's `out_proj`, whose update PEFT adds twice. The checksum is that of
-    half of the B that `from_file` returns.
+    """The recipe of an attention's `out_proj`, whose update PEFT adds twice. Its checksum, that of
+    half of the B that `from_file` returns, is left out.
     """
     doubled = {key: TWICE * layer[key] for key in ("scaling", "lora_alpha")}
     return {key: value for key, value in layer.items() if key != "checksum"} | doubled

@@ -166,8 +166,13 @@ def theirs(case: Case, options: Mapping[str, Any], r: int, model: nn.Module) -> 
 
 @torch.no_grad()
 def _run(case: Case, model: nn.Module) -> None:
+    """PEFT's CorDA takes one text at a time, and knows no padding."""
     for batch in case.batches:
-        case.forward(model, batch)
+        if not isinstance(batch, Mapping):
+            case.forward(model, batch)
+            continue
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            case.forward(model, {"input_ids": ids[None, : int(mask.sum())]})
 
 
 def _train(case: Case, model: nn.Module) -> None:

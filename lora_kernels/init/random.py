@@ -165,12 +165,11 @@ class Orthogonal(_Random):
         generator = self._generator(request.weight)
 
         def drawn(*shape: int) -> Tensor:
-            return request.empty(*shape).normal_(generator=generator).double()
+            return request.empty(*shape).normal_(generator=generator)
 
-        Q = torch.linalg.qr(drawn(r, r))[0]
-        lora_A = (drawn(cols, r // 2) @ Q[0::2]).mT / 10
-        lora_B = drawn(r // 2, rows).mT @ Q[1::2] / 10
-        return Start(lora_A.to(request.factor_dtype), lora_B.to(request.factor_dtype))
+        Q = torch.linalg.qr(drawn(r, r).double())[0].to(request.factor_dtype)
+        lora_A = Q[0::2].mT @ drawn(r // 2, cols).div_(10)
+        return Start(lora_A, drawn(rows, r // 2).div_(10) @ Q[1::2])
 
 
 register_initializer("lora", LoRA)

@@ -415,8 +415,8 @@ def check_norms(plans: Sequence[LayerPlan]) -> None:
 def _initializer(
     name: str, base: BaseLayer, initializer: Initializer, originals: OriginalWeights | None
 ) -> Initializer:
-    """The initializer for this layer: on a quantized base, LoftQ or QERA gets the original weight, so
-    that it can approximate the quantization error.
+    """The initializer for this layer: on a quantized base, LoftQ or QERA gets the original weight,
+    so that it can approximate the quantization error.
     """
     if originals is not None and not initializer.compensates:
         raise ValueError(f"{type(initializer).__name__} has no use for original_weights")

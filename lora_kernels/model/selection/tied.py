@@ -90,8 +90,8 @@ def _check_tying(config: LoRAConfig, tied: Mapping[str, nn.Module]) -> None:
     """Raises ValueError if the adapters of these modules cannot be one."""
     if config.use_dora:
         raise ValueError(
-            f"{TIE} cannot tie adapters with use_dora=True: the magnitudes are norms of W's rows in "
-            "one layer and of its columns in the other"
+            f"{TIE} cannot tie adapters with use_dora=True: the magnitudes are norms of W's rows "
+            "in one layer and of its columns in the other"
         )
     excluded = [name for name in tied if _is_named(name, config.exclude_modules or ())]
     if excluded:

@@ -18,7 +18,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Arguments whose first dimension is not that of the rows, even if it is as long.
 _OF_ALL_ROWS = ("cache_position", "logits_to_keep", "head_mask", "img_ids", "txt_ids")
-# torch's names for masks [L, S] of all rows; those of some rows have three dimensions.
+# torch's names for masks [L, S] of all rows; those of some rows have three dimensions. In other
+# modules a mask of such a name may be [rows, L].
 _TORCH_MASKS = ("mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask")
 # Of multimodal rotary embeddings, [3, rows, length].
 _POSITIONS = "position_ids"
@@ -85,6 +86,8 @@ class SplitCall:
 
     def __init__(self, module: nn.Module, call: Call, rows: Rows) -> None:
         self._rows, self._caches = rows, Caches(rows)
+        forward: Any = type(module).forward
+        self._of_torch = forward.__module__.partition(".")[0] == "torch"
         args, kwargs = call
         named = named_arguments(module, call)
         parts = [self._parts(name, value) for name, value in named]
@@ -118,6 +121,8 @@ class SplitCall:
         if not _may_hold_rows(name, value):
             if name == _POSITIONS and value.dim() == 3 and value.shape[1] == self._rows.size:
                 return [part.transpose(0, 1) for part in self._rows.of(value.transpose(0, 1))]
+            if name in _TORCH_MASKS and len(value) == self._rows.size and not self._of_torch:
+                raise NotRowsError(f"{name} {list(value.shape)} may be of the rows or of all")
             return [value for _ in self._rows.groups]
         if len(value) == self._rows.size:
             return self._rows.of(value)

@@ -175,7 +175,7 @@ class _Context:
             names = self._repeated(module, names, call)
             own = list(dict.fromkeys(names))
             rows = Rows([[row for row, n in enumerate(names) if n == name] for name in own])
-            split = SplitCall(module, call, rows) if len(own) > 1 else None
+            split = SplitCall(unwrapped(module), call, rows) if len(own) > 1 else None
         except NotRowsError as error:
             self._check_whole(module, error)
             with self._whole_call():

@@ -37,10 +37,11 @@ class Rows:
         self._indices: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
 
     def of(self, tensor: Tensor) -> list[Tensor]:
-        """The rows of each group, of a tensor [size, ...]: copies, aligned as any new tensor is,
-        because the bits of a product may depend on that.
+        """The rows of each group, of a tensor [size, ...]: copies, aligned as any new tensor is and
+        laid out as the tensor is, because the bits of a product may depend on that.
         """
-        return [tensor.index_select(0, index) for index in self._on(tensor.device)[0]]
+        indices = self._on(tensor.device)[0]
+        return [_laid_out(tensor.index_select(0, index), tensor) for index in indices]
 
     def join(self, parts: Sequence[Tensor], what: str) -> Tensor:
         """The tensor [k · size, ...] of the groups' [k · count, ...], k numbers for each row, or
@@ -53,11 +54,11 @@ class Rows:
         per_row = self._per_row(parts)
         if per_row:
             joined = torch.cat(list(parts))
-            if self._is_sorted:
-                return joined
-            shape = joined.shape
-            joined = joined.reshape(self.size, per_row, *shape[1:])
-            return joined.index_select(0, self._on(joined.device)[1]).view(shape)
+            if not self._is_sorted:
+                shape = joined.shape
+                joined = joined.reshape(self.size, per_row, *shape[1:])
+                joined = joined.index_select(0, self._on(joined.device)[1]).view(shape)
+            return _laid_out(joined, max(parts, key=len))
         if all(p.shape == parts[0].shape and torch.equal(p, parts[0]) for p in parts[1:]):
             return parts[0]
         shapes = ", ".join(dict.fromkeys(str(list(part.shape)) for part in parts))
@@ -86,6 +87,15 @@ class Rows:
             order = self._order.to(device)
             self._indices[device] = list(order.split(self.counts)), order.argsort()
         return self._indices[device]
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, whose dimensions have the same order in memory as those of `like`."""
+    if like.is_contiguous():
+        return tensor
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    back = [order.index(dim) for dim in range(like.dim())]
+    return tensor.permute(order).contiguous().permute(back)
 
 
 def is_shared(value: object) -> bool:

@@ -26,7 +26,7 @@ from lora_kernels.layers.linear import LoRAAttention, LoRAOutProjection
 
 from ..support.exhaustive import EXHAUSTIVE
 from ..support.oracle import ROUNDING, to_numpy
-from ..support.running import quiet
+from ..support.running import quiet, trained
 
 D, HEADS = 8, 2
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -55,15 +55,6 @@ def made(method="loram", residual="absorb", dtype=torch.float32, **options):
     )
     quiet(model, config)
     return model, original, torch.randn(3, 5, D).to(dtype)
-
-
-def trained(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def full(layer, W: torch.Tensor) -> np.ndarray:

@@ -29,7 +29,7 @@ from lora_kernels.layers.linear import LoRAConv
 
 from ..support.exhaustive import EXHAUSTIVE, thinned
 from ..support.oracle import ROUNDING, to_numpy
-from ..support.running import quiet
+from ..support.running import quiet, trained
 
 # (class, channels in and out, kernel, options, size of the input)
 CASES = {
@@ -74,15 +74,6 @@ def made(case="2d", method="loram", residual="absorb", dtype=torch.float32, drop
     )
     quiet(model, config)
     return model, original, torch.randn(2, channels, *size).to(dtype)
-
-
-def trained(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def convolved(x: np.ndarray, W: np.ndarray, bias: np.ndarray | None, conv: nn.Module) -> np.ndarray:

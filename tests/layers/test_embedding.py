@@ -22,7 +22,7 @@ from lora_kernels.layers.linear import LoRAEmbedding
 from ..support.exhaustive import EXHAUSTIVE
 from ..support.oracle import ROUNDING, to_numpy
 from ..support.packages import needs_transformers
-from ..support.running import quiet
+from ..support.running import quiet, trained
 
 V, D, PAD = 37, 20, 3
 TOKENS = torch.tensor([[5, 0, PAD, 5], [36, 1, 5, PAD]])
@@ -73,15 +73,6 @@ def made(method="loram", residual="absorb", dtype=torch.float32, cls=nn.Embeddin
     )
     quiet(model, config)
     return model, original
-
-
-def trained(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def product(layer: LoRAEmbedding, of=np.asarray) -> np.ndarray:

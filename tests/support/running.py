@@ -68,6 +68,16 @@ def layer_data(initializer: Initializer, weight: Tensor) -> dict[str, Any]:
     return {}
 
 
+def trained(model: nn.Module) -> nn.Module:
+    """The model, after random changes of all that trains."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
 def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, seed: int = 2) -> list[float]:
     """The losses of a few steps of AdamW on random tokens."""
     parameters = [p for p in model.parameters() if p.requires_grad]

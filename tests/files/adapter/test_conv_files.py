@@ -27,7 +27,7 @@ from lora_kernels.files.checkpoint.verify import verify
 from lora_kernels.files.serving.check import check
 
 from ...support.packages import needs_peft
-from ...support.running import quiet
+from ...support.running import quiet, trained
 
 TARGETS = ["one", "two", "three", "attn"]
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -66,15 +66,6 @@ def error(model: nn.Module, other: nn.Module) -> float:
     """The largest difference of the outputs, relative to their size."""
     pairs = zip(model(*inputs()), other(*inputs()), strict=True)
     return max(float((y - want).abs().max() / want.abs().max()) for y, want in pairs)
-
-
-def trained(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def adapted(method="loram", residual="absorb", base=None, **options) -> nn.Module:

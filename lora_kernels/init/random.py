@@ -161,7 +161,7 @@ class Orthogonal(_Random):
     def make_start(self, request: StartRequest) -> Start:
         (rows, cols), r = request.shape, request.r
         if r % 2:
-            raise ValueError(f"Orthogonal needs an even rank, got r = {r}")
+            raise ValueError(f"Orthogonal needs an even rank, got r = {r}: take r = {r + 1}")
         generator = self._generator(request.weight)
 
         def drawn(*shape: int) -> Tensor:

@@ -17,9 +17,11 @@ from ..init.sharded.layout import Shards, fill_, full_shape, is_flattened, is_sh
 from ..init.sharded.subtract import subtract_factors_here_, subtract_recipe_here_
 from ..init.sharded.whole import whole
 from ..init.start import Start
+from ..ops.linear.factors import product_factors
+from ..ops.linear.row_norms import row_gain
 from ..ops.loram_init import shortened
 from .options import AdapterOptions
-from .state import TRAINED, LayerState, WithStart, product_factors, row_gain
+from .state import TRAINED, LayerState, WithStart
 
 _CALLS = (nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__)
 _OWN_STATE = ("start_A", "start_B", "_extra_state")  # what is no Parameter
@@ -167,6 +169,9 @@ class Adapter(WithStart, nn.Module):
             raise ValueError(f"its fused layer has other parts than the new one's: {_LOAD}")
         if (self.kernel, self.groups) != (state.kernel, state.groups):
             raise ValueError("its layer's kernels or groups are others than the new one's")
+        if self.embedding != state.embedding:
+            own, new = ("an embedding", "none") if self.embedding else ("no embedding", "one")
+            raise ValueError(f"its layer is {own}, the new one's is {new}")
         for name in TRAINED:
             _check_same(name, getattr(self, name), getattr(state, name))
         if state.changes_base and not self._subtracts:
@@ -262,12 +267,7 @@ class Adapter(WithStart, nn.Module):
         """
         lora_B, scaling, start_A, start_B = self.operands(torch.float32)
         start = None if start_A is None or start_B is None else (start_A, start_B)
-        middle = self.middle()
-        if middle is None:
-            right, left = product_factors(self.lora_A, lora_B, None, start)
-        else:
-            with torch.autocast(weight.device.type, enabled=False):  # R A in float32
-                right, left = product_factors(self.lora_A, lora_B, middle, start)
+        right, left = product_factors(self.lora_A, lora_B, self.middle(), start)
         norms: Tensor = torch.ops.lora.row_norms(weight, right, left, scaling)
         return norms
 
@@ -283,9 +283,14 @@ class Adapter(WithStart, nn.Module):
         its start was subtracted, if it was: the layer then computes what it would without DoRA.
 
         Raises:
-            ValueError: a norm is not finite.
+            ValueError: a norm is not finite, or the weight is on the meta device.
 
         """
+        if weight.is_meta:
+            raise ValueError(
+                "use_dora needs the norms of the weight's rows, and the weight is on the meta "
+                "device: load it first"
+            )
         norms = self.row_norms(weight)
         if not bool(norms.isfinite().all()):
             raise ValueError(

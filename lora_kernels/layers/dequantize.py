@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .._utils.checks import FLOATS
-from .._utils.errors import needed
 from .kinds import ForeignLayer, is_conv1d, kind_of
 
 _ROW_BLOCK = 256  # rows of the identity matrix in one forward
@@ -166,7 +165,8 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _weight_4bit(module: ForeignLayer) -> Tensor:
-    bnb = needed("bitsandbytes", "a 4-bit layer", "ecosystem")
+    import bitsandbytes as bnb  # whose layer it is; compiled forwards cannot call `needed`
+
     state = _state_4bit(module)
     if state is None:
         raise _not_quantized(module)
@@ -191,7 +191,8 @@ def _packed(module: nn.Module) -> bool:
 def _weight_8bit(module: ForeignLayer) -> Tensor:
     if module.weight.dtype in FLOATS and module.state.has_fp16_weights:
         return module.weight.detach().float()
-    bnb = needed("bitsandbytes", "an 8-bit layer", "ecosystem")
+    import bitsandbytes as bnb
+
     # The first forward moves the scales from the weight to the module's state.
     scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
     if module.weight.dtype != torch.int8 or scales is None:

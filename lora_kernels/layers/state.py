@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..init.fused import Parts
 from ..init.start import subtract_factors_
+from ..ops.linear.factors import product_factors
+from ..ops.linear.row_norms import row_gain
 from .options import AdapterOptions
 
 # Rounding to bfloat16 loses 0.24 % of a product, times `cancellation`: 0.43 % at most.
@@ -204,16 +206,6 @@ class LayerState(WithStart):
         return None if self.lora_bias is None else scaled(self.lora_bias, self.scaling)
 
 
-def row_gain(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """m ⊘ ‖V‖ [out] of DoRA's m and the norms of V's rows (arXiv 2402.09353, equation 5), in
-    float32 or wider; 1 where a norm is 0, as in `lora::dora_linear`. The norms are constants for
-    the gradient of m (section 4.3).
-    """
-    zero = norms == 0
-    ratio = magnitude.to(norms.dtype) / norms.masked_fill(zero, 1.0)
-    return ratio.masked_fill(zero, 1.0)
-
-
 def change_by_gain(y: Tensor, bias: Tensor | None, update: Tensor, gain: Tensor) -> Tensor:
     """g ∘ (y − b + `update`) + b − y, which DoRA adds to the base's output y, whose bias is b; in
     g's dtype. It is exactly zero if g is 1 and the update is zero. g and b have shapes that go with
@@ -263,33 +255,6 @@ def svd_factors(right: Tensor, left: Tensor, r: int) -> tuple[Tensor, Tensor]:
         shape = new_left.shape
         new_left = torch.cat([new_left, new_left.new_zeros(*shape[:-1], missing)], -1)
     return new_right.to(right.dtype), new_left.to(left.dtype)
-
-
-def product_factors(
-    lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None, start: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """[RA; RA − A₀] [k, in] and [B − B₀, B₀] [out, k], whose product is BRA − B₀A₀, in float32 or
-    wider. k = r if `start` is None, else 2r. Those of experts have a first dimension [E] more.
-
-    The product may be rounded: its parts have the size of the update. Those of [RA; A₀] and
-    [B, −B₀] have the size of W and cancel: bfloat16 can lose all of a small update.
-    """
-    work = widest(lora_A, lora_B, lora_R, *(start or ()))
-    right, left = lora_A.to(work), lora_B.to(work)
-    if lora_R is not None:
-        right = lora_R.to(work) @ right
-    if start is None:
-        return right, left
-    start_A, start_B = (factor.to(work) for factor in start)
-    return torch.cat([right, right - start_A], -2), torch.cat([left - start_B, start_B], -1)
-
-
-def widest(*factors: Tensor | None) -> torch.dtype:
-    """The dtype that holds all factors, float32 at least."""
-    dtype = torch.float32
-    for factor in factors:
-        dtype = dtype if factor is None else torch.promote_types(dtype, factor.dtype)
-    return dtype
 
 
 def dst_start(lora_A: Tensor, lora_B: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -165,6 +165,33 @@ def test_qera_with_a_singular_moment(device):
     assert left == pytest.approx(np.linalg.norm(sigma[R:]), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [24, 90])
+@pytest.mark.parametrize("decay", [0, 2, 5])
+def test_qera_where_cholesky_fails(decay, rows, dtype, device):
+    """Each way to U and S gives the best BA: of few inputs, and of ones that dwarf the others."""
+    X = inputs(20, 28) * torch.logspace(0, -decay, 28, dtype=torch.float64)
+    X, W = X.to(device, dtype), weight_of(rows, 28).to(device).float().to(dtype)
+    start = QERA()(W, R, S, activations=Activations.of(X))
+    error = to_numpy(W) - to_numpy(quantized(W).to(dtype))
+    sigma = np.linalg.svd(to_numpy(X) @ error.T, compute_uv=False)
+    left = np.linalg.norm(to_numpy(X) @ (error - product(start)).T)
+    assert left == pytest.approx(np.linalg.norm(sigma[R:]), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [24, 90])
+def test_qera_of_inputs_of_few_directions(rows, dtype, device):
+    """Σ xᵀx of many inputs in two directions has rounding errors in the others, which are no start:
+    A would be divided by them.
+    """
+    X = (inputs(200, 2) @ torch.randn(2, 28, dtype=torch.float64)).to(device, dtype)
+    W = weight_of(rows, 28).to(device, dtype)
+    with pytest.raises(ValueError, match="on the inputs has numerical rank 2, less than r = 4"):
+        QERA()(W, R, S, activations=Activations.of(X))
+    assert QERA()(W, 2, S, activations=Activations.of(X)).lora_A.abs().max() < 10
+
+
 @pytest.mark.parametrize("initializer", [QERA(), QERA(exact=False, quantizer="fp4")], ids=str)
 def test_qera_rewrites_the_base(initializer, device):
     linear = nn.Linear(64, 32).to(device)

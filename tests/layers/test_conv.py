@@ -293,6 +293,16 @@ class TestLayer:
             assert y.dtype == original(x).dtype == torch.bfloat16
         assert (y - model(x)).abs().max() <= 0.05 * y.abs().max()
 
+    def test_autocast_does_not_round_what_is_subtracted_from(self):
+        model, _, x = made(method="kasa", residual="implicit")
+        twin = copy.deepcopy(model)
+        adapter = twin.conv.active()
+        with torch.no_grad():
+            adapter.lora_A.mul_(adapter.lora_diag[:, None])  # λ A in float32
+        adapter.lora_diag = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(model(x), twin(x))
+
     def test_further_adapters(self):
         model, original, x = made(residual="implicit")
         first = trained(model)(x)

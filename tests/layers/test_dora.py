@@ -366,3 +366,5 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"use_dora needs the norms .* one is not finite"):
         dora(linear, init_lora_weights="lora", r=2)
     assert type(linear) is nn.Linear and linear.weight.requires_grad
+    with pytest.raises(ValueError, match=r"use_dora .* the weight is on the meta device: load it"):
+        LoRALinear(8, 6, r=2, use_dora=True, init_lora_weights="lora", device="meta")

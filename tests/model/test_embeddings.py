@@ -163,6 +163,18 @@ class TestLife:
         hotswap_adapter(one, tmp_path)
         assert torch.equal(logits(one), logits(two))
 
+    def test_hotswapping_refuses_another_kind_of_layer(self, tmp_path):
+        for old, new in (
+            (nn.Embedding(6, 4), nn.Linear(6, 4)),
+            (nn.Linear(6, 4), nn.Embedding(6, 4)),
+        ):
+            saved, model = nn.ModuleDict({"layer": old}), nn.ModuleDict({"layer": new})
+            for each in (saved, model):
+                quiet(each, config("layer", r=2, residual="implicit"))
+            save_adapter(saved, tmp_path, format="native")
+            with pytest.raises(ValueError, match=r"layer: its layer is (no|an) embedding"):
+                hotswap_adapter(model, tmp_path)
+
     def test_hooks_and_checkpointing(self):
         model = double().train()
         quiet(model, config(residual="implicit"))

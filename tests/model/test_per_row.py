@@ -253,6 +253,57 @@ def test_layers_with_the_batch_in_dimension_1():
         check(model, lambda rows: model(x[rows], torch.ones(7)), names)
 
 
+class Masked(nn.Module):
+    """A model that calls the padding [rows, L] what torch's encoder calls its mask [L, S]."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 8, 3, padding=1)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x, mask, src_mask=None):
+        x = self.layer(self.conv(x).mT, src_mask, src_key_padding_mask=mask)
+        return x.masked_fill(mask[..., None], 0)
+
+
+@pytest.mark.parametrize("length", [5, 6])
+def test_masks_of_the_rows_and_masks_of_positions(length):
+    torch.manual_seed(0)
+    model = adapted(Masked(), target_modules=["conv", "self_attn", "linear1"])
+    x, mask = torch.randn(5, 4, length), torch.zeros(5, length, dtype=torch.bool)
+    mask[1, 3:] = mask[2, 4:] = True
+    causal = torch.ones(length, length, dtype=torch.bool).triu(1)
+    for other in (None, causal):
+        check(model, lambda rows, other=other: model(x[rows], mask[rows], other))
+
+
+def test_masks_of_compiled_layers():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    layer = torch.compile(adapted(layer, target_modules=["linear1"]), backend="eager")
+    x, causal = torch.randn(5, 5, 8), torch.ones(5, 5, dtype=torch.bool).triu(1)
+    check(layer, lambda rows: layer(x[rows], causal), NAMES)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_modules_of_torchscript():
+    scripted = torch.jit.trace(nn.Linear(4, 4), torch.randn(2, 4))
+    model = adapted(nn.Sequential(nn.Linear(4, 4), scripted), target_modules=["0"])
+    x = torch.randn(5, 4)
+    check(model, lambda rows: model(x[rows]))
+
+
+def test_rows_keep_their_memory_format():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 6, 2)]
+    model = adapted(nn.Sequential(*layers), target_modules=["0", "2"])
+    model.to(memory_format=torch.channels_last)
+    x = torch.randn(5, 8, 6, 5)
+    check(model, lambda rows: model(x[rows].contiguous(memory_format=torch.channels_last)))
+    with torch.no_grad(), adapters_per_row(model, NAMES):
+        got = model(x.contiguous(memory_format=torch.channels_last))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_model_is_as_before_after_an_error_and_inside():
     model = adapted(tiny("llama"))
     set_adapter(model, "a")

@@ -308,7 +308,7 @@ def test_bad_inputs():
         capture_activations(model, [torch.full((5, SIZE), torch.inf)], progress=False)
     with pytest.raises(TypeError, match=r"input of '0' is torch\.int64"):
         capture_activations(model, [torch.ones(5, SIZE, dtype=int)], progress=False)
-    with pytest.raises(ValueError, match="has 12 columns: tensor parallelism"):
+    with pytest.raises(ValueError, match="has 12 columns: give the model batches"):
         capture_activations(model, [torch.randn(5, SIZE // 2)], progress=False)
     with pytest.raises(ValueError, match="on the meta device: load the model"):
         meta = nn.Sequential(nn.Linear(SIZE, 3, device="meta"))
@@ -332,13 +332,14 @@ def test_of_encoders_and_decoders_and_experts():
         model, LoRAConfig(r=2, init_lora_weights="lora_null"), activations=found, progress=False
     )
     assert {row.name for row in report.adapted} == set(found)
-    with pytest.raises(ValueError, match="holds experts, and nothing measures"):
-        add_lora(
-            mixtral(),
-            LoRAConfig(r=2, target_parameters=["gate_up_proj"], init_lora_weights="eva"),
-            activations=found,
-            progress=False,
-        )
+    for given in (found, None):
+        with pytest.raises(ValueError, match="holds experts, and nothing measures"):
+            add_lora(
+                mixtral(),
+                LoRAConfig(r=2, target_parameters=["gate_up_proj"], init_lora_weights="eva"),
+                activations=given,
+                progress=False,
+            )
     model = Model()
     model.config = type("Config", (), {"is_encoder_decoder": True})()
     with pytest.raises(ValueError, match="not the same ones of encoder and decoder"):
@@ -431,6 +432,49 @@ def test_eva_distributes_ranks():
         assert type(model.get_submodule(name)) is nn.Linear
 
 
+class Nested(nn.Module):
+    """The name of one layer is the end of the others' names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(SIZE, SIZE)
+        self.one, self.two = (nn.ModuleDict({"q": nn.Linear(SIZE, SIZE)}) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) + self.one["q"](x) + self.two["q"](x)
+
+
+@needs_safetensors
+@pytest.mark.parametrize("format", ["native", "peft"])
+@pytest.mark.parametrize(
+    "r, ranks", [(4, (2, 6, 4)), (4, (6, 4, 2)), (4, (4, 5, 3)), (2, (3, 0, 3)), (2, (4, 2, 0))]
+)
+def test_eva_of_names_that_end_in_others(r, ranks, format, tmp_path):
+    """Every layer has its own rank and α, also in a file, and the sum is that of the ranks."""
+    model, bare = Nested(), Nested()
+    bare.load_state_dict(model.state_dict())
+    names = ["q", "one.q", "two.q"]
+    activations = {
+        name: Activations.of(torch.randn(300, SIZE) * (1e-6 + (torch.arange(SIZE) < own)))
+        if own
+        else Activations.of(torch.randn(300, SIZE))
+        for name, own in zip(names, ranks, strict=True)
+    }
+    config = LoRAConfig(r=r, lora_alpha=r, target_modules=["q"], init_lora_weights=EVA())
+    report = add_lora(model, config, activations=activations, progress=False)
+    want = {name: own for name, own in zip(names, ranks, strict=True) if own}
+    assert {row.name: row.r for row in report.adapted} == want
+    assert {row.name: row.lora_alpha for row in report.adapted} == want
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_()
+    save_adapter(model, tmp_path / "adapter", format=format)
+    loaded = load_adapter(bare, tmp_path / "adapter", progress=False)
+    assert {row.name: row.r for row in loaded.adapted} == want
+    x = torch.randn(3, SIZE)
+    assert torch.equal(model(x), bare(x))
+
+
 @needs_safetensors
 @pytest.mark.parametrize("format", ["native", "peft"])
 def test_eva_is_saved(format, tmp_path):
@@ -490,6 +534,22 @@ def test_add_lora_refuses():
         with pytest.raises(ValueError, match=text):
             add_lora(model, LoRAConfig(r=2, **options), activations=data, progress=False)
         assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("name", ["eva", "corda", "lora_null", "qera"])
+@pytest.mark.parametrize("make", [lambda: nn.Conv1d(8, 8, 3), lambda: nn.MultiheadAttention(8, 2)])
+def test_layers_without_inputs_are_refused(make, name):
+    """Those that `capture_activations` refuses, whether or not activations are given."""
+    model = nn.Sequential(nn.Linear(8, 8), make())
+    config = LoRAConfig(r=2, target_modules=["0", "1"], init_lora_weights=name)
+    for given in (None, {"0": Activations.of(torch.randn(20, 8))}):
+        with pytest.raises(
+            ValueError, match=r"^1 is \w+, which has no inputs .* leave it out with"
+        ):
+            add_lora(model, config, activations=given, progress=False)
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(TypeError, match="which has no inputs"):
+        capture_activations(model, [torch.randn(2, 8)], ["1"])
 
 
 def test_compiled_model():

@@ -20,8 +20,9 @@ import torch
 from ..._utils.safetensors import DTYPES, read_layout
 from ...init import Initializer, get_initializer, initializer_names
 from ...init.fused import checked_ranges
-from ...layers.state import FACTORS, LayerState, widest
+from ...layers.state import FACTORS, LayerState
 from ...model.config import ExpertPart, LoRAConfig, StoredExperts
+from ...ops.linear.factors import widest
 from ..io.differences import changed
 
 METADATA = "lora_kernels"  # its key in the header

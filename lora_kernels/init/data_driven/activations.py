@@ -206,5 +206,6 @@ def _check_values(found: Activations, method: str) -> None:
         )
     if not bool(found.squares.any()):
         raise ValueError(
-            f"the inputs of the layer are all zero, so {method} has no direction to start in"
+            f"the inputs of the layer are all zero, so {method} has no direction to start in: "
+            "capture other batches, or leave the layer out"
         )

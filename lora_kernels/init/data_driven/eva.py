@@ -27,7 +27,8 @@ class EVA(FromActivations):
     `add_lora` gives the largest Σr of all explained variance ratios, σ²_k over the variance of all
     directions, of the first ⌊`rho` · r⌉ axes of every layer a rank each; a layer that gets none is
     not adapted. Ties go to the layer that comes first. If `adjust_scaling_factors`, a layer's
-    `lora_alpha` is multiplied by its new rank over its old one.
+    `lora_alpha` is multiplied by its new rank over its old one. For layers that share an input, r
+    is the largest one among them, as in both codes.
 
     `whiten` divides each axis by √σ, as both codes do, where σ is the singular value of the N
     inputs minus their mean: A becomes smaller with more inputs.
@@ -109,7 +110,10 @@ def _axes(request: StartRequest, r: int) -> tuple[Tensor, Tensor]:
         )
     axes, values = found.axes(r)
     if not float(values[0]) > _NOTHING * float(found.squares.double().sum()):
-        raise ValueError("the inputs of the layer are all alike: they have no principal axes")
+        raise ValueError(
+            "the inputs of the layer are all alike, so they have no principal axes: capture other "
+            "batches, or leave the layer out"
+        )
     return axes, values
 
 

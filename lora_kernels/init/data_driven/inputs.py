@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._utils.checks import FLOATS, all_finite, factor_dtype, is_dtensor
-from ..sharded.agree import from_every, talking_device
+from ..sharded.agree import from_every, has_ranks, talking_device
 from ..sharded.layout import local_part
 from .activations import Activations, ActivationSums
 
@@ -91,7 +91,8 @@ class InputSums:
             raise ValueError(
                 f"no input reached {len(missed)} of {len(self._names)} targets "
                 f"({', '.join(missed[:3])}{' ...' if len(missed) > 3 else ''}): the model does not "
-                "call them, or all their positions are masked"
+                "call them, or all their positions are masked; take other batches, or leave them "
+                "out of targets"
             )
         found: dict[_Input, Activations] = {}
         for module, name in self._names.items():
@@ -168,18 +169,23 @@ class InputSums:
         """The input of the layer `name`, whose weight has so many columns."""
         x = next((value for value in given if isinstance(value, Tensor)), None)
         if x is None:
-            raise TypeError(f"{name!r} was called without a tensor")
+            raise TypeError(f"{name!r} was called without a tensor: leave it out of targets")
         if x.is_meta:
             raise ValueError(f"the input of {name!r} is on the meta device: load the model first")
         if x.dtype not in FLOATS:
             raise TypeError(f"the input of {name!r} is {x.dtype}: expected floating point")
         placements = x.placements if is_dtensor(x) else ()  # type: ignore[attr-defined]
         is_whole = all(placement.is_replicate() for placement in placements)
-        if not is_whole or x.shape[-1] != cols:
+        if not is_whole or x.shape[-1:] != (cols,):
+            advice = "give the model batches that fit it"
+            if has_ranks():
+                advice = (
+                    "tensor parallelism gives it a part of each input, so capture its activations "
+                    "before the model is parallelized, or leave it out"
+                )
             raise ValueError(
                 f"the input of {name!r} is {'sharded' if not is_whole else list(x.shape)}, and its "
-                f"weight has {cols} columns: tensor parallelism gives it a part of each input, so "
-                "capture its activations before the model is parallelized, or leave it out"
+                f"weight has {cols} columns: {advice}"
             )
         return x
 

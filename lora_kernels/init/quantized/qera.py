@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from .loftq import original_of
 from .quantizers import Quantizer, check_quantizer, quantized
 
 _ERROR = "the quantization error W − Q"
+_ON_INPUTS = f"{_ERROR} on the inputs"
+_SQUARES = 1e-8  # from this share of the largest on, S² in float64 has 8 digits
 
 
 class _QERA(FromActivations):
@@ -44,16 +47,35 @@ class _QERA(FromActivations):
             )
         error = original.double() - Q.double()
         if self.exact:
-            weighted = _times_exact(error, found)
+            U, S = self._exact_triplets(error, found.moment().to(error.device), request.r)
         else:  # nothing cancels: float32 is enough
-            weighted = _times_diagonal(error, found).to(request.factor_dtype)
-        U, S, _, _ = svd.truncated(weighted, request.r, self.method, seed=self.seed)
-        refuse_small_rank(S, weighted, f"{_ERROR} on the inputs", "QERA")
+            U, S = self._triplets(_times_diagonal(error, found).to(request.factor_dtype), request.r)
+        refuse_small_rank(S, error, _ON_INPUTS, "QERA")
         U, S = U.double(), S.double()
         rows = U.mT @ error
         refuse_missing_rank(rows, request, _ERROR, "QERA")
+        if self.exact:
+            _refuse_noise(S, rows, found)
         lora_A, lora_B = rows / S[:, None], U * (S / request.scaling)
         return Start(lora_A.to(request.factor_dtype), lora_B.to(request.factor_dtype))
+
+    def _exact_triplets(self, error: Tensor, moment: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        """U [n, r] and S [r] of the error [n, m] times an F with FFᵀ = R [m, m], in float64."""
+        factor, failed = torch.linalg.cholesky_ex(moment)
+        if not int(failed):
+            return self._triplets(error @ factor, r)
+        rows, cols = error.shape
+        if rows <= 2 * cols:  # S² from two products takes a fifth of an eigendecomposition's time
+            U, squares = self._triplets(error @ moment @ error.mT, r)
+            if float(squares[-1]) > _SQUARES * float(squares[0]):
+                return U, squares.sqrt()
+        values, vectors = torch.linalg.eigh(moment)
+        return self._triplets(error @ (vectors * values.clamp_(min=0).sqrt_()), r)
+
+    def _triplets(self, weighted: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        """U [n, r] and S [r] of the r largest triplets."""
+        U, S, _, _ = svd.truncated(weighted, r, self.method, seed=self.seed)
+        return U, S
 
 
 @dataclass(frozen=True)
@@ -73,8 +95,8 @@ class QERA(_QERA):
     saving and quantizing it again holds. A base that is quantized already stays as it is: `toward`
     makes the start for it.
 
-    Cost: a Cholesky factorization of [m, m] (an eigendecomposition if R is singular) and a product
-    of W with it in float64, and a truncated SVD; a sketch is enough for `exact=False`. ValueError
+    Cost: a Cholesky factorization of [m, m] and a product of W with it in float64, or two products
+    with R if it is singular, and a truncated SVD; a sketch is enough for `exact=False`. ValueError
     if W holds NaN or Inf, or if W − Q has a rank less than r on the inputs.
 
     `method` and `seed` are those of `lora_kernels.svd.truncated`.
@@ -136,14 +158,20 @@ class _QuantizedBaseQERA(_QERA):
         return super().make_starts(requests)
 
 
-def _times_exact(error: Tensor, found: Activations) -> Tensor:
-    """The error [n, m] times an F [m, m] with FFᵀ = R."""
-    moment = found.moment().to(error.device)
-    factor, failed = torch.linalg.cholesky_ex(moment)
-    if int(failed):
-        values, vectors = torch.linalg.eigh(moment)
-        factor = vectors * values.clamp_(min=0).sqrt_()
-    return error @ factor
+def _refuse_noise(S: Tensor, rows: Tensor, found: Activations) -> None:
+    """Raise if a value S² = z R zᵀ, where z is one of the `rows` [r, m] of Uᵀ(W − Q), is only what
+    is left of the rounding of R's entries: A would be z divided by that.
+    """
+    diagonal = found.squares.double().to(rows.device) / found.count
+    # An entry R_jk has an error of some eps · √(R_jj R_kk), which does not depend on x's units.
+    error = 4 * math.sqrt(rows.shape[1]) * torch.finfo(found.squares.dtype).eps
+    rank = int(torch.gt(S.square(), error * (rows.square() @ diagonal)).sum())
+    if rank < len(S):
+        raise ValueError(
+            f"{_ON_INPUTS} has numerical rank {rank}, less than r = {len(S)}: QERA has no use for "
+            f"the other {len(S) - rank} components; capture inputs of more directions, or take "
+            f"r <= {rank}"
+        )
 
 
 def _times_diagonal(error: Tensor, found: Activations) -> Tensor:

@@ -87,6 +87,8 @@ def kind_of(module: nn.Module) -> str | None:
 
     A sharded weight does not change the kind: see `refuse_sharded`.
     """
+    if isinstance(module, torch.jit.ScriptModule):  # its parameters are not those of Python
+        return None
     return next((kind for kind, matches in _KINDS.items() if matches(module)), None)
 
 

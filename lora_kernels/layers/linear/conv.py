@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...init.sharded.layout import Shards, is_sharded
+from ...ops.linear.factors import product_factors
 from ..adapter import Adapter
 from ..kinds import CONVOLUTIONS, ForeignLayer
-from ..state import change_by_gain, product_factors
+from ..state import change_by_gain
 from .float_layer import ABSORBED, AdaptedFloatLayer, merged_bias
 
 _OPTIONS = (

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops.linear.factors import without_autocast
 from ..adapter import Adapter
 from ..kinds import ForeignLayer, lookup_scale
 from .float_layer import AdaptedFloatLayer
@@ -178,17 +179,6 @@ def _copy_options(old: ForeignLayer, new: nn.Module) -> None:
         new.register_buffer("embed_scale", scale, persistent=persistent)
     elif scale is not None:
         new.embed_scale = scale
-
-
-def without_autocast(like: Tensor) -> Any:
-    """A context in which products keep their dtype on the device of `like`."""
-    kind = like.device.type
-    return torch.autocast(kind if _has_autocast(kind) else "cpu", enabled=False)
-
-
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
-def _has_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
 
 
 def _plus_product(rows: Tensor, z: Tensor, left: Tensor, gain: Tensor | None = None) -> Tensor:

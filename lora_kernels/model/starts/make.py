@@ -16,6 +16,7 @@ from ..._utils.names import nearest
 from ..._utils.progress import tracked
 from ...init.fused import joined
 from ...init.start import Start, check_residual_fits, checked, checked_stack
+from ...layers.kinds import NAMED_KINDS
 from .job import StartJob, naming
 from .parts import part_names
 from .read import Readable, readable, telling_of_values
@@ -107,22 +108,37 @@ def matched(
         if given is not None:
             raise ValueError(f"{title} has no use for {what}")
         return {job.name: None for job in jobs}
+    if what == "activations":
+        for job in jobs:
+            _refuse_without_inputs(job, title)
     if given is None:
         raise ValueError(
             f"{title} starts from the {_SOURCES[what]}: pass {what}=capture_{what}(model, batches)"
         )
     found = {}
     for job in jobs:
-        if job.base.num_experts is not None and what == "activations":
-            raise ValueError(
-                f"{job.name} holds experts, and nothing measures the inputs of each: {title} is "
-                "for linear layers; leave out target_parameters"
-            )
         name = next((n for n in (job.name, *job.aliases) if n in given), None)
         if name is None:
-            raise ValueError(f"{what} has none for {job.name}{nearest(job.name, given)}")
+            raise ValueError(
+                f"{what} has none for {job.name}: capture those of all layers that are adapted"
+                f"{nearest(job.name, given)}"
+            )
         found[job.name] = given[name]
     return found
+
+
+def _refuse_without_inputs(job: StartJob, title: str) -> None:
+    """Raises ValueError if `capture_activations` cannot measure the inputs of the layer."""
+    if job.base.num_experts is not None:
+        raise ValueError(
+            f"{job.name} holds experts, and nothing measures the inputs of each: {title} is "
+            "for linear layers; leave out target_parameters"
+        )
+    if job.base.kind in NAMED_KINDS:
+        raise ValueError(
+            f"{job.name} is {type(job.base.module).__name__}, which has no inputs x of x Wᵀ: "
+            f"{title} is for linear layers; leave it out with exclude_modules"
+        )
 
 
 def _batch_starts(

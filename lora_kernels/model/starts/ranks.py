@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -75,12 +75,27 @@ def _with_ranks(config: LoRAConfig, ranks: Mapping[str, LayerRank]) -> LoRAConfi
     usual = DEFAULT_ALPHA[config.scaling_rule] if config.lora_alpha is None else config.lora_alpha
     # The first pattern that matches counts, and a name matches longer ones that end in it.
     longest_first = sorted(kept, key=len, reverse=True)
+    inside = {name for name in ranks if _ends_in_another(name, kept)}
+    targets = config.target_modules
+    if len(kept) < len(ranks):  # a list of names would match the longer ones, a pattern does not
+        none_inside = inside <= kept.keys()
+        targets = tuple(kept) if none_inside else "|".join(map(re.escape, kept))
     return replace(
         config,
-        rank_pattern={_pattern(n): kept[n].r for n in longest_first if kept[n].r != config.r},
-        alpha_pattern={_pattern(n): alphas[n] for n in longest_first if alphas[n] != usual},
-        target_modules=config.target_modules if len(kept) == len(ranks) else tuple(kept),
+        rank_pattern={
+            _pattern(n): kept[n].r for n in longest_first if kept[n].r != config.r or n in inside
+        },
+        alpha_pattern={
+            _pattern(n): alphas[n] for n in longest_first if alphas[n] != usual or n in inside
+        },
+        target_modules=targets,
     )
+
+
+def _ends_in_another(name: str, names: Container[str]) -> bool:
+    """Whether one of the names is the end of this one: "mlp.fc" of "encoder.mlp.fc"."""
+    parts = name.split(".")
+    return any(".".join(parts[k:]) in names for k in range(1, len(parts)))
 
 
 def _pattern(name: str) -> str:

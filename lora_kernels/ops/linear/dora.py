@@ -18,37 +18,15 @@ import torch
 from torch import Tensor
 
 from .._backends.library import LIBRARY, define_composite, define_kernel
+from .factors import product_factors
 from .lora import as_rows, autocast_copies, check_linear, check_operand
-from .row_norms import norm_dtype
-
-
-def direction_factors(
-    lora_A: Tensor,
-    lora_B: Tensor,
-    start_A: Tensor | None,
-    start_B: Tensor | None,
-    lora_R: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`right` and `left` for `lora::row_norms`, with left·right = B R A − B₀ A₀, in float32 (or
-    float64). With A₀ and B₀ they are [R A; R A − A₀] and [B − B₀, B₀]: what the adapter and its
-    start have in common cancels exactly.
-    """
-    given = [t for t in (lora_A, lora_B, start_A, start_B, lora_R) if t is not None]
-    dtype = norm_dtype(*given)
-    right, left = lora_A.to(dtype), lora_B.to(dtype)  # [r, K], [N, r]
-    if lora_R is not None:
-        right = lora_R.to(dtype) @ right
-    if start_A is None or start_B is None:
-        return right, left
-    A0, B0 = start_A.to(dtype), start_B.to(dtype)
-    return torch.cat([right, right - A0]), torch.cat([left - B0, B0], 1)
+from .row_norms import row_gain
 
 
 def _gain(magnitude: Tensor, norms: Tensor, x_dtype: torch.dtype) -> Tensor:
-    """m ⊘ ‖V‖ [N], and 1 where the norm is 0; float64 if x is, else float32."""
-    ratio = magnitude.to(norms.dtype) / norms
-    gain = torch.where(norms == 0, torch.ones_like(ratio), ratio)
-    return gain.to(torch.float64 if x_dtype == torch.float64 else torch.float32)
+    """`row_gain` [N] in the dtype of the passes over y: float64 if x is, else float32."""
+    wide = torch.float64 if x_dtype == torch.float64 else torch.float32
+    return row_gain(magnitude, norms).to(wide)
 
 
 def dora_scale_ref(y0: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
@@ -173,7 +151,8 @@ def dora_linear(
     check_operand("magnitude", magnitude, (weight.shape[0],), x, weight, lora_A.shape[0])
     measured = weight if measured is None else measured
     with torch.no_grad():
-        factors = direction_factors(lora_A, lora_B, start_A, start_B, lora_R)
+        start = None if start_A is None or start_B is None else (start_A, start_B)
+        factors = product_factors(lora_A, lora_B, lora_R, start)
         norms = torch.ops.lora.row_norms(measured, *factors, scaling)
     learned = (x, weight, bias, lora_A, lora_B, lora_R, magnitude)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):

@@ -12,14 +12,9 @@ from torch import Tensor
 
 from ..._utils.checks import FLOATS, check_finite, check_weight
 from .._backends.library import define_composite, define_kernel
+from .factors import widest
 
 _BLOCK_ENTRIES = 1 << 20
-
-
-def norm_dtype(*operands: Tensor) -> torch.dtype:
-    """The dtype of the norms: float64 if an operand is float64, else float32."""
-    wide = any(operand.dtype == torch.float64 for operand in operands)
-    return torch.float64 if wide else torch.float32
 
 
 def row_norms_ref(weight: Tensor, right: Tensor, left: Tensor, scaling: float) -> Tensor:
@@ -33,11 +28,11 @@ def row_norms_ref(weight: Tensor, right: Tensor, left: Tensor, scaling: float) -
         scaled = left[block].to(torch.float64) * scaling  # [step, k]
         entries = weight[block].to(torch.float64).addmm(scaled, wide)  # [step, K]
         norms[block] = torch.linalg.vector_norm(entries, dim=1)
-    return norms.to(norm_dtype(weight, right, left))
+    return norms.to(widest(weight, right, left))
 
 
 def row_norms_fake(weight: Tensor, right: Tensor, left: Tensor, scaling: float) -> Tensor:
-    return weight.new_empty(weight.shape[0], dtype=norm_dtype(weight, right, left))
+    return weight.new_empty(weight.shape[0], dtype=widest(weight, right, left))
 
 
 def row_norms(weight: Tensor, right: Tensor, left: Tensor, scaling: float) -> Tensor:
@@ -45,6 +40,16 @@ def row_norms(weight: Tensor, right: Tensor, left: Tensor, scaling: float) -> Te
     with torch.no_grad():
         result: Tensor = torch.ops.lora._row_norms(weight, right, left, scaling)
         return result
+
+
+def row_gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """m ⊘ ‖V‖ [out] of DoRA's m and the norms of V's rows (arXiv 2402.09353, equation 5), in
+    float32 or wider; 1 where a norm is 0. The norms are constants for the gradient of m (section
+    4.3).
+    """
+    zero = norms == 0
+    ratio = magnitude.to(norms.dtype) / norms.masked_fill(zero, 1.0)
+    return ratio.masked_fill(zero, 1.0)
 
 
 def _check(weight: Tensor, right: Tensor, left: Tensor, scaling: float) -> None:

@@ -14,10 +14,10 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor
 
 from ...files.adapter.peft_format.experts.layouts import stacked, unstacked
-from ...layers.state import product_factors
 from ...model.experts.base import ExpertsBase
 from ...model.experts.kinds import ForeignExperts, projections, why_not_adaptable
 from ...model.experts.module import stacks_of
+from ...ops.linear.factors import product_factors
 
 Start = tuple[Tensor, Tensor]  # A₀ and B₀
 Factors = tuple[Tensor, Tensor, float]  # as PEFT's `get_delta_factors` returns them

@@ -15,7 +15,8 @@ from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...layers.state import product_factors, row_gain
+from ...ops.linear.factors import product_factors
+from ...ops.linear.row_norms import row_gain
 from .parts import factors_of, magnitude_of, matrix_of, start_of
 
 

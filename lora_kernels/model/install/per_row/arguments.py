@@ -39,10 +39,15 @@ def _parameter_names(cls: Any) -> tuple[str, ...]:
     """The names of the positional parameters of a class's forward."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
-        parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+        parameters = list(inspect.signature(_forward_of(cls)).parameters.values())[1:]
     except (TypeError, ValueError):
         return ()
     return tuple(parameter.name for parameter in parameters if parameter.kind in positional)
+
+
+def _forward_of(cls: Any) -> Any:
+    """The function `forward` of a class; None of TorchScript's, which has one for each module."""
+    return getattr(cls, "forward", None)
 
 
 def row_count(named: Sequence[tuple[str, Any]]) -> int:
@@ -86,8 +91,8 @@ class SplitCall:
 
     def __init__(self, module: nn.Module, call: Call, rows: Rows) -> None:
         self._rows, self._caches = rows, Caches(rows)
-        forward: Any = type(module).forward
-        self._of_torch = forward.__module__.partition(".")[0] == "torch"
+        origin = getattr(_forward_of(type(module)), "__module__", "")
+        self._of_torch = origin.partition(".")[0] == "torch"
         args, kwargs = call
         named = named_arguments(module, call)
         parts = [self._parts(name, value) for name, value in named]
@@ -122,7 +127,7 @@ class SplitCall:
             if name == _POSITIONS and value.dim() == 3 and value.shape[1] == self._rows.size:
                 return [part.transpose(0, 1) for part in self._rows.of(value.transpose(0, 1))]
             if name in _TORCH_MASKS and len(value) == self._rows.size and not self._of_torch:
-                raise NotRowsError(f"{name} {list(value.shape)} may be of the rows or of all")
+                raise NotRowsError(f"{name} {list(value.shape)} may be [rows, L] or [L, S]")
             return [value for _ in self._rows.groups]
         if len(value) == self._rows.size:
             return self._rows.of(value)

@@ -43,8 +43,9 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
 
     If an argument is not of the rows (the images of a vision model), the module that gets it runs
     as a whole, and the modules inside it, with their adapters, are run for each adapter. The same
-    holds for caches that cannot be cut, such as quantized ones. What such a module computes itself
-    may differ from a batch of its own by rounding.
+    holds for caches that cannot be cut, such as quantized ones, and for a `mask` of two dimensions
+    that may be [rows, L] or [L, S]. What such a module computes itself may differ from a batch of
+    its own by rounding.
 
     Args:
         model: a model with adapters by `add_lora` or `load_adapter`, in evaluation mode; it may be

@@ -275,7 +275,9 @@ def test_convolutions(conv, residual):
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
 def test_the_norms_are_float32_under_autocast(kind):
-    """Also with a product between A and B: g is 1 exactly, and later that of float32."""
+    """Also with a product between A and B: g is 1 exactly, and later that of float32; and so is
+    the weight that code of a model reads. Devices without autocast compute too.
+    """
     torch.manual_seed(0)
     inner = {"linear": nn.Linear(12, 10), "conv": nn.Conv1d(4, 10, 3), "embedding": nn.Embedding(
         12, 10)}[kind]  # fmt: skip
@@ -283,9 +285,13 @@ def test_the_norms_are_float32_under_autocast(kind):
     start = get_initializer("lora_xs")
     quiet(model, LoRAConfig(r=4, use_dora=True, target_modules=["0"], init_lora_weights=start))
     for layer in (model[0], moved(model[0])):
-        want = layer.active().gain(layer.matrix())
+        want, weight = layer.active().gain(layer.matrix()), layer.effective_weight()
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(layer.active().gain(layer.matrix()), want)
+            assert torch.equal(layer.effective_weight(), weight)
+    x = torch.zeros(3, dtype=torch.long) if kind == "embedding" else torch.ones(1, 4, 12)
+    x = x if kind != "linear" else x[0]
+    assert model.to("meta")(x.to("meta")).is_meta
 
 
 def test_several_adapters_have_their_own_magnitudes():

@@ -28,7 +28,7 @@ class EVA(FromActivations):
     directions, of the first ⌊`rho` · r⌉ axes of every layer a rank each; a layer that gets none is
     not adapted. Ties go to the layer that comes first. If `adjust_scaling_factors`, a layer's
     `lora_alpha` is multiplied by its new rank over its old one. For layers that share an input, r
-    is the largest one among them, as in both codes.
+    is the largest one among them, as in PEFT.
 
     `whiten` divides each axis by √σ, as both codes do, where σ is the singular value of the N
     inputs minus their mean: A becomes smaller with more inputs.

@@ -14,10 +14,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..._utils.source import is_trusted
 from ...init.sharded.layout import Shards
+from ...ops.linear.factors import without_autocast
 from ..adapter import Adapter, in_forward
 from ..kinds import ForeignLayer
 from .conv import refuse_sharded_change
-from .embedding import without_autocast
 from .float_layer import ABSORBED, AdaptedFloatLayer, merged_bias
 from .linear import LoRALinear
 

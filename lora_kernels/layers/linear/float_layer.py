@@ -18,6 +18,7 @@ from ...init.sharded.layout import Shards, fill_, is_sharded
 from ...init.sharded.subtract import subtract_factors_here_
 from ...init.sharded.whole import whole
 from ...init.sharded.zero3 import gathered, is_partitioned
+from ...ops.linear.factors import product_factors, without_autocast
 from ...ops.philox import dropout_seed
 from ..adapted import CLASS, FOREIGN, AdaptedLayer, class_of, exchange_class
 from ..adapter import Adapter, in_forward
@@ -364,12 +365,13 @@ def _updated(stored: Tensor, update: Update, gain: Tensor | None = None) -> Tens
     """W + s(BA − B₀A₀) [out, in], with BRA for BA if there is an R, and its rows multiplied by
     `gain` [out] if that is given; in W's dtype.
     """
-    work = torch.promote_types(stored.dtype, update.lora_A.dtype)
-    right = update.lora_A if update.lora_R is None else update.lora_R @ update.lora_A
-    added = update.lora_B.to(work) @ right.to(work)
-    if update.start_A is not None and update.start_B is not None:
-        added = added - update.start_B.to(work) @ update.start_A.to(work)
-    matrix = stored.to(work) + update.scaling * added
+    start_A, start_B = update.start_A, update.start_B
+    start = None if start_A is None or start_B is None else (start_A, start_B)
+    with without_autocast(stored):
+        right, left = product_factors(update.lora_A, update.lora_B, update.lora_R, start)
+        work = torch.promote_types(stored.dtype, right.dtype)
+        factors = (left.to(work), right.to(work))
+        matrix = torch.addmm(stored.to(work), *factors, alpha=update.scaling)
     return (matrix if gain is None else matrix * gain[:, None]).to(stored.dtype)
 
 

@@ -12,7 +12,8 @@ def product_factors(
     lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None, start: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """[RA; RA − A₀] [k, in] and [B − B₀, B₀] [out, k], whose product is BRA − B₀A₀, in float32 or
-    wider, also under autocast. k = r if `start` is None, else 2r. Those of experts have a first dimension [E] more.
+    wider, also under autocast. k = r if `start` is None, else 2r. Those of experts have a first
+    dimension [E] more.
 
     The product may be rounded: its parts have the size of the update. Those of [RA; A₀] and
     [B, −B₀] have the size of W and cancel: bfloat16 can lose all of a small update.

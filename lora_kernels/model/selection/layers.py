@@ -321,11 +321,12 @@ def find_targets(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, B
     """
     if not targets:
         raise ValueError("targets is empty: give names, or 'all-linear'")
-    if isinstance(targets, Mapping):
-        return {name: _checked(name, module) for name, module in targets.items()}
     modules = without_adapters(model)
+    if isinstance(targets, Mapping):
+        given = {name: _checked(name, module) for name, module in targets.items()}
+        return _with_owners(given)
     if _has_modules(targets):
-        return _names_of(modules, targets)
+        return _with_owners(_names_of(modules, targets))
     candidates, aliases = find_candidates(model)
     bases = {name: base for first, base in candidates.items() for name in (first, *aliases[first])}
     if (root := base_of(model)) is not None:
@@ -376,6 +377,12 @@ def _checked(name: str, module: nn.Module) -> BaseLayer:
             "x Wᵀ + b from a weight of its own, or an embedding, a convolution or an attention"
         )
     return base
+
+
+def _with_owners(layers: dict[str, BaseLayer]) -> dict[str, BaseLayer]:
+    """The layers; TypeError for an attention's `out_proj` without the attention."""
+    with_projections(list(layers), layers, "targets")
+    return layers
 
 
 def _names_of(

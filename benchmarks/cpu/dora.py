@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.common.harness import Timing, Variant, dtype_name, environment, interleave
 from benchmarks.common.report import RESULTS, print_timings, write_csv
 from benchmarks.common.shapes import Shape, shape, shape_name
-from benchmarks.cpu.layer import forward, forward_backward, peft_layer
+from benchmarks.cpu.layer import passes_of, peft_layer
 from lora_kernels import LoRALinear
 
 SHAPES: tuple[Shape, ...] = ((4096, 4096),)
@@ -78,16 +78,10 @@ def measure(
 ) -> dict[str, list[Timing]]:
     """The timings of `forward`, `forward + backward` and `norms`."""
     torch.manual_seed(0)
-    known = layers(size, r, dtype)
-    x, dy = (torch.randn(tokens, k, dtype=dtype) for k in reversed(size))
-    passes = {
-        "forward": {name: paced(name, forward(layer, x), dtype) for name, layer in known.items()},
-        "forward + backward": {
-            name: paced(name, forward_backward(layer, x, dy), dtype)
-            for name, layer in known.items()
-        },
-    }
-    timings = {name: interleave(table, rounds=rounds) for name, table in passes.items()}
+    timings = {}
+    for passed, table in passes_of(layers(size, r, dtype), size, dtype, tokens).items():
+        variants = {name: paced(name, run, dtype) for name, run in table.items()}
+        timings[passed] = interleave(variants, rounds=rounds)
     return timings | {"norms": interleave(norms(size, r, dtype), rounds=rounds)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -103,15 +103,21 @@ def measure(
 ) -> dict[str, list[Timing]]:
     """The timings of `forward` and `forward + backward`."""
     torch.manual_seed(0)
-    known = layers(size, r, dtype)
+    passes = passes_of(layers(size, r, dtype), size, dtype, tokens)
+    return {name: interleave(table, rounds=rounds, baseline=BARE) for name, table in passes.items()}
+
+
+def passes_of(
+    known: Mapping[str, nn.Module], size: Shape, dtype: torch.dtype, tokens: int
+) -> dict[str, dict[str, Callable[..., object]]]:
+    """The calls of `forward` and `forward + backward` of layers of one size, with random inputs."""
     x, dy = (torch.randn(tokens, k, dtype=dtype) for k in reversed(size))
-    passes = {
+    return {
         "forward": {name: forward(layer, x) for name, layer in known.items()},
         "forward + backward": {
             name: forward_backward(layer, x, dy) for name, layer in known.items()
         },
     }
-    return {name: interleave(table, rounds=rounds, baseline=BARE) for name, table in passes.items()}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

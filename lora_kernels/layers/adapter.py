@@ -266,8 +266,7 @@ class Adapter(WithStart, nn.Module):
         stored W [out, in]; float32, or float64 over a float64 base.
         """
         lora_B, scaling, start_A, start_B = self.operands(torch.float32)
-        start = None if start_A is None or start_B is None else (start_A, start_B)
-        right, left = product_factors(self.lora_A, lora_B, self.middle(), start)
+        right, left = product_factors(self.lora_A, lora_B, self.middle(), start_A, start_B)
         norms: Tensor = torch.ops.lora.row_norms(weight, right, left, scaling)
         return norms
 
@@ -309,7 +308,8 @@ class Adapter(WithStart, nn.Module):
         """
         own = self.layer_state() if self.sharded else self
         start = own.start_factors() if self.residual == "implicit" else None
-        return product_factors(own.lora_A, own.left(), own.middle(), start)
+        start_A, start_B = start or (None, None)
+        return product_factors(own.lora_A, own.left(), own.middle(), start_A, start_B)
 
     @property
     def sharded(self) -> bool:

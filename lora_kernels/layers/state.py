@@ -168,7 +168,8 @@ class LayerState(WithStart):
         """A' [k, in] and B' [out, k], in float32 or wider: s·B'A' is the update of the original
         base, and V − W_base if there are magnitudes. k = r, or 2r if s·B₀A₀ is subtracted.
         """
-        return product_factors(self.lora_A, self.lora_B, self.middle(), self.start_factors())
+        start_A, start_B = self.start_factors() or (None, None)
+        return product_factors(self.lora_A, self.lora_B, self.middle(), start_A, start_B)
 
     @torch.no_grad()
     def add_to_(self, weight: Tensor) -> None:

@@ -156,10 +156,10 @@ def plan_layers(
     waits = _are_on_meta(bases)
     if first_rank_loads(bases):
         waits = shared(0, lambda: waits)
-    is_loaded = not waits and not lacks_weights(bases)
+    is_here = not lacks_weights(bases)
     plans = []
     for name, base in selection.layers.items():
-        if is_loaded:
+        if is_here and not waits:
             base.refuse_sharded(name)
         parts = layer_parts(name, base, config, config.initializer, waits)
         _check_rank(name, base, config.layer_rank(base.pattern_name(name)), parts)
@@ -181,7 +181,7 @@ def plan_layers(
                 f"{name} is {what}, and {kind} rewrites the whole weight: adapt the model {when}"
             )
         if config.use_dora:
-            refuse_dora(name, base, not lacks_weights(bases), waits)
+            refuse_dora(name, base, is_here, waits)
         with naming(name):
             options = config.layer_options(base.pattern_name(name), initializer, residual)
         options = options.fused(parts) if parts else options

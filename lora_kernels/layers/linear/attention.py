@@ -15,9 +15,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..._utils.source import is_trusted
 from ...init.sharded.layout import Shards
 from ...ops.linear.factors import without_autocast
-from ..adapter import Adapter, in_forward
+from ..adapter import in_forward
 from ..kinds import ForeignLayer
-from .conv import refuse_sharded_change
+from .conv import WholeFloatLayer
 from .float_layer import ABSORBED, AdaptedFloatLayer, merged_bias
 from .linear import LoRALinear
 
@@ -57,7 +57,7 @@ class _InProjection:
         return layer.effective_weight() if by_model and in_forward() else stored
 
 
-class LoRAAttention(AdaptedFloatLayer, nn.MultiheadAttention):
+class LoRAAttention(WholeFloatLayer, nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose `in_proj_weight` W [3 · embed_dim, embed_dim] is
     W + s(BA − B₀A₀), with A [r, embed_dim] and B [3 · embed_dim, r]; queries, keys and values share
     A, unless `LoRAConfig.fused_parts` gives each an A of its own. Its `out_proj` is a layer with an
@@ -70,6 +70,7 @@ class LoRAAttention(AdaptedFloatLayer, nn.MultiheadAttention):
     """
 
     in_proj_weight: nn.Parameter = _InProjection()  # type: ignore[assignment]
+    _weight_name = IN_PROJ
     _class: type[nn.MultiheadAttention]
 
     @classmethod
@@ -86,17 +87,6 @@ class LoRAAttention(AdaptedFloatLayer, nn.MultiheadAttention):
 
     def _base_class(self) -> type[nn.Module]:
         return self._class
-
-    def matrix(self) -> Tensor:
-        """The stored `in_proj_weight` [3 · embed_dim, embed_dim]."""
-        weight = self._parameters.get(IN_PROJ)
-        return vars(self)[IN_PROJ] if weight is None else weight
-
-    def _stored(self) -> nn.Parameter:
-        stored = self._parameters[IN_PROJ]
-        if stored is None:
-            raise RuntimeError("the weight is a view of a flat parameter of FSDP")
-        return stored
 
     def forward(  # type: ignore[override]
         self, *args: Any, **kwargs: Any
@@ -135,17 +125,6 @@ class LoRAAttention(AdaptedFloatLayer, nn.MultiheadAttention):
             return self._given_back()
         return self._attention(stored, self.in_proj_bias, self.out_proj)
 
-    def check_restorable(self) -> None:
-        """Raises ValueError if the layer is sharded, and initial factors were absorbed."""
-        if self.absorbed:
-            refuse_sharded_change(self.matrix(), "unloaded")
-
-    def check_mergeable(self, adapter: Adapter, shared: bool) -> None:
-        """Raises ValueError if the weight is sharded."""
-        stored = self._parameters.get(IN_PROJ)
-        if stored is not None:
-            refuse_sharded_change(stored, "merged")
-
     @torch.no_grad()
     def base_linear(self) -> nn.Module:
         """A copy of the original layer."""
@@ -175,17 +154,6 @@ class LoRAAttention(AdaptedFloatLayer, nn.MultiheadAttention):
         plain.out_proj = out_proj
         trained: nn.Module = plain.train(self.training)
         return trained
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        own = (f"{prefix}adapters.", f"{prefix}_extra_state")
-        is_base = self.absorbed and not any(key.startswith(own) for key in state_dict)
-        if is_base and prefix + IN_PROJ in state_dict:
-            rest[-1].append(  # to the errors
-                f"{prefix}{IN_PROJ} is an original weight, but this layer's adapter subtracted its "
-                "start from the weight (residual='absorb'): load the base first and adapt it then"
-            )
-            return
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """The sizes and the active adapter's settings."""

@@ -30,7 +30,22 @@ _INSTEAD = {
 }
 
 
-class LoRAConv(AdaptedFloatLayer):
+class WholeFloatLayer(AdaptedFloatLayer):
+    """An adapted layer of a kind that is not changed while its weight is sharded."""
+
+    def check_restorable(self) -> None:
+        """Raises ValueError if the layer is sharded, and initial factors were absorbed."""
+        if self.absorbed:
+            refuse_sharded_change(self.matrix(), "unloaded")
+
+    def check_mergeable(self, adapter: Adapter, shared: bool) -> None:
+        """Raises ValueError if the weight is sharded."""
+        stored = self._parameters.get(self._weight_name)
+        if stored is not None:
+            refuse_sharded_change(stored, "merged")
+
+
+class LoRAConv(WholeFloatLayer):
     """y = conv(x, W) + b + s · conv₁(conv(drop(x), A), B), with W [out, in / groups, k ...] and b
     [out] frozen. conv has the layer's stride, padding, padding mode and dilation; conv₁ has kernels
     of size 1. A [r, in / groups · k ...] and B [out, r] are matrices: W is flattened from its
@@ -78,9 +93,7 @@ class LoRAConv(AdaptedFloatLayer):
 
     def _kernels(self) -> Tensor:
         """The stored weight [out, in / groups, k ...]."""
-        weight = self._parameters.get("weight")
-        if weight is None:  # FSDP has replaced it by a view of its flat parameter
-            weight = vars(self)["weight"]
+        weight = self._here()
         return weight.view_as(weight) if self._cast_by_hooks else weight
 
     def matrix(self) -> Tensor:
@@ -117,12 +130,12 @@ class LoRAConv(AdaptedFloatLayer):
         """s · (conv(drop(x), BRA) − conv(x, B₀A₀)) [(batch,) out, ...], without the bias of B."""
         p = adapter.lora_dropout if self.training else 0.0
         lora_B, scaling, start_A, start_B = adapter.operands(x.dtype)
-        start = None if start_A is None or start_B is None else (start_A, start_B)
-        right, left = product_factors(adapter.lora_A, lora_B, adapter.middle(), start)
+        factors = (adapter.lora_A, lora_B, adapter.middle(), start_A, start_B)
+        right, left = product_factors(*factors)
         dropped = nn.functional.dropout(x, p) if p else x
         update = self._product(dropped, right, left * scaling)
-        if p and start is not None:  # what is subtracted is not dropped
-            update = update + self._product(dropped - x, start[0], start[1] * scaling)
+        if p and start_A is not None and start_B is not None:  # they get x without dropout
+            update = update + self._product(dropped - x, start_A, start_B * scaling)
         return update
 
     def _product(self, x: Tensor, right: Tensor, left: Tensor) -> Tensor:
@@ -155,17 +168,6 @@ class LoRAConv(AdaptedFloatLayer):
         change_flattened_(stored, lambda matrix: absorbed.add_absorbed_(Shards.of(matrix)))
         vars(stored).pop(ABSORBED, None)
         return self._plain(stored, self.bias)
-
-    def check_restorable(self) -> None:
-        """Raises ValueError if the layer is sharded, and initial factors were absorbed."""
-        if self.absorbed:
-            refuse_sharded_change(self.matrix(), "unloaded")
-
-    def check_mergeable(self, adapter: Adapter, shared: bool) -> None:
-        """Raises ValueError if the weight is sharded."""
-        stored = self._parameters.get("weight")
-        if stored is not None:
-            refuse_sharded_change(stored, "merged")
 
     def _copied(self, matrix: Tensor, added: Tensor | None = None) -> nn.Module:
         kernels = self._kernels()

@@ -74,20 +74,27 @@ class AdaptedFloatLayer(AdaptedLayer):
     in_features: int
     out_features: int
     transposed = False
+    _weight_name = "weight"  # of the Parameter W
     _cast_by_hooks = False  # whether something casts or moves the weight around every forward
 
     def matrix(self) -> Tensor:
         """A view of the stored weight as [out, in]; absorbed initial factors are not added back."""
-        weight = self._parameters.get("weight")
-        if weight is None:  # FSDP has replaced it by a view of its flat parameter
-            weight = vars(self)["weight"]
+        weight = self._here()
         return weight.T if self.transposed else weight
+
+    def _here(self) -> Tensor:
+        """The stored W, in its own shape."""
+        stored = self._parameters.get(self._weight_name)
+        if stored is not None:
+            return stored
+        view: Tensor = vars(self)[self._weight_name]  # by FSDP, of its flat parameter
+        return view
 
     def base_weight(self) -> Tensor:
         """The W of `matrix` before the layer was adapted: a view, or a copy to which absorbed
         factors were added back. One that ZeRO-3 has partitioned is gathered, by all processes.
         """
-        stored = self._parameters.get("weight")
+        stored = self._parameters.get(self._weight_name)
         if stored is None or not is_partitioned(stored):
             return super().base_weight()
         weight = gathered(stored)
@@ -231,7 +238,7 @@ class AdaptedFloatLayer(AdaptedLayer):
         """Raises ValueError if an adapter cannot be merged into a sharded W, which other modules
         have too if it is `shared`.
         """
-        stored = self._parameters.get("weight")
+        stored = self._parameters.get(self._weight_name)
         if stored is None or not is_sharded(stored):
             return
         if adapter.lora_magnitude is not None:
@@ -257,7 +264,7 @@ class AdaptedFloatLayer(AdaptedLayer):
 
     def _stored(self) -> nn.Parameter:
         """The Parameter W, as it is stored."""
-        stored = self._parameters["weight"]
+        stored = self._parameters[self._weight_name]
         if stored is None:
             raise RuntimeError("the weight is a view of a flat parameter of FSDP")
         return stored
@@ -338,10 +345,11 @@ class AdaptedFloatLayer(AdaptedLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         own = (f"{prefix}adapters.", f"{prefix}_extra_state")
         is_base = self.absorbed and not any(key.startswith(own) for key in state_dict)
-        if is_base and f"{prefix}weight" in state_dict:
+        if is_base and prefix + self._weight_name in state_dict:
             rest[-1].append(  # to the errors
-                f"{prefix}weight is an original weight, but this layer's adapter subtracted its "
-                "start from the weight (residual='absorb'): load the base first and adapt it then"
+                f"{prefix}{self._weight_name} is an original weight, but this layer's adapter "
+                "subtracted its start from the weight (residual='absorb'): load the base first and "
+                "adapt it then"
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -365,13 +373,12 @@ def _updated(stored: Tensor, update: Update, gain: Tensor | None = None) -> Tens
     """W + s(BA − B₀A₀) [out, in], with BRA for BA if there is an R, and its rows multiplied by
     `gain` [out] if that is given; in W's dtype.
     """
-    start_A, start_B = update.start_A, update.start_B
-    start = None if start_A is None or start_B is None else (start_A, start_B)
+    factors = (update.lora_A, update.lora_B, update.lora_R, update.start_A, update.start_B)
     with without_autocast(stored):
-        right, left = product_factors(update.lora_A, update.lora_B, update.lora_R, start)
+        right, left = product_factors(*factors)
         work = torch.promote_types(stored.dtype, right.dtype)
-        factors = (left.to(work), right.to(work))
-        matrix = torch.addmm(stored.to(work), *factors, alpha=update.scaling)
+        pair = (left.to(work), right.to(work))
+        matrix = torch.addmm(stored.to(work), *pair, alpha=update.scaling)
     return (matrix if gain is None else matrix * gain[:, None]).to(stored.dtype)
 
 

@@ -151,8 +151,7 @@ def dora_linear(
     check_operand("magnitude", magnitude, (weight.shape[0],), x, weight, lora_A.shape[0])
     measured = weight if measured is None else measured
     with torch.no_grad():
-        start = None if start_A is None or start_B is None else (start_A, start_B)
-        factors = product_factors(lora_A, lora_B, lora_R, start)
+        factors = product_factors(lora_A, lora_B, lora_R, start_A, start_B)
         norms = torch.ops.lora.row_norms(measured, *factors, scaling)
     learned = (x, weight, bias, lora_A, lora_B, lora_R, magnitude)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):

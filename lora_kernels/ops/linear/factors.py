@@ -9,23 +9,27 @@ from torch import Tensor
 
 
 def product_factors(
-    lora_A: Tensor, lora_B: Tensor, lora_R: Tensor | None, start: tuple[Tensor, Tensor] | None
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_R: Tensor | None,
+    start_A: Tensor | None,
+    start_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """[RA; RA − A₀] [k, in] and [B − B₀, B₀] [out, k], whose product is BRA − B₀A₀, in float32 or
-    wider, also under autocast. k = r if `start` is None, else 2r. Those of experts have a first
+    wider, also under autocast. k = 2r, or r without initial factors. Those of experts have a first
     dimension [E] more.
 
     The product may be rounded: its parts have the size of the update. Those of [RA; A₀] and
     [B, −B₀] have the size of W and cancel: bfloat16 can lose all of a small update.
     """
-    work = widest(lora_A, lora_B, lora_R, *(start or ()))
+    work = widest(lora_A, lora_B, lora_R, start_A, start_B)
     right, left = lora_A.to(work), lora_B.to(work)
     if lora_R is not None:
         with without_autocast(right):
             right = lora_R.to(work) @ right
-    if start is None:
+    if start_A is None or start_B is None:
         return right, left
-    start_A, start_B = (factor.to(work) for factor in start)
+    start_A, start_B = start_A.to(work), start_B.to(work)
     return torch.cat([right, right - start_A], -2), torch.cat([left - start_B, start_B], -1)
 
 

@@ -105,6 +105,6 @@ def _update(wrapper: ParamWrapper, adapter: str, start: Start) -> tuple[Tensor, 
     """Factors of BA − B₀A₀, or of its transpose if the parameter is stored so, for each expert."""
     A, B = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     own, initial = stacks(wrapper, A, B), stacks(wrapper, *start)
-    right, left = product_factors(*own, None, initial)  # [E, 2r, in], [E, out, 2r]
+    right, left = product_factors(*own, None, *initial)  # [E, 2r, in], [E, out, 2r]
     transposed = getattr(wrapper.get_base_layer(), "is_transposed", False)
     return (right.mT, left.mT) if transposed else (left, right)

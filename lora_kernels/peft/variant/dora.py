@@ -82,7 +82,8 @@ def _gain(layer: LoraLayer, adapter: str) -> Tensor:
 @torch.no_grad()
 def _row_norms(layer: LoraLayer, adapter: str) -> Tensor:
     """‖V‖ [out] of the rows of V = W + s·(BA − B₀A₀), in float32 or wider."""
-    right, left = product_factors(*factors_of(layer, adapter), None, start_of(layer, adapter))
+    start_A, start_B = start_of(layer, adapter) or (None, None)
+    right, left = product_factors(*factors_of(layer, adapter), None, start_A, start_B)
     scaling = layer.scaling[adapter]
     if isinstance(scaling, Tensor):  # PEFT's hot-swapping, for compiled models
         left, scaling = left * scaling, 1.0

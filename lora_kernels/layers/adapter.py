@@ -220,6 +220,18 @@ class Adapter(WithStart, nn.Module):
             return (self.start_A, self.start_B) if self._subtracts else (None, None)
         return self.start_factors() or (None, None)
 
+    def lacks(self, name: str) -> bool:
+        """Whether a parameter is None, as most optional ones are: every forward asks, and the
+        attributes of nn.Module take 0.3 us each.
+        """
+        if self._parameters.get(name, self) is None:
+            return True
+        return getattr(self, name) is None  # a view by FSDP, or another adapter's
+
+    def middle(self) -> Tensor | None:
+        """What is between A and B: R or diag(λ) [r, r]; None if there is nothing."""
+        return None if self.lacks("lora_R") and self.lacks("lora_diag") else super().middle()
+
     def left(self) -> Tensor:
         """B [out, r]; of a fused layer, its blocks and zeros, which pass no gradient on."""
         if not self.options.parts:
@@ -244,11 +256,10 @@ class Adapter(WithStart, nn.Module):
 
     def output_bias(self, dtype: torch.dtype) -> Tensor | None:
         """s times the bias of B [out] for a forward in this dtype; None if there is none."""
-        if self.lora_bias is None:
+        bias = None if self.lacks("lora_bias") else self.lora_bias
+        if bias is None:
             return None
-        if is_dynamo_compiling():
-            return self.scaled(self.lora_bias, dtype)
-        return self.lora_bias * self.scaling
+        return self.scaled(bias, dtype) if is_dynamo_compiling() else bias * self.scaling
 
     def add_absorbed_(self, weight: Shards) -> None:
         """Adds the start that was absorbed, if one was, to the parts of W that are here."""

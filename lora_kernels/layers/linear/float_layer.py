@@ -140,7 +140,7 @@ class AdaptedFloatLayer(AdaptedLayer):
         factors = (adapter.lora_A, lora_B)  # [r, in], [out, r]
         seed = dropout_seed(x.device) if p else None
         others = (scaling, p, seed, start_A, start_B, adapter.middle())  # [r, in], [out, r], [r, r]
-        if adapter.lora_magnitude is None:
+        if adapter.lacks("lora_magnitude"):
             y: Tensor = torch.ops.lora.linear(x, matrix, self.bias, *factors, *others)
         else:
             magnitude = adapter.lora_magnitude  # [out]

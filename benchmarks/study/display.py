@@ -1,0 +1,79 @@
+"""The progress of a study: a line for each run, and a bar with the time that is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from benchmarks.study.methods import METHODS
+from benchmarks.study.plan import FINALISTS, RATES, SEEDS, Cell
+from benchmarks.study.running import Finished
+from benchmarks.study.store import Row, RunKey
+
+RUNS_OF_CELL = RATES + FINALISTS * (len(SEEDS) - 1)  # without extensions of the grid
+FIRST_GUESS = 40.0  # seconds of a run, until one has been timed
+
+
+class Display:
+    """Context manager; `show` is called after each run."""
+
+    def __init__(
+        self, console: Console, cells: Sequence[Cell], finished: Mapping[RunKey, Row]
+    ) -> None:
+        self._console, self._cells = console, cells
+        self._finished = finished
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(*columns, TextColumn("{task.fields[left]}"), console=console)
+        self._bar = self._progress.add_task("runs", total=0, left="")
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        self._update()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, run: Finished) -> None:
+        """Print one line, and bring the bar up to date."""
+        key, row = run.key, run.row
+        result = (
+            f"{row['start_loss'][:6]} → {row['loss'][:6]}, {float(row['metric']):.3f}"
+            if row["status"] == "done"
+            else "diverged"
+        )
+        self._console.print(
+            f"{key.task:10} {METHODS[key.method].title:24} r={key.r:<3} lr {key.lr} "
+            f"seed {key.seed}: {result} ({float(row['seconds']):.0f} s)",
+            highlight=False,
+        )
+        self._update()
+
+    def _update(self) -> None:
+        done, left = 0, 0.0
+        for cell in self._cells:
+            own = [k for k in self._finished if k[:3] == (cell.task, cell.method, cell.r)]
+            done += len(own)
+            left += max(0, RUNS_OF_CELL - len(own)) * self._seconds(cell.task)
+        total = max(done, RUNS_OF_CELL * len(self._cells))
+        self._progress.update(self._bar, completed=done, total=total, left=f"{_clock(left)} left")
+
+    def _seconds(self, task: str) -> float:
+        """The mean time of a task's runs so far."""
+        times = [float(row["seconds"]) for key, row in self._finished.items() if key.task == task]
+        return sum(times) / len(times) if times else FIRST_GUESS
+
+
+def _clock(seconds: float) -> str:
+    """As in "about 1 h 25 min"."""
+    minutes = round(seconds / 60)
+    hours = f"{minutes // 60} h " if minutes >= 60 else ""
+    return f"about {hours}{minutes % 60} min"

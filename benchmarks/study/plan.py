@@ -1,0 +1,97 @@
+"""Which runs the study makes: parts of cells, and the rates and seeds of a cell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.study.methods import ABLATIONS, CORE, FULL, METHODS, RANK, RIVALS
+from benchmarks.study.store import Shard
+
+RATES = 6  # of the first grid
+FINALISTS = 3  # rates that get all seeds
+SEEDS = (0, 1, 2)
+EXTENSIONS = 4  # rates more at most, on either side
+# η·κ at the best rate of the pilot (LoRA on the code task, one seed): where the grids begin.
+CENTER = 3e-4
+BELOW = 3  # rates of the first grid below the center; two are above it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task at one rank."""
+
+    task: str
+    method: str
+    r: int = RANK
+
+    @property
+    def title(self) -> str:
+        return f"{self.task}: {METHODS[self.method].title}, r = {self.r}"
+
+
+def _cells(task: str, methods: list[str], *ranks: int) -> list[Cell]:
+    return [Cell(task, method, r) for r in ranks or (RANK,) for method in methods]
+
+
+_OF_RANKS = ["lora", "loram", "pissa", "rslora", "lora_alpha"]
+# In the order in which they run, and in which they would be given up for lack of time.
+PARTS: dict[str, list[Cell]] = {
+    "main": _cells("code", CORE) + _cells("sentiment", CORE),
+    "rivals": _cells("code", RIVALS) + _cells("sentiment", RIVALS),
+    "digits": _cells("digits", [*_OF_RANKS, "loram_rslora", FULL]),
+    "ranks": _cells("code", _OF_RANKS, 8, 64) + _cells("sentiment", _OF_RANKS, 8, 64),
+    "ablations": _cells("code", ABLATIONS) + _cells("sentiment", ABLATIONS),
+}
+
+
+def cells_of(parts: list[str], shard: Shard) -> list[Cell]:
+    """The cells of these parts that belong to a shard: every n-th."""
+    cells = [cell for part in parts for cell in PARTS[part]]
+    return cells[shard.index - 1 :: shard.count]
+
+
+def rate(k: int) -> float:
+    """10^(k/2), rounded to the three digits that the files have."""
+    return float(f"{10 ** (k / 2):.2e}")
+
+
+def rate_index(lr: float) -> int:
+    """The k of a rate."""
+    return round(2 * math.log10(lr))
+
+
+def first_rates(step_size: float) -> list[int]:
+    """Six k around the rate that would change W, in a step, as the pilot's best rate did."""
+    center = rate_index(CENTER / step_size)
+    return list(range(center - BELOW, center - BELOW + RATES))
+
+
+def next_rate(losses: Mapping[int, float], first: list[int]) -> int | None:
+    """The k of the next run of the first seed: the first grid, then on past the end at which the
+    best loss is; None if the best is inside, or after `EXTENSIONS` rates past that end.
+
+    `losses` has the final loss of each k that has run, infinite if it diverged.
+    """
+    for k in first:
+        if k not in losses:
+            return k
+    low, high = min(losses), max(losses)
+    best = best_rate(losses)
+    if best == low and low > first[0] - EXTENSIONS:
+        return low - 1
+    if best == high and high < first[-1] + EXTENSIONS:
+        return high + 1
+    return None
+
+
+def best_rate(losses: Mapping[int, float]) -> int:
+    """The k of the smallest loss; the smaller of two equal ones."""
+    return min(losses, key=lambda k: (losses[k], k))
+
+
+def finalists(losses: Mapping[int, float]) -> list[int]:
+    """The k of the three smallest losses, without those that diverged."""
+    ranked = sorted((loss, k) for k, loss in losses.items() if math.isfinite(loss))
+    return sorted(k for _, k in ranked[:FINALISTS])

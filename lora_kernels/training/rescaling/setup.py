@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._utils.checks import check_positive
-from .._utils.errors import unknown_name
-from ..init import Initializer, Start, StartRequest, get_initializer
-from ..init.base import LayerRank
-from ..layers.linear import LoRALinear
-from ..model.install.sharded.fsdp import reshard
+from ..._utils.checks import check_positive
+from ..._utils.errors import unknown_name
+from ...init import Initializer, Start, StartRequest, get_initializer
+from ...init.base import LayerRank
+from ...layers.linear import LoRALinear
+from ...model.install.sharded.fsdp import reshard
 
 # When a factor is multiplied by α, its gradient is multiplied by 1 / α. These are the powers of α
 # by which the learning rate, eps and the weight decay are multiplied to compensate.

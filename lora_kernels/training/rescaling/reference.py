@@ -1,0 +1,71 @@
+"""What the study found of the learning rates that it tuned, and on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...init import Initializer, get_initializer
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """A task of the study: a model with so many `parameters`, trained for `steps` optimizer steps
+    of `batch` samples.
+    """
+
+    name: str
+    model: str
+    parameters: int
+    steps: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class StudyReference:
+    """The study's tuned learning rates in two numbers, and what they were measured with.
+
+    Attributes:
+        product: c, the geometric mean over all setups of the tuned rate times κ, the step size.
+            The rate is the peak of a linear warm-up and decay, of AdamW without weight decay.
+        spread: the largest factor, in either direction, between a tuned rate and c / κ.
+        tasks: the models and how long they were trained.
+        starts: the names of the starts.
+        ranks: the values of r.
+        scalings: the smallest and the largest s.
+
+    """
+
+    product: float
+    spread: float
+    tasks: tuple[StudyTask, ...]
+    starts: tuple[str, ...]
+    ranks: tuple[int, ...]
+    scalings: tuple[float, float]
+
+    def has_start(self, initializer: Initializer) -> bool:
+        """Whether the study has this kind of start, perhaps with other options."""
+        return type(initializer) in {type(get_initializer(name)) for name in self.starts}
+
+    def __str__(self) -> str:
+        models = dict.fromkeys(task.model for task in self.tasks)
+        return (
+            f"the study of {' and '.join(models)}, whose tuned rates lie within a factor of "
+            f"{self.spread:.2g} of c / κ"
+        )
+
+
+STUDY = StudyReference(
+    product=3e-4,  # filled from the study
+    spread=3.0,  # filled from the study
+    tasks=(  # filled from the study
+        StudyTask("code", "SmolLM2-135M", 135_000_000, steps=24, batch=4),
+        StudyTask("sentiment", "all-MiniLM-L6-v2", 23_000_000, steps=66, batch=16),
+        StudyTask("digits", "SmolLM2-135M", 135_000_000, steps=32, batch=16),
+    ),
+    starts=(  # filled from the study
+        *("lora", "loram", "pissa", "init_ab", "lora_ga", "milora", "olora", "lora_one"),
+        *("init_ab_plus", "lora_xs", "lora_sb"),
+    ),
+    ranks=(8, 16, 64),  # filled from the study
+    scalings=(1.0, 90.5),  # filled from the study: LoRA-α's 256 / √8
+)

@@ -1,0 +1,129 @@
+"""κ, the step size of a start: how far one step of Adam at the rate 1 moves W.
+
+It is the root mean square of the entries of the change of W (`adam_growth`), over a whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...init import Initializer, Start
+from ...init.fused import Parts, blocks
+from ..magnitude import adam_growth
+
+LAYERS = 4  # of each kind for which a slow start is computed, unless a user says how many
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """An adapted layer: `shape` is (out, in) of W, or of one expert; `entries` is the number of
+    entries of W that an adapter moves, of all experts together.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    r: int
+    scaling: float
+    entries: int
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for layers that differ in the numbers of their blocks only."""
+        words = tuple(part for part in self.name.split(".") if not part.isdecimal())
+        return words, self.shape, self.r, self.scaling
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """κ of a model: `measured` of its adapted `layers` were; `scaling` is the smallest and the
+    largest s, `ranks` the smallest and the largest r.
+    """
+
+    value: float
+    measured: int
+    layers: int
+    scaling: tuple[float, float]
+    ranks: tuple[int, int]
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerSize], squares: Mapping[str, float]) -> StepSize:
+        """κ² = Σ κ²_l entries_l / Σ entries_l, from κ² of layers by name.
+
+        Layers that were not measured count with the mean of their kind; one of each kind has to be.
+
+        Raises:
+            ValueError: κ is zero or not finite.
+
+        """
+        total = 0.0
+        for own in _kinds(layers).values():
+            found = [squares[layer.name] for layer in own if layer.name in squares]
+            total += sum(layer.entries for layer in own) * sum(found) / len(found)
+        value = math.sqrt(total / sum(layer.entries for layer in layers))
+        if not 0 < value < math.inf:
+            raise ValueError(
+                f"the step size of this start is {value:g}: its factors are zero or too large in "
+                "every layer, and no learning rate follows from it"
+            )
+        scalings, ranks = [own.scaling for own in layers], [own.r for own in layers]
+        return cls(
+            value,
+            len(squares),
+            len(layers),
+            (min(scalings), max(scalings)),
+            (min(ranks), max(ranks)),
+        )
+
+
+def is_slow(initializer: Initializer) -> bool:
+    """Whether the start is computed from the entries of W or from data, as by an SVD."""
+    from_data = initializer.needs_gradient or initializer.needs_activations
+    return initializer.reads_entries or from_data
+
+
+def sampled(layers: Sequence[LayerSize], limit: int | None) -> list[LayerSize]:
+    """At most `limit` layers of each kind, evenly spaced; all of them if None."""
+    found = []
+    for own in _kinds(layers).values():
+        count = len(own) if limit is None else min(limit, len(own))
+        # The middles of `count` equal parts.
+        found += [own[(2 * k + 1) * len(own) // (2 * count)] for k in range(count)]
+    return found
+
+
+def start_square(
+    start: Start, scaling: float, *, trains: str = "AB", ratio: float = 1.0, parts: Parts = ()
+) -> float:
+    """κ² = s² · `adam_growth` of one layer's start, with s = `scaling`.
+
+    Of experts [E, ...] it is their mean; of a fused layer that of its `parts`, by their rows: the
+    zeros of B outside the parts' blocks do not train. `trains` and `ratio` are those of
+    `adam_growth`.
+    """
+    if start.lora_A.dim() == 3:
+        experts = range(len(start.lora_A))
+        each = [_growth(start.expert(e), trains, ratio) for e in experts]
+        return scaling**2 * sum(each) / len(each)
+    if not parts:
+        return scaling**2 * _growth(start, trains, ratio)
+    total = 0.0
+    for rows, own in blocks(parts, len(start.lora_A)):
+        diag = None if start.lora_diag is None else start.lora_diag[own]
+        part = Start(start.lora_A[own], start.lora_B[rows, own], lora_diag=diag)
+        total += (rows.stop - rows.start) * _growth(part, trains, ratio)
+    return scaling**2 * total / sum(end - begin for begin, end in parts)
+
+
+def _growth(start: Start, trains: str, ratio: float) -> float:
+    factors = start.lora_A, start.lora_B, start.lora_R, start.lora_diag
+    return adam_growth(*factors, trains=trains, ratio=ratio)
+
+
+def _kinds(layers: Sequence[LayerSize]) -> dict[tuple[object, ...], list[LayerSize]]:
+    """The layers by their kinds, in the order of the model."""
+    found: dict[tuple[object, ...], list[LayerSize]] = {}
+    for layer in layers:
+        found.setdefault(layer.kind, []).append(layer)
+    return found

@@ -35,6 +35,9 @@ def check(folder: Path, device: torch.device, console: Console) -> bool:
             losses = losses_of(published, cell, SEEDS[0])
             with console.status(f"Repeating {cell.title}, seed {SEEDS[0]}, the three best rates"):
                 runner.repeat(cell, SEEDS[0], finalists(losses))
+    if not repeated.finished:
+        console.print("No published run to repeat yet.")
+        return True
     here = {name: environment(device).get(name, "") for name in SAME}
     pairs = [(key, published[key], row) for key, row in repeated.finished.items()]
     print_table(console, "Published and repeated", [_line(*pair, here) for pair in pairs])

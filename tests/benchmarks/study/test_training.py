@@ -154,6 +154,12 @@ def test_no_run_begins_after_the_deadline(tmp_path: Path) -> None:
     assert not store.finished
 
 
+def test_there_is_nothing_to_check_at_first(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), record=True)
+    assert check.check(tmp_path, torch.device("cpu"), console)
+    assert "No published run" in console.export_text()
+
+
 def test_the_check_finds_a_changed_digit(tmp_path: Path) -> None:
     made, _ = runner(tmp_path)
     made.run([Cell("tiny", "loram", 4)])

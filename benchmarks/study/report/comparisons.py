@@ -1,0 +1,52 @@
+"""Comparisons of tuned methods, adjusted within their family."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from benchmarks.study.methods import RANK, REFERENCE
+from benchmarks.study.plan import Cell
+from benchmarks.study.report.cells import Measured, Study
+from benchmarks.study.report.statistics import Difference, holm, paired_difference, verdict
+
+
+class Comparison(NamedTuple):
+    """A difference of final losses, and its p adjusted over a family of comparisons."""
+
+    difference: Difference
+    p_holm: float
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, or not told apart."""
+        return verdict(self.difference.mean, self.p_holm)
+
+
+def difference(measured: Measured, reference: Measured) -> Difference:
+    """Of the final losses in percent, seed by seed, at each one's best rate."""
+    return paired_difference(measured.at_best("loss"), reference.at_best("loss"))
+
+
+def compare(family: Sequence[tuple[Measured, Measured]]) -> dict[Cell, Comparison]:
+    """Each first cell with its reference, the p adjusted over all of them."""
+    found = [difference(*pair) for pair in family]
+    adjusted = holm([each.p for each in found])
+    return {
+        measured.cell: Comparison(each, p)
+        for (measured, _), each, p in zip(family, found, adjusted, strict=True)
+    }
+
+
+def compare_with_lora(study: Study) -> Mapping[Cell, Comparison]:
+    """Every tuned cell with LoRA (B = 0) of its task and rank, where that is finished: one family
+    for each task at r = 16, and one for the other ranks.
+    """
+    families: dict[str, list[tuple[Measured, Measured]]] = defaultdict(list)
+    for measured in study.tuned:
+        cell = measured.cell
+        reference = study.reference(cell)
+        if cell.method != REFERENCE and reference is not None:
+            families[cell.task if cell.r == RANK else "ranks"].append((measured, reference))
+    return {cell: found for family in families.values() for cell, found in compare(family).items()}

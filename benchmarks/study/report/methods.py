@@ -1,0 +1,108 @@
+"""methods.csv: what each method reached at its best rate, and how far that is from LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study.methods import METHODS, REFERENCE
+from benchmarks.study.plan import SEEDS, Cell
+from benchmarks.study.report.cells import Measured, Study
+from benchmarks.study.report.comparisons import Comparison, compare_with_lora
+from benchmarks.study.report.statistics import first_reaching, width_near_best
+from benchmarks.study.store import rate_name
+
+ReportRow = dict[str, Any]
+DIVERGED = "diverged"  # the verdict on a cell in which each finalist diverged with some seed
+NO_REFERENCE = "no reference"  # LoRA of that task and rank is not finished
+METHOD_COLUMNS = (
+    *("task", "method", "title", "r", "scaling", "rate", "at_grid_end", "loss", "metric"),
+    *("difference_percent", "low", "high", "p", "p_holm", "verdict", "seeds"),
+    *("width_decades", "width_clipped", "steps_to_lora", "relative_update"),
+    *("start_seconds", "start_mib", "runs", "diverged"),
+)
+
+
+def method_rows(study: Study) -> list[ReportRow]:
+    """One row for each finished cell, task by task; what does not apply is empty.
+
+    - `rate`: the best; `at_grid_end`: whether it is the lowest or the highest that ran.
+    - `loss`, `metric`, `relative_update` = √(ν[ΔW]/ν[W]): means over the seeds at the best rate.
+    - `difference_percent`, `low`, `high`, `p`: the final loss against that of LoRA (B = 0) of the
+      same task and rank, paired by seed, with the ends of the 95 % interval. `p_holm` is adjusted
+      over the comparisons of the task at r = 16, or over those of all other ranks.
+    - `width_decades`: of the range of rates within 1 % of the best, first seed; `width_clipped`:
+      at which ends of the grid it is cut off.
+    - `steps_to_lora`: until the mean held-out loss is at LoRA's mean final loss.
+    - `start_seconds`, `start_mib`: what the start took, medians over the seeds.
+    """
+    comparisons = compare_with_lora(study)
+    return [_row(study, own, comparisons) for own in study.cells if own.finished]
+
+
+def _row(study: Study, own: Measured, comparisons: Mapping[Cell, Comparison]) -> ReportRow:
+    cell = own.cell
+    facts = {
+        "task": cell.task,
+        "method": cell.method,
+        "title": METHODS[cell.method].title,
+        "r": cell.r,
+        "scaling": float(next(iter(own.runs.values()))["scaling"]),
+        "runs": len(own.runs),
+        "diverged": own.diverged,
+        "seeds": len(SEEDS),
+    }
+    if own.best is None:
+        return facts | {"verdict": DIVERGED}
+    return {
+        **facts,
+        "rate": rate_name(own.best_rate),
+        "at_grid_end": "yes" if own.at_grid_end else "no",
+        "loss": own.mean_at_best("loss"),
+        "metric": own.mean_at_best("metric"),
+        **_against_lora(study, cell, comparisons),
+        **_width(own),
+        "steps_to_lora": _steps_to_lora(own, study.reference(cell)),
+        "relative_update": float(np.mean(relative_updates(own))),
+        "start_seconds": float(np.median(own.at_best("start_seconds"))),
+        "start_mib": float(np.median(own.at_best("start_mib"))),
+    }
+
+
+def relative_updates(own: Measured) -> list[float]:
+    """√(ν[ΔW]/ν[W]) at the end of the runs at the best rate, seed by seed."""
+    both = zip(own.at_best("nu_update"), own.at_best("nu_weight"), strict=True)
+    return [math.sqrt(update / weight) for update, weight in both]
+
+
+def _against_lora(study: Study, cell: Cell, comparisons: Mapping[Cell, Comparison]) -> ReportRow:
+    if cell not in comparisons:
+        missing = cell.method != REFERENCE and study.reference(cell) is None
+        return {"verdict": NO_REFERENCE if missing else ""}
+    (mean, low, high, p), p_holm = comparisons[cell]
+    return {
+        "difference_percent": mean,
+        "low": low,
+        "high": high,
+        "p": p,
+        "p_holm": p_holm,
+        "verdict": comparisons[cell].verdict,
+    }
+
+
+def _width(own: Measured) -> ReportRow:
+    width = width_near_best({k / 2: loss for k, loss in own.first.items()})
+    ends = {"low": width.clipped_low, "high": width.clipped_high}
+    clipped = " and ".join(end for end, is_clipped in ends.items() if is_clipped)
+    return {"width_decades": width.decades, "width_clipped": clipped}
+
+
+def _steps_to_lora(own: Measured, reference: Measured | None) -> float | str:
+    """Empty if there is no reference or no curve, "never" if the loss stays above it."""
+    if reference is None or not own.mean_curve():
+        return ""
+    steps = first_reaching(own.mean_curve(), reference.mean_at_best("loss"))
+    return "never" if steps is None else steps

@@ -1,0 +1,97 @@
+"""rates.csv: the best rates that were found, and those that theory predicts from LoRA's.
+
+An Adam step at the rate η changes W by a matrix of root mean square η·κ, so that best rate · κ
+would be the same for all methods (hypothesis 2 of docs/study.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.study.methods import METHODS, REFERENCE
+from benchmarks.study.report.cells import Measured, Study
+from benchmarks.study.report.methods import ReportRow
+from benchmarks.study.report.statistics import geometric_mean, spread, vertex
+from benchmarks.study.store import rate_name
+
+RATE_COLUMNS = (
+    *("task", "method", "title", "r", "scaling", "step_size", "rate", "at_grid_end"),
+    *("predicted_rate", "ratio", "rate_times_step_size", "interpolated_rate"),
+    *("interpolated_predicted_rate", "interpolated_ratio", "interpolated_times_step_size"),
+)
+
+
+def rate_rows(study: Study) -> list[ReportRow]:
+    """One row for each tuned cell, task by task; what does not apply is empty.
+
+    `predicted_rate` is LoRA's best rate on the task at r = 16 times κ_LoRA/κ, and `ratio` is found
+    over predicted. The columns `interpolated_...` are the same with the best rates between the
+    rates of the grid, LoRA's included.
+    """
+    return [_row(own, study.get(own.cell.task, REFERENCE)) for own in study.tuned]
+
+
+def _row(own: Measured, lora: Measured | None) -> ReportRow:
+    found, between = own.best_rate, interpolated_rate(own)
+    row: ReportRow = {
+        "task": own.cell.task,
+        "method": own.cell.method,
+        "title": METHODS[own.cell.method].title,
+        "r": own.cell.r,
+        "scaling": own.mean_at_best("scaling"),
+        "step_size": own.mean_at_best("step_size"),
+        "rate": rate_name(found),
+        "at_grid_end": "yes" if own.at_grid_end else "no",
+        "rate_times_step_size": found * own.mean_at_best("step_size"),
+    }
+    if lora is not None:
+        predicted = lora.best_rate * _smaller_steps(lora, own)
+        row |= {"predicted_rate": predicted, "ratio": found / predicted}
+    if between is not None:
+        row |= {
+            "interpolated_rate": between,
+            "interpolated_times_step_size": between * own.mean_at_best("step_size"),
+        }
+    if lora is not None and (of_lora := interpolated_rate(lora)) is not None:
+        predicted = of_lora * _smaller_steps(lora, own)
+        row["interpolated_predicted_rate"] = predicted
+        if between is not None:
+            row["interpolated_ratio"] = between / predicted
+    return row
+
+
+def _smaller_steps(lora: Measured, own: Measured) -> float:
+    """κ_LoRA/κ."""
+    return lora.mean_at_best("step_size") / own.mean_at_best("step_size")
+
+
+def interpolated_rate(own: Measured) -> float | None:
+    """The minimum of the parabola through the losses of the best rate and its two neighbors, drawn
+    against log η: the means of the seeds if the three rates have all seeds, else the first seed's
+    losses around its own best. None at an end of the grid or beside a diverged run.
+    """
+    first = own.first
+    around_first = min(first, key=lambda k: (first[k], k))
+    for losses, center in ((own.means, own.best), (first, around_first)):
+        if center is not None and {center - 1, center, center + 1} <= losses.keys():
+            at = vertex([(k / 2, losses[k]) for k in (center - 1, center, center + 1)])
+            return None if at is None else 10**at
+    return None
+
+
+def step_summaries(rows: Sequence[ReportRow]) -> list[ReportRow]:
+    """The geometric mean c of best rate · κ for each task and for all, and the factor f such that
+    90 % of the cells lie between c/f and c·f; on the grid, and between its rates.
+    """
+    tasks = list(dict.fromkeys(str(row["task"]) for row in rows))
+    summaries = []
+    for name in [*tasks, "all"] if len(tasks) > 1 else tasks:
+        own = [row for row in rows if name in ("all", row["task"])]
+        summary: ReportRow = {"task": name, "cells": len(own)}
+        for column in ("rate_times_step_size", "interpolated_times_step_size"):
+            values = [float(row[column]) for row in own if column in row]
+            kind = "" if column.startswith("rate") else "interpolated "
+            summary[f"{kind}c"] = geometric_mean(values) if values else None
+            summary[f"{kind}f"] = spread(values) if values else None
+        summaries.append(summary)
+    return summaries

@@ -21,7 +21,7 @@ from benchmarks.common.report import RESULTS
 from benchmarks.common.smollm2 import MissingWheelError
 from benchmarks.study.check import check
 from benchmarks.study.display import Display
-from benchmarks.study.plan import PARTS, cells_of
+from benchmarks.study.plan import PARTS, work_of
 from benchmarks.study.running import OutOfTimeError, Runner
 from benchmarks.study.store import Shard, Store, merge
 
@@ -84,12 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, deadline: float, console: Console) -> None:
-    cells = cells_of(options.parts, options.shard)
+    work = work_of(options.parts, options.shard)
     store = Store(options.out, options.shard)
-    with Display(console, cells, store.finished) as display:
+    with Display(console, work, store.finished) as display:
         runner = Runner(store, torch.device(options.device), display.show, deadline)
         try:
-            runner.run(cells)
+            runner.run(work)
         except OutOfTimeError:
             console.print("The time is over; the same command goes on from here.")
 

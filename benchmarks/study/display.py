@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from benchmarks.study.methods import METHODS
-from benchmarks.study.plan import FINALISTS, RATES, SEEDS, Cell
+from benchmarks.study.plan import CONFIRMATION, FINALISTS, FRESH_SEEDS, RATES, SEEDS, Cell
 from benchmarks.study.running import Finished
 from benchmarks.study.store import Row, RunKey
 
-RUNS_OF_CELL = RATES + FINALISTS * (len(SEEDS) - 1)  # without extensions of the grid
+TUNING = RATES + FINALISTS * (len(SEEDS) - 1)  # runs of a cell, without extensions of the grid
 FIRST_GUESS = 40.0  # seconds of a run, until one has been timed
 
 
@@ -21,9 +21,12 @@ class Display:
     """Context manager; `show` is called after each run."""
 
     def __init__(
-        self, console: Console, cells: Sequence[Cell], finished: Mapping[RunKey, Row]
+        self,
+        console: Console,
+        work: Sequence[tuple[str, Cell]],
+        finished: Mapping[RunKey, Row],
     ) -> None:
-        self._console, self._cells = console, cells
+        self._console, self._work = console, work
         self._finished = finished
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._progress = Progress(*columns, TextColumn("{task.fields[left]}"), console=console)
@@ -58,12 +61,18 @@ class Display:
         self._update()
 
     def _update(self) -> None:
-        done, left = 0, 0.0
-        for cell in self._cells:
-            own = [k for k in self._finished if k[:3] == (cell.task, cell.method, cell.r)]
-            done += len(own)
-            left += max(0, RUNS_OF_CELL - len(own)) * self._seconds(cell.task)
-        total = max(done, RUNS_OF_CELL * len(self._cells))
+        done, left, total = 0, 0.0, 0
+        for part, cell in self._work:
+            fresh = part == CONFIRMATION
+            own = [
+                key
+                for key in self._finished
+                if key[:3] == (cell.task, cell.method, cell.r)
+                and (key.seed in FRESH_SEEDS) == fresh
+            ]
+            planned = max(len(own), len(FRESH_SEEDS) if fresh else TUNING)
+            done, total = done + len(own), total + planned
+            left += (planned - len(own)) * self._seconds(cell.task)
         self._progress.update(self._bar, completed=done, total=total, left=f"{_clock(left)} left")
 
     def _seconds(self, task: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.study.methods import ABLATIONS, CORE, FULL, METHODS, RANK, RIVALS
@@ -12,6 +12,7 @@ from benchmarks.study.store import Shard
 RATES = 6  # of the first grid
 FINALISTS = 3  # rates that get all seeds
 SEEDS = (0, 1, 2)
+FRESH_SEEDS = (3, 4, 5, 6, 7)  # of the part "confirmation", which no rate was chosen by
 EXTENSIONS = 4  # rates more at most, on either side
 # η·κ at the best rate of the pilot (LoRA on the code task, one seed): where the grids begin.
 CENTER = 3e-4
@@ -36,9 +37,12 @@ def _cells(task: str, methods: list[str], *ranks: int) -> list[Cell]:
 
 
 _OF_RANKS = ["lora", "loram", "pissa", "rslora", "lora_alpha"]
+_CONFIRMED = ["lora", "loram", "pissa", "rslora", "loram_rslora", "lora_alpha", FULL]
+CONFIRMATION = "confirmation"  # the part that runs tuned cells again, at their best rates
 # In the order in which they run, and in which they would be given up for lack of time.
 PARTS: dict[str, list[Cell]] = {
     "main": _cells("code", CORE) + _cells("sentiment", CORE),
+    "confirmation": _cells("code", _CONFIRMED) + _cells("sentiment", _CONFIRMED),
     "rivals": _cells("code", RIVALS) + _cells("sentiment", RIVALS),
     "digits": _cells("digits", [*_OF_RANKS, "loram_rslora", FULL]),
     "ranks": _cells("code", _OF_RANKS, 8, 64) + _cells("sentiment", _OF_RANKS, 8, 64),
@@ -46,10 +50,10 @@ PARTS: dict[str, list[Cell]] = {
 }
 
 
-def cells_of(parts: list[str], shard: Shard) -> list[Cell]:
-    """The cells of these parts that belong to a shard: every n-th."""
-    cells = [cell for part in parts for cell in PARTS[part]]
-    return cells[shard.index - 1 :: shard.count]
+def work_of(parts: Sequence[str], shard: Shard) -> list[tuple[str, Cell]]:
+    """The cells of these parts, each with its part, that belong to a shard: every n-th."""
+    work = [(part, cell) for part in parts for cell in PARTS[part]]
+    return work[shard.index - 1 :: shard.count]
 
 
 def rate(k: int) -> float:
@@ -95,3 +99,10 @@ def finalists(losses: Mapping[int, float]) -> list[int]:
     """The k of the three smallest losses, without those that diverged."""
     ranked = sorted((loss, k) for k, loss in losses.items() if math.isfinite(loss))
     return sorted(k for _, k in ranked[:FINALISTS])
+
+
+def mean_losses(by_seed: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """The mean final loss of each k that has run with every seed and has not diverged."""
+    common = set.intersection(*(set(losses) for losses in by_seed))
+    means = {k: math.fsum(own[k] for own in by_seed) / len(by_seed) for k in sorted(common)}
+    return {k: mean for k, mean in means.items() if math.isfinite(mean)}

@@ -11,7 +11,19 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.common.harness import environment
-from benchmarks.study.plan import SEEDS, Cell, finalists, first_rates, next_rate, rate, rate_index
+from benchmarks.study.plan import (
+    CONFIRMATION,
+    FRESH_SEEDS,
+    SEEDS,
+    Cell,
+    best_rate,
+    finalists,
+    first_rates,
+    mean_losses,
+    next_rate,
+    rate,
+    rate_index,
+)
 from benchmarks.study.store import Row, RunKey, Store, rate_name
 from benchmarks.study.tasks import TASKS, Task
 from benchmarks.study.training import Outcome, Started
@@ -48,22 +60,25 @@ class Runner:
         self._started: tuple[Cell, int, Started] | None = None
         self._environment = environment(device)
 
-    def run(self, cells: Sequence[Cell]) -> None:
-        """All runs of these cells.
+    def run(self, work: Sequence[tuple[str, Cell]]) -> None:
+        """All runs of these cells of parts.
 
         Raises:
             OutOfTimeError: the deadline, in seconds of `time.monotonic`, has passed.
 
         """
-        for cell in cells:
-            self._run_cell(cell)
+        for part, cell in work:
+            if part == CONFIRMATION:
+                self._confirm(cell)
+            else:
+                self._tune(cell)
 
     def repeat(self, cell: Cell, seed: int, rates: Sequence[int]) -> None:
         """The runs of one seed at these rates, as k."""
         for k in rates:
             self._train(cell, seed, k)
 
-    def _run_cell(self, cell: Cell) -> None:
+    def _tune(self, cell: Cell) -> None:
         first = self._first_rates(cell)
         losses = losses_of(self._store.finished, cell, SEEDS[0])
         while (k := next_rate(losses, first)) is not None:
@@ -74,6 +89,14 @@ class Runner:
             for k in finalists(losses):
                 if k not in done:
                     self._train(cell, seed, k)
+
+    def _confirm(self, cell: Cell) -> None:
+        """The fresh seeds at the best rate; nothing if the cell is not tuned in this folder."""
+        means = mean_losses([losses_of(self._store.finished, cell, seed) for seed in SEEDS])
+        if means:
+            for seed in FRESH_SEEDS:
+                if best_rate(means) not in losses_of(self._store.finished, cell, seed):
+                    self._train(cell, seed, best_rate(means))
 
     def _first_rates(self, cell: Cell) -> list[int]:
         """From κ, which any finished run of the cell's first seed knows."""

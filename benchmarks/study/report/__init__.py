@@ -12,7 +12,13 @@ from benchmarks.study.report.cells import Study, read_study
 from benchmarks.study.report.document import marked
 from benchmarks.study.report.figures import draw
 from benchmarks.study.report.hypotheses import EVERYTHING, Finding, findings
-from benchmarks.study.report.methods import METHOD_COLUMNS, ReportRow, method_rows
+from benchmarks.study.report.methods import (
+    CONFIRMATION_COLUMNS,
+    METHOD_COLUMNS,
+    ReportRow,
+    confirmation_rows,
+    method_rows,
+)
 from benchmarks.study.report.rates import RATE_COLUMNS, rate_rows, step_summaries
 from benchmarks.study.report.tables import tables
 
@@ -34,6 +40,8 @@ def write_report(folder: Path, console: Console) -> None:
         return
     methods, rates, decided = method_rows(study), rate_rows(study), findings(study)
     _write(folder / "methods.csv", METHOD_COLUMNS, methods)
+    if confirmed := confirmation_rows(study):
+        _write(folder / "confirmation.csv", CONFIRMATION_COLUMNS, confirmed)
     _write(folder / "rates.csv", RATE_COLUMNS, rates)
     write_csv(folder / "hypotheses.csv", [vars(finding) for finding in decided])
     made = [marked(name, table) for name, table in tables(study).items()]

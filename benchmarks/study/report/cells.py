@@ -13,11 +13,15 @@ import numpy as np
 
 from benchmarks.study.methods import ABLATIONS, CORE, METHODS, RANK, REFERENCE, RIVALS
 from benchmarks.study.plan import (
+    CONFIRMATION,
+    FRESH_SEEDS,
     PARTS,
     SEEDS,
     Cell,
+    best_rate,
     finalists,
     first_rates,
+    mean_losses,
     next_rate,
     rate,
     rate_index,
@@ -26,7 +30,7 @@ from benchmarks.study.report.statistics import Point
 from benchmarks.study.store import Row, RunKey, read_curves, read_runs
 from lora_kernels._utils.errors import unknown_name
 
-PLANNED = [cell for cells in PARTS.values() for cell in cells]
+PLANNED = [cell for part, cells in PARTS.items() if part != CONFIRMATION for cell in cells]
 TASKS = list(dict.fromkeys(cell.task for cell in PLANNED))
 GROUPS = {"core": CORE, "rivals": RIVALS, "ablations": ABLATIONS}
 
@@ -61,12 +65,7 @@ class Measured:
     @cached_property
     def means(self) -> dict[int, float]:
         """The mean final loss of each k that all seeds have finished without diverging."""
-        found = {}
-        for k in self.first:
-            losses = [self.losses(seed).get(k, math.inf) for seed in SEEDS]
-            if all(map(math.isfinite, losses)):
-                found[k] = math.fsum(losses) / len(losses)
-        return found
+        return mean_losses([self.losses(seed) for seed in SEEDS])
 
     @cached_property
     def best(self) -> int | None:
@@ -75,7 +74,7 @@ class Measured:
         """
         if not self.finished or not self.means:
             return None
-        return min(self.means, key=lambda k: (self.means[k], k))
+        return best_rate(self.means)
 
     @property
     def best_rate(self) -> float:
@@ -101,6 +100,20 @@ class Measured:
         """
         best = self._best()
         return [number(self.runs[seed, best][column]) for seed in SEEDS]
+
+    def fresh(self, column: str) -> list[float]:
+        """A column's values at the best rate with the seeds that no rate was chosen by; empty
+        until all of them have run, or if one diverged.
+
+        Raises:
+            ValueError: the cell has no best rate.
+
+        """
+        best = self._best()
+        rows = [self.runs.get((seed, best)) for seed in FRESH_SEEDS]
+        if any(row is None or row["status"] != "done" for row in rows):
+            return []
+        return [number(row[column]) for row in rows]
 
     def mean_at_best(self, column: str) -> float:
         return float(np.mean(self.at_best(column)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.study.methods import RANK, REFERENCE
@@ -29,7 +29,15 @@ def difference(measured: Measured, reference: Measured) -> Difference:
     return paired_difference(measured.at_best("loss"), reference.at_best("loss"))
 
 
-def compare(family: Sequence[tuple[Measured, Measured]]) -> dict[Cell, Comparison]:
+def fresh_difference(measured: Measured, reference: Measured) -> Difference:
+    """The same with the seeds that no rate was chosen by."""
+    return paired_difference(measured.fresh("loss"), reference.fresh("loss"))
+
+
+def compare(
+    family: Sequence[tuple[Measured, Measured]],
+    difference: Callable[[Measured, Measured], Difference] = difference,
+) -> dict[Cell, Comparison]:
     """Each first cell with its reference, the p adjusted over all of them."""
     found = [difference(*pair) for pair in family]
     adjusted = holm([each.p for each in found])
@@ -50,3 +58,21 @@ def compare_with_lora(study: Study) -> Mapping[Cell, Comparison]:
         if cell.method != REFERENCE and reference is not None:
             families[cell.task if cell.r == RANK else "ranks"].append((measured, reference))
     return {cell: found for family in families.values() for cell, found in compare(family).items()}
+
+
+def confirm(study: Study, reference: str = REFERENCE) -> Mapping[Cell, Comparison]:
+    """Every cell at r = 16 that has run with the fresh seeds with the `reference` method of its
+    task, on these seeds: one family for each task.
+    """
+    families: dict[str, list[tuple[Measured, Measured]]] = defaultdict(list)
+    for measured in study.tuned:
+        task, method, r = measured.cell.task, measured.cell.method, measured.cell.r
+        against = study.get(task, reference)
+        ready = r == RANK and method != reference and against is not None
+        if ready and measured.fresh("loss") and against.fresh("loss"):
+            families[task].append((measured, against))
+    return {
+        cell: found
+        for family in families.values()
+        for cell, found in compare(family, fresh_difference).items()
+    }

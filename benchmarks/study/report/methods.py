@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.methods import METHODS, REFERENCE
-from benchmarks.study.plan import SEEDS, Cell
+from benchmarks.study.methods import METHODS, RANK, REFERENCE
+from benchmarks.study.plan import FRESH_SEEDS, SEEDS, Cell
 from benchmarks.study.report.cells import Measured, Study
-from benchmarks.study.report.comparisons import Comparison, compare_with_lora
+from benchmarks.study.report.comparisons import Comparison, compare_with_lora, confirm
 from benchmarks.study.report.statistics import first_reaching, width_near_best
 from benchmarks.study.store import rate_name
 
@@ -41,6 +41,43 @@ def method_rows(study: Study) -> list[ReportRow]:
     """
     comparisons = compare_with_lora(study)
     return [_row(study, own, comparisons) for own in study.cells if own.finished]
+
+
+CONFIRMATION_COLUMNS = (
+    *("task", "method", "title", "r", "scaling", "rate", "loss", "metric"),
+    *("difference_percent", "low", "high", "p", "p_holm", "verdict"),
+    *("difference_from_pissa_percent", "low_pissa", "high_pissa", "seeds"),
+)
+
+
+def confirmation_rows(study: Study) -> list[ReportRow]:
+    """One row for each cell that has run with the fresh seeds, at the rate that the first three
+    seeds chose: the columns of `method_rows` from the fresh seeds alone, and the difference from
+    PiSSA.
+    """
+    with_lora, with_pissa = confirm(study), confirm(study, "pissa")
+    rows = []
+    for own in study.tuned:
+        if own.cell.r != RANK or not own.fresh("loss"):
+            continue
+        row = {
+            "task": own.cell.task,
+            "method": own.cell.method,
+            "title": METHODS[own.cell.method].title,
+            "r": own.cell.r,
+            "scaling": own.mean_at_best("scaling"),
+            "rate": rate_name(own.best_rate),
+            "at_grid_end": "yes" if own.at_grid_end else "no",
+            "loss": float(np.mean(own.fresh("loss"))),
+            "metric": float(np.mean(own.fresh("metric"))),
+            **_against_lora(study, own.cell, with_lora),
+            "seeds": len(FRESH_SEEDS),
+        }
+        if own.cell in with_pissa:
+            mean, low, high, _ = with_pissa[own.cell].difference
+            row |= {"difference_from_pissa_percent": mean, "low_pissa": low, "high_pissa": high}
+        rows.append(row)
+    return rows
 
 
 def _row(study: Study, own: Measured, comparisons: Mapping[Cell, Comparison]) -> ReportRow:

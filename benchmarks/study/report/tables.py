@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from benchmarks.study.methods import FULL, METHODS, RANK
 from benchmarks.study.report.cells import PLANNED, TASKS, Study
 from benchmarks.study.report.hypotheses import EVERYTHING, findings
-from benchmarks.study.report.methods import ReportRow, method_rows
+from benchmarks.study.report.methods import ReportRow, confirmation_rows, method_rows
 from benchmarks.study.report.rates import rate_rows
 
 NOTHING = "None of these runs is finished."
@@ -21,6 +21,10 @@ _TASK_HEADS = (
     *("decades within 1 %", "steps to LoRA's loss", "update", "start, s"),
 )
 _RANK_HEADS = ("task", "method", "r", "s", "best rate", "loss", _DIFFERENCE, "verdict")
+_CONFIRMATION_HEADS = (
+    *("task", "method", "s", "best rate", "loss", _DIFFERENCE, "verdict", "metric"),
+    "difference from PiSSA (95 % interval)",
+)
 _RATE_HEADS = (
     *("task", "method", "r", "s", "κ", "best rate", "predicted", "found / predicted"),
     *("between rates", "found / predicted, between", "best rate · κ"),
@@ -32,6 +36,7 @@ def tables(study: Study) -> dict[str, str]:
     """A table for each task, and those of the ranks, the rates and the hypotheses."""
     rows = method_rows(study)
     found = {task: _of_task(study, task, rows) for task in TASKS}
+    found["confirmation"] = _of_confirmation(confirmation_rows(study))
     found["ranks"] = _of_ranks(rows)
     found["rates"] = _of_rates(rate_rows(study))
     found["hypotheses"] = _of_hypotheses(study)
@@ -60,6 +65,19 @@ def _untouched(study: Study, task: str) -> tuple[object, ...]:
     facts: ReportRow = {"loss": float(row["start_loss"]), "metric": float(row["start_metric"])}
     known = ("untouched model", "", "", _number(facts, "loss", ".4f"), "", "", _percent(facts))
     return (*known, *([""] * (len(_TASK_HEADS) - len(known))))
+
+
+def _of_confirmation(rows: Sequence[ReportRow]) -> str:
+    """What the fresh seeds say."""
+    lines = [
+        (
+            *(row["task"], row["title"], _scaling(row), _rate(row), _number(row, "loss", ".4f")),
+            *(_difference(row), row["verdict"], _percent(row)),
+            _between(row, "difference_from_pissa_percent", "low_pissa", "high_pissa"),
+        )
+        for row in rows
+    ]
+    return _table(_CONFIRMATION_HEADS, lines, rows)
 
 
 def _of_ranks(rows: Sequence[ReportRow]) -> str:
@@ -141,9 +159,14 @@ def _percent(row: ReportRow) -> str:
 
 
 def _difference(row: ReportRow) -> str:
-    if "difference_percent" not in row:
+    return _between(row, "difference_percent", "low", "high")
+
+
+def _between(row: ReportRow, *names: str) -> str:
+    """A difference with its interval; empty if there is none."""
+    if names[0] not in row:
         return ""
-    mean, low, high = (_signed(row[name]) for name in ("difference_percent", "low", "high"))
+    mean, low, high = (_signed(row[name]) for name in names)
     return f"{mean} % ({low} to {high})"
 
 

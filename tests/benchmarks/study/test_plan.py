@@ -14,12 +14,12 @@ from benchmarks.study.plan import (
     RATES,
     SEEDS,
     Cell,
-    cells_of,
     finalists,
     first_rates,
     next_rate,
     rate,
     rate_index,
+    work_of,
 )
 from benchmarks.study.store import Shard
 
@@ -71,14 +71,14 @@ def test_finalists_are_the_three_best_that_did_not_diverge() -> None:
 
 def test_the_shards_cover_every_cell_once() -> None:
     parts = list(PARTS)
-    shards = [cells_of(parts, Shard(i, 3)) for i in (1, 2, 3)]
-    everything = cells_of(parts, Shard())
+    shards = [work_of(parts, Shard(i, 3)) for i in (1, 2, 3)]
+    everything = work_of(parts, Shard())
     assert sorted(str(c) for shard in shards for c in shard) == sorted(map(str, everything))
     assert len(set(everything)) == len(everything)
 
 
 def test_every_method_has_a_main_cell_on_code_and_sentiment() -> None:
-    cells = set(cells_of(list(PARTS), Shard()))
+    cells = {cell for _, cell in work_of(list(PARTS), Shard())}
     assert all(Cell(task, method) in cells for task in ("code", "sentiment") for method in METHODS)
     assert Cell("digits", REFERENCE) in cells and len(SEEDS) >= 3
 

@@ -15,14 +15,22 @@ from rich.console import Console  # noqa: E402
 from scipy import stats  # noqa: E402
 
 from benchmarks.study.methods import FULL, METHODS  # noqa: E402
-from benchmarks.study.plan import SEEDS, Cell, finalists, first_rates, next_rate, rate  # noqa: E402
+from benchmarks.study.plan import (  # noqa: E402
+    FRESH_SEEDS,
+    SEEDS,
+    Cell,
+    finalists,
+    first_rates,
+    next_rate,
+    rate,
+)
 from benchmarks.study.report import statistics, write_report  # noqa: E402
 from benchmarks.study.report.__main__ import main  # noqa: E402
 from benchmarks.study.report.cells import PLANNED, Study  # noqa: E402
 from benchmarks.study.report.document import put_tables  # noqa: E402
 from benchmarks.study.report.figures import FIGURES  # noqa: E402
 from benchmarks.study.report.hypotheses import findings  # noqa: E402
-from benchmarks.study.report.methods import method_rows  # noqa: E402
+from benchmarks.study.report.methods import confirmation_rows, method_rows  # noqa: E402
 from benchmarks.study.report.rates import interpolated_rate, rate_rows, step_summaries  # noqa: E402
 from benchmarks.study.report.tables import NOTHING, tables  # noqa: E402
 from benchmarks.study.store import CURVE_COLUMNS, RUN_COLUMNS, rate_name, write_rows  # noqa: E402
@@ -42,7 +50,7 @@ def step_size(cell: Cell) -> float:
 def bowl(cell: Cell, k: int, seed: int) -> float:
     """A loss that depends on nothing but η·κ and the seed."""
     off = math.log10(step_size(cell) / BEST) + k / 2
-    return 2.0 * NOISE[seed] * (1 + BOWL * off**2)
+    return 2.0 * NOISE[seed % 3] * (1 + BOWL * off**2)
 
 
 def run(cell: Cell, k: int, seed: int, loss: float, **changes: object) -> dict[str, str]:
@@ -64,7 +72,7 @@ def run(cell: Cell, k: int, seed: int, loss: float, **changes: object) -> dict[s
         "nu_update": (10 * kappa * 10 ** (k / 2)) ** 2,
         "scaling": 1.0,
         "step_size": kappa,
-        "start_seconds": [0.5, 9.0, 0.7][seed],
+        "start_seconds": [0.5, 9.0, 0.7][seed % 3],
         "start_mib": 26,
     } | changes
     return {name: str(row.get(name, "")) for name in RUN_COLUMNS}
@@ -360,7 +368,7 @@ def test_between_the_rates_of_the_first_seed_where_means_are_missing():
 
     def loss(cell, k, seed):
         losses = dict(zip(first, (3.0, 2.0, 2.8, 2.1, 2.6, 3.0), strict=True))
-        return losses[k] * NOISE[seed]
+        return losses[k] * NOISE[seed % 3]
 
     own = study_of(runs_of(LORA, loss)).get("code", "lora")
     wanted = statistics.vertex([(first[0] / 2, 3.0), (first[1] / 2, 2.0), (first[2] / 2, 2.8)])
@@ -431,7 +439,7 @@ def test_a_rate_outside_the_band(whole):
 
 def test_losses_that_the_rate_decides_are_on_no_curve_of_magnitude(whole):
     def by_rate(cell, k, seed):
-        return 2.0 * NOISE[seed] * (1 + 0.02 * (k / 2 + 3.5) ** 2)
+        return 2.0 * NOISE[seed % 3] * (1 + 0.02 * (k / 2 + 3.5) ** 2)
 
     cells = {c: runs_of(c, by_rate) if c.task == "code" and c.r == 16 else whole[c] for c in whole}
     found = verdicts(cells, "code")
@@ -459,7 +467,7 @@ def test_loram_apart_from_pissa_and_from_an_ablation(whole):
 def test_a_best_rate_that_moves_with_the_rank(whole):
     def moving(cell, k, seed):
         off = math.log10(step_size(cell) / BEST) + k / 2 + 0.5 * math.log10(cell.r / 16)
-        return 2.0 * NOISE[seed] * (1 + BOWL * off**2)
+        return 2.0 * NOISE[seed % 3] * (1 + BOWL * off**2)
 
     cells = {
         Cell("code", "rslora", r): runs_of(Cell("code", "rslora", r), moving) for r in (8, 16, 64)
@@ -551,8 +559,40 @@ def test_markers_that_do_not_fit_leave_the_document_alone(tmp_path, text, messag
     assert [path.name for path in tmp_path.iterdir()] == ["study.md"]
 
 
+def fresh_runs(cell: Cell, losses: list[float]) -> list[dict[str, str]]:
+    """The part "confirmation" of a cell, with these final losses, at its best rate."""
+    best = study_of(runs_of(cell)).get(cell.task, cell.method).best
+    return [run(cell, best, seed, x) for seed, x in zip(FRESH_SEEDS, losses, strict=True)]
+
+
+def test_the_confirmation_is_of_the_fresh_seeds_alone():
+    lora, loram = [2.0, 2.1, 1.9, 2.0, 2.2], [1.98, 2.12, 1.85, 1.99, 2.15]
+    tuned = [runs_of(LORA), runs_of(LORAM), runs_of(Cell("code", "pissa"))]
+    study = study_of(*tuned, fresh_runs(LORA, lora), fresh_runs(LORAM, loram))
+    first, second = confirmation_rows(study)  # PiSSA has not run with the fresh seeds
+    percent = 100 * (np.array(loram) / np.array(lora) - 1)
+    oracle = stats.ttest_1samp(percent, 0.0)
+    interval = oracle.confidence_interval(0.95)
+    assert first["loss"] == pytest.approx(np.mean(lora)) and first["verdict"] == ""
+    assert second["difference_percent"] == pytest.approx(percent.mean())
+    assert (second["low"], second["high"]) == pytest.approx((interval.low, interval.high))
+    assert second["p_holm"] == pytest.approx(oracle.pvalue)
+    assert "difference_from_pissa_percent" not in second
+    # What the first seeds say is as it was.
+    without = [dict(row, runs=0) for row in method_rows(study_of(*tuned))]
+    assert [dict(row, runs=0) for row in method_rows(study)] == without
+
+
+def test_a_confirmation_waits_for_all_fresh_seeds():
+    some = fresh_runs(LORA, [2.0] * 5)[:-1]
+    assert confirmation_rows(study_of(runs_of(LORA), some)) == []
+    diverged = fresh_runs(LORA, [2.0, 2.0, math.inf, 2.0, 2.0])
+    assert confirmation_rows(study_of(runs_of(LORA), diverged)) == []
+
+
 def test_every_table_has_as_many_cells_as_heads(whole):
-    for table in tables(study_of(*whole.values())).values():
+    fresh = [fresh_runs(LORA, [2.0] * 5), fresh_runs(LORAM, [2.0, 2.0, 2.1, 2.0, 2.0])]
+    for table in tables(study_of(*whole.values(), *fresh)).values():
         lines = [line for line in table.splitlines() if line.startswith("|")]
         assert len(lines) > 2
         assert len({line.count("|") for line in lines}) == 1

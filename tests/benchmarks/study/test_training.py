@@ -116,10 +116,11 @@ def test_a_run_that_diverges_stops() -> None:
 
 def test_a_killed_study_goes_on_and_writes_the_same_rows(tmp_path: Path) -> None:
     cells = [Cell("tiny", "lora", 4), Cell("tiny", "pissa", 4)]
+    work = [(part, cell) for part in ("main", plan.CONFIRMATION) for cell in cells]
     whole, _ = runner(tmp_path / "whole")
-    whole.run(cells)
+    whole.run(work)
     expected = read_runs(tmp_path / "whole")
-    assert len(expected) >= 2 * (plan.RATES + 2 * plan.FINALISTS)
+    assert len(expected) >= 2 * (plan.RATES + 2 * plan.FINALISTS + len(plan.FRESH_SEEDS))
 
     seen: list = []
 
@@ -134,7 +135,7 @@ def test_a_killed_study_goes_on_and_writes_the_same_rows(tmp_path: Path) -> None
     for _ in range(20):
         store = Store(tmp_path / "pieces")
         try:
-            Runner(store, torch.device("cpu"), report).run(cells)
+            Runner(store, torch.device("cpu"), report).run(work)
         except KilledError:
             continue
         break
@@ -150,7 +151,7 @@ def test_a_killed_study_goes_on_and_writes_the_same_rows(tmp_path: Path) -> None
 def test_no_run_begins_after_the_deadline(tmp_path: Path) -> None:
     late, store = runner(tmp_path, deadline=0.0)
     with pytest.raises(OutOfTimeError):
-        late.run([Cell("tiny", "lora", 4)])
+        late.run([("main", Cell("tiny", "lora", 4))])
     assert not store.finished
 
 
@@ -162,7 +163,7 @@ def test_there_is_nothing_to_check_at_first(tmp_path: Path) -> None:
 
 def test_the_check_finds_a_changed_digit(tmp_path: Path) -> None:
     made, _ = runner(tmp_path)
-    made.run([Cell("tiny", "loram", 4)])
+    made.run([("main", Cell("tiny", "loram", 4))])
     console = Console(width=200, record=True, file=io.StringIO())
     assert check.check(tmp_path, torch.device("cpu"), console)
     assert "equal to the last digit" in console.export_text()

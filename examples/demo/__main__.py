@@ -156,8 +156,8 @@ def show(console: Console, outcomes: Sequence[Outcome]) -> None:
     console.print(
         "start |Δlogit|: the largest difference to the untouched model. Loss: per token, on texts "
         "that are not trained on. +MiB: how far the process grew while initialising (adapters "
-        "included) and while training. All three have one learning rate here; docs/study.md has each "
-        "at its own best rate.",
+        "included) and while training. All three have one learning rate here; docs/study.md has "
+        "each at its own best rate.",
         style="dim",
     )
 

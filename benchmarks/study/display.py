@@ -9,10 +9,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from benchmarks.study.methods import METHODS
-from benchmarks.study.plan import CONFIRMATION, FINALISTS, FRESH_SEEDS, RATES, SEEDS, Cell
+from benchmarks.study.plan import (
+    CONFIRMATION,
+    FINALISTS,
+    FRESH_SEEDS,
+    PARTS,
+    RATES,
+    REFINEMENT,
+    SEEDS,
+    Cell,
+    rate_index,
+)
 from benchmarks.study.running import Finished
 from benchmarks.study.store import Row, RunKey
 
+RUNS = {REFINEMENT: 2 * len(SEEDS), CONFIRMATION: len(FRESH_SEEDS)}
 TUNING = RATES + FINALISTS * (len(SEEDS) - 1)  # runs of a cell, without extensions of the grid
 FIRST_GUESS = 40.0  # seconds of a run, until one has been timed
 
@@ -63,14 +74,12 @@ class Display:
     def _update(self) -> None:
         done, left, total = 0, 0.0, 0
         for part, cell in self._work:
-            fresh = part == CONFIRMATION
             own = [
                 key
                 for key in self._finished
-                if key[:3] == (cell.task, cell.method, cell.r)
-                and (key.seed in FRESH_SEEDS) == fresh
+                if key[:3] == (cell.task, cell.method, cell.r) and part in _parts_of(key)
             ]
-            planned = max(len(own), len(FRESH_SEEDS) if fresh else TUNING)
+            planned = max(len(own), RUNS.get(part, TUNING))
             done, total = done + len(own), total + planned
             left += (planned - len(own)) * self._seconds(cell.task)
         self._progress.update(self._bar, completed=done, total=total, left=f"{_clock(left)} left")
@@ -79,6 +88,15 @@ class Display:
         """The mean time of a task's runs so far."""
         times = [float(row["seconds"]) for key, row in self._finished.items() if key.task == task]
         return sum(times) / len(times) if times else FIRST_GUESS
+
+
+def _parts_of(key: RunKey) -> list[str]:
+    """The parts that a run may belong to."""
+    if key.seed in FRESH_SEEDS:
+        return [CONFIRMATION]
+    if rate_index(float(key.lr)) % 1:
+        return [REFINEMENT]
+    return [part for part in PARTS if part not in RUNS]
 
 
 def _clock(seconds: float) -> str:

@@ -38,11 +38,13 @@ def _cells(task: str, methods: list[str], *ranks: int) -> list[Cell]:
 
 _OF_RANKS = ["lora", "loram", "pissa", "rslora", "lora_alpha"]
 _CONFIRMED = ["lora", "loram", "pissa", "rslora", "loram_rslora", "lora_alpha", FULL]
-CONFIRMATION = "confirmation"  # the part that runs tuned cells again, at their best rates
+# The parts that need tuned cells: with rates between those of the grid, and with fresh seeds.
+REFINEMENT, CONFIRMATION = "refinement", "confirmation"
 # In the order in which they run, and in which they would be given up for lack of time.
 PARTS: dict[str, list[Cell]] = {
     "main": _cells("code", CORE) + _cells("sentiment", CORE),
-    "confirmation": _cells("code", _CONFIRMED) + _cells("sentiment", _CONFIRMED),
+    REFINEMENT: _cells("sentiment", [*CORE, *RIVALS, *ABLATIONS]),
+    CONFIRMATION: _cells("code", _CONFIRMED) + _cells("sentiment", _CONFIRMED),
     "rivals": _cells("code", RIVALS) + _cells("sentiment", RIVALS),
     "digits": _cells("digits", [*_OF_RANKS, "loram_rslora", FULL]),
     "ranks": _cells("code", _OF_RANKS, 8, 64) + _cells("sentiment", _OF_RANKS, 8, 64),
@@ -56,23 +58,25 @@ def work_of(parts: Sequence[str], shard: Shard) -> list[tuple[str, Cell]]:
     return work[shard.index - 1 :: shard.count]
 
 
-def rate(k: int) -> float:
-    """10^(k/2), rounded to the three digits that the files have."""
+def rate(k: float) -> float:
+    """10^(k/2), rounded to the three digits that the files have. The k of a grid are whole; those
+    of the refinement lie halfway between them.
+    """
     return float(f"{10 ** (k / 2):.2e}")
 
 
-def rate_index(lr: float) -> int:
-    """The k of a rate."""
-    return round(2 * math.log10(lr))
+def rate_index(lr: float) -> float:
+    """The k of a rate, a multiple of ½."""
+    return round(4 * math.log10(lr)) / 2
 
 
 def first_rates(step_size: float) -> list[int]:
     """Six k around the rate that would change W, in a step, as the pilot's best rate did."""
-    center = rate_index(CENTER / step_size)
+    center = round(2 * math.log10(CENTER / step_size))
     return list(range(center - BELOW, center - BELOW + RATES))
 
 
-def next_rate(losses: Mapping[int, float], first: list[int]) -> int | None:
+def next_rate(losses: Mapping[float, float], first: list[int]) -> float | None:
     """The k of the next run of the first seed: the first grid, then on past the end at which the
     best loss is; None if the best is inside, or after `EXTENSIONS` rates past that end.
 
@@ -90,19 +94,25 @@ def next_rate(losses: Mapping[int, float], first: list[int]) -> int | None:
     return None
 
 
-def best_rate(losses: Mapping[int, float]) -> int:
+def best_rate(losses: Mapping[float, float]) -> float:
     """The k of the smallest loss; the smaller of two equal ones."""
     return min(losses, key=lambda k: (losses[k], k))
 
 
-def finalists(losses: Mapping[int, float]) -> list[int]:
+def finalists(losses: Mapping[float, float]) -> list[float]:
     """The k of the three smallest losses, without those that diverged."""
     ranked = sorted((loss, k) for k, loss in losses.items() if math.isfinite(loss))
     return sorted(k for _, k in ranked[:FINALISTS])
 
 
-def mean_losses(by_seed: Sequence[Mapping[int, float]]) -> dict[int, float]:
+def mean_losses(by_seed: Sequence[Mapping[float, float]]) -> dict[float, float]:
     """The mean final loss of each k that has run with every seed and has not diverged."""
     common = set.intersection(*(set(losses) for losses in by_seed))
     means = {k: math.fsum(own[k] for own in by_seed) / len(by_seed) for k in sorted(common)}
     return {k: mean for k, mean in means.items() if math.isfinite(mean)}
+
+
+def between(means: Mapping[float, float]) -> list[float]:
+    """The two k of the refinement, on either side of the best of the grid."""
+    best = best_rate({k: mean for k, mean in means.items() if k == round(k)})
+    return [best - 0.5, best + 0.5]

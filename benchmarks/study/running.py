@@ -14,9 +14,11 @@ from benchmarks.common.harness import environment
 from benchmarks.study.plan import (
     CONFIRMATION,
     FRESH_SEEDS,
+    REFINEMENT,
     SEEDS,
     Cell,
     best_rate,
+    between,
     finalists,
     first_rates,
     mean_losses,
@@ -68,12 +70,14 @@ class Runner:
 
         """
         for part, cell in work:
-            if part == CONFIRMATION:
-                self._confirm(cell)
+            if part == REFINEMENT:
+                self._again(cell, between, SEEDS)
+            elif part == CONFIRMATION:
+                self._again(cell, lambda means: [best_rate(means)], FRESH_SEEDS)
             else:
                 self._tune(cell)
 
-    def repeat(self, cell: Cell, seed: int, rates: Sequence[int]) -> None:
+    def repeat(self, cell: Cell, seed: int, rates: Sequence[float]) -> None:
         """The runs of one seed at these rates, as k."""
         for k in rates:
             self._train(cell, seed, k)
@@ -90,13 +94,22 @@ class Runner:
                 if k not in done:
                     self._train(cell, seed, k)
 
-    def _confirm(self, cell: Cell) -> None:
-        """The fresh seeds at the best rate; nothing if the cell is not tuned in this folder."""
-        means = mean_losses([losses_of(self._store.finished, cell, seed) for seed in SEEDS])
-        if means:
-            for seed in FRESH_SEEDS:
-                if best_rate(means) not in losses_of(self._store.finished, cell, seed):
-                    self._train(cell, seed, best_rate(means))
+    def _again(
+        self,
+        cell: Cell,
+        rates: Callable[[Mapping[float, float]], list[float]],
+        seeds: Sequence[int],
+    ) -> None:
+        """Further runs of a tuned cell, at the rates that follow from its mean losses; nothing if
+        the cell is not tuned in this folder.
+        """
+        self._store.refresh()  # another shard may have tuned it
+        finished = self._store.finished
+        means = mean_losses([losses_of(finished, cell, seed) for seed in SEEDS])
+        for seed in seeds if means else ():
+            for k in rates(means):
+                if k not in losses_of(finished, cell, seed):
+                    self._train(cell, seed, k)
 
     def _first_rates(self, cell: Cell) -> list[int]:
         """From κ, which any finished run of the cell's first seed knows."""
@@ -105,7 +118,7 @@ class Runner:
                 return first_rates(float(row["step_size"]))
         return first_rates(self._start(cell, SEEDS[0]).step_size)
 
-    def _train(self, cell: Cell, seed: int, k: int) -> None:
+    def _train(self, cell: Cell, seed: int, k: float) -> None:
         if time.monotonic() > self._deadline:
             raise OutOfTimeError
         started = self._start(cell, seed)
@@ -152,7 +165,7 @@ class Runner:
         }
 
 
-def losses_of(finished: Mapping[RunKey, Row], cell: Cell, seed: int) -> dict[int, float]:
+def losses_of(finished: Mapping[RunKey, Row], cell: Cell, seed: int) -> dict[float, float]:
     """The final loss of each rate, as k, that has run; infinite if the run diverged."""
     found = {}
     for key, row in finished.items():

@@ -92,6 +92,10 @@ class Store:
         """The finished runs in a folder, of all shards."""
         return {RunKey.of(row): row for row in read_runs(folder)}
 
+    def refresh(self) -> None:
+        """Read what other shards have finished since."""
+        self.finished.update(Store.read(self.folder))
+
     def add(self, run: Row, points: Sequence[Row]) -> None:
         """Write one finished run: its points first."""
         _append(self._curves, CURVE_COLUMNS, points)

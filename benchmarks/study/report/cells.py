@@ -16,6 +16,7 @@ from benchmarks.study.plan import (
     CONFIRMATION,
     FRESH_SEEDS,
     PARTS,
+    REFINEMENT,
     SEEDS,
     Cell,
     best_rate,
@@ -30,11 +31,12 @@ from benchmarks.study.report.statistics import Point
 from benchmarks.study.store import Row, RunKey, read_curves, read_runs
 from lora_kernels._utils.errors import unknown_name
 
-PLANNED = [cell for part, cells in PARTS.items() if part != CONFIRMATION for cell in cells]
+AGAIN = (REFINEMENT, CONFIRMATION)  # parts whose cells are in other parts too
+PLANNED = [cell for part, cells in PARTS.items() if part not in AGAIN for cell in cells]
 TASKS = list(dict.fromkeys(cell.task for cell in PLANNED))
 GROUPS = {"core": CORE, "rivals": RIVALS, "ablations": ABLATIONS}
 
-Run = tuple[int, int]  # the seed, and the k of the rate
+Run = tuple[int, float]  # the seed, and the k of the rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +47,12 @@ class Measured:
     runs: Mapping[Run, Row]
     curves: Mapping[Run, Sequence[Point]]
 
-    def losses(self, seed: int) -> dict[int, float]:
+    def losses(self, seed: int) -> dict[float, float]:
         """The final loss of each k that has run, infinite if the run diverged."""
         return {k: self._loss(row) for (s, k), row in sorted(self.runs.items()) if s == seed}
 
     @property
-    def first(self) -> dict[int, float]:
+    def first(self) -> dict[float, float]:
         """The losses of the first seed, which ran the whole grid."""
         return self.losses(SEEDS[0])
 
@@ -63,12 +65,12 @@ class Measured:
         return all((seed, k) in self.runs for k in finalists(self.first) for seed in SEEDS)
 
     @cached_property
-    def means(self) -> dict[int, float]:
+    def means(self) -> dict[float, float]:
         """The mean final loss of each k that all seeds have finished without diverging."""
         return mean_losses([self.losses(seed) for seed in SEEDS])
 
     @cached_property
-    def best(self) -> int | None:
+    def best(self) -> float | None:
         """The k of the smallest mean loss; None if the cell is unfinished, or diverged in at least
         one seed at each of its finalists.
         """
@@ -136,7 +138,7 @@ class Measured:
         """How many runs diverged."""
         return sum(row["status"] != "done" for row in self.runs.values())
 
-    def _best(self) -> int:
+    def _best(self) -> float:
         if self.best is None:
             raise ValueError(f"{self.cell.title} has no best rate: look at `best` before")
         return self.best

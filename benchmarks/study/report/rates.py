@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.study.methods import METHODS, REFERENCE
+from benchmarks.study.plan import best_rate
 from benchmarks.study.report.cells import Measured, Study
 from benchmarks.study.report.methods import ReportRow
 from benchmarks.study.report.statistics import geometric_mean, spread, vertex
@@ -71,11 +72,13 @@ def interpolated_rate(own: Measured) -> float | None:
     losses around its own best. None at an end of the grid or beside a diverged run.
     """
     first = own.first
-    around_first = min(first, key=lambda k: (first[k], k))
-    for losses, center in ((own.means, own.best), (first, around_first)):
-        if center is not None and {center - 1, center, center + 1} <= losses.keys():
-            at = vertex([(k / 2, losses[k]) for k in (center - 1, center, center + 1)])
-            return None if at is None else 10**at
+    for losses, center in ((own.means, own.best), (first, best_rate(first))):
+        ran = sorted(first)
+        at = ran.index(center) if center in ran else 0
+        around = ran[at - 1 : at + 2] if 0 < at < len(ran) - 1 else []
+        if around and set(around) <= losses.keys():
+            found = vertex([(k / 2, losses[k]) for k in around])
+            return None if found is None else 10**found
     return None
 
 

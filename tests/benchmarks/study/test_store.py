@@ -64,6 +64,9 @@ def test_shards_write_files_of_their_own_and_are_merged(tmp_path: Path) -> None:
     first.add(*rows(0))
     second.add(*rows(1, 1e-2))
     second.add(*rows(1, 1e-4))
+    assert len(first.finished) == 1
+    first.refresh()
+    assert len(first.finished) == 3
     assert len(Store(tmp_path, Shard(1, 2)).finished) == 3
     runs, curves = read_runs(tmp_path), read_curves(tmp_path)
     assert [row["lr"] for row in runs] == ["1.00e-03", "1.00e-04", "1.00e-02"]

@@ -14,8 +14,10 @@ from benchmarks.study.plan import (
     RATES,
     SEEDS,
     Cell,
+    between,
     finalists,
     first_rates,
+    mean_losses,
     next_rate,
     rate,
     rate_index,
@@ -67,6 +69,19 @@ def test_finalists_are_the_three_best_that_did_not_diverge() -> None:
     losses = {0: 3.0, 1: 1.0, 2: 0.5, 3: math.inf, 4: 2.0}
     assert finalists(losses) == [1, 2, 4]
     assert finalists({0: 1.0, 1: math.inf}) == [0]
+
+
+def test_the_refinement_is_beside_the_best_of_the_grid() -> None:
+    assert between({-6: 2.0, -5: 1.5, -4: 1.8}) == [-5.5, -4.5]
+    assert between({-6: 2.0, -5.5: 1.4, -5: 1.5, -4: 1.8}) == [-5.5, -4.5]  # also when resumed
+    assert [rate(k) for k in (-5.5, -4.5)] == [1.78e-3, 5.62e-3]
+    assert [rate_index(rate(k / 2)) for k in range(-30, 3)] == [k / 2 for k in range(-30, 3)]
+
+
+def test_means_are_of_rates_that_every_seed_has_finished() -> None:
+    by_seed = [{0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: math.inf}, {0: 6.0, 1: 1.0, 2: 1.0}]
+    assert mean_losses(by_seed) == {0: 3.0}
+    assert mean_losses([{}, {0: 1.0}]) == {}
 
 
 def test_the_shards_cover_every_cell_once() -> None:

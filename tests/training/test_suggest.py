@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.study.methods import METHODS
 from lora_kernels import (
     LoRAConfig,
     LoRALinear,
@@ -486,7 +487,7 @@ class TestNotes:
         found = measured(model, LoRAConfig(r=R, lora_alpha=R, use_dora=True, bias="lora_only"))
         assert found.step_size == plain.step_size
         notes = " ".join(found.notes)
-        assert "DoRA's magnitudes" in notes and "c = 0.0003" in notes
+        assert "DoRA's magnitudes" in notes and f"c = {STUDY.product:.2g}" in notes
         assert "DoRA" not in " ".join(plain.notes)
 
     @needs_transformers
@@ -510,7 +511,8 @@ class TestNotes:
         head, step, source, *notes = text.splitlines()
         assert head.startswith("lora, r=4, lora_alpha=16 by rslora (s=8): learning rate ")
         assert step.startswith("  step size κ = ") and "all 3 layers" in step
-        assert source.startswith("  c = learning rate · κ = 0.0003, from the study of SmolLM2-135M")
+        c = f"{STUDY.product:.2g}"
+        assert source.startswith(f"  c = learning rate · κ = {c}, from the study of SmolLM2-135M")
         assert notes and all(line.startswith("  - ") and line.endswith(".") for line in notes)
 
 
@@ -648,11 +650,23 @@ def test_the_study():
     if not file.is_file():
         pytest.skip("the study's rates are not published yet")
     with file.open(encoding="utf-8") as opened:
-        rows = [row for row in csv.DictReader(opened) if row["method"] != "full"]
-    products = np.array([float(row["lr"]) * float(row["step_size"]) for row in rows])
+        every = list(csv.DictReader(opened))
+    full = [float(row["rate"]) for row in every if row["method"] == "full"]
+    assert STUDY.full == (min(full), max(full))
+    rows = [row for row in every if row["method"] != "full"]
+    products = np.array([float(row["rate"]) * float(row["step_size"]) for row in rows])
     center = np.exp(np.log(products).mean())
     assert STUDY.product == pytest.approx(center, rel=0.05)
     assert STUDY.spread == pytest.approx(np.exp(np.abs(np.log(products / center)).max()), rel=0.05)
     assert {task.name for task in STUDY.tasks} == {row["task"] for row in rows}
     assert set(STUDY.ranks) == {int(row["r"]) for row in rows}
+    scalings = [float(row["scaling"]) for row in rows]
+    assert STUDY.scalings == pytest.approx((min(scalings), max(scalings)), rel=0.01)
+    assert set(STUDY.starts) == {_start_of(row["method"]) for row in rows}
     assert all(isinstance(task, StudyTask) for task in STUDY.tasks)
+
+
+def _start_of(method: str) -> str:
+    """The name of the start of a method of the study; another s or rate is no start of its own."""
+    start = METHODS[method].start(0)
+    return start if isinstance(start, str) else type(start).__name__.lower()

@@ -28,6 +28,7 @@ class StudyReference:
         product: c, the geometric mean over all setups of the tuned rate times κ, the step size.
             The rate is the peak of a linear warm-up and decay, of AdamW without weight decay.
         spread: the largest factor, in either direction, between a tuned rate and c / κ.
+        full: the lowest and the highest tuned rate of full fine-tuning, which c leaves out.
         tasks: the models and how long they were trained.
         starts: the names of the starts.
         ranks: the values of r.
@@ -37,6 +38,7 @@ class StudyReference:
 
     product: float
     spread: float
+    full: tuple[float, float]
     tasks: tuple[StudyTask, ...]
     starts: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -54,18 +56,16 @@ class StudyReference:
         )
 
 
+# From benchmarks/results/study/rates.csv, full fine-tuning aside; a test compares them.
 STUDY = StudyReference(
-    product=3e-4,  # filled from the study
-    spread=3.0,  # filled from the study
-    tasks=(  # filled from the study
+    product=4.66e-4,
+    spread=2.5,
+    full=(1e-4, 1.78e-4),
+    tasks=(
         StudyTask("code", "SmolLM2-135M", 135_000_000, steps=24, batch=4),
         StudyTask("sentiment", "all-MiniLM-L6-v2", 23_000_000, steps=66, batch=16),
-        StudyTask("digits", "SmolLM2-135M", 135_000_000, steps=32, batch=16),
     ),
-    starts=(  # filled from the study
-        *("lora", "loram", "pissa", "init_ab", "lora_ga", "milora", "olora", "lora_one"),
-        *("init_ab_plus", "lora_xs", "lora_sb"),
-    ),
-    ranks=(8, 16, 64),  # filled from the study
-    scalings=(1.0, 90.5),  # filled from the study: LoRA-α's 256 / √8
+    starts=("lora", "loram", "pissa", "init_ab"),
+    ranks=(16,),
+    scalings=(1.0, 64.0),
 )

@@ -12,8 +12,8 @@ from ...model.config import LoRAConfig
 RSLORA_ALPHA = 16.0  # the study's: s = 4 at r = 16
 _PUBLISHED = "lora_alpha = {:g} is the constant that LoRA-α's paper gives for 'alpha_sqrt'."
 _FREE = (
-    "s was left open. As s·BA is zero at the start, s is a convention: in the first steps, twice "
-    "the s trains like twice the rate. "
+    "s was left open. With s·BA = 0 at the start, twice the s and half the rate take a first step "
+    "of the same size, and A then moves less from its start. "
 )
 _RSLORA = (
     _FREE

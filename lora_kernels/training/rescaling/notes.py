@@ -67,8 +67,9 @@ def _on_the_configuration(config: LoRAConfig, product: float, ratio: float) -> l
     if config.modules_to_save or config.bias != "none":
         notes.append(
             "What trains in full (modules_to_save, bias) has κ = 1: give it a parameter group of "
-            f"its own, with a rate below c = {product:.2g}. The study's full fine-tuning was best at "
-            f"{STUDY.full[0] / STUDY.product:.2g} to {STUDY.full[1] / STUDY.product:.2g} of its c."
+            f"its own, with a rate below c = {product:.2g}. The study's full fine-tuning was best "
+            f"at {STUDY.full[0] / STUDY.product:.2g} to {STUDY.full[1] / STUDY.product:.2g} of its "
+            "c."
         )
     return notes
 

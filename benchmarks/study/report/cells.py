@@ -117,6 +117,12 @@ class Measured:
             return []
         return [number(row[column]) for row in rows]
 
+    @property
+    def fresh_diverged(self) -> int:
+        """How many of the runs at the best rate with the fresh seeds diverged."""
+        rows = [self.runs.get((seed, self._best())) for seed in FRESH_SEEDS]
+        return sum(row is not None and row["status"] != "done" for row in rows)
+
     def mean_at_best(self, column: str) -> float:
         return float(np.mean(self.at_best(column)))
 

@@ -58,7 +58,7 @@ def confirmation_rows(study: Study) -> list[ReportRow]:
     with_lora, with_pissa = confirm(study), confirm(study, "pissa")
     rows = []
     for own in study.tuned:
-        if own.cell.r != RANK or not own.fresh("loss"):
+        if own.cell.r != RANK or not (own.fresh("loss") or own.fresh_diverged):
             continue
         row = {
             "task": own.cell.task,
@@ -68,10 +68,15 @@ def confirmation_rows(study: Study) -> list[ReportRow]:
             "scaling": own.mean_at_best("scaling"),
             "rate": rate_name(own.best_rate),
             "at_grid_end": "yes" if own.at_grid_end else "no",
+            "seeds": len(FRESH_SEEDS),
+        }
+        if own.fresh_diverged:
+            rows.append(row | {"verdict": f"{own.fresh_diverged} of {len(FRESH_SEEDS)} diverged"})
+            continue
+        row |= {
             "loss": float(np.mean(own.fresh("loss"))),
             "metric": float(np.mean(own.fresh("metric"))),
             **_against_lora(study, own.cell, with_lora),
-            "seeds": len(FRESH_SEEDS),
         }
         if own.cell in with_pissa:
             mean, low, high, _ = with_pissa[own.cell].difference

@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return 0, or 1 if data are missing or `--check` finds a difference."""
     options, console = parse(argv), Console()
     torch.set_num_threads(options.threads)
-    deadline = time.monotonic() + 60 * (options.minutes or math.inf)
+    minutes = math.inf if options.minutes is None else options.minutes
+    deadline = time.monotonic() + 60 * minutes
     if options.merge:
         merge(options.out)
     try:

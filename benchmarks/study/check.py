@@ -38,7 +38,8 @@ def check(folder: Path, device: torch.device, console: Console) -> bool:
     if not repeated.finished:
         console.print("No published run to repeat yet.")
         return True
-    here = {name: environment(device).get(name, "") for name in SAME}
+    found = environment(device)
+    here = {name: found.get(name, "") for name in SAME}
     pairs = [(key, published[key], row) for key, row in repeated.finished.items()]
     print_table(console, "Published and repeated", [_line(*pair, here) for pair in pairs])
     return all(_equal(old, new) or not _same_place(old, here) for _, old, new in pairs)

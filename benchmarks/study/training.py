@@ -16,8 +16,10 @@ from benchmarks.study.cost import Cost
 from benchmarks.study.methods import FULL, METHODS
 from benchmarks.study.tasks.base import Task
 from lora_kernels import LoRAConfig, add_lora, capture_gradients, lora_plus_groups
+from lora_kernels.init import Start
 from lora_kernels.layers.linear import LoRALinear
-from lora_kernels.magnitude import adam_growth, update_mean_square
+from lora_kernels.magnitude import update_mean_square
+from lora_kernels.training.rescaling.step_size import LayerSize, StepSize, start_square
 
 WARMUP = 0.1  # of all steps, linear; then the rate falls linearly to zero
 GRADIENT_BATCHES = 4  # for the starts that are made from gradients
@@ -129,15 +131,16 @@ class Started:
         return [{"params": self._parameters(), "lr": lr}]
 
     def _step_size(self) -> float:
-        """κ; the mean over the layers weighs each by its number of entries."""
+        """κ of the start, as `lora_kernels.suggest` computes it."""
         if not self._adapters():
             return 1.0
-        total = 0.0
-        for own in self._adapters().values():
-            A, B, R = own.lora_A, own.lora_B, own.middle()
-            growth = adam_growth(A, B, R, ratio=self.ratio)
-            total += own.scaling**2 * growth * self._entries(own)
-        return math.sqrt(total / self._all_entries)
+        sizes, squares = [], {}
+        for name, own in self._adapters().items():
+            start = Start(own.lora_A, own.lora_B, lora_R=own.middle())
+            shape = (own.out_features, own.in_features)
+            sizes.append(LayerSize(name, shape, own.r, own.scaling, self._entries(own)))
+            squares[name] = start_square(start, own.scaling, ratio=self.ratio)
+        return StepSize.of(sizes, squares).value
 
     def _nu_weight(self) -> float:
         adapters = self._adapters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -34,6 +35,17 @@ def add_command(
 def add_path(parser: argparse.ArgumentParser, name: str, help: str) -> None:
     """Adds a positional path, shown under `name`; its attribute is in lower case."""
     parser.add_argument(name.lower(), type=Path, metavar=name, help=help)
+
+
+def add_start(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Adds the start, of which `names` are those that the command can make, and its rank."""
+    parser.add_argument(
+        "--method",
+        default="loram",
+        metavar="NAME",
+        help=f"the start: {', '.join(names)} (default loram)",
+    )
+    parser.add_argument("-r", type=int, default=16, metavar="R", help="rank (default 16)")
 
 
 def add_targets(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from ._options import (
     add_overwrite,
     add_path,
     add_quiet,
+    add_start,
     add_targets,
     dtype_of,
     targets_of,
@@ -68,13 +69,7 @@ def add_parser(commands: Commands) -> None:
     add_path(parser, "MODEL_DIR", "folder of a Hugging Face model with safetensors files")
     add_path(parser, "OUT_DIR", "a new folder")
     names = [name for name in initializer_names() if starts_from_files(get_initializer(name))]
-    parser.add_argument(
-        "--method",
-        default="loram",
-        metavar="NAME",
-        help=f"the start: {', '.join(names)} (default loram)",
-    )
-    parser.add_argument("-r", type=int, default=16, metavar="R", help="rank (default 16)")
+    add_start(parser, names)
     add_targets(parser)
     parser.add_argument(
         "--target-parameters",

@@ -33,7 +33,7 @@ from ..training.rescaling.step_size import (
     start_square,
 )
 from ..training.rescaling.suggestion import Suggestion, make_suggestion, reference_text
-from ._options import Commands, add_command, add_path, add_targets, targets_of
+from ._options import Commands, add_command, add_path, add_start, add_targets, targets_of
 
 _DESCRIPTION = """\
 The learning rate of Adam for a start, and lora_alpha if none is given.
@@ -65,13 +65,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_path(parser, "PATH", "folder of a Hugging Face model, or a .safetensors file")
     names = [name for name in initializer_names() if not _needs(get_initializer(name))]
-    parser.add_argument(
-        "--method",
-        default="loram",
-        metavar="NAME",
-        help=f"the start: {', '.join(names)} (default loram)",
-    )
-    parser.add_argument("-r", type=int, default=16, metavar="R", help="rank (default 16)")
+    add_start(parser, names)
     parser.add_argument(
         "--lora-alpha", type=float, metavar="ALPHA", help="s is ALPHA / r (default: is proposed)"
     )

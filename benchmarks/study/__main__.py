@@ -21,7 +21,7 @@ from benchmarks.common.report import RESULTS
 from benchmarks.common.smollm2 import MissingWheelError
 from benchmarks.study.check import check
 from benchmarks.study.display import Display
-from benchmarks.study.plan import PARTS, work_of
+from benchmarks.study.plan import PARTS, TASK_NAMES, work_of
 from benchmarks.study.running import OutOfTimeError, Runner
 from benchmarks.study.store import Shard, Store, merge
 
@@ -31,6 +31,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
         help=f"parts of the study: {', '.join(PARTS)} (default: all, in this order)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES, metavar="TASK",
+        help=f"tasks of these parts: {', '.join(TASK_NAMES)} (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--check",
@@ -85,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, deadline: float, console: Console) -> None:
-    work = work_of(options.parts, options.shard)
+    work = work_of(options.parts, options.shard, options.tasks)
     store = Store(options.out, options.shard)
     with Display(console, work, store.finished) as display:
         runner = Runner(store, torch.device(options.device), display.show, deadline)

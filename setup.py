@@ -2,7 +2,9 @@
 
 LORA_KERNELS_BUILD = auto (default) | cpu | cuda | none selects what is compiled: auto includes the
 CUDA kernels if nvcc is found and torch is a CUDA build. Binaries are portable: the instruction set
-is chosen at run time (csrc/cpu/simd/dispatch.cpp).
+is chosen at run time (csrc/cpu/simd/dispatch.cpp), one binary fits every Python from 3.10 on
+(csrc/module.cpp), and glibc from 2.28 on (csrc/glibc_2_28.h). It fits one minor version of torch,
+which the file's name contains (lora_kernels/ops/_backends/extension.py).
 
 All C++ files of a folder are compiled as one, because half of a file's compile time was spent on
 torch's headers. A further quarter was spent on debug information, which is turned off.
@@ -12,15 +14,20 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 CHOICES = ("auto", "cpu", "cuda", "none")
+# Builds of Python without a global lock have no stable interface.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def find_cuda_home() -> None:
@@ -45,15 +52,32 @@ def lacking_cuda() -> str:
     return "nvcc was not found (put it on the PATH, or set CUDA_HOME)"
 
 
-def saying_what_it_built(build_ext: type, choice: str, cuda_home: str | None) -> type:
-    """`build_ext` that prints what it built; `cuda_home` is None if it builds no CUDA kernels."""
+class Wheel(bdist_wheel):
+    """A wheel with an extension, for Python 3.10 and later."""
+
+    def finalize_options(self) -> None:
+        if LIMITED_API:
+            self.py_limited_api = "cp310"
+        super().finalize_options()
+
+
+def build_command(build_ext: type, choice: str, cuda_home: str | None) -> type:
+    """`build_ext` that puts torch's version into the file's name and prints what it built.
+    `cuda_home` is None if it builds no CUDA kernels.
+    """
     import torch
 
+    versions = runpy.run_path(str(ROOT / "lora_kernels" / "_utils" / "version.py"))
+    fits = versions["torch_abi"](torch.__version__)
     kernels = f"CPU and CUDA kernels (CUDA_HOME={cuda_home})" if cuda_home else "CPU kernels"
     if torch.version.cuda is not None and choice == "auto" and not cuda_home:
         kernels += f" only: torch is a CUDA build, but {lacking_cuda()}"
 
     class Build(build_ext):
+        def get_ext_filename(self, ext_name: str) -> str:
+            name, _, suffix = super().get_ext_filename(ext_name).partition(".")
+            return f"{name}.torch{fits}.{suffix}"
+
         def run(self) -> None:
             super().run()
             print(f"lora_kernels: built the {kernels}", flush=True)
@@ -63,6 +87,7 @@ def saying_what_it_built(build_ext: type, choice: str, cuda_home: str | None) ->
 
 def compiler_flags() -> list[str]:
     flags = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    flags += ["-include", "glibc_2_28.h"]
     if "-g" not in os.environ.get("CFLAGS", "").split():
         flags.append("-g0")  # Python's own flags contain -g
     return flags + openmp_flags()
@@ -130,10 +155,12 @@ def extensions() -> tuple[list, dict]:
         "lora_kernels._C",
         sources + (cuda_sources if with_cuda else []),
         include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("LORA_CUDA_KERNELS", "1")] if with_cuda else [],
         extra_compile_args=flags,
+        py_limited_api=LIMITED_API,
     )
-    build_ext = saying_what_it_built(BuildExtension, choice, CUDA_HOME if with_cuda else None)
-    return [extension], {"build_ext": build_ext}
+    build_ext = build_command(BuildExtension, choice, CUDA_HOME if with_cuda else None)
+    return [extension], {"build_ext": build_ext, "bdist_wheel": Wheel}
 
 
 ext_modules, cmdclass = extensions()

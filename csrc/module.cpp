@@ -1,13 +1,20 @@
 // The module lora_kernels._C. Importing it registers the kernels under torch.ops.lora. Its own
 // functions tell how it was built and which instruction set it uses
 // (lora_kernels/ops/_backends/cpu_capability.py). It uses Python's C interface because pybind11's
-// headers take 5 s to compile.
+// headers take 5 s to compile, and of that the stable part, so that one binary fits every Python
+// from 3.10 on.
 #include <Python.h>
 #include <torch/version.h>
 
 #include "cpu/simd/kernels.h"
 
 namespace {
+
+#if defined(LORA_CUDA_KERNELS)
+constexpr long kHasCudaKernels = 1;
+#else
+constexpr long kHasCudaKernels = 0;
+#endif
 
 PyObject* cpu_capability(PyObject* /*module*/, PyObject* /*arguments*/) {
   return PyUnicode_FromString(lora::cpu_capability());
@@ -28,7 +35,7 @@ PyObject* cpu_capabilities(PyObject* /*module*/, PyObject* /*arguments*/) {
 }
 
 PyObject* set_cpu_capability(PyObject* /*module*/, PyObject* name) {
-  const char* text = PyUnicode_AsUTF8(name);
+  const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);
   return text == nullptr ? nullptr : PyBool_FromLong(lora::set_cpu_capability(text));
 }
 
@@ -46,7 +53,9 @@ PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__C() {
   PyObject* module = PyModule_Create(&definition);
-  if (module != nullptr && PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) < 0) {
+  if (module != nullptr &&
+      (PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) < 0 ||
+       PyModule_AddIntConstant(module, "has_cuda_kernels", kHasCudaKernels) < 0)) {
     Py_DECREF(module);
     return nullptr;
   }

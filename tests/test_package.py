@@ -14,7 +14,10 @@ import pytest
 import setuptools
 import torch
 
+from lora_kernels import __version__
+from lora_kernels._utils.version import torch_abi
 from lora_kernels.ops import cpu_capabilities, cpu_capability, set_cpu_capability
+from lora_kernels.ops._backends import extension
 
 from .support import ROOT
 from .support.exhaustive import EXHAUSTIVE
@@ -84,6 +87,51 @@ def test_without_the_extension(tmp_path, fastest):
     assert "pip install --no-build-isolation ." in plain["messages"][0]
     assert fastest["messages"] == []
     agree(plain, fastest)
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [
+        ("2.13.0", "2.13"),
+        ("2.13.1+cu130", "2.13"),
+        ("3.0.0+cpu", "3.0"),
+        ("2.14.0.dev20261128+cpu", "2.14.0.dev20261128+cpu"),
+        ("2.13.0a0+git1234", "2.13.0a0+git1234"),
+    ],
+)
+def test_part_of_the_version_that_an_extension_fits(version, fits):
+    assert torch_abi(version) == fits
+
+
+def test_the_extension_for_this_torch_is_chosen(tmp_path):
+    """Of several; a file for another build of Python is not one."""
+    names = ["_C.torch2.12.abi3.so", "_C.torch2.13.abi3.so", "_C.torch2.14.0.dev1.abi3.so"]
+    for name in [*names, "_C.torch2.9.cpython-39-riscv64-linux-gnu.so", "_C.abi3.so"]:
+        (tmp_path / name).touch()
+    assert extension.fitting_file(tmp_path, "2.12.1+cu130").name == names[0]
+    assert extension.fitting_file(tmp_path, "2.13.0").name == names[1]
+    assert extension.fitting_file(tmp_path, "2.14.0.dev1").name == names[2]
+    for other in ("2.9.0", "2.11.0", "2.14.0"):
+        with pytest.raises(ImportError, match=rf"for torch 2\.12, 2\.13, .* this is torch {other}"):
+            extension.fitting_file(tmp_path, other)
+    with pytest.raises(ImportError, match="they were not built"):
+        extension.fitting_file(tmp_path / "none", "2.13.0")
+
+
+def test_an_extension_for_another_torch_is_not_loaded(tmp_path, monkeypatch):
+    """The file is not opened: this one is no library at all."""
+    monkeypatch.setattr(extension, "FOLDER", tmp_path)
+    monkeypatch.setitem(sys.modules, extension.NAME, None)
+    monkeypatch.delitem(sys.modules, extension.NAME)
+    (tmp_path / "_C.torch1.0.abi3.so").write_bytes(b"no library")
+    advice = r"built for torch 1\.0, and this is torch .*pip install --no-build-isolation \."
+    with pytest.warns(RuntimeWarning, match=advice):
+        loaded, reason = extension.load_extension()
+    assert loaded is None and "torch 1.0" in reason
+    # One that fits by its name and cannot be loaded is no error either.
+    (tmp_path / f"_C.torch{torch_abi(torch.__version__)}.abi3.so").write_bytes(b"no library")
+    with pytest.warns(RuntimeWarning, match="plain-torch references"):
+        assert extension.load_extension()[0] is None
 
 
 @pytest.mark.parametrize("capability", cpu_capabilities())
@@ -184,3 +232,36 @@ def test_every_source_is_compiled_once(monkeypatch):
             ]
     here = {source for source in (ROOT / "csrc").rglob("*.cpp") if source.parent.name != "cuda"}
     assert len(compiled) == len(set(compiled)) and set(compiled) == here
+
+
+def test_citation_has_this_version():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == __version__
+    assert citation["license"] in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert citation["references"][0]["doi"].endswith("2507.06558")
+
+
+def test_project_files_are_valid():
+    """YAML whose tools, targets and files are there."""
+    yaml = pytest.importorskip("yaml")
+
+    def read(name: str) -> dict:
+        return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+    hooks = [hook for repo in read(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for hook in hooks:
+        tool = Path(hook["entry"].split()[0])
+        assert tool.parts[:2] == (".venv", "bin") and re.search(rf'"{tool.name}==', project)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    jobs = read(".github/workflows/ci.yml")["jobs"]
+    targets = jobs["make"]["strategy"]["matrix"]["target"]
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    assert all((ROOT / step.get("run", ".")).exists() for step in jobs["test"]["steps"])
+    versions = jobs["test"]["strategy"]["matrix"]["python"]
+    assert all(f"Python :: {version}" in project for version in versions)
+    form = read(".github/ISSUE_TEMPLATE/bug_report.yml")
+    assert any(
+        "lora-kernels env" in part["attributes"].get("description", "") for part in form["body"]
+    )

@@ -10,7 +10,7 @@ from torch import OutOfMemoryError
 
 from .._utils.errors import MissingExtraError
 from .._utils.version import __version__
-from . import check, convert, init, inspect, merge, suggest, verify
+from . import check, convert, env, init, inspect, merge, suggest, verify
 
 _EXAMPLES = """\
 from a checkpoint to a trained adapter:
@@ -51,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.set_defaults(resumes=False)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for module in (init, merge, convert, verify, check, inspect, suggest):
+    for module in (init, merge, convert, verify, check, inspect, suggest, env):
         module.add_parser(commands)
     return parser

@@ -77,7 +77,7 @@ def capture_activations(
         progress: whether to show a bar; needs rich, and a terminal as standard error.
 
     Returns:
-        {name: Activations}; all names of a layer have the same object.
+        `Activations` by name; all names of a layer have the same object.
 
     Raises:
         ValueError: no batch; an input that is not finite or sharded; a target that no batch

@@ -55,7 +55,7 @@ def capture_gradients(
         progress: whether to show a bar; needs rich, and a terminal as standard error.
 
     Returns:
-        {name: G [out, in]} in float32, or float64 for float64 weights; also [out, in] for a
+        G [out, in] by name, in float32, or float64 for float64 weights; also [out, in] for a
         Conv1D, and for an embedding, whose W is its transposed weight. A 3-D parameter of experts
         has its own name, and G is [E, out, in]. If several modules share a weight, the gradient
         covers all its uses, and all their names have the same tensor, or its transpose.

@@ -32,8 +32,11 @@ class LayerMagnitude:
     A value is NaN if it is undefined: W is zero or not finite, or r > min(n, m).
 
     Attributes:
-        name, out_features, in_features, r: the layer and the rank.
-        scaling: s.
+        name: the layer.
+        out_features: n, the rows of W.
+        in_features: m, the columns of W.
+        r: the rank.
+        scaling: s of the layer.
         nu_weight: ν[W].
         rank: the numerical rank, the number of singular values σ above rounding errors; min(n, m)
             if not all of them were computed.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +37,6 @@ from lora_kernels.model.lora import adapter_state
 from tests.support.packages import needs_peft
 from tests.support.running import layer_data, logits, move, quiet, train
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "fused.md"
 INNER, R = 16, 2
 SIZES = (12, 4, 4)  # q, and k and v of fewer heads
 FUSED = {"qkv": SIZES}
@@ -612,13 +610,3 @@ def test_mixed_batch():
         alone.append(model(x[k : k + 1]))
     with torch.no_grad(), adapters_per_row(model, ["default", "b", "default"]):
         torch.testing.assert_close(model(x), torch.cat(alone).detach())
-
-
-def test_the_guide_runs(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("transformers")
-    monkeypatch.chdir(tmp_path)
-    code = GUIDE.read_text().split("```python\n")[1].split("```")[0]
-    exec(compile(code, GUIDE.name, "exec"), {})
-    out = capsys.readouterr().out
-    assert "r=6 (3 parts), s=4" in out
-    assert "torch.Size([6, 32]) torch.Size([64, 6]) 4.0" in out

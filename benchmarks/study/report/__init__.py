@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.common.document import marked
 from benchmarks.common.report import print_table, short, write_csv
 from benchmarks.study.report.cells import Study, read_study
-from benchmarks.study.report.document import marked
 from benchmarks.study.report.figures import draw
 from benchmarks.study.report.hypotheses import EVERYTHING, Finding, findings
 from benchmarks.study.report.methods import (

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.common.document import put_tables
 from benchmarks.common.report import RESULTS
 from benchmarks.study.report import write_report
 from benchmarks.study.report.cells import read_study
-from benchmarks.study.report.document import put_tables
 from benchmarks.study.report.tables import tables
 
 

@@ -22,7 +22,7 @@ class Activations:
     one object. Float32, or float64 of a float64 input.
 
     Attributes:
-        count: N.
+        count: N, the number of rows.
         total: Σ x [in].
         squares: Σ x² [in].
         gram: Σ xᵀx [in, in]; None if there is a sketch in its place.

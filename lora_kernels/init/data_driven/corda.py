@@ -44,8 +44,8 @@ class CorDA(FromActivations):
     trace, m·mean(diag C). So only float32's rounding can miss that bound, and here the arithmetic
     is float64, in which 0.01 meets it. Where PEFT doubles the damping, its start differs.
 
-    Both codes divide the inputs of each batch by |max x|, and PEFT divides the sum by the number of
-    batches, not of inputs: a C that is scaled by c scales B by √c and A by 1/√c, and leaves BA.
+    Both codes divide the inputs of each batch by `|max x|`, and PEFT divides the sum by the number
+    of batches, not of inputs: a C that is scaled by c scales B by √c and A by 1/√c, and leaves BA.
 
     Cost: a product of W [n, m] and C̃ in float64 and a truncated SVD of it, like PiSSA's ("ipm") or
     MiLoRA's ("kpm"); `method="exact"` a full SVD. ValueError if W holds NaN or Inf or has a rank

@@ -25,10 +25,10 @@ class EVA(FromActivations):
     are those of the inputs minus their mean. W does not change, and the layer starts as its base.
 
     `add_lora` gives the largest Σr of all explained variance ratios, σ²_k over the variance of all
-    directions, of the first ⌊`rho` · r⌉ axes of every layer a rank each; a layer that gets none is
-    not adapted. Ties go to the layer that comes first. If `adjust_scaling_factors`, a layer's
-    `lora_alpha` is multiplied by its new rank over its old one. For layers that share an input, r
-    is the largest one among them, as in PEFT.
+    directions, of the first ⌊ρr⌉ (ρ = `rho`) axes of every layer a rank each; a layer that gets
+    none is not adapted. Ties go to the layer that comes first. If `adjust_scaling_factors`, a
+    layer's `lora_alpha` is multiplied by its new rank over its old one. For layers that share an
+    input, r is the largest one among them, as in PEFT.
 
     `whiten` divides each axis by √σ, as both codes do, where σ is the singular value of the N
     inputs minus their mean: A becomes smaller with more inputs.

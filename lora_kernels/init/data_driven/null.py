@@ -22,7 +22,7 @@ class LoRANull(FromActivations):
     Tang et al., arXiv 2503.02659, and the authors' code: s·BA = W N Nᵀ hardly acts on those inputs,
     and neither do the gradients of B. W changes (W − s·BA). The paper trains A and B (its v1), or
     freezes A (v2): `requires_grad_(False)` on the `lora_A` does that. The code divides the inputs
-    of each sample by |max x|; here every input counts the same, as in the paper.
+    of each sample by `|max x|`; here every input counts the same, as in the paper.
 
     If there are fewer inputs than m − r, the eigenvalues are zero, and N is any r directions
     without an input; capture some times m inputs.

@@ -68,7 +68,7 @@ class OLoRA(Factorization):
 
 @dataclass(frozen=True)
 class LoRAXS(LargestTriplets):
-    """B = U_r, A = S_r V_rᵀ of W = USVᵀ, both frozen; only R ~ N(0, `sigma`²) [r, r] trains.
+    """B = U_r, A = S_r V_rᵀ of W = USVᵀ, both frozen; R ~ N(0, σ²) [r, r], σ = `sigma`, trains.
 
     Bałazy et al., arXiv 2405.17604, section 3: y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ. The paper's s is 1:
     `lora_alpha` = r. W does not change: s·B R A is about 1e-5 of W. Cost: that of PiSSA. No recipe:

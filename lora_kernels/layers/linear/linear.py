@@ -38,7 +38,9 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
     begins as ‖V‖, so that training begins where it would without DoRA.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        in_features: as in `nn.Linear`.
+        out_features: as in `nn.Linear`.
+        bias: as in `nn.Linear`.
         r: rank, 1 ≤ r ≤ min(in_features, out_features).
         lora_alpha: the α from which `scaling` computes s; 8 by default, 256 for "alpha_sqrt".
         init_lora_weights: a name ("loram", "pissa" ...) or an object of `lora_kernels.init`.
@@ -51,6 +53,8 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         residual: "absorb" or "implicit".
         gradient: ∂loss/∂W [out, in], for the starts that are computed from it.
         activations: what was measured of the inputs, for the starts that are computed from it.
+        device: as in `nn.Linear`.
+        dtype: as in `nn.Linear`.
 
     Raises:
         ValueError: a value out of range, an unknown name, a weight that is zero or not finite.

@@ -13,7 +13,6 @@ the same bit for bit.
 
 from __future__ import annotations
 
-import importlib
 import os
 
 from ..._utils.errors import unknown_name
@@ -23,17 +22,17 @@ SETTING = "LORA_KERNELS_CPU_CAPABILITY"
 NAMES = ("baseline", "avx2", "avx512", "avx512bf16")
 REFERENCE = "reference"  # no compiled kernels
 
-_extension = importlib.import_module("lora_kernels._C") if load_extension() else None
+extension, missing = load_extension()  # `missing` is the reason if there is none
 
 
 def cpu_capability() -> str:
     """The name of the set in use; "reference" if the extension was not built."""
-    return _extension.cpu_capability() if _extension else REFERENCE
+    return extension.cpu_capability() if extension else REFERENCE
 
 
 def cpu_capabilities() -> list[str]:
     """The sets that this processor supports, ascending; empty if the extension was not built."""
-    return _extension.cpu_capabilities() if _extension else []
+    return extension.cpu_capabilities() if extension else []
 
 
 def set_cpu_capability(name: str) -> None:
@@ -50,9 +49,9 @@ def set_cpu_capability(name: str) -> None:
 def _set(name: str, option: str) -> None:
     if name not in NAMES:
         raise unknown_name(option, name, NAMES)
-    if _extension is None:
+    if extension is None:
         raise RuntimeError(f"{option} {name!r}: the compiled CPU kernels were not built")
-    if not _extension.set_cpu_capability(name):
+    if not extension.set_cpu_capability(name):
         there = ", ".join(cpu_capabilities())
         raise ValueError(f"{option} {name!r}: this processor has {there}")
 
@@ -60,5 +59,5 @@ def _set(name: str, option: str) -> None:
 def apply_setting() -> None:
     """Apply LORA_KERNELS_CPU_CAPABILITY, if it is set and the extension was built."""
     name = os.environ.get(SETTING)
-    if name and _extension:
+    if name and extension:
         _set(name, SETTING)

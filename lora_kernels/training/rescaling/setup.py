@@ -36,12 +36,16 @@ class Setup:
     Attributes:
         optimizer: "sgd" (with any momentum), "adam" or "adamw".
         lora_alpha: `lora_alpha` of the layers.
-        lr_A, lr_B: learning rates of A and of B.
-        eps_A, eps_B: Adam's eps; it must scale with the gradient, or the equivalence fails where
+        lr_A: learning rate of A.
+        lr_B: learning rate of B.
+        eps_A: Adam's eps for A; it must scale with the gradient, or the equivalence fails where
             gradients are small.
-        weight_decay_A, weight_decay_B: weight decay as torch's optimizer of that name defines it:
-            added to the gradient ("sgd", "adam") or decoupled ("adamw").
-        alpha_A, alpha_B: α_A and α_B, by which the initial A and B are multiplied.
+        eps_B: Adam's eps for B.
+        weight_decay_A: weight decay of A as torch's optimizer of that name defines it: added to the
+            gradient ("sgd", "adam") or decoupled ("adamw").
+        weight_decay_B: weight decay of B.
+        alpha_A: α_A, by which the initial A is multiplied.
+        alpha_B: α_B, by which the initial B is multiplied.
 
     """
 

@@ -17,14 +17,17 @@ class Suggestion:
 
     Attributes:
         learning_rate: the peak rate of Adam or AdamW; with LoRA+, that of A.
-        low, high: the range around it in which the study's tuned rates lie.
+        low: the lower end of the range around it in which the study's tuned rates lie.
+        high: the upper end of that range.
         config: the configuration to pass to `add_lora`, with `lora_alpha` filled in.
         scaling: s; (smallest, largest) if the layers differ.
-        lora_alpha, scaling_rule: what s follows from; `alpha_pattern` may give layers another.
+        lora_alpha: the α from which s follows; `alpha_pattern` may give layers another.
+        scaling_rule: the rule by which s follows from it.
         ratio: how many times A's rate B has.
         step_size: κ, the root mean square of the entries of the change of W in one step of Adam at
             the rate 1.
-        measured, layers: κ was measured on so many of so many adapted layers.
+        measured: the number of layers on which κ was measured.
+        layers: the number of adapted layers.
         reference: where c = learning_rate · κ comes from.
         notes: what is known and what is not, a sentence or two each.
 

@@ -28,7 +28,7 @@ from ...support.tiny_models import llama
 
 pytestmark = needs_ranks
 GUIDE = Path(__file__).parents[3] / "docs" / "guide" / "distributed.md"
-SNIPPET = re.compile(r"<!-- snippet: (\w+) -->\n```python\n(.*?)```", re.DOTALL)
+SNIPPET = re.compile(r"<!-- snippet: (\w+) -->\n<!-- .+? -->\n```python\n(.*?)```", re.DOTALL)
 CPU = torch.device("cpu")
 
 

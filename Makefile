@@ -75,6 +75,12 @@ tables: $(VENV)/built
 docs: $(VENV)/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -b html -d build/docs/doctrees docs build/docs/html
 
+# The source distribution and the wheels, in dist/, each tried in an environment of its own.
+# WHEEL_TORCH="2.11.0 2.12.0 2.13.0" makes a wheel that fits all of these; it downloads them.
+WHEEL_TORCH ?=
+wheel: $(VENV)/built
+	$(BIN)/python tests/packages/wheels.py $(if $(WHEEL_TORCH),--torch $(WHEEL_TORCH))
+
 # One call of 9 minutes that builds, tests, sanitizes and measures, and writes the results to OUT.
 gpu:
 	$(GPU_PYTHON) -m benchmarks.card first --out "$(OUT)" $(GPU_OPTIONS)
@@ -175,4 +181,4 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build *.egg-info lora_kernels/_C*.so $(VENV)
+	rm -rf build dist *.egg-info lora_kernels/_C*.so $(VENV)

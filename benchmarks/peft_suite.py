@@ -1,14 +1,14 @@
-"""PEFT's own tests, plain and with `lora_kernels.peft.accelerate`, and which of them differ.
+"""Run PEFT's own tests, plain and with `lora_kernels.peft.accelerate`, and list which differ.
 
     python -m benchmarks.peft_suite FOLDER [arguments of pytest]
 
-FOLDER is a checkout or an unpacked sdist of PEFT, of the version that is installed; its tests are
-copied to a temporary folder. Without arguments those run that have "lora" in their names. The exit
-status is 1 if an outcome differs, and 2 if no test passes. PEFT's tests import diffusers, among
-others: files that cannot be imported are listed.
+FOLDER is a checkout or an unpacked sdist of the installed version of PEFT; its tests are copied to
+a temporary folder. Without arguments, the tests with "lora" in their names run. The exit status is
+1 if an outcome differs, and 2 if no test passes. PEFT's tests import other packages, such as
+diffusers: files that cannot be imported are listed.
 
-In the second run every `PeftModel` is accelerated when it is made and when it gets an adapter. This
-module is then also the plugin of pytest that does so and records the outcomes.
+In the second run, every `PeftModel` is accelerated when it is made and when it gets an adapter. In
+both runs, this module is also the pytest plugin that records the outcomes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import pytest
 _OUTCOMES = "PEFT_SUITE_OUTCOMES"  # the file that the plugin writes
 _ACCELERATED = "PEFT_SUITE_ACCELERATED"
 _LORA = ("-k", "lora", "tests")
-_METHODS = ("__init__", "add_adapter", "load_adapter")  # the other ways to make one call these
+_METHODS = ("__init__", "add_adapter", "load_adapter")  # every way to make one calls these
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "peft"
         shutil.copytree(source / "tests", copy / "tests")
-        (copy / "tests" / "__init__.py").touch()  # the sdist lacks it
-        shutil.copy(source / "pyproject.toml", copy)  # the markers
+        (copy / "tests" / "__init__.py").touch()  # missing in the sdist
+        shutil.copy(source / "pyproject.toml", copy)  # for pytest's markers
         plain, fused = (_run(copy, options, accelerated) for accelerated in (False, True))
     return report(plain, fused)
 
@@ -95,13 +95,13 @@ class Plugin:
         self._outcomes: dict[str, tuple[str, str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """One of setup, call and teardown: the first that does not pass counts."""
+        """Called for setup, call and teardown: the first that does not pass is recorded."""
         outcome = "xfailed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
         if self._outcomes.get(report.nodeid, ("passed", ""))[0] == "passed":
             self._outcomes[report.nodeid] = (outcome, _last_line(report))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file that cannot be imported is an outcome too."""
+        """Record a file that cannot be imported as an outcome too."""
         if not report.passed:
             self._outcomes[report.nodeid] = (report.outcome, _last_line(report))
 
@@ -111,7 +111,7 @@ class Plugin:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Called in both runs, where this module is a plugin."""
+    """Called in both runs, in which this module is a plugin."""
     config.pluginmanager.register(Plugin(Path(os.environ[_OUTCOMES])))
     if os.environ[_ACCELERATED]:
         import peft
@@ -121,13 +121,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _accelerating(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method of a `PeftModel`, which then accelerates the model if it is one of LoRA."""
+    """A method of `PeftModel` that then also accelerates the model, if its adapter is LoRA."""
     from lora_kernels.peft import accelerate
 
     @functools.wraps(method)
     def call(model: Any, *args: Any, **options: Any) -> Any:
         result = method(model, *args, **options)
-        with suppress(TypeError):  # another method than LoRA
+        with suppress(TypeError):  # a method other than LoRA
             accelerate(model)
         return result
 

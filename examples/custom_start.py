@@ -1,11 +1,11 @@
-"""Add a start of your own: a dataclass that turns a weight into A and B.
+"""Add your own start: a dataclass that turns a weight into A and B.
 
     python -m examples.custom_start
 
-Prints what was adapted, the largest difference of a logit between the adapted and the original
-model, the loss of each step, and the largest difference of a logit between the trained model and a
-fresh one that has loaded the adapter. The layers subtract the start, and the files hold it. For a
-model of your own put `AutoModelForCausalLM.from_pretrained(...)` in the place of `tiny_model()`.
+Prints what was adapted, the largest logit difference between the adapted and the original model,
+the loss of each step, and the largest logit difference between the trained model and a fresh model
+that has loaded the adapter. The layers subtract the start, and the files contain it. To use your
+own model, replace `tiny_model()` with `AutoModelForCausalLM.from_pretrained(...)`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rotation(Initializer):
         B = torch.linalg.qr(request.empty(out, r).normal_(generator=draw)).Q
         A = torch.linalg.qr(request.empty(in_, r).normal_(generator=draw)).Q.T
         norm = request.weight.norm(dtype=request.factor_dtype)
-        scale = (self.share * norm / r**0.5).sqrt()  # ‖BA‖_F is √r before
+        scale = (self.share * norm / r**0.5).sqrt()  # ‖BA‖_F is √r before scaling
         return Start(lora_A=scale * A, lora_B=scale * B)
 
 

@@ -1,10 +1,10 @@
-"""Adapt a UNet of diffusers, and save what `pipeline.load_lora_weights` reads.
+"""Adapt a diffusers UNet, and save a file that `pipeline.load_lora_weights` reads.
 
     python -m examples.diffusers_lora
 
 Prints what was adapted, the loss of each step, the saved file, and the largest difference between
-the outputs of the trained UNet and of one that diffusers has given the file. For a model of your
-own take `pipeline.unet` or `pipeline.transformer` in the place of `tiny_unet()`, and load with
+the outputs of the trained UNet and of a UNet into which diffusers has loaded the file. To use your
+own model, replace `tiny_unet()` with `pipeline.unet` or `pipeline.transformer`, and load with
 `pipeline.load_lora_weights("out/adapter")`.
 """
 
@@ -19,7 +19,7 @@ FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 
 
 def tiny_unet() -> UNet2DConditionModel:
-    """As Stable Diffusion's, with random weights and 0.8 million parameters."""
+    """A UNet like Stable Diffusion's, with random weights and 0.8 million parameters."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=8,

@@ -2,10 +2,9 @@
 
     python -m examples.experts
 
-Prints what was adapted, the loss of each step, and the largest difference of a logit between the
-trained model and plain PEFT that has loaded the adapter. For a model of your own put, for example,
-`AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", dtype="auto")` in the place of
-`tiny_mixture()`.
+Prints what was adapted, the loss of each step, and the largest logit difference between the trained
+model and plain PEFT with the adapter loaded. To use your own model, replace `tiny_mixture()`, for
+example with `AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", dtype="auto")`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def main() -> None:
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )
-    config = with_expert_rank(model, config)  # r // 2 in each expert: two of them work on a token
+    config = with_expert_rank(model, config)  # r // 2 in each expert: a token uses two experts
     print(add_lora(model, config))
 
     trained = [p for p in model.parameters() if p.requires_grad]

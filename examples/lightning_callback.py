@@ -3,10 +3,10 @@
     python -m examples.lightning_callback
 
 Prints what was adapted, the losses, the folders of adapters beside the checkpoints, and the largest
-difference of a logit between the trained model and a fresh one that has loaded the last adapter.
-The callback needs no more than a LightningModule with an attribute `model`. A checkpoint of
-Lightning holds the whole model, of which the start was subtracted; `fit(..., ckpt_path=)` with the
-same callback continues from it.
+logit difference between the trained model and a fresh model that has loaded the last adapter. The
+callback works with any LightningModule that has an attribute `model`. A Lightning checkpoint holds
+the whole model, with the start subtracted; `fit(..., ckpt_path=)` with the same callback continues
+from it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LoRACallback(lightning.Callback):
 
 
 class Sums(lightning.LightningModule):
-    """What you have: a model of transformers, its loss and its optimizer."""
+    """A LightningModule as you have it: a transformers model, its loss and its optimizer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,10 +2,11 @@
 
     python -m examples.peft_bridge
 
-Prints which layers were started and accelerated, the loss of each step, and three largest
-differences of a logit: the new adapter and the original model, the model with its adapter disabled
-and the original model, the trained model and plain PEFT that has loaded its folder. For a model of
-your own put `AutoModelForCausalLM.from_pretrained(...)` in the place of `tiny_model()`.
+Prints which layers were initialized and accelerated, the loss of each step, and the largest logit
+difference in three comparisons: the newly adapted and the original model, the model with its
+adapter disabled and the original model, the trained model and plain PEFT with the saved folder
+loaded. To use your own model, replace `tiny_model()` with
+`AutoModelForCausalLM.from_pretrained(...)`.
 """
 
 from __future__ import annotations

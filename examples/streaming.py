@@ -1,14 +1,14 @@
-"""Start and merge a checkpoint on disk without loading it; plain PEFT trains in between.
+"""Initialize and merge a checkpoint on disk without loading it; plain PEFT trains in between.
 
     python -m examples.streaming
     python -m examples.streaming --in-python
 
 Both do the same, the first with commands, the second with the functions behind the commands. `init`
-writes the model without its start to `out/start`, and the start to `out/start/adapter`. Plain PEFT
-trains there. `convert` makes an adapter of the original model, and `merge` merges it. The script
-prints the commands and their summaries, and the largest difference of a logit between the merged
-and the trained model. For a model of your own give the folder of its safetensors files in the place
-of `out/model`.
+writes the model, with the start subtracted, to `out/start`, and the start to `out/start/adapter`.
+Plain PEFT trains that adapter. `convert` makes an adapter for the original model, and `merge`
+merges it. The script prints the commands and their summaries, and the largest logit difference
+between the merged and the trained model. To use your own model, replace `out/model` with the folder
+of its safetensors files.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lora_kernels.files.serving.convert import convert
 
 
 def shell(command: str) -> None:
-    """Does what the command does in a shell."""
+    """Does what the command does in a shell, in this process."""
     print(f"$ {command}")
     if cli.main(shlex.split(command)[1:]):
         raise SystemExit(f"failed: {command}")
 
 
 def train(folder: str) -> PeftModel:
-    """A loop over plain PEFT, which knows nothing of lora_kernels."""
+    """A training loop with plain PEFT, without lora_kernels."""
     base = AutoModelForCausalLM.from_pretrained(folder)
     model = PeftModel.from_pretrained(base, f"{folder}/adapter", is_trainable=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -1,12 +1,12 @@
-"""Fine-tune with transformers' Trainer, and go on from a checkpoint.
+"""Fine-tune with transformers' Trainer, and resume from a checkpoint.
 
     python -m examples.trainer --steps 4
     python -m examples.trainer --steps 8 --resume
 
 Prints what Trainer logs, and where the adapter is saved. The second command continues at step 5. A
-checkpoint of Trainer holds the whole model, of which the start was subtracted: load it into an
-adapted model, as here, and give others the folder of `save_adapter`. For a model of your own put
-`AutoModelForCausalLM` and `AutoTokenizer` in the place of `tiny_model` and `tiny_tokenizer`.
+checkpoint of Trainer holds the whole model, with the start subtracted: load it into an adapted
+model, as here, and share the folder that `save_adapter` writes. To use your own model, replace
+`tiny_model` and `tiny_tokenizer` with `AutoModelForCausalLM` and `AutoTokenizer`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Preference tuning with TRL's DPOTrainer, on PEFT's adapter with a start of lora_kernels.
+"""Preference tuning with TRL's DPOTrainer, on a PEFT adapter with a start from lora_kernels.
 
     python -m examples.trl_dpo
 
 Prints the start, what DPOTrainer logs, and where the adapter is saved. The first loss is log 2: TRL
-keeps a copy of the adapter as its reference model, and the copy subtracts the same start. For a
-model of your own put `AutoModelForCausalLM` and `AutoTokenizer` in the place of `tiny_model` and
-`tiny_tokenizer`.
+keeps a copy of the adapter as its reference model, and the copy subtracts the same start. To use
+your own model, replace `tiny_model` and `tiny_tokenizer` with `AutoModelForCausalLM` and
+`AutoTokenizer`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
         processing_class=tiny_tokenizer(),
     )
     trainer.train()
-    trainer.save_model("out/adapter")  # for the original model, as every adapter of PEFT
+    trainer.save_model("out/adapter")  # for the original model, like every PEFT adapter
     print("saved to out/adapter")
 
 

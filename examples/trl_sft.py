@@ -3,8 +3,8 @@
     python -m examples.trl_sft
 
 Prints what SFTTrainer logs, and where the adapter is saved. SFTTrainer gets no `peft_config`,
-because `add_lora` has adapted the model. For a model of your own put `AutoModelForCausalLM` and
-`AutoTokenizer` in the place of `tiny_model` and `tiny_tokenizer`.
+because `add_lora` has already adapted the model. To use your own model, replace `tiny_model` and
+`tiny_tokenizer` with `AutoModelForCausalLM` and `AutoTokenizer`.
 """
 
 from __future__ import annotations

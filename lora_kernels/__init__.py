@@ -1,4 +1,4 @@
-"""LoRA with kernels of its own: operators, starts, layers, whole models, files, PEFT models."""
+"""LoRA with Triton, CUDA and C++ kernels: operators, starts, layers, models, files, PEFT."""
 
 import sys
 from importlib import import_module
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if find_spec("lora_kernels.triton_kernels") is None:
-    # In a checkout that is not installed, that package is the folder beside this one.
+    # In a checkout that is not installed, `triton_kernels` is a folder beside this one.
     __path__.append(str(Path(__file__).parents[1]))
 
 from . import init, ops

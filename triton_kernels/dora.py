@@ -1,6 +1,6 @@
 """The passes over y and dy of a DoRA layer on a GPU: y = y₀ ∘ g + b, and its backward.
 
-Both are limited by memory: the forward reads y₀ and writes y, the backward reads dy and y₀ and
+Both are limited by memory: the forward reads y₀ and writes y; the backward reads dy and y₀ and
 writes dy₀, each once. The sums over rows are added in a fixed order, in two steps.
 """
 
@@ -16,9 +16,9 @@ from .integers import cdiv
 from .launcher import Launch
 from .linear.rank import reduce_all
 
-BLOCK_M, BLOCK_N = 8, 256  # of the forward; with 512 columns, registers would spill
+BLOCK_M, BLOCK_N = 8, 256  # for the forward; with 512 columns, registers would spill
 GRAD_M, GRAD_N = 16, 128
-GRAD_ROWS = 128  # rows of a program of the backward; a constant, so that the bits do not vary
+GRAD_ROWS = 128  # rows per program of the backward; constant, so that the bits do not vary
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -70,12 +70,12 @@ def dora_scale_grad_kernel(
 
 
 def suits(y: torch.Tensor, gain: torch.Tensor) -> bool:
-    """Whether the kernels compute it; else the reference does: float64, and what is empty."""
+    """Whether the kernels support these tensors; float64 and empty ones use the reference."""
     return gain.dtype == torch.float32 and y.numel() > 0
 
 
 def dora_scale(y0: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """y₀ ∘ gain + bias in y₀'s dtype, of y₀ [..., N]; gain [N] is float32."""
+    """y₀ ∘ gain + bias in y₀'s dtype, for y₀ [..., N]; gain [N] is float32."""
     y0, gain, N = y0.contiguous(), gain.contiguous(), gain.shape[0]
     y = torch.empty_like(y0)
     shift = gain if bias is None else bias.contiguous()

@@ -1,15 +1,15 @@
 """`lora::_dst_basis_` on a GPU, for one basis or for the A or B of a whole model.
 
 An entry is g · sin((p+1)(q+1)π/N). A program takes 16 values of p and goes along q in blocks of 32.
-Angle addition computes an entry in two float64 operations from the sine and cosine of the angle at
-the block's first column and those of the step within the block. Both are computed exactly from
+Angle addition computes an entry in two float64 operations from two angles' sines and cosines: the
+angle at the block's first column, and the step within the block. Both are computed exactly from
 integers at the beginning; the former is then advanced by a fixed angle per block. The result has an
 error of about 1e-14. Where that error could change the rounding to the output's dtype (about once
 in 10^6 entries, detected from the last bits of the float64), the block is written again with a sine
 computed for every entry.
 Bytes: the output is written once. Computing every sine would take 60 float64 operations per entry,
-and reading a table of sines 32 cache lines per warp: several times the time of the writes
-(estimated).
+and reading a table of sines would take 32 cache lines per warp: several times the time of the
+writes (estimated).
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def _any(flags):
 @triton.jit
 def _round_apart(low, high):
     """Whether the float64 `low` <= `high` round to different float32 values. They must be less than
-    2^29 units in the last place apart, and normal in float32. True if between them lies the middle
-    of two neighboring float32 values, where the last 29 bits are 2^28. Conversions to float32
-    run at a quarter of the speed of this.
+    2^29 units in the last place apart, and normal in float32. True if the middle of two neighboring
+    float32 values, where the last 29 bits are 2^28, lies between them. Conversions to float32 would
+    run at a quarter of the speed.
     """
     half: tl.constexpr = 1 << 28
     low = low.to(tl.int64, bitcast=True).to(tl.int32) + half
@@ -78,7 +78,7 @@ def _round_apart(low, high):
 
 
 # `base` is not specialized on alignment: threads store 4 or 2 bytes each. With 16-byte stores the
-# compiler would change the layout first, with a barrier each time.
+# compiler would first change the layout, with a barrier each time.
 @triton.jit(do_not_specialize=["jobs", "count", "steps"], do_not_specialize_on_alignment=["base"])
 def dst_fill_kernel(
     jobs,
@@ -120,8 +120,8 @@ def dst_fill_kernel(
     slack = tl.abs(gain) * (16 + 4 * steps).to(tl.float64) * 1.12e-16
     zero = tl.abs(gain) * 1e-10  # below the smallest nonzero sine of any size under 2^30
     # The conditions of `_round_apart`: 2 slack is below 2^-44.7 gain, and 2^29 units in the last
-    # place of the smallest sine, which is above 2^-20.4, are 2^-44.4. If the gain is zero (whose
-    # sign matters), NaN or infinite, a sine is computed for every entry.
+    # place of the smallest sine, which is above 2^-20.4, are 2^-44.4. If the gain is zero (its sign
+    # matters), NaN or infinite, a sine is computed for every entry.
     can_tell = (n < 4194304) & (tl.abs(gain) > 1e-31) & (tl.abs(gain) < 1e300)
 
     q_chunks = tl.cdiv(q_size, BLOCK_Q * steps)
@@ -168,8 +168,8 @@ def _job(
     shape: tuple[int, int], stride: tuple[int, int], size: int, offset: int = 0
 ) -> tuple[int, ...]:
     """The table's row for a basis, without its address and the index of its scale. Three more
-    numbers follow: the blocks along p and along q, and the contiguous axis: q (0), p (1), neither
-    (2). The contiguous axis becomes q if it is long.
+    numbers follow: the numbers of blocks along p and along q, and the contiguous axis: q (0), p
+    (1), neither (2). The contiguous axis becomes q if it is long.
     """
     row, col = (shape[0], stride[0], offset), (shape[1], stride[1], 0)
     contiguous, other = (row, col) if stride[0] < stride[1] else (col, row)

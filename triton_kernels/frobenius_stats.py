@@ -1,8 +1,8 @@
 """`lora::_frobenius_stats` on a GPU: weights of any shapes, dtypes and strides in one launch.
 
 Each program adds up 65536 entries in float64. The last program of a weight to finish adds up the
-totals of all its programs, in a fixed order, so that equal weights give equal bits. Bytes: every
-weight is read once.
+totals of all programs of that weight, in a fixed order, so that equal weights give equal bits.
+Bytes: every weight is read once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .jobs import (
 FIELDS = tl.constexpr(8)
 CHUNK = 65536
 LANES, ROUNDS = 2048, 4  # ROUNDS loads of 16 bytes per thread are in flight together
-TOTALS = 256  # number of programs' totals that are added at a time
+TOTALS = 256  # the number of programs whose totals are added at a time
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 

@@ -4,8 +4,8 @@ A table has one row of int64 per tensor. The index of each tensor's first progra
 array, which every program searches for its own index. For a single tensor, the row is passed as
 arguments, without a table.
 
-The device is idle while the host fills a table. To save time, a row is made once for each kind of
-tensor (shape, strides, dtype), and the table is gathered from these.
+The device is idle while the host fills a table. To save time, a row is computed once for each kind
+of tensor (shape, strides, dtype), and the table is gathered from these rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 RESERVE = 65536  # integers; several times the tables for initializing a whole model
-ALIGNMENT = 2  # integers, 16 bytes; with other alignments kernels would be compiled again
+ALIGNMENT = 2  # integers, 16 bytes; for other alignments, kernels would be compiled again
 _reserves: list[torch.Tensor] = []  # pinned; the last is free, CUDA graphs use the others
 
 
@@ -45,7 +45,8 @@ def _plain(count: int, **options) -> torch.Tensor:
 
 def _pinned(count: int) -> torch.Tensor:
     """Pinned memory for `count` integers. During the capture of a CUDA graph no memory can be
-    pinned, so it is taken from a reserve made earlier, and never reused, as every replay reads it.
+    pinned, so it is taken from a reserve made earlier. It is never reused, because every replay
+    reads it.
     """
     capturing = torch.cuda.is_current_stream_capturing()
     if not capturing:
@@ -85,7 +86,7 @@ class Known(NamedTuple):
     addresses: torch.Tensor  # [len] int64
 
     def rows(self, row: Callable[[Kind], Sequence[int]]) -> torch.Tensor:
-        """The table [len, fields] of `row(kind)` for each tensor; it is called once per kind."""
+        """The table [len, fields] of `row(kind)` for each tensor; `row` is called once per kind."""
         rows = torch.tensor([row(k) for k in self.kinds], dtype=torch.int64, device="cpu")
         return rows[self.which]
 

@@ -1,6 +1,6 @@
 """Repeated launches of a kernel with the same sizes, without Triton's binder.
 
-`kernel[grid](...)` inspects every argument at every call, which takes 25 to 50 us, three times as
+`kernel[grid](...)` inspects every argument at every call. That takes 25 to 50 us, three times as
 long as a decode kernel runs. A `Launch` does this once for each set of dtypes and alignments; then
 it calls the compiled kernel as Triton does.
 """
@@ -18,8 +18,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# How Triton 3.6 to 3.9 launch a kernel, with all parameters, also constants, as arguments. This is
-# not a public interface: if it differs, all launches go through the binder, correct but slower.
+# How Triton 3.6 to 3.9 launch a kernel: all parameters, including constants, are arguments. This is
+# not a public interface. If it differs, all launches go through the binder: correct but slower.
 _LAUNCH = (
     "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, "
     "launch_metadata, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, "

@@ -1,8 +1,8 @@
 """`lora::_loram_init_` on a GPU: any number of weights in about six launches.
 
 Each weight is read twice and written once, and β stays on the device. The host waits once, for the
-copy of the sums of squares, which are checked before any weight is written. The work launched after
-that copy keeps the device busy meanwhile. Without the check, a CUDA graph can contain everything.
+copy of the sums of squares, which it checks before any weight is written. The work launched after
+that copy keeps the device busy meanwhile. Without the check, a CUDA graph can contain it all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ BLOCK = 256
 @triton.jit(do_not_specialize=["rank", "count"])
 def scales_kernel(stats, gains, scaling, beta, coefficients, rank, count, BLOCK: tl.constexpr):
     """Write β = (‖W‖ √(Q / rank))^½ and scaling · β² for each weight, from ‖W‖² in column 1 of
-    `stats` [count, 2], and Q in column 0 of `gains` [count, 2]. Column 1 has the mask of β's bits.
+    `stats` [count, 2] and Q in column 0 of `gains` [count, 2]; its column 1 has the mask of β's
+    bits.
     """
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = k < count

@@ -63,7 +63,7 @@ def mask_arguments(p: float) -> tuple[int, float]:
     """(threshold, factor): elements whose random word is below the threshold are dropped, the
     others are multiplied by the factor.
 
-    The threshold is an int32 with the same bits: from 2^31 on (p >= 0.5), Triton would take it for
+    The threshold is an int32 with the same bits: from 2^31 on (p >= 0.5), Triton would treat it as
     an int64 and compile the kernel a second time.
     """
     keep_scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
@@ -74,7 +74,7 @@ def mask_arguments(p: float) -> tuple[int, float]:
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor, col_offset: int = 0) -> torch.Tensor:
-    """Dropout of x [M, K] with the mask of `seed`, whose column `col_offset` is x's first one."""
+    """Dropout of x [M, K] with the mask of `seed`; x's first column is the mask's `col_offset`."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, cols = x.shape

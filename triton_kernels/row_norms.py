@@ -1,8 +1,8 @@
 """`lora::_row_norms` on a GPU: ‖W + s·L·R‖ of every row, W [N, K], R [r, K], L [N, r].
 
 A program takes BLOCK_N whole rows, so that their squares are added in a fixed order. L R is a dot
-of float32 operands in three parts of 11 bits ("tf32x3"): its error, 2⁻²² of a term, is near that of
-float32, and the matrix cores keep up with the memory, which "ieee" on the other cores would not.
+of float32 operands in three parts of 11 bits ("tf32x3"). Its error, 2⁻²² of a term, is near that of
+float32, and the matrix cores keep up with the memory, which the other cores ("ieee") would not.
 Rows whose sum is much smaller than its terms, and float64 operands, are computed in float64. Bytes:
 W is read once; R, from the L2 cache, once per program.
 """
@@ -18,8 +18,8 @@ import triton.language as tl
 from .integers import cdiv
 from .launcher import Launch
 
-# As in csrc/cpu/row_norms.cpp: a row is settled if the square of its norm is this part of that of
-# its terms, or (r + 1) / K times that share, and far from the ends of float32's range.
+# As in csrc/cpu/row_norms.cpp: a row is settled if its squared norm is at least this share of its
+# terms' squared norm (or (r + 1) / K times that share), and far from the ends of float32's range.
 SETTLED, SETTLED_SHARE = 1 / 16, 1 / 6
 LEAST_SQUARE, MOST_SQUARE = tl.constexpr(1e-28), tl.constexpr(1e36)
 
@@ -58,7 +58,7 @@ def _exact_squares(
             l_col_k = tl.load(left + row * l_row + at * l_col, mask=row < N, other=0.0)
             r_row_k = tl.load(right + at * r_row + col * r_col, mask=col < K, other=0.0)
             tile += (scale * l_col_k.to(tl.float64))[:, None] * r_row_k.to(tl.float64)[None, :]
-        tile = tl.where(mask, tile, 0.0)  # an infinite entry of L times the zeros past R's end
+        tile = tl.where(mask, tile, 0.0)  # past R's end, an infinite entry of L meets zeros
         total += tl.sum(tile * tile, 1)
     return total
 

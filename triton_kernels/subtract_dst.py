@@ -4,7 +4,7 @@ Computes the entries of ΦₙΦₘᵀ by the Christoffel–Darboux identity, lik
   Σₖ sin(ka) sin(kb) = [sin((r+1)a) sin(rb) − sin(ra) sin((r+1)b)] / (2 (cos a − cos b)).
 Numerator and denominator cancel near a = b, so they are computed in float64: six float64 operations
 per entry at any rank, with a reciprocal from float32 and one Newton step. In each row, the column
-with the nearest angle gets a value computed separately, by Dirichlet kernels of exact integers.
+with the nearest angle gets a separately computed value, from Dirichlet kernels of exact integers.
 Bytes: W is read and written once; the tables, 24 bytes per row and column, stay in the caches.
 """
 
@@ -41,8 +41,8 @@ AXIS_FIELDS = tl.constexpr(7)
 FIELDS = tl.constexpr(11)
 AXIS_BLOCK = 128
 BLOCK_COLS, GROUP, STAGES = 512, 4, 4
-# Rows per program. Many, as it first reads 24 bytes per column, 12 KB; few, if there would be too
-# few programs otherwise.
+# Rows per program: many, because a program first reads 24 bytes per column, 12 KB; few, if there
+# would otherwise be too few programs.
 FEW_ROWS, MANY_ROWS = 32, 128
 ENOUGH_PROGRAMS = 4096
 FLOAT64_ROWS = 1024  # rows of Φ in memory at a time, for float64 weights
@@ -124,7 +124,7 @@ def subtract_kernel(
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program takes `groups` groups of GROUP rows, of BLOCK_COLS columns each."""
+    """A program handles `groups` groups of GROUP rows, in BLOCK_COLS columns."""
     chunk = tl.program_id(0)
     ONE: tl.constexpr = firsts is None
     job = jobs
@@ -325,8 +325,8 @@ def _rows_a_program(few: int) -> int:
 
 def _job(kind: Kind, place: Placement) -> tuple:
     """(row axis, column axis, job, entries per 16-byte access or 0) of a weight or its transpose.
-    The job has zeros for the address, the places of the axes' tables and the coefficient's index;
-    its last field is the number of blocks of columns.
+    The job has zeros for the address, the positions of the axes' tables and the coefficient's
+    index. Its last field is the number of blocks of columns.
     """
     _, shape, stride, is_aligned = kind
     if stride[0] < stride[1]:
@@ -344,7 +344,7 @@ def _job(kind: Kind, place: Placement) -> tuple:
 def _subtract_product(
     weight: torch.Tensor, coefficient: torch.Tensor, rank: int, place: Placement
 ) -> None:
-    """For float64 weights, by a product: the identity loses float64 digits near a = b."""
+    """For float64 weights: a product, because the identity loses float64 digits near a = b."""
     rows, cols = weight.shape
     options = {"dtype": torch.float64, "device": weight.device}
     right = torch.empty(cols, rank, **options)

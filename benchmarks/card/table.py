@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-SHOWN = 30  # failing tests that are printed; failed.txt lists all
+SHOWN = 30  # failing tests that are printed; failed.txt lists all of them
 
 
 def report(

@@ -20,11 +20,11 @@ def marked(name: str, table: str) -> str:
 
 
 def with_tables(text: str, tables: Mapping[str, str], document: str) -> str:
-    """Replace what is between `<!-- table NAME -->` and `<!-- end of table NAME -->`, both on lines
-    of their own, by the table of that name. `document` is the name of the text in errors.
+    """Put the table of that name between `<!-- table NAME -->` and `<!-- end of table NAME -->`,
+    each on a separate line. `document` is the name of the text in errors.
 
     Raises:
-        ValueError: a marker has a name that no table has, or lacks its other end.
+        ValueError: a marker has a name that no table has, or has no matching marker.
 
     """
     for name in _MARKER.findall(text):
@@ -40,7 +40,7 @@ def with_tables(text: str, tables: Mapping[str, str], document: str) -> str:
 
 
 def names_in(text: str) -> list[str]:
-    """The names of the tables of a text, in their order."""
+    """The names of the tables in a text, in their order."""
     return [match["name"] for match in _BLOCK.finditer(text)]
 
 
@@ -48,7 +48,7 @@ def put_tables(document: Path, tables: Mapping[str, str]) -> list[str]:
     """Replace the tables of a file as `with_tables` does; return the names that the file has.
 
     Raises:
-        ValueError: as for `with_tables`. The document is as it was.
+        ValueError: as for `with_tables`. The document is unchanged.
 
     """
     text = document.read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def put_tables(document: Path, tables: Mapping[str, str]) -> list[str]:
 
 
 def replace_text(document: Path, text: str) -> None:
-    """Replace a file in one step; a reader finds the old text or the new."""
+    """Replace a file in one step: a reader finds either the old text or the new text."""
     unfinished = document.with_suffix(".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(document)

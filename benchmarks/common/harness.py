@@ -128,7 +128,7 @@ def interleave(
 def environment(gpu: torch.device | None = None) -> dict[str, str]:
     """The hardware and software versions, for a CSV; `gpu` is the device that was measured.
 
-    It names no path, host or user.
+    The result names no path, host or user.
     """
     if gpu is None or gpu.type != "cuda":
         where = {"device": device_name(), **cpu_kernels()}
@@ -151,7 +151,7 @@ def environment(gpu: torch.device | None = None) -> dict[str, str]:
 def cpu_kernels() -> dict[str, str]:
     """The instruction sets that our kernels and torch's use, and the processor's best.
 
-    Where they differ from the processor's best, its caches still are those of the newer processor.
+    If the sets are limited, the caches are still those of the newer processor.
     """
     from lora_kernels.ops import cpu_capabilities, cpu_capability
 

@@ -11,7 +11,7 @@ from types import TracebackType
 import psutil
 
 INTERVAL = 0.002  # seconds between two readings of the resident size
-M_MMAP_THRESHOLD = -3  # from malloc.h
+M_MMAP_THRESHOLD = -3  # as in malloc.h
 
 
 class PeakGrowth:
@@ -59,7 +59,7 @@ class PeakGrowth:
 
 
 def _return_freed_memory() -> None:
-    """Return freed memory to the system, as reusing it would not show as growth."""
+    """Return freed memory to the system, because memory that is reused would not show as growth."""
     gc.collect()
     _glibc("malloc_trim", 0)
 
@@ -70,6 +70,6 @@ def _release_blocks_from(size: int) -> None:
 
 
 def _glibc(function: str, *arguments: int) -> None:
-    """Call a function of glibc; do nothing where there is none, which makes `mib` less exact."""
+    """Call a function of glibc. Without glibc do nothing, which makes `mib` less exact."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), function):
         getattr(library, function)(*arguments)

@@ -67,7 +67,7 @@ def bar_panels(
     log: bool = False,
     columns: int = 2,
 ) -> None:
-    """Plot one panel of horizontal bars per configuration: median ms, labelled with the ratio.
+    """Plot one panel of horizontal bars per configuration: median ms, labeled with the ratio.
 
     Variants whose names begin with the same word have the same color.
     """

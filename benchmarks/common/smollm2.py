@@ -95,12 +95,12 @@ def wheel_folder(package: str, install: str = INSTALL) -> Path:
 
 
 def offline_transformers():
-    """`transformers` in offline mode, a setting that it reads when it is first imported."""
+    """`transformers` in offline mode, which is set before transformers is first imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Silences warnings of its imports that say nothing about us: torchao about missing CUDA kernels
-    # and torch's pytree, bitsandbytes about a package for 4-bit weights, PEFT about a property that
-    # transformers has renamed.
+    # Silence warnings from transformers' imports that do not concern this package: torchao's about
+    # missing CUDA kernels and torch's pytree, bitsandbytes' about a package for 4-bit weights,
+    # PEFT's about a property that transformers has renamed.
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -127,7 +127,7 @@ def _write_dequantised(gguf: Path, folder: Path) -> None:
 
     transformers = offline_transformers()
     source = {"gguf_file": gguf.name, "local_files_only": True}
-    with redirect_stderr(io.StringIO()):  # a progress bar that transformers' switch leaves on
+    with redirect_stderr(io.StringIO()):  # a progress bar that transformers does not disable
         model = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent, dtype=torch.float32, **source
         )

@@ -1,4 +1,4 @@
-"""What DoRA adds to our LoRA layer, beside PEFT's DoRA layer, and what its norms cost.
+"""What DoRA adds to our LoRA layer, compared with PEFT's DoRA layer, and what its norms cost.
 
 `python -m benchmarks.cpu.dora`. W is frozen, in fp32 or bf16; A, B and the magnitudes are fp32. The
 pass "norms" is `lora::row_norms` alone, on W and on a transposed W, compared with reading W once
@@ -41,7 +41,7 @@ def peft_dora_layer(linear: nn.Linear, r: int) -> nn.Module:
 
 
 def layers(size: Shape, r: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The layers by name; all share one W, which none of them changes."""
+    """The layers by name; all share one W, which no layer changes."""
     base = nn.Linear(size[1], size[0], bias=False, dtype=dtype).requires_grad_(False)
     options = {"r": r, "lora_alpha": r, "init_lora_weights": "lora"}
     return {
@@ -66,8 +66,8 @@ def norms(size: Shape, r: int, dtype: torch.dtype) -> dict[str, Callable[[], Ten
 
 
 def paced(name: str, run: Callable[..., object], dtype: torch.dtype) -> Variant:
-    """Once and without warm-up where torch multiplies scalar by scalar, a minute for each product:
-    bfloat16 below AVX-512, which is what PEFT's layers use.
+    """The variant; PEFT's layers run once, without warm-up, for bfloat16 below AVX-512. There torch
+    multiplies scalar by scalar, and each product takes a minute.
     """
     is_slow = dtype == torch.bfloat16 and "AVX512" not in torch.backends.cpu.get_cpu_capability()
     return Variant(run, rounds=1, warmup=0) if is_slow and name.startswith("PEFT") else Variant(run)

@@ -1,10 +1,10 @@
 """How much time and memory adapters add to the experts of a mixture: `python -m
 benchmarks.cpu.experts`.
 
-The baseline is transformers' experts with frozen weights, whose x and routing weights need
-gradients, as in a model. PEFT adapts the same parameters by `target_parameters`. Time: forward +
-backward of all variants take turns. Memory: the bytes that autograd keeps between forward and
-backward, without parameters, and the peak of the process above its size before.
+The baseline is transformers' experts with frozen weights; x and the routing weights need gradients,
+as in a model. PEFT adapts the same parameters with `target_parameters`. Time: the variants take
+turns in forward + backward. Memory: the bytes that autograd keeps between forward and backward,
+without parameters, and the peak of the process above its size before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NAMES = ["experts.gate_up_proj", "experts.down_proj"]
 
 @dataclass(frozen=True)
 class Size:
-    """E experts [2I, H] and [H, I], `k` of them for each of the tokens."""
+    """E experts [2I, H] and [H, I]; each token uses `k` of them."""
 
     experts: int
     hidden: int
@@ -79,7 +79,7 @@ def model_of(size: Size, dtype: torch.dtype) -> nn.Module:
 
 
 def variants(size: Size, dtype: torch.dtype, r: int) -> dict[str, nn.Module]:
-    """The experts by name of the variant."""
+    """The experts of each variant, by its name."""
     import peft
 
     def ours() -> nn.Module:
@@ -106,7 +106,7 @@ def variants(size: Size, dtype: torch.dtype, r: int) -> dict[str, nn.Module]:
 
 
 class Case:
-    """The inputs of a size, and what a variant does with them."""
+    """The inputs for one size, and the calls of a variant on them."""
 
     def __init__(self, size: Size, dtype: torch.dtype) -> None:
         torch.manual_seed(1)
@@ -154,7 +154,7 @@ class Case:
 
 
 def memory(case: Case, known: dict[str, nn.Module]) -> list[dict[str, Any]]:
-    """Rows of what each variant keeps, and of its peak in forward + backward."""
+    """Rows with the memory that each variant keeps, and its peak in forward + backward."""
     rows: list[dict[str, Any]] = []
     for name, experts in known.items():
         run = case.run(name, experts, backward=True)
@@ -176,7 +176,7 @@ def memory(case: Case, known: dict[str, nn.Module]) -> list[dict[str, Any]]:
 def measure(
     size: Size, dtype: torch.dtype, r: int, rounds: int
 ) -> tuple[dict[str, list[Timing]], list[dict[str, Any]]]:
-    """The timings of `forward` and `forward + backward`, and the rows of memory."""
+    """The timings of `forward` and `forward + backward`, and the rows with the memory."""
     known, case = variants(size, dtype, r), Case(size, dtype)
     tables = {
         title: interleave(

@@ -1,11 +1,11 @@
 """The host's time for a forward call of the layer on a GPU: `python -m benchmarks.cpu.host`.
 
 It runs on any machine: the tensors are on "meta", and the launches go to `stand_in`. Two times are
-measured: that of the whole call, and that of PyTorch's part in it, which is the module call, the
-dispatch of an operator with our signature to an empty Python function, an autograd function that
-saves the same tensors, and the ATen calls that our operator makes. The difference of the two is the
-time of our Python code and of Triton's up to the driver. The calls of the CUDA driver itself are
-not included. For comparison, an `nn.Linear` of the same sizes is timed on "meta" as well.
+measured: the whole call, and PyTorch's part of it. PyTorch's part is the module call, the dispatch
+of an operator with our signature to an empty Python function, an autograd function that saves the
+same tensors, and the ATen calls that our operator makes. The difference is the time of our Python
+code and of Triton's code up to the driver. The calls of the CUDA driver itself are not included.
+For comparison, an `nn.Linear` of the same sizes is timed on "meta" as well.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ WHOLE = ("decode", "overlapped")  # variants that compute z and y together
 
 
 class _Always(dict):
-    """A table of choices that always names the given variant where it is offered."""
+    """A table of choices that always gives the named variant if it is offered."""
 
     def __init__(self, way: str) -> None:
         self.way = way
@@ -66,8 +66,8 @@ class _Always(dict):
 
 @contextlib.contextmanager
 def as_on_a_gpu(way: str) -> Iterator:
-    """Within it, meta tensors use the GPU kernels, launched on a stand-in for a Hopper GPU."""
-    # Replaces PyTorch's Python implementation for "meta", whose 350 us a GPU would not take.
+    """In the block, meta tensors use the GPU kernels, launched on a stand-in for a Hopper GPU."""
+    # Replaces PyTorch's Python implementation for "meta", which takes 350 us that a GPU would not.
     aten = torch.library.Library("aten", "IMPL")
     aten.impl("addmm_", lambda y, *args, **kwargs: y, "Meta", allow_override=True)
     library = torch.library.Library("lora", "IMPL")
@@ -88,7 +88,7 @@ def as_on_a_gpu(way: str) -> Iterator:
 
 
 class _Recorder(TorchDispatchMode):
-    """Records the ATen calls made within it, so that they can be repeated."""
+    """Records the ATen calls made in this mode, so that they can be repeated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class _Nothing(torch.autograd.Function):
 
 
 class Skeleton(nn.Module):
-    """PyTorch's part of a call of the layer; the results are given and not computed."""
+    """PyTorch's part of a call of the layer; it returns given results and computes nothing."""
 
     def __init__(self, layer: LoRALinear, results: tuple[Tensor, Tensor]) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """How long a layer's initialization takes: LoRAM, PEFT's methods, and the least time possible.
 
 `python -m benchmarks.cpu.init`. The floor is `W.norm()` and `W.mul_(c)`, which read W once and
-rewrite it once: no method that depends on all of W and subtracts its factors from W does less.
+rewrite it once: no method that depends on all of W and subtracts its factors from W can do less.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OURS = "LoRAM"
 
 
 def pretrained_like(size: Shape, dtype: torch.dtype) -> Tensor:
-    """Noise plus a few strong directions, which determine the cost of an iterative SVD."""
+    """Noise plus a few strong directions; the directions determine the cost of an iterative SVD."""
     n, m = size
     generator = torch.Generator().manual_seed(0)
     strength = torch.arange(1, 65).float().pow(-0.5)
@@ -88,7 +88,8 @@ def variants(pristine: Tensor, r: int, slow_rounds: int, medium_rounds: int) -> 
     }
     if slow_rounds:
         table["PEFT olora"] = variant(lambda w: peft_adapted(w, r, "olora"), slow_rounds)
-        # PEFT computes this SVD in fp32 for bf16 weights too, so half a minute is saved there.
+        # PEFT computes this SVD in fp32 for bf16 weights too, so skipping it there saves half a
+        # minute.
         if pristine.dtype == torch.float32:
             table["PEFT pissa"] = variant(lambda w: peft_adapted(w, r, "pissa"), slow_rounds)
     return table

@@ -1,8 +1,8 @@
 """Every operator with the kernels of several instruction sets.
 
-`python -m benchmarks.cpu.instruction_sets`. It runs on one thread and measures that thread's CPU
-time rather than elapsed time, so other processes disturb it little. Each operator is compared with
-a yardstick (the floor of an initialization, `svd_lowrank` at niter 16, the float32 layer) and with
+`python -m benchmarks.cpu.instruction_sets`. It runs on one thread and measures the CPU time of this
+thread, not the elapsed time, so other processes disturb it little. Each operator is compared with a
+yardstick (the floor of an initialization, `svd_lowrank` at niter 16, the float32 layer) and with
 its reference in plain torch; `make bench-avx2` limits both of these to AVX2.
 """
 

@@ -55,7 +55,7 @@ def peft_layer(linear: nn.Linear, r: int) -> nn.Module:
 
 
 def accelerated_layer(linear: nn.Linear, r: int) -> nn.Module:
-    """PEFT's layer in a model whose forward calls our operators: `lora_kernels.peft.accelerate`."""
+    """PEFT's layer after `lora_kernels.peft.accelerate`: its forward calls our operators."""
     config = LoraConfig(r=r, lora_alpha=r, init_lora_weights="gaussian", target_modules=["0"])
     model = get_peft_model(nn.Sequential(linear), config)
     accelerate(model)
@@ -110,7 +110,7 @@ def measure(
 def passes_of(
     known: Mapping[str, nn.Module], size: Shape, dtype: torch.dtype, tokens: int
 ) -> dict[str, dict[str, Callable[..., object]]]:
-    """The calls of `forward` and `forward + backward` of layers of one size, with random inputs."""
+    """`forward` and `forward + backward` for layers of one size, with random inputs."""
     x, dy = (torch.randn(tokens, k, dtype=dtype) for k in reversed(size))
     return {
         "forward": {name: forward(layer, x) for name, layer in known.items()},

@@ -25,7 +25,7 @@ from lora_kernels import LoRAConfig, add_lora
 RANK = 16
 BASELINE = "PEFT lora"
 OURS = ("lora", "loram", "pissa", "olora")
-# By name: PEFT's `init_lora_weights`, and the number of rounds where the default takes too long.
+# By name: PEFT's `init_lora_weights`, and the number of rounds if the default takes too long.
 PEERS: dict[str, tuple[bool | str, int | None]] = {
     BASELINE: (True, None),
     "PEFT pissa_niter_4": ("pissa_niter_4", 2),

@@ -1,9 +1,10 @@
-"""The error of an adapter's update after an engine's cast to 16 bits, in two forms of the files.
+"""The error of an adapter's update after an engine's cast to 16 bits, for two forms of the file.
 
 `python -m benchmarks.cpu.portable`. The seven projections of SmolLM2-135M's first block start with
 each method at r = 16, and every entry of A and B moves by about δ. The error is ‖ΔW − ΔW'‖_F /
 ‖ΔW‖_F over the block, where ΔW' is computed from the tensors in 16 bits. The last columns are the
-time of `save_adapter` for all 210 layers, and the length of the recipe that restores every bit.
+time that `save_adapter` takes for all 210 layers, and the length of the recipe that restores every
+bit.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FORMS = ("[A; A0], [B, -B0]", "[A; A-A0], [B-B0, B0]")
 
 
 def moved(state: AdapterState, size: float) -> AdapterState:
-    """The adapter with A and B moved by about `size` an entry."""
+    """The adapter with every entry of A and B moved by about `size`."""
     generator = torch.Generator().manual_seed(0)
 
     def away(factor: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def factors(form: str, state: AdapterState) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def saved(state: AdapterState, seconds: list[float]) -> dict[str, object]:
-    """The time of saving, and what the recipe needs to restore every bit."""
+    """The time to save, and the length of the recipe that restores every bit."""
     numbers = sum(layer.lora_B.numel() for layer in state.layers.values())
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(3):

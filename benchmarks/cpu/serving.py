@@ -1,8 +1,9 @@
-"""The support matrix: what each engine makes of adapters of every start, base dtype and residual.
+"""The support matrix: each engine's result for adapters of every start, base dtype and residual.
 
-`python -m benchmarks.cpu.serving`. A Llama with two small blocks is adapted and moved, saved, and
-checked with `lora-kernels check` for each engine: the outcome, and the largest error of a layer's
-update after the engine's cast. "plain" rows are folders of PEFT with the same options.
+`python -m benchmarks.cpu.serving`. A Llama with two small blocks is adapted, moved and saved, and
+`lora-kernels check` checks the folder for each engine. A row has the outcome, and the largest error
+of a layer's update after the engine's cast. "plain" rows are PEFT's own folders with the same
+options.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def model(dtype: torch.dtype, folder: Path) -> LlamaForCausalLM:
-    """A small Llama, whose configuration is in the folder."""
+    """A small Llama; its configuration is written to the folder."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 64}
     config = LlamaConfig(
@@ -46,7 +47,7 @@ def model(dtype: torch.dtype, folder: Path) -> LlamaForCausalLM:
 
 
 def move(parameters: Iterator[torch.nn.Parameter]) -> None:
-    """Training, as far as files are concerned."""
+    """Change the parameters, as a stand-in for training."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in parameters:
@@ -55,11 +56,11 @@ def move(parameters: Iterator[torch.nn.Parameter]) -> None:
 
 
 def of_starts(folder: Path) -> Iterator[tuple[dict[str, object], Path, Path]]:
-    """(facts, adapter, base) of every start, dtype and residual."""
+    """(facts, adapter, base) for every start, dtype and residual."""
     for dtype in DTYPES:
         for start in initializer_names():
             initializer = get_initializer(start)
-            if initializer.rewrites_base:  # LoftQ's adapter belongs to the base that it makes
+            if initializer.rewrites_base:  # LoftQ's adapter belongs to the base that LoftQ makes
                 continue
             for residual in ("absorb", "implicit"):
                 base, out = folder / f"{dtype}", folder / f"{dtype}-{start}-{residual}"
@@ -83,7 +84,7 @@ def of_starts(folder: Path) -> Iterator[tuple[dict[str, object], Path, Path]]:
 
 
 def of_peft(folder: Path) -> Iterator[tuple[dict[str, object], Path, Path]]:
-    """The same of PEFT's own folders."""
+    """(facts, adapter, base) for PEFT's own folders."""
     cases = {
         "plain": {"lora_alpha": 16, "r": 8},
         "rslora": {"use_rslora": True, "r": 8, "lora_alpha": 8},

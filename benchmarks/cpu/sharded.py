@@ -1,9 +1,9 @@
-"""Adapters on models that transformers has sharded: this package's and PEFT's, against one process.
+"""Adapters of this package and PEFT on models sharded by transformers, against one process.
 
 `python -m benchmarks.cpu.sharded`. A Llama with two small blocks is loaded with a
 `DistributedConfig` on 2 or 4 processes over gloo, adapted, trained for five steps of AdamW and
-saved. Both start with B = 0 or with a start of their own that changes W; the oracle is the same
-package on one process. No figure here is a time.
+saved. Each package runs with B = 0 and with one of its starts that change W; the oracle is the same
+package on one process. No times are measured.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def trained(model: nn.Module, parts: int) -> list[float]:
-    """The mean losses of five steps; each of `parts` groups of processes has its share."""
+    """The mean losses of five steps; each of `parts` groups of processes has its share of the
+    batch.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
     own = BATCH.tensor_split(parts)[rank * parts // world]
@@ -107,7 +109,7 @@ def trained(model: nn.Module, parts: int) -> list[float]:
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:
-    """What trains, whole, on this process."""
+    """The trainable factors, gathered on this process."""
     found = {name: p for name, p in model.named_parameters() if "lora_" in name}
     return {
         n: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for n, p in found.items()
@@ -125,7 +127,7 @@ def spread(model: nn.Module) -> float:
 
 
 def measure(row: dict[str, object], method: str, layout: dict[str, int], folder: Path) -> None:
-    """One case, on a process of those of the layout; the row gets what is measured, in order."""
+    """Run one case on one process of the layout; the row gets the measurements, in order."""
     package, adapt = METHODS[method]
     shards = DistributedConfig(**layout)
     before = logits(AutoModelForCausalLM.from_pretrained(folder))
@@ -150,7 +152,7 @@ def measure(row: dict[str, object], method: str, layout: dict[str, int], folder:
 def run(
     rank: int, world: int, method: str, layout: dict[str, int], folder: Path, out: Path
 ) -> None:
-    """A process of a case; the first one writes the row."""
+    """Run one process of a case; the first process writes the row."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     file = f"file://{out}.store"
@@ -159,13 +161,13 @@ def run(
     row: dict[str, object] = {}
     try:
         measure(row, method, layout, folder)
-    except Exception as error:  # PEFT's are part of the table
+    except Exception as error:  # PEFT's errors are part of the table
         row["failure"] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
     torch.save(row, Path(f"{out}.{rank}"))
 
 
 def alone(method: str, folder: Path) -> list[float]:
-    """The losses of one process."""
+    """The losses of a run on one process."""
     return trained(METHODS[method][1](AutoModelForCausalLM.from_pretrained(folder)), 1)
 
 
@@ -204,8 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _row(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first process's row; if processes failed, what the first to fail raised, not the errors
-    of those that waited for it.
+    """The first process's row. If processes failed, the row of the first that failed, not of those
+    that waited for it.
     """
     failed = [row for row in found if "failure" in row]
     causes = [row for row in failed if "gloo" not in row["failure"]]

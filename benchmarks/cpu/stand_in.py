@@ -1,8 +1,8 @@
 """A stand-in for the CUDA driver, so that the Python code of a launch runs on any machine.
 
-Triton binds and specializes the arguments and looks up the kernel as on a GPU; instead of compiling
-and launching it, the stand-in records it. It does not work with TRITON_INTERPRET set, as Triton's
-interpreter does not bind arguments.
+Triton binds and specializes the arguments and looks up the kernel as on a GPU. The stand-in records
+the kernel instead of compiling and launching it. The stand-in does not work with TRITON_INTERPRET
+set, because Triton's interpreter does not bind arguments.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Driver:
 
 @dataclass
 class Seen:
-    """How often each kernel was launched, went through Triton's binder and was compiled; and, if
-    they are kept, the time of its last launch and the arguments of all launches.
+    """How often each kernel was launched, passed through Triton's binder and was compiled. If they
+    are kept, also the time of its last launch and the arguments of all launches.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -71,9 +71,9 @@ class Kernel:
 def stand_in(
     arch: int = 90, keep_arguments: bool = False, keep_times: bool = False
 ) -> Iterator[Seen]:
-    """Compile and launch nothing within it; yield a record of what would have been.
+    """Compile and launch nothing inside the block; yield a record of the calls.
 
-    What is kept costs time in every launch (0.5 us for the times).
+    Keeping arguments or times costs time in every launch (0.5 us for the times).
     """
     seen = Seen(last_launch={} if keep_times else None, arguments=[] if keep_arguments else None)
     run, made = JITFunction.run, []

@@ -1,8 +1,8 @@
-"""How long each start takes, ours beside PEFT's: `python -m benchmarks.cpu.starts`.
+"""How long each start takes, compared with PEFT's: `python -m benchmarks.cpu.starts`.
 
-One layer of 4096 × 4096, and all linear layers of SmolLM2-135M. The time is that from the model to
-the adapted model: for starts that are made from data, it includes the capture of inputs or of
-gradients, here from 4096 tokens. Both start from the same weights and data, and take turns.
+One layer of 4096 × 4096, and all linear layers of SmolLM2-135M. The time is from the model to the
+adapted model. For data-driven starts, it includes capturing inputs or gradients, here from 4096
+tokens. Both packages use the same weights and data, and take turns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lora_kernels.init import (
 TOKENS = 4096
 Start = str | Initializer
 
-if find_spec("attr") is None:  # of which PEFT's CorDA takes this decorator alone
+if find_spec("attr") is None:  # PEFT's CorDA uses only this decorator of it
     sys.modules["attr"] = SimpleNamespace(dataclass=dataclass)  # type: ignore[assignment]
 
 
@@ -70,7 +70,7 @@ class OneLayer(nn.Module):
 
 
 def one_layer(size: int, rounds: int, slow_rounds: int) -> Case:
-    """Inputs whose spectrum decays, with a mean."""
+    """One layer, and inputs with a decaying spectrum and a nonzero mean."""
     generator = torch.Generator().manual_seed(0)
     scale = (1 + torch.arange(size)).float().pow(-0.5)
     rows = torch.randn(TOKENS, size, generator=generator) * scale + 0.1 * scale
@@ -87,7 +87,7 @@ def one_layer(size: int, rounds: int, slow_rounds: int) -> Case:
 
 
 def smollm2(rounds: int, slow_rounds: int) -> Case:
-    """32 texts of 128 tokens, some of them padded."""
+    """SmolLM2-135M, and 32 texts of 128 tokens, some of them padded."""
     from benchmarks.common.smollm2 import (
         MAX_TOKENS,
         PROJECTIONS,
@@ -119,7 +119,7 @@ def smollm2(rounds: int, slow_rounds: int) -> Case:
 
 
 def ours(case: Case, start: Start, r: int, model: nn.Module) -> nn.Module:
-    """As a user adapts the model."""
+    """Adapt the model with this package, as a user does."""
     initializer = get_initializer(start)
     data: dict[str, Any] = {}
     if initializer.needs_activations:
@@ -138,7 +138,7 @@ def ours(case: Case, start: Start, r: int, model: nn.Module) -> nn.Module:
 
 
 def theirs(case: Case, options: Mapping[str, Any], r: int, model: nn.Module) -> nn.Module:
-    """As PEFT's documentation has it."""
+    """Adapt the model with PEFT, as in PEFT's documentation."""
     config = LoraConfig(r=r, lora_alpha=r, target_modules=case.targets, **options)
     if options.get("corda_config"):
         from peft.tuners.lora.corda import preprocess_corda
@@ -150,7 +150,7 @@ def theirs(case: Case, options: Mapping[str, Any], r: int, model: nn.Module) -> 
         preprocess_loraga(model, config, lambda: _train(case, model))
     try:
         adapted = get_peft_model(model, config)
-    except AssertionError as error:  # PEFT's LoftQ computes on CUDA only
+    except AssertionError as error:  # PEFT's LoftQ runs only on CUDA
         raise RuntimeError(str(error)) from error
     if options.get("eva_config"):
         from peft import initialize_lora_eva_weights
@@ -166,7 +166,7 @@ def theirs(case: Case, options: Mapping[str, Any], r: int, model: nn.Module) -> 
 
 @torch.no_grad()
 def _run(case: Case, model: nn.Module) -> None:
-    """PEFT's CorDA takes one text at a time, and knows no padding."""
+    """Run one text at a time, without padding, as PEFT's CorDA requires."""
     for batch in case.batches:
         if not isinstance(batch, Mapping):
             case.forward(model, batch)
@@ -186,7 +186,7 @@ def _lora_ga_config() -> Any:
     return LoraGAConfig()
 
 
-# name: our start, PEFT's options if PEFT has it, and whether PEFT's takes seconds
+# name: our start, PEFT's options if PEFT has the start, and whether PEFT takes seconds
 STARTS: dict[str, tuple[Start, dict[str, Any] | None, bool]] = {
     "lora": ("lora", {"init_lora_weights": True}, False),
     "gaussian": ("gaussian", {"init_lora_weights": "gaussian"}, False),
@@ -226,7 +226,7 @@ STARTS: dict[str, tuple[Start, dict[str, Any] | None, bool]] = {
 
 
 def measured(case: Case, name: str, r: int) -> list[Timing]:
-    """The times of our start, and of PEFT's."""
+    """The times of our start and of PEFT's start."""
     start, options, slow = STARTS[name]
     rounds = case.slow_rounds if slow else case.rounds
     copied = partial(copy.deepcopy, case.model)
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_timings(console, f"{case.name}, {name}, r = {options.r}", timings, "ours")
             facts = {"model": case.name, "start": name, "r": options.r, "dtype": "fp32"}
             rows += [{**facts, **environment(), **timing.row()} for timing in timings]
-            write_csv(options.out / "starts.csv", rows)  # now: a run takes many minutes
+            write_csv(options.out / "starts.csv", rows)  # after each start: a run takes long
     return 0
 
 

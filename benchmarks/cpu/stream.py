@@ -1,9 +1,9 @@
 """Initializing a checkpoint on disk, compared with copying it: `python -m benchmarks.cpu.stream`.
 
-Every tool has to read and write each byte once, as `cp` of the same files does. Initializing adds
-two passes over the weights in memory: the norm and the subtraction. The variants take turns; each
-round writes new files on the same disk, and deleting them is not timed. `cp` and `init` let the
-system write to the disk later; `cp + fsync` and `init --sync` wait until it has.
+Every tool must read and write each byte once, as `cp` does. Initializing adds two passes over the
+weights in memory: the norm and the subtraction. The variants take turns; each round writes new
+files on the same disk, and deleting them is not timed. `cp` and `init` let the system write to the
+disk later; `cp + fsync` and `init --sync` wait until it has written.
 """
 
 from __future__ import annotations

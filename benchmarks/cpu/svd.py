@@ -1,10 +1,10 @@
 """The SVD engine compared with other libraries: time and accuracy.
 
-`python -m benchmarks.cpu.svd`. Two figures measure the accuracy of r triplets: the residual
-‖W − USVᵀ‖ divided by the smallest possible one, minus 1, and the largest relative error of a
-singular value. Ours is timed with the default subspace (at least as accurate as 16 subspace
-iterations), a small one (as accurate as 4) and a large one (residual below 1e-6). The others work
-in float32 only; converting a bfloat16 weight for them is part of their time, as it is in PEFT.
+`python -m benchmarks.cpu.svd`. Two figures measure the accuracy of r triplets: the residual ‖W −
+USVᵀ‖ divided by the smallest possible one, minus 1, and the largest relative error of a singular
+value. Ours is timed with the default subspace (at least as accurate as 16 subspace iterations), a
+small one (as accurate as 4) and a large one (residual below 1e-6). The other libraries work only in
+float32; their time includes converting a bfloat16 weight, as in PEFT.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ QR_RANK = 16
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 OURS, FAST, EXACT = "ours", "ours, small subspace", "ours, large subspace"
-# The comparisons by dtype: (ours, peer, how many times faster ours should be).
+# The comparisons by dtype: (ours, peer, how many times as fast ours should be).
 AIMS = {
     torch.float32: (
         (OURS, "svd_lowrank niter 16", 3.0),
@@ -112,7 +112,7 @@ def of_sklearn(weight: Tensor, r: int) -> Triplets:
 
 
 def exact(weight: Tensor, r: int) -> Triplets:
-    """A whole SVD, of which r triplets are returned."""
+    """A full SVD; r triplets are returned."""
     U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
     return U[:, :r], S[:r], Vh[:r]
 
@@ -139,7 +139,7 @@ Row = dict[str, object]
 def timed(
     table: dict[str, tuple[Callable[[], Triplets], int | None]], rounds: int, truth: Truth, **kind
 ) -> list[Row]:
-    """Interleaved timings and accuracies; `table` maps a name to (function, its own rounds)."""
+    """Interleaved timings and accuracies; `table` maps a name to (function, number of rounds)."""
     kept = {name: Kept(function) for name, (function, _) in table.items()}
     variants = {
         name: Variant(kept[name], rounds=own, warmup=None if own is None else 0)

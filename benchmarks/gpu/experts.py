@@ -1,8 +1,8 @@
 """The projections of experts that are compared, and the block of a mixture around them.
 
-All take (x, W [E, N, K], the adapter's A [E, r, K] and B [E, N, r] in fp32, ends, rows): the frozen
-experts alone, ours, the adapter as two grouped products beside the first ("split"), and what PEFT
-0.21 computes for `target_parameters`, W + B A of all experts ("PEFT's formula").
+All accept (x, W [E, N, K], the adapter's A [E, r, K] and B [E, N, r] in fp32, ends, rows). They are
+the frozen experts alone, ours, the adapter as two additional grouped products ("split"), and what
+PEFT 0.21 computes for `target_parameters`, W + B A of all experts ("PEFT's formula").
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Stack:
 
     @classmethod
     def random(cls, experts: int, n: int, k: int, r: int, device: torch.device) -> Stack:
-        """W in bf16, A and B in fp32; random, because the power a product draws depends on data."""
+        """W in bf16, A and B in fp32; random, because the power that a product draws depends on
+        data.
+        """
 
         def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.randn(*shape, device=device, dtype=dtype).div_(shape[-1] ** 0.5)
@@ -59,7 +61,7 @@ def ours(x: Tensor, stack: Stack, ends: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def split(x: Tensor, stack: Stack, ends: Tensor, rows: Tensor | None) -> Tensor:
-    """The adapter as two further grouped products."""
+    """The adapter as two additional grouped products."""
     x = _gathered(x, rows)
     lora_A, lora_B = (factor.to(x.dtype) for factor in stack.factors)
     z = grouped_mm(x, lora_A.mT, offs=ends)
@@ -67,7 +69,7 @@ def split(x: Tensor, stack: Stack, ends: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def formula(x: Tensor, stack: Stack, ends: Tensor, rows: Tensor | None) -> Tensor:
-    """One product with W + B A, which is in memory from the forward to the backward."""
+    """One product with W + B A, which stays in memory from the forward to the backward."""
     lora_A, lora_B = (factor.to(x.dtype) for factor in stack.factors)
     merged = torch.baddbmm(stack.weight, lora_B, lora_A)
     return grouped_mm(_gathered(x, rows), merged.mT, offs=ends)
@@ -78,7 +80,9 @@ PROJECTIONS: dict[str, Project] = {BARE: bare, OURS: ours, SPLIT: split, FORMULA
 
 @dataclass(frozen=True)
 class Routing:
-    """Which tokens an expert gets: `rows` by expert, `place` of each (token, choice) among them."""
+    """The tokens of each expert: `rows` by expert, and the `place` of each (token, choice) in
+    `rows`.
+    """
 
     ends: Tensor
     rows: Tensor

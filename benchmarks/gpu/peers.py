@@ -45,7 +45,7 @@ class Addmm(Naive):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x Wᵀ, then y += s · z Bᵀ, computed in x's dtype."""
-        if self.dropout:  # the rank term of dx is masked, so autograd has to add it
+        if self.dropout:  # the rank term of dx is masked, so autograd must add it
             y = self.linear(x)
             z = self.dropped(x) @ self.lora_A.to(x.dtype).T
             return y.addmm_(z, self.lora_B.to(x.dtype).T, alpha=self.scaling)
@@ -53,7 +53,7 @@ class Addmm(Naive):
 
 
 class _Addmm(torch.autograd.Function):
-    """y = x Wᵀ + s · z Bᵀ; of the activations, x and z are saved."""
+    """y = x Wᵀ + s · z Bᵀ; saves only the activations x and z."""
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, scaling):
@@ -92,7 +92,9 @@ def peft_layer(linear: nn.Linear, r: int, dropout: float = 0.0) -> nn.Module:
 
 
 def frozen(shape: Shape, device: torch.device) -> nn.Linear:
-    """A bf16 layer without bias. W is random, because the power a product draws depends on data."""
+    """A bf16 layer without bias. W is random, because the power that a product draws depends on
+    data.
+    """
     n, k = shape
     linear = nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16)
     return linear.requires_grad_(False)
@@ -104,7 +106,7 @@ def ours(linear: nn.Linear, r: int, dropout: float = 0.0) -> LoRALinear:
 
 
 def builders(r: int, dropout: float = 0.0) -> dict[str, Callable[[nn.Linear], nn.Module] | None]:
-    """The functions that create each kind of layer, by name; None where it is not installed."""
+    """The functions that create each kind of layer, by name; None if it is not installed."""
     try:
         import peft  # noqa: F401
 

@@ -37,7 +37,8 @@ def aim_bars(
     log: bool = False,
     longest: float = math.inf,
 ) -> None:
-    """Plot horizontal bars; a black tick marks the aim, and bars that miss it have another color.
+    """Plot horizontal bars; a black tick marks the aim, and bars that miss the aim have another
+    color.
 
     Bars longer than `longest` are cut off there; the number beside them is the true value.
     """

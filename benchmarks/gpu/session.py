@@ -24,8 +24,8 @@ SKIPPED = "skipped: time budget"
 
 
 class Session:
-    """One run. `measured` maps a target's name to (the value in the aim's unit or the reason why
-    there is none, milliseconds).
+    """One run. `measured` maps a target's name to (the value in the aim's unit, or the reason why
+    it is missing; milliseconds).
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Session:
         return float(self.earlier.get(line, {}).get("measured_ms") or 0) or None
 
     def record(self, line: str, value: float | str, milliseconds: float | None = None) -> None:
-        """Store a target's measured value, or the reason why there is none."""
+        """Store a target's measured value, or the reason why it is missing."""
         if isinstance(value, float) and math.isnan(value):
             value = "no value"
         self.measured[line] = (value, milliseconds)

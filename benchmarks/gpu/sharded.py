@@ -1,7 +1,7 @@
-"""What each of two processes measures of a model in shards, against the same model on one device.
+"""The measurements by each of two processes of a sharded model, against one device.
 
-The model is a stack of blocks x + W₂ silu(W₁ x) with bf16 weights. All processes compute with the
-same x, so that gradients are those of one device.
+The model is a stack of blocks x + W₂ silu(W₁ x) with bf16 weights. All processes use the same x, so
+the gradients are those of one device.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lora_kernels import LoRAConfig, add_lora
 ONE = "one device"
 BEFORE, AFTER = "FSDP2, adapted before", "FSDP2, adapted after"
 TP = "tensor parallel, adapted after"
-STEP_AIM = 1.05  # A and B in W's group: a step takes as long as one of a model adapted before
-LARGEST_ERROR = 0.1  # of a gradient in bf16; one that lacks a process's part is half off
+STEP_AIM = 1.05  # A and B in W's group: a step takes as long as for a model adapted before
+LARGEST_ERROR = 0.1  # of a gradient in bf16; a gradient without one process's part is half off
 ADD, STEP = "add_lora", "forward + backward"
 
 
@@ -41,13 +41,13 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Models:
-    """Makes the same model again and again, in each layout."""
+    """Makes copies of the same model, in each layout."""
 
     device: torch.device
     plan: Plan
 
     def plain(self) -> nn.Sequential:
-        """Not sharded, the same on all processes."""
+        """The model without sharding, the same on all processes."""
         torch.manual_seed(0)
         inner, width = self.plan.sharded_shape
         with self.device:
@@ -55,7 +55,7 @@ class Models:
         return nn.Sequential(*blocks).bfloat16()
 
     def fully_sharded(self, model: nn.Sequential | None = None) -> nn.Sequential:
-        """By FSDP2, on each block and on the root."""
+        """The model sharded by FSDP2, on each block and on the root."""
         from torch.distributed.fsdp import fully_shard
 
         model = self.plain() if model is None else model
@@ -65,7 +65,7 @@ class Models:
         return fully_shard(model, mesh=mesh)
 
     def tensor_parallel(self) -> nn.Sequential:
-        """W₁ by rows, W₂ by columns."""
+        """The model under tensor parallelism: W₁ by rows, W₂ by columns."""
         from torch.distributed.tensor.parallel import (
             ColwiseParallel,
             RowwiseParallel,
@@ -78,7 +78,7 @@ class Models:
         return model
 
     def adapt(self, model: nn.Sequential) -> nn.Sequential:
-        """With LoRAM's start."""
+        """Adapt the model with LoRAM's start."""
         add_lora(model, LoRAConfig(r=self.plan.sharded_rank), progress=False)
         return model
 
@@ -89,13 +89,13 @@ class Models:
 
 
 def measured(device: torch.device, plan: Plan) -> list[dict[str, object]]:
-    """The rows of sharded.csv. All processes have to call this, each with its own device."""
+    """The rows of sharded.csv. All processes must call this, each with its own device."""
     models = Models(device, plan)
     return [*_starts(models), *_steps(models)]
 
 
 def _starts(models: Models) -> list[dict[str, object]]:
-    """The time of `add_lora`, and how many entries of W, A and B have other bits than on one
+    """The time of `add_lora`, and how many entries of W, A and B have different bits than on one
     device.
     """
     layouts: dict[str, Callable[[], nn.Sequential]] = {
@@ -169,12 +169,12 @@ def _error(
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Those of the factors, whole."""
+    """The gradients of the factors, gathered."""
     pairs = ((n, p.grad) for n, p in model.named_parameters() if p.requires_grad)
     return {name: whole(grad).float() for name, grad in pairs if grad is not None}
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy, gathered if the tensor is sharded; all processes have to call this."""
+    """A copy, gathered if the tensor is sharded; all processes must call this."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().clone()

@@ -2,7 +2,7 @@
 
 There are two clocks. "as called": calls follow each other as in a program, so the time of a small
 layer is the host's time to launch it. "device": the GPU is kept busy until the host has queued all
-calls, so that only the time on the GPU counts.
+calls, so only the time on the GPU is measured.
 """
 
 from __future__ import annotations
@@ -110,6 +110,6 @@ def _calls_for(device: torch.device, run, burst_ms: float, multiple: int) -> int
         clock(variant)  # compiles
         seconds = clock(variant)
     except UNSUPPORTED:
-        return multiple  # the same error in the rounds is reported
+        return multiple  # the rounds raise the same error, which is reported
     bursts = burst_ms / 1e3 / max(seconds * multiple, 1e-9)
     return multiple * max(1, min(math.ceil(bursts), MAX_CALLS // multiple))

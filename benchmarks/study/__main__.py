@@ -1,8 +1,7 @@
-"""Run the study, or what is missing of it, then write its tables and figures.
+"""Make all runs of the study that are still missing, then write the tables and figures.
 
-Each finished run is a row of runs.csv; a run that is there is not made again, so a process that was
-killed or ran out of time goes on where it stopped. Tables and figures are made from all rows that
-are there, of all shards.
+Each finished run is a row of runs.csv and is not repeated, so a process that was killed or ran out
+of time resumes where it stopped. Tables and figures are made from all rows of all shards.
 """
 
 from __future__ import annotations

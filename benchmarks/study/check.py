@@ -18,14 +18,14 @@ from benchmarks.study.store import Row, RunKey, Store
 # The named part: the three best rates of two methods, first seed. Some minutes.
 CHECKED = [Cell("sentiment", method, RANK) for method in ("lora", "loram")]
 COMPARED = ("status", "start_loss", "loss", "start_metric", "metric", "nu_update", "step_size")
-SAME = ("torch_kernels", "kernels", "processor", "torch")  # else digits may differ
+SAME = ("torch_kernels", "kernels", "processor", "torch")  # otherwise digits may differ
 
 
 def check(folder: Path, device: torch.device, console: Console) -> bool:
-    """Whether the runs of `CHECKED` are what the rows in `folder` say; prints both.
+    """Whether the runs of `CHECKED` agree with the rows in `folder`; prints both.
 
-    Where torch or the instruction set is not that of the published row, a difference is shown and
-    is no failure.
+    If torch or the instruction set differs from the published row's, a difference is shown but is
+    not a failure.
     """
     published = Store.read(folder)
     with tempfile.TemporaryDirectory() as scratch:

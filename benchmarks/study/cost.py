@@ -1,4 +1,4 @@
-"""What a block of code takes: time, and memory at its peak."""
+"""The cost of a block of code: time and peak memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from benchmarks.common.memory import PeakGrowth
 
 
 class Cost:
-    """Context manager; afterwards it has `seconds`, and `mib`, the growth at the peak: of the
-    process on a CPU, of torch's allocations on a GPU.
+    """Context manager. Afterwards it has `seconds`, and `mib`: the peak growth of the process on a
+    CPU, of torch's allocations on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The progress of a study: a line for each run, and a bar with the time that is left."""
+"""The progress of a study: a line for each run, and a bar with the remaining time."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Display:
         self._progress.update(self._bar, completed=done, total=total, left=f"{_clock(left)} left")
 
     def _seconds(self, task: str) -> float:
-        """The mean time of a task's runs so far."""
+        """The mean time of the task's runs so far."""
         times = [float(row["seconds"]) for key, row in self._finished.items() if key.task == task]
         return sum(times) / len(times) if times else FIRST_GUESS
 

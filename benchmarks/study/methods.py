@@ -17,13 +17,13 @@ LORA_PLUS_RATIO = 16.0  # the paper's λ
 
 @dataclass(frozen=True)
 class Method:
-    """A start, a rule for s, and what is particular about its training.
+    """A start, a rule for s, and the options of its training.
 
     Attributes:
         title: the name in tables and figures.
         start: the `init_lora_weights` for a seed; None for full fine-tuning.
         scaling: the rule for s; `lora_alpha` is 16 at every rank, and 256 for "alpha_sqrt".
-        ratio: how many times A's learning rate B has.
+        ratio: B's learning rate as a multiple of A's.
 
     """
 

@@ -12,8 +12,8 @@ from benchmarks.study.store import Shard
 RATES = 6  # of the first grid
 FINALISTS = 3  # rates that get all seeds
 SEEDS = (0, 1, 2)
-FRESH_SEEDS = (3, 4, 5, 6, 7)  # of the part "confirmation", which no rate was chosen by
-EXTENSIONS = 4  # rates more at most, on either side
+FRESH_SEEDS = (3, 4, 5, 6, 7)  # of the part "confirmation"; not used to choose rates
+EXTENSIONS = 4  # additional rates at most, on either side
 # η·κ at the best rate of the pilot (LoRA on the code task, one seed): where the grids begin.
 CENTER = 3e-4
 BELOW = 3  # rates of the first grid below the center; two are above it
@@ -40,7 +40,7 @@ _OF_RANKS = ["lora", "loram", "pissa", "rslora", "lora_alpha"]
 _CONFIRMED = ["lora", "loram", "pissa", "rslora", "loram_rslora", "lora_alpha", FULL]
 # The parts that need tuned cells: with rates between those of the grid, and with fresh seeds.
 REFINEMENT, CONFIRMATION = "refinement", "confirmation"
-# In the order in which they run, and in which they would be given up for lack of time.
+# In the order in which they run. If time runs out, the last parts are given up.
 PARTS: dict[str, list[Cell]] = {
     "main": _cells("code", CORE) + _cells("sentiment", CORE),
     REFINEMENT: _cells("sentiment", [*CORE, *RIVALS, *ABLATIONS]),
@@ -57,14 +57,14 @@ TASK_NAMES = tuple(dict.fromkeys(cell.task for cells in PARTS.values() for cell 
 def work_of(
     parts: Sequence[str], shard: Shard, tasks: Sequence[str] = TASK_NAMES
 ) -> list[tuple[str, Cell]]:
-    """The cells of these parts and tasks that belong to a shard, every n-th, each with its part."""
+    """The cells of these parts and tasks in a shard (every n-th cell), each with its part."""
     work = [(part, cell) for part in parts for cell in PARTS[part] if cell.task in tasks]
     return work[shard.index - 1 :: shard.count]
 
 
 def rate(k: float) -> float:
-    """10^(k/2), rounded to the three digits that the files have. The k of a grid are whole; those
-    of the refinement lie halfway between them.
+    """10^(k/2), rounded to three digits as in the files. The k of a grid are integers; those of the
+    refinement lie halfway between integers.
     """
     return float(f"{10 ** (k / 2):.2e}")
 
@@ -75,14 +75,15 @@ def rate_index(lr: float) -> float:
 
 
 def first_rates(step_size: float) -> list[int]:
-    """Six k around the rate that would change W, in a step, as the pilot's best rate did."""
+    """Six k around the rate at which a step changes W by as much as at the pilot's best rate."""
     center = round(2 * math.log10(CENTER / step_size))
     return list(range(center - BELOW, center - BELOW + RATES))
 
 
 def next_rate(losses: Mapping[float, float], first: list[int]) -> float | None:
-    """The k of the next run of the first seed: the first grid, then on past the end at which the
-    best loss is; None if the best is inside, or after `EXTENSIONS` rates past that end.
+    """The k of the next run of the first seed: the first grid, then further rates past the end of
+    the grid that has the best loss. None if the best loss is inside the grid, or after `EXTENSIONS`
+    rates past that end.
 
     `losses` has the final loss of each k that has run, infinite if it diverged.
     """
@@ -104,7 +105,7 @@ def best_rate(losses: Mapping[float, float]) -> float:
 
 
 def finalists(losses: Mapping[float, float]) -> list[float]:
-    """The k of the three smallest losses, without those that diverged."""
+    """The k of the three smallest losses; diverged runs are left out."""
     ranked = sorted((loss, k) for k, loss in losses.items() if math.isfinite(loss))
     return sorted(k for _, k in ranked[:FINALISTS])
 
@@ -117,6 +118,6 @@ def mean_losses(by_seed: Sequence[Mapping[float, float]]) -> dict[float, float]:
 
 
 def between(means: Mapping[float, float]) -> list[float]:
-    """The two k of the refinement, on either side of the best of the grid."""
+    """The two k of the refinement, on either side of the best k of the grid."""
     best = best_rate({k: mean for k, mean in means.items() if k == round(k)})
     return [best - 0.5, best + 0.5]

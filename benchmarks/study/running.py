@@ -32,7 +32,7 @@ from benchmarks.study.training import Outcome, Started
 
 
 class OutOfTimeError(Exception):
-    """The time that the process was given is over."""
+    """The time given to the process is over."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Finished:
 class Runner:
     """Makes the runs that the store does not have yet.
 
-    One model is in memory for a cell and a seed: its start is made once, and each rate trains from
-    a copy of its initial values.
+    For each cell and seed, one model is in memory. Its start is computed once, and each rate trains
+    from a copy of its initial values.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Runner:
         self._environment = environment(device)
 
     def run(self, work: Sequence[tuple[str, Cell]]) -> None:
-        """All runs of these cells of parts.
+        """Make all runs of these (part, cell) pairs.
 
         Raises:
             OutOfTimeError: the deadline, in seconds of `time.monotonic`, has passed.
@@ -78,7 +78,7 @@ class Runner:
                 self._tune(cell)
 
     def repeat(self, cell: Cell, seed: int, rates: Sequence[float]) -> None:
-        """The runs of one seed at these rates, as k."""
+        """Repeat the runs of one seed at these rates, given as k."""
         for k in rates:
             self._train(cell, seed, k)
 
@@ -100,8 +100,8 @@ class Runner:
         rates: Callable[[Mapping[float, float]], list[float]],
         seeds: Sequence[int],
     ) -> None:
-        """Further runs of a tuned cell, at the rates that follow from its mean losses; nothing if
-        the cell is not tuned in this folder.
+        """Make further runs of a tuned cell, at the rates that follow from its mean losses. Does
+        nothing if the cell is not tuned in this folder.
         """
         self._store.refresh()  # another shard may have tuned it
         finished = self._store.finished
@@ -112,7 +112,7 @@ class Runner:
                     self._train(cell, seed, k)
 
     def _first_rates(self, cell: Cell) -> list[int]:
-        """From κ, which any finished run of the cell's first seed knows."""
+        """The first grid, from κ, which is in every finished run of the cell's first seed."""
         for key, row in self._store.finished.items():
             if key[:4] == (cell.task, cell.method, cell.r, SEEDS[0]):
                 return first_rates(float(row["step_size"]))
@@ -131,7 +131,7 @@ class Runner:
     def _start(self, cell: Cell, seed: int) -> Started:
         if self._started is None or self._started[:2] != (cell, seed):
             self._started = None
-            gc.collect()  # models refer to themselves
+            gc.collect()  # models contain reference cycles
             task = self._load(cell.task)
             self._started = (cell, seed, Started(task, cell.method, cell.r, seed))
         return self._started[2]
@@ -166,7 +166,7 @@ class Runner:
 
 
 def losses_of(finished: Mapping[RunKey, Row], cell: Cell, seed: int) -> dict[float, float]:
-    """The final loss of each rate, as k, that has run; infinite if the run diverged."""
+    """The final loss at each k that has run; infinite if the run diverged."""
     found = {}
     for key, row in finished.items():
         if key[:4] == (cell.task, cell.method, cell.r, seed):

@@ -13,7 +13,7 @@ Row = Mapping[str, str]
 
 
 class RunKey(NamedTuple):
-    """What a run is: the same key gives the same numbers on one instruction set."""
+    """The identity of a run: the same key gives the same numbers on one instruction set."""
 
     task: str
     method: str
@@ -64,15 +64,15 @@ class Shard:
 
     @property
     def suffix(self) -> str:
-        """Of this shard's files: "" or "-2-of-4"."""
+        """The suffix of this shard's files: "" or "-2-of-4"."""
         return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
 
 
 class Store:
-    """Appends to this shard's files, and knows the finished runs of all shards in the folder.
+    """Appends to this shard's files, and reads the finished runs of all shards in the folder.
 
-    A process may be killed at any time: a run counts once its row is in the file of runs, and
-    points whose run is not there are dropped when the files are opened again.
+    A process may be killed at any time: a run is finished once its row is in the file of runs, and
+    points of unfinished runs are dropped when the files are opened again.
     """
 
     def __init__(self, folder: Path, shard: Shard = Shard()) -> None:
@@ -93,7 +93,7 @@ class Store:
         return {RunKey.of(row): row for row in read_runs(folder)}
 
     def refresh(self) -> None:
-        """Read what other shards have finished since."""
+        """Read the runs that other shards have finished since the last read."""
         self.finished.update(Store.read(self.folder))
 
     def add(self, run: Row, points: Sequence[Row]) -> None:
@@ -128,7 +128,7 @@ def merge(folder: Path) -> None:
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    """Replace the file as a whole."""
+    """Replace the whole file."""
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -156,7 +156,7 @@ def _complete_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     """The rows of a file; a last line that a killed process left unfinished is dropped.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file has different columns.
 
     """
     if not path.is_file():

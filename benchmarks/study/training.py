@@ -22,7 +22,7 @@ from lora_kernels.magnitude import update_mean_square
 from lora_kernels.training.rescaling.step_size import LayerSize, StepSize, start_square
 
 WARMUP = 0.1  # of all steps, linear; then the rate falls linearly to zero
-GRADIENT_BATCHES = 4  # for the starts that are made from gradients
+GRADIENT_BATCHES = 4  # for starts that need gradients
 DIVERGED = 1.5  # times the loss of the untouched model, at any check: the run stops
 
 
@@ -39,7 +39,7 @@ class Point:
 
 @dataclass
 class Outcome:
-    """A run's points; it has `diverged` if it was stopped before its last step."""
+    """A run's points; `diverged` is true if the run was stopped before its last step."""
 
     points: list[Point] = field(default_factory=list)
     diverged: bool = False
@@ -50,7 +50,7 @@ class Started:
     """A model with the initial factors of one method, rank and seed.
 
     Attributes:
-        seconds, mib: what it took to make the start, gradients included.
+        seconds, mib: the time and memory to compute the start, gradients included.
         scaling: s, the same in all layers.
         nu_weight: ν[W] over all adapted layers together, with the initial factors.
         step_size: κ, the root mean square of the entries of ΔW after one Adam step of rate 1.
@@ -170,6 +170,6 @@ class Started:
 
 
 def schedule(step: int, steps: int) -> float:
-    """The part of the peak rate at a step from 1 to `steps`."""
+    """The learning rate at a step from 1 to `steps`, as a share of the peak rate."""
     warmup = max(1, round(WARMUP * steps))
     return min(step / warmup, (steps - step + 1) / (steps - warmup + 1))

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.survey`: the table of all architectures, into a CSV file and docs/."""
+"""`python -m benchmarks.survey`: survey all architectures, and write a CSV file and a page of
+docs/.
+"""
 
 from __future__ import annotations
 

@@ -36,13 +36,13 @@ from .families import (
 )
 
 CHECKS = {
-    "start": "`add_lora` leaves the outputs as they are",
-    "gradient": "every adapter has the gradient of its weight",
-    "reload": "`save_adapter`, `load_adapter` on a fresh base: the same outputs",
+    "start": "`add_lora` does not change the outputs",
+    "gradient": "the gradients of every adapter follow from that of its weight",
+    "reload": "`save_adapter`, then `load_adapter` on a fresh base: the same outputs",
     "peft": "the same adapter in plain PEFT: the same outputs and weights",
     "merge": "`merge_lora`: the same outputs",
     "cli_merge": "`lora-kernels merge`: the same outputs and weights",
-    "cli_init": "`lora-kernels init`, the start in plain PEFT: the outputs and weights of the base",
+    "cli_init": "`lora-kernels init`, its start in plain PEFT: the outputs and weights of the base",
     "verify": "`lora-kernels verify` finds nothing wrong",
 }
 SECONDS = 60  # for all checks of a class
@@ -51,15 +51,15 @@ _RANK = 4
 
 
 class LeftOutError(Exception):
-    """A check says nothing about the package here, for the reason in the text."""
+    """A check says nothing about the package here; the text gives the reason."""
 
 
 class RefusedError(Exception):
-    """The package says that it does not do this."""
+    """The package raises an error because it does not support this."""
 
 
 class WrongError(Exception):
-    """The package does something else than it should."""
+    """The package computes something wrong."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Row:
 
 @dataclass
 class Subject:
-    """A base in a folder, with what it computes, and the adapter that the checks share."""
+    """A base in a folder, its outputs, and the adapter that all checks share."""
 
     load: Callable[..., Any]
     folder: Path
@@ -101,7 +101,7 @@ class Subject:
 
 
 def survey_class(name: str, family: str) -> Row:
-    """All checks of a class, none of which raises."""
+    """Run all checks of a class; no error is raised."""
     row = Row(name, family)
     with tempfile.TemporaryDirectory(dir=_fast_folder()) as folder:
         try:
@@ -118,13 +118,13 @@ def survey_class(name: str, family: str) -> Row:
 
 
 def timed_survey(named: tuple[str, str]) -> tuple[Row, float]:
-    """`survey_class` of a (class, family), and its seconds."""
+    """The result of `survey_class` for a (class, family), and its seconds."""
     start = time.perf_counter()
     return survey_class(*named), time.perf_counter() - start
 
 
 def quiet() -> None:
-    """Without what other packages say, and without the network."""
+    """Silence other packages, and switch off the network."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -228,7 +228,9 @@ def _start(row: Row, subject: Subject) -> str:
 
 
 def _gradient(subject: Subject) -> str:
-    """dA and dB of every layer, from the gradient of the base's own weight."""
+    """Compare dA and dB of every layer with those that follow from the gradient of the base's
+    weight.
+    """
     base = subject.load().requires_grad_(True)
     try:
         found = _backward(base, subject.inputs)
@@ -283,7 +285,7 @@ def _has_gradient(adapter: Any) -> bool:
 def _gradient_sensitivity(
     subject: Subject, wanted: dict[str, Tensor], names: Sequence[str], floor: float
 ) -> float:
-    """How far a change of the weights by 1e-6 moves the base's own gradients."""
+    """How far a relative change of 1e-6 in the weights moves the base's own gradients."""
     worst = 0.0
     for seed in range(3):
         base = subject.load().requires_grad_(True)
@@ -298,11 +300,11 @@ def _gradient_sensitivity(
 
 
 def _backward(model: Any, inputs: dict[str, Any]) -> bool:
-    """Of the sum of all outputs, each with a random weight; False if none has a gradient."""
+    """Backward from the sum of all outputs, weighted at random; False if none has a gradient."""
     generator = torch.Generator().manual_seed(3)
     terms = []
     for tensor in forward(model, inputs):
-        weights = torch.randn(tensor.shape, generator=generator)  # for constant ones too
+        weights = torch.randn(tensor.shape, generator=generator)  # drawn for constant outputs too
         finite = tensor.isfinite()
         if tensor.requires_grad:
             terms.append((tensor[finite] * weights[finite]).sum())
@@ -312,7 +314,7 @@ def _backward(model: Any, inputs: dict[str, Any]) -> bool:
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    """The weights that more than one module has: of their gradients, each module gives a part."""
+    """Weights that several modules share: each module contributes a part of their gradient."""
     seen: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -321,7 +323,7 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 
 def _gradient_error(adapter: Any, gradient: Tensor, floor: float) -> float:
-    """Of y = x (W + s (B A - B0 A0))^T: dB = s G A^T and dA = s B^T G."""
+    """The error of dA and dB. For y = x (W + s (B A - B0 A0))^T: dB = s G A^T, dA = s B^T G."""
     pairs = (
         (adapter.lora_B.grad, adapter.scaling * gradient @ adapter.lora_A.detach().T),
         (adapter.lora_A.grad, adapter.scaling * adapter.lora_B.detach().T @ gradient),
@@ -373,7 +375,7 @@ def _in_peft(
     expected: Sequence[Tensor],
     weights: dict[str, Tensor],
 ) -> str:
-    """The outputs of PEFT's model, and W + ΔW of its layers, against what they should be."""
+    """Compare the outputs of PEFT's model, and W + ΔW of its layers, with the expected ones."""
     from peft import PeftModel
 
     with _silenced():
@@ -395,7 +397,7 @@ def _in_peft(
 
 
 def _refuse_what_peft_cannot(subject: Subject, error: Exception) -> None:
-    """Raises LeftOutError if PEFT cannot adapt the model with an adapter of its own either."""
+    """Raises LeftOutError if PEFT cannot adapt the model with its own adapter either."""
     from peft import LoraConfig, get_peft_model
 
     try:
@@ -463,11 +465,11 @@ def _started(subject: Subject, start: Path, printed: str) -> str:
 
 
 def _verify(subject: Subject, peft: str) -> str:
-    """`peft` is the verdict on plain PEFT; verify should come to the same one."""
+    """`peft` is the verdict on plain PEFT; `verify` should reach the same verdict."""
     status, text = _command("verify", subject.adapter, subject.base, "--quiet")
     if status == 0:
         return "ok"
-    if text:  # an error of one line
+    if text:  # a one-line error
         raise RefusedError(text)
     os.environ["COLUMNS"] = "400"
     with _silenced() as table:
@@ -510,7 +512,7 @@ def _same(
 
 
 def _grouped(skipped: dict[str, str]) -> str:
-    """Each reason with the number of its layers and one name."""
+    """Each reason, with the number of its layers and the name of one layer."""
     groups: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         groups.setdefault(reason, []).append(name)
@@ -533,6 +535,6 @@ def _silenced() -> Iterator[io.StringIO]:
 
 
 def _short(text: str, limit: int = 300) -> str:
-    """On one line, without the names of temporary folders."""
+    """The text on one line, without the names of temporary folders."""
     text = re.sub(r"/[\w/.-]*/tmp\w+/?", "", " ".join(text.split()))
     return text[:limit]

@@ -1,4 +1,4 @@
-"""How far outputs and weights are from what they should be."""
+"""How far outputs and weights are from the expected ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ TOLERANCE = 1e-4  # of the largest value
 
 
 def difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference, as a part of the largest value of the same tensor.
+    """The largest difference, relative to the largest value of the same tensor.
 
-    A tensor of values that are all small beside the other tensors counts as one of a hundredth.
+    If the values of a tensor are below a hundredth of the largest value of all tensors, that
+    hundredth replaces the tensor's largest value.
     """
     if [t.shape for t in got] != [t.shape for t in expected]:
         return math.inf
@@ -43,7 +44,9 @@ def floating_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def differing_weight(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """The name of a weight that is missing or has other values, and how many there are."""
+    """The number of weights that are missing or differ, and the name of one of them; None if all
+    agree.
+    """
     wrong = [
         name
         for name, tensor in expected.items()
@@ -56,9 +59,10 @@ def differing_weight(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
 def sensitivity(
     load: Callable[[], nn.Module], inputs: dict[str, object], expected: Sequence[Tensor]
 ) -> float:
-    """How far rounding moves the outputs: what a change of the weights by 1e-6 does, at most.
+    """How far rounding moves the outputs: the largest effect of a relative change of 1e-6 in the
+    weights.
 
-    A choice inside a model, such as of an expert, makes this large.
+    The effect is large where a model makes a choice, for example of an expert.
     """
     worst = 0.0
     for seed in range(3):
@@ -69,7 +73,7 @@ def sensitivity(
 
 
 def disturb(model: nn.Module, seed: int) -> None:
-    """Changes every weight by a part of about 1e-6."""
+    """Changes every weight by a relative amount of about 1e-6."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))

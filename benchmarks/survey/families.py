@@ -1,7 +1,8 @@
-"""A tiny random model of nearly every architecture that transformers' AutoModel classes know.
+"""A tiny random model of nearly every architecture in transformers' AutoModel mappings.
 
-`tiny_model` shrinks a configuration by the names of its fields; `_OVERRIDES` has what the rules do
-not find. `inputs_for` and `outputs` know what a model takes and gives.
+`tiny_model` shrinks a configuration by the names of its fields; `_OVERRIDES` has the fields for
+which these rules fail. `inputs_for` finds the inputs that a model accepts, and `outputs` returns
+its outputs.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ PARAMETERS = 100_000_000
 
 
 class CannotBuildError(Exception):
-    """There is no tiny model of the class, for the reason in the text."""
+    """No tiny model of the class can be built; the text gives the reason."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside the block when it takes longer. For the main thread only."""
+    """Raises TimeoutError inside the block if the block takes longer. Works only in the main
+    thread.
+    """
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"more than {seconds:g} s")
@@ -62,7 +65,7 @@ def family_classes() -> dict[str, str]:
 
 
 def _family(class_name: str, model_types: list[str]) -> str:
-    """The model type of the class itself, if further ones share it."""
+    """The class's own model type, if several model types share the class."""
     import transformers
 
     if len(set(model_types)) > 1:
@@ -73,7 +76,7 @@ def _family(class_name: str, model_types: list[str]) -> str:
 
 # --- configurations -------------------------------------------------------------------------------
 
-# (pattern of a field's whole name, what an integer becomes), the first that matches counts.
+# (pattern of a field's whole name, new value of an integer); the first match is used.
 _Rule = tuple[str, int | Callable[[int], int]]
 
 
@@ -121,9 +124,9 @@ _RULES: tuple[_Rule, ...] = (
     (r".*(position|positions|position_embeddings|n_ctx|seq_len|seq_length)(_.*)?", _at_most(64)),
     (r"state_size|.*d_state|ssm_state_size", _at_most(8)),
 )
-_LARGE = 64  # what no rule knows and is at least this is WIDTH
+_LARGE = 64  # fields without a rule that are at least this large become WIDTH
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
-# Fields without a default, which some models need.
+# Fields that have no default and that some models need.
 _NEEDED = {
     "head_dim": 16,
     "num_key_value_heads": 2,
@@ -153,7 +156,7 @@ def _shrunk_list(name: str, value: Any) -> Any:
 
 
 class _Shrinker:
-    """Makes a tiny configuration of each class; token ids of one name agree in the whole tree."""
+    """Makes tiny configurations; token ids of the same name agree in the whole tree."""
 
     def __init__(self) -> None:
         self._tokens = dict(_TOKENS)
@@ -161,7 +164,7 @@ class _Shrinker:
     def config(
         self, config_class: Any, given: dict[str, Any], changes: dict[str, Any] | None = None
     ) -> Any:
-        """`given` is what the class that contains this configuration sets by default."""
+        """`given` has the values that the class containing this configuration sets by default."""
         from transformers import AutoConfig
 
         default = config_class(**given)
@@ -202,7 +205,7 @@ class _Shrinker:
 
 
 def _layer_types(default: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """One layer of each type that the model has, two at least; they are not mixed otherwise."""
+    """One layer of each type that the model has, but at least two layers."""
     names = [n for n in own if n.endswith("layer_types") and getattr(default, n, None)]
     if not names:
         return {}
@@ -225,7 +228,7 @@ def _is_config(value: object) -> bool:
 
 
 def _own_fields(config_class: Any) -> dict[str, Any]:
-    """The defaults of the fields that the class has beyond every configuration."""
+    """The defaults of the fields that the class adds to those of every configuration."""
     from transformers import PreTrainedConfig
 
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
@@ -260,7 +263,9 @@ def _given(config: Any) -> dict[str, Any]:
 
 
 def _attribute(config: Any, name: str) -> Any:
-    """None for what differs from layer to layer, which configurations then refuse to tell."""
+    """None for a value that differs from layer to layer, because configurations raise an error for
+    it.
+    """
     try:
         return getattr(config, name, None)
     except Exception:
@@ -268,7 +273,7 @@ def _attribute(config: Any, name: str) -> Any:
 
 
 def _shrunk_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """For heads of 16, of which a part may be rotated."""
+    """RoPE parameters for heads of size 16, of which a part may be rotated."""
     half = max(1, int(8 * (rope.get("partial_rotary_factor") or 1)))
     changed = dict(rope)
     for name, value in rope.items():
@@ -286,7 +291,7 @@ def _shrunk_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _few_indices(default: Any, given: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A backbone whose stages are its layers gets as many layers as the model looks at."""
+    """A backbone whose stages are its layers gets as many layers as the model reads."""
     wanted = given.get("out_indices")
     if not wanted:
         return {}
@@ -459,7 +464,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba": _ZAMBA,
     "zamba2": _ZAMBA,
 }
-# {class: fields}, where the classes of one family need different ones
+# {class: fields}, for families whose classes need different fields
 _CLASS_OVERRIDES: dict[str, dict[str, Any]] = {
     "Blip2ForImageTextRetrieval": {"use_qformer_text_input": True},
     "ReformerModelWithLMHead": {"is_decoder": True},
@@ -486,7 +491,7 @@ def tiny_config(class_name: str) -> Any:
 
 
 def tiny_model(class_name: str, seed: int = 0) -> nn.Module:
-    """In evaluation mode, float32, with weights that are large enough to matter.
+    """A tiny model in evaluation mode, in float32, with weights large enough to affect the outputs.
 
     Raises:
         CannotBuildError: with the reason.
@@ -514,22 +519,22 @@ def tiny_model(class_name: str, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def _randomize(model: nn.Module, seed: int) -> None:
-    """Matrices and biases that are large enough for an error in them to be noticed."""
+    """Makes matrices and biases large enough that an error in them is noticed."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:  # fixed sines, which loading computes again
+        if not parameter.requires_grad:  # fixed sines, recomputed when the model is loaded
             continue
         if parameter.dim() == 2:
             parameter.normal_(std=0.15, generator=generator)
         elif name.endswith("bias") and parameter.dim() == 1:
             parameter.normal_(std=0.05, generator=generator)
-    for module in model.modules():  # zero in every model of this kind, and after loading
+    for module in model.modules():  # zero in every model of this kind, also after loading
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             module.weight[module.padding_idx] = 0
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """The kind of the error and the begin of its text, on one line."""
+    """The kind of the error and the beginning of its text, on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:limit]
 
@@ -538,7 +543,7 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 
 def _find(config: Any, *names: str) -> Any:
-    """The first of these attributes in a configuration or those within it."""
+    """The first of these attributes that a configuration, or one inside it, has."""
     for name in names:
         value = getattr(config, name, None)
         if value is not None and not _is_config(value):
@@ -559,7 +564,7 @@ def _tokens(config: Any, rows: int = 2, length: int = 10) -> Tensor:
     ids = torch.randint(5, 60, (rows, length), generator=generator)
     eos = _find(config, "eos_token_id")
     if isinstance(eos, int) and eos < VOCABULARY:
-        ids[:, -1] = eos  # BART's classifier reads there
+        ids[:, -1] = eos  # BART's classifier reads this token
     return ids
 
 
@@ -581,7 +586,7 @@ def _mel(config: Any) -> int:
     return value if isinstance(value, int) else 16
 
 
-# What an argument of the name gets, wherever a forward has one.
+# The value of an argument with this name, for every forward that has the argument.
 _OPTIONAL: dict[str, Callable[[Any], Any]] = {
     "input_ids": _tokens,
     "decoder_input_ids": lambda config: _tokens(config, 2, 6),
@@ -589,7 +594,7 @@ _OPTIONAL: dict[str, Callable[[Any], Any]] = {
     "input_values": lambda config: _normal(2, 4000),
     "bbox": lambda config: torch.tensor([1, 2, 11, 12]).repeat(2, 10, 1),
 }
-# And where the forward asks for it.
+# The same, only for a forward that requires the argument.
 _NECESSARY: dict[str, Callable[[Any], Any]] = {
     "aspect_ratio_ids": lambda config: torch.ones(2, 1, dtype=torch.long),
     "aspect_ratio_mask": lambda config: torch.ones(2, 1, 4, dtype=torch.long),
@@ -639,7 +644,7 @@ def _codes(config: Any, rows: int = 2) -> Tensor:
     return _tokens(config, rows * (_find(config, "num_codebooks") or 4), 6)
 
 
-# {model type: what its models take}
+# {model type: the inputs of its models}
 _SPECIAL: dict[str, Callable[[Any], dict[str, Any]]] = {
     "autoformer": _series,
     "clap": lambda c: {"input_ids": _tokens(c), "input_features": _normal(2, 1, 64, _mel(c))},
@@ -708,7 +713,7 @@ _SPECIAL: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def _patches(config: Any, name: str, grid_name: str) -> Iterator[dict[str, Any]]:
-    """An image of 4 x 4 patches, as the vision towers that know no image size take it."""
+    """An image of 4 x 4 patches, for vision towers without a fixed image size."""
     config = getattr(config, "vision_config", config)
     patch = _find(config, "patch_size")
     if not isinstance(patch, int):
@@ -724,7 +729,7 @@ def _patches(config: Any, name: str, grid_name: str) -> Iterator[dict[str, Any]]
 
 
 def _with_placeholders(model: Any, parameters: Any) -> Iterator[dict[str, Any]]:
-    """Text with an image or a sound in it: as many tokens as the tower gives rows."""
+    """Text that contains an image or a sound, with as many tokens as the tower returns rows."""
     config = model.config
     kinds = (
         ("get_image_features", "pixel_values", ("image_token_id", "image_token_index")),
@@ -767,7 +772,7 @@ def _media(config: Any, name: str, parameters: Any) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def _feature_rows(owner: Any, method: str, media: dict[str, Any], config: Any) -> int:
-    """How many token embeddings an image or a sound becomes; 0 if the tower does not take it."""
+    """The number of token embeddings of an image or a sound; 0 if the tower does not accept it."""
     try:
         found = getattr(owner, method)(**media)
     except Exception:
@@ -796,7 +801,7 @@ def _values(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def _candidates(model: Any) -> Iterator[dict[str, Any]]:
-    """Inputs that a model may take, the best first; what its forward needs is added."""
+    """Inputs that a model may accept, the best first, with all arguments that it requires."""
     parameters = dict(inspect.signature(model.forward).parameters)
     known = _OPTIONAL | _NECESSARY
     needed = [n for n, p in parameters.items() if p.default is p.empty and n in known]
@@ -838,7 +843,7 @@ def _suggestions(model: Any, parameters: Any, needed: list[str]) -> Iterator[dic
 
 
 def inputs_for(model: Any) -> dict[str, Any]:
-    """Inputs with which the forward works and gives floating-point outputs.
+    """Inputs with which the forward runs and returns floating-point outputs.
 
     Raises:
         CannotBuildError: with the first error.
@@ -878,9 +883,9 @@ def _floating(value: Any) -> Iterator[Tensor]:
 
 
 def forward(model: Any, inputs: dict[str, Any], like: Any = None) -> list[Tensor]:
-    """The floating-point outputs, with gradients. Random numbers in it are the same every time.
+    """The floating-point outputs, with gradients. Every call draws the same random numbers.
 
-    `like` is a model whose signature counts, where `model` wraps it.
+    `like` is the model whose signature is used if `model` wraps it.
     """
     torch.manual_seed(0)
     parameters = inspect.signature((like or model).forward).parameters

@@ -16,19 +16,19 @@ _HEAD = """\
 Written by `make survey`; do not edit. With lora_kernels {lora_kernels}, peft {peft},
 transformers {transformers} and torch {torch}, on the CPU in float32.
 
-Every class of transformers' AutoModel mappings, as a random model of a few thousand parameters
-(`benchmarks/survey/families.py`), goes through these checks (`benchmarks/survey/`):
+The survey builds a random model of a few thousand parameters for every class of transformers'
+AutoModel mappings (`benchmarks/survey/families.py`) and makes these checks (`benchmarks/survey/`):
 
 {checks}
 
-Outputs are the same if they differ by at most 1e-4 of the largest. *refused* is an error of one
-line, *warned* means that our function had said that PEFT would not give the same, *left out* that
-the check says nothing here. {built} of {total} classes could be built.
+Outputs are the same if they differ by at most 1e-4 of the largest value. *refused* is a one-line
+error. *warned* means that this package had warned that PEFT would give other results. *left out*
+means that the check says nothing about the package here. {built} of {total} classes could be built.
 """
 
 
 def write_table(rows: Sequence[Row], path: Path) -> None:
-    """Everything that is wrong comes first."""
+    """Write the page; failures come first."""
     built = [row for row in rows if row.built == "ok"]
     parts = [_head(rows, built), _failures(built), _families(built), _insensitive(built)]
     parts += [_reasons(built), _skipped(built), _not_built(rows)]
@@ -88,14 +88,15 @@ def _insensitive(built: Sequence[Row]) -> str:
     names = [row.name for row in built if row.effect < 1e-3]
     return (
         "## Outputs that hardly depend on the adapters\n\n"
-        "The adapters of these random models change the outputs by less than 1e-3 of the largest, "
-        "so that the comparisons of outputs say little here; those of weights and gradients do: "
+        "The adapters of these random models change the outputs by less than 1e-3 of the largest "
+        "value. Comparisons of outputs therefore say little here, unlike comparisons of weights "
+        "and gradients: "
         f"{', '.join(names) or 'none'}.\n"
     )
 
 
 def _reasons(built: Sequence[Row]) -> str:
-    """What was refused, warned of or left out, each text once."""
+    """Everything that was refused, warned about or left out, each text once."""
     lines = ["## Refused, warned of, left out", ""]
     for check in CHECKS:
         found = [(_general(v), row) for row in built if _said(v := row.checks.get(check, "-"))]
@@ -139,7 +140,7 @@ def _names(rows: Sequence[Row]) -> str:
 
 
 def _general(text: str) -> str:
-    """Without the numbers and names that differ from class to class."""
+    """The text without the numbers and names that differ from class to class."""
     text = re.sub(r"'[\w.]*\.[\w.]+'", "'...'", _cell(text))
     text = re.sub(r"\b\d(\.\d)?e[-+]\d+", "x", text)
     text = re.sub(r"\b(\w+\.)+\w+\b", "...", text)

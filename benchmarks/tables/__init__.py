@@ -1,8 +1,8 @@
 """Every measured number in README and docs, from the CSV files in benchmarks/results/.
 
-`python -m benchmarks.tables` fills what is between the lines `<!-- table NAME -->` and
-`<!-- end of table NAME -->` of README.md and docs/. docs/study.md is filled by
-`benchmarks.study.report`, and docs/families.md is written by `benchmarks.survey`.
+`python -m benchmarks.tables` fills the text between the lines `<!-- table NAME -->` and `<!-- end
+of table NAME -->` of README.md and docs/. docs/study.md is filled by `benchmarks.study.report`, and
+docs/families.md is written by `benchmarks.survey`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from . import gpu, layers, models, starts, svd
+from . import gpu, headline, layers, models, starts, svd
 from .results import RESULTS, Results
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    "headline": headline.headline,
     "init": starts.init,
     "init_ranks": starts.init_ranks,
     "layer": layers.layer,

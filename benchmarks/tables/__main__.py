@@ -17,12 +17,12 @@ STUDY = ROOT / "docs/study.md"  # filled by benchmarks.study.report
 
 
 def pages() -> list[Path]:
-    """README.md and all pages of docs/ but the study's."""
+    """README.md and all pages of docs/ except the study."""
     return [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {STUDY})]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0; 1 if a page has a marker that does not fit, or, with --check, other tables."""
+    """Return 0; or 1 if a page has a marker that does not fit or, with --check, outdated tables."""
     parser = argparse.ArgumentParser("python -m benchmarks.tables", description=__doc__)
     parser.add_argument(
         "pages", type=Path, nargs="*", metavar="PAGE", help="default: README.md and docs/"
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _name(page: Path) -> str:
-    """The path in the repository, where the page is in it."""
+    """The page's path relative to the repository, if the page is inside it."""
     path = page.resolve()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else page)
 

@@ -1,5 +1,5 @@
-"""The aims that no CSV file has. `svd_speedups.csv`, `host_init.csv` and the targets on a GPU have
-theirs in a column.
+"""The aims that are in no CSV file. `svd_speedups.csv`, `host_init.csv` and the targets on a GPU
+have a column for their aims.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def where_bold(lines: Iterable[Sequence[str]]) -> str:
 
 
 def init_aim(dtype: str, r: int) -> float:
-    """The time of a LoRAM start, as a multiple of reading W once and rewriting it once."""
+    """The aim for a LoRAM start, as a multiple of the time to read W once and rewrite W once."""
     return 1.2 if dtype == "fp32" and r <= 128 else 1.5
 
 
-# The time that `init` may take is that of `cp` divided by this.
+# `init` may take the time of `cp` divided by this.
 OF_CP = 0.7
-# With AVX2: how many times as fast as `svd_lowrank` at niter 16 `randomized_svd` is.
+# With AVX2: the speed of `randomized_svd`, as a multiple of `svd_lowrank`'s at niter 16.
 AVX2_SVD = 2.5
 # With AVX2: a 16-bit layer's time as a multiple of the same layer's in float32.
 AVX2_LINEAR = 1.3

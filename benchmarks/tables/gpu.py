@@ -13,7 +13,7 @@ PREDICTED, MEASURED = "predicted.csv", "headline.csv"
 
 
 def gpu_targets(results: Results) -> str:
-    """Aim, predictions and measurements. A GPU that was measured has a headline.csv."""
+    """Aims, predictions and measurements. A measured GPU has a headline.csv."""
     sources = results.matching(f"nvidia-*/{PREDICTED}")[::-1]  # the newest GPU first
     files = results.matching(f"nvidia-*/{MEASURED}")
     predicted, measured = ([_by_line(results.rows(f)) for f in some] for some in (sources, files))
@@ -52,7 +52,7 @@ def _in(unit: str, value: float, aim: bool = False) -> str:
 
 
 def _cell(aim: str, row: Row, column: str) -> str:
-    """A prediction or a measurement, with its milliseconds; the reason where there is none."""
+    """A prediction or a measurement, with its milliseconds; or the reason why it is missing."""
     text, ms = row.get(column, ""), float_of(row.get(f"{column}_ms"))
     value = float_of(text)
     if value is None:

@@ -32,7 +32,7 @@ class Case:
         return 1 / ratio if ratio else None
 
     def slower_than_reference(self, variant: str) -> bool:
-        """Whether it takes longer than the reference, where that was measured."""
+        """Whether it takes longer than the reference; False if the reference was not measured."""
         own, reference = self.ms(variant), self.ms("reference")
         return own is not None and reference is not None and own > reference
 
@@ -47,8 +47,8 @@ class Case:
 def against_yardstick(
     results: Results, operators: Sequence[str], cells: Callable[[Case], list[str]], aims: str
 ) -> str:
-    """A table with a row for each case of these operators; `cells` makes the last two columns, in
-    bold what misses the `aims`.
+    """A table with a row for each case of these operators. `cells` makes the last two columns,
+    where numbers that miss the `aims` are bold.
     """
     rows = [row for row in results.rows(FILE) if row["operator"] in operators]
     lines = []

@@ -15,7 +15,7 @@ CHECKS = ("start", "gradient", "reload", "peft", "merge", "cli_merge", "cli_init
 
 
 def stream(results: Results) -> str:
-    """Initializing a checkpoint on disk, beside copying it."""
+    """Initializing a checkpoint on disk, compared with copying it."""
     rows = results.rows("stream.csv")
     columns = {
         "cp": "`cp`",
@@ -46,7 +46,7 @@ def stream(results: Results) -> str:
 
 
 def _runs(rows: Sequence[Row], dtypes: Sequence[str]) -> list[list[str]]:
-    """As fast as `cp`, in every run."""
+    """The speed relative to `cp`, in every run."""
     lines = []
     for run, blocks, rounds in cases(rows, "run", "blocks", "rounds"):
         line = [f"{run}: {blocks} blocks, {rounds} rounds"]
@@ -59,7 +59,7 @@ def _runs(rows: Sequence[Row], dtypes: Sequence[str]) -> list[list[str]]:
 
 
 def families(results: Results) -> str:
-    """How many classes of transformers had which outcome in each check of the survey."""
+    """The number of transformers classes with each outcome, for each check of the survey."""
     rows = results.rows("families.csv")
     built = [row for row in rows if row["built"] == "ok"]
     lines = []
@@ -77,7 +77,7 @@ def _outcome(verdict: str) -> str:
 
 
 def sharded(results: Results) -> str:
-    """Adapters on sharded models, beside PEFT's."""
+    """Adapters on sharded models, compared with PEFT's."""
     rows = results.rows("sharded.csv")
     methods = [method for (method,) in cases(rows, "method")]
     lines = []

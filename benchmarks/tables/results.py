@@ -1,4 +1,4 @@
-"""The CSV files of benchmarks/results/, and what they say of the machine that was measured."""
+"""The CSV files of benchmarks/results/, and what they say about the machine that was measured."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Results:
 
 def paths(files: Iterable[str]) -> str:
     """The files as paths in the repository."""
-    return " and ".join(f"`benchmarks/results/{file}`" for file in files)
+    made = [f"`benchmarks/results/{file}`" for file in files]
+    return " and ".join([", ".join(made[:-1]), made[-1]] if made[1:] else made)
 
 
 def wrapped(text: str) -> str:

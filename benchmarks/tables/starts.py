@@ -1,4 +1,4 @@
-"""How long a start takes: one layer, by rank, a whole model, every start, and the demo."""
+"""How long starts take: one layer, by rank, a whole model, every start, and the demo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .markdown import NONE, bold, number, page, power, seconds, table, times
 from .results import Results, Row, cases, float_of, matching, value
 
 FLOOR, OURS = "norm + mul_", "LoRAM"
-# Variants of init.csv beside the floor and LoRAM, and their headings.
+# The variants of init.csv other than the floor and LoRAM, and their headings.
 VARIANTS = {
     "LoRALinear (PiSSA)": "**PiSSA start**",
     "LoRALinear (OLoRA)": "**OLoRA start**",
@@ -18,7 +18,7 @@ VARIANTS = {
     "PEFT olora": "PEFT `olora`",
     "PEFT pissa": "PEFT `pissa`",
 }
-# What svd.csv says where init.csv has no PiSSA start.
+# Variants of svd.csv, shown where init.csv has no PiSSA start.
 SVDS = {"ours": "**SVD for `pissa`**", "svd_lowrank niter 16": "`svd_lowrank` niter 16"}
 
 
@@ -28,7 +28,7 @@ def init(results: Results) -> str:
 
 
 def avx2_init(results: Results) -> str:
-    """The same with the AVX2 kernels."""
+    """Initializing one layer with the AVX2 kernels."""
     return _init(results, "avx2/")
 
 

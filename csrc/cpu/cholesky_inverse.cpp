@@ -9,7 +9,7 @@
 namespace lora {
 namespace {
 
-// Upper-triangular X with X^T G X = 1. A column whose pivot is not above the tolerance is dropped.
+// Upper-triangular X with X^T G X = 1. Columns with a pivot at or below the tolerance are dropped.
 void invert_cholesky(const double* gram, int64_t b, double tolerance, double* inverse) {
   std::vector<double> factor(gram, gram + b * b);  // overwritten by R, row by row
   std::fill(inverse, inverse + b * b, 0.0);

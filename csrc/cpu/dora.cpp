@@ -13,7 +13,8 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 constexpr int64_t kDoraRows = 8;
-// Rows whose sums are added in the gain's precision, before their totals are added in float64.
+// The number of rows whose sums are added in the gain's precision, before these are added in
+// float64.
 constexpr int64_t kDoraGradRows = 32;
 
 int64_t dora_rows(const at::Tensor& y, int64_t columns) {

@@ -1,4 +1,4 @@
-// The operators for LoRAM on a CPU, as the dispatch table calls them.
+// LoRAM's operators on a CPU, as the dispatch table calls them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -17,8 +17,8 @@ namespace lora {
 namespace {
 
 // A tile of 96 rows (192 columns for a transposed A) by 256 floats or pairs fits in a core's L2
-// cache together with the part of B that it is multiplied by. On Zen 4 this is faster than 192 x
-// 256 and 96 x 128. Both counts are multiples of kStripRows.
+// cache together with the part of B that multiplies it. On Zen 4 this is faster than 192 x 256 and
+// 96 x 128. Both counts are multiples of kStripRows.
 constexpr int64_t kRowTile = 96, kColumnTile = 192, kMaxDepth = kMaxPacked;
 // Columns of out that are computed together: their sums fit in the L2 cache too.
 constexpr int64_t kMaxColumns = 256;
@@ -231,7 +231,7 @@ void run(
                       operand,       out.mutable_data_ptr<typename Form::C>(),
                       out.stride(0), options};
   // Divided by size alone, so that the bits do not depend on the number of threads. A short output
-  // is divided further, into work for eight threads.
+  // is divided further, so that eight threads have work.
   const int64_t size = out.size(0), largest = job.by_columns ? kColumnTile : kRowTile;
   const int64_t tile = std::min(largest, round_up((size + 7) / 8, kStripRows));
   std::vector<std::pair<int64_t, int64_t>> tiles;  // first row, first column

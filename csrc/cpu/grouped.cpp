@@ -16,14 +16,14 @@
 namespace lora::grouped {
 namespace {
 
-// Fewer tasks than kTasks are divided by columns too, if that leaves each of them enough work.
+// Fewer tasks than kTasks are divided by columns too, if each task then keeps enough work.
 constexpr int64_t kTasks = 32, kLeastColumns = 128;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) {
   return a / b + (a % b != 0 ? 1 : 0);
 }
 
-// Within this thread, MKL and libraries that use OpenMP run on one thread.
+// While an object exists, MKL and libraries that use OpenMP run on one thread within this thread.
 class OneThread {
  public:
 #ifdef _OPENMP

@@ -11,7 +11,7 @@
 
 namespace lora::grouped {
 
-// `ends` and `rows` of lora::grouped_linear, whose values are checked. Raises ValueError or
+// `ends` and `rows` of lora::grouped_linear. Their values are checked: raises ValueError or
 // IndexError.
 class Groups {
  public:
@@ -39,17 +39,17 @@ struct Task {
   int64_t columns() const { return right - left; }
 };
 
-// The tasks of a result with `columns` columns, the largest first, with at most so many rows and
-// columns each. The division depends on sizes alone, so that the bits do not depend on the number
-// of threads.
+// The tasks of a result with `columns` columns, the largest first, each with at most `most_rows`
+// rows and `most_columns` columns. The division depends on sizes alone, so that the bits do not
+// depend on the number of threads.
 std::vector<Task> cut(
     const Groups& groups, int64_t columns, int64_t most_rows, int64_t most_columns = INT64_MAX);
 
-// What a thread keeps in memory for a task: rows in the dtype of sums, rows in the model's dtype, a
-// product in the model's dtype, a tile of a weight in float32, and a sum.
+// A thread's matrices for a task: rows in the dtype of sums, rows in the model's dtype, a product
+// in the model's dtype, a tile of a weight in float32, and a sum.
 enum Slot { kWide, kNarrow, kProduct, kTile, kSum, kSlots };
 
-// Matrices that one thread uses again for one task after the other.
+// Matrices that one thread reuses for its tasks.
 class Scratch {
  public:
   // Uninitialized. Each slot has one dtype and holds one matrix at a time.
@@ -59,8 +59,8 @@ class Scratch {
   std::array<at::Tensor, kSlots> buffers_;
 };
 
-// Calls work(task, scratch) for every task. A thread that is done takes the next task. Products
-// within a task run on one thread.
+// Calls work(task, scratch) for every task. A thread that has finished takes the next task.
+// Products within a task run on one thread.
 void run(const std::vector<Task>& tasks, const std::function<void(const Task&, Scratch&)>& work);
 
 }  // namespace lora::grouped

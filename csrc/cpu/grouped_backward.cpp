@@ -11,11 +11,11 @@
 namespace lora::grouped {
 namespace {
 
-// Where rows of x repeat, their gradients are first kept apart: so many numbers at a time, but at
+// Gradients of repeated rows of x are first stored separately: this many numbers at a time, but at
 // least kLeastWidth columns of dx.
 constexpr int64_t kApart = 1 << 22, kLeastWidth = 256;
 
-// The rows of an expert that a product of rank r reads at a time, and of its columns.
+// How many of an expert's rows, and of its columns, a product of rank r reads at a time.
 constexpr int64_t kRowsAtOnce = 256, kColumnsAtOnce = 512;
 
 struct Backward {
@@ -28,7 +28,7 @@ struct Backward {
   const double scaling;
   const Precision precision;
 
-  // dz, and the same of the start: s dy [B, -B0], [S, total_rank] in the dtype of sums.
+  // dz and the start's counterpart: s dy [B, -B0], [S, total_rank] in the dtype of sums.
   at::Tensor through_B() const {
     const auto out = at::empty({groups.size(), factors.total_rank()}, sums());
     run(cut(groups, 0, kMostRows), [&](const Task& task, Scratch& scratch) {
@@ -126,7 +126,7 @@ struct Backward {
     });
   }
 
-  // A tensor like `stack`, for each expert the sum over its rows of products of two factors, whose
+  // A tensor like `stack`: for each expert, the sum over its rows of products of two factors, whose
   // columns are divided along dimension `along`.
   template <typename Pair>
   at::Tensor per_expert(const at::Tensor& stack, int64_t along, const Pair& factors_of) const {

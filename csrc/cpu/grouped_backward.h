@@ -9,9 +9,9 @@
 
 namespace lora::grouped {
 
-constexpr int64_t kMostRows = 256;  // of a task
+constexpr int64_t kMostRows = 256;  // in a task
 
-// (x, bias, lora_A, lora_B); those that are not needed are empty.
+// (x, bias, lora_A, lora_B); gradients that are not needed are empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& ends,
     const std::optional<at::Tensor>& rows, const at::Tensor& lora_A, const at::Tensor& lora_B,

@@ -1,11 +1,11 @@
-// lora::grouped_linear's forward. Each task multiplies up to kMostRows rows of one expert, gathered
-// from x into memory of that size, on one thread.
+// lora::grouped_linear's forward. Each task multiplies up to kMostRows rows of one expert on one
+// thread. The rows are gathered from x into memory of that size.
 //
-// The floor is the time of the products with W. At rank 16 forward and backward add six thin
-// products, 4.7 % of the operations at N = K = 1024. Measured on Zen 4, both projections, float32,
-// as a multiple of torch's grouped_mm without an adapter, CPU time of 1 thread: 1.11 with 64 rows
-// an expert, 1.07 to 1.09 with 256, 1.21 with 32 (H = 512). With 2 threads on an idle machine, the
-// elapsed time was 0.60 to 0.91 of grouped_mm's.
+// A lower bound on the time is that of the products with W. At rank 16, forward and backward add
+// six thin products, 4.7 % of the operations at N = K = 1024. Measured on Zen 4 (both projections,
+// float32, CPU time of 1 thread) as a multiple of torch's grouped_mm without an adapter: 1.11 with
+// 64 rows per expert, 1.07 to 1.09 with 256, 1.21 with 32 (H = 512). With 2 threads on an idle
+// machine, the elapsed time was 0.60 to 0.91 of grouped_mm's.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -28,7 +28,7 @@ struct Forward {
   const double scaling;
   const Precision precision;
   const at::Tensor y, z;
-  const at::Tensor ranks;  // [S, total_rank] in the dtype of sums; z and what the start adds
+  const at::Tensor ranks;  // [S, total_rank] in the dtype of sums; z, and the start's product
 
   // The columns of the rank products, for the rows of one task.
   void rank_rows(const Task& task, Scratch& scratch) const {

@@ -9,11 +9,11 @@
 namespace lora::grouped {
 namespace {
 
-// oneDNN makes a kernel for every shape, which takes 0.5 ms, and keeps 1024 of them. The numbers of
-// rows of an expert are therefore rounded up.
+// oneDNN makes a kernel for every shape, which takes 0.5 ms, and keeps 1024 of them. So the number
+// of rows of an expert is rounded up.
 constexpr int64_t kRowsTogether = 8;
 
-// Entries of a converted tile: 512 KB, half of the L2 cache of a core.
+// Entries of a converted tile: 512 KB, half of a core's L2 cache.
 constexpr int64_t kTileEntries = 1 << 17;
 
 void convert_row(const char* source, c10::ScalarType dtype, char* out, int64_t count, bool widen) {
@@ -40,7 +40,7 @@ void gather(
   }
 }
 
-// M in float32, in the order in which it lies in memory.
+// M in float32, in the order of its entries in memory.
 at::Tensor converted(const at::Tensor& M, Scratch& scratch) {
   if (M.stride(1) != 1 && M.stride(0) == 1) {
     return converted(M.t(), scratch).t();

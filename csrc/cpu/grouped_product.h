@@ -13,7 +13,7 @@ namespace lora::grouped {
 using Optional = std::optional<at::Tensor>;
 
 // Thin products and sums are in float32 (float64 for float64). A product with a 16-bit weight runs
-// in 16 bits where torch has vectorized ones; else the weight is converted tile by tile.
+// in 16 bits where torch has vectorized kernels; else the weight is converted tile by tile.
 struct Precision {
   c10::ScalarType model, sums;
   bool narrow;  // products with a weight are in 16 bits
@@ -42,7 +42,7 @@ class Mask {
  public:
   Mask(double p, const Optional& seed);
   bool active() const { return active_; }
-  // Applied to rows of the product, the first of which is `row`, from column `left` on.
+  // Applies the mask to rows of the product, from row `row` and column `left` on.
   void apply_(const at::Tensor& values, int64_t row, int64_t left) const;
 
  private:
@@ -63,8 +63,9 @@ struct Operand {
   at::Tensor narrow(int64_t begin, int64_t end, Scratch& scratch) const;
 };
 
-// out [s, columns] (dtype of sums) = rows times M, the part of a weight [inner, columns], of any
-// strides. `rows` is Operand::narrow where products are in 16 bits, else Operand::wide.
+// out [s, columns] (dtype of sums) = rows times M, where M is the part of a weight
+// [inner, columns], of any strides. `rows` is Operand::narrow where products are in 16 bits, else
+// Operand::wide.
 void multiply(
     const Precision& precision, const at::Tensor& out, const at::Tensor& rows, const at::Tensor& M,
     Scratch& scratch);

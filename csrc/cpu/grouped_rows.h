@@ -9,13 +9,13 @@
 
 namespace lora::grouped {
 
-// For each row of x the rows of the product that it went into, in ascending order.
+// For each row of x, the rows of the product that it became, in ascending order.
 class Origins {
  public:
   Origins(const Groups& groups, int64_t tokens);
 
-  // out[t, :] = the sum of the rows of `product` (float32 or float64) that come from t, added in
-  // their order and rounded once to out's dtype. The last strides are 1.
+  // out[t, :] = the sum of the rows of `product` (float32 or float64) that come from row t, added
+  // in ascending order and rounded once to out's dtype. The last strides are 1.
   void add_up(const at::Tensor& product, const at::Tensor& out) const;
 
  private:

@@ -1,7 +1,7 @@
 // y = x W^T + b + s drop(x) A^T R^T B^T - s x A0^T B0^T (R is optional), and its gradients. The
 // products are torch's where it has fast ones (product.h): at ranks up to 128 its thin products run
 // at 150-800 GF/s, so that a forward at rank 16 takes 1-2 % longer than the product with W alone.
-// What is fused is adding to y and dx in place (beta = 1).
+// The only fusion is the addition to y and dx in place (beta = 1).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -20,7 +20,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 struct Dropout {
   double p;
   const OptionalTensor& seed;
-  int64_t col_offset;  // of the first column of x in the rows that the mask is for
+  int64_t col_offset;  // position of x's first column in the rows that the mask is for
 
   bool active() const { return p > 0.0; }
 
@@ -58,7 +58,7 @@ at::Tensor as_rows(const at::Tensor& x) {
   return x.reshape({count, x.size(-1)});
 }
 
-// z R^T, which is multiplied by B^T.
+// z R^T, which is then multiplied by B^T.
 at::Tensor through_R(const at::Tensor& z, const OptionalTensor& lora_R) {
   return lora_R ? product(z, lora_R->to(z.scalar_type()).t()) : z;
 }

@@ -1,4 +1,4 @@
-// Copies of parts of a matrix's rows, of any dtype and stride, in the precision of a product.
+// Copies parts of a matrix's rows, of any dtype and stride, to the precision of a product.
 #pragma once
 
 #include <c10/core/ScalarType.h>

@@ -14,7 +14,7 @@
 namespace lora {
 namespace {
 
-// The size of a product in float32 that is computed at a time: 16 MB, but enough rows for many
+// The number of float32 entries of a product computed at a time: 16 MB, but enough rows for many
 // threads.
 constexpr int64_t kEntries = 1 << 22, kLeastRows = 4096;
 
@@ -33,7 +33,7 @@ void widened_rows(const at::Tensor& a, const at::Tensor& b, const Take& take) {
 }
 
 // Calls take(where, part): `part` has the entries `where` of a b, in float32. The larger factor is
-// the one that is not copied.
+// not copied.
 template <typename Take>
 void widened(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const Take& take) {
   if (a.numel() >= b.numel()) {
@@ -48,7 +48,7 @@ void widened(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, co
 }
 
 // Few rows times a matrix whose columns are contiguous: torch has fast inner products, 1.6 ms per
-// row of 4096^2, where a strip of 16 rows takes 10 (1 thread, AVX2).
+// row of 4096^2, whereas a strip of 16 rows takes 10 ms (1 thread, AVX2).
 constexpr int64_t kInnerProducts = 4;
 
 bool widens(const at::Tensor& a, const at::Tensor& b) {

@@ -1,4 +1,4 @@
-// Products of the layer's matrices, also for 16-bit dtypes for which torch has no fast ones.
+// Products of the layer's matrices, including 16-bit dtypes for which torch has no fast products.
 #pragma once
 
 #include <ATen/core/Tensor.h>

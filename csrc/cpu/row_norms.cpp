@@ -1,8 +1,8 @@
 // The norms of the rows of W + s L R in float32, with float64 for the rows that need it.
 //
-// A float32 sum W + s L R has an error of about 2^-24 of its terms, and the norm of a row has a
-// smaller one, because the errors of its entries are independent. Where the sum is much smaller
-// than its terms, that is too much, and the row is computed again in float64.
+// A float32 sum W + s L R has an error of about 2^-24 of its terms. The norm of a row has a smaller
+// error, because the errors of its entries are independent. Where the sum is much smaller than its
+// terms, that error is too large, and the row is computed again in float64.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -15,18 +15,18 @@
 namespace lora {
 namespace {
 
-// A row is settled if the square of its norm is at least this part of that of its terms, and far
+// A row is settled if its squared norm is at least this share of its terms' squared norm, and far
 // from the ends of float32's range.
 constexpr double kSettled = 1.0 / 16, kLeastSquare = 1e-28, kMostSquare = 1e36;
-// An entry is a sum of k + 1 terms with an error of about 2^-24 sqrt(k + 1) times their size, and
-// over m entries these errors average out: with this many times (k + 1) / m, the norm's error
-// stays below 4e-7, three times its standard deviation.
+// An entry is a sum of k + 1 terms with an error of about 2^-24 sqrt(k + 1) times their size. Over
+// m entries these errors average out: with this multiple of (k + 1) / m as the share, the norm's
+// error stays below 4e-7, three times its standard deviation.
 constexpr double kSettledShare = 1.0 / 6;
 // Rows that are computed again together: a multiple of a tile's rows and of a panel's columns.
 constexpr int64_t kSettledRows = 32;
 
 // The sum of squares of each row of a contiguous matrix [rows, columns], times `weights` [columns]
-// if they are given. In a fixed order, so that it does not depend on the number of threads.
+// if given. Added in a fixed order, so that it does not depend on the number of threads.
 std::vector<double> squares_of_rows(const at::Tensor& matrix, const double* weights) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
   const auto* data = matrix.const_data_ptr<float>();
@@ -42,7 +42,7 @@ std::vector<double> squares_of_rows(const at::Tensor& matrix, const double* weig
   return sums;
 }
 
-// The groups with a row that is not settled, neighbors joined.
+// The groups that have a row that is not settled; neighboring groups are joined.
 std::vector<RowRange> unsettled(
     const RowSquares& found, const std::vector<double>& products, double share) {
   const auto rows = static_cast<int64_t>(found.sums.size());

@@ -6,8 +6,8 @@
 namespace lora {
 namespace {
 
-// Returns the previous setting, or 0 if there was none. torch's MKL builds export this function;
-// torch with another BLAS does not, and then its number of threads is set globally.
+// Returns the previous setting, or 0 if there was none. torch's MKL builds export this function.
+// torch with another BLAS does not; then the number of threads is set globally.
 int set_local_threads(int count) {
   using Set = int (*)(int);
   static const auto mkl = reinterpret_cast<Set>(dlsym(RTLD_DEFAULT, "MKL_Set_Num_Threads_Local"));

@@ -12,19 +12,20 @@
 namespace lora {
 namespace {
 
-// Here W is seen as it lies in memory, see WeightView: V = W + a b, a [rows, k], b [k, columns].
-// The wanted sums are over the columns, or over the rows if W is transposed.
+// Here W has the order of its entries in memory, see WeightView: V = W + a b, a [rows, k], b
+// [k, columns]. The sums are over the columns, or over the rows if W is transposed.
 
-// A part of b with so many bytes stays in the L2 cache while this many rows are multiplied by it.
+// A part of b with this many bytes stays in the L2 cache while kRowBlock rows are multiplied by it.
 constexpr int64_t kPartBytes = 1 << 17, kRowBlock = 64;
-// Columns whose squares are summed in float32, before their sums are added in float64.
+// The number of columns whose squares are summed in float32, before these sums are added in
+// float64.
 constexpr int64_t kPartColumns = 2048;
-// For a transposed W: columns that are summed together, and rows after which their sums, in
-// float32 so far, are added in float64. A sum is divided into at most kSumParts tasks.
+// For a transposed W: the columns that are summed together, and the rows after which their float32
+// sums are added in float64. A sum is divided into at most kSumParts tasks.
 constexpr int64_t kSummedColumns = kMaxPacked, kFoldedRows = 64, kSumParts = 8;
 
-// How far ahead in its rows W is prefetched; in a transposed W it is the next rows. The hardware's
-// prefetching ends at the end of a page.
+// How far ahead in its rows W is prefetched. Of a transposed W, the next rows are prefetched
+// instead. The hardware's prefetching stops at the end of a page.
 constexpr int64_t kAheadBytes = 1024;
 
 struct FloatSquares {
@@ -115,8 +116,8 @@ class Squares {
     }
   }
 
-  // Adds to the sums of the columns [left, right), at most kSummedColumns of them, those of the
-  // rows [begin, end). Both `left` and `begin` are multiples of the tile's sizes.
+  // Adds the sums of the rows [begin, end) to those of the columns [left, right), at most
+  // kSummedColumns of them. Both `left` and `begin` are multiples of the tile's sizes.
   void add_columns(
       int64_t left, int64_t right, int64_t begin, int64_t end, double* sums, double* sizes) const {
     T buffer[kSquareRows * kMaxPacked];
@@ -185,7 +186,7 @@ class Squares {
   bool direct_;
 };
 
-// Ranges of at most `step`.
+// The ranges, divided into ranges of at most `step`.
 std::vector<RowRange> divided(const std::vector<RowRange>& ranges, int64_t step) {
   std::vector<RowRange> parts;
   for (const auto& [begin, end] : ranges) {
@@ -196,7 +197,7 @@ std::vector<RowRange> divided(const std::vector<RowRange>& ranges, int64_t step)
   return parts;
 }
 
-// Rows per task: a multiple of a tile, and for few rows enough tasks for eight threads.
+// Rows per task: a multiple of a tile's rows and, for few rows, enough tasks for eight threads.
 int64_t rows_per_task(int64_t rows) {
   return std::clamp<int64_t>(round_up(rows / 8, kSquareRows), kSquareRows, kRowBlock);
 }

@@ -4,7 +4,7 @@
 // An entry is a sum of sines over k <= rank, for which the Christoffel-Darboux identity gives
 //   sum_k sin(k a) sin(k b) = [sin((r+1)a) sin(r b) - sin(r a) sin((r+1)b)] / (2 (cos a - cos b)).
 // In float64 this is accurate enough except, in each row, at the column whose angle is nearest to
-// the row's; all others are at least half a grid step away. Those few entries are computed by
+// the row's; all other angles are at least half a grid step away. Those few entries are computed by
 // Dirichlet kernels of exact integers (sine_product_sum).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -130,8 +130,8 @@ struct PreparedDst {
   }
 };
 
-// float64 weights need float64 corrections, which the identity does not give near the diagonal, but
-// the product does. Block by block of rows, so that no second matrix is allocated.
+// float64 weights need float64 corrections. Near the diagonal, the product gives these and the
+// identity does not. Block by block of rows, so that no second matrix is allocated.
 void subtract_double(const DstSubtraction& job, SineTables& tables) {
   constexpr int64_t block = 256;
   const auto& place = job.placement;
@@ -191,7 +191,7 @@ void subtract_dst_(
   subtract_dst({{weight, value, rank, {global_rows, global_cols, row_offset, col_offset}}}, tables);
 }
 
-// Each weight is a whole one. All are divided into one set of tasks, with one table of sines.
+// Every weight is whole. All are divided into one set of tasks, with one table of sines.
 void subtract_dst_foreach_(at::TensorList weights, const at::Tensor& coefficients, int64_t rank) {
   const auto values = coefficients.to(at::kDouble).contiguous();
   std::vector<DstSubtraction> jobs;

@@ -1,5 +1,5 @@
-// A 2-D weight in the order in which the kernels go through it, and its division into equal items
-// of work.
+// A 2-D weight in the order in which the kernels traverse it, and its division into equal items of
+// work.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
-// Adds the kernels of this folder to the table that the SVD driver reads. The only file here that
-// uses torch.
+// Adds the kernels of this folder to the table that the SVD driver reads. No other file here uses
+// torch.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>

@@ -5,7 +5,7 @@
 
 // One block of threads per matrix. The lower triangle S begins as that of G and ends as L^-1, where
 // G = L L^T, by one elimination of [G | I] in place: column k of G is no longer needed when column
-// k of L^-1 begins. A step scales row and column k and makes one rank-1 update of all rows below,
+// k of L^-1 begins. A step scales row and column k and applies one rank-1 update to all rows below,
 // with two barriers.
 //
 // Lower bound on the time for 128 columns: b^3 / 3 updates of 24 bytes of shared memory at 128
@@ -112,7 +112,7 @@ cudaError_t launch_cholesky_inverse(
   if (error != cudaSuccess) {
     return error;
   }
-  // Each warp takes a row: not more warps than rows, and several rows per warp if there are many.
+  // Each warp takes a row: no more warps than rows, and several rows per warp if there are many.
   const int threads = std::min(kMaxThreads, kWarp * std::max(1, (size + 3) / 4));
   LORA_LAUNCH(
       kernel, static_cast<unsigned>(batch), threads, bytes, stream, gram, inverse, size, tolerance);

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 4096;  // starting more than about 30 per SM only costs time
-constexpr uint32_t kSketch = 1;       // the counter's second word, which is 0 in a dropout mask
+constexpr uint32_t kSketch = 1;       // the counter's second word, which is 0 for a dropout mask
 
 struct Words {
   uint32_t w[4];

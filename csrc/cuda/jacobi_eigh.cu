@@ -12,14 +12,14 @@
 // A two-sided Jacobi would move A and V, three times the bytes, and one-sided Jacobi on A itself
 // needs more sweeps: with pivoting, L's columns are graded and nearly orthogonal. Numbers of sweeps
 // in the tests' emulation: 7 to 11 at l = 64 to 256, 3 for D H D with a well-conditioned H and any
-// diagonal D, and up to 17 where half of the spectrum is one cluster 1e-5 below the other half, or
-// zero.
+// diagonal D, and up to 17 where half of the spectrum is zero or one cluster 1e-5 below the other
+// half.
 //
 // A column is never split. Two blocks of columns are loaded into the shared memory of one CTA and
 // rotated against each other; all blocks of a matrix are paired at the same time, in rounds by the
 // circle method. Each round is a launch, which orders the rounds without a grid-wide barrier. When
-// a sweep had nothing to rotate, the launches after it find this on the device and return at once.
-// Up to 64 columns are handled by one CTA and one launch.
+// a sweep had nothing to rotate, the later launches find this on the device and return at once. Up
+// to 64 columns are handled by one CTA and one launch.
 //
 // Lower bound on the time. A sweep is l - 1 inner rounds with one barrier each. In one round, a CTA
 // reads and writes its two blocks of w columns of length l: 32 w l bytes of shared memory at 128
@@ -44,14 +44,14 @@ constexpr int kMaxSweeps = 32;
 
 constexpr double kEpsilon = 2.220446049250313e-16;  // 2^-52
 // The matrix is scaled by a power of two so that its largest diagonal entry is in [1, 2). Pivots
-// below kSmallest, and those that are smaller than rounding errors, are replaced by kFill^2: so far
-// below all others that they change nothing, but their columns get a direction. An eigenvalue below
-// kZero is one of these. The square of a product of two is still far from underflow.
+// that are below kSmallest, or smaller than rounding errors, are replaced by kFill^2: so far below
+// all others that they change nothing, but their columns get a direction. An eigenvalue below kZero
+// belongs to such a pivot. The square of a product of two is still far from underflow.
 constexpr double kSmallest = 0x1p-200;
 constexpr double kFill = 0x1p-120;
 constexpr double kZero = 0x1p-220;
-// A pivot below this fraction of its diagonal entry is smaller than rounding errors: twice the
-// error of 256 sums, which grows like the square root of their number.
+// A pivot below this fraction of its diagonal entry is treated as rounding noise: twice the error
+// of 256 sums, which grows like the square root of their number.
 constexpr double kHidden = 8 * kEpsilon;
 // The squared Frobenius norm equals the sum of the squared eigenvalues, unless the factor omitted a
 // part of the matrix because it is not semi-definite.
@@ -79,7 +79,7 @@ __device__ double group_sum(double value) {
 }
 
 // The sum over the block, in every thread, after a barrier. `scratch` has one double per warp and
-// is used by nothing else.
+// must not be used for anything else.
 __device__ double block_sum(double value, double* scratch) {
   value = group_sum<kWarp>(value);
   if (threadIdx.x % kWarp == 0) {
@@ -254,7 +254,7 @@ __device__ Meeting meeting(int round, int index, int n) {
 }
 
 // Makes two columns orthogonal; returns whether they were not. All lanes of a warp call it
-// together, each half with its own columns, or with 0 chunks. kHeld chunks of each column stay in
+// together: each half has its own columns, or 0 chunks. kHeld chunks of each column stay in
 // registers; the rest of a longer column is read twice.
 template <int kHeld>
 __device__ bool rotate(double* x, double* y, int chunks, double tolerance) {
@@ -281,7 +281,7 @@ __device__ bool rotate(double* x, double* y, int chunks, double tolerance) {
   if (!(fabs(xy) > tolerance * sqrt(xx * yy))) {
     return false;
   }
-  // The smaller of the two angles that make them orthogonal.
+  // From the smaller of the two angles that make the columns orthogonal.
   const double zeta = (yy - xx) / (2.0 * xy);
   const double tangent = copysign(1.0 / (fabs(zeta) + sqrt(1.0 + zeta * zeta)), zeta);
   const double secant = sqrt(1.0 + tangent * tangent);
@@ -304,7 +304,7 @@ __device__ bool rotate(double* x, double* y, int chunks, double tolerance) {
   return true;
 }
 
-// Block (matrix, index) takes the two blocks of columns that meet in `round`. In round 0 each also
+// Block (matrix, index) handles the two blocks of columns that meet in `round`. In round 0 it also
 // rotates the pairs within its blocks. `sweeps` > 1 only if there are no more than two blocks.
 template <int kHeld>
 __global__ void __launch_bounds__(kMaxThreads, 1) sweep_columns(

@@ -27,8 +27,8 @@ cudaError_t launch_gaussian_sketch(
 // size], upper triangular, R^-1 where gram = R^T R. The columns of Z R^-1 are orthonormal if gram =
 // Z^T Z. A column is dropped if its pivot (its squared norm minus the part in the span of the
 // columns before it) is not above `tolerance`, or if it contains or leads to NaN or Inf: its row
-// and column of the inverse are zero, and later columns are not eliminated with it. So the inverse
-// is always finite.
+// and column of the inverse are then zero, and later columns are not eliminated with it. So the
+// inverse is always finite.
 cudaError_t launch_cholesky_inverse(
     const double* gram, double* inverse, int64_t batch, int size, double tolerance,
     cudaStream_t stream);
@@ -39,7 +39,7 @@ cudaError_t launch_cholesky_inverse(
 // left no pivot, as in a singular matrix. A matrix with a NaN or Inf, or far from semi-definite,
 // gives NaN. `workspace` has jacobi_eigh_workspace(batch, size) bytes, aligned to 8. Returns
 // cudaErrorInvalidValue if 28 bytes per row, or two columns, do not fit in shared memory (size >
-// 3600 in 99 KB).
+// 3600 for 99 KB).
 size_t jacobi_eigh_workspace(int64_t batch, int size);
 cudaError_t launch_jacobi_eigh(
     const double* matrices, double* values, double* vectors, void* workspace, int64_t batch,

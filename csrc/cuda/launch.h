@@ -29,7 +29,7 @@ inline cudaError_t shared_memory_limit(size_t& bytes) {
   return error;
 }
 
-// More than 48 KB has to be requested.
+// More than 48 KB has to be requested explicitly.
 template <typename... Arguments>
 cudaError_t allow_shared_memory(void (*kernel)(Arguments...), size_t bytes) {
   return cudaFuncSetAttribute(

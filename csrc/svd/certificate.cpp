@@ -35,8 +35,8 @@ Certificate::Certificate(const Engine& engine, const Ritz& ritz, int64_t r, doub
   const auto values = ritz.values.cpu().contiguous();
   const auto coupling = coupling_of(engine, ritz).cpu();
   const int64_t size = values.size(-1);
-  // B = B' + E: B^T B <= 1.1 B'^T B' + 11 E^T E. A column of E is eps sqrt(m / 2) of the partial
-  // sums, which are no longer than the largest value times the column's own.
+  // B = B' + E: B^T B <= 1.1 B'^T B' + 11 E^T E. The norm of a column of E is eps sqrt(m / 2) times
+  // that of the partial sums, which is at most the largest value times the column's own.
   const bool wide = ritz.images.scalar_type() == at::kDouble;
   const double eps = (wide ? 0x1p-53 : 0x1p-24) * std::sqrt(static_cast<double>(engine.m));
   for (int64_t w = 0; w < engine.count; ++w) {

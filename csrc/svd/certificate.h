@@ -13,7 +13,7 @@ namespace lora {
 // Errors of values smaller than this fraction of the largest are relative to that fraction instead.
 constexpr double kLeastValue = 1e-7;
 
-// Rayleigh-Ritz triplets on a space, with the singular values as lengths of the images: W vectors =
+// Rayleigh-Ritz triplets on a space. The singular values are the lengths of the images: W vectors =
 // images.
 struct Ritz {
   at::Tensor values;   // wide [count, k], descending
@@ -29,20 +29,20 @@ struct Ritz {
 //     W^T W <= [Theta^2  B^T; B  c] <= [T  0; 0  t]   if  B^T B <= (t - c) (T - Theta^2)
 // for any diagonal T whose smallest entry is t, and by Weyl's inequality T_i bounds the i-th
 // squared value. Here T is (1 + tolerance)^2 times the squared values. B is computed; c comes from
-// a probe and holds with a probability of at least 1 - 1e-8. A space that grows by half after each
-// probe needs few of them.
+// a probe and holds with a probability of at least 1 - 1e-8. If the space grows by half after each
+// probe, few probes are needed.
 class Certificate {
  public:
   // `fine`: the rounding error of the Ritz values, relative to the largest one.
   Certificate(const Engine& engine, const Ritz& ritz, int64_t r, double fine);
 
   // Whether the values would be known to within the tolerance if the space had missed nothing
-  // larger than its own smallest values. Chooses k.
+  // larger than its smallest values. Chooses k.
   bool attainable(double tolerance);
-  // Whether they are known to within the tolerance, using at most that many steps of a probe with
-  // this seed.
+  // Whether the values are known to within the tolerance, using at most `steps` steps of a probe
+  // with this seed.
   bool proves(int64_t steps, uint64_t seed);
-  // Computes the bound, whatever it is, with that many steps.
+  // Computes the bound, whatever its value, with `steps` steps.
   void measure(int64_t steps, uint64_t seed);
 
   at::Tensor error() const;  // wide [count]: after proves() or measure()
@@ -52,7 +52,7 @@ class Certificate {
     std::vector<double> theta;
     at::Tensor coupling;   // B^T B, wide [k, k] on the host, plus a bound on its rounding error
     double fine;           // the absolute rounding error of each value
-    double ceiling = 0.0;  // the c that is needed
+    double ceiling = 0.0;  // the c that the tolerance needs
     double error = 0.0;
     bool zero() const { return theta[0] == 0; }
     double least() const { return kLeastValue * theta[0]; }

@@ -1,4 +1,4 @@
-// The small, latency-bound parts of the SVD driver for which a device may have its own kernels.
+// Small steps of the SVD driver, limited by latency, for which a device may have its own kernels.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -61,8 +61,8 @@ class Engine {
   virtual at::Tensor cholesky_inverse(const at::Tensor& gram, double tolerance) const = 0;
   // For wide symmetric matrices: values [l], descending, and vectors [l, l].
   virtual std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& matrices) const = 0;
-  // The r leading eigenvectors [l, r] in the working dtype. They need not be exact to the last bit:
-  // they select a space in which values are computed again.
+  // The r leading eigenvectors [l, r] in the working dtype. They need not be exact to the last bit,
+  // because they only select a space in which the values are computed again.
   virtual at::Tensor leading_vectors(const at::Tensor& matrices, int64_t r) const = 0;
 
   // Prepares solve_normal for one weight: an LU factorization of a square weight, or a Cholesky
@@ -80,8 +80,8 @@ class Engine {
 constexpr int64_t kMaxBlock = 128;
 
 // From this number of entries on, a bfloat16 weight is multiplied unconverted by rounded operands.
-// That takes a third to a half of the time and gives the same values, but vectors accurate to 1e-3
-// only.
+// That takes a third to a half of the time and gives the same values, but the vectors are accurate
+// only to 1e-3.
 constexpr int64_t kRoundsFrom = 1 << 19;
 
 // Weights outside this range are rescaled: their squares, or fourth powers in W^T W V, exceed

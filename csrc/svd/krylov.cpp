@@ -15,7 +15,7 @@ namespace {
 
 struct Plan {
   int64_t block;     // columns multiplied at a time
-  int64_t subspace;  // of all blocks together
+  int64_t subspace;  // total dimension of all blocks
 };
 
 // Narrow blocks give more accuracy per dimension of the space, wide ones run faster. With these
@@ -31,15 +31,15 @@ Plan default_plan(int64_t r) {
   return {64, (std::min(19 * r / 4, 11 * r / 4 + 256) + 31) / 32 * 32};
 }
 
-// Rounding to 8 bits adds an error of 2^-8 of the largest value in all directions. If that value is
-// larger than the others by more than this factor, they would be lost in the error.
+// Rounding to 8 bits adds an error of 2^-8 of the largest value in all directions. Values smaller
+// than the largest by more than this factor would be lost in that error.
 constexpr double kSteepest = 64.0;
 
 // The smallest number of additional triplets, which separate the wanted ones from the next values
 // in the bound.
 constexpr int64_t kBesides = 32;
 
-// Below this tolerance vectors are not rounded to 8 bits. The rounding leaves a part of W^T W V
+// Below this tolerance, vectors are not rounded to 8 bits. The rounding leaves a part of W^T W V
 // outside V that is 1e-3 of it; the square of that, over the gap and twice the tolerance, has to be
 // small.
 constexpr double kFinest = 1e-4;
@@ -214,9 +214,9 @@ Triplets with_orthonormal(
   return {U, S, V, {}};
 }
 
-// The rounding error of values computed in this dtype, relative to the largest. In float64, of
-// LAPACK's SVD or of cuSOLVER's by Jacobi rotations: in 15 sweeps over a space of 1000 dimensions
-// their errors add up, like a random walk, to sqrt(15000) = 122 eps; the bound is twice that.
+// The rounding error of values computed in this dtype, relative to the largest. In float64, the
+// errors of LAPACK's SVD, or of cuSOLVER's with Jacobi rotations: in 15 sweeps over a space of 1000
+// dimensions, errors add up like a random walk, to sqrt(15000) = 122 eps; the bound is twice that.
 double rounding_of(const Engine& engine, at::ScalarType dtype) {
   if (dtype != at::kDouble) {
     return 0x1p-20;
@@ -253,8 +253,8 @@ at::Tensor relative_error(const at::Tensor& upper, const at::Tensor& values, dou
   return (((upper - values).clamp_min(0) + rounding * largest) / size).amax(-1);
 }
 
-// The triplets of a weight that is small, or of which most triplets are wanted. With a tolerance,
-// their error is bounded too.
+// The triplets of a weight that is small, or of which most triplets are wanted. With a tolerance, a
+// bound on their error is computed too.
 Triplets dense(const Engine& engine, int64_t r, uint64_t seed, double tolerance) {
   const auto exact = [&] {
     const auto all = exact_triplets(engine);
@@ -381,10 +381,10 @@ Triplets leading_triplets(
   if (room < r || (room < limit && !bounded)) {
     return finish(dense(engine, r, seed, tolerance));
   }
-  // On a GPU the steepness is computed only where it is needed, as the host has to wait for it, and
-  // sums are always in float64: then the batch of a float32 weight affects its values by rounding
-  // only (the last bits may change, as batched cuBLAS and cuSOLVER use other algorithms). The
-  // steepness of a batch is that of its steepest weight.
+  // On a GPU the steepness is computed only where it is needed, because the host has to wait for
+  // it, and sums are always in float64. So the batch of a float32 weight affects its values only by
+  // rounding (the last bits may change, because batched cuBLAS and cuSOLVER use other algorithms).
+  // The steepness of a batch is that of its steepest weight.
   const bool host = engine.host_sees_values();
   block = first_columns(orthonormalized(engine, block), room);
   const auto start = block;
@@ -400,7 +400,7 @@ Triplets leading_triplets(
     }
   }
   // An error in the basis rotates the selected space by as much; the part of the largest value that
-  // is lost by that has to remain below the other values.
+  // this loses has to remain below the other values.
   constexpr double kTurned = 3e-3;
   Orthogonality state{std::min(1e-4, kTurned / steep)};
   const auto grow = [&] {

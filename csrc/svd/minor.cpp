@@ -13,7 +13,7 @@ namespace {
 
 // The inverse is applied until its values change by less than this, relative to each.
 constexpr double kSettled = 3e-6;
-constexpr int64_t kSpare = 16;  // additional vectors, as the last ones converge last
+constexpr int64_t kSpare = 16;  // additional vectors, because the last ones converge last
 constexpr int64_t kProbes = 4;
 
 int64_t block_of(int64_t r) {
@@ -116,8 +116,8 @@ bool orthonormal(const Engine& engine, const at::Tensor& q) {
 }
 
 // Whether W V = U S and W^T U = V S to the accuracy of a converged space, with orthonormal U and V.
-// The inverse of a singular W may have given parallel columns, of which all but one were dropped.
-// `size` is ||W||.
+// The inverse of a singular W may have given parallel columns, of which only one was kept. `size`
+// is ||W||.
 bool holds(const Engine& engine, const Triplets& found, double size) {
   if (!orthonormal(engine, found.U) || !orthonormal(engine, found.V)) {
     return false;
@@ -171,8 +171,8 @@ Triplets trailing_triplets(Engine& engine, int64_t r, uint64_t seed) {
   if (!settled) {
     return finish(exact_trailing(engine, r));
   }
-  // One more half-step: without it, W v / s would have an error of the largest over the smallest
-  // value.
+  // One more half-step: without it, W v / s would have an error of the largest value over the
+  // smallest.
   auto right = space.leading(r + kSpare);
   at::Tensor left;
   if (square) {

@@ -154,7 +154,7 @@ std::tuple<at::Tensor, at::Tensor> thin_qr_batched(at::TensorList weights, int64
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora, CPU, m) {
-  // The GPU's engine on a CPU without its kernels, so that it is tested where there is no GPU.
+  // The GPU's engine on a CPU, without its kernels, so that it can be tested without a GPU.
   const char* engine = std::getenv("LORA_KERNELS_SVD_ENGINE");
   const bool batched = engine != nullptr && std::string_view(engine) == "aten";
   m.impl("_randomized_svd", batched ? randomized_svd_batched : randomized_svd_cpu);

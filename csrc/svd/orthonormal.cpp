@@ -10,7 +10,7 @@ namespace lora {
 namespace {
 
 // Squared sines. In float32, a column whose distance from the span of the others is less than 1e-6
-// of its length is rounding noise; in the second pass, so is a column that again loses most of its
+// of its length is rounding noise. In the second pass, so is a column that again loses most of its
 // length.
 constexpr double kIndependent = 1e-12, kStable = 0.25;
 
@@ -29,7 +29,7 @@ at::Tensor to_work(const Engine& engine, const at::Tensor& wide) {
 at::Tensor reflected(const Engine& engine, at::Tensor block, const at::Tensor& basis) {
   // From columns of zeros, the reflections would make unit vectors, the same in every block. Random
   // noise of rounding size, with a different seed in every block, gives columns that add nothing
-  // their own directions. After the first pass it is a column of noise, partly within the basis
+  // separate directions. After the first pass such a column is noise, partly within the basis
   // again.
   constexpr int kPasses = 3;
   const auto lengths = at::linalg_vector_norm(block, 2, {-2}, /*keepdim=*/true);

@@ -32,12 +32,13 @@ class Probe {
 
   struct Verdict {
     bool below;      // C's eigenvalues are all below the ceiling
-    bool above;      // a zero of the recurrence is above it, so C has an eigenvalue there
-    double lacking;  // how much is missing for `below`, as a logarithm; at most 0 if it holds
+    bool above;      // a zero of the recurrence is above the ceiling, so C has an eigenvalue there
+    double lacking;  // how far `below` is from holding, as a logarithm; at most 0 if it holds
   };
   Verdict verdict(int64_t weight, double ceiling) const;
 
-  // After a step: about the smallest ceiling for which `below` holds; `known` is one, or infinity.
+  // After a step: about the smallest ceiling for which `below` holds. `known` is such a ceiling, or
+  // infinity.
   double ceiling(int64_t weight, double known) const;
 
  private:

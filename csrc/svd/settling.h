@@ -1,5 +1,5 @@
 // Estimates how far the r leading values of a growing space are from their limits. The estimate is
-// not a bound; it tells when it is worth computing one.
+// not a bound; it tells when computing one is worthwhile.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,4 +1,4 @@
-"""The three methods that the demo compares; all of them are layers of this package."""
+"""The three methods that the demo compares, all with this package's layers."""
 
 from __future__ import annotations
 

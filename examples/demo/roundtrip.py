@@ -20,7 +20,7 @@ def through_peft(trained: nn.Module, fresh: nn.Module, path: Path) -> nn.Module:
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        # PEFT has no limit of the rank; vLLM has.
+        # PEFT does not limit the rank; vLLM does.
         warnings.filterwarnings("ignore", message="the adapter has rank")
         save_adapter(trained, path)
     return PeftModel.from_pretrained(fresh, path)

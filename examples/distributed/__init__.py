@@ -1,1 +1,1 @@
-"""Sharded models, a script each: `torchrun --nproc-per-node 2 -m examples.distributed.<name>`."""
+"""Sharded models, one script each: `torchrun --nproc-per-node 2 -m examples.distributed.<name>`."""

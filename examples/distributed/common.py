@@ -1,4 +1,4 @@
-"""What the scripts share: the processes, and a model and data for those who bring none."""
+"""What the scripts share: the processes, and a model and data to run without your own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCABULARY = 96
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
-    """With the options of all scripts."""
+    """A parser with the options that all scripts have."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,8 +26,8 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def start() -> torch.device:
-    """Joins the processes that torchrun has started: NCCL on GPUs, else gloo. Returns the device of
-    this one.
+    """Joins the processes that torchrun has started, with NCCL on GPUs, else gloo. Returns the
+    device of this process.
     """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -44,7 +44,7 @@ def say(text: object) -> None:
 
 
 def mean_loss(loss: Tensor) -> float:
-    """The mean of the losses of all processes, which all have to call this."""
+    """The mean of the losses of all processes; every process must call this."""
     total = loss.detach().clone()
     dist.all_reduce(total)
     return float(total) / dist.get_world_size()
@@ -60,12 +60,12 @@ def new_folder() -> str:
 def batches(
     steps: int, rows: int, vocabulary: int, part: int = 0, parts: int = 1, length: int = 16
 ) -> Iterator[Tensor]:
-    """Random tokens in place of your data, [rows / parts, length] for each step.
+    """Random tokens as a stand-in for your data, [rows / parts, length] for each step.
 
-    A batch has the same tokens whatever the number of parts into which it is cut.
+    The tokens of a whole batch do not depend on the number of parts.
 
     Raises:
-        ValueError: the rows cannot be divided into the parts.
+        ValueError: the rows cannot be divided evenly into the parts.
 
     """
     if rows % parts:
@@ -76,7 +76,7 @@ def batches(
 
 
 def tiny_llama() -> str:
-    """The folder, the same on all processes, of a random Llama with two blocks."""
+    """The folder of a random Llama with two blocks, the same on all processes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = new_folder()

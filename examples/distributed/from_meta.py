@@ -1,12 +1,12 @@
-"""Shard a model of your own with FSDP2 that no process ever has as a whole, and fine-tune it.
+"""Shard your own model with FSDP2 and fine-tune it; no process ever holds the whole model.
 
     torchrun --nproc-per-node 2 -m examples.distributed.from_meta
 
-The layers are adapted while the weights are on the meta device, each process reads its own shards
-from a checkpoint of torch.distributed.checkpoint, and `start_adapters` computes the starts there.
-The first process prints the report of `start_adapters`, the loss of each step, where the adapter is
-saved, and the largest difference of a logit between the trained model and a second one that has
-loaded the adapter. Without --checkpoint, one of random weights is written.
+The layers are adapted while the weights are on the meta device. Each process then reads its own
+shards from a checkpoint of torch.distributed.checkpoint, and `start_adapters` computes the starts
+on the shards. The first process prints the report of `start_adapters`, the loss of each step, where
+the adapter is saved, and the largest logit difference between the trained model and a second model
+that has loaded the adapter. Without --checkpoint, the script writes a checkpoint of random weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
+from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 from examples.distributed.common import (
     VOCABULARY,
@@ -63,7 +63,7 @@ class Transformer(nn.Module):
 
 
 def sharded(model: Transformer, device: torch.device) -> Transformer:
-    """With memory for this process's shards, not yet with values."""
+    """The model with memory for this process's shards, but no values yet."""
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
@@ -72,7 +72,7 @@ def sharded(model: Transformer, device: torch.device) -> Transformer:
 
 
 def load_weights(model: nn.Module, checkpoint: str) -> None:
-    """Each process reads its shards. For a folder of safetensors files give dcp.load a
+    """Each process reads its shards. For a folder of safetensors files, call dcp.load with
     `storage_reader=dcp.HuggingFaceStorageReader(checkpoint)`.
     """
     weights = {n: t for n, t in model.state_dict().items() if ".adapters." not in n}
@@ -88,7 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Every process calls every function; the files are written by the first one."""
+    """Every process calls every function; the first process writes the files."""
     options = parse(argv)
     device = start()
     checkpoint = options.checkpoint or random_checkpoint()
@@ -96,10 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.device("meta"):
         model = Transformer()
     config = LoRAConfig(r=options.r, lora_alpha=2 * options.r)
-    add_lora(model, config, progress=False)  # the layers now ...
+    add_lora(model, config, progress=False)  # adapt the layers now ...
     sharded(model, device)
     load_weights(model, checkpoint)
-    say(start_adapters(model, progress=False))  # ... their starts, as the weights are there
+    say(start_adapters(model, progress=False))  # ... compute their starts after loading
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr)
     part, parts = dist.get_rank(), dist.get_world_size()
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def random_checkpoint() -> str:
-    """A checkpoint in a temporary folder, of the same weights whatever the number of processes."""
+    """A checkpoint in a temporary folder; its weights do not depend on the number of processes."""
     folder = new_folder()
     torch.manual_seed(0)
     dcp.save(Transformer().state_dict(), checkpoint_id=folder)

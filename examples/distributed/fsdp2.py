@@ -1,14 +1,14 @@
-r"""Fine-tune a transformers model that FSDP2 or tensor parallelism, or both, have sharded.
+r"""Fine-tune a transformers model that is sharded by FSDP2, tensor parallelism or both.
 
     torchrun --nproc-per-node 2 -m examples.distributed.fsdp2
     torchrun --nproc-per-node 2 -m examples.distributed.fsdp2 --tp 2
     torchrun --nproc-per-node 8 -m examples.distributed.fsdp2 --tp 2 \
         --model meta-llama/Llama-3.1-70B
 
-The first process prints the report of `add_lora`, where each shape is followed by how the weight is
-cut, the loss of each step, where the adapter is saved, and the largest difference of a logit
-between the trained model and a second one that has loaded the adapter. Without --model, a tiny
-random Llama is trained.
+The first process prints the report of `add_lora`, with each shape followed by the sharding of its
+weight, the loss of each step, where the adapter is saved, and the largest logit difference between
+the trained model and a second model that has loaded the adapter. Without --model, a tiny random
+Llama is trained.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def train(model: nn.Module, options: argparse.Namespace, device: torch.device) -> None:
-    """AdamW on the factors. The processes that share a layer (tp) get the same rows."""
+    """AdamW on the factors. Processes that share a layer (tp) get the same rows."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr)
     part, parts = dist.get_rank() // options.tp, dist.get_world_size() // options.tp
     rows = batches(options.steps, options.batch, model.config.vocab_size, part, parts)
@@ -59,7 +59,7 @@ def train(model: nn.Module, options: argparse.Namespace, device: torch.device) -
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Every process calls every function; the files are written by the first one."""
+    """Every process calls every function; the first process writes the files."""
     options = parse(argv)
     device = start()
     fsdp = options.fsdp or dist.get_world_size() // options.tp

@@ -1,4 +1,4 @@
-r"""Fine-tune with transformers' Trainer: DDP, FSDP2 by accelerate, or DeepSpeed ZeRO-3.
+r"""Fine-tune with transformers' Trainer: DDP, FSDP2 through accelerate, or DeepSpeed ZeRO-3.
 
     torchrun --nproc-per-node 2 -m examples.distributed.trainer
     torchrun --nproc-per-node 8 -m examples.distributed.trainer --fsdp \
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from examples.distributed.common import batches, new_parser, say, tiny_llama
 from lora_kernels import LoRAConfig, add_lora, save_adapter
 
-# accelerate gives the other processes their shards of what the first one has loaded.
+# The first process loads the model; accelerate sends the other processes their shards.
 FSDP = {"version": 2, "cpu_ram_efficient_loading": True}
 
 
@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def arguments(options: argparse.Namespace) -> TrainingArguments:
-    """Made before the model: under ZeRO-3, `from_pretrained` then partitions the weights."""
+    """Made before the model, so that `from_pretrained` partitions the weights under ZeRO-3."""
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=options.out,
@@ -65,13 +65,13 @@ def arguments(options: argparse.Namespace) -> TrainingArguments:
 
 
 def dataset(rows: int, vocabulary: int) -> list[dict[str, Tensor]]:
-    """Random tokens in place of your data."""
+    """Random tokens as a stand-in for your data."""
     (tokens,) = batches(1, rows, vocabulary)
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Every process calls every function; the files are written by the first one."""
+    """Every process calls every function; the first process writes the files."""
     options = parse(argv)
     training = arguments(options)  # joins the processes that torchrun has started
     model = AutoModelForCausalLM.from_pretrained(options.model or tiny_llama())

@@ -18,7 +18,7 @@ _FLOAT_NAMES = "float64, float32, bfloat16 or float16"
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether the tensor is a DTensor; torch.distributed is not imported for the answer."""
+    """Whether the tensor is a DTensor. Does not import torch.distributed."""
     return any(
         cls.__name__ == "DTensor" and cls.__module__.startswith("torch.distributed")
         for cls in type(tensor).__mro__
@@ -44,7 +44,7 @@ def overlaps(weight: torch.Tensor) -> bool:
     """Whether two entries of a tensor share memory, so that writing one changes the other."""
     if weight.is_contiguous() or not weight.numel():
         return False
-    reach = 0  # of the dimensions with smaller strides
+    reach = 0  # the largest offset within the dimensions of smaller strides
     for stride, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
         if size > 1 and stride <= reach:
             return True
@@ -78,8 +78,8 @@ def check_rank(rank: int, rows: int, cols: int, name: str = "weight") -> None:
 
 
 def as_integer(value: object, name: str, minimum: int | None = None) -> int:
-    """`value` as an int; raises unless it is an integer of any library, not a bool, and at least
-    `minimum`.
+    """`value` as an int; raises unless it is an integer (of any library, but not a bool) and at
+    least `minimum`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
@@ -95,14 +95,14 @@ def check_finite(value: float, name: str) -> None:
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether all values are finite, without a mask as large as the tensor."""
-    # A sum is five times as fast; it may overflow.
+    # A sum is five times as fast, but it may overflow.
     if not tensor.numel() or bool(tensor.sum().isfinite()):
         return True
     return bool(torch.linalg.vector_norm(tensor, torch.inf).isfinite())
 
 
 def check_number(value: object, name: str) -> None:
-    """Raises unless `value` is a real number of any library, not a bool."""
+    """Raises unless `value` is a real number, of any library but not a bool."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 

@@ -21,7 +21,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 class MissingExtraError(ImportError):
-    """A package of an extra is not installed."""
+    """An optional package, which an extra installs, is missing."""
 
 
 def needed(module: str, purpose: str, extra: str) -> ModuleType:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .safetensors import Entry, load_tensor, read_layout
 
 INDEX = "model.safetensors.index.json"
-# Hidden in a folder for as long as it is being written, with a journal inside.
+# A hidden folder that holds the journal while a run writes the folder around it.
 JOURNAL_FOLDER = ".lora-kernels-unfinished"
 
 
@@ -37,7 +37,7 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     """All tensors of a safetensors file or of a model's folder; only headers are read.
 
     Raises:
-        ValueError: as `model_files`, or a file is damaged.
+        ValueError: as `model_files`, or if a file is damaged.
         FileNotFoundError: as `model_files`.
 
     """
@@ -52,7 +52,7 @@ def model_files(path: Path) -> Iterable[Path]:
     """The safetensors files of a model's folder, in the order of its index; or the file itself.
 
     Raises:
-        ValueError: there are none, or several without an index, or the folder is unfinished.
+        ValueError: there are no such files, several without an index, or the folder is unfinished.
         FileNotFoundError: the path does not exist, or the index names a missing file.
 
     """
@@ -84,7 +84,7 @@ def model_files(path: Path) -> Iterable[Path]:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a run that writes this folder was not completed."""
+    """Whether a run that writes this folder has not finished."""
     return (folder / JOURNAL_FOLDER).is_dir()
 
 

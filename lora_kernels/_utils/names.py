@@ -21,7 +21,7 @@ def match_names(
     """The `names` that match a regular expression, or an entry of a list of names and endings.
 
     Every entry of a list has to match something. Errors suggest one of `candidates` (default:
-    `names`) and call the targets `option`.
+    `names`) and refer to the targets as `option`.
     """
     names = list(names)
     candidates = names if candidates is None else list(candidates)
@@ -54,7 +54,7 @@ def match_names(
 
 
 def without_wrappers(name: str) -> str:
-    """The name of a module or tensor in the same model without compiled or wrapped blocks."""
+    """The name that a module or tensor has in the same model without compiled or wrapped blocks."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -63,7 +63,7 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def nearest(target: str, names: Iterable[str]) -> str:
-    """The end of an error about a module: the last part of a name, or a name, that is similar."""
+    """The end of an error about a module: suggests a similar name, or the last part of one."""
     names = list(names)
     endings = dict.fromkeys(name.rpartition(".")[2] for name in names)
     shown = ", ".join(list(endings)[:8])

@@ -11,7 +11,7 @@ from .names import without_wrappers
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-# Precedes the base model's own names: the model inside a LoraModel inside a PeftModel.
+# Precedes the base model's names, because the model is inside a LoraModel inside a PeftModel.
 PREFIX = "base_model.model."
 
 BIASES = ("none", "all", "lora_only")
@@ -63,12 +63,12 @@ VARIANTS = {
     "use_qalora": "QA-LoRA, which averages groups of the input before A",
     "velora_config": "VeLoRA, which trains with compressed inputs",
 }
-# Of these, adapters that PEFT has written are read; `add_lora` makes those of DORA alone.
+# The variants that can be loaded from PEFT's files. `add_lora` itself creates only DORA.
 TOKEN_INDICES, BIAS_OF_B = "trainable_token_indices", "lora_bias"
 REPLICATION, TARGET_PARAMETERS = "layer_replication", "target_parameters"
 DORA = "use_dora"
 READ = (TOKEN_INDICES, BIAS_OF_B, REPLICATION, DORA)
-# PEFT makes an object of these even from {}: only None turns them off.
+# PEFT builds an object for each of these options even from {}: only None turns the option off.
 GROUPS_OF_OPTIONS = (
     "arrow_config",
     "kasa_config",
@@ -76,11 +76,11 @@ GROUPS_OF_OPTIONS = (
     "use_bdlora",
     "velora_config",
 )
-# Values of `init_lora_weights`, or their beginnings, for which PEFT subtracts the start from the
-# base's weights; "loftq" rounds them too.
+# Values of `init_lora_weights`, or their beginnings, for which PEFT subtracts the initial factors
+# from the base's weights; "loftq" also rounds the weights.
 BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# One adapter or saved module for the input embedding and the modules with its weight. PEFT ties
-# them only if the configuration names one of these.
+# Gives the input embedding and the modules that share its weight one adapter or saved module. PEFT
+# ties them only if the configuration names one of these modules.
 TIE = "ensure_weight_tying"
 TIED_MODULES = ("embed_tokens", "lm_head")
 OPTIONS_OF_VARIANTS = tuple(option for option in VARIANTS if option != DORA)
@@ -94,8 +94,8 @@ OPTIONS_OF_OTHERS = (
     "lora_B_layout",
 )
 
-# A and B of a linear layer or embedding: its name, the factor, and the adapter's name, which
-# `save_pretrained` leaves out and a model's own state_dict has.
+# A and B of a linear layer or embedding. Groups: the layer's name, "A" or "B", and the adapter's
+# name, which a model's state_dict has and `save_pretrained` leaves out.
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _FACTOR_OF_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
 # The names of other tensors of an adapted layer or embedding, after the layer's own name.
@@ -111,8 +111,8 @@ _TENSORS_OF_VARIANTS = {
 
 
 def base_changing_start(init_lora_weights: object) -> str | None:
-    """The one of `BASE_CHANGING_STARTS` that an option names, "pissa" for "pissa_niter_4"; None if
-    it names another start.
+    """The entry of `BASE_CHANGING_STARTS` that an option names, such as "pissa" for
+    "pissa_niter_4"; None for other values.
     """
     if not isinstance(init_lora_weights, str):
         return None
@@ -131,22 +131,24 @@ class Factor:
 
 
 def factor_key(layer: str, half: str, adapter: str = "", embedding: bool = False) -> str:
-    """The name of A or B of a linear layer or embedding: with the adapter's name that in a model's
-    state_dict, without it that in a file.
+    """The name of A or B of a linear layer or embedding: as in a model's state_dict if `adapter` is
+    given, else as in a file.
     """
     name = f"{PREFIX}{layer}.lora_{'embedding_' if embedding else ''}{half}"
     return f"{name}{adapter and f'.{adapter}'}{'' if embedding else '.weight'}"
 
 
 def factor_keys(layer: str, tensors: Container[str]) -> tuple[str, str]:
-    """The names in a file of A and B of a layer, which is an embedding if the file says so."""
+    """The names in a file of a layer's A and B; those of an embedding if the file has such
+    names.
+    """
     embedding = factor_key(layer, "A", embedding=True) in tensors
     key_A, key_B = (factor_key(layer, half, embedding=embedding) for half in "AB")
     return key_A, key_B
 
 
 def as_factor(name: str) -> Factor | None:
-    """What the name of a tensor says, if it ends as that of A or B."""
+    """The parts of a tensor's name if it is that of A or B; else None."""
     for pattern, embedding in ((_FACTOR, False), (_FACTOR_OF_EMBEDDING, True)):
         if found := pattern.fullmatch(name):
             return Factor(found[1], found[2], found[3], embedding)
@@ -156,8 +158,8 @@ def as_factor(name: str) -> Factor | None:
 def split_by_layer(
     pattern: re.Pattern[str], tensors: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors of a file whose names in the model match a pattern, by its first group, which is
-    the name of a layer; and all others, by their own names.
+    """Splits the tensors of a file: those whose names in the model match a pattern, by the
+    pattern's first group (the layer's name), and all others, by their own names.
     """
     found, others = {}, {}
     for key, tensor in tensors.items():
@@ -170,7 +172,7 @@ def split_by_layer(
 
 
 def variant_of(name: str, layers: Container[str]) -> str | None:
-    """The variant of LoRA that a tensor belongs to, which is not A or B; None if it is one of the
+    """The variant of LoRA that a tensor other than A and B belongs to; None if it belongs to the
     base. `layers` are the layers that have A and B.
     """
     for layer, rest in _splits(name):
@@ -188,17 +190,17 @@ def base_names(
     adapters: Container[str | None],
     modules_to_save: Collection[str],
 ) -> dict[str, str | None]:
-    """The base's own names of tensors that are not A or B; None for the originals of saved modules,
-    which PEFT writes with bias="all" and does not train.
+    """The names that the base itself gives to tensors other than A and B; None for the original
+    copies of saved modules, which PEFT writes with bias="all" but does not train.
 
-    PEFT's parts of a name (base_layer, modules_to_save, original_module) are known by where they
-    are and by each other, since a module of the base may have such a name too.
+    PEFT's parts of a name (base_layer, modules_to_save, original_module) are recognized by their
+    positions and by each other, because a module of the base may have such a name too.
 
     Args:
-        names: those of the tensors.
+        names: the tensors' names.
         layers: the layers that have A and B.
-        adapters: the names of the adapters in the names of A and B.
-        modules_to_save: the option of this name.
+        adapters: the adapters' names within the names of A and B.
+        modules_to_save: PEFT's option of this name.
 
     """
     found: dict[str, str | None] = {name: name for name in names}
@@ -220,6 +222,6 @@ def base_names(
 
 
 def _splits(name: str) -> list[tuple[str, str]]:
-    """(the name of a module, the rest of the name), for each module that the name may lead into."""
+    """(a module's name, the rest of the name), for each module that the name may belong to."""
     parts = name.split(".")
     return [(".".join(parts[:i]), ".".join(parts[i:])) for i in range(1, len(parts))]

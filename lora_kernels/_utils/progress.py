@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TypeVar
 
 T = TypeVar("T")
-# Called with the total of bytes; the function that it returns is called with each number done.
+# Takes the total number of bytes; returns a function to call with each number of bytes completed.
 ByteCounter = Callable[[int], Callable[[int], None]]
 
 

@@ -1,4 +1,4 @@
-"""The safetensors format: the layout of a file, and reading and writing its tensors.
+"""The safetensors format: the layout of a file, and how its tensors are read and written.
 
 A file is eight bytes with the length of its header, little-endian; the header, which is JSON and
 may end in spaces; and the tensors' bytes, one after the other without gaps.
@@ -24,7 +24,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library, too
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
-# The sizes of the format's dtypes. A later version may add others: their tensors are copied.
+# The bits per entry of the format's dtypes. Tensors of dtypes added later are only copied.
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -35,8 +35,8 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: its bytes are [begin, end) after the header, its dtype is safetensors'
-    name of it ("BF16").
+    """A tensor of a file. Its bytes are [begin, end) after the header; its dtype is safetensors'
+    name for it ("BF16").
     """
 
     name: str
@@ -58,8 +58,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file holds, and where: `header`, the JSON as it stands in the file; the `entries` in
-    the order of their bytes; the `metadata`.
+    """The contents of a file and their positions: `header`, the JSON exactly as in the file; the
+    `entries`, in the order of their bytes; and the `metadata`.
     """
 
     header: bytes
@@ -68,7 +68,7 @@ class Layout:
 
     @property
     def data_offset(self) -> int:
-        """Where in the file the tensors' bytes begin."""
+        """The position in the file at which the tensors' bytes begin."""
         return 8 + len(self.header)
 
     @property
@@ -98,7 +98,7 @@ class Layout:
                 name, size = _NAMES[dtype], entry.numel * dtype.itemsize
             cast.append(Entry(entry.name, name, entry.shape, position, position + size))
             position += size
-        # The names keep their order in the JSON, which need not be that of the bytes.
+        # The JSON keeps its order of names, which may differ from the order of the bytes.
         by_name = {entry.name: entry for entry in cast}
         in_header = [name for name in json.loads(self.header) if name != "__metadata__"]
         return render([by_name[name] for name in in_header], self.metadata)
@@ -143,7 +143,7 @@ def render(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Layout:
 
 
 def read_layout(file: Path) -> Layout:
-    """The layout of a file, of which only the header is read.
+    """The layout of a file. Only its header is read.
 
     Raises:
         ValueError: the file is damaged, truncated, or not a safetensors file.
@@ -167,7 +167,7 @@ def read_layout(file: Path) -> Layout:
 
 
 def load_tensor(file: Path, name: str) -> Tensor:
-    """One tensor, on the CPU. It may be a view of the mapped file, which must not change then.
+    """One tensor, on the CPU. It may be a view of the mapped file, which must not change meanwhile.
 
     Raises:
         ValueError: the file is damaged or not a safetensors file.
@@ -179,7 +179,7 @@ def load_tensor(file: Path, name: str) -> Tensor:
 
 def load_entry(file: Path, entry: Entry) -> Tensor:
     """The floating-point tensor or slice of that entry, on the CPU: a copy. The header is not
-    parsed, so that many tensors of a large file are read fast.
+    parsed, so reading many tensors of a large file is fast.
 
     Raises:
         OSError: the file is shorter than when its layout was read.
@@ -199,15 +199,15 @@ def load_entry(file: Path, entry: Entry) -> Tensor:
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors, on the CPU, and the metadata, of the same version of a file that may be replaced
-    meanwhile.
+    """All tensors, on the CPU, and the metadata. All come from one version of the file, even if the
+    file is replaced meanwhile.
 
     Raises:
         ValueError: the file is damaged or not a safetensors file.
 
     """
     with _opened(file) as opened:
-        # Copies: the file is mapped, and may be changed under the mapping.
+        # Copies, because the file is mapped and may change under the mapping.
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
         return tensors, opened.metadata() or {}
 
@@ -215,8 +215,8 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Writes the tensors; some may share memory.
 
-    `metadata` has at most one entry: the library writes several in random order, so that the same
-    adapter would give different bytes.
+    `metadata` has at most one entry: the library writes several entries in random order, so the
+    same adapter would give different bytes.
 
     Raises:
         OSError: the file could not be written.
@@ -225,7 +225,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     needed("safetensors", "saving adapters", "cli")
     import safetensors.torch
 
-    # Copies where two share memory, which the format cannot express.
+    # Tensors that share memory are copied, because the format cannot express that.
     owned: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in tensors.items():
@@ -237,7 +237,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         owned[name] = tensor
     try:
         safetensors.torch.save_file(owned, path, dict(metadata) or None)
-    except safetensors.SafetensorError as error:  # a full disk, for one
+    except safetensors.SafetensorError as error:  # for example, a full disk
         raise OSError(f"{path.name} could not be written: {error}") from None
 
 

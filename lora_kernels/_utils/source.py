@@ -8,8 +8,8 @@ import linecache
 from functools import cached_property, lru_cache
 from types import FrameType, FunctionType
 
-# Attributes of a tensor that do not depend on its values; and methods of another tensor, or
-# functions, that take such attributes from an argument.
+# Attributes of a tensor that do not depend on its values, and functions or methods of other tensors
+# that read only such attributes of an argument.
 _METADATA = (
     *("device", "dim", "dtype", "element_size", "is_contiguous", "is_cuda", "is_floating_point"),
     *("is_meta", "is_quantized", "layout", "ndim", "ndimension", "nelement", "new_empty"),
@@ -36,9 +36,7 @@ def is_trusted(module_name: str) -> bool:
 
 
 def frame_needs_values(frame: FrameType) -> bool:
-    """Whether the code that a frame is running, the line of a read of `.weight`, may compute with
-    the values.
-    """
+    """Whether the line that a frame runs, a read of `.weight`, may compute with the values."""
     if is_trusted(frame.f_globals.get("__name__", "")):
         return False
     file = source_file(frame.f_code.co_filename)

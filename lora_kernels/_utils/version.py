@@ -9,7 +9,7 @@ def torch_abi(version: str) -> str:
     """The part of torch's version that an extension depends on.
 
     Releases keep their C++ interface for a minor version: 2.13.1+cpu and 2.13.0+cu130 give "2.13".
-    Builds between releases, such as 2.14.0.dev20261128, keep it for nothing but themselves.
+    A build between releases, such as 2.14.0.dev20261128, is compatible only with itself.
     """
     release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+.*)?", version)
     return release[1] if release else version

@@ -22,7 +22,7 @@ from .start import (
 
 
 class LayerRank(NamedTuple):
-    """The rank of a layer, and the factor of its `lora_alpha` that goes with it."""
+    """The rank of a layer, and the factor by which its `lora_alpha` changes with that rank."""
 
     r: int
     alpha_factor: float = 1.0
@@ -32,24 +32,24 @@ class Initializer:
     """Base class of all initializers; subclasses are frozen dataclasses whose fields are options.
 
     A subclass defines `make_start`. It may override `make_starts` if a batch is faster than one
-    start after another, and `absorb_` and `take_out_` if it makes its base in another way. A
-    subclass that overrides `__call__` instead of `make_start` works too.
+    start after another, and `absorb_` and `take_out_` if its base is not W − s · B₀A₀. A subclass
+    that overrides `__call__` instead of `make_start` works too.
 
-    Class attributes tell a layer beforehand what to expect:
+    Class attributes tell a layer in advance what to expect:
 
     - `changes_base`: s · B₀A₀ is not zero and has to be subtracted from the base, so that the layer
       starts as the layer it adapts.
     - `reads_weight`: the start depends on W's values.
-    - `needs_gradient`: the start is made from the loss gradient of W.
-    - `needs_activations`: the start is made from what was measured of the layer's input.
+    - `needs_gradient`: the start is computed from the loss gradient of W.
+    - `needs_activations`: the start is computed from statistics of the layer's input.
     - `grows_with_scaling`: s · B₀A₀ is not zero and grows with s.
-    - `rewrites_base`: the start only makes sense on a base with new values, which are not
-      W − s · B₀A₀; the base has to be writable.
-    - `has_recipe`: the start's A and B follow from its β.
+    - `rewrites_base`: the start needs a base with new values other than W − s · B₀A₀; the base has
+      to be writable.
+    - `has_recipe`: the start's A and B can be recomputed from its β.
     - `has_R`: the start has an R.
     - `has_diag`: the start has a λ.
-    - `compensates`: the start makes up for a base's quantization error. On a base that is quantized
-      already, `toward(original)` makes it from the weight before quantization.
+    - `compensates`: the start compensates for a base's quantization error. For a base that is
+      already quantized, `toward(original)` computes it from the weight before quantization.
     - `trains`: which of A and B train, "AB" or "A". If the start has an R, only R trains.
     """
 
@@ -66,23 +66,23 @@ class Initializer:
 
     @property
     def grows_with_scaling(self) -> bool:
-        """By default, true of every start that changes the base: override it if B₀A₀ is divided by
+        """True by default for every start that changes the base. Override it if B₀A₀ is divided by
         s, or if the base does not change although B₀A₀ is not zero.
         """
         return self.changes_base
 
     @property
     def reads_entries(self) -> bool:
-        """Whether the start needs W's entries, or its gradient's, and not only the sums over W: one
-        process then gathers the whole of a sharded W. By default true of every start that reads W
-        or is made from a gradient.
+        """Whether the start needs entries of W or of its gradient, not only sums over W. One
+        process then gathers the whole of a sharded W. True by default for every start that reads W
+        or needs a gradient.
         """
         return self.reads_weight or self.needs_gradient
 
     @property
     def draws_unseeded(self) -> bool | None:
         """Whether the start draws from torch's global generator, which processes do not share; None
-        if that is not known, as of a start that has no `seed`.
+        if unknown, as for a start without a `seed`.
         """
         return self.seed is None if hasattr(self, "seed") else None
 
@@ -95,7 +95,7 @@ class Initializer:
     def make_starts(self, requests: Sequence[StartRequest]) -> list[Start]:
         """The starts for weights of one shape, dtype and device, with one r and one scaling.
 
-        By default one after the other; an override returns the same starts.
+        By default one after the other. An override must return the same starts.
         """
         if type(self).__call__ is Initializer.__call__:
             return [self.make_start(request) for request in requests]
@@ -112,7 +112,7 @@ class Initializer:
         """`make_start` for these arguments, which `StartRequest` explains.
 
         Raises:
-            TypeError: the weight is sharded, and whatever the start itself raises.
+            TypeError: the weight is sharded. Whatever the start itself raises is passed on.
 
         """
         refuse_sharded(weight)
@@ -131,7 +131,7 @@ class Initializer:
         """`make_starts` for several weights of one shape, dtype and device.
 
         Raises:
-            TypeError: a weight is sharded, and whatever a start itself raises.
+            TypeError: a weight is sharded. Whatever a start itself raises is passed on.
 
         """
         refuse_sharded(*weights)
@@ -140,9 +140,9 @@ class Initializer:
         return self.make_starts([StartRequest(w, r, scaling, g, s, x) for w, g, s, x in each])
 
     def layer_ranks(self, requests: Mapping[str, StartRequest]) -> dict[str, LayerRank] | None:
-        """The ranks that this start gives the layers of a model, by name, in place of those that
-        are asked for; None, as most starts return, leaves them. The requests' weights have shapes,
-        but no values. Layers of rank 0 are not adapted.
+        """The ranks by layer name that this start chooses in place of the requested ones; None (the
+        default) keeps the requested ranks. The requests' weights have shapes, but no values. Layers
+        of rank 0 are not adapted.
         """
         return None
 
@@ -154,11 +154,12 @@ class Initializer:
         gradient: Tensor | None = None,
         activations: Any = None,
     ) -> Start:
-        """The start, with weight ← weight − scaling · B₀A₀ in place if that is not zero.
+        """The start. If s · B₀A₀ is not zero, it is subtracted: weight ← weight − scaling · B₀A₀ in
+        place.
 
         Raises:
-            ValueError: if W holds NaN or Inf or the residual could overflow, and whatever the start
-                itself raises. Nothing is written then.
+            ValueError: W holds NaN or Inf, or the residual could overflow. Whatever the start
+                itself raises is passed on. Nothing is written in these cases.
             TypeError: the weight is sharded.
 
         """
@@ -171,22 +172,22 @@ class Initializer:
         return start
 
     def toward(self, original: Callable[[], Tensor]) -> Initializer:
-        """The start for a base that is quantized already, where `original()` returns the weight W
-        [out, in] that it was made from. Only starts that `compensates` have one.
+        """The initializer for a base that is already quantized; `original()` returns the weight W
+        [out, in] before quantization. Only initializers with `compensates` have one.
         """
         raise TypeError(f"{type(self).__name__} has no use for the weight before quantization")
 
     def for_embedding(self) -> Initializer:
-        """The initializer that an embedding gets in place of this one; by default the same."""
+        """The initializer that embeddings get instead; by default this one."""
         return self
 
     def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
-        """Make the base that goes with a start of `weight`, in place: weight − scaling · B₀A₀."""
+        """Rewrite `weight` in place as the base of its start: weight − scaling · B₀A₀."""
         subtract_start_(weight, start, scaling)
 
     @property
     def subtracts(self) -> bool:
-        """Whether `take_out_` is the subtraction of s·B₀A₀, and nothing else."""
+        """Whether `take_out_` only subtracts s·B₀A₀."""
         return type(self).take_out_ is Initializer.take_out_
 
     def take_out_each_(self, weights: Sequence[Tensor], start: Start, scaling: float) -> None:
@@ -199,7 +200,7 @@ class Initializer:
 
 
 def refuse_sharded(*weights: Tensor) -> None:
-    """Raise if a weight is sharded: a start of one alone would not be that of its whole."""
+    """Raise if a weight is sharded: the start of a part is not the start of the whole."""
     if any(map(is_sharded, weights)):
         raise TypeError(f"the weight is sharded: {ADAPT_MODEL}")
 
@@ -217,7 +218,7 @@ _REGISTRY: dict[str, Callable[[], Initializer]] = {}
 
 
 def register_initializer(name: str, factory: Callable[[], Initializer]) -> None:
-    """Let `init_lora_weights=name`, in upper or lower case, mean `factory()`.
+    """Let `init_lora_weights=name`, in upper or lower case, stand for `factory()`.
 
     Raises:
         ValueError: the name is taken.

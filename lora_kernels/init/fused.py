@@ -1,5 +1,5 @@
-"""The parts of a fused layer: rows of W that are projections of their own, such as q, k and v. Each
-has its own A and B; together they are an A of all rows and a B that is block-diagonal.
+"""The parts of a fused layer: blocks of rows of W that are separate projections, such as q, k and
+v. Each part has its own A and B. Together they form one A, stacked, and one block-diagonal B.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _FORMS = (
 
 
 def checked_sizes(value: Any, name: str) -> Sizes:
-    """A value of `fused_parts`, with tuples for lists.
+    """A value of `fused_parts`, with lists converted to tuples.
 
     Raises:
         ValueError: a number out of range, fewer than two parts, or rows in two parts.
-        TypeError: it has none of the forms.
+        TypeError: it has none of the accepted forms.
 
     """
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
@@ -45,11 +45,11 @@ def checked_sizes(value: Any, name: str) -> Sizes:
 
 
 def checked_ranges(value: Sequence[Sequence[Any]], name: str) -> Parts:
-    """Parts, with tuples for lists.
+    """Parts, with lists converted to tuples.
 
     Raises:
         ValueError: they are not in ascending order, or have rows in common.
-        TypeError: a row is no integer.
+        TypeError: a row is not an integer.
 
     """
     parts = tuple((as_integer(begin, name, 0), as_integer(end, name, 1)) for begin, end in value)
@@ -65,10 +65,10 @@ def checked_ranges(value: Sequence[Sequence[Any]], name: str) -> Parts:
 
 
 def parts_of(sizes: Sizes, rows: int) -> Parts:
-    """The parts of a weight with so many rows.
+    """The parts of a weight with `rows` rows.
 
     Raises:
-        ValueError: the sizes are of another weight.
+        ValueError: the sizes do not fit the weight.
 
     """
     if isinstance(sizes, int):
@@ -106,10 +106,10 @@ def check_parts(parts: Parts, lora_B: Tensor) -> None:
 
 
 def within_blocks(lora_B: Tensor, parts: Parts) -> Tensor:
-    """B [rows, r] with zeros outside its blocks, to which no gradient flows. Block k, of P, has the
-    rows of part k and the k-th r / P of the columns.
+    """B [rows, r] with zeros outside its blocks; no gradient flows to these. Block k of P has the
+    rows of part k and the k-th group of r / P columns.
     """
-    # A mask takes longer, and an infinite gradient times 0 would be NaN.
+    # A mask would take longer, and an infinite gradient times 0 would be NaN.
     rows, r = lora_B.shape
     found, last = [], 0
     for (begin, end), block in zip(parts, blocks(parts, r), strict=True):
@@ -119,11 +119,11 @@ def within_blocks(lora_B: Tensor, parts: Parts) -> Tensor:
 
 
 def joined(starts: Sequence[Start], parts: Parts, rows: int) -> Start:
-    """The starts of all parts as one of their layer, without β: A [P·r, in] has those of the parts
-    one after another, B [rows, P·r] is block-diagonal.
+    """The starts of all parts as one start of the layer, without β: A [P·r, in] stacks the A of the
+    parts, and B [rows, P·r] is block-diagonal.
 
     Raises:
-        ValueError: a start has an R, or they are of different kinds.
+        ValueError: a start has an R, or the starts are of different kinds.
 
     """
     if any(start.lora_R is not None for start in starts):

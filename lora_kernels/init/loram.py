@@ -24,7 +24,7 @@ BASES = ("dst", "orthogonal", "gaussian")
 GAINS = ("log", "log_half", "exact")
 STATISTICS = ("mean_square", "variance")
 
-_SIGMA_TOLERANCE = 1e-3  # of each σ that gain="exact" sums: half as much in β
+_SIGMA_TOLERANCE = 1e-3  # relative, of each σ that gain="exact" sums; of β, half of it
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class LoRAM(Initializer):
 
     arXiv 2507.06558, algorithm 1. With the default options Φ is the DST-I basis and
     β² = ‖W‖_F √(Q/r), Q = ln r / ln min(n, m). W changes (W − s·B₀A₀); β does not depend on s.
-    Cost: two reads and one write of W, at any rank; gain="exact" adds PiSSA's SVD, `track` the
-    other start. If the basis is the DST, the recipe is the one number β; for the other bases the
-    layer stores the initial factors. ValueError if W is zero or holds NaN or Inf, or if what is
-    tracked has no magnitude.
+    Cost: two reads and one write of W, at any rank; gain="exact" adds PiSSA's SVD, `track` the cost
+    of the other start. With the DST basis, the recipe is the one number β; with the other bases the
+    layer stores the initial factors. ValueError if W is zero or holds NaN or Inf, or if the tracked
+    start has no magnitude.
 
     The options are the paper's ablations:
 
     - `basis`: "dst"; "orthogonal", random orthonormal columns; or "gaussian", entries ~ N(0, 1).
-      The random bases come from a generator of their own, seeded with `seed`, which "dst" ignores.
+      The random bases come from a separate generator, seeded with `seed`; "dst" ignores `seed`.
     - `gain`: "log", as above, where rank 1 uses Q[2], because with Q[1] = 0 it would never train;
       "log_half", ln(r/2) / ln min(n, m), for r > 2; or "exact", the spectral gain that both
       approximate: Q[r] = ρ[r] · r / rank(W), where ρ[r] = (mean of the r largest σ)² / mean(σ²),
@@ -83,22 +83,22 @@ class LoRAM(Initializer):
 
     @property
     def grows_with_scaling(self) -> bool:
-        """True unless the tracked start is divided by s."""
+        """True unless a start is tracked that is divided by s."""
         return self.track is None or get_initializer(self.track).grows_with_scaling
 
     @property
     def reads_entries(self) -> bool:
-        """False, unless the gain is exact or another start is tracked."""
+        """False unless the gain is exact or another start is tracked."""
         return self.gain == "exact" or self.track is not None
 
     @property
     def has_recipe(self) -> bool:  # type: ignore[override]
-        """True of the DST."""
+        """True for the DST basis."""
         return self.basis == "dst"
 
     @property
     def draws_unseeded(self) -> bool | None:
-        """Whether the tracked start does."""
+        """As for the tracked start; False if none is tracked."""
         return False if self.track is None else get_initializer(self.track).draws_unseeded
 
     def make_start(self, request: StartRequest) -> Start:
@@ -133,7 +133,7 @@ class LoRAM(Initializer):
         gradient: Tensor | None = None,
         activations: Any = None,
     ) -> Start:
-        """The start and the subtraction, in one operator with the default options."""
+        """The start and its subtraction; with the default options, one operator does both."""
         refuse_sharded(weight)
         if self._is_default():
             return Start(*torch.ops.lora.loram_init(weight, r, scaling))
@@ -160,7 +160,7 @@ class LoRAM(Initializer):
     def _wanted(
         self, request: StartRequest, total: Tensor, squares: Tensor
     ) -> tuple[Tensor, Tensor | float]:
-        """The size that B₀A₀ is to have, as (size, factor), from the sums over W."""
+        """The target size of B₀A₀, as (size, factor), from the sums over W."""
         weight = request.weight
         if self.track is None:
             return self._size(total, squares, weight, "weight"), self._gain(request, squares)
@@ -203,8 +203,8 @@ class LoRAM(Initializer):
         return self._size(*_product_sums(left, right.T), weight, "the product of the bases")
 
     def _size(self, total: Tensor, squares: Tensor, weight: Tensor, name: str) -> Tensor:
-        """ν times the number of entries, which cancels, of a matrix of `weight`'s shape with this
-        sum and sum of squares of its entries.
+        """ν times the number of entries (which cancels) of a matrix of `weight`'s shape, from the
+        sum and the sum of squares of its entries.
         """
         if self.statistic == "mean_square":
             return squares
@@ -217,7 +217,7 @@ class LoRAM(Initializer):
 
 
 def _dst_starts(first: StartRequest, betas: Tensor, squares: Tensor) -> list[Start]:
-    """The DST starts of several weights like that of `first`, with one computation of the bases.
+    """The DST starts of weights like that of `first`, from one computation of the bases.
 
     The products with β are in float64 and rounded once: the bits of `dst_basis` with `scale`.
     """

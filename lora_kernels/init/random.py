@@ -1,7 +1,7 @@
 """Starts that are drawn at random: LoRA's own and its relatives. None reads W's values.
 
-With `seed`, the numbers come from a generator of the start's own; without, from torch's global one,
-as in every layer of torch. Layers of one shape that are given the same seed start alike.
+With `seed`, the numbers come from the start's own generator; without it, from torch's global one,
+as in every layer of torch. Layers of one shape with the same seed get the same start.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ class InitB(_Random):
 class Gaussian(_Random):
     """A ~ N(0, 1/r²), B = 0: PEFT's `init_lora_weights="gaussian"`.
 
-    W does not change. Cost: A's random numbers. An embedding starts as for `LoRA`, as in PEFT.
+    W does not change. Cost: A's random numbers. An embedding starts as with `LoRA`, as in PEFT.
     """
 
     def for_embedding(self) -> Initializer:
-        """As of `LoRA`."""
+        """The same as for `LoRA`."""
         return LoRAOnEmbedding(self.seed)
 
     def make_start(self, request: StartRequest) -> Start:
@@ -149,7 +149,7 @@ class Orthogonal(_Random):
     PEFT's `init_lora_weights="orthogonal"`, after the post "Rethinking LoRA initialisation"
     (datta0.github.io). Not divided by s. W does not change: s·BA is zero except for the rounding of
     A and B, about 1e-7 of ‖A‖‖B‖, and nothing is subtracted. Cost: the random numbers and two
-    products with r columns. ValueError for an odd r; an embedding is refused, as in PEFT.
+    products with r columns. ValueError for an odd r and, as in PEFT, for embeddings.
     """
 
     def for_embedding(self) -> Initializer:

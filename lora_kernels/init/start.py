@@ -1,5 +1,5 @@
-"""`StartRequest` and `Start`: what an initializer is asked for, the initial factors it returns, and
-how those are subtracted from a weight.
+"""`StartRequest`, an initializer's input; `Start`, the initial factors that it returns; and how
+these are subtracted from a weight.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .._utils.checks import all_finite, factor_dtype
 
 @dataclass(frozen=True, eq=False)
 class StartRequest:
-    """The weight W [out, in] to make a start for, which is only read, and the rank r.
+    """The weight W [out, in] that a start is computed for, which is only read, and the rank r.
 
     `scaling` is the layer's s, for starts that are divided by it; `gradient` [out, in] is the loss
-    gradient of W, for starts that are made from it; `activations` are what was measured of the
-    layer's input, for starts that need that.
+    gradient of W, for starts computed from it; `activations` are statistics of the layer's input,
+    for starts that need them.
 
-    `sums` are the sum and the sum of squares of W's entries [2] in float64, if they are known. If W
-    is sharded, they are, and `weight` has W's shape, dtype and device, but no values.
+    `sums` are the sum and the sum of squares of W's entries [2] in float64, if known. They are
+    always given if W is sharded; `weight` then has W's shape, dtype and device, but no values.
     """
 
     weight: Tensor
@@ -55,7 +55,7 @@ class StartRequest:
 
 
 def batched(requests: Sequence[StartRequest]) -> tuple[list[Tensor], int, float]:
-    """The weights of requests that share r and scaling, then those two."""
+    """The weights of requests that share r and scaling, and these two values."""
     if not requests:
         raise ValueError("there is no weight to make a start for")
     first = requests[0]
@@ -90,10 +90,10 @@ class Start:
             B diag(λ) A.
         taken: A₀ [r, in] and B₀ [out, r], whose product s · B₀A₀ is subtracted from W, if these are
             not A and B themselves.
-        weight_norm: ‖W‖_F (0-dim float64) if the initializer has measured it anyway.
-        rewritten: whether the base that goes with this start is not W − s · B₀A₀, but new values
-            (LoftQ's quantized weight).
-        earlier: the start of the step before, from which those values are made.
+        weight_norm: ‖W‖_F (0-dim float64) if the initializer has computed it anyway.
+        rewritten: whether the base of this start is not W − s · B₀A₀ but has new values (LoftQ's
+            quantized weight).
+        earlier: the start of the previous step, from which those new values are computed.
 
     """
 
@@ -109,7 +109,7 @@ class Start:
 
     @staticmethod
     def stacked(starts: Sequence[Start]) -> Start:
-        """The starts of several experts as one, whose tensors have a first dimension more."""
+        """The starts of several experts as one, whose tensors get a leading dimension."""
         first = starts[0]
 
         def stack(tensors: list[Tensor | None]) -> Tensor | None:
@@ -148,8 +148,8 @@ class Start:
         )
 
     def right(self) -> Tensor:
-        """A, or R A if there is an R, or diag(λ) A, [r, in] in float32 or wider: the product is
-        `lora_B` times this.
+        """A, or R A if there is an R, or diag(λ) A, [r, in] in float32 or wider. The product is
+        `lora_B` times this matrix.
         """
         work = torch.promote_types(self.lora_A.dtype, torch.float32)
         lora_A = self.lora_A.to(work)
@@ -159,7 +159,7 @@ class Start:
 
     def subtracted(self) -> tuple[Tensor, Tensor]:
         """A₀ [r, in] and B₀ [out, r], whose product s · B₀A₀ is subtracted from W if the start
-        changes the base: `taken`, or else those that A, R and B begin with.
+        changes the base: `taken`, else the initial values of A, R and B.
         """
         return self.taken or (self.right(), self.lora_B)
 
@@ -175,7 +175,7 @@ def checked(start: Start, weight: Tensor, r: int) -> Start:
     """The start with its factors copied, in the dtype that goes with `weight`.
 
     Raises:
-        ValueError: if a factor does not fit the weight and the rank, or is not finite.
+        ValueError: a factor does not fit the weight and the rank, or is not finite.
 
     """
     rows, cols = weight.shape
@@ -247,7 +247,7 @@ def checked_stack(starts: Sequence[Start], weights: Sequence[Tensor], r: int) ->
 
 
 def _alike(starts: Sequence[Start]) -> bool:
-    """Whether the starts can be stacked: factors of the same shapes, and the same ones."""
+    """Whether the starts can be stacked: all have the same factors, of the same shapes."""
 
     def kind(start: Start) -> tuple[object, ...]:
         optional = (start.beta, start.lora_R, start.weight_norm, start.lora_diag, start.taken)
@@ -281,7 +281,7 @@ def check_residual_fits(
 
 
 def _largest_entry(start: Start) -> float:
-    """An upper bound of the entries of B₀A₀."""
+    """An upper bound on the entries of B₀A₀."""
     if start.beta is not None:
         (r, cols), rows = start.lora_A.shape, start.lora_B.shape[0]
         return float(start.beta) ** 2 * 2 * r / math.sqrt((rows + 1) * (cols + 1))

@@ -15,7 +15,7 @@ from .adapter import Adapter
 from .options import AdapterOptions
 from .state import LayerState
 
-# Until version 0.1 these were the layer's own.
+# Until version 0.1 these were entries of the layer itself in a state_dict.
 _FACTORS = ("lora_A", "lora_B", "lora_R", "start_A", "start_B", "_extra_state")
 
 
@@ -63,7 +63,7 @@ class AdaptedLayer(nn.Module):
                 self._point_to(value)
 
     def _point_to(self, name: str) -> None:
-        """Makes the adapter named `name` the one that `active` returns.
+        """Makes `active` return the adapter named `name`.
 
         A compiled forward must not depend on the name: it would be compiled again for every
         adapter. The reference is not in `_modules`, where the adapter would appear twice.
@@ -109,8 +109,8 @@ class AdaptedLayer(nn.Module):
         return self.adapter(self.active_adapter) if active is None else active
 
     def use(self, name: str, enabled: bool) -> None:
-        """Sets `active_adapter` and `adapter_enabled`, without the checks of nn.Module, for every
-        call of a model.
+        """Sets `active_adapter` and `adapter_enabled`. It skips nn.Module's checks, because
+        `adapters_per_row` does this in every call of a model.
         """
         object.__setattr__(self, "active_adapter", name)
         object.__setattr__(self, "adapter_enabled", enabled)
@@ -127,7 +127,7 @@ class AdaptedLayer(nn.Module):
         del self.adapters[name]
 
     def name_in(self, path: str) -> str:
-        """The layer's name, for a module that the model has as `path`."""
+        """The layer's name, if `path` is the module's path in the model."""
         return path
 
     @property
@@ -153,7 +153,7 @@ class AdaptedLayer(nn.Module):
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
-        """A view of the stored weight as [out, in], of experts [E, out, in]; absorbed initial
+        """A view of the stored weight as [out, in], or [E, out, in] for experts; absorbed initial
         factors are not added back.
         """
         raise NotImplementedError
@@ -174,23 +174,23 @@ class AdaptedLayer(nn.Module):
 
     def restore_(self) -> nn.Module:
         """The original layer, with this layer's own parameters, not copies of them. If they are
-        sharded, it is this module, which gets back the class that it had.
+        sharded, the original layer is this module, with its former class.
         """
         raise NotImplementedError
 
     def merged(self, shared: bool = False) -> nn.Module:
         """`to_linear()`; if the layer's parameters are sharded, this module, merged in place. If
-        other modules have its weight too (`shared`), it gets a weight of its own.
+        other modules have its weight too (`shared`), it gets its own weight.
         """
         return self.to_linear()
 
     def check_mergeable(self, adapter: Adapter, shared: bool) -> None:
-        """Raises ValueError if an adapter cannot be merged into the layer's weight, which other
-        modules have too if it is `shared`.
+        """Raises ValueError if an adapter cannot be merged into the layer's weight; `shared` says
+        whether other modules have this weight too.
         """
 
     def check_restorable(self) -> None:
-        """Raises ValueError if `restore_` cannot give back the original layer."""
+        """Raises ValueError if `restore_` cannot restore the original layer."""
 
     def to_linear(self) -> nn.Module:
         """A new layer without adapters, whose weight is W + s·(BA − B₀A₀)."""
@@ -198,7 +198,7 @@ class AdaptedLayer(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()
-        object.__setattr__(replica, "_active", None)  # the original's; the replica's is found later
+        object.__setattr__(replica, "_active", None)  # `active` then finds the replica's
         return replica
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -210,12 +210,12 @@ class AdaptedLayer(nn.Module):
 
 
 def exchange_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Gives the module another class, in place: its names, parameters, hooks and whatever holds
-    the module, such as a group of FSDP2's parameters, stay. A module to which `fully_shard` was
-    applied keeps the methods that it got from there.
+    """Changes the module's class in place. Its names, parameters and hooks stay, and all references
+    to the module stay valid, such as those of FSDP2's parameter groups. A module to which
+    `fully_shard` was applied keeps the methods that `fully_shard` has added.
     """
     old: Any = type(module)
-    new: Any = cls  # nn.Module's annotations make it no Hashable for type checkers
+    new: Any = cls  # type checkers see no Hashable, by nn.Module's annotations
     module.__class__ = _sharded_class(old, new) if class_of(module) is not old else new
     if getattr(vars(module).get("_old_forward"), "__self__", None) is module:  # accelerate's hook
         bound: Any = cls.forward
@@ -234,7 +234,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 @cache
 def _sharded_class(like: Any, cls: Any) -> Any:
-    """What `fully_shard` derives from `cls`: as `like`, which it has derived from another class."""
+    """The class that `fully_shard` derives from `cls`, as it derived `like` from another class."""
     own = {name: value for name, value in vars(like).items() if name == "__deepcopy__"}
     return type(f"FSDP{cls.__name__}", (like.__bases__[0], cls), own)
 

@@ -24,24 +24,25 @@ from .options import AdapterOptions
 from .state import TRAINED, LayerState, WithStart
 
 _CALLS = (nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__)
-_OWN_STATE = ("start_A", "start_B", "_extra_state")  # what is no Parameter
+_OWN_STATE = ("start_A", "start_B", "_extra_state")  # state that is not in Parameters
 _Pair = tuple[Tensor, Tensor]
-_NORM_BITS = 32  # of the stored norm of W, which only tells one base from another
+_NORM_BITS = 32  # of the stored norm of W, which only has to tell one base from another
 _LOAD = "load it as a further adapter, load_adapter(..., adapter_name=...)"
 
 
 class Adapter(WithStart, nn.Module):
     """A [r, in], B [out, r] and, for some starts, R [r, r]; s; and the initial factors A₀ and B₀.
     Adapters by PEFT may have a bias of B [out], which is multiplied by s and added to the output.
-    KaSA's have λ [r], a diagonal between A and B; DoRA's the magnitudes m [out] of W's rows.
+    KaSA adds λ [r], a diagonal between A and B; DoRA adds the magnitudes m [out] of W's rows.
 
-    A₀ and B₀ are needed to restore the base. Those of a DST start are computed from β; those of
-    other starts are stored. A layer that subtracts s·B₀A₀ in its forward ("implicit") always stores
+    A₀ and B₀ are needed to restore the base. For a DST start they are computed from β; for other
+    starts they are stored. A layer that subtracts s·B₀A₀ in its forward ("implicit") always stores
     them, except for experts, where they would double the adapter's memory. A, B and R are float32,
-    or float64 over a float64 base. Those of E experts are stacks, with a first dimension [E] more.
+    or float64 over a float64 base. For E experts they are stacks with an additional first dimension
+    [E].
 
-    If `options.parts` is not empty, the layer is a fused one: B is zero outside the blocks of these
-    parts, and the forward uses no other entries of it, so that their gradients are zero.
+    If `options.parts` is not empty, the layer is fused: B is zero outside the blocks of these
+    parts, and the forward uses only the blocks, so that all other entries of B have zero gradients.
     """
 
     lora_A: nn.Parameter  # [r, in], of experts [E, r, in]
@@ -93,23 +94,23 @@ class Adapter(WithStart, nn.Module):
             self._store_scaling()
 
     def _store_scaling(self) -> None:
-        """Stores s on the factors' device, for compiled forwards: a number would be part of the
-        graph, and every other s would need another graph. The buffer holds the bits of s as an
-        integer, because casting a model rounds all other buffers.
+        """Stores s on the factors' device, for compiled forwards: a Python number would be part of
+        the graph, and each s would need its own graph. The buffer holds the bits of s as an
+        integer, because casting a model rounds floating-point buffers.
         """
         s = torch.tensor(self.scaling, dtype=torch.float64, device="cpu")
         self._scaling_bits = s.view(torch.int64).to(self.lora_A.device)
 
     def scaled(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """s · `factor`, for compiled forwards in this dtype: in it, the factor's or float32,
-        whichever is the widest.
+        """s · `factor` for compiled forwards in this dtype. The result has the widest of `dtype`,
+        the factor's dtype and float32.
         """
         work = torch.promote_types(torch.promote_types(factor.dtype, dtype), torch.float32)
         return factor.to(work) * self._scaling_bits.view(torch.float64)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         pair = self._aside or self._stored_pair()
-        if in_forward():  # of hooks that store a weight in fewer bits, and cast the whole layer
+        if in_forward():  # hooks that store a weight in fewer bits cast the whole layer
             super()._apply(_keeping_dtype(fn), recurse)
         else:
             super()._apply(fn, recurse)
@@ -128,7 +129,7 @@ class Adapter(WithStart, nn.Module):
         return self.start_A, self.start_B
 
     def _take_from_aside(self) -> None:
-        """Gives start_A and start_B, which were on the meta device, their values again."""
+        """Restores the values of start_A and start_B, which were on the meta device."""
         if self._aside is None or self.start_A is None or self.start_B is None:
             return
         device = local_part(self.lora_A).device
@@ -138,7 +139,7 @@ class Adapter(WithStart, nn.Module):
         self._aside = None
 
     def _move_beta(self) -> None:
-        """Puts β where the factors are: a forward of experts reads it, and would wait for it."""
+        """Moves β to the factors' device, because forwards of experts read it there."""
         if self.beta is not None and not self.lora_A.is_meta:
             self.beta = self.beta.to(self.lora_A.device)
 
@@ -148,8 +149,8 @@ class Adapter(WithStart, nn.Module):
         return self.options.r
 
     def load_factors(self, factors: Mapping[str, Tensor]) -> None:
-        """Replaces the trained tensors, by the names in `state.TRAINED`, by others, which are not
-        copied; those that are not in `factors` are None then.
+        """Replaces the trained tensors (the names in `state.TRAINED`) by `factors`, which are not
+        copied. Trained tensors that are not in `factors` become None.
         """
         for name in TRAINED:
             values = factors.get(name)
@@ -157,7 +158,7 @@ class Adapter(WithStart, nn.Module):
         self.set_trainable(True)
 
     def check_replaceable(self, state: LayerState) -> None:
-        """Raises ValueError, with the reason, if `replace_` cannot take this state."""
+        """Raises ValueError, with the reason, if `replace_` does not accept this state."""
         if self.absorbed_scaling is not None:
             raise ValueError(
                 "its start was subtracted from the weight (residual='absorb'), which would have to "
@@ -181,8 +182,9 @@ class Adapter(WithStart, nn.Module):
 
     @torch.no_grad()
     def replace_(self, state: LayerState, options: AdapterOptions) -> None:
-        """Overwrites the factors, the start and the numbers by those of `state`, in place, so that
-        optimizers and compiled forwards keep their tensors. `options.residual` is this adapter's.
+        """Overwrites the factors, the start and the numbers with those of `state`, in place, so
+        that optimizers and compiled forwards keep their tensors. `options.residual` is this
+        adapter's.
         """
         start_A, start_B = state.start_factors() or (torch.zeros(()), torch.zeros(()))
         news: dict[str, Tensor | None] = {name: getattr(state, name) for name in TRAINED}
@@ -204,8 +206,8 @@ class Adapter(WithStart, nn.Module):
             self.set_trainable(any(parameter.requires_grad for parameter in self.parameters()))
 
     def set_trainable(self, trainable: bool) -> None:
-        """Sets `requires_grad` of what trains: R if there is one, else those of A and B that
-        `options.trains` names; the bias of B, λ and the magnitudes.
+        """Sets `requires_grad` of the tensors that train: R if there is one, else the factors that
+        `options.trains` names; also the bias of B, λ and the magnitudes.
         """
         trains = "" if self.lora_R is not None else self.options.trains
         frozen = {f"lora_{half}" for half in "AB" if half not in trains}
@@ -221,8 +223,8 @@ class Adapter(WithStart, nn.Module):
         return self.start_factors() or (None, None)
 
     def lacks(self, name: str) -> bool:
-        """Whether a parameter is None, as most optional ones are: every forward asks, and the
-        attributes of nn.Module take 0.3 us each.
+        """Whether a parameter is None, as most optional parameters are. Every forward asks this,
+        and reading an attribute of nn.Module takes 0.3 us.
         """
         if self._parameters.get(name, self) is None:
             return True
@@ -233,7 +235,7 @@ class Adapter(WithStart, nn.Module):
         return None if self.lacks("lora_R") and self.lacks("lora_diag") else super().middle()
 
     def left(self) -> Tensor:
-        """B [out, r]; of a fused layer, its blocks and zeros, which pass no gradient on."""
+        """B [out, r]; for a fused layer, its blocks, and zeros that pass no gradient."""
         if not self.options.parts:
             return self.lora_B
         if not is_dynamo_compiling() and is_dtensor(self.lora_B):
@@ -262,7 +264,7 @@ class Adapter(WithStart, nn.Module):
         return self.scaled(bias, dtype) if is_dynamo_compiling() else bias * self.scaling
 
     def add_absorbed_(self, weight: Shards) -> None:
-        """Adds the start that was absorbed, if one was, to the parts of W that are here."""
+        """Adds the absorbed start, if there is one, to this process's parts of W."""
         if self.absorbed_scaling is None:
             return
         if self.beta is not None:
@@ -273,8 +275,8 @@ class Adapter(WithStart, nn.Module):
 
     @torch.no_grad()
     def row_norms(self, weight: Tensor) -> Tensor:
-        """‖V‖ [out], the norms of the rows of V = W + s·(BA − B₀A₀), which the forward forms of the
-        stored W [out, in]; float32, or float64 over a float64 base.
+        """‖V‖ [out], the norms of the rows of V = W + s·(BA − B₀A₀), which the forward computes
+        from the stored W [out, in]; float32, or float64 over a float64 base.
         """
         lora_B, scaling, start_A, start_B = self.operands(torch.float32)
         right, left = product_factors(self.lora_A, lora_B, self.middle(), start_A, start_B)
@@ -282,15 +284,15 @@ class Adapter(WithStart, nn.Module):
         return norms
 
     def gain(self, weight: Tensor) -> Tensor | None:
-        """m ⊘ ‖V‖ [out] of the stored W [out, in], with the gradient of m alone (`row_gain`); None
+        """m ⊘ ‖V‖ [out] for the stored W [out, in]; only m gets a gradient (`row_gain`). None
         without magnitudes.
         """
         magnitude = self.lora_magnitude
         return None if magnitude is None else row_gain(magnitude, self.row_norms(weight))
 
     def measure_(self, weight: Tensor) -> None:
-        """Gives a DoRA adapter at its start the magnitudes m = ‖V‖, for the W [out, in] from which
-        its start was subtracted, if it was: the layer then computes what it would without DoRA.
+        """Gives a DoRA adapter at its start the magnitudes m = ‖V‖, so that the layer computes what
+        it would without DoRA. W [out, in] is the weight after an absorbed start was subtracted.
 
         Raises:
             ValueError: a norm is not finite, or the weight is on the meta device.
@@ -314,8 +316,7 @@ class Adapter(WithStart, nn.Module):
     def merge_factors(self) -> tuple[Tensor, Tensor]:
         """A' [k, in] and B' [out, k], in float32 or wider: the forward adds s·B'A' to W.
 
-        k = r, or 2r if the forward subtracts s·B₀A₀. Those of sharded factors are gathered, on the
-        CPU.
+        k = r, or 2r if the forward subtracts s·B₀A₀. Sharded factors are gathered on the CPU.
         """
         own = self.layer_state() if self.sharded else self
         start = own.start_factors() if self.residual == "implicit" else None
@@ -331,8 +332,8 @@ class Adapter(WithStart, nn.Module):
     def layer_state(self, keep: bool = True) -> LayerState:
         """Copies of the adapter's tensors on the CPU, and its numbers.
 
-        Sharded tensors are gathered, which all their processes have to do; those that do not `keep`
-        them get tensors on the meta device.
+        Sharded tensors are gathered: all their processes must call this method. A process whose
+        `keep` is False gets tensors on the meta device.
 
         If the start rewrote the base (LoftQ), the state describes an adapter of the rewritten base,
         from which nothing is subtracted.
@@ -344,7 +345,7 @@ class Adapter(WithStart, nn.Module):
         def copied_if_any(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else copied(tensor)
 
-        # A start of zeros: `replace_` has taken the state of an adapter without a start.
+        # A start of zeros means that `replace_` has loaded an adapter without a start.
         zero = self.start_A is not None and not bool(self.start_A.any())
         stored = self.beta is None and not self._rewritten and not zero
         norm = None if self._rewritten else self._weight_norm
@@ -387,11 +388,11 @@ class Adapter(WithStart, nn.Module):
     def get_extra_state(self) -> Tensor:
         """The numbers that restore the base: [s, β] in float64, which `.to(dtype)` does not change.
 
-        s is NaN unless initial factors were absorbed with it, β is NaN unless the start is a DST
-        start; it is infinite if there is an R, and minus infinite if there is a λ. Experts have a β
-        each. If there are magnitudes, s is negative: −s, or minus infinite for NaN. The size does
-        not depend on the start: `torch.distributed.checkpoint` loads into tensors of the saved size
-        only, and passes over what only the file has, such as an R.
+        s is NaN unless initial factors were absorbed with it. β is NaN unless the start is a DST
+        start, infinite if there is an R, and minus infinite if there is a λ; each expert has a β.
+        If there are magnitudes, s is negative: −s, or minus infinite for NaN. The size does not
+        depend on the start, because `torch.distributed.checkpoint` loads only into tensors of the
+        saved size, and skips entries that only the file has, such as an R.
         """
         scaling = math.nan if self.absorbed_scaling is None else self.absorbed_scaling
         state = torch.full((1 + (self._experts or 1),), math.nan, dtype=torch.float64)
@@ -405,8 +406,8 @@ class Adapter(WithStart, nn.Module):
         return state
 
     def _numbers(self, state: Tensor) -> tuple[float | None, Tensor | None]:
-        """s and β of an `_extra_state`, None for NaN. Until version 0.1 numbers that there were not
-        were left out, at the end: [], [s].
+        """s and β of an `_extra_state`, None for NaN. Until version 0.1, missing numbers at the end
+        were left out: [], [s].
         """
         values = state.detach().cpu().to(torch.float64)
         scaling, beta = values[:1], values[1:]
@@ -445,8 +446,8 @@ class Adapter(WithStart, nn.Module):
         self._move_beta()
 
     def _check_blocks(self, lora_B: Tensor | None) -> None:
-        """Raises ValueError for a saved B of an adapter with other parts, if this one is of a fused
-        layer. Shapes that differ are reported by torch.
+        """Raises ValueError if this layer is fused and the saved B belongs to an adapter with other
+        parts. torch reports shapes that differ.
         """
         if not self.options.parts or lora_B is None or lora_B.is_meta or is_sharded(lora_B):
             return
@@ -454,11 +455,11 @@ class Adapter(WithStart, nn.Module):
             check_parts(self.options.parts, lora_B)
 
     def _expect_start(self, state: Tensor, state_dict: dict[str, Any], prefix: str) -> None:
-        """Makes room for A₀ and B₀ if a saved adapter has stored them, and drops those here if it
-        has a recipe instead.
+        """Allocates A₀ and B₀ if the saved adapter stores them, and removes this adapter's if the
+        saved adapter has a recipe instead.
 
         Raises:
-            ValueError: the saved adapter has an R, a λ or magnitudes, which this one and the
+            ValueError: the saved adapter has an R, a λ or magnitudes, which this adapter and the
                 state_dict lack.
 
         """
@@ -471,7 +472,7 @@ class Adapter(WithStart, nn.Module):
             )
         marks = state.flatten()[1:]
         for name, what, mark in (("lora_R", "an R", math.inf), ("lora_diag", "a λ", -math.inf)):
-            # Where the state_dict has it, torch reports it.
+            # If the state_dict has the tensor, torch reports it.
             lost = getattr(self, name) is None and prefix + name not in state_dict
             if lost and bool((marks == mark).any()):
                 raise ValueError(
@@ -490,7 +491,7 @@ class Adapter(WithStart, nn.Module):
         """Restores the numbers that `get_extra_state` returned.
 
         Raises:
-            ValueError: the saved adapter has another `residual` than this one, or its initial
+            ValueError: the saved adapter's `residual` differs from this adapter's, or its initial
                 factors were absorbed with another s.
 
         """

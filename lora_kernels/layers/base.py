@@ -1,4 +1,4 @@
-"""`BaseLayer`: one interface to every kind of layer; the kind is found out once."""
+"""`BaseLayer`: one interface to every kind of layer; the kind is determined once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .linear.attention import IN_PROJ
 from .linear.conv import change_flattened_, refuse_sharded_change
 from .wrapper import LoRAWrapper
 
-# The first class that an adapted layer has tells its kind.
+# An adapted layer's kind is that of the first class here of which it is an instance.
 _FLOAT_CLASSES: dict[str, Any] = {
     OUT_PROJECTION: LoRAOutProjection,
     "linear": LoRALinear,
@@ -58,7 +58,8 @@ class BaseLayer:
         rewritable: whether the layer has a floating-point weight of its own, from which initial
             factors can be subtracted.
         transposed: whether the weight is stored as [in, out].
-        num_experts: how many matrices the weight holds, if it is a 3-D one of experts; else None.
+        num_experts: how many matrices the weight holds, if it is a 3-D weight of experts; else
+            None.
 
     """
 
@@ -72,7 +73,7 @@ class BaseLayer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features); of experts, those of each."""
+        """(out_features, in_features); for experts, of each expert."""
         if self.rewritable or self.kind == "float8":
             rows, cols = full_shape(self.stored_weight)[-2:]
             return (cols, rows) if self.transposed else (rows, cols)
@@ -102,7 +103,7 @@ class BaseLayer:
         return local_part(self.stored_weight)
 
     def shards(self) -> Shards:
-        """The local parts of W [out, in], of experts [E, out, in]; all of it if not sharded."""
+        """The local parts of W [out, in], or [E, out, in] for experts; all of W if not sharded."""
         return Shards.of(self.stored_weight, self.transposed)
 
     @property
@@ -121,24 +122,24 @@ class BaseLayer:
 
     @property
     def geometry(self) -> tuple[tuple[int, ...], int]:
-        """The sizes of a convolution's kernels, and its groups; () and 1 of other layers."""
+        """The sizes of a convolution's kernels, and its groups; () and 1 for other layers."""
         if self.kind != CONVOLUTION:
             return (), 1
         layer: ForeignLayer = self.layer
         return tuple(layer.kernel_size), layer.groups
 
     def pattern_name(self, name: str) -> str:
-        """The name that `rank_pattern` and `alpha_pattern` match for the layer called `name`: an
-        attention's for its `out_proj`, as in PEFT.
+        """The name that `rank_pattern` and `alpha_pattern` match for the layer `name`. For an
+        attention's `out_proj` it is the attention's name, as in PEFT.
         """
         return name.rpartition(".")[0] if self.kind == OUT_PROJECTION else name
 
     def matrices(self) -> list[Tensor]:
-        """`weight()`; of experts, which are one layer, the W [out, in] of each."""
+        """`weight()`; for experts, which are one layer, the W [out, in] of each expert."""
         return [self.weight()]
 
     def weight(self) -> Tensor:
-        """W [out, in], of experts [E, out, in], without adapters: a view if the layer is
+        """W [out, in], or [E, out, in] for experts, without adapters: a view if the layer is
         `rewritable`, else a new float32 matrix, dequantized.
 
         Raises:
@@ -155,7 +156,7 @@ class BaseLayer:
         change(self.weight())
 
     def refuse_sharded(self, name: str) -> None:
-        """Raises ValueError, which names the layer, if its tensors are shards or not loaded."""
+        """Raises a ValueError that names the layer if its tensors are shards or not loaded."""
         if not isinstance(self.module, AdaptedFloatLayer):
             refuse_sharded(name, self.layer)
         elif is_flattened(self.stored_weight):
@@ -184,7 +185,7 @@ class _Unsharded(BaseLayer):
     """A layer of a kind that cannot be adapted while it is sharded."""
 
     def refuse_sharded(self, name: str) -> None:
-        """Raises ValueError, which names the layer, if its tensors are sharded or not loaded."""
+        """Raises a ValueError that names the layer if its tensors are sharded or not loaded."""
         super().refuse_sharded(name)
         try:
             refuse_sharded_change(self.stored_weight, "adapted")
@@ -192,7 +193,7 @@ class _Unsharded(BaseLayer):
             raise ValueError(f"{name}: {error}") from None
 
     def adapted(self, adapter: Adapter, adapter_name: str) -> AdaptedLayer:
-        """As of `BaseLayer`.
+        """As in `BaseLayer`.
 
         Raises:
             ValueError: the weight is sharded.
@@ -203,7 +204,7 @@ class _Unsharded(BaseLayer):
 
 
 class ConvolutionLayer(_Unsharded):
-    """A convolution, whose weight [out, in / groups, k ...] is, flattened, the matrix
+    """A convolution. Its weight [out, in / groups, k ...], flattened, is the matrix
     [out, in / groups · k ...].
     """
 
@@ -218,11 +219,11 @@ class ConvolutionLayer(_Unsharded):
         return self.stored_weight.detach().flatten(1)
 
     def shards(self) -> Shards:
-        """The local parts of W, all of it."""
+        """All of W, which is not sharded."""
         return Shards.of(self.weight())
 
     def change_(self, change: Callable[[Tensor], None]) -> None:
-        """As of `BaseLayer`."""
+        """As in `BaseLayer`."""
         change_flattened_(self.stored_weight, change)
 
 
@@ -249,7 +250,7 @@ _LAYERS = {CONVOLUTION: ConvolutionLayer, ATTENTION: AttentionLayer}
 
 
 def base_of(module: nn.Module) -> BaseLayer | None:
-    """The `BaseLayer` of a module; None if the module is no layer that can be adapted."""
+    """The `BaseLayer` of a module; None if the module cannot be adapted."""
     kind = next((kind for kind, cls in _FLOAT_CLASSES.items() if isinstance(module, cls)), None)
     if kind is None:
         kind = kind_of(module.base_layer if isinstance(module, LoRAWrapper) else module)

@@ -1,7 +1,7 @@
 """For layers whose weight cannot be rewritten (quantized, or accessible only through forward): W,
 the dtype, and a forward that autograd can differentiate.
 
-A quantization package is imported only when one of its layers is met.
+A quantization package is imported only for a layer that belongs to it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def dequantized_weight(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def check_cast(module: ForeignLayer) -> None:
-    """Raises ValueError unless something casts this layer, whose weight is float8, for its forward,
-    and the layer then is x Wᵀ + c.
+    """Raises ValueError unless something casts this layer's float8 weight for its forward, and the
+    layer then computes x Wᵀ + c.
     """
     weight = _stored_weight(module)  # [out, in]
     stored = [(tensor, tensor.data) for tensor in module.parameters()]
@@ -96,7 +96,8 @@ def passes_gradient(module: ForeignLayer) -> bool:
 
     torchao's layers that quantize their input, and kernels written for inference, may block it.
     Such layers are tried with one row of zeros; bitsandbytes' layers are known to pass gradients.
-    A float8 layer is taken not to: autograd may keep the weight itself, which a hook has cast back.
+    A float8 layer is assumed not to pass gradients: autograd may have saved the weight itself,
+    which a hook has cast back since.
     """
     kind = kind_of(module)
     if kind not in ("torchao", "forward"):
@@ -165,7 +166,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _weight_4bit(module: ForeignLayer) -> Tensor:
-    import bitsandbytes as bnb  # whose layer it is; compiled forwards cannot call `needed`
+    import bitsandbytes as bnb  # installed, as the layer shows; compiled code cannot call `needed`
 
     state = _state_4bit(module)
     if state is None:

@@ -62,7 +62,7 @@ def lora_scaling(lora_alpha: float, r: int, rule: str = "lora") -> float:
 
 
 def check_start(rule: str, scaling: float, initializer: Initializer) -> None:
-    """Raises ValueError if "alpha_sqrt", whose s is tens, meets a start that grows with s."""
+    """Raises ValueError if the rule is "alpha_sqrt" (a large s) and the start grows with s."""
     if rule == "alpha_sqrt" and initializer.grows_with_scaling:
         raise ValueError(
             f"scaling='alpha_sqrt' multiplies the start of {type(initializer).__name__} by "
@@ -127,8 +127,8 @@ class AdapterOptions:
         return options
 
     def fused(self, parts: Parts) -> AdapterOptions:
-        """The settings of a fused layer each of whose P parts has an adapter with these settings:
-        of rank P·r, with the same s.
+        """The settings of a fused layer whose P parts each have an adapter with these settings:
+        rank P·r and the same s.
         """
         count = len(parts)
         factor = count if self.scaling_rule == "lora" else math.sqrt(count)

@@ -21,7 +21,7 @@ FACTORS = (
     *("lora_A", "lora_B", "lora_R", "start_A", "start_B", "lora_bias"),
     *("lora_magnitude", "lora_diag"),
 )
-# Those of them that are, or were, trained.
+# The tensors that are, or were, trained.
 TRAINED = tuple(name for name in FACTORS if not name.startswith("start_"))
 
 
@@ -69,17 +69,18 @@ class LayerState(WithStart):
 
     `weight_norm` is ‖W_base‖_F, which tells whether another base is the same; None if unknown.
     `lora_bias` [out] is PEFT's bias of B, which adds s·`lora_bias` to the output; or None.
-    `embedding`: the layer is an embedding of `in` tokens, and W its transposed weight. `kernel`,
-    not empty: it is a convolution with kernels of this size and with `groups`, and W its weight,
-    flattened from the second dimension on.
+    `embedding` says that the layer is an embedding of `in` tokens; W is then its transposed weight.
+    If `kernel` is not empty, the layer is a convolution with kernels of this size and with
+    `groups`; W is then its weight, flattened from the second dimension on.
 
-    `lora_diag` λ [r]: the update is B diag(λ) A in place of BA (KaSA). `lora_magnitude` m [out]:
-    the adapted weight is (m ⊘ ‖V‖) ∘ V, where V = W_base + s·(BA − B₀A₀) and ‖V‖ [out] are the
-    norms of its rows (DoRA). `trains` says which of A and B train, "AB" or "A". `parts`, not empty:
-    the layer is a fused one, and B is zero outside the blocks of these parts (`init.fused`).
+    With `lora_diag` λ [r], the update is B diag(λ) A in place of BA (KaSA). With `lora_magnitude`
+    m [out], the adapted weight is (m ⊘ ‖V‖) ∘ V, where V = W_base + s·(BA − B₀A₀), and ‖V‖ [out]
+    are the norms of its rows (DoRA). `trains` says which of A and B train, "AB" or "A". If `parts`
+    is not empty, the layer is fused, and B is zero outside the blocks of these parts
+    (`init.fused`).
 
-    The adapters of E experts that a model keeps in one parameter are one state: its factors have a
-    first dimension [E] more, and `beta` and `weight_norm` are float64 [E].
+    The adapters of E experts that a model keeps in one parameter are one state: its factors have an
+    additional first dimension [E], and `beta` and `weight_norm` are float64 [E].
     """
 
     lora_A: Tensor
@@ -107,7 +108,7 @@ class LayerState(WithStart):
         return self.lora_A.shape[-2]
 
     def options(self, scaling_rule: str, lora_dropout: float, residual: str) -> AdapterOptions:
-        """The settings of the adapter, with those that the state does not have."""
+        """The settings of the adapter; the arguments are settings that the state does not have."""
         use_dora = self.lora_magnitude is not None
         own = (self.r, self.lora_alpha, scaling_rule, lora_dropout, residual)
         return AdapterOptions(*own, use_dora, self.trains, self.parts)
@@ -185,9 +186,9 @@ class LayerState(WithStart):
 
     @torch.no_grad()
     def portable_factors(self) -> tuple[Tensor, Tensor]:
-        """A' [k, in] and s·B' [out, k], whose product is the update (V − W_base if there are
-        magnitudes), and which may be rounded to 16 bits: those of `update_factors`, or if their
-        parts cancel, those of an SVD.
+        """A' [k, in] and s·B' [out, k], which may be rounded to 16 bits. Their product is the
+        update (V − W_base if there are magnitudes). They are those of `update_factors`, or, if the
+        parts of these cancel, those of an SVD.
         """
         if self.experts is not None:
             pairs = [self.expert(e).portable_factors() for e in range(self.experts)]
@@ -209,8 +210,8 @@ class LayerState(WithStart):
 
 def change_by_gain(y: Tensor, bias: Tensor | None, update: Tensor, gain: Tensor) -> Tensor:
     """g ∘ (y − b + `update`) + b − y, which DoRA adds to the base's output y, whose bias is b; in
-    g's dtype. It is exactly zero if g is 1 and the update is zero. g and b have shapes that go with
-    y's.
+    g's dtype. It is exactly zero if g is 1 and the update is zero. g and b must be broadcastable to
+    y's shape.
     """
     direction = y.to(gain.dtype)
     if bias is not None:
@@ -225,8 +226,8 @@ def scaled(factor: Tensor, scaling: float) -> Tensor:
 
 
 def cancellation(right: Tensor, left: Tensor) -> float:
-    """√(Σ ‖bₖ‖²‖aₖ‖²) / ‖BA‖_F of A = `right` [k, in] and B = `left` [out, k]: how much more of the
-    product is lost if its factors are rounded than if its parts were orthogonal.
+    """√(Σ ‖bₖ‖²‖aₖ‖²) / ‖BA‖_F of A = `right` [k, in] and B = `left` [out, k]: the factor by which
+    rounding A and B changes the product more than it would if the parts were orthogonal.
     """
     right, left = right.double(), left.double()
     gram_A, gram_B = right @ right.T, left.T @ left
@@ -238,10 +239,10 @@ def cancellation(right: Tensor, left: Tensor) -> float:
 
 
 def svd_factors(right: Tensor, left: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """A' [r, in] and B' [out, r], the best of rank r for the product of A = `right` [k, in] and
-    B = `left` [out, k]; √σ is in both. The SVD is that of the small core of two QRs, in float64: no
-    [out, in] matrix is formed. If the product has a smaller rank than r, the rest is zero. The
-    factors of experts have a first dimension [E] more.
+    """A' [r, in] and B' [out, r], the best approximation of rank r of the product of A = `right`
+    [k, in] and B = `left` [out, k]; both contain √σ. The SVD is that of the small core of two QR
+    decompositions, in float64: no [out, in] matrix is formed. If the product has a smaller rank
+    than r, the rest is zero. The factors of experts have an additional first dimension [E].
     """
     QB, RB = torch.linalg.qr(left.double())
     QA, RA = torch.linalg.qr(right.double().mT)
@@ -259,8 +260,8 @@ def svd_factors(right: Tensor, left: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def dst_start(lora_A: Tensor, lora_B: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    """A₀ = βΦₘᵀ [r, in] and B₀ = βΦₙ [out, r], in the dtypes and on the devices of A and B; for the
-    β [E] of experts, [E, r, in] and [E, out, r].
+    """A₀ = βΦₘᵀ [r, in] and B₀ = βΦₙ [out, r], in the dtypes and on the devices of A and B; with
+    the β [E] of experts, [E, r, in] and [E, out, r].
     """
     r = lora_A.shape[-2]
 

@@ -18,11 +18,11 @@ from .state import change_by_gain
 
 class LoRAWrapper(AdaptedLayer):
     """y = base_layer(x) + s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ), mostly for quantized layers; plus s · b
-    if B has a bias b. DoRA's magnitudes scale all of it but the base layer's bias; the weight is
-    dequantized for their norms in every forward.
+    if B has a bias b. DoRA's magnitudes scale everything except the base layer's bias; every
+    forward dequantizes the weight to compute the row norms.
 
     The residual is always "implicit": before the first step y equals base_layer(x) bit for bit,
-    unless dropout is drawn. The wrapper passes unknown attributes on to the base layer.
+    unless dropout is active. The wrapper passes unknown attributes on to the base layer.
     """
 
     base_layer: nn.Module

@@ -30,54 +30,56 @@ RESIDUALS = ("auto", "absorb", "implicit")
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """How `add_lora` adapts a model. The names and the matching rules are PEFT's `LoraConfig`'s.
+    """How `add_lora` adapts a model. Names and matching rules are those of PEFT's `LoraConfig`.
 
     Args:
         r: rank.
-        target_modules: "all-linear", every linear layer but the output head; another string, a
-            regular expression that matches the whole name; or a list of names or of their last
-            parts, which may be those of embeddings too.
+        target_modules: which layers to adapt. "all-linear" means every linear layer except the
+            output head, the routers of experts, and layers that the model does not call. Any other
+            string is a regular expression that matches the whole name. A list contains names or
+            their last parts; it may name embeddings, convolutions and attentions too.
         target_parameters: names or their last parts of the 3-D parameters in which a mixture of
-            experts keeps its experts' matrices ("mlp.experts.gate_up_proj"); each expert gets an
-            adapter of its own. If they are all that is adapted, `target_modules` may be None.
-        exclude_modules: a regular expression or a list as above, of layers not to adapt.
+            experts keeps its experts' matrices ("mlp.experts.gate_up_proj"). Each expert gets its
+            own adapter. If nothing else is adapted, `target_modules` may be None.
+        exclude_modules: the layers not to adapt, as a regular expression or a list as above.
         lora_alpha: the α from which the scaling rule computes s; 8 by default, 256 for
             "alpha_sqrt".
-        lora_dropout: probability of dropping an element of x on its way to A, while training; no
-            element of an embedding is dropped.
-        bias: which biases are trained: "none", "all" of the model, or "lora_only", those of the
-            adapted layers.
+        lora_dropout: the probability of dropping an element of A's input x during training. It has
+            no effect on embeddings and `nn.MultiheadAttention`.
+        bias: which biases are trained: "none", "all" (of the whole model) or "lora_only" (of the
+            adapted layers).
         use_rslora: PEFT's spelling of scaling="rslora".
         scaling: the rule for s: "lora", "rslora" or "alpha_sqrt" (see `LoRALinear`).
         init_lora_weights: a name, an object of `lora_kernels.init`, or PEFT's True, which means
             "lora".
-        residual: how a layer subtracts a non-zero s·B₀A₀: "absorb", W ← W − s·B₀A₀ once;
-            "implicit", in every forward; "auto", "absorb" if the weight can be rewritten, else
-            "implicit" (the weight is quantized, or tied to another module). To attach several
-            adapters to one base, set "implicit" for all of them, including the first.
+        residual: how a layer subtracts a non-zero s·B₀A₀. "absorb" rewrites W ← W − s·B₀A₀ once;
+            "implicit" subtracts it in every forward; "auto" means "absorb" if the weight can be
+            rewritten, else "implicit" (the weight is quantized, or tied to another module). To
+            attach several adapters to one base, set "implicit" for all of them, including the
+            first.
         modules_to_save: names or last parts of modules that are trained in full, as copies.
         layers_to_transform: the number or numbers of the blocks to adapt; all blocks if None.
         layers_pattern: the name or names of the list of blocks ("layers", "h"), needed if layer
             names contain other numbers too.
         rank_pattern: {name, ending or regular expression: r} for layers with another rank. Experts
-            go by the name of their parameter ("gate_up_proj"): see `with_expert_rank`.
+            are matched by the name of their parameter ("gate_up_proj"): see `with_expert_rank`.
         alpha_pattern: {name, ending or regular expression: lora_alpha} for layers with another
             lora_alpha.
-        ensure_weight_tying: whether the input embedding and the modules that have its weight, such
-            as a tied output head, are adapted, or trained in full, as one if `target_modules` or
-            `modules_to_save` names one of them. They get the same update, with the gradients of
-            all of them, and stay tied when the adapter is merged.
+        ensure_weight_tying: whether tied modules are adapted together. Tied modules are the input
+            embedding and all modules that share its weight, such as the output head. If
+            `target_modules` or `modules_to_save` names one of them, all are adapted, or trained in
+            full, with one shared update. This update gets the gradients of all of them, and the
+            modules stay tied when the adapter is merged.
         fused_parts: {name, ending or regular expression: parts} for fused layers, whose rows are
             several projections one after another (GPT-2's "c_attn", Phi-3's "qkv_proj" and
-            "gate_up_proj", the in_proj of an attention). Each part gets an A and a B of rank r of
-            its own, with its own start from its rows of W; without this option all parts share one
-            A. The parts are the number of equal ones ({"c_attn": 3}), the rows of each
-            ({"qkv_proj": (4096, 1024, 1024)}), or the first row and the row after the last of those
-            that are adapted ({"c_attn": ((0, 768), (1536, 2304))}, q and v alone). The rows of a
-            part must be contiguous; those of GPT-NeoX's, BLOOM's and Falcon's "query_key_value"
-            are interleaved by heads. The layer is one of rank P·r with the s of rank r, and B is
-            zero outside the parts' blocks. In memory B has these zeros, and an optimizer's states
-            have them too.
+            "gate_up_proj", the in_proj of an attention). Each part gets its own A and B of rank r,
+            with its own start from its rows of W; without this option all parts share one A. Give
+            the number of equal parts ({"c_attn": 3}), the number of rows of each part
+            ({"qkv_proj": (4096, 1024, 1024)}), or the first row and the row after the last of each
+            adapted part ({"c_attn": ((0, 768), (1536, 2304))} adapts q and v alone). The rows of a
+            part must be contiguous; "query_key_value" of GPT-NeoX, BLOOM and Falcon interleaves
+            them by heads. With P parts, the layer has rank P·r with the s of rank r, and B is zero
+            outside the parts' blocks. B and the optimizer's states store these zeros.
         use_dora: whether the norms of the adapted weights' rows are trained too (DoRA, see
             `LoRALinear`).
         task_type: PEFT's task type ("CAUSAL_LM" ...), which is written to the adapter's files. As
@@ -207,7 +209,7 @@ class LoRAConfig:
         return lora_scaling(self.layer_alpha(name), self.layer_rank(name), self.scaling_rule)
 
     def layer_parts(self, name: str) -> Sizes | None:
-        """What `fused_parts` says of the layer `name`; None if nothing."""
+        """The parts that `fused_parts` gives the layer `name`; None if it gives none."""
         patterns = self.fused_parts
         return next((v for key, v in patterns.items() if pattern_matches(key, name)), None)
 
@@ -301,7 +303,7 @@ class TokenRows:
     values: Tensor
 
     def check(self, name: str, shape: Sequence[int]) -> None:
-        """Raises ValueError if these are no rows of the weight `name`, which has this shape."""
+        """Raises ValueError unless these rows fit the weight `name`, which has this shape."""
         if len(shape) != 2 or shape[1] != self.values.shape[1]:
             raise ValueError(
                 f"the adapter has rows of {self.values.shape[1]} numbers for {name!r}, which is "
@@ -315,8 +317,8 @@ class TokenRows:
 
     @torch.no_grad()
     def put_(self, weight: Tensor) -> Tensor:
-        """Writes the rows into the weight, in its dtype, and returns it. Of a DTensor, the rows
-        that are here.
+        """Writes the rows into the weight, in the weight's dtype, and returns the weight. Into a
+        DTensor, it writes only the rows of this process.
         """
         for data, (rows, cols) in pieces(weight):
             own = [k for k, row in enumerate(self.indices) if rows.start <= row < rows.stop]
@@ -325,21 +327,22 @@ class TokenRows:
         return weight
 
 
-# PEFT's `layer_replication`: the blocks of the adapted model are those of the base from each start
-# to before each end.
+# PEFT's `layer_replication`, pairs (start, end): the adapted model has the base's blocks start to
+# end − 1 of each pair, one pair after another.
 Replication = tuple[tuple[int, int], ...]
 
 
 def repeated_blocks(replication: Replication) -> list[int]:
-    """The number of the base's block of which each block of the adapted model is a copy."""
+    """For each block of the adapted model, the number of the base's block that it copies."""
     return [block for start, end in replication for block in range(start, end)]
 
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """Tensors of a file that hold the rows `start` to `stop` of the matrices [out, in] of all
-    experts: one for each expert, with its number where `name` has "{}", or one for all of them.
-    `name` ends without ".weight".
+    """Tensors of a file that hold the rows `start` to `stop` of all experts' matrices [out, in].
+
+    If `name` contains "{}", each expert has its own tensor, and "{}" stands for its number;
+    otherwise one tensor holds all experts. `name` does not include ".weight".
     """
 
     name: str
@@ -355,15 +358,14 @@ class ExpertPart:
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """What files have of an expert parameter, beside its adapter.
+    """How files store an expert parameter and its adapter.
 
     Attributes:
-        parts: those of a checkpoint that has a tensor for each expert; empty of other checkpoints,
-            or if it is not known.
-        layout: "each" or "stacked", the form in which an adapter's file has or is to have it; "" if
-            that is not decided.
-        exchanged: whether A and B may have to be exchanged, which the model's shapes tell: False,
-            no; True, as PEFT before 0.19 wrote it; None, by a version of PEFT that is not known.
+        parts: the tensors of a checkpoint that has a tensor for each expert; empty for other
+            checkpoints, or if this is not known.
+        layout: the form of the adapter in its file, "each" or "stacked"; "" if it is not decided.
+        exchanged: whether A and B may have to be exchanged, which the model's shapes decide. False:
+            no. True: PEFT before 0.19 wrote the file. None: an unknown version of PEFT wrote it.
 
     """
 
@@ -377,12 +379,11 @@ class AdapterState:
     """The adapter of a model: a `LayerState` for each layer, by its name in the base model.
 
     `extra` holds the tensors that are trained in full (`modules_to_save` and biases), by their
-    names in the base model's state_dict, and `rows` those that have some trained rows. Modules that
+    names in the base model's state_dict, and `rows` the trained rows of other tensors. Modules that
     are tied to the input embedding get its rows too, unless they have their own. If `replication`
-    is not empty, the names of the layers are those of a model whose blocks are repeated so.
-    `base_model` is the base model's name or path, if known. `experts` says of parameters of
-    experts, by name, what files have of them; it may lack some, and have others that are not
-    adapted.
+    is not empty, the layers' names are those of a model whose blocks are repeated in this way.
+    `base_model` is the base model's name or path, if known. `experts` says, by name, how files
+    store parameters of experts; it may lack some, and may have others that are not adapted.
     """
 
     config: LoRAConfig

@@ -88,14 +88,17 @@ def add_lora(
     original_weights: Mapping[str, Tensor] | str | Path | None = None,
     progress: bool = True,
 ) -> LoRAReport:
-    """Adapts a model in place: its layers are replaced, its other parameters frozen.
+    """Adapts a model in place: replaces the selected layers and freezes all other parameters.
 
     The model's outputs do not change except for rounding, unless a start changes the model on
     purpose. A second call with another `adapter_name` adds a further adapter to the same base and
     activates it. To attach several adapters to one base, set residual="implicit" for all of them,
     including the first.
 
-    A module that reads `.weight` directly, without calling the layer, bypasses the adapter.
+    A module that reads `.weight` in its forward, without calling the layer, gets the weight with
+    the adapter in it; code outside of a forward gets the stored weight. (A quantized layer always
+    gives the stored weight.) If the source of the model's classes shows such a read, "all-linear"
+    leaves the layer out, and naming the layer in `target_modules` raises ValueError.
 
     Args:
         model: any `nn.Module` that is not yet wrapped by DDP, FSDP or `torch.compile`.
@@ -103,15 +106,15 @@ def add_lora(
         adapter_name: the adapter's name for `set_adapter`, `save_adapter` and the like.
         gradients: {layer name: ∂loss/∂W [out, in]} from `capture_gradients`, for starts that are
             computed from gradients.
-        activations: {layer name: what was measured of the layer's input} from
-            `capture_activations`, for starts that are computed from it.
+        activations: {layer name: statistics of the layer's inputs} from `capture_activations`, for
+            starts that are computed from activations.
         original_weights: the weights of a quantized model before quantization, for LoftQ and QERA:
             a dict {name: W [out, in]}, or the path of a checkpoint, whose tensors are read one at a
             time.
-        progress: whether to show a bar; needs rich, and a terminal as standard error.
+        progress: whether to show a progress bar; this needs rich, and a terminal on standard error.
 
     Returns:
-        A report of the adapted layers, and of the others with the reasons. `print` it.
+        A report of the adapted layers, and of the skipped layers with reasons. `print` shows it.
 
     Raises:
         ValueError: nothing to adapt, an unknown name, a rank that is too large, or a weight for
@@ -153,8 +156,8 @@ def add_lora(
 
 
 def _refuse_saved_on_meta(plans: Sequence[LayerPlan], places: Collection[str]) -> None:
-    """Raises ValueError for tensors that are to be trained in full if they are loaded later: their
-    originals are kept apart, where nobody would load them.
+    """Raises ValueError if tensors that are trained in full would be loaded later: their originals
+    are stored outside of the model, where no loader would find them.
     """
     if places and any(plan.waits for plan in plans):
         raise ValueError(
@@ -170,7 +173,7 @@ def merge_lora(
 
     The layers become what they were before `add_lora`, with the weight W + s·(BA − B₀A₀), summed in
     float32 or wider and rounded once. A bias of B (PEFT's `lora_bias`) is added to the layer's
-    bias; a layer without one gets it, with a warning. All parameters are frozen afterwards.
+    bias; a layer without a bias gets one, with a warning. All parameters are frozen afterwards.
 
     Args:
         model: a model adapted by `add_lora` or `load_adapter`.
@@ -245,8 +248,8 @@ def unload_lora(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        ValueError: the model has no adapters, or a convolution or attention is sharded, from whose
-            weight s·B₀A₀ was subtracted. The model is then unchanged.
+        ValueError: the model has no adapters, or s·B₀A₀ was subtracted from the weight of a
+            convolution or attention that is sharded. The model is then unchanged.
 
     """
     record = needed_record(model)
@@ -328,10 +331,10 @@ def adapter_names(model: nn.Module) -> list[str]:
 def adapter_state(
     model: nn.Module, adapter_name: str | None = None, *, keep: bool = True
 ) -> AdapterState:
-    """A copy on the CPU of an adapter, the active one if `adapter_name` is None.
+    """A copy of an adapter on the CPU; the active adapter if `adapter_name` is None.
 
-    Of a sharded model, all processes have to call this, and each gets the whole adapter; those that
-    do not `keep` it get tensors on the meta device.
+    If the model is sharded, all processes must call this function. Each gets the whole adapter, or
+    tensors on the meta device if its `keep` is False.
 
     Raises:
         ValueError: no adapter of that name.
@@ -382,7 +385,7 @@ def apply_state(
 ) -> LoRAReport:
     """Adds a saved adapter to its base.
 
-    s·B₀A₀ that was absorbed is subtracted from the weights again; layers whose weight cannot be
+    If s·B₀A₀ was absorbed, it is subtracted from the weights again. Layers whose weight cannot be
     rewritten, or that have other adapters, subtract it in every forward instead.
 
     Raises:
@@ -408,7 +411,7 @@ def apply_state(
 
 
 def _check_replication(record: ModelAdapters, state: AdapterState) -> None:
-    """Raises ValueError if the model's blocks are not repeated as an adapter needs them."""
+    """Raises ValueError if the model's blocks are not repeated as an adapter needs."""
     if record.replication != state.replication:
         wanted, found = (list(map(list, r)) for r in (state.replication, record.replication))
         raise ValueError(
@@ -425,7 +428,7 @@ def _add_state(
     is_trainable: bool,
     progress: bool,
 ) -> LoRAReport:
-    """`apply_state` for a model whose blocks are those of the adapter."""
+    """`apply_state` for a model whose blocks are repeated as the adapter needs."""
     began = time.perf_counter()
     state = settled_weights(model, state)
     config = with_saved_ties(model, state.config)
@@ -464,11 +467,11 @@ def _add_state(
 
 @torch.no_grad()
 def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> None:
-    """Overwrites an adapter's tensors by those of a saved one, in place.
+    """Overwrites an adapter's tensors in place with those of a saved adapter.
 
     Raises:
-        ValueError: no adapter of that name, or the saved one has other layers, ranks or tensors
-            trained in full, or cannot be exchanged in place. The model is then unchanged.
+        ValueError: no adapter of that name; or the saved adapter has other layers, ranks or tensors
+            trained in full, or cannot be written in place. The model is then unchanged.
 
     """
     record = needed_record(model)
@@ -506,14 +509,14 @@ def replace_state(model: nn.Module, state: AdapterState, adapter_name: str) -> N
 def _tokens(
     state: AdapterState, rows: Mapping[str, TokenRows]
 ) -> dict[str, tuple[int, ...] | None]:
-    """`ModelAdapters.tokens` of an adapter; `rows` has those of tied weights too."""
+    """`ModelAdapters.tokens` of an adapter; `rows` includes the rows of tied weights."""
     return {name: row.indices if name in state.rows else None for name, row in rows.items()}
 
 
 def _tied_like(
     tokens: Mapping[str, tuple[int, ...] | None], state: AdapterState
 ) -> dict[str, TokenRows]:
-    """The rows of a saved adapter, with those of the weights that are tied to its first one."""
+    """The rows of a saved adapter, and of the weights that are tied to its first weight."""
     tied = [name for name, indices in tokens.items() if indices is None and name not in state.rows]
     first = next((state.rows[n] for n, i in tokens.items() if i and n in state.rows), None)
     return {**state.rows, **({} if first is None else dict.fromkeys(tied, first))}

@@ -43,11 +43,11 @@ class OriginalWeights:
     def weight(self, name: str, base: BaseLayer) -> Tensor:
         """The original W [out, in] of the layer `name`.
 
-        The stored name may have another prefix or none, as in a checkpoint without its head, if
-        exactly one stored name matches.
+        The stored name may have another prefix or none, as in a checkpoint without the model's
+        head, if exactly one stored name matches.
 
         Raises:
-            ValueError: no stored name matches, or several do, or the shape is another.
+            ValueError: no stored name matches, or several do, or the shape differs.
             TypeError: the tensor is not floating-point.
 
         """

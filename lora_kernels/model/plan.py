@@ -57,7 +57,7 @@ class LayerPlan:
 
     `note` says why the initial factors are not absorbed. `initializer` computes the start; if the
     adapter comes from a file, `initializer` is None and `trained` holds its trained tensors.
-    `changes_base` says whether s·B₀A₀ is subtracted, `subtracted` whether `subtract_` has done so.
+    `changes_base` says whether s·B₀A₀ is subtracted; `subtracted`, whether `subtract_` has run.
     If the plan `waits`, the weight is on the meta device, and `start_adapters` computes the start.
     """
 
@@ -114,9 +114,9 @@ class LayerPlan:
         self.subtracted = True
 
     def measure_(self, adapter: Adapter) -> None:
-        """Gives a new DoRA adapter its magnitudes, of the weight as `subtract_` has left it. Where
-        another process has the weight, accelerate copies the magnitudes together with it, over
-        numbers that mean nothing.
+        """Gives a new DoRA adapter the magnitudes of the weight that `subtract_` has left. On a
+        process without the weight, they are placeholders until accelerate copies weight and
+        magnitudes from the first process.
 
         Raises:
             ValueError: as `Adapter.measure_`, with the layer's name.
@@ -147,7 +147,7 @@ def plan_layers(
     """A plan for each selected layer, without its start.
 
     Raises:
-        ValueError: a rank is too large, a layer cannot have the wanted residual, or a layer's
+        ValueError: a rank is too large, a layer does not support the wanted residual, or a layer's
             original weight is missing; the layer is named.
 
     """
@@ -206,8 +206,8 @@ def _check_rank(name: str, base: BaseLayer, r: int, parts: Parts) -> None:
 
 
 def check_still_absorbing(model: nn.Module, plans: Sequence[LayerPlan]) -> None:
-    """Raises ValueError for a layer whose weight is not its own any more, after the plan was made,
-    and from which s·B₀A₀ is to be subtracted.
+    """Raises ValueError if s·B₀A₀ is to be subtracted from a weight that was shared, or adapted
+    elsewhere, after the plan was made.
     """
     owners = _owners(model)
     for plan in plans:
@@ -229,12 +229,12 @@ def plan_starts(
 ) -> None:
     """Computes the start of every plan; no weight is changed.
 
-    Those of a model of which only the first process has the weights are that one's. Plans that wait
-    get none.
+    If only the first process has the weights, it computes the starts for all processes. Plans that
+    wait get no start.
 
     Raises:
-        ValueError: a gradient is missing or not used, or a start cannot be computed from a weight;
-            the layer is named.
+        ValueError: a gradient is missing, gradients are not used, or a start cannot be computed
+            from a weight; the layer is named.
 
     """
     if any(plan.waits for plan in plans):
@@ -315,7 +315,7 @@ def plan_states(model: nn.Module, state: AdapterState) -> tuple[list[LayerPlan],
             refuse_dora(name, base, measured=False)
         wanted = "auto" if layer.residual == "absorb" else layer.residual
         if without_wrappers(base.parameter_name(name)) in state.extra:
-            # The adapter brings a weight, in place of the one here.
+            # The adapter replaces this model's weight by its own.
             wanted, layer = "implicit", replace(layer, weight_norm=None)
         residual, note = _residual(name, base, wanted, owners)
         rule, dropout = state.config.scaling_rule, state.config.lora_dropout
@@ -350,7 +350,7 @@ def refuse_dora(name: str, base: BaseLayer, measured: bool, waits: bool = False)
 
 
 def _check_embedding(name: str, layer: LayerState, base: BaseLayer) -> None:
-    """Raises ValueError unless both are of an embedding, with the same tokens, or neither is."""
+    """Raises ValueError unless both or neither are embeddings, with the same number of tokens."""
     if layer.embedding != (base.kind == EMBEDDING):
         kinds = ("an embedding", "a linear layer")
         theirs, ours = kinds if layer.embedding else kinds[::-1]
@@ -366,8 +366,8 @@ def _check_embedding(name: str, layer: LayerState, base: BaseLayer) -> None:
 
 
 def _check_convolution(name: str, layer: LayerState, base: BaseLayer) -> None:
-    """Raises ValueError unless both are of convolutions with the same kernels and groups, or
-    neither is.
+    """Raises ValueError unless both are convolutions with the same kernels and groups, or neither
+    is a convolution.
     """
     if (layer.kernel, layer.groups) != base.geometry:
         theirs, ours = (
@@ -380,7 +380,7 @@ def _check_convolution(name: str, layer: LayerState, base: BaseLayer) -> None:
 
 
 def _sizes(experts: int | None, shape: tuple[int, int]) -> list[int]:
-    """The sizes of a weight; those of experts begin with their number."""
+    """The sizes of a weight; for experts, their number comes first."""
     return [*shape] if experts is None else [experts, *shape]
 
 
@@ -399,7 +399,7 @@ def check_norms(plans: Sequence[LayerPlan]) -> None:
         sums = known.get(plan.name)
         if sums is None:
             sums = torch.ops.lora.frobenius_stats(plan.base.matrices())
-        # Of experts: the norm of all of them.
+        # For experts, this is the norm of all of them together.
         wanted = float(expected.double().norm())
         found = float(sums[:, 1].sum().sqrt())
         if wanted and abs(found / wanted - 1) > _NORM_TOLERANCE:
@@ -434,8 +434,8 @@ def _initializer(
 
 
 def _are_on_meta(bases: Collection[BaseLayer]) -> bool:
-    """Whether all weights are on the meta device, to be loaded later. Those that accelerate has
-    offloaded are not, for their layers' hooks load them in every forward.
+    """Whether all weights are on the meta device and will be loaded later. Weights that accelerate
+    has offloaded do not count, because their layers' hooks load them in every forward.
     """
     return bool(bases) and all(
         base.rewritable and base.local.is_meta and not hasattr(base.layer, "_hf_hook")
@@ -493,15 +493,15 @@ def _owners(model: nn.Module) -> dict[object, list[str]]:
 
 
 def _memory(parameter: Tensor) -> object:
-    """A key that is equal for parameters that are one or share their memory (`a.data = b.data`)."""
+    """A key; parameters that are identical or share memory (`a.data = b.data`) have equal keys."""
     if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
         return id(parameter)
     return parameter.device, parameter.data_ptr()
 
 
 def _placed(layer: LayerState, base: BaseLayer) -> tuple[Start, Trained]:
-    """The start that is subtracted, and what was trained, on the layer's device and in the factors'
-    dtype for this layer.
+    """The start to subtract and the trained tensors, on the layer's device and in the dtype of its
+    factors.
     """
     dtype, device = factor_dtype(base.dtype), loaded_device(base.device)
 

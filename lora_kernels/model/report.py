@@ -1,4 +1,4 @@
-"""`LoRAReport`: which layers `add_lora` or `load_adapter` adapted, and which not, with reasons."""
+"""`LoRAReport`: which layers `add_lora` or `load_adapter` adapted, and why it skipped others."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from .starts import WAITS
 
 @dataclass(frozen=True)
 class AdaptedRow:
-    """One adapted layer. `note` says why its initial factors are not absorbed; else it is empty.
-    Experts have a row for each 3-D parameter, with the sizes of one of `num_experts` matrices.
-    `sharding` says how a weight is sharded, such as "in 8 parts by rows"; else it is empty.
-    `waits`: the weight is on the meta device, and `start_adapters` will compute the start.
-    `use_dora`: the layer's magnitudes train too. `parts`: the first row and the row after the last
-    of each part of a fused layer, all of which together have the rank `r`.
+    """One adapted layer. Experts have a row for each 3-D parameter, with the sizes of one of its
+    `num_experts` matrices.
+
+    `note` says why the initial factors are not absorbed, or is empty. `sharding` says how the
+    weight is sharded, such as "in 8 parts by rows", or is empty. If the layer `waits`, its weight
+    is on the meta device, and `start_adapters` will compute the start. `use_dora` says whether the
+    layer's magnitudes train too. `parts` has the first row and the row after the last of each part
+    of a fused layer; `r` is then the rank of all parts together.
     """
 
     name: str
@@ -45,11 +47,11 @@ class AdaptedRow:
 
 @dataclass(frozen=True)
 class LoRAReport:
-    """The adapted layers, the skipped ones with reasons, and the numbers of parameters.
+    """The adapted layers, the skipped layers with reasons, and the numbers of parameters.
 
-    `adapted` has a row for each adapted layer, `skipped` is {name: reason} of the other linear
+    `adapted` has a row for each adapted layer, `skipped` is {name: reason} for the other linear
     layers, and `saved` has the names of tensors that are trained in full. `trainable` and `total`
-    are numbers of parameters, `seconds` is the duration. `str()` gives a readable summary.
+    are numbers of parameters, and `seconds` is the duration. `str()` gives a readable summary.
     """
 
     adapter_name: str
@@ -146,7 +148,7 @@ def _pattern(name: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names, with * for numbers, at most six patterns of them."""
+    """The names as a text: at most six patterns, with * for numbers."""
     patterns = list(dict.fromkeys(_pattern(name) for name in names))
     shown = ", ".join(patterns[:6])
     return f"{shown} and {len(patterns) - 6} more" if len(patterns) > 6 else shown

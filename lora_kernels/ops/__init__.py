@@ -1,5 +1,5 @@
-"""The operators `torch.ops.lora.*`. Importing this package registers them; compiled kernels, where
-they were built, replace the references.
+"""The operators `torch.ops.lora.*`. Importing this package registers them. Compiled kernels, where
+available, override the references.
 """
 
 from . import dst_basis, frobenius_stats, grouped_linear, linear, loram_init, subtract_dst

@@ -46,7 +46,7 @@ def sin_pi(numerator: torch.Tensor, denominator: int) -> torch.Tensor:
     negative = p > denominator
     p = torch.where(negative, p - denominator, p)
     p = torch.where(2 * p > denominator, denominator - p, p)
-    # A tensor: CUDA divides by a Python number by multiplying with its rounded reciprocal.
+    # A tensor, because CUDA divides by a Python number with its rounded reciprocal.
     span = torch.full((), 2.0 * denominator, dtype=torch.float64, device=p.device)
     by_cosine = 4 * p > denominator
     reduced = torch.where(by_cosine, denominator - 2 * p, 2 * p)

@@ -1,15 +1,15 @@
-"""`lora::grouped_linear`: the layer of `lora::linear` for the experts of a mixture, each of which
-has its own W, b, A and B, in one call; with its backward.
+"""`lora::grouped_linear`: `lora::linear` for all experts of a mixture in one call, each with its
+own W, b, A and B; and its backward.
 
-Row i of the product is x[rows[i]], or x[i] if `rows` is None. The rows of one expert follow each
-other: those of expert e are [ends[e − 1], ends[e]). Rows from ends[-1] on belong to no expert; y is
-zero there, and they have no gradient.
+Row i of the product is x[rows[i]], or x[i] if `rows` is None. The rows of an expert are
+consecutive: expert e has rows [ends[e − 1], ends[e]). Rows from ends[-1] on belong to no expert: y
+is zero there, and these rows have no gradient.
 
 Shapes: x [T, K], weight [E, N, K] of any strides, bias [E, N], ends int32 [E], rows int64 [S]
 (S = T if it is None), lora_A and start_A [E, r, K], lora_B and start_B [E, N, r], y [S, N]. r may
 be 0. The computation is in x's dtype; A and B may have a wider one (fp32 masters), in which they
 receive their gradients. Saved for the backward: x, rows and z = drop(x[rows]) Aᵀ [S, r]. Experts
-are frozen: weight gets no gradient. An expert without rows has gradients of zero.
+are frozen: weight gets no gradient. The gradients of an expert without rows are zero.
 
 The dropout mask is a function of (row of the product, column, seed).
 """
@@ -31,7 +31,7 @@ _EXTRAS = "float scaling, float dropout, Tensor? seed, Tensor? start_A, Tensor? 
 
 
 def _experts(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """(e, the rows of expert e) of every expert that has rows."""
+    """(e, the rows of expert e) for every expert that has rows."""
     begin = 0
     for e, end in enumerate(ends.tolist()):
         if end > begin:
@@ -44,8 +44,8 @@ def _gathered(x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _check_values(x: Tensor, ends: Tensor, rows: Tensor | None) -> None:
-    """Raise ValueError or IndexError unless `ends` and `rows` divide and number rows that exist.
-    `rows` on a GPU are checked by the indexing itself.
+    """Raise ValueError unless `ends` ascend within the number of rows, and IndexError unless `rows`
+    are row numbers of x. On a GPU, the indexing itself checks `rows`.
     """
     size, before = (x if rows is None else rows).shape[0], 0
     for e, end in enumerate(ends.tolist()):
@@ -156,7 +156,7 @@ def grouped_linear_backward_ref(
             dbias[e] = dy.sum(0)
     dx = base + dropped(through_A, dropout, seed) if needs_x else base
     if needs_x and rows is not None:
-        # Rows that repeat are added in float32 and rounded once.
+        # The gradients of repeated rows are added in float32 and rounded once.
         work = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros(x.shape, dtype=work, device=x.device)
         dx = total.index_add_(0, rows, dx.to(work)).to(x.dtype)
@@ -216,7 +216,7 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *operands, seed, start_A, start_B = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
-        # The forward ran with autocast applied; here it would cast the kernel's operands again.
+        # The forward applied autocast already, which would cast the kernel's operands again here.
         with torch.amp.autocast(grad.device.type, enabled=False):
             grads = torch.ops.lora.grouped_linear_backward(
                 grad, *operands, ctx.scaling, ctx.dropout, seed, start_A, start_B, needs
@@ -263,7 +263,7 @@ def check_grouped(
     start_B: Tensor | None,
 ) -> None:
     """Raise if the arguments do not fit together. The values of `ends` and `rows` are not read: on
-    a GPU that would wait for the device.
+    a GPU, reading them would wait for the device.
     """
     if not math.isfinite(scaling):
         raise ValueError(f"scaling must be finite, got {scaling}")

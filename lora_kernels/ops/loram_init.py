@@ -37,11 +37,11 @@ BETA_BITS = 41
 
 
 def shortened(value: torch.Tensor, dtype: torch.dtype, bits: int = BETA_BITS) -> torch.Tensor:
-    """A float64 rounded to so many significant bits, unless the weight's `dtype` is float64.
+    """A float64 tensor rounded to `bits` significant bits, unless the weight's `dtype` is float64.
 
-    The last bit of a sum depends on the order of its terms, and so on how a weight is sharded: that
-    of β differs in a third of the weights, a β of 41 bits in one of 10,000. A and B, which are
-    float32, lose nothing.
+    The last bit of a sum depends on the order of its terms, and therefore on how a weight is
+    sharded: a float64 β differs for a third of the weights, a β of 41 bits for one in 10,000. A and
+    B, which are float32, lose nothing.
     """
     if dtype == torch.float64:
         return value
@@ -91,7 +91,8 @@ def refuse_unfit(
 def largest_sum(rank: int, scaling: float, dtype: torch.dtype, shape: tuple[int, int]) -> float:
     """A sum of squares up to which the residual of every weight of this shape fits.
 
-    Weights below it skip `refuse_unfit`, which takes time for each one while the device may wait.
+    Weights below this bound skip `refuse_unfit`, which costs time per weight while the device
+    waits.
     """
     rows, cols = shape
     share = 2 * rank / math.sqrt((rows + 1) * (cols + 1))
@@ -162,8 +163,9 @@ def _are_readable(weights: list[torch.Tensor]) -> bool:
 
 
 def _are_fit(weights: list[torch.Tensor], rank: int) -> bool:
-    """Whether none of the checks in `_check_weights` would raise; False also if that is not quickly
-    known. Fast, because a model has only a handful of kinds of weights: the device may wait.
+    """Whether no check in `_check_weights` would raise; False also if that cannot be decided
+    quickly. Fast, because the device may be waiting: a model has only a handful of kinds of
+    weights.
     """
     try:
         kinds = set(map(_kind, weights))
@@ -195,7 +197,7 @@ def loram_init_foreach(
     check_same_device(weights)
     device = weights[0].device
     with torch.no_grad():
-        # Launched before the other checks, so that a GPU works while the host makes them.
+        # Launched before the other checks, so that the GPU works while the host runs them.
         if not _are_readable(weights):
             _check_weights(weights, rank)
         stats = torch.ops.lora._frobenius_stats(weights)

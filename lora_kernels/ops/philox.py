@@ -1,7 +1,7 @@
 """Random numbers as functions of (row, column, seed): Philox4x32-10 (Salmon et al., SC'11).
 
-A dropout mask is computed again from its seed instead of being stored. Every backend computes the
-same mask, and the same Gaussian sketch for an SVD.
+A dropout mask is recomputed from its seed instead of being stored. Every backend computes the same
+mask, and the same Gaussian sketch for an SVD.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 _LOW = 0xFFFFFFFF
 
-# The second word of the counter, which makes the numbers of one seed independent between purposes.
+# The second word of the counter: for one seed, each purpose gets independent numbers.
 _DROPOUT = 0
 _GAUSSIAN = 1
 
@@ -25,7 +25,9 @@ def dropout_seed(device: torch.device) -> torch.Tensor:
 
 
 def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low word of a 32 × 32-bit product; in int64 it may turn negative, with all bits."""
+    """High and low word of a 32 × 32-bit product. As int64 it may be negative; its bits are
+    right.
+    """
     product = a * b
     return (product >> 32) & _LOW, product & _LOW
 
@@ -51,9 +53,9 @@ def philox_words(
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor, col_offset: int = 0) -> torch.Tensor:
-    """The rows x [M, K]: each element is zeroed with probability p, the others are multiplied by
-    1 / (1 − p). If x is a part of wider rows, its columns begin there at `col_offset`, a multiple
-    of 4, and the mask is that of the whole rows.
+    """The rows x [M, K]: each element is zeroed with probability p, the others are divided by 1 −
+    p. If x is a part of wider rows, its first column is their column `col_offset`, a multiple of 4,
+    and the mask equals that of the whole rows.
     """
     threshold = min(int(p * 2**32), 2**32 - 1)
     rows, cols = x.shape

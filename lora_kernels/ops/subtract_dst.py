@@ -1,5 +1,5 @@
 """`lora::subtract_dst_`: W −= c · Φₙ Φₘᵀ in place (LoRAM, arXiv 2507.06558, algorithm 1).
-`lora::subtract_dst_foreach_` does it for many weights, such as those of experts, in one call.
+`lora::subtract_dst_foreach_` does this for many weights, such as those of experts, in one call.
 """
 
 from __future__ import annotations

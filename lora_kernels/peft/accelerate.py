@@ -1,5 +1,5 @@
-"""`accelerate`: one fused operator instead of the four operators of PEFT's LoRA layer, and instead
-of the weights of all experts that PEFT's `target_parameters` form at every forward.
+"""`accelerate`: one fused operator instead of the four operators of PEFT's LoRA layer, and no full
+weights of all experts, which PEFT's `target_parameters` would form at every forward.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class AccelerateReport:
         """Restores PEFT's own forward in all of these layers. A second call does nothing.
 
         Raises:
-            RuntimeError: another tool has since wrapped a layer's forward; then nothing is undone.
+            RuntimeError: another tool has wrapped a layer's forward since; then nothing is undone.
 
         """
         for name, layer in zip(self.layers, self._accelerated, strict=True):
@@ -59,8 +59,8 @@ class AccelerateReport:
 
 
 def accelerate(peft_model: peft.PeftModel) -> AccelerateReport:
-    """Makes a PEFT model's LoRA layers use `torch.ops.lora.linear`, in forward and backward, and
-    those over the parameters of experts `torch.ops.lora.grouped_linear`.
+    """Makes a PEFT model's LoRA layers use `torch.ops.lora.linear` in forward and backward, and its
+    LoRA layers over experts' parameters `torch.ops.lora.grouped_linear`.
 
     The parameters remain PEFT's, so that optimizers, saving and all of PEFT's methods still work.
     A layer is accelerated if its base is a plain `nn.Linear` or GPT-2's `Conv1D` with a
@@ -69,15 +69,15 @@ def accelerate(peft_model: peft.PeftModel) -> AccelerateReport:
     disabled. All other calls (several adapters, mixed batches ...) use PEFT's own forward. Each
     call is checked anew.
 
-    DoRA layers use `torch.ops.lora.dora_linear`, which does not form W + s·BA, and norms in float32
-    or wider. While dropout is active they use PEFT's own forward: there PEFT drops parts of x for
-    the base's product too.
+    DoRA layers use `torch.ops.lora.dora_linear`, which does not form W + s·BA and computes norms in
+    float32 or wider. While dropout is active, DoRA layers use PEFT's own forward, in which dropout
+    also applies to the input of the base's product.
 
-    Of the layers that PEFT makes for `target_parameters`, those are accelerated whose parameters
-    are the floating-point ones of experts in a class that transformers decorates with
-    `use_experts_implementation`. They are fused on the same conditions, and with frozen experts.
-    PEFT forms W + s·BA of all experts at every forward, and the gradient of all of it; here neither
-    is formed, and x is multiplied with the W, A and B of its experts.
+    A layer that PEFT makes for `target_parameters` is accelerated if its parameters are the
+    floating-point experts of a class that transformers decorates with `use_experts_implementation`.
+    Its calls are fused on the same conditions, and only if the experts are frozen. PEFT forms
+    W + s·BA of all experts at every forward, and the whole gradient of it. The fused operator forms
+    neither: it multiplies x with the W, A and B of the experts that x is routed to.
 
     The results equal PEFT's except for rounding and for the dropout mask, which comes from another
     generator. The operator computes in x's dtype: with a bfloat16 base and PEFT's default float32
@@ -104,13 +104,13 @@ def accelerate(peft_model: peft.PeftModel) -> AccelerateReport:
     for layer in accelerated.values():
         if not isinstance(layer, ParamWrapper):
             replace_method(layer, "forward", fused_forward)
-        elif id(layer) in called:  # it computes what those inside would
+        elif id(layer) in called:  # it also computes the updates of the wrappers inside it
             replace_method(layer, "forward", fused_experts)
     return AccelerateReport(list(accelerated), left, list(accelerated.values()))
 
 
 def fused_forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """y [..., out] of x [..., in]; replaces PEFT's `Linear.forward` and calls it if need be."""
+    """y [..., out] of x [..., in]; replaces PEFT's `Linear.forward`, and calls it if not fused."""
     adapter = None if args or kwargs else _fusable_adapter(layer, x)
     if adapter is None:
         return type(layer).forward(layer, x, *args, **kwargs)
@@ -131,10 +131,10 @@ def fused_forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
 def _operands(
     layer: Linear, adapter: str
 ) -> tuple[Tensor, Tensor, float, Tensor | None, Tensor | None]:
-    """A [r, in], B [out, r], s, A₀ [r, in] and B₀ [out, r] as the operator takes them.
+    """A [r, in], B [out, r], s, A₀ [r, in] and B₀ [out, r] in the operator's form.
 
-    PEFT's hot-swapping changes the rank of A and B only, and makes s a tensor where the model is
-    compiled, so that another s does not recompile it.
+    PEFT's hot-swapping changes only the rank of A and B. In a compiled model it also makes s a
+    tensor, so that another s does not recompile the model.
     """
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     A0, B0 = start_of(layer, adapter) or (None, None)
@@ -154,8 +154,8 @@ def _of_rank(r: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _reasons_of_wrappers(layers: Collection[LoraLayer]) -> dict[int, str | None]:
-    """Why no call can ever be fused, or None, by the identity of the wrappers of parameters; those
-    of one module are fused together or not at all.
+    """{id of a wrapper: why its calls can never be fused, or None}, for the wrappers of parameters.
+    The wrappers of one module are fused together or not at all.
     """
     return {
         id(wrapper): reason
@@ -224,8 +224,8 @@ def _fusable_adapter(layer: Linear, x: Tensor) -> str | None:
 
 
 def _fits_dora(layer: Linear, adapter: str) -> bool:
-    """Whether a call with this adapter can be fused as far as DoRA is concerned: PEFT drops the
-    same parts of x for the base's product too, and may keep magnitudes on the CPU.
+    """Whether DoRA allows that a call with this adapter is fused. PEFT also applies dropout to the
+    input of the base's product, and may keep magnitudes on the CPU; such calls are not fused.
     """
     magnitude = magnitude_of(layer, adapter)
     if magnitude is None:
@@ -236,5 +236,5 @@ def _fits_dora(layer: Linear, adapter: str) -> bool:
 
 
 _FORWARDS = (fused_forward, fused_experts)
-# Of adapters that are fused, beside plain ones.
+# Variants of PEFT's layers that are fused, besides plain LoRA.
 _VARIANTS = (StartVariant, DoraStartVariant, DoraLinearVariant)

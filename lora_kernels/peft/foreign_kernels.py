@@ -1,14 +1,14 @@
 """Kernels of other packages that compute PEFT's layers without calling them.
 
-Axolotl and Unsloth replace `mlp.forward`, `self_attn.apply_qkv` and `self_attn.apply_o`, Unsloth
-also the forward of whole classes, by functions that read the base's weight and the adapter's
-`lora_A` and `lora_B`. Such a function knows nothing of a `LoraVariant`: it computes W + s·BA,
-without − s·B₀A₀.
+Axolotl and Unsloth replace `mlp.forward`, `self_attn.apply_qkv` and `self_attn.apply_o` (Unsloth
+also the forward of whole classes) by functions that read the base's weight and the adapter's
+`lora_A` and `lora_B`. Such a function ignores a `LoraVariant`: it computes W + s·BA, without
+− s·B₀A₀.
 
-The functions are recognized by their compiled code, which exists without a source, too: code from
-outside of PEFT and torch that a module computes with and that reads `lora_A`, `lora_B`, `scaling`
-and a weight, itself or in a function that it calls. Code that only looks at a factor, to print its
-norm or to cast to its dtype, does not read them all.
+The functions are recognized by their compiled code, which exists even without a source: code from
+outside PEFT and torch that a module computes with, and that reads `lora_A`, `lora_B`, `scaling` and
+a weight, directly or in a function that it calls. Code that only looks at a factor, to print its
+norm or to cast to its dtype, does not read all of them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .layers import lora_layers
 from .variant import start_of
 
 _READ, _VARIANT = frozenset(("lora_A", "lora_B", "scaling", "weight")), "lora_variant"
-_DEPTH = 8  # of functions that call each other
-# Methods that prepare, save or change a model, but compute nothing of its output.
+_DEPTH = 8  # how deep calls of functions are followed
+# Methods that prepare, save or change a model, but do not compute its output.
 _PREPARING = ("__init__", "for_", "from_", "get_", "load_", "patch_", "push_", "save_", "set_")
 _SHOWN = 3  # names of layers in a message
 
-# How to go on with each package's kernels. Others get the advice without a package.
+# How to turn off each package's kernels. For other packages, the message has no such advice.
 _OFF = {
     "axolotl": "in Axolotl's configuration lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel: "
     "false",
@@ -44,8 +44,8 @@ def kernels_past(model: nn.Module, layers: Mapping[str, LoraLayer] | None = None
     calling them.
 
     Args:
-        model: a `PeftModel` or the model inside.
-        layers: the layers to look for, by name; all LoRA layers if None.
+        model: a `PeftModel` or the model inside it.
+        layers: the LoRA layers to check, by name; all if None.
 
     """
     layers = lora_layers(model) if layers is None else layers
@@ -69,7 +69,7 @@ def kernels_past(model: nn.Module, layers: Mapping[str, LoraLayer] | None = None
 
 
 def without_start(model: nn.Module) -> dict[str, str]:
-    """`kernels_past` for those layers that should subtract B₀A₀ for an adapter."""
+    """`kernels_past` for the layers that should subtract B₀A₀ for an adapter."""
     started = {
         name: layer
         for name, layer in lora_layers(model).items()
@@ -79,7 +79,7 @@ def without_start(model: nn.Module) -> dict[str, str]:
 
 
 def explained(kernels: Mapping[str, str]) -> str:
-    """A message about the layers, {name: kernel}, with what to do."""
+    """A message about the layers, {name: kernel}, that says what to do."""
     layers = list(kernels)
     shown = ", ".join(layers[:_SHOWN]) + (" ..." if len(layers) > _SHOWN else "")
     used = sorted(set(kernels.values()))
@@ -99,10 +99,11 @@ def explained(kernels: Mapping[str, str]) -> str:
 def _functions(
     module: nn.Module, names: Mapping[int, str]
 ) -> Iterator[tuple[FunctionType, nn.Module]]:
-    """The functions with which a module may compute its output, from packages that are not trusted,
-    and the module that each one is given first.
+    """The functions from untrusted packages with which a module may compute its output, each with
+    the module that is its first argument.
 
-    For a module with LoRA layers as children these are all its functions, for others the forward.
+    For a module with LoRA layers as children these are all its functions, for others only the
+    forward.
     """
     values = {"forward": vars(module).get("forward", type(module).forward)}
     if any(id(child) in names for child in module.children()) or _holds_lists(module, names):
@@ -116,8 +117,8 @@ def _functions(
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that are not those of a trusted package, and its forward: its own
-    ones hide those of its class, and these those of the class's bases.
+    """The attributes of a module that do not come from a trusted package, and its forward. The
+    module's own attributes hide those of its class, and these hide those of the base classes.
     """
     found: dict[str, Any] = {}
     for base in reversed(type(module).__mro__):
@@ -130,7 +131,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _holds_lists(module: nn.Module, names: Mapping[int, str]) -> bool:
-    """Whether a child that is only a list or dictionary of modules holds LoRA layers."""
+    """Whether a child that is a plain list or dictionary of modules holds LoRA layers."""
     return any(
         id(layer) in names
         for child in module.children()
@@ -140,8 +141,8 @@ def _holds_lists(module: nn.Module, names: Mapping[int, str]) -> bool:
 
 
 def _foreign(value: object) -> list[FunctionType]:
-    """The Python functions in an attribute, those that are wrapped included, from packages that are
-    not trusted.
+    """The Python functions from untrusted packages in an attribute, including functions that others
+    wrap.
     """
     found: list[FunctionType] = []
     for _ in range(_DEPTH):
@@ -150,7 +151,7 @@ def _foreign(value: object) -> list[FunctionType]:
         for part in ("fget", "func", "__func__"):  # of properties, partial functions, methods
             value = getattr(value, part, None) or value
         called = value if isinstance(value, FunctionType) else _call_of(value)
-        # Where it was written: functools.wraps gives a function the __module__ of another one.
+        # Where the code was written: functools.wraps gives a function another one's __module__.
         if isinstance(called, FunctionType) and not is_trusted(_written_in(called)):
             found.append(called)
         inner = getattr(value, "_torchdynamo_orig_callable", None)
@@ -165,13 +166,13 @@ def _call_of(value: object) -> object:
 
 
 def _written_in(function: FunctionType) -> str:
-    """The name of the module with a function's code."""
+    """The name of the module that contains a function's code."""
     return str(function.__globals__.get("__name__", ""))
 
 
 def _names_read(function: FunctionType) -> frozenset[str] | None:
-    """All names in the code of a function and of those that it calls; None if they do not read
-    all of `_READ`.
+    """All names in the code of a function and of the functions that it calls; None if the code does
+    not read all of `_READ`.
     """
     seen: set[FunctionType] = set()
     names: set[str] = set()
@@ -189,7 +190,7 @@ def _names_read(function: FunctionType) -> frozenset[str] | None:
 
 
 def _names(code: CodeType) -> set[str]:
-    """The attributes, globals and string constants in the code, with functions defined inside."""
+    """The attributes, globals and string constants in the code and in its inner functions."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -207,7 +208,7 @@ def _called(function: FunctionType, names: Iterable[str]) -> Iterator[FunctionTy
     for cell in function.__closure__ or ():
         try:
             values.append(cell.cell_contents)
-        except ValueError:  # not assigned yet
+        except ValueError:  # the variable is not assigned yet
             continue
     values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for value in values:
@@ -215,7 +216,7 @@ def _called(function: FunctionType, names: Iterable[str]) -> Iterator[FunctionTy
 
 
 def _modules(values: Iterable[object]) -> list[Any]:
-    """The modules among some values, without trusted packages."""
+    """The modules among these values, except trusted packages."""
     return [
         value
         for value in values
@@ -224,7 +225,7 @@ def _modules(values: Iterable[object]) -> list[Any]:
 
 
 def _layers_read(owner: nn.Module, read: frozenset[str], names: Mapping[int, str]) -> Iterator[str]:
-    """The LoRA layers below a module that code with these names reads; all if it names none."""
+    """The LoRA layers below a module that code with these names reads; all if no name matches."""
     below = {path: names[id(m)] for path, m in owner.named_modules() if id(m) in names}
     named = [name for path, name in below.items() if _attribute(path) in read]
     yield from named or below.values()
@@ -236,7 +237,7 @@ def _attribute(path: str) -> str:
 
 
 def _ignores_variants(layer: nn.Module) -> str | None:
-    """The function that replaces the forward of a LoRA layer and knows no `LoraVariant`."""
+    """The function that replaces a LoRA layer's forward and ignores its `LoraVariant`, or None."""
     for function in _foreign(vars(layer).get("forward", type(layer).forward)):
         names = _names_read(function)
         if names is not None and _VARIANT not in names:

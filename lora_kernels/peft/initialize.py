@@ -49,8 +49,8 @@ T = TypeVar("T")
 class InitializeReport:
     """What `initialize` did; `undo()` reverts it.
 
-    `layers` are the names of the initialized layers, `left` is {name: reason} of the others that
-    have the adapter, `subtracted` says whether the layers subtract s·B₀A₀, `seconds` is the
+    `layers` are the names of the initialized layers. `left` is {name: reason} of the other layers
+    that have the adapter. `subtracted` says whether the layers subtract s·B₀A₀. `seconds` is the
     duration.
     """
 
@@ -71,7 +71,7 @@ class InitializeReport:
         A second call does nothing; neither does a call after the adapter was deleted.
 
         Raises:
-            RuntimeError: the adapter was since initialized again, is merged, or was replaced by
+            RuntimeError: the adapter was initialized again since, is merged, or was replaced by
                 another one of the same name.
 
         """
@@ -107,8 +107,8 @@ class InitializeReport:
 
 @dataclass
 class _Snapshot:
-    """A copy of one layer's adapter: A [r, in], B [out, r], and A₀ and B₀ if it has them; those of
-    experts in PEFT's layout; and the magnitudes [out] of a DoRA adapter.
+    """A copy of one layer's adapter: A [r, in], B [out, r], A₀ and B₀ if the layer has them (all of
+    these for experts in PEFT's layout), and the magnitudes [out] of a DoRA adapter.
     """
 
     lora_A: Tensor
@@ -149,10 +149,10 @@ def initialize(
     activations: Mapping[str, Activations] | None = None,
     progress: bool = True,
 ) -> InitializeReport:
-    """Gives an adapter of a PEFT model new initial factors: `lora_A` [r, in] and `lora_B` [out, r]
-    of every linear LoRA layer are overwritten, those of embeddings (`lora_embedding_A` [r, V] and
-    `lora_embedding_B` [D, r]), and those of the parameters of experts (PEFT's `target_parameters`),
-    where every expert has a start of its own weight.
+    """Gives an adapter of a PEFT model new initial factors. It overwrites `lora_A` [r, in] and
+    `lora_B` [out, r] of every linear LoRA layer, `lora_embedding_A` [r, V] and `lora_embedding_B`
+    [D, r] of embeddings, and the factors of experts' parameters (PEFT's `target_parameters`), where
+    every expert gets a start from its own weight.
 
     If the initial B₀A₀ is not zero, the layer subtracts it, like `LoRALinear` with
     residual="implicit": while the adapter is active, every forward subtracts the constant s·B₀A₀.
@@ -165,24 +165,25 @@ def initialize(
     was used and also in a later process, so that `Trainer` can resume. It also reads folders of
     `lora_kernels.save_adapter`, and `lora_kernels.load_adapter` reads the folders written here.
 
-    The magnitudes of DoRA adapters (PEFT's `use_dora`) are measured anew, in float32: the norms of
-    the rows of W + s·(BA − B₀A₀), as the layer is with the new start.
+    The magnitudes of DoRA adapters (PEFT's `use_dora`) are measured again, in float32: they are the
+    norms of the rows of W + s·(BA − B₀A₀) with the new start.
 
     If `add_adapter` is given the configuration object of an adapter that subtracts A₀ and B₀, the
     new adapter gets the same A₀ and B₀, as TRL's reference model needs. `get_peft_model_state_dict`
-    returns A and B of rank r, with A₀ and B₀ as additional tensors that plain PEFT ignores: use
-    `save_pretrained`. An initialized model takes A₀ and B₀ from a state_dict together with A and B;
-    if A and B come without them, it warns, and subtracts nothing any longer.
+    returns A and B of rank r, with A₀ and B₀ as additional tensors that plain PEFT ignores; use
+    `save_pretrained` instead. If an initialized model loads a state_dict, it takes A₀ and B₀
+    together with A and B; if these come without A₀ and B₀, the model warns and no longer subtracts
+    anything.
 
-    A₀ and B₀ are buffers. `DistributedDataParallel` broadcasts buffers before every forward; these
-    buffers do not need that, so set broadcast_buffers=False (`ddp_broadcast_buffers` in
+    A₀ and B₀ are buffers. `DistributedDataParallel` broadcasts all buffers before every forward,
+    which A₀ and B₀ do not need: set broadcast_buffers=False (`ddp_broadcast_buffers` in
     `TrainingArguments`).
 
     Fused LoRA kernels, such as Axolotl's and Unsloth's, read a layer's weight, `lora_A` and
-    `lora_B` and do not call the layer, so that nothing would be subtracted. On models with such
-    kernels only starts with BA = 0 are possible. If the kernels come after `initialize`, the model
-    raises an error before its first forward and when it is put into training mode, and warns when
-    it is saved.
+    `lora_B` without calling the layer, so that nothing would be subtracted. Models with such
+    kernels allow only starts with BA = 0. If the kernels are installed after `initialize`, the
+    model raises an error before its first forward and when it is put into training mode, and warns
+    when it is saved.
 
     All starts are computed before anything is changed; after an error the model is unchanged.
 
@@ -190,15 +191,15 @@ def initialize(
         peft_model: the result of `get_peft_model`. LoRA layers over `nn.Linear`, GPT-2's `Conv1D`,
             quantized linear layers, embeddings and the floating-point experts of transformers'
             decorated classes are initialized; the report names the others, with reasons.
-        init_lora_weights: a name or an object of `lora_kernels.init`, except the starts that train
-            an R or a λ between A and B, or only one of A and B, which PEFT's layers do not.
+        init_lora_weights: a name or an object of `lora_kernels.init`. Starts that train an R or a λ
+            between A and B, or only one of A and B, are not possible in PEFT's layers.
         adapter_name: the adapter; the active one if None.
-        gradients: {layer: ∂loss/∂W [out, in]} from `capture_gradients`, of experts
-            {parameter: [E, out, in]}, for starts that are computed from gradients; layers by their
-            names in the base model or the PEFT model.
-        activations: {layer: what was measured of its input} from `capture_activations`, for starts
-            that are computed from it. The adapter's ranks stay as they are: EVA does not
-            distribute them anew.
+        gradients: {layer: ∂loss/∂W [out, in]} from `capture_gradients`, for starts that are
+            computed from gradients; for experts {parameter: [E, out, in]}. Layers have their names
+            in the base model or in the PEFT model.
+        activations: {layer: statistics of its input} from `capture_activations`, for starts that
+            are computed from inputs. The adapter's ranks do not change: EVA does not redistribute
+            them here.
         progress: whether to show a bar; needs rich, and a terminal as standard error.
 
     Returns:
@@ -208,9 +209,9 @@ def initialize(
         TypeError: the model is not a `PeftModel`, or has adapters other than LoRA, or a weight
             cannot be read.
         ValueError: an unknown adapter or start; a start with an R or a λ; a start that cannot be
-            computed (the layer is named); a base whose weights another adapter has changed (PEFT's
-            "pissa", "olora" ...); a subtracted start in layers that another package's kernels
-            compute.
+            computed (the message names the layer); a base whose weights another adapter has changed
+            (PEFT's "pissa", "olora" ...); or a start to subtract in layers that another package's
+            kernels compute.
         RuntimeError: an adapter is merged.
 
     """
@@ -231,7 +232,8 @@ def initialize(
         start = starts[name]
         _write(layer, adapter, *in_layout_of(layer, start.lora_A, start.lora_B))
         if initializer.changes_base:
-            # A and B as rounded to their dtypes, so that BA − B₀A₀ is exactly zero at first.
+            # A and B are rounded to their dtypes first, so that BA − B₀A₀ is exactly zero at the
+            # start.
             set_start(layer, adapter, *_factors(layer, adapter))
         else:
             drop_start(layer, adapter)
@@ -256,7 +258,7 @@ def initialize(
 
 
 def _refuse_merged(peft_model: peft.PeftModel) -> None:
-    """Raises RuntimeError if an adapter is merged: PEFT will subtract its A and B on unmerging."""
+    """Raises RuntimeError if an adapter is merged: unmerging would subtract the new A and B."""
     merged = {a for layer in lora_layers(peft_model).values() for a in layer.merged_adapters}
     if merged:
         raise RuntimeError(
@@ -285,9 +287,10 @@ def _refuse_kernels(initializer: Initializer, kernels: Mapping[str, str]) -> Non
 def _linear_layers(
     peft_model: peft.PeftModel, adapter: str, kernels: Mapping[str, str]
 ) -> tuple[dict[str, LoraLayer], dict[str, str]]:
-    """The layers to initialize, and {name: reason} of the others that have the adapter.
+    """The layers to initialize, and {name: reason} of the other layers that have the adapter.
 
-    Kernels, {name: kernel}, read the layer's weight too, but with A and B, so that these count.
+    Layers in `kernels`, {name: kernel}, are initialized although no module calls them: these
+    kernels read A and B together with the weight.
     """
     if getattr(peft_model.peft_config[adapter], "target_modules_to_tie", None):
         raise ValueError(f"adapter {adapter!r} ties layers to the embedding's adapter")
@@ -319,7 +322,7 @@ def _all_starts(
     activations: Mapping[str, Activations] | None,
     progress: bool,
 ) -> dict[str, Start]:
-    """The start of every layer, by its name, checked."""
+    """The checked start of every layer, by the layer's name."""
     gradients, activations = _by_original_name(gradients), _by_original_name(activations)
     jobs = []
     for name, layer in layers.items():
@@ -328,7 +331,7 @@ def _all_starts(
             base = experts_base(layer)
         else:
             base = base_of(layer.get_base_layer())
-        assert base is not None  # by `why_not_startable`
+        assert base is not None  # `why_not_startable` has checked it
         A, B = _factors(layer, adapter)
         if A.is_meta or B.is_meta:
             raise ValueError(
@@ -355,14 +358,14 @@ def _all_starts(
 
 
 def _by_original_name(given: Mapping[str, T] | None) -> dict[str, T] | None:
-    """What is given for layers, by their names in the base model."""
+    """The given values, by the layers' names in the base model."""
     if given is None:
         return None
     return {original_name(name.removeprefix(PREFIX)): own for name, own in given.items()}
 
 
 def _refuse_other_layers(initializer: Initializer) -> None:
-    """Raises ValueError for starts of adapters that are not PEFT's plain B and A."""
+    """Raises ValueError for starts that PEFT's plain B and A cannot hold."""
     what = "trains a λ between A and B" if initializer.has_diag else ""
     if initializer.trains != "AB":
         what = f"trains only {initializer.trains}"

@@ -26,7 +26,7 @@ from .variant import STARTED, adapters_in, start_of
 # Attribute of the PeftModel: how often each adapter was initialized without being undone.
 DEPTH = "_lora_kernels_depth"
 _DORA = (DoraLinearVariant, DoraEmbeddingVariant)
-# PEFT's layers that support a `LoraVariant`, other than those derived from Linear.
+# PEFT's layers that support a `LoraVariant` although they are not derived from Linear.
 _QUANTIZED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 
 
@@ -49,7 +49,7 @@ def adapter_of(peft_model: peft.PeftModel, adapter_name: str | None) -> str:
     """The name of an existing adapter; the active one if `adapter_name` is None.
 
     Raises:
-        ValueError: no adapter of that name, or None while several adapters are active.
+        ValueError: there is no adapter of that name, or it is None and several adapters are active.
 
     """
     if adapter_name is None:
@@ -83,18 +83,18 @@ def original_name(name: str) -> str:
 
 
 def pattern_name(name: str, layer: LoraLayer) -> str:
-    """The name that PEFT matches keys of `rank_pattern` and `alpha_pattern` with, if the layer is
-    called `name`.
+    """The name with which PEFT compares the keys of `rank_pattern` and `alpha_pattern`, for the
+    layer called `name`.
 
-    It is that of the original model, without the layers that PEFT nests if it adapts several
-    parameters of a module, and for a parameter its own name.
+    It is the name in the original model, without the layers that PEFT nests if it adapts several
+    parameters of a module. For a parameter it ends with the parameter's name.
     """
     name = original_name(name)
     return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
 def has_adapter(layer: LoraLayer, adapter: str) -> bool:
-    """Whether the layer, linear or embedding, has this adapter."""
+    """Whether the layer has this adapter, as a linear layer or as an embedding."""
     return adapter in adapters_in(layer)
 
 
@@ -109,14 +109,14 @@ def adapters_with_start(model: nn.Module) -> set[str]:
 
 
 def initialized_adapters(model: nn.Module) -> set[str]:
-    """The adapters that `initialize` has given a start that was not undone."""
+    """The adapters to which `initialize` has given a start that was not undone."""
     depths: Mapping[str, int] = getattr(model, DEPTH, {})
     return {adapter for adapter, depth in depths.items() if depth}
 
 
 def supports_start(layer: LoraLayer) -> bool:
-    """Whether PEFT's forward of this layer lets a `LoraVariant` subtract A₀ and B₀, or forms the
-    update of experts by methods that can be replaced.
+    """Whether a `LoraVariant` can subtract A₀ and B₀ in PEFT's forward of this layer, or the layer
+    is one of experts, whose methods for the update can be replaced.
     """
     kind = type(layer)
     if kind is ParamWrapper:
@@ -128,7 +128,7 @@ def supports_start(layer: LoraLayer) -> bool:
 
 
 def why_not_startable(layer: LoraLayer, adapter: str) -> str | None:
-    """Why this layer's adapter cannot be initialized by `initialize`; None if it can."""
+    """Why `initialize` cannot initialize this layer's adapter; None if it can."""
     if type(layer) is ParamWrapper:
         return why_not_experts(layer)
     if not supports_start(layer):
@@ -140,7 +140,7 @@ def why_not_startable(layer: LoraLayer, adapter: str) -> str | None:
 
 
 def _why_not_base(base: nn.Module) -> str | None:
-    """Why the weight of a base layer is not W of x Wᵀ + b; None if it is."""
+    """Why the base layer is not x Wᵀ + b with its weight W; None if it is."""
     if base_of(base) is not None:
         return None
     if isinstance(base, nn.Embedding):
@@ -154,7 +154,7 @@ def _why_not_base(base: nn.Module) -> str | None:
 
 
 def described(left: Mapping[str, str], names: int = 3) -> list[str]:
-    """A line for each reason in `left`, {name: reason}, with the first `names` layers."""
+    """One line for each reason in `left`, {name: reason}, with the first `names` layers."""
     reasons: dict[str, list[str]] = {}
     for name, reason in left.items():
         reasons.setdefault(reason, []).append(name)

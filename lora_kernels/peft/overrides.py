@@ -1,9 +1,9 @@
 """Replacements, on one model, for the methods that must handle A₀ and B₀.
 
-Other packages may put their kernels over the layers after `initialize`. The model therefore looks
-for them before its first forward, before the first one after an adapter was loaded, added or
-unmerged, when it is put into training mode, and when it is saved. A look at every forward would
-cost too much.
+Other packages may install kernels that replace the layers after `initialize`. The model therefore
+looks for such kernels before its first forward, before the first forward after an adapter was
+loaded, added or unmerged, when it is put into training mode, and when it is saved. Looking at every
+forward would cost too much.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .variant import (
 
 
 def install(peft_model: peft.PeftModel) -> None:
-    """Replaces the model's methods. Methods that are replaced already are not changed."""
+    """Replaces the model's methods, except those that are replaced already."""
     for owner, name, function in _methods(peft_model):
         if not is_replaced(owner, name, function):
             replace_method(owner, name, function)
@@ -62,7 +62,7 @@ def train(peft_model: peft.PeftModel, mode: bool = True) -> peft.PeftModel:
 def save_pretrained(
     peft_model: peft.PeftModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> None:
-    """`saving.save_pretrained`; warns if other packages' kernels lose what the file subtracts."""
+    """`saving.save_pretrained`; warns if other packages' kernels ignore what the file subtracts."""
     kernels = without_start(peft_model)
     if kernels:
         warnings.warn(
@@ -80,7 +80,7 @@ def load_adapter(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`saving.load_adapter`; what it loads may subtract B₀A₀ in a model that did not before."""
+    """`saving.load_adapter`; the loaded adapter may be the model's first that subtracts B₀A₀."""
     loaded = saving.load_adapter(peft_model, model_id, adapter_name, *args, **kwargs)
     _look_at_next_forward(peft_model.get_base_model())
     return loaded
@@ -90,12 +90,12 @@ def load_adapter(
 def add_adapter(
     peft_model: peft.PeftModel, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """PEFT's `add_adapter`. If `peft_config` is the very object of an adapter that subtracts A₀ and
-    B₀, the new adapter has A₀ and B₀ as its factors and subtracts them too, so that at first the
-    model computes what its base computes.
+    """PEFT's `add_adapter`. If `peft_config` is the same object as the configuration of an adapter
+    that subtracts A₀ and B₀, the new adapter gets A₀ and B₀ as its factors and subtracts them too,
+    so that the model first computes what its base computes.
 
-    TRL makes its reference model in this way ("ref" for DPO, GRPO, KTO and RLOO). TRL then copies A
-    and B into it, which without A₀ and B₀ would give another model.
+    TRL makes its reference model in this way ("ref" for DPO, GRPO, KTO and RLOO) and then copies A
+    and B into it. Without A₀ and B₀, that would be another model.
     """
     started = [name for name, known in peft_model.peft_config.items() if known is peft_config]
     started = [name for name in started if name in adapters_with_start(peft_model)]
@@ -118,7 +118,7 @@ def add_weighted_adapter(
     combination_type: str = "svd",
     **kwargs: Any,
 ) -> None:
-    """PEFT's `add_weighted_adapter`, refused where it would lose A₀ and B₀.
+    """PEFT's `add_weighted_adapter`; raises an error where it would lose A₀ and B₀.
 
     PEFT combines the updates s·(BA − B₀A₀) only if `combination_type` is an SVD one and there are
     several adapters; otherwise it combines A and B themselves.
@@ -146,16 +146,16 @@ def _refuse_kernels(model: nn.Module) -> None:
 
 
 def _look_before_forward(model: nn.Module, args: Any) -> None:
-    """A hook of the model inside the `PeftModel`, which `generate` calls too; it removes itself."""
+    """A hook of the model inside the `PeftModel`; `generate` calls it too. It removes itself."""
     if torch.compiler.is_compiling():
         return
     if not any(layer.merged for layer in lora_layers(model).values()):
-        _refuse_kernels(model)  # those that read a merged weight are right
+        _refuse_kernels(model)  # while layers are merged, kernels that read the weight are right
     _forget(model)
 
 
 def _look_at_next_forward(model: nn.Module) -> None:
-    """`model` is the one inside the `PeftModel`."""
+    """Makes the model look for kernels at its next forward. `model` is inside the `PeftModel`."""
     _forget(model)
     model.register_forward_pre_hook(_look_before_forward)
 

@@ -1,4 +1,4 @@
-"""Replaces a method on one object only, and tells whether a module is as its class made it."""
+"""Replaces a method on a single object, and tells whether a module is as its class made it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Replaced:
     """Calls `function(owner, ...)` in place of a method of `owner`.
 
     This is an object, not a bound method, so that it can be pickled: a bound method is pickled by
-    its name, and unpickling would give the class's own method. Copies of the owner, by `copy`,
-    `pickle` or `nn.DataParallel`, have a `Replaced` of their own, which calls the function with the
+    its name, and unpickling would give the class's own method. Copies of the owner, made by `copy`,
+    `pickle` or `nn.DataParallel`, get a `Replaced` of their own that calls the function with the
     copy.
     """
 
@@ -31,14 +31,14 @@ class Replaced:
 def replace_method(owner: object, name: str, function: Callable[..., Any]) -> None:
     """Makes `owner.name(...)` call `function(owner, ...)`."""
     setattr(owner, name, Replaced(owner, function))
-    # `copy` and `pickle` find such a function by the class only.
+    # `copy` and `pickle` find a function like `_reduced` only by the class.
     copyreg.dispatch_table.setdefault(type(owner), _reduced)
     if isinstance(owner, nn.Module):
         vars(owner)[_REPLICATE] = Replaced(owner, _replica)
 
 
 def is_replaced(owner: object, name: str, function: Callable[..., Any]) -> bool:
-    """Whether `replace_method` has replaced `owner.name` by this function."""
+    """Whether `replace_method` has replaced `owner.name` with this function."""
     method = owner.__dict__.get(name)
     return isinstance(method, Replaced) and method.function is function
 
@@ -72,7 +72,7 @@ def _functions(owner: object, attributes: Mapping[str, Any]) -> dict[str, Callab
 
 
 def _replica(owner: nn.Module) -> nn.Module:
-    """A copy for `nn.DataParallel`, which puts parameters on another device into it."""
+    """A copy for `nn.DataParallel`, which puts parameters of another device into it."""
     replica = type(owner)._replicate_for_data_parallel(owner)
     for name, function in _functions(owner, vars(replica)).items():
         vars(replica)[name] = Replaced(replica, function)
@@ -91,7 +91,7 @@ def _reduced(owner: object) -> tuple[Any, ...]:
 
 
 def _copied(cls: type[Any], functions: Mapping[str, Callable[..., Any]]) -> object:
-    """An object without any attributes other than the replaced methods."""
+    """An object that has no attributes except the replaced methods."""
     copied = object.__new__(cls)
     for name, function in functions.items():
         copied.__dict__[name] = Replaced(copied, function)

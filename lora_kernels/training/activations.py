@@ -1,6 +1,4 @@
-"""`capture_activations`: what is known of the inputs of layers, for the starts that are made from
-them.
-"""
+"""`capture_activations`: statistics of layers' inputs, for starts that are computed from them."""
 
 from __future__ import annotations
 
@@ -44,44 +42,44 @@ def capture_activations(
     device: torch.device | str | None = "cpu",
     progress: bool = True,
 ) -> dict[str, Activations]:
-    """Sums over all inputs x of every target: their number, Σ x, Σ xᵀx; collected in the forward.
+    """Collects sums over all inputs x of every target in the forward: their number, Σ x and Σ xᵀx.
 
-    Layers that get the same tensor, such as q, k and v, share one object, for which each input is
-    added once. A target gets [in, in] float32 numbers (float64 from a float64 input), or with a
-    sketch 2 · `sketch` · [in], however many batches there are. The model runs in evaluation mode
-    without gradients. Afterwards, also if a batch raises, its modes and hooks are the same as
-    before.
+    Layers that get the same tensor, such as q, k and v, share one object, and each input is added
+    once. However many batches there are, a target needs [in, in] float32 numbers (float64 for a
+    float64 input), or [2 · `sketch`, in] with a sketch. The model runs in evaluation mode without
+    gradients. Afterwards its modes and hooks are the same as before, even if a batch raises.
 
     If `torch.distributed` is initialized, the sums of all ranks are added; every rank must pass the
-    same targets. The model may be sharded by FSDP2 (`fully_shard`) or by tensor parallelism; then
-    every rank must pass the same number of batches, under tensor parallelism the same batches. A
-    layer whose input tensor parallelism has sharded is refused.
+    same targets. The model may be sharded by FSDP2 (`fully_shard`) or by tensor parallelism. Then
+    every rank must pass the same number of batches (under tensor parallelism, the same batches). A
+    layer whose input is sharded by tensor parallelism raises ValueError.
 
-    Where a batch has an "attention_mask" [batch, length], inputs [batch, length, in], or these with
-    the first two dimensions in one, are left out at the positions where it is 0. Inputs of other
-    sizes are not: those that a mixture of experts has sorted by expert, and pooled ones.
+    If a batch has an "attention_mask" [batch, length], positions where the mask is 0 are left out
+    of inputs [batch, length, in] and [batch · length, in]. Inputs of other sizes are used in full,
+    such as pooled inputs, and inputs that a mixture of experts has sorted by expert.
 
     Args:
-        model: a model not wrapped in `DistributedDataParallel`; quantized layers are fine.
+        model: a model not wrapped in `DistributedDataParallel`; it may have quantized layers.
         batches: dicts, for `model(**batch)`, or tensors, for `model(batch)`. They are moved to the
             model's device. Other batches need `forward`.
         targets: as in `lora_kernels.model.selection.find_targets`. Embeddings, convolutions,
             `nn.MultiheadAttention` and the 3-D parameters of experts have no such inputs.
         forward: a function `forward(model, batch)` that runs the model.
-        sketch: the rows of a `FrequentDirections` sketch to take in place of Σ xᵀx. EVA and
-            QERA(exact=False) can start from it, other starts cannot.
+        sketch: the number of rows of a `FrequentDirections` sketch that replaces Σ xᵀx. Only EVA
+            and QERA(exact=False) can start from a sketch.
         use_attention_mask: whether to leave padding out.
         use_label_mask: whether to leave out the positions where "labels" [batch, length] is -100
             too, as PEFT's EVA does by default.
-        device: the device of the sums: "cpu", another device, or None for each input's own.
-        progress: whether to show a bar; needs rich, and a terminal as standard error.
+        device: the device of the sums: "cpu", another device, or None for the device of each input.
+        progress: whether to show a progress bar; this needs rich, and a terminal on standard error.
 
     Returns:
         `Activations` by name; all names of a layer have the same object.
 
     Raises:
-        ValueError: no batch; an input that is not finite or sharded; a target that no batch
-            reached; a mask of another shape; unknown targets; ranks with other numbers of batches.
+        ValueError: no batch; an input that is sharded or not finite; a target that no batch
+            reached; a mask of another shape; unknown targets; different numbers of batches on the
+            ranks.
         TypeError: a target that has no such inputs, a batch of the wrong type, or a
             `DistributedDataParallel` model.
         RuntimeError: another rank failed.
@@ -119,8 +117,8 @@ def _run(
     batches = tracked(batches, "activations", progress)
     waits = sharded and has_ranks()
     stepped = in_step(batches) if waits else batches
-    # Tensors of inference mode have no version, by which a change in place is noticed; compiled
-    # modules do not call hooks that came later.
+    # Inference-mode tensors have no version counter, which shows changes in place. Compiled modules
+    # do not call hooks that were added after they were compiled.
     modes = torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager")
     with modes[0], modes[1], modes[2], _evaluating(model), sums.collecting():
         try:
@@ -137,7 +135,7 @@ def _run(
 
 
 def _reshard_if_possible(model: nn.Module) -> None:
-    """Lets FSDP2 hold the shards again, unless an error has interrupted a forward."""
+    """Makes FSDP2 hold the shards again, unless an error has interrupted a forward."""
     with suppress(RuntimeError):
         reshard(model)
 
@@ -180,7 +178,7 @@ class _Masks:
         self._attention, self._labels = attention, labels
 
     def of(self, batch: Any) -> Tensor | None:
-        """A bool mask [batch, length]; None if all positions are."""
+        """A bool mask [batch, length], True for inputs; None if all positions are inputs."""
         if not isinstance(batch, Mapping):
             return None
         mask = self._found(batch, "attention_mask", 0) if self._attention else None
@@ -216,7 +214,7 @@ class _Masks:
 
 
 def _check_target(name: str, base: BaseLayer) -> None:
-    """Raises TypeError if the layer is not called with rows x of which it computes x Wᵀ."""
+    """Raises TypeError if the layer is not called with rows x in order to compute x Wᵀ."""
     if base.num_experts is not None:
         raise TypeError(
             f"{name!r} holds experts: nothing measures the inputs of each; take linear layers"

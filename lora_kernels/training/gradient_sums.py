@@ -18,9 +18,9 @@ from ..model.install.sharded.fsdp import summed_gradients, sync_trainable, unsha
 
 
 class GradientSums:
-    """The sum of the gradients of every distinct weight, and the number of gradients in it.
+    """For every distinct weight, the sum of its gradients and their number.
 
-    The sum of a sharded weight is sharded like it: a DTensor, of which every process has a part.
+    The sum for a sharded weight is a DTensor that is sharded as the weight is.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class GradientSums:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Inside the context, autograd computes gradients of the targets' weights only, and hooks
+        """Inside the context, autograd computes gradients only for the targets' weights, and hooks
         add these to the sums. Afterwards the model is as before.
 
         Raises:
@@ -86,13 +86,14 @@ class GradientSums:
                 weight.grad = grad
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
-            # Before torch 2.13, FSDP2 cannot follow once an error has interrupted a forward.
+            # Before torch 2.13, FSDP2 raises here after an error has interrupted a forward.
             with nullcontext() if done else suppress(RuntimeError):
                 sync_trainable(self._model, mixed=True)
 
     def reduce(self) -> None:
-        """Adds the sums of all processes: FSDP2 has done so, and divided them; processes under
-        tensor parallelism have one batch. Of other weights one at a time, on the weight's device.
+        """Adds up the sums of all processes. FSDP2 has already added up those of its weights, and
+        divided them; tensor parallelism has one batch on all processes. The sums of other weights
+        are added up one at a time, on the weight's device.
         """
         for weight, total in self._sums.items():
             if weight in self._divisors:
@@ -126,19 +127,19 @@ class GradientSums:
         grad, weight.grad = weight.grad, None
         if grad is None:
             return
-        if is_dtensor(weight):  # of tensor parallelism it may be a sum that is not yet reduced
+        if is_dtensor(weight):  # under tensor parallelism, the gradient may be a partial sum
             grad = grad.redistribute(placements=weight.placements)  # type: ignore[attr-defined]
         total = local_part(self._sums[weight])
         transposed = self._bases[weight].transposed
         own = local_part(grad.mT if transposed else grad)
-        total.add_(own.reshape(total.shape).to(total.device))  # that of a convolution is flattened
+        total.add_(own.reshape(total.shape).to(total.device))  # flattens a convolution's gradient
         self._counts[weight] += 1
 
     def _of_weights(self, divisors: Mapping[tuple[nn.Module, str], float]) -> dict[Tensor, float]:
         """FSDP2's divisors by weight.
 
         Raises:
-            ValueError: a weight is on another mesh than that of all processes.
+            ValueError: a weight's mesh does not contain all processes.
 
         """
         import torch.distributed as dist

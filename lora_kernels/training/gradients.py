@@ -30,19 +30,20 @@ def capture_gradients(
     device: torch.device | str | None = "cpu",
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """The sum over the batches of ∇_W L for every target, collected during the backward pass.
+    """The sum of ∇_W L over the batches for every target, collected during the backward pass.
 
     Each gradient is added to its sum and freed before the backward pass reaches the next layer, so
     that the sums are the only additional memory (the technique of LoRA-GA, arXiv 2407.05000, and
-    LoRA-SB, arXiv 2411.19557). Afterwards, also if a batch raises, the model's `.grad`,
-    `requires_grad` and hooks are the same as before. The training mode does not change: it decides
-    whether dropout and gradient checkpointing are active. If `torch.distributed` is initialized,
-    the gradients of all ranks are summed; every rank must pass the same targets.
+    LoRA-SB, arXiv 2411.19557). Afterwards the model's `.grad`, `requires_grad` and hooks are the
+    same as before, even if a batch raises. The model stays in its training or evaluation mode,
+    which decides whether dropout and gradient checkpointing are active. If `torch.distributed` is
+    initialized, the gradients of all ranks are summed; every rank must pass the same targets.
 
     The model may be sharded by FSDP2 (`fully_shard`, also with a replicated mesh dimension) or by
-    tensor parallelism. Then every rank must pass the same number of batches, under tensor
-    parallelism the same batches, and G is sharded as the weight is: a DTensor, nothing is gathered.
-    `add_lora(model, config, gradients=...)` takes it. Sums do not depend on how FSDP2 averages.
+    tensor parallelism. Then every rank must pass the same number of batches (under tensor
+    parallelism, the same batches). G is then a DTensor that is sharded as the weight is; nothing is
+    gathered. `add_lora(model, config, gradients=...)` accepts it. The sums do not depend on how
+    FSDP2 averages gradients.
 
     Args:
         model: a model not wrapped in `DistributedDataParallel`. Its weights may be frozen.
@@ -51,19 +52,20 @@ def capture_gradients(
             device. Other batches need `loss`.
         targets: as in `lora_kernels.model.selection.find_targets`.
         loss: a function `loss(model, batch)` that returns a scalar tensor.
-        device: the device of the sums: "cpu", another device, or None for each weight's own.
-        progress: whether to show a bar; needs rich, and a terminal as standard error.
+        device: the device of the sums: "cpu", another device, or None for the device of each
+            weight.
+        progress: whether to show a progress bar; this needs rich, and a terminal on standard error.
 
     Returns:
-        G [out, in] by name, in float32, or float64 for float64 weights; also [out, in] for a
-        Conv1D, and for an embedding, whose W is its transposed weight. A 3-D parameter of experts
+        G [out, in] by name, in float32, or float64 for float64 weights. G is [out, in] for a Conv1D
+        too, and for an embedding, whose W is its transposed weight. A 3-D parameter of experts
         has its own name, and G is [E, out, in]. If several modules share a weight, the gradient
         covers all its uses, and all their names have the same tensor, or its transpose.
 
     Raises:
         ValueError: no batch; a loss that is not a scalar, not finite, or independent of the
             targets; a sum that is not finite; a target that no batch reached; unknown targets; a
-            weight that is sharded by FSDP1 or ZeRO-3, or ranks with other numbers of batches.
+            weight that is sharded by FSDP1 or ZeRO-3; different numbers of batches on the ranks.
         TypeError: a weight or a batch of the wrong type, a `DistributedDataParallel` model.
         RuntimeError: another rank failed, or `torch.inference_mode` is on.
 
@@ -102,7 +104,7 @@ def in_step(batches: Iterable[Any]) -> Iterator[Any]:
 
     Raises:
         ValueError: the ranks have different numbers of batches.
-        Exception: what another rank's `batches` has raised.
+        Exception: `batches` raised it on another rank.
 
     """
     iterator = iter(batches)
@@ -154,7 +156,7 @@ def moved_batch(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device of the model's inputs. FSDP2 may keep the parameters of another one on the CPU."""
+    """The device of the model's inputs; with FSDP2, the model's parameters may be on the CPU."""
     first: Any = next(model.parameters())
     own: torch.device = first.device
     kind = first.device_mesh.device_type if is_dtensor(first) else own.type

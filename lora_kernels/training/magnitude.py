@@ -29,7 +29,7 @@ from ..ops.loram_init import log_gain
 class LayerMagnitude:
     """The magnitudes of one weight W [out, in] = [n, m], and of starts of rank r.
 
-    A value is NaN if it is undefined: W is zero or not finite, or r > min(n, m).
+    Undefined values are NaN: if W is zero or not finite, or if r > min(n, m).
 
     Attributes:
         name: the layer.
@@ -45,7 +45,7 @@ class LayerMagnitude:
             which does not depend on the numerical rank.
         log_gain: ln r / ln min(n, m), LoRAM's approximation of Q[r] (Q[2] is used for r = 1).
         beta: LoRAM's β, β² = ‖W‖_F √(log_gain / r).
-        start_ratio: ‖s·B₀A₀‖_F / ‖W‖_F, with the factors of an adapted layer, else LoRAM's.
+        start_ratio: ‖s·B₀A₀‖_F / ‖W‖_F, with the adapted layer's initial factors, else LoRAM's.
         k1_lora: k₁ of proposition 2, `growth(ν[A₀], ν[B₀], n, m, r)`, for LoRA: r / 9m, because
             PEFT's A ~ U(±1/√m) has variance 1 / 3m (the paper's r / m assumes variance 1 / m).
         k1_pissa: k₁ for PiSSA, whose factors are divided by √s: gain · (m + n) ν[W] / s².
@@ -78,9 +78,9 @@ class LayerMagnitude:
 class AdapterMagnitude:
     """The magnitudes of one layer of an adapter: A [r, in], B [out, r] and their product.
 
-    `nu_A`, `nu_B` and `nu_update` are ν[A], ν[B] and ν[s·BA], `norm_update` is ‖s·BA‖_F. If the
-    initial B₀A₀ was not zero, the update of W is s·(BA − B₀A₀), not s·BA. DoRA's magnitudes are not
-    in these numbers.
+    `nu_A`, `nu_B` and `nu_update` are ν[A], ν[B] and ν[s·BA]; `norm_update` is ‖s·BA‖_F. If the
+    initial B₀A₀ was not zero, the update of W is s·(BA − B₀A₀), not s·BA. DoRA's magnitudes do not
+    affect these numbers.
     """
 
     name: str
@@ -103,8 +103,9 @@ def mean_square(tensor: Tensor) -> float:
 def growth(nu_A: float, nu_B: float, out_features: int, in_features: int, r: int) -> float:
     """k₁ = r(m ν[A]² + n ν[B]²) for A [r, m] and B [n, r] (arXiv 2507.06558, proposition 2).
 
-    With plain SGD at the learning rate η, ν[ΔW] grows by γk₁ a step, γ = η²s⁴ν[∇_W L], while A and
-    B are near their initial values, if the gradients are isotropic and independent of each other.
+    With plain SGD at the learning rate η, ν[ΔW] grows by γk₁ per step, where γ = η²s⁴ν[∇_W L], as
+    long as A and B are near their initial values, and if the gradients are isotropic and
+    independent of each other.
     """
     return r * (in_features * nu_A**2 + out_features * nu_B**2)
 
@@ -122,11 +123,11 @@ def adam_growth(
     """The expected ν[d(BA)] if each trained entry of A [r, m] and B [n, r] moves by ±1.
 
     This is k₁ of `growth` for Adam, whose first steps move each entry by about the learning rate,
-    whatever its gradient: with the rate η, one step changes W by a matrix of mean square about
-    s²η² · `adam_growth`, for signs that are independent of each other. It is r(ν[A] + ν[B]) if
-    both factors train, from ν[dB·A] + ν[B·dA]; r²ν[A]ν[B] if `lora_R` [r, r] trains between
-    frozen factors; 1 would be the value of W itself, trained in full. With `lora_diag` λ [r], which
-    trains too, the product is B diag(λ) A.
+    whatever its gradient. With the rate η, one step changes W by a matrix of mean square about
+    s²η² · `adam_growth`, if the signs are independent of each other. The value is r(ν[A] + ν[B]) if
+    both factors train, from ν[dB·A] + ν[B·dA]; it is r²ν[A]ν[B] if `lora_R` [r, r] trains between
+    frozen factors. Training W itself would have the value 1. With `lora_diag` λ [r], which trains
+    too, the product is B diag(λ) A.
 
     Args:
         lora_A: A₀.
@@ -134,7 +135,7 @@ def adam_growth(
         lora_R: R₀, whose values do not matter.
         lora_diag: λ₀.
         trains: "AB", or "A" if B is frozen. If `lora_R` is given, only R trains.
-        ratio: how many times A's learning rate B has (LoRA+); η is the rate of A, and of λ.
+        ratio: B's learning rate divided by A's (LoRA+); η is the rate of A, and of λ.
 
     """
     A, B = _gathered(lora_A), _gathered(lora_B)
@@ -163,8 +164,8 @@ def product_mean_square(lora_A: Tensor, lora_B: Tensor) -> float:
 
 @torch.no_grad()
 def update_mean_square(layer: AdaptedLayer | ExpertView) -> float:
-    """ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀), with BRA for BA if the layer trains an R. Of a
-    DoRA layer, it is the update of the weight whose rows then get the norms m.
+    """ν[ΔW] of an adapted layer, ΔW = s(BA − B₀A₀), with BRA for BA if the layer trains an R. For a
+    DoRA layer, ΔW is the update before the rows get the norms m.
 
     No matrix of W's size is formed. ΔW is computed as s((B − B₀)A + B₀(A − A₀)), because BA − B₀A₀
     would lose digits by cancellation while the update is small compared with s·B₀A₀.
@@ -192,19 +193,19 @@ def measure(
     """The magnitudes of one weight [out, in].
 
     Args:
-        weight: a float64, float32, bfloat16 or float16 matrix; 16-bit weights are computed with in
-            float32.
+        weight: a float64, float32, bfloat16 or float16 matrix; for 16-bit weights, the computations
+            are in float32.
         r: rank of the starts, at least 1.
         scaling: s, positive.
         method: "exact" computes all singular values with LAPACK or cuSOLVER; "randomized" computes
-            the r largest with `lora_kernels.svd.truncated`, which are never too large, and a few
-            per mille too small if the singular values decay slowly.
+            the r largest with `lora_kernels.svd.truncated`; the results are never too large, and a
+            few per mille too small if the singular values decay slowly.
         seed: the seed of "randomized".
         name: the name in the result and in error messages.
 
     Raises:
-        ValueError: an unknown method, a rank or scaling out of range, an empty weight or one that
-            is not a matrix.
+        ValueError: an unknown method, a rank or scaling out of range, or a weight that is empty or
+            not a matrix.
         TypeError: an argument or a weight of the wrong type.
 
     """
@@ -255,7 +256,7 @@ def measure_layer(
     layer: AdaptedLayer | ExpertView, *, method: str = "exact", seed: int = 0, name: str = ""
 ) -> LayerMagnitude:
     """The magnitudes of an adapted layer, or of one of the `expert_views` of a stack: its base
-    weight, its own initial factors, its update.
+    weight, its own initial factors and its update.
 
     The arguments and errors are those of `measure`.
     """
@@ -282,10 +283,10 @@ def inspect_model(
     `r` and `scaling` are for layers that are not adapted; adapted layers have their own. `targets`
     is as in `lora_kernels.model.selection.find_targets`; the other arguments and the errors are as
     in `measure`. A weight that several modules share has a row for each module. A 3-D parameter of
-    experts, if `targets` names it, has a row "name[e]" for each of them.
+    experts, if `targets` names it, has a row "name[e]" for each expert.
 
-    Of a sharded model, all processes have to call this: the weights are gathered one after the
-    other, and every process gets all rows.
+    If the model is sharded, all processes must call this function: the weights are gathered one
+    after the other, and every process gets all rows.
     """
     svd.check_options(method)
     _checked(r, scaling)
@@ -345,7 +346,7 @@ def measure_adapter(name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, of which all processes need a copy; any other as it is."""
+    """The whole tensor if it is sharded, gathered by all processes; any other tensor as it is."""
     return whole(tensor).to(local_part(tensor).device) if is_sharded(tensor) else tensor
 
 
@@ -361,7 +362,7 @@ def _singular_values(weight: Tensor, r: int, method: str, seed: int) -> tuple[Te
         sigma = svd.truncated(weight, r, seed=seed).S
         return sigma.to("cpu", torch.float64), min(weight.shape)
     sigma = torch.linalg.svdvals(weight.to(factor_dtype(weight.dtype)))
-    # NumPy's rule for a σ that is zero except for rounding.
+    # NumPy's rule: a σ of at most this size is zero except for rounding.
     noise = max(weight.shape) * torch.finfo(sigma.dtype).eps * sigma[0]
     return sigma.to("cpu", torch.float64), int((sigma > noise).sum())
 

@@ -97,7 +97,7 @@ def draw(path: str | Path, rows: Rows, title: str = "") -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ValueError: there are no rows, or matplotlib does not know the file's extension.
+        ValueError: there are no rows, or matplotlib does not support the file's extension.
 
     """
     needed("matplotlib", "the picture", "picture").use("Agg")

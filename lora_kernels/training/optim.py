@@ -1,4 +1,4 @@
-"""What training adds for LoRA: parameter groups, rules that rewrite gradients, KaSA's penalty."""
+"""Optimization for LoRA: parameter groups, rules that rewrite gradients, KaSA's penalty."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ __all__ = [
     "riemannian",
 ]
 
-# Parts of the names of B's parameters; PEFT's embeddings have one of their own.
+# Parts of the names of B's parameters; PEFT's embeddings use a different name.
 _OF_B = frozenset(("lora_B", "lora_bias", "lora_embedding_B"))
 
 
 def lora_plus_groups(
     model: nn.Module, lr: float, ratio: float = 16.0, **options: Any
 ) -> list[dict[str, Any]]:
-    """LoRA+ (Hayou et al., arXiv 2402.12354): B has `ratio` times the learning rate of the rest.
+    """LoRA+ (Hayou et al., arXiv 2402.12354): B trains at `ratio` times the rate of the rest.
 
     There are two parameter groups: B with the learning rate `ratio` · `lr`, and all other trainable
-    parameters (A, R, DoRA's magnitudes, those of `modules_to_save`) with `lr`; PEFT's function
-    gives magnitudes the learning rate of B. A group without parameters is omitted. Frozen
-    parameters are in no group; a shared parameter is in one. A parameter belongs to B if
-    `lora_B`, or `lora_bias` for the bias of B, is a part of its name, in our layers and in PEFT's.
+    parameters (A, R, DoRA's magnitudes, those of `modules_to_save`) with `lr`. (PEFT's function
+    gives magnitudes the learning rate of B.) A group without parameters is omitted. Frozen
+    parameters are in no group, and a shared parameter is in only one. A parameter belongs to B if
+    `lora_B` is a part of its name, or `lora_bias` for the bias of B, in our layers and in PEFT's.
 
     Args:
         model: a module whose layers are adapted already.
@@ -78,11 +78,11 @@ def kasa_penalty(model: nn.Module, beta: float = 1e-4, gamma: float = 1e-3) -> T
     scalar to add to the loss, in float32 or wider, with gradients.
 
     Wang et al., arXiv 2412.06071, equations 9 to 11; PEFT's `_get_kasa_loss`. The authors' code
-    takes ‖AᵀA − I‖ and ‖BBᵀ − I‖ instead, and divides by the number of layers. The defaults are
+    uses ‖AᵀA − I‖ and ‖BBᵀ − I‖ instead, and divides by the number of layers. The defaults are
     those of PEFT and of the authors' code.
 
     Raises:
-        ValueError: no active adapter has a λ, or a factor is negative or not finite.
+        ValueError: no active adapter has a λ, or `beta` or `gamma` is negative or not finite.
 
     """
     for name, value in (("beta", beta), ("gamma", gamma)):
@@ -103,13 +103,13 @@ def kasa_penalty(model: nn.Module, beta: float = 1e-4, gamma: float = 1e-3) -> T
 
 
 def _kasa_penalty(adapter: Adapter, beta: float, gamma: float) -> Tensor:
-    """Of one adapter, or of all experts."""
+    """The penalty of one adapter, or the sum over its experts."""
     factors = adapter.lora_A, adapter.lora_B, adapter.lora_diag
     work = torch.promote_types(adapter.lora_A.dtype, torch.float32)
     lora_A, lora_B, lora_diag = (own.to(work) for own in factors if own is not None)
     identity = torch.eye(lora_A.shape[-2], dtype=work, device=lora_A.device)
     grams = [lora_B.mT @ lora_B - identity, lora_A @ lora_A.mT - identity]
-    if adapter.options.parts:  # each has an A and a B of its own
+    if adapter.options.parts:  # each part has its own A and B
         grams = [diagonal_blocks(gram, len(adapter.options.parts)) for gram in grams]
     orthogonality = sum(torch.linalg.matrix_norm(gram).sum() for gram in grams)
     return beta * lora_diag.square().sum() + gamma * orthogonality

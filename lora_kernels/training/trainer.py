@@ -1,4 +1,4 @@
-"""`accepted_by_trainer`: lets transformers' `Trainer` take a quantized model with adapters."""
+"""`accepted_by_trainer`: lets transformers' `Trainer` accept a quantized model with adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ACCEPTED = "_hf_peft_config_loaded"
 
 @contextmanager
 def accepted_by_trainer(model: nn.Module) -> Iterator[nn.Module]:
-    """A context in which transformers' `Trainer` can be constructed over a quantized model:
+    """A context in which transformers' `Trainer` can be constructed for a quantized model:
 
     `with accepted_by_trainer(model): trainer = Trainer(model, ...)`
 

@@ -85,8 +85,10 @@ def join(env: Environment, wheels: list[Path]) -> Path:
     for folder in folders[1:]:
         for extension in (folder / "lora_kernels").glob("_C.torch*"):
             shutil.copy(extension, folders[0] / "lora_kernels")
-    env.python("-m", "wheel", "pack", "--dest-dir", WORK / "joined", folders[0])
-    (wheel,) = (WORK / "joined").glob("*.whl")
+    joined = WORK / "joined"
+    joined.mkdir()
+    env.python("-m", "wheel", "pack", "--dest-dir", joined, folders[0])
+    (wheel,) = joined.glob("*.whl")
     return wheel
 
 

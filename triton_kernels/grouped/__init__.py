@@ -1,4 +1,4 @@
-"""The linear layers of a mixture's experts: two operators, and their kernels."""
+"""The linear layers of a mixture's experts: two operators and their kernels."""
 
 from .operator import grouped_linear_backward, grouped_linear_forward, suits
 

@@ -2,8 +2,8 @@
 
 A persistent GEMM over the tiles of a schedule. The rank terms are added to the same float32
 accumulator after the K loop. Where the GPU and the sizes allow it, the tensor memory accelerator
-loads W, as a 3-D tensor: past the end of K it gives zeros, not the next expert. Rows are stored by
-pointers with a mask: the accelerator would also write those of the next expert.
+loads W as a 3-D tensor, so that it reads zeros past the end of K, not the next expert. Rows are
+stored by pointers with a mask: the accelerator would also overwrite rows of the next expert.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .schedule import Schedule, load_tile
 
 GROUP_M = 8
 MOST_EARLY = 32  # ranks whose operands are loaded before the K loop
-FEW_ROWS = 64  # of an expert on average, up to which a tile has as many rows
+FEW_ROWS = 64  # up to this average per expert, a tile has this many rows
 
 
 class Config(NamedTuple):
@@ -43,15 +43,15 @@ class Config(NamedTuple):
     resident: int  # programs per multiprocessor
 
 
-# By (whether the accelerator loads W, rows of a tile).
+# Keys: (whether the accelerator loads W, rows of a tile).
 CONFIGS = {
     (True, 128): Config(128, 256, 64, 8, 3, 1),
     (True, 64): Config(64, 128, 64, 4, 4, 2),
     (False, 128): Config(128, 128, 32, 8, 4, 2),
     (False, 64): Config(64, 128, 32, 4, 4, 2),
 }
-# For what needs more registers: drop(z Bᵀ), which has accumulators of its own, and many ranks that
-# cannot be loaded in wide accesses.
+# For cases that need more registers: drop(z Bᵀ), which has separate accumulators, and many ranks
+# that cannot be loaded in wide accesses.
 NARROW = {
     (True, 128): Config(128, 128, 64, 8, 4, 1),
     (True, 64): Config(64, 64, 64, 4, 4, 2),
@@ -140,7 +140,7 @@ def grouped_gemm_kernel(
         height = min(rows_of_tiles - first, GROUP_M)
         n = index % group // height * BLOCK_N
         expert, begin, end = load_tile(tiles, first + index % group % height)
-        # Rows of no expert get zeros: nothing is read for them.
+        # Rows of no expert get zeros; nothing is read for them.
         owned = expert < E
         depth, cols, limit = tl.where(owned, K, 0), tl.where(owned, N, 0), tl.where(owned, end, 0)
         row = begin + tl.arange(0, BLOCK_M)
@@ -180,8 +180,8 @@ def grouped_gemm_kernel(
                 if HAS_START:
                     left0, right0 = rank_operands(z0_tile, b0_tile, row, limit, scale0)
                     if not HAS_DROPOUT:
-                        # One product with the ranks of both interleaved: of two, Triton 3.6 makes
-                        # an empty kernel for sm_100.
+                        # A single product with the ranks of both interleaved: for two products,
+                        # Triton 3.6 makes an empty kernel for sm_100.
                         left = tl.reshape(tl.join(left, left0), [BLOCK_M, 2 * BLOCK_R])
                         right = tl.permute(tl.join(right, right0), [0, 2, 1])
                         right = tl.reshape(right, [2 * BLOCK_R, BLOCK_N])
@@ -222,7 +222,7 @@ def _is_small(dtype: torch.dtype, N: int, K: int) -> bool:
 
 def fits(tensor: torch.Tensor) -> bool:
     """Whether the tensor memory accelerator can load it: 16-bit, contiguous in the last dimension,
-    all else at multiples of 16 bytes.
+    and address and other strides multiples of 16 bytes.
     """
     *strides, last = tensor.stride()
     return (
@@ -252,11 +252,11 @@ def gemm(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The product [size, N] of a[rows] with weight [E, N, K] of any strides, zero in rows of no
+    """The product [size, N] of a[rows] with weight [E, N, K] of any strides; zero in rows of no
     expert.
 
-    Without `rows`, a is [size, K]; its rows are contiguous. z and z0 [size, r] and bias [E, N] are
-    contiguous; B and B0 [E, N, r] have any strides. `has_tma`: the GPU is Hopper or later.
+    Without `rows`, a is [size, K]. The rows of a are contiguous. z and z0 [size, r] and bias [E, N]
+    are contiguous; B and B0 [E, N, r] have any strides. `has_tma`: the GPU is Hopper or later.
     """
     E, N, K = weight.shape
     is_kn = weight.stride(2) != 1

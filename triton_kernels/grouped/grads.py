@@ -1,8 +1,8 @@
 """Sums over the rows of each expert, without atomic operations: the gradients of A, B and the bias,
-and of x, whose rows occur several times.
+and of rows of x that occur several times.
 
-The rows of an expert are divided into chunks, each of which one program sums up. An expert of a
-single chunk is then done; for the others `grouped_reduce_kernel` adds the chunks in order. An
+The rows of an expert are divided into chunks; one program sums up each chunk. An expert with a
+single chunk is then done. For the others, `grouped_reduce_kernel` adds the chunks in order. An
 expert without rows gets zeros.
 """
 
@@ -22,7 +22,7 @@ from ..linear.rank import load_z, rank_block, rank_unit
 from ..philox import drop, mask_arguments
 from .schedule import Schedule, load_tile
 
-CHUNK = 1024  # rows; the parts of an expert with more are r / CHUNK of its rows' entries
+CHUNK = 1024  # rows; for an expert with more, the parts have r / CHUNK of its rows' entries
 BLOCK_C = 128
 REDUCE_BLOCK = 512
 GATHER_BLOCK = 1024
@@ -64,7 +64,7 @@ def grouped_outer_kernel(
     BLOCK_R: tl.constexpr,
     RANK_UNIT: tl.constexpr,
 ):
-    """A chunk's scale · thinᵀ drop(wide[rows]), a block of ranks × columns of it."""
+    """A block of ranks × columns of a chunk's scale · thinᵀ drop(wide[rows])."""
     r = aligned(r, RANK_UNIT)
     chunk = tl.program_id(1)
     if chunk >= tl.load(firsts + E):
@@ -96,7 +96,7 @@ def grouped_outer_kernel(
 def grouped_sums_kernel(
     wide, out, parts, tiles, firsts, E, C, wide_stride, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """The sum of a chunk's rows, a block of columns of it."""
+    """A block of columns of the sum of a chunk's rows."""
     chunk = tl.program_id(1)
     if chunk >= tl.load(firsts + E):
         return
@@ -113,7 +113,7 @@ def grouped_sums_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def grouped_reduce_kernel(parts, out, firsts, length, BLOCK: tl.constexpr, UNIT: tl.constexpr):
-    """The sum of each expert's parts, in order; of none, zeros; of one, it is there already."""
+    """The sum of each expert's parts, in order; zeros for none; a single part is already stored."""
     length = aligned(length, UNIT)
     expert = tl.program_id(1)
     first, end = tl.load(firsts + expert), tl.load(firsts + expert + 1)
@@ -150,7 +150,7 @@ def outer(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """out = scale · thinᵀ drop(wide[rows]) of each expert's rows, as `out`.
+    """out = scale · thinᵀ drop(wide[rows]) for each expert's rows. Returns `out`.
 
     thin [size, r] is contiguous, and so are the rows of wide [.., C]. `out`, which is written, is
     [E, r, C] and contiguous, or such a view of a contiguous [E, C, r].
@@ -243,7 +243,7 @@ def scatter(values: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor
     rows[i] = t, added in float32 in ascending order of i.
     """
     C = values.shape[1]
-    small = rows.to(torch.int32)  # half of the passes of a radix sort
+    small = rows.to(torch.int32)  # a radix sort then needs half as many passes
     ascending, order = torch.sort(small, stable=True)
     bounds = torch.arange(size + 1, dtype=torch.int32, device=rows.device)
     starts = torch.searchsorted(ascending, bounds)

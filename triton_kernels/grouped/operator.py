@@ -1,11 +1,11 @@
 """`lora::grouped_linear_forward` and `lora::grouped_linear_backward` on a GPU.
 
-All that depends on the values of `ends` and `rows` is found on the device: a call neither waits for
-it nor allocates by it, and can be captured in a CUDA graph.
+Everything that depends on the values of `ends` and `rows` is computed on the device. A call neither
+waits for these values nor allocates memory by them, and can be captured in a CUDA graph.
 
-Forward: `shrink` gathers x for z; `gemm` gathers it again for the product with W, and adds the rank
-term. Backward: dz = s · dY B; `gemm` multiplies dY with W and adds dz A; `scatter` adds the rows
-that one row of x became; `outer` sums up dA and dB.
+Forward: `shrink` gathers x for z; `gemm` gathers x again for the product with W, and adds the rank
+term. Backward: dz = s · dY B; `gemm` multiplies dY by W and adds dz A; `scatter` adds up the
+gradients of rows that came from the same row of x; `outer` sums up dA and dB.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def suits(x: Tensor, weight: Tensor, rows: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether the kernels support these dtypes and sizes; a rank of 0 is one of them."""
+    """Whether the kernels support these dtypes and sizes. They support a rank of 0."""
     factors = (lora_A, lora_B)
     if x.dtype not in DTYPES or any(factor.element_size() > 4 for factor in factors):
         return False
@@ -117,7 +117,7 @@ def grouped_linear_backward(
 
 
 def _swapped(factor: Tensor | None) -> Tensor | None:
-    """Each expert's matrix transposed, as a view."""
+    """Each expert's matrix, transposed as a view."""
     return None if factor is None else factor.transpose(1, 2)
 
 
@@ -128,7 +128,7 @@ def _rows(matrix: Tensor) -> Tensor:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """Their number; a few in the interpreter, where `device` is the CPU."""
+    """The number of multiprocessors; a few in the interpreter, where `device` is the CPU."""
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count

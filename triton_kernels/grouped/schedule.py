@@ -1,8 +1,8 @@
 """Which rows each program of a grouped kernel handles, found on the device from `ends`.
 
-The rows of every expert, and those behind the last expert, are divided into tiles of at most `rows`
-rows. A table on the device lists the tiles in ascending order. The host knows only a bound of their
-number, so that it never waits for the device.
+The rows of every expert, and those after the last expert, are divided into tiles of at most `rows`
+rows. A table on the device lists the tiles in ascending order. The host knows only an upper bound
+on their number, so it never waits for the device.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ BLOCK = 64
 CHECKED = 1024
 # Wrong indices end the program, as in PyTorch's kernels, which do not wait for the device either.
 ASSERTS = {"debug": True, "sanitize_overflow": False}
-FIELDS = 4  # of a tile: expert, first row, end of its rows, nothing
+FIELDS = 4  # of a tile: expert, first row, end of its rows, unused
 
 
 class Schedule(NamedTuple):
-    """`tiles` int32 [limit, FIELDS]; `firsts` int32 [E + 2], the index of each expert's first tile,
-    of the first tile behind the experts, and the number of tiles. Tiles of "expert" E have the rows
-    that belong to no expert.
+    """`tiles` int32 [limit, FIELDS]; `firsts` int32 [E + 2]: the index of each expert's first tile
+    and of the first tile after the experts, and the number of tiles. Tiles of "expert" E have the
+    rows that belong to no expert.
     """
 
     tiles: torch.Tensor
     firsts: torch.Tensor
-    rows: int  # the most of a tile
+    rows: int  # the most in a tile
     limit: int  # the most tiles
 
 
@@ -53,7 +53,7 @@ def schedule_kernel(
     CHECKED: tl.constexpr,
 ):
     expert = tl.program_id(0)
-    if HAS_ROWS and expert > E:  # the programs behind those of the experts
+    if HAS_ROWS and expert > E:  # the programs after the experts' programs
         at = (expert - E - 1) * CHECKED + tl.arange(0, CHECKED)
         row = tl.load(rows + at, mask=at < S, other=0)
         tl.device_assert((row >= 0) & (row < T), "rows must be row numbers of x")
@@ -63,7 +63,7 @@ def schedule_kernel(
     end = tl.load(ends + k, mask=k < E, other=S)
     right = (begin <= end) & (end <= S)
     tl.device_assert(right | (k > E), "ends must not decrease, nor exceed the number of rows")
-    # In the interpreter, which has no assertions: no access outside of the tensors.
+    # The interpreter has no assertions, so indices are clamped to the tensors.
     begin, end = tl.maximum(tl.minimum(begin, S), 0), tl.minimum(end, S)
     count = tl.where(k <= E, tl.maximum(end - begin + ROWS - 1, 0) // ROWS, 0)
     first = tl.sum(tl.where(k < expert, count, 0), 0)
@@ -100,7 +100,7 @@ def schedule(
 ) -> Schedule:
     """The tiles of a product with `size` rows, of at most `tile_rows` rows each.
 
-    If `rows` are given, they are checked to be numbers below `tokens`.
+    `rows`, if given, are checked to be numbers below `tokens`.
     """
     E = ends.shape[0]
     limit = size // tile_rows + E + 1

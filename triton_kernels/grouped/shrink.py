@@ -1,7 +1,7 @@
 """z = scale · drop(x[rows]) Aₑᵀ and z₀ = scale₀ · x[rows] A₀ₑᵀ, with the A of each row's expert.
 
 The kernel gathers the rows of x itself, so that x in the order of the experts is never in memory.
-In the backward it computes dz = s · dY Bₑ: B as [E, r, N] is a view.
+In the backward it computes dz = s · dY Bₑ, with B viewed as [E, r, N].
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def grouped_shrink_kernel(
         seed_value = tl.load(seed)
     A += expert.to(tl.int64) * a_expert
     A0 += expert.to(tl.int64) * a0_expert
-    # As in `linear.shrink`: a computed left factor, in registers, would make each wgmma wait for
-    # the one before where A needs no conversion (C7515).
+    # As in `linear.shrink`: with a computed left factor in registers, each wgmma would wait for the
+    # previous one where A needs no conversion (C7515).
     TRANSPOSED: tl.constexpr = HAS_DROPOUT and A.dtype.element_ty == x.dtype.element_ty
     shape: tl.constexpr = [BLOCK_R, BLOCK_M] if TRANSPOSED else [BLOCK_M, BLOCK_R]
     acc, acc0 = tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)

@@ -1,4 +1,4 @@
-"""The linear layer: its two operators, and the kernels among which their steps choose."""
+"""The linear layer: its two operators, and the kernels that their steps choose from."""
 
 from .operator import linear_backward, linear_forward
 

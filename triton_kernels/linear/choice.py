@@ -29,15 +29,15 @@ def fastest(
     device: torch.device,
     count_launches: bool = False,
 ) -> Result:
-    """The result of the fastest of `ways`, or of the first where nothing can be measured.
+    """The result of the fastest of `ways`, or of the first if nothing can be measured.
 
-    Only the time on the device is compared, as the host is ahead of it in longer calls. With
-    `count_launches`, for short calls, the host's time counts as well. That time does not apply in a
-    CUDA graph, so there such calls use the first way.
+    Only the time on the device is compared, because the host is ahead of the device in longer
+    calls. With `count_launches`, for short calls, the host's time is included. A CUDA graph does
+    not spend that time, so there such calls use the first way.
     """
     if len(ways) == 1:
         return next(iter(ways.values()))()
-    key = (*key, *ways)  # a choice among other ways, as for a layer with R, does not apply
+    key = (*key, *ways)  # a choice among other ways (of a layer with R, say) does not apply
     name = CHOSEN.get(key)
     known = name is not None
     if known and not count_launches:
@@ -60,13 +60,13 @@ def _can_measure(device: torch.device) -> bool:
 def _measured(
     ways: dict[str, Callable[[], object]], device: torch.device, count_launches: bool
 ) -> str:
-    """The name of the fastest. Ways that fail are left out with a warning; an error if all fail."""
+    """The name of the fastest. Ways that fail are left out with a warning; raises if all fail."""
     times, failures = {}, []
     for name, way in ways.items():
         try:
             times[name] = _milliseconds(way, device, count_launches)
         except (OutOfResources, torch.OutOfMemoryError) as error:
-            failures.append(error)  # this GPU is too small for it, which needs no warning
+            failures.append(error)  # this GPU is too small for this way; no warning needed
         except Exception as error:  # Triton's compiler may raise anything
             failures.append(error)
             _warn(name, error)

@@ -1,8 +1,9 @@
 """The layer for few rows (M <= 64), in two kernels that read W [N, K] once.
 
-The first kernel writes z in parts (`shrink_parts`), which each program of the second adds up after
-its K loop. On Hopper and later, the second kernel starts together with the first and waits for it
-only after the K loop, so that W is read meanwhile. Bytes: W; x, A and the parts are in the caches.
+The first kernel writes z in parts (`shrink_parts`); each program of the second kernel adds up these
+parts after its K loop. On Hopper and later, the second kernel starts together with the first and
+waits for it only after the K loop, so that W is read meanwhile. Bytes: W; x, A and the parts are in
+the caches.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def _constants(M: int, N: int, r: int, has_start: bool, overlap: bool) -> dict[s
     stages = 4
     if overlap and cdiv(N, BLOCK_N) < 2 * ENOUGH_PROGRAMS:
         # Hopper's memory needs about 40 KB in flight per multiprocessor, and a stage loads 8 KB of
-        # W. Two programs have that with 3 stages in flight each; a single one needs more stages.
+        # W. Two programs with 3 stages each have that; a single program needs more stages.
         stages = 8 if block_m <= 32 else 6
     return {
         "BLOCK_M": block_m,

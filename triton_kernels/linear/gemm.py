@@ -21,9 +21,9 @@ from .rank import add_rank_term, load_Bt, load_z, rank_block, rank_operands, ran
 from .shrink import shrink_parts
 
 GROUP_M = 8
-LARGEST_RANK = 128  # above it the time of the rank term, which overlaps with nothing, is not small
+LARGEST_RANK = 128  # above it, the rank term takes long, and overlaps with nothing
 MOST_EARLY = 32  # ranks whose operands are loaded before the K loop
-# In flattened loops of Triton 3.6, each wgmma waits for the one before it (ptxas C7515).
+# In flattened loops of Triton 3.6, each wgmma waits for the previous one (ptxas C7515).
 FLATTENS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
@@ -35,7 +35,7 @@ class Config(NamedTuple):
     stages: int
     resident: int  # programs per multiprocessor
     early: bool  # z and B are loaded before the K loop, up to rank MOST_EARLY
-    flat: bool  # one pipeline over all tiles: loads for the next tile begin during this one's end
+    flat: bool  # one pipeline over all tiles: the next tile's loads begin before a tile ends
     waits: bool = False  # starts together with the kernel that computes z, and loads z last
 
 

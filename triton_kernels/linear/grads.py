@@ -1,6 +1,6 @@
 """The gradients of A and B and dz = s · dY B: sums over the rows M, without atomic operations.
 
-dY [M, N] is read once for dz, dz₀ and dB: a program goes down a chunk of rows in a block of
+dY [M, N] is read once for dz, dz₀ and dB: each program goes down a chunk of rows in a block of
 columns. It computes partial sums of dz over N and of dB over M in a float32 workspace, and one
 `reduce_all` adds these up in a fixed order. At M = 8192, N = 4096, r = 16 the workspace is a fifth
 of dY's bytes.
@@ -49,8 +49,8 @@ def dz_dB_kernel(
     BLOCK_R: tl.constexpr,
     RANK_UNIT: tl.constexpr,
 ):
-    # All products are transposed: with the rank as rows, of which wgmma would need 64, Triton uses
-    # mma.sync. With wgmma, ptxas made each instruction wait for the one before (C7515).
+    # All products are transposed. With the rank as rows, of which wgmma would need 64, Triton uses
+    # mma.sync. With wgmma, ptxas made each instruction wait for the previous one (C7515).
     r = aligned(r, RANK_UNIT)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rank = tl.arange(0, BLOCK_R)
@@ -143,7 +143,7 @@ def dz_dB(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dz = scale · dY B, dz₀ = −scale · dY B₀ [M, r] in dY's dtype, dB = scale · dYᵀ z in B's.
 
-    dY's rows and z are contiguous; r is one for which `is_worth_it` is true.
+    dY's rows and z are contiguous, and `is_worth_it` is true for r.
     """
     (M, N), r = dy.shape, B.shape[1]
     start = B if B0 is None else B0
@@ -228,7 +228,7 @@ def _plan_dA(sizes: tuple[int, int, int], x_stride: int, has_dropout: bool) -> L
         BLOCK_K=BLOCK_K,
         BLOCK_R=block_r,
         RANK_UNIT=rank_unit(r),
-        # With 8 warps and no mask, each wgmma waits for the one before in Triton 3.6 (C7515).
+        # With 8 warps and no mask, each wgmma waits for the previous one in Triton 3.6 (C7515).
         num_warps=8 if block_r > 64 and has_dropout else 4,
         enable_fp_fusion=True,
         num_stages=3,

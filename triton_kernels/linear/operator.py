@@ -9,8 +9,8 @@ Each step can be computed in several ways, of which the fastest is measured for 
 Three further ways compute z and y together: "decode" for up to 64 rows and "overlapped" for more,
 each with two kernels that overlap; and "plain" for up to 1024 rows without dropout, with the
 library's calls made from one C++ function.
-The Triton kernels are made for the tensor cores of 16-bit dtypes. float32, float64, and sizes that
-do not allow 16-byte accesses, use the library.
+The Triton kernels are designed for the tensor cores of 16-bit dtypes. float32, float64 and sizes
+that do not allow 16-byte accesses use the library.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def linear_forward(
 
     ways = {"steps": z_then_y}
     if dropout == 0.0:
-        if not thin:  # the steps would make the same calls of the library
+        if not thin:  # the steps would make the same library calls
             ways = {"plain": plain}
         elif rows.shape[0] <= FEW_ROWS:
             ways["plain"] = plain
@@ -238,7 +238,7 @@ def product(
 
 
 def _through_R(z: Tensor, R: Tensor | None) -> Tensor:
-    """z Rᵀ [M, r], which is multiplied by Bᵀ; the product is small enough for the library."""
+    """z Rᵀ [M, r], which is then multiplied by Bᵀ; small enough for the library."""
     return z if R is None else torch.mm(z, R.to(z.dtype).T)
 
 

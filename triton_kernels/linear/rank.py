@@ -55,8 +55,8 @@ def rank_operands(z_tile, b_tile, row, M, scale):
     """The operands of a dot from loaded tiles of z and Bᵀ; B is scaled before it is rounded.
 
     Called after the K loop. The mask keeps z in registers until then: Triton stores a tile that a
-    product uses unchanged in shared memory right after loading it, and the first loads of the K
-    loop would wait for that.
+    product uses unchanged in shared memory right after loading it, and the K loop's first loads
+    would wait for that.
     """
     left = tl.where((row < M)[:, None], z_tile, 0.0)
     return left, (scale * b_tile.to(tl.float32)).to(left.dtype)
@@ -84,7 +84,7 @@ def _reduce_block(
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < length
     total = tl.zeros([BLOCK], tl.float32)
-    # Unrolled, so that 4 loads are in flight; else each would wait for the addition before it.
+    # Unrolled, so that 4 loads are in flight; else each would wait for the previous addition.
     for part in tl.range(0, parts, loop_unroll_factor=4):
         total += tl.load(parts_of + part * length.to(tl.int64) + at, mask=mask, other=0.0)
     tl.store(out + at, (scale * total).to(out.dtype.element_ty), mask=mask)

@@ -57,7 +57,7 @@ def shrink_kernel(
         seed_value = tl.load(seed)
     # If transposed, the computed operand (x after dropout) is the right factor of the products and
     # goes through shared memory. As the left factor, in registers, it made each wgmma wait for the
-    # one before where A needs no conversion (C7515).
+    # previous one where A needs no conversion (C7515).
     TRANSPOSED: tl.constexpr = HAS_DROPOUT and A.dtype.element_ty == x.dtype.element_ty
     shape: tl.constexpr = [BLOCK_R, BLOCK_M] if TRANSPOSED else [BLOCK_M, BLOCK_R]
     acc, acc0 = tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)
@@ -93,7 +93,7 @@ def _blocks(
     stages = 4 if block_r <= 32 else 3
     if block_r > 64 and M > 64 and not has_start:
         # Each program reads all of A through the L2 cache: with 64 rows, four times the bytes of x.
-        # (With 16-bit A and 8 warps, each wgmma waits for the one before in Triton 3.6, C7515.)
+        # (With 16-bit A and 8 warps, each wgmma waits for the previous one in Triton 3.6, C7515.)
         return (128, 64, 4, 3) if bytes_of_A == 2 and not has_dropout else (128, 32, 8, 4)
     block_k = 128 if block_r <= 32 else 64 if block_r <= 64 else 32
     if has_start:
@@ -115,9 +115,9 @@ def shrink_parts(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """z and z₀ as parts [S, M, r], to be added over S; in x's dtype if S = 1, else in float32.
 
-    With `overlap` the next kernel may start together with this one; it has to wait before it reads
+    With `overlap` the next kernel may start together with this one, but must wait before it reads
     the parts. With `beside`, which does not support A₀, this kernel leaves the next one most of the
-    shared memory of a multiprocessor, 180 of 228 KB.
+    shared memory of a multiprocessor: 180 of 228 KB.
     """
     start = A if A0 is None else A0
     launch, parts = _plan(

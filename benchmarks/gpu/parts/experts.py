@@ -37,7 +37,7 @@ def _differentiated(result: Callable[[], Tensor], wanted: list[Tensor]) -> Calla
 
 
 def layer_calls(session: Session) -> tuple[dict[str, Calls], Facts, int]:
-    """({pass: calls}, what is measured, the number of copies used in turn) of a layer's experts."""
+    """({pass: calls}, what is measured, number of copies used in turn) for a layer's experts."""
     layer, device = session.plan.experts_layer, session.device
     up, down = (Stack.random(p.experts, p.n, p.k, layer.r, device) for p in layer.projections)
     x = torch.randn(layer.tokens, layer.hidden, device=device, dtype=torch.bfloat16)
@@ -57,11 +57,11 @@ def layer_calls(session: Session) -> tuple[dict[str, Calls], Facts, int]:
     }
     facts = {"what": "block", "experts": layer.experts, "shape": f"{layer.hidden}, {layer.inner}"}
     facts |= {"tokens": layer.tokens, "top_k": layer.top_k, "r": layer.r}
-    return calls, facts, 1  # of more than a gigabyte
+    return calls, facts, 1  # one copy: it is more than a gigabyte
 
 
 def parameter(session: Session) -> tuple[Stack, Tensor, Tensor]:
-    """One parameter, x with a gradient, and equally many rows for each expert."""
+    """One parameter, x with a gradient, and the same number of rows for each expert."""
     p, r, device = session.plan.experts_stack, session.plan.experts_rank, session.device
     x = torch.randn(p.size, p.k, device=device, dtype=torch.bfloat16).requires_grad_()
     ends = torch.arange(1, p.experts + 1, device=device) * p.size // p.experts
@@ -75,7 +75,7 @@ def call(name: str, stack: Stack, x: Tensor, ends: Tensor) -> Callable[[], objec
 
 
 def stack_calls(session: Session) -> tuple[dict[str, Calls], Facts, int]:
-    """The same of one parameter, whose rows are in the experts' order."""
+    """The same for one parameter, whose rows are in the experts' order."""
     p = session.plan.experts_stack
     count = buffers(session.device, p.weight)
     made = [parameter(session) for _ in range(count)]
@@ -92,7 +92,7 @@ def times(session: Session, calls: Calls, copies: int) -> list[Timing]:
 
 
 def peak(session: Session, name: str) -> float | str:
-    """The gigabytes at the peak, those of W among them, or the reason why there are none."""
+    """The gigabytes at the peak, including W, or the reason why they are missing."""
     if session.over:
         return SKIPPED
     try:
@@ -105,7 +105,7 @@ def peak(session: Session, name: str) -> float | str:
 def section(
     session: Session, made: Callable, line: str
 ) -> Iterator[tuple[str, Facts, list[Timing]]]:
-    """(pass, what is measured, timings) of each pass; the value of a target is recorded."""
+    """(pass, what is measured, timings) for each pass; the value of a target is recorded."""
     if session.over:
         session.record(line, SKIPPED)
         yield BOTH, {}, skipped([*PROJECTIONS])

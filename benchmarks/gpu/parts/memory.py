@@ -35,7 +35,7 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> tuple[int, in
 
 
 def _peak_on_cpu(run: Callable[[], object]) -> int:
-    """How much the process grows, as PyTorch does not count the memory allocated on a CPU."""
+    """How much the process grows, because PyTorch does not count the memory allocated on a CPU."""
     from benchmarks.common.memory import PeakGrowth
 
     with PeakGrowth(sharp=True) as growth:

@@ -1,6 +1,6 @@
-"""A model in shards on two devices, with NCCL: `add_lora`, a step with FSDP2, tensor parallelism.
+"""A sharded model on two devices, with NCCL: `add_lora`, a step with FSDP2, tensor parallelism.
 
-Left out, with a line that says so, where there is one GPU only. On a CPU it runs with gloo.
+With only one GPU, the part is skipped, and a line says so. On a CPU it runs with gloo.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from benchmarks.gpu.targets.plan import Plan
 
 PROCESSES = 2
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
-LONGEST = 120.0  # seconds for both processes, imports included; a collective that hangs ends then
+LONGEST = 120.0  # seconds for both processes, with imports; also ends a hanging collective
 
 
 def missing(device: torch.device) -> str:
-    """Why the part cannot run here, or nothing."""
+    """Why the part cannot run here; empty if it can."""
     if not dist.is_available():
         return "torch is built without torch.distributed"
     backend = BACKENDS[device.type]
@@ -38,7 +38,7 @@ def missing(device: torch.device) -> str:
 
 
 def work(rank: int, kind: str, plan: Plan, folder: str, seconds: float) -> None:
-    """One process; the first one leaves its rows in the folder."""
+    """Run one process; the first process writes its rows to the folder."""
     if kind == "cuda":
         torch.cuda.set_device(rank)
     else:
@@ -61,7 +61,7 @@ def work(rank: int, kind: str, plan: Plan, folder: str, seconds: float) -> None:
 
 def rows_of_processes(kind: str, plan: Plan, seconds: float) -> list[dict[str, object]]:
     """The rows of the first process; raises if a process fails, or takes longer than `seconds`."""
-    # A fork saves imports, but is not possible in a process that has used CUDA.
+    # A fork saves the imports, but is not possible in a process that has used CUDA.
     method = "spawn" if kind == "cuda" or torch.cuda.is_initialized() else "fork"
     with tempfile.TemporaryDirectory() as folder:
         end = time.monotonic() + seconds

@@ -28,7 +28,7 @@ OURS = "randomized_svd_foreach"
 
 
 def exact(weight: Tensor) -> object:
-    """A whole SVD, as PEFT's PiSSA computes it."""
+    """A full SVD, as PEFT's PiSSA computes it."""
     return torch.linalg.svd(weight, full_matrices=False)
 
 
@@ -42,7 +42,7 @@ def seconds_of(session: Session, shape: Shape, run: Callable[[Tensor], object]) 
 
 
 def fits(session: Session, shape: Shape, known: dict[Shape, float]) -> bool:
-    """Whether an exact SVD is likely to end within the budget, its work being n·k·min(n, k)."""
+    """Whether an exact SVD, with n·k·min(n, k) operations, is likely to end within the budget."""
 
     def work(size: Shape) -> int:
         return size[0] * size[1] * min(size)

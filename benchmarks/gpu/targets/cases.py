@@ -25,7 +25,7 @@ class OperatorCase:
 
     @property
     def footprint(self) -> int:
-        """The bytes that a call uses, which the next one must not find in the L2 cache."""
+        """The bytes that a call uses; the next call must not find them in the L2 cache."""
         return self.bytes // 2 if self.operator == "subtract_dst_" else self.bytes
 
     @property

@@ -2,7 +2,7 @@
 
 A device is described by two measurements, `copy` (bytes read and written per second by a large
 copy) and `matmul` (flop/s of a large bf16 product), and by assumptions, the constants below. A
-kernel takes the longer of the time for its bytes and that for its operations. Added to it are the
+kernel takes the time for its bytes or for its operations, whichever is longer. Added to it are the
 launch, the work that does not overlap with the main loop, and the bytes of a workspace.
 """
 
@@ -17,8 +17,8 @@ from benchmarks.common.shapes import Shape
 from benchmarks.gpu.targets.plan import Plan
 
 # Assumed, in seconds, not measured on a GPU.
-KERNEL = 1e-6  # of each kernel, beside its bytes: the gap before it, its beginning and its end
-OVERLAPPED = 0.5e-6  # the same, for a kernel launched before the one before it has ended
+KERNEL = 1e-6  # of each kernel, besides its bytes: the gap before it, its beginning and its end
+OVERLAPPED = 0.5e-6  # the same, for a kernel launched before the previous kernel has ended
 COPY = 4e-6  # copying a table to the device, or sums to the host, on the kernels' stream
 WAKE = 8e-6  # from an event on the device until the waiting host continues
 LAUNCH = 12e-6  # from Python to the device's queue
@@ -51,7 +51,7 @@ class Cost:
     host: float = 0.0  # the device waits for the host
     launches: float = 0.0
     bytes: float = 0.0
-    flops: float = 0.0  # operations of all kinds, as far as they take longer than the bytes
+    flops: float = 0.0  # operations of all kinds, if they take longer than the bytes
     serial: float = 0.0  # prologues and epilogues of tiles, final reductions
     workspace: float = 0.0  # writing partial sums and reading them again
     copies: float = 0.0  # between host and device
@@ -97,7 +97,7 @@ class Machine:
 
         `masked` is the number of elements whose dropout mask is computed; `wide` is (entries,
         float64 operations per entry, conversions per entry), of which a multiprocessor does 64 and
-        16 a clock; `workspace` is in bytes.
+        16 per clock; `workspace` is in bytes.
         """
         entries, operations, conversions = wide
         moved = bytes_ / self.copy
@@ -123,9 +123,9 @@ MACHINES = (H200, H100)
 
 @dataclass(frozen=True)
 class HostTimes:
-    """The host's times in seconds: from the call of `loram_init_foreach` to the launch of its first
-    kernel and of its subtraction, and of a forward call of the layer. The defaults are used where
-    there is no measurement.
+    """The host's times in seconds: from the call of `loram_init_foreach` to the launches of its
+    first kernel and of its subtraction, and for a forward call of the layer. The defaults are used
+    if there is no measurement.
     """
 
     first: float = 0.3e-3
@@ -134,7 +134,9 @@ class HostTimes:
 
     @classmethod
     def measured(cls, folder: Path = RESULTS) -> HostTimes:
-        """From host_init.csv and host.csv (`benchmarks.cpu`), measured on another machine's CPU."""
+        """The times in host_init.csv and host.csv (`benchmarks.cpu`), measured on another machine's
+        CPU.
+        """
         found = {}
         launches = {row["launch"]: row["median_us"] for row in _rows(folder / "host_init.csv")}
         for name, launch in (("first", "stats_kernel"), ("subtraction", "subtract_kernel")):
@@ -171,7 +173,8 @@ def init_cost(machine: Machine, plan: Plan, r: int, host: HostTimes) -> Cost:
     for _ in "AB":
         between += machine.kernel(FP32 * factors / 2, wide=(factors / 2, 6, 1))
     subtraction = machine.kernel(2 * weights, wide=(entries, 6, 2))
-    # When the device has done the first two steps; it is idle until the subtraction is launched.
+    # When the device has finished the first two steps; it is idle until the subtraction is
+    # launched.
     free = host.first + stats.total + between.total
     launched = max(host.subtraction, host.first + stats.total + COPY + WAKE + LAUNCH)
     waits = Cost(host=host.first + max(0.0, launched - free) + WAKE)
@@ -207,13 +210,14 @@ def layer_costs(
     dropout: float = 0.0,
     host: HostTimes | None = None,
 ) -> tuple[Cost, Cost]:
-    """(ours, bare) for many calls in a row, so that the host's time matters only where it is the
-    longer one; a backward's is assumed to be twice a forward's. Bare is x Wᵀ and, backward, dY W.
+    """(ours, bare) for many calls in a row, so that the host's time matters only if it is longer
+    than the device's. A backward's host time is assumed to be twice a forward's. Bare is x Wᵀ and,
+    backward, dY W.
 
     Ours, forward: z = x Aᵀ, and one product that adds z Bᵀ in its accumulator. Backward: dY is read
     once for dz and dB together (r ≤ 32) or once for each, with partial sums in a workspace; dX is a
-    product like the forward's; x is read once for dA. With dropout the mask, which is never stored,
-    is computed again for z, dA and dX, and the rank term of dX is written first and read by cuBLAS.
+    product like the forward's; x is read once for dA. With dropout, the mask is never stored; it is
+    recomputed for z, dA and dX, and the rank term of dX is written first and read by cuBLAS.
     """
     (n, k), m, wide = shape, tokens, max(r, MIN_WIDTH)
 

@@ -1,10 +1,10 @@
 """The predicted time and memory of `lora::grouped_linear`, from bytes and operations.
 
-Nothing here is measured. Rows are spread over the experts at random, so that the last tile of each
-expert is half empty on average, for ours and for the others alike. Every pass that a program makes
-over the rows of a product is counted with the bytes it reads and writes; what is in the L2 cache by
-chance is not subtracted. These are lower bounds: for PEFT's formula the same counting gives 0.97 ms
-on an H100, where PEFT measured 2.56 ms.
+Nothing here is measured. Rows are spread over the experts at random, so the last tile of each
+expert is half empty on average, for all variants alike. Every pass over the rows of a product is
+counted with the bytes that it reads and writes; bytes that happen to be in the L2 cache are not
+subtracted. These are lower bounds: for PEFT's formula, the same count gives 0.97 ms on an H100,
+where PEFT measured 2.56 ms.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks.gpu.targets.experts import Layer, Projection
 
 CHUNK = 1024  # rows of a part of dA and dB, as in triton_kernels/grouped/grads.py
 TILE_COLUMNS = {64: 128, 128: 256}
-SORT = 60e-6  # a stable sort of some 65,536 int32 by cub: assumed, not measured
+SORT = 60e-6  # a stable sort of about 65,536 int32 by cub: assumed, not measured
 
 
 def product(machine: Machine, p: Projection, columns: int, r: int = 0) -> Cost:
-    """One grouped GEMM with `columns` results a row, and its rank term."""
+    """One grouped GEMM with `columns` results per row, and its rank term."""
     wide = max(r, MIN_WIDTH) if r else 0
     moved = p.weight + p.matrix(p.n + p.k) + FP32 * p.experts * columns * r + p.matrix(r)
     flops = 2 * p.padded * (p.n * p.k + columns * wide)
@@ -45,7 +45,7 @@ def thin(machine: Machine, p: Projection, columns: int, r: int) -> Cost:
 
 
 def parts(machine: Machine, p: Projection, columns: int, r: int) -> Cost:
-    """Adding the parts of experts with several chunks: none if all have one."""
+    """Adding the parts of experts with several chunks; zero if each expert has one chunk."""
     several = max(0.0, p.size / CHUNK - p.experts)
     return machine.kernel(0, workspace=2 * FP32 * several * r * columns)
 
@@ -64,14 +64,16 @@ def ours(machine: Machine, p: Projection, r: int, backward: bool) -> Cost:
 
 
 def bare(machine: Machine, p: Projection, backward: bool) -> Cost:
-    """The frozen experts, with x gathered before and its gradient added up after."""
+    """The frozen experts: x is gathered before, and its gradient is summed afterwards."""
     cost = product(machine, p, p.k if backward else p.n)
     gather = machine.kernel(p.matrix(p.k) + BF16 * p.tokens * p.k)
     return cost + gather if p.tokens else cost
 
 
 def formula(machine: Machine, p: Projection, r: int, backward: bool) -> Cost:
-    """PEFT's: W + B A; backward, the gradient of that in full, which is read for dA and for dB."""
+    """PEFT's formula, W + B A. The backward forms its full gradient, which is read for dA and for
+    dB.
+    """
     if not backward:
         merge = machine.kernel(2 * p.weight, 2 * p.experts * p.n * p.k * r)
         return bare(machine, p, False) + merge
@@ -80,14 +82,14 @@ def formula(machine: Machine, p: Projection, r: int, backward: bool) -> Cost:
 
 
 def passes(machine: Machine, p: Projection, choices: int, backward: bool) -> Cost:
-    """The block's passes around its two projections, of which p is the second: activation, order of
-    the tokens, routing weights, sum over the choices.
+    """The block's passes around its two projections (p is the second): activation, order of the
+    tokens, routing weights, sum over the choices.
     """
     inner, outer, few = p.matrix(p.k), p.matrix(p.n), p.matrix(p.n) / choices
     if not backward:
         moved = (3 * inner, 2 * outer, 2 * outer, outer + few)
     else:
-        # The routing weights' gradient: y and dy are read, their product is written and added up.
+        # The routing weights' gradient: y and dy are read, their product is written and summed.
         moved = (few + outer, 2 * outer, 3 * outer, outer, 2 * outer, 5 * inner)
     cost = Cost()
     for bytes_ in moved:
@@ -118,7 +120,7 @@ def stack_costs(
 
 
 def stack_bytes(p: Projection, r: int) -> float:
-    """The peak of ours: W, A, B and their gradients, x, y, dY, dX, z, dz, and parts of dB."""
+    """Our peak memory: W, A, B and their gradients, x, y, dY, dX, z, dz, and parts of dB."""
     factors = FP32 * p.experts * r * (p.n + p.k)
     workspace = FP32 * (p.size // CHUNK + p.experts + 1) * r * max(p.n, p.k)
     return p.weight + 2 * factors + 2 * p.matrix(p.n + p.k) + 2 * p.matrix(r) + workspace

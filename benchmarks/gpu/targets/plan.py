@@ -10,7 +10,7 @@ from benchmarks.gpu.targets.experts import PEFT_CASE, QWEN3, Layer, Projection
 
 @dataclass(frozen=True)
 class Plan:
-    """Shapes are [out, in]; `model` lists them with how many projections have each."""
+    """Shapes are [out, in]; `model` lists each shape with its number of projections."""
 
     name: str = "full"
     copy_bytes: int = 2**30

@@ -3,14 +3,14 @@
 - operators: bandwidth relative to that of a copy, from the bytes in `cases.py`;
 - init: the floor is two reads and one write of every W;
 - PiSSA: predicted for r = 16 only;
-- exact SVD: not predicted, as its time follows neither from its bytes nor from its operations;
-- layer: many calls in a row, so that the host's time matters only where it is longer than the
+- exact SVD: not predicted, because neither its bytes nor its operations determine its time;
+- layer: many calls in a row, so that the host's time matters only if it is longer than the
   device's;
 - decode: our forward compared with the bare layer's for few tokens, in a CUDA graph;
 - memory: the bare layer has W, x, dY, y and dX; ours also has A, B and their gradients in fp32, and
   z and dz in bf16. Workspaces of kernels are not included;
-- experts: the block of a mixture, × the same with frozen experts; and one parameter, of which PEFT
-  has 2.56 ms and 1.30 GB on an H100;
+- experts: the block of a mixture, relative to the same block with frozen experts; and one
+  parameter, for which PEFT measured 2.56 ms and 1.30 GB on an H100;
 - grid: no cell is expected to be slower than the fastest peer.
 """
 
@@ -127,7 +127,7 @@ def stack_line(plan: Plan) -> str:
 
 
 def stack_memory_line(plan: Plan) -> str:
-    """The name of the target for its memory."""
+    """The name of the target for the memory of one parameter of experts."""
     return f"{_stack(plan)}, peak"
 
 
@@ -178,7 +178,7 @@ def _operator_cost(machine: Machine, case: OperatorCase) -> Cost:
     if case.operator == "frobenius_stats":
         table = Cost(copies=COPY if case.weights > 1 else 0.0)
         return table + machine.kernel(case.bytes, wide=(entries, 2, 1), serial=LAST_ADDS)
-    if case.operator == "row_norms":  # and the norms of the right factor's rows
+    if case.operator == "row_norms":  # also the norms of the right factor's rows
         return machine.kernel(0) + machine.kernel(case.bytes)
     tables = machine.kernel(5 * FP64 * sum(case.shape))
     return tables + machine.kernel(case.bytes, wide=(entries, 6, 2))

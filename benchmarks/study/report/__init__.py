@@ -1,4 +1,4 @@
-"""The tables and figures of what has run: `python -m benchmarks.study.report`."""
+"""The tables and figures of all finished runs: `python -m benchmarks.study.report`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from benchmarks.study.report.tables import tables
 
 
 def write_report(folder: Path, console: Console) -> None:
-    """Make methods.csv, rates.csv, hypotheses.csv, table.md and the figures from all rows in
-    `folder`, in the same folder, and print what they say.
+    """From all rows in `folder`, write methods.csv, rates.csv, hypotheses.csv, table.md and the
+    figures into the same folder, and print the results.
 
-    A cell whose grid or seeds are unfinished is only in loss_vs_rate.png. Nothing is written where
+    A cell whose grid or seeds are unfinished is only in loss_vs_rate.png. Nothing is written if
     nothing has run.
 
     Raises:
-        ValueError: a file has other columns than this version writes, or a method is unknown.
+        ValueError: a file's columns are not those of this version, or a method is unknown.
 
     """
     study = read_study(folder)
@@ -77,7 +77,7 @@ def _method_line(row: ReportRow) -> dict[str, str]:
 
 
 def _print_findings(console: Console, decided: Sequence[Finding]) -> None:
-    """Those with a verdict; the others are in the files."""
+    """Print the findings with a verdict; the others are only in the files."""
     for found in (found for found in decided if found.verdict):
         if found.scope == EVERYTHING:
             text = f"Hypothesis {found.hypothesis}, {found.quantity}: {found.verdict}"
@@ -105,7 +105,7 @@ def _print_summaries(console: Console, rates: Sequence[ReportRow]) -> None:
 
 
 def _text(value: object) -> str:
-    """Three digits, in powers of ten where small; empty for None."""
+    """Three digits, with a power of ten if small; empty for None."""
     if not isinstance(value, float):
         return "" if value is None else str(value)
     return f"{value:.2e}" if 0 < abs(value) < 1e-2 else short(value)

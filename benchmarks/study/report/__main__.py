@@ -1,4 +1,4 @@
-"""Make the tables and figures of what has run, and put the tables into a document."""
+"""Make the tables and figures of all finished runs, and put the tables into a document."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.study.report.tables import tables
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0, or 1 if the document has a marker that no table belongs to."""
+    """Return 0, or 1 if the document has a marker without a table."""
     parser = argparse.ArgumentParser("python -m benchmarks.study.report", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder of the results")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What has run, cell by cell, and which rate of a cell is the best."""
+"""The finished runs, cell by cell, and the best rate of each cell."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from benchmarks.study.report.statistics import Point
 from benchmarks.study.store import Row, RunKey, read_curves, read_runs
 from lora_kernels._utils.errors import unknown_name
 
-AGAIN = (REFINEMENT, CONFIRMATION)  # parts whose cells are in other parts too
+AGAIN = (REFINEMENT, CONFIRMATION)  # parts whose cells are also in other parts
 PLANNED = [cell for part, cells in PARTS.items() if part not in AGAIN for cell in cells]
 TASKS = list(dict.fromkeys(cell.task for cell in PLANNED))
 GROUPS = {"core": CORE, "rivals": RIVALS, "ablations": ABLATIONS}
@@ -41,7 +41,7 @@ Run = tuple[int, float]  # the seed, and the k of the rate
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """The runs of a cell, and the held-out curve of each: its (step, loss)."""
+    """The runs of a cell, and the held-out curve of each run: its (step, loss) points."""
 
     cell: Cell
     runs: Mapping[Run, Row]
@@ -58,7 +58,9 @@ class Measured:
 
     @cached_property
     def finished(self) -> bool:
-        """Whether the grid ended by the rule of the design, and its finalists have all seeds."""
+        """Whether the grid ended by the rule of the design, and all seeds of its finalists have
+        run.
+        """
         rows = [row for (seed, _), row in self.runs.items() if seed == SEEDS[0]]
         if not rows or next_rate(self.first, first_rates(float(rows[0]["step_size"]))) is not None:
             return False
@@ -66,13 +68,13 @@ class Measured:
 
     @cached_property
     def means(self) -> dict[float, float]:
-        """The mean final loss of each k that all seeds have finished without diverging."""
+        """The mean final loss of each k at which all seeds have finished without diverging."""
         return mean_losses([self.losses(seed) for seed in SEEDS])
 
     @cached_property
     def best(self) -> float | None:
-        """The k of the smallest mean loss; None if the cell is unfinished, or diverged in at least
-        one seed at each of its finalists.
+        """The k of the smallest mean loss. None if the cell is unfinished, or if at least one seed
+        diverged at each finalist.
         """
         if not self.finished or not self.means:
             return None
@@ -104,8 +106,8 @@ class Measured:
         return [number(self.runs[seed, best][column]) for seed in SEEDS]
 
     def fresh(self, column: str) -> list[float]:
-        """A column's values at the best rate with the seeds that no rate was chosen by; empty
-        until all of them have run, or if one diverged.
+        """A column's values at the best rate with the fresh seeds, which were not used to choose a
+        rate. Empty until all of them have run, or if one of them diverged.
 
         Raises:
             ValueError: the cell has no best rate.
@@ -129,7 +131,7 @@ class Measured:
     def mean_curve(self) -> list[Point]:
         """The held-out loss over the steps at the best rate, the mean of the seeds.
 
-        Empty where a seed's curve is missing, or the cell has no best rate.
+        Empty if a seed's curve is missing or the cell has no best rate.
         """
         if self.best is None or any((seed, self.best) not in self.curves for seed in SEEDS):
             return []
@@ -155,7 +157,7 @@ class Measured:
 
 
 class Study:
-    """The cells of which anything has run: task by task, r = 16 first, methods in the order of the
+    """The cells with at least one run: task by task, r = 16 first, methods in the order of the
     study.
     """
 
@@ -206,7 +208,7 @@ def read_study(folder: Path) -> Study:
 
 
 def number(text: str) -> float:
-    """What the files have for a number: NaN is empty there."""
+    """A number in a file; an empty field is NaN."""
     return float(text) if text else math.nan
 
 

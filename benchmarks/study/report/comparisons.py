@@ -25,12 +25,12 @@ class Comparison(NamedTuple):
 
 
 def difference(measured: Measured, reference: Measured) -> Difference:
-    """Of the final losses in percent, seed by seed, at each one's best rate."""
+    """The difference of final losses in percent, paired by seed, each at its best rate."""
     return paired_difference(measured.at_best("loss"), reference.at_best("loss"))
 
 
 def fresh_difference(measured: Measured, reference: Measured) -> Difference:
-    """The same with the seeds that no rate was chosen by."""
+    """The same with the fresh seeds, which were not used to choose a rate."""
     return paired_difference(measured.fresh("loss"), reference.fresh("loss"))
 
 
@@ -38,7 +38,7 @@ def compare(
     family: Sequence[tuple[Measured, Measured]],
     difference: Callable[[Measured, Measured], Difference] = difference,
 ) -> dict[Cell, Comparison]:
-    """Each first cell with its reference, the p adjusted over all of them."""
+    """Compare each first cell with its reference; the p are adjusted over all pairs."""
     found = [difference(*pair) for pair in family]
     adjusted = holm([each.p for each in found])
     return {
@@ -48,8 +48,8 @@ def compare(
 
 
 def compare_with_lora(study: Study) -> Mapping[Cell, Comparison]:
-    """Every tuned cell with LoRA (B = 0) of its task and rank, where that is finished: one family
-    for each task at r = 16, and one for the other ranks.
+    """Compare every tuned cell with LoRA (B = 0) of its task and rank, if LoRA is finished. There
+    is one family for each task at r = 16, and one for all other ranks.
     """
     families: dict[str, list[tuple[Measured, Measured]]] = defaultdict(list)
     for measured in study.tuned:
@@ -61,8 +61,8 @@ def compare_with_lora(study: Study) -> Mapping[Cell, Comparison]:
 
 
 def confirm(study: Study, reference: str = REFERENCE) -> Mapping[Cell, Comparison]:
-    """Every cell at r = 16 that has run with the fresh seeds with the `reference` method of its
-    task, on these seeds: one family for each task.
+    """Compare every cell at r = 16 that has run with the fresh seeds with the `reference` method of
+    its task, on the fresh seeds. There is one family for each task.
     """
     families: dict[str, list[tuple[Measured, Measured]]] = defaultdict(list)
     for measured in study.tuned:

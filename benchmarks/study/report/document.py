@@ -1,4 +1,4 @@
-"""The study's tables go between markers as all others do."""
+"""The study's tables stand between the same markers as all other tables."""
 
 from benchmarks.common.document import marked, put_tables
 

@@ -16,7 +16,7 @@ from benchmarks.study.report.statistics import first_reaching, width_near_best
 from benchmarks.study.store import rate_name
 
 ReportRow = dict[str, Any]
-DIVERGED = "diverged"  # the verdict on a cell in which each finalist diverged with some seed
+DIVERGED = "diverged"  # the verdict on a cell in which every finalist diverged with some seed
 NO_REFERENCE = "no reference"  # LoRA of that task and rank is not finished
 METHOD_COLUMNS = (
     *("task", "method", "title", "r", "scaling", "rate", "at_grid_end", "loss", "metric"),
@@ -27,17 +27,18 @@ METHOD_COLUMNS = (
 
 
 def method_rows(study: Study) -> list[ReportRow]:
-    """One row for each finished cell, task by task; what does not apply is empty.
+    """One row for each finished cell, task by task; fields that do not apply are empty.
 
     - `rate`: the best; `at_grid_end`: whether it is the lowest or the highest that ran.
     - `loss`, `metric`, `relative_update` = √(ν[ΔW]/ν[W]): means over the seeds at the best rate.
-    - `difference_percent`, `low`, `high`, `p`: the final loss against that of LoRA (B = 0) of the
-      same task and rank, paired by seed, with the ends of the 95 % interval. `p_holm` is adjusted
-      over the comparisons of the task at r = 16, or over those of all other ranks.
+    - `difference_percent`, `low`, `high`, `p`: the difference of the final loss from LoRA's (B = 0)
+      on the same task at the same rank, paired by seed, with the ends of the 95 % interval.
+      `p_holm` is adjusted over the comparisons of the task at r = 16, or over those of all other
+      ranks.
     - `width_decades`: of the range of rates within 1 % of the best, first seed; `width_clipped`:
       at which ends of the grid it is cut off.
     - `steps_to_lora`: until the mean held-out loss is at LoRA's mean final loss.
-    - `start_seconds`, `start_mib`: what the start took, medians over the seeds.
+    - `start_seconds`, `start_mib`: the time and memory of the start, medians over the seeds.
     """
     comparisons = compare_with_lora(study)
     return [_row(study, own, comparisons) for own in study.cells if own.finished]
@@ -51,9 +52,9 @@ CONFIRMATION_COLUMNS = (
 
 
 def confirmation_rows(study: Study) -> list[ReportRow]:
-    """One row for each cell that has run with the fresh seeds, at the rate that the first three
-    seeds chose: the columns of `method_rows` from the fresh seeds alone, and the difference from
-    PiSSA.
+    """One row for each cell that has run with the fresh seeds at the rate that the first three
+    seeds chose. It has the columns of `method_rows`, computed from the fresh seeds alone, and the
+    difference from PiSSA.
     """
     with_lora, with_pissa = confirm(study), confirm(study, "pissa")
     rows = []

@@ -1,7 +1,7 @@
-"""rates.csv: the best rates that were found, and those that theory predicts from LoRA's.
+"""rates.csv: the best rates that were found, and the rates that theory predicts from LoRA's.
 
-An Adam step at the rate η changes W by a matrix of root mean square η·κ, so that best rate · κ
-would be the same for all methods (hypothesis 2 of docs/study.md).
+An Adam step at the rate η changes W by a matrix of root mean square η·κ, so best rate · κ would be
+the same for all methods (hypothesis 2 of docs/study.md).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ RATE_COLUMNS = (
 
 
 def rate_rows(study: Study) -> list[ReportRow]:
-    """One row for each tuned cell, task by task; what does not apply is empty.
+    """One row for each tuned cell, task by task; fields that do not apply are empty.
 
-    `predicted_rate` is LoRA's best rate on the task at r = 16 times κ_LoRA/κ, and `ratio` is found
-    over predicted. The columns `interpolated_...` are the same with the best rates between the
-    rates of the grid, LoRA's included.
+    `predicted_rate` is LoRA's best rate on the task at r = 16 times κ_LoRA/κ, and `ratio` is the
+    found rate over the predicted rate. The columns `interpolated_...` are the same for best rates
+    interpolated between the rates of the grid, LoRA's included.
     """
     return [_row(own, study.get(own.cell.task, REFERENCE)) for own in study.tuned]
 
@@ -67,9 +67,10 @@ def _smaller_steps(lora: Measured, own: Measured) -> float:
 
 
 def interpolated_rate(own: Measured) -> float | None:
-    """The minimum of the parabola through the losses of the best rate and its two neighbors, drawn
-    against log η: the means of the seeds if the three rates have all seeds, else the first seed's
-    losses around its own best. None at an end of the grid or beside a diverged run.
+    """The rate at the minimum of a parabola in log η through the losses of the best rate and its
+    two neighbors. The losses are means over the seeds if all three rates have all seeds, otherwise
+    the first seed's losses around its own best. None at an end of the grid or next to a diverged
+    run.
     """
     first = own.first
     for losses, center in ((own.means, own.best), (first, best_rate(first))):
@@ -84,7 +85,8 @@ def interpolated_rate(own: Measured) -> float | None:
 
 def step_summaries(rows: Sequence[ReportRow]) -> list[ReportRow]:
     """The geometric mean c of best rate · κ for each task and for all, and the factor f such that
-    90 % of the cells lie between c/f and c·f; on the grid, and between its rates.
+    90 % of the cells lie between c/f and c·f; for best rates on the grid, and for interpolated
+    ones.
     """
     tasks = list(dict.fromkeys(str(row["task"]) for row in rows))
     summaries = []

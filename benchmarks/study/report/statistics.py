@@ -1,5 +1,5 @@
-"""The statistic of the design: paired differences, Holm's method, and what lies between the rates
-of a grid. Nothing here knows of files, methods or tasks.
+"""The statistics of the design: paired differences, Holm's method, and interpolation between the
+rates of a grid. Nothing here depends on files, methods or tasks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.polynomial import Polynomial
 from scipy import stats
 
-LEVEL = 0.95  # of intervals; what is told apart has an adjusted p below 1 - LEVEL
+LEVEL = 0.95  # of intervals; methods that are told apart have an adjusted p below 1 - LEVEL
 SHARE = 0.01  # of the best loss: the robustness of a method
 COVERED = 0.9  # of the cells, by a spread
 DEGREE = 3  # of the curve that is fitted to losses
@@ -31,7 +31,7 @@ class Difference(NamedTuple):
 
 
 class Width(NamedTuple):
-    """A range in decades, and whether the grid ends before the range does."""
+    """A range in decades, and whether the grid ends before the range."""
 
     decades: float
     clipped_low: bool
@@ -39,7 +39,7 @@ class Width(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A curve through points, and the part of their variance that it explains."""
+    """A curve fitted to points, and the share of their variance that it explains."""
 
     curve: Polynomial
     r_squared: float
@@ -47,10 +47,10 @@ class Fit(NamedTuple):
 
 def paired_difference(losses: Sequence[float], reference: Sequence[float]) -> Difference:
     """By how many percent `losses` differ from `reference`, pair by pair: the mean, its 95 %
-    interval and the two-sided p, by Student's t with one degree of freedom less than pairs.
+    interval and the two-sided p, by Student's t with one degree of freedom fewer than pairs.
 
     Raises:
-        ValueError: there are fewer than two pairs, or not as many losses as references.
+        ValueError: there are fewer than two pairs, or the two lengths differ.
 
     """
     if len(losses) != len(reference) or len(losses) < 2:
@@ -86,7 +86,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def verdict(mean: float, p: float) -> str:
-    """What a difference of losses says, given its adjusted p."""
+    """The verdict on a difference of losses, given its adjusted p."""
     if p >= 1 - LEVEL:
         return "not told apart"
     return "better" if mean < 0 else "worse"
@@ -95,8 +95,8 @@ def verdict(mean: float, p: float) -> str:
 def width_near_best(losses: Mapping[float, float]) -> Width:
     """The range around the best position in which the loss is within 1 % of the best.
 
-    `losses` has the loss of each position in decades, infinite if the run diverged. Between two
-    positions the loss is linear; beside a diverged run the range ends at the finite one.
+    `losses` has the loss at each position in decades, infinite if the run diverged. Between two
+    positions the loss is linear; next to a diverged run, the range ends at the finite position.
 
     Raises:
         ValueError: no loss is finite.
@@ -124,8 +124,8 @@ def _reach(
 
 
 def vertex(points: Sequence[Point]) -> float | None:
-    """The abscissa of the minimum of the parabola through three points; None where there is no
-    such minimum: a loss is infinite, or the middle one is not below one of the others.
+    """The abscissa of the minimum of the parabola through three points; None if there is no such
+    minimum: a loss is infinite, or the middle loss is not below one of the others.
     """
     (x0, y0), (x1, y1), (x2, y2) = points
     if not all(map(math.isfinite, (y0, y1, y2))) or y1 > min(y0, y2) or y0 == y1 == y2:
@@ -161,7 +161,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
     """The cubic polynomial of least squares, and its R².
 
     Raises:
-        ValueError: there are not more different abscissas than coefficients.
+        ValueError: the number of different abscissas is not larger than the number of coefficients.
 
     """
     if len(set(x)) <= DEGREE + 1:

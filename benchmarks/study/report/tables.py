@@ -33,7 +33,7 @@ _FINDING_HEADS = ("", "where", "number", "value", "rule", "verdict", "cells", "f
 
 
 def tables(study: Study) -> dict[str, str]:
-    """A table for each task, and those of the ranks, the rates and the hypotheses."""
+    """The tables of each task, of the ranks, the rates and the hypotheses, by name."""
     rows = method_rows(study)
     found = {task: _of_task(study, task, rows) for task in TASKS}
     found["confirmation"] = _of_confirmation(confirmation_rows(study))
@@ -59,7 +59,7 @@ def _of_task(study: Study, task: str, rows: Sequence[ReportRow]) -> str:
 
 
 def _untouched(study: Study, task: str) -> tuple[object, ...]:
-    """The model before training, which all methods share but for the noise of Init[AB+]."""
+    """The model before training: the same for all methods, except for the noise of Init[AB+]."""
     first = next(own for own in study.cells if own.cell.task == task and own.finished)
     row = next(iter(first.runs.values()))
     facts: ReportRow = {"loss": float(row["start_loss"]), "metric": float(row["start_metric"])}
@@ -68,7 +68,7 @@ def _untouched(study: Study, task: str) -> tuple[object, ...]:
 
 
 def _of_confirmation(rows: Sequence[ReportRow]) -> str:
-    """What the fresh seeds say."""
+    """The table of the fresh seeds."""
     lines = [
         (
             *(row["task"], row["title"], _scaling(row), _rate(row), _number(row, "loss", ".4f")),
@@ -81,7 +81,7 @@ def _of_confirmation(rows: Sequence[ReportRow]) -> str:
 
 
 def _of_ranks(rows: Sequence[ReportRow]) -> str:
-    """The cells of the methods that other ranks have, at r = 16 too."""
+    """The cells of the methods that also run at other ranks, including r = 16."""
     methods = {(cell.task, cell.method) for cell in PLANNED if cell.r != RANK}
     own = [row for row in rows if (row["task"], row["method"]) in methods]
     if all(row["r"] == RANK for row in own):
@@ -128,7 +128,7 @@ def _of_hypotheses(study: Study) -> str:
 def _table(
     heads: Sequence[str], lines: Iterable[Sequence[object]], rows: Sequence[ReportRow]
 ) -> str:
-    """Markdown, with the notes that its marks need."""
+    """A table in Markdown, with notes that explain its marks."""
     body = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
     if not body:
         return NOTHING

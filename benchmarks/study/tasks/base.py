@@ -1,4 +1,4 @@
-"""`Task`, what the study asks of a task."""
+"""`Task`, the interface of the study's tasks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Task:
         model: in float32, in evaluation mode (no dropout), all parameters frozen.
         targets: the names of the linear layers that are adapted.
         steps, batch: optimizer steps of a run, and samples of a step.
-        checks: how often the held-out part is evaluated, at equal distances; the last is the end.
+        checks: how often the held-out part is evaluated, at equal intervals up to the end.
         metric: what `evaluate` returns beside the loss; larger is better.
 
     """
@@ -52,7 +52,7 @@ class Task:
         raise NotImplementedError
 
     def batches(self, seed: int) -> Iterator[Batch]:
-        """The batches of a run: epoch after epoch, each in an order that only the seed decides."""
+        """The batches of a run: epoch after epoch, in an order that depends only on the seed."""
         samples, order = self.samples(), list[int]()
         generator = torch.Generator().manual_seed(seed)
         for _ in range(self.steps):
@@ -67,7 +67,7 @@ class Task:
 
 
 def padded(rows: Sequence[Tensor], value: int) -> Tensor:
-    """[len(rows), longest] int64, filled on the right."""
+    """[len(rows), longest] int64, padded with `value` on the right."""
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 

@@ -18,7 +18,7 @@ IGNORED = -100
 
 class CausalTask(Task):
     """A causal language model on vectors of token ids. A sample is (ids, labels), both [length];
-    the labels of tokens that are given, not predicted, are `IGNORED`.
+    the labels of given tokens, which are not predicted, are `IGNORED`.
     """
 
     held_out: Sequence[tuple[Tensor, Tensor]]
@@ -31,7 +31,7 @@ class CausalTask(Task):
 
     def collate(self, samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         ids, labels = zip(*samples, strict=True)
-        # Padding comes after every token that counts, so no token that counts attends to it.
+        # Padding comes after every predicted token, so no predicted token attends to padding.
         return padded(ids, 0).to(self.device), padded(labels, IGNORED).to(self.device)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -39,7 +39,7 @@ class CausalTask(Task):
         return functional.cross_entropy(logits, labels)
 
     def predictions(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The logits [tokens, vocabulary] of the tokens that count, and these tokens [tokens]."""
+        """The logits [tokens, vocabulary] of the predicted tokens, and these tokens [tokens]."""
         ids, labels = batch
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         counts = labels[:, 1:] != IGNORED
@@ -53,8 +53,8 @@ class CausalTask(Task):
 class Code(CausalTask):
     """The last 64 tokens of each problem with its solution: solutions have 59 on average.
 
-    148 texts are for training and 16 for the held-out part. The metric is the part of the held-out
-    tokens that the model puts first.
+    148 texts are for training and 16 for the held-out part. The metric is the share of held-out
+    tokens that are the model's first choice.
     """
 
     name, metric = "code", "next-token accuracy"

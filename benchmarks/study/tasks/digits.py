@@ -1,4 +1,4 @@
-"""SmolLM2-135M on a made-up exercise that it fails at first: sorting the digits of a number."""
+"""SmolLM2-135M on a synthetic task that it fails at first: sorting the digits of a number."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ HELD_OUT = 128
 
 
 class Digits(CausalTask):
-    """Lines such as "4172 = 1247" for numbers of four digits; the loss counts the answer with its
+    """Lines such as "4172 = 1247" for numbers of four digits; the loss is over the answer and its
     end of line.
 
-    128 numbers are held out, the other 9,872 are for training. The metric is exact match: each
+    128 numbers are held out, and the other 9,872 are for training. The metric is exact match: each
     token of the answer is the model's first choice after the right tokens before it, so greedy
-    decoding writes the right answer. The untouched model has none right.
+    decoding writes the right answer. The untouched model gets no answer right.
     """
 
     name, metric = "digits", "exact match"

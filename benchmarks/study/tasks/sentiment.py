@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, a model of BERT's family, on whether a sentence praises a film."""
+"""all-MiniLM-L6-v2, a BERT model, on whether a sentence praises a film."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Sample = tuple[Tensor, float]
 
 
 class Classifier(nn.Module):
-    """The mean of the last hidden states, and a linear probe of it that does not train."""
+    """An encoder, and a frozen linear probe of the mean of its last hidden states."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ class Classifier(nn.Module):
 
 
 class Sentiment(Task):
-    """Film reviews' sentences with the mean rating of twenty people, from −4 to 4 (Hutto and
-    Gilbert, ICWSM 2014), as praise or blame; 2,048 for training, 512 held out.
+    """Sentences of film reviews, classified as praise or blame by the mean rating of twenty people,
+    from −4 to 4 (Hutto and Gilbert, ICWSM 2014); 2,048 for training, 512 held out.
 
     The probe is a logistic regression on the untouched model's features of the training sentences.
     The metric is the accuracy.
@@ -127,7 +127,7 @@ def load_sentences(sdist: Path) -> list[tuple[float, str]]:
     """(rating, sentence) of every sentence that is not neutral.
 
     Raises:
-        MissingWheelError: the source distribution is not there.
+        MissingWheelError: the source distribution is missing.
 
     """
     if not sdist.is_file():
@@ -141,5 +141,5 @@ def load_sentences(sdist: Path) -> list[tuple[float, str]]:
 
 
 def _by_length(samples: Sequence[Sample]) -> list[Sample]:
-    """Sorted, so that batches have little padding."""
+    """The samples sorted by length, so that batches have little padding."""
     return sorted(samples, key=lambda sample: len(sample[0]))

@@ -46,8 +46,8 @@ struct Strip {
 };
 
 // The memory from which the next tile is packed, prefetched in two cache lines for each k of a
-// strip. The hardware's prefetching ends at the end of a page, and the rows of a weight are pages
-// apart: without this, a product with 16 columns took 7.9 instead of 4.8 ms (4096^2, float32, 2
+// strip. The hardware's prefetching stops at the end of a page, and the rows of a weight are pages
+// apart: without this, a product with 16 columns took 7.9 ms instead of 4.8 (4096^2, float32, 2
 // threads of Zen 4).
 struct Prefetch {
   uintptr_t start = 0;                                        // 0: none
@@ -55,13 +55,13 @@ struct Prefetch {
                                                               // k / 16, k % 16, and between the two
 };
 
-// Rows of W + a b, of which only the squares are wanted. `a` is packed as [depth][kSquareRows], `b`
-// as [panel][depth][square_bytes], zeros after the last column included. W, a and b are all float32
-// or all float64.
+// Rows of W + a b, of which only the squares are needed. `a` is packed as [depth][kSquareRows], `b`
+// as [panel][depth][square_bytes], including zeros after the last column. W, a and b are all
+// float32 or all float64.
 constexpr int kSquareRows = 8;
 
 struct SquareTile {
-  const void* rows[kSquareRows];  // of W; those from `count` on may be any that can be read
+  const void* rows[kSquareRows];  // of W; pointers from `count` on may be any that can be read
   int64_t count;
   const void* a;
   const void* b;
@@ -81,8 +81,8 @@ struct DoraRow {
   int64_t count;
 };
 
-// dy0 = dy * gain; gain_sums += dy * y0; bias_sums += dy. The sums have the gain's type. What is
-// null is not computed.
+// dy0 = dy * gain; gain_sums += dy * y0; bias_sums += dy. The sums have the gain's type. Null
+// outputs are not computed.
 struct DoraGradRow {
   const void *dy, *y0, *gain;
   void *dy0, *gain_sums, *bias_sums;
@@ -106,12 +106,12 @@ struct Kernels {
   void (*dropout_row)(
       const void* x, void* out, c10::ScalarType dtype, int64_t row, int64_t count,
       const Philox& philox);
-  int strip_lines;  // the width of a strip that is fastest
+  int strip_lines;  // the width of the fastest strip
   void (*strip_f32)(const Strip& strip, const Prefetch& prefetch);
   void (*strip_f64)(const Strip& strip, const Prefetch& prefetch);
   // out[j] = x[j] in float32; x is bfloat16 or float16
   void (*widen_row)(const void* x, c10::ScalarType dtype, float* out, int64_t count);
-  int square_bytes;  // of a row of a panel
+  int square_bytes;  // the size of a row of a panel
   // sums[i] += sum_j (W + a b)(i, j)^2 and sizes[i] += sum_j W(i, j)^2, for each of `count` rows
   void (*row_squares_f32)(const SquareTile& tile, double* sums, double* sizes);
   void (*row_squares_f64)(const SquareTile& tile, double* sums, double* sizes);

@@ -141,9 +141,9 @@ inline void store(
 #endif
 
 // A row group's factors in the form used by the loop, and the corrections of one step for each of
-// its rows. The rows of a group share one division (1/x = yzw / xyzw); without that, division
-// instead of memory would be the limit at 4096^2. The subtraction is done in the same loop:
-// computing a block of corrections first took twice as long.
+// its rows. The rows of a group share one division (1/x = yzw / xyzw); otherwise division, not
+// memory, would be the limit at 4096^2. The subtraction is done in the same loop: computing a block
+// of corrections first took twice as long.
 struct Factors : RowGroup {  // a copy, which the stores cannot alias
   template <typename V, typename Take>
   __attribute__((always_inline)) void correct(

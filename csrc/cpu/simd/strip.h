@@ -9,7 +9,7 @@ namespace LORA_ISA {
 namespace {
 
 // Rows of the register tile for strips of one line of 64 bytes and, if the set has enough
-// registers, of two lines: the registers that remain after the vectors of b and one for a.
+// registers, of two lines: the registers left by the vectors of b and one register for a.
 #if defined(LORA_STRIP_ROWS_1)
 constexpr int kRowsOf1 = LORA_STRIP_ROWS_1;
 #elif defined(__aarch64__)

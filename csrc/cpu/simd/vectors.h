@@ -1,9 +1,9 @@
 // Loads and stores of vectors as wide as a register of the instruction set LORA_ISA.
 //
-// This header and those that include it (rows.h, strip.h, float_strips.h) are parsed by <isa>.cpp
-// after it has set LORA_ISA and raised the compiler's target. They include only each other: inline
-// functions of any other header would be compiled for that target, and the linker could use that
-// copy in the whole program. Other headers that they need are in includes.h.
+// This header and the headers that include it (rows.h, strip.h, float_strips.h) are parsed by
+// <isa>.cpp after it has set LORA_ISA and raised the compiler's target. They include only each
+// other: inline functions of any other header would be compiled for that target, and the linker
+// could use that copy in the whole program. Other headers that they need are in includes.h.
 #pragma once
 
 namespace lora {

@@ -15,11 +15,11 @@ from .peft_format.magnitudes import is_magnitude
 
 
 def truncated(state: AdapterState, r: int) -> AdapterState:
-    """The best adapter of rank r for the original base, without a start to subtract and without R.
+    """The best adapter of rank r for the original base, which has no start to subtract and no R.
 
     s(BA − B₀A₀), of twice the rank, is truncated to its r largest singular values, and s becomes 1.
-    Magnitudes stay: the rows of the adapted weight keep their norms, whatever r is. A layer whose
-    rank is r or less keeps its factors.
+    Magnitudes do not change: the rows of the adapted weight keep their norms for every r. A layer
+    whose rank is r or less keeps its factors.
     """
     as_integer(r, "compress_to", minimum=1)
     layers = {name: _truncated(layer, r) for name, layer in state.layers.items()}
@@ -47,8 +47,9 @@ def _truncated(layer: LayerState, r: int) -> LayerState:
 
 @torch.no_grad()
 def product_norm(right: Tensor, left: Tensor) -> float:
-    """‖B'A'‖_F in float64, of A' [..., k, in] and B' [..., out, k], whose parts may cancel: from
-    their QR decompositions, so that nothing of size [out, in] is made.
+    """‖B'A'‖_F in float64, of A' [..., k, in] and B' [..., out, k], whose parts may cancel.
+
+    The norm is computed from QR decompositions of the factors: no matrix [out, in] is formed.
     """
     return float((_triangle(left.double()) @ _triangle(right.double().mT).mT).norm())
 
@@ -64,14 +65,15 @@ def _triangle(matrix: Tensor) -> Tensor:
 def update_errors(
     state: AdapterState, written: Mapping[str, tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, float], float]:
-    """‖ΔW − B'A'‖_F / ‖ΔW‖_F of each layer, whose A' and B' are `written`, and the same over all
-    layers; 0 where ΔW is zero. If there are magnitudes, ΔW is V − W_base, that of the direction.
+    """‖ΔW − B'A'‖_F / ‖ΔW‖_F of each layer, where `written` has A' and B', and the same ratio over
+    all layers; the ratio is 0 where ΔW is zero. With magnitudes, ΔW is V − W_base, the change of
+    the direction.
     """
     errors, lost, total = {}, 0.0, 0.0
     for name, (right, left) in written.items():
         A, B = state.layers[name].portable_factors()
         size, r = product_norm(A, B), A.shape[-2]
-        # All others are zeros.
+        # The remaining rows and columns are zeros.
         if torch.equal(right[..., :r, :], A) and torch.equal(left[..., :r], B):
             missing = 0.0
         else:
@@ -85,9 +87,9 @@ def update_errors(
 
 
 def balanced(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A' and B' of these layers with entries of equal size in each row of A' and column of B'. The
-    product has the same bits: the factors are powers of two. Small updates would otherwise have
-    entries that float16 cannot hold.
+    """A' and B' of these layers, rescaled so that the entries of each row of A' are as large as
+    those of the same column of B'. The scales are powers of two, so that the product keeps its
+    bits. Without this, small updates would have entries that float16 cannot hold.
     """
     found = {}
     for name, (right, left) in factors.items():
@@ -99,8 +101,9 @@ def balanced(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Te
 
 
 def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """The tensors in this dtype; the same mapping if all of them have it. Magnitudes become float32
-    at least: what their rounding loses is a part of the whole weight, not of its update.
+    """The tensors in this dtype; the same mapping if all tensors have it already. Magnitudes are
+    kept in float32 or wider: their rounding error is relative to the whole weight, not to its
+    update.
 
     Raises:
         ValueError: a number is too large for the dtype.

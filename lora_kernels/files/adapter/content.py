@@ -1,14 +1,15 @@
 """What the files in an adapter's folder contain, in each format.
 
-"peft": `adapter_config.json` and `adapter_model.safetensors`, which give the adapted model on the
-original base, whatever the start and the loader (see `portable`). "start": the same two files, for
-a base from which the start was subtracted. "native": `adapter_native.safetensors`, another name on
-purpose, holds A, B, R and those initial factors that cannot be recomputed, at their own rank.
-"diffusers": the content of "peft" in `pytorch_lora_weights.safetensors`, whose header has the
-configuration, and whose names begin with a model of a pipeline.
+"peft": `adapter_config.json` and `adapter_model.safetensors`. Every loader computes the adapted
+model from them on the original base, whatever the start was (see `portable`). "start": the same two
+files, for a base from which the start was subtracted. "native": `adapter_native.safetensors`
+(deliberately not PEFT's file name) holds A, B, R and the initial factors that cannot be recomputed,
+each layer at its own rank. "diffusers": the content of "peft" in
+`pytorch_lora_weights.safetensors`; the file's header has the configuration, and the tensors' names
+begin with the name of a pipeline's model.
 
-In all of them the recipe, from which training continues exactly, is in the header of the tensors,
-which PEFT and serving engines do not read.
+In every format, the header of the file of tensors has the recipe, from which training continues
+exactly. PEFT and serving engines do not read the recipe.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from .tensors import native_tensors
 NATIVE_FILE = "adapter_native.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
-# The models of a pipeline that diffusers loads adapters into; the first part of a tensor's name.
+# The models of a pipeline that diffusers loads adapters into. A tensor's name begins with one.
 COMPONENTS = (
     "unet",
     "transformer",
@@ -75,8 +76,8 @@ ADAPTER_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_FILE, NATIVE_FILE})
 @dataclass(frozen=True)
 class FolderContent:
     """`config` is the content of `adapter_config.json`; `tensors` and `recipe` are in `file`.
-    `parts` are the tensors that hold experts, by the names of their layers. `component` is the
-    model of a pipeline, of the format "diffusers".
+    `parts` are the tensors that hold experts, by the names of the layers. For the format
+    "diffusers", `component` is the pipeline's model.
     """
 
     file: str
@@ -96,11 +97,11 @@ class FolderContent:
         return found | {"format": "pt", DIFFUSERS_METADATA: json.dumps(options, allow_nan=False)}
 
     def write(self, folder: Path, owned: Collection[str] = ADAPTER_FILES) -> dict[str, int]:
-        """Replaces the adapter in a folder, as `replace_files`; returns the sizes by name.
+        """Replaces the adapter in a folder by `replace_files`; returns {file: size in bytes}.
 
         Raises:
             ValueError: a tensor is not finite, because s·B was too large; nothing is written then.
-            OSError: as `replace_files`.
+            OSError: see `replace_files`.
 
         """
         for name, tensor in self.tensors.items():
@@ -122,7 +123,7 @@ class FolderContent:
 
 
 def as_diffusers(content: FolderContent, component: str) -> FolderContent:
-    """The content of a "peft" folder as a file of diffusers, for a model of a pipeline.
+    """Turns the content of a "peft" folder into a diffusers file for a pipeline's model.
 
     Raises:
         ValueError: an unknown component, or tensors that diffusers refuses.
@@ -146,7 +147,7 @@ def as_diffusers(content: FolderContent, component: str) -> FolderContent:
 def from_diffusers(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors of a file of diffusers, as PEFT has them. A file without
+    """The configuration and the tensors of a diffusers file, with PEFT's names. A file without
     options has s = 1.
 
     Raises:
@@ -178,7 +179,7 @@ def from_diffusers(
 
 
 def factors_of(content: FolderContent, layers: Mapping[str, LayerState]) -> dict[str, Pair]:
-    """A' and B' of these layers in the files of format "peft"; of experts, 3-D."""
+    """A' and B' of these layers in a file of the format "peft"; 3-D for experts."""
 
     def pair(name: str) -> Pair:
         key_A, key_B = factor_keys(name, content.tensors)
@@ -199,7 +200,7 @@ def factors_of(content: FolderContent, layers: Mapping[str, LayerState]) -> dict
 def with_factors(
     content: FolderContent, layers: Mapping[str, LayerState], factors: Mapping[str, Pair]
 ) -> FolderContent:
-    """The content with other A' and B' of the same shapes, of `layers`."""
+    """The content with A' and B' of `layers` replaced by factors of the same shapes."""
     tensors = dict(content.tensors)
     for name, (right, left) in factors.items():
         parts, place = content.parts.get(name, ()), name_in_file(name, layers)
@@ -222,12 +223,14 @@ def folder_content(
     task_type: str | None = None,
     layout: str = STACKED,
 ) -> FolderContent:
-    """The content of a folder for the adapter. Its factors may be on the meta device, except for
-    "peft", whose recipe is added by `with_recipe`, since a plain adapter has none.
+    """The content of a folder for the adapter.
 
-    `module_names`, `fan_in_fan_out` and `layout` are those of `to_peft`. "start" has two arguments
-    of its own: `original`, the original base, of which `state.base_model` is the residual base; and
-    `task_type`, for the configuration.
+    The factors may be on the meta device, except for "peft". A "peft" folder gets its recipe from
+    `with_recipe`, because a plain adapter has none.
+
+    For `module_names`, `fan_in_fan_out` and `layout` see `to_peft`. Two arguments are for "start"
+    only: `original`, the original base (`state.base_model` is the residual base), and `task_type`,
+    for the configuration.
     """
     if format == PEFT:
         config, tensors = to_peft(state, module_names, fan_in_fan_out, layout=layout)
@@ -241,7 +244,7 @@ def folder_content(
         recipe = recipe_to_json(recipes, NATIVE, state.config, state.base_model, **more)
         config = {"peft_type": NATIVE_TYPE, **json.loads(recipe)}
         return FolderContent(NATIVE_FILE, config, native_tensors(state), recipe)
-    # The start was subtracted from the residual base: its adapter has nothing to subtract.
+    # The start was subtracted from the residual base, so that the adapter subtracts nothing.
     layers = {
         name: replace(layer, beta=None, start_A=None, start_B=None)
         for name, layer in state.layers.items()
@@ -254,7 +257,7 @@ def folder_content(
 
 
 def with_recipe(content: FolderContent, state: AdapterState) -> FolderContent:
-    """The content of a "peft" folder with the recipe from which the adapter is restored."""
+    """Adds the recipe from which the adapter is restored to the content of a "peft" folder."""
     pairs = factors_of(content, state.layers)
     recipes = {name: portable_recipe(state.layers[name], *pair) for name, pair in pairs.items()}
     experts: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Writes adapters into folders, and reads them and those of PEFT."""
+"""Writes adapters into folders, and reads adapters that this package or PEFT wrote."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ class SavedAdapter:
         folder: where it was written.
         files: the sizes of the files in bytes, by name.
         layers: the number of layers.
-        rank: the largest rank in the file. All layers have it if format="peft".
-        folded: the layers whose R was multiplied into A, since format="peft" cannot store it:
+        rank: the largest rank in the file; with format="peft" the rank of all layers.
+        folded: the layers whose R was multiplied into A, because format="peft" cannot store R:
             training continues with A and B. format="native" keeps R.
         errors: with `compress_to` or `dtype`, ‖ΔW − ΔW'‖_F / ‖ΔW‖_F of each layer, where ΔW' is
-            the update that is in the file; else None.
-        error: the same over all layers.
+            the update in the file; else None.
+        error: the same ratio over all layers.
         changed: what `compress_to` and `dtype` did, in words.
 
     """
@@ -73,7 +73,7 @@ class SavedAdapter:
 
     @property
     def warning(self) -> str | None:
-        """What a server has to be told to load the adapter, or None."""
+        """What a server has to be told so that it loads the adapter, or None."""
         return beyond_vllm(self.rank) if ADAPTER_FILE in self.files else None
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class SavedAdapter:
 
 
 def vllm_limit(rank: int) -> int | None:
-    """The smallest --max-lora-rank of vLLM that takes this rank; None if none does."""
+    """The smallest value of vLLM's --max-lora-rank that allows this rank; None if none does."""
     return next((limit for limit in VLLM_RANKS if limit >= rank), None)
 
 
@@ -123,31 +123,32 @@ def write_adapter(
     experts: str = "auto",
     component: str = "",
 ) -> SavedAdapter:
-    """Writes an adapter into a folder and replaces the one that is there. A killed process leaves
-    the old one or the new one, complete. Other files in the folder stay.
+    """Writes an adapter into a folder, where it replaces an existing one. A killed process leaves
+    either the old adapter or the new one, complete. Other files in the folder do not change.
 
     Args:
         folder: made if it does not exist.
         state: the adapter.
-        format: "peft", which PEFT and serving engines load onto the original base, all with the
-            same strength: s is multiplied into B, all layers have one rank, and `lora_alpha` is
-            equal to it. A start that was subtracted doubles the rank: A' = [A; A − A₀],
-            B' = s·[B − B₀, B₀]. An R is multiplied into A. Or "native", for this package: as
-            small as the training state, and with R. Or "diffusers": what "peft" has, in the one
-            file that a pipeline's `load_lora_weights` loads.
-        compress_to: the rank that format="peft" is truncated to, by the SVD of s(BA − B₀A₀). The
+        format: "peft": PEFT and serving engines load the adapter onto the original base, all with
+            the same strength. s is multiplied into B, all layers have one rank, and `lora_alpha`
+            equals that rank. A start that was subtracted doubles the rank: A' = [A; A − A₀],
+            B' = s·[B − B₀, B₀]. An R is multiplied into A. "native": for this package, as small as
+            the training state, with R. "diffusers": the content of "peft" in the one file that a
+            pipeline's `load_lora_weights` loads.
+        compress_to: the rank to which format="peft" is truncated, by the SVD of s(BA − B₀A₀). The
             result is a plain adapter, from which the start cannot be recovered.
-        dtype: float32, bfloat16 or float16, to which all tensors of format="peft" are rounded, but
-            DoRA's magnitudes to float32. If this changes them, the result is a plain adapter too.
-            None keeps float32, or float64.
-        module_names: the names of all modules of the base. With them `target_modules` of the
-            configuration can be endings ("q_proj") where those match exactly these layers.
+        dtype: float32, bfloat16 or float16. All tensors of format="peft" are rounded to it, except
+            DoRA's magnitudes, which are rounded to float32. If the values change, the result is a
+            plain adapter too. None keeps float32 or float64.
+        module_names: the names of all modules of the base. They allow `target_modules` of the
+            configuration to have endings ("q_proj") where these match exactly the adapted layers.
         fan_in_fan_out: whether the layers are Conv1D, for PEFT's option of that name.
         experts: how format="peft" stores the adapters of experts. "each": a pair of 2-D matrices
-            for each tensor of a checkpoint that has one for each expert; "stacked": a pair for all
-            experts of a parameter, as PEFT writes it from 0.19 on. "auto": as `save_adapter` chose,
-            or as the file had it that the adapter was read from. A projection that is not adapted
-            is written as zeros beside one that is.
+            for each tensor of a checkpoint that has one tensor for each expert. "stacked": one pair
+            for all experts of a parameter, as PEFT writes it since 0.19. "auto": the layout that
+            `save_adapter` chose, or that of the file from which the adapter was read. If only one
+            projection of the experts is adapted, the other is written as zeros.
+        component: for format="diffusers", the pipeline's model: "unet", "transformer" ...
         component: of format="diffusers", the pipeline's model: "unet", "transformer" ...
 
     Raises:
@@ -188,7 +189,7 @@ def write_adapter(
             content = replace(content, tensors=tensors)
     folded: tuple[str, ...] = ()
     errors, error = None, None
-    if changed:  # without a recipe: what it was truncated or rounded from cannot be recovered
+    if changed:  # without a recipe: the state before truncation or rounding cannot be recovered
         errors, error = update_errors(state, factors_of(content, state.layers))
     elif format == PEFT:
         content = with_recipe(content, state)
@@ -209,7 +210,7 @@ def write_adapter(
 
 
 def float_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """The dtype of that name, or itself; raises a ValueError if it is none of `DTYPES`."""
+    """The dtype of that name, or the given dtype; raises ValueError unless `DTYPES` has it."""
     known = {name: getattr(torch, name) for name in DTYPES}
     found = known.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if found not in known.values():
@@ -224,26 +225,26 @@ def read_adapter(
     """Reads the adapter in a folder, on the CPU.
 
     An adapter that this package wrote is restored as it was trained, bit for bit: A, B, R and the
-    start that is subtracted (an R that was folded excepted, see `SavedAdapter`). An adapter that
-    PEFT wrote is a plain one, with nothing to subtract, unless PEFT has converted it from a
-    residual base: then A₀ and B₀ are subtracted, and the rank is half of the file's.
+    start that is subtracted (except an R that was folded, see `SavedAdapter`). An adapter that PEFT
+    wrote is read as a plain adapter with nothing to subtract. If PEFT has converted that adapter
+    from a residual base, A₀ and B₀ are subtracted, and the rank is half of the file's.
 
     Args:
         folder: written by this package or PEFT.
-        residual_base: whether the adapter may be one of a residual base, from which a start was
-            subtracted: the start that `lora-kernels init` wrote, or PiSSA and the like of PEFT. It
-            is read as a plain adapter of that base, and is wrong on the original one.
-        expert_order: of experts that PEFT stacks in one tensor, how the expert varies in the
-            columns of B: "fastest", as PEFT writes them; "slowest", as Unsloth did before September
+        residual_base: whether the adapter may belong to a residual base, from which a start was
+            subtracted: the start that `lora-kernels init` wrote, or PEFT's PiSSA and similar. It is
+            read as a plain adapter of that base, and is wrong on the original base.
+        expert_order: for experts that PEFT stacks in one tensor, how the expert varies in the
+            columns of B: "fastest", as PEFT writes it; "slowest", as Unsloth did before September
             2026; "auto", as the configuration says, else "fastest".
 
-    Experts that the file has as linear layers are read as such: `placed` joins them for a model
+    Experts that are linear layers in the file stay linear layers: `placed` joins them for a model
     that has them in one parameter.
 
     Raises:
         FileNotFoundError: there is no adapter.
         ValueError: a file is damaged or holds something else, an option is not implemented, the
-            adapter is one of a residual base, or the configuration denies `expert_order`.
+            adapter belongs to a residual base, or the configuration contradicts `expert_order`.
 
     """
     folder = Path(folder)
@@ -290,7 +291,7 @@ def warn_of_changed(file: Path, error: ChangedTensorsError) -> None:
 def read_files(
     folder: Path,
 ) -> tuple[dict[str, Any] | None, Path, dict[str, Tensor], dict[str, str]]:
-    """The configuration, and the file with its tensors and metadata: those of one adapter, also
+    """The configuration, the file, its tensors and its metadata. All belong to one adapter, even
     while another one is being written in its place.
     """
     for attempt in range(_ATTEMPTS):
@@ -312,7 +313,7 @@ def read_files(
 
 
 def _versions(folder: Path) -> list[tuple[int, int, int] | None]:
-    """What identifies the versions of an adapter's files: equal only if none was replaced."""
+    """Identifies the versions of an adapter's files: equal only if no file was replaced."""
     versions: list[tuple[int, int, int] | None] = []
     for name in (*sorted(ADAPTER_FILES), DIFFUSERS_FILE):
         try:
@@ -339,7 +340,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _tensor_file(folder: Path, config: dict[str, Any] | None) -> Path:
-    """The file that the configuration belongs to; without one, the file that was written last."""
+    """The file that belongs to the configuration; without a configuration, the newest file."""
     names: tuple[str, ...] = (NATIVE_FILE, ADAPTER_FILE)
     if config is not None:
         names = (NATIVE_FILE,) if config.get("peft_type") == NATIVE_TYPE else (ADAPTER_FILE,)

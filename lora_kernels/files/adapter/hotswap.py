@@ -1,4 +1,4 @@
-"""`hotswap_adapter`: exchanges an adapter in place, which keeps compiled graphs."""
+"""`hotswap_adapter`: exchanges an adapter in place, so that compiled graphs remain valid."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def hotswap_adapter(
     residual_base: bool = False,
     expert_order: str = "auto",
 ) -> None:
-    """Overwrites an adapter of the model by the one in a folder, in place.
+    """Overwrites an adapter of the model with the adapter in a folder, in place.
 
-    A model compiled by `torch.compile` is not compiled again. `save_adapter` then saves the new
-    adapter, and `requires_grad` does not change. An optimizer's state is still that of the old one.
+    A model that `torch.compile` compiled is not compiled again. `save_adapter` then saves the new
+    adapter, and `requires_grad` does not change. An optimizer keeps the state of the old adapter.
 
     Args:
         model: a model adapted by `add_lora` or `load_adapter`.
         folder: written by `save_adapter` or PEFT; an adapter of the same layers and ranks.
-        adapter_name: the adapter to overwrite; active or not.
-        residual_base: as for `load_adapter`.
-        expert_order: as for `load_adapter`.
+        adapter_name: the adapter to overwrite, active or not.
+        residual_base: see `load_adapter`.
+        expert_order: see `load_adapter`.
 
     Raises:
         FileNotFoundError: there is no adapter in the folder.
-        ValueError: as `read_adapter`; the model has no adapter of that name; the new adapter has
-            other layers, ranks or tensors trained in full, or a start to subtract where the old one
-            has none; or the old one's start was subtracted from the weights (residual="absorb").
-            The model is then unchanged.
+        ValueError: see `read_adapter`; the model has no adapter of that name; the new adapter has
+            other layers, ranks or fully trained tensors, or a start to subtract where the old one
+            has none; or the old adapter's start was subtracted from the weights
+            (residual="absorb"). The model is then unchanged.
 
     """
     state = read_adapter(folder, residual_base=residual_base, expert_order=expert_order)

@@ -1,12 +1,13 @@
-"""The portable form of an adapter, and back: every loader applies it with the right strength.
+"""The portable form of an adapter, which every loader applies with the right strength, and back.
 
-A' = [RA; RA − A₀] and s·B' = s·[B − B₀, B₀], with zero rows and columns up to one rank for all
-layers, so that the configuration needs no rsLoRA, no patterns, and lora_alpha = r. Where these
-parts cancel too, A' and s·B' are those of an SVD of the update.
+A' = [RA; RA − A₀] and s·B' = s·[B − B₀, B₀]. Zero rows and columns give all layers one rank r, so
+that the configuration needs neither rsLoRA nor patterns: lora_alpha = r. Where the two parts still
+cancel, A' and s·B' are computed by an SVD of the update instead.
 
-A, B, A₀ and B₀ are computed from them. No bit is lost where s is a power of two, and B and B₀ are
-within a factor of two of each other (Sterbenz). For all other numbers the recipe holds the
-differences of the bits: about two bits a number, and all bits where A' and B' are those of an SVD.
+A, B, A₀ and B₀ are recovered from A' and s·B'. A number is recovered exactly where s is a power of
+two and B and B₀ are within a factor of two of each other (Sterbenz). For all other numbers the
+recipe has the differences of the bits, about two bits a number; where A' and B' are computed by an
+SVD, it has all bits.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from ..io.buffers import memory_of
 from ..io.differences import difference
 from .recipe import layer_from_dict, layer_numbers, layer_to_dict, trained_dtype
 
-# A header of the safetensors format has at most 100 MB, with escapes.
+# A header of the safetensors format has at most 100 MB, including escapes.
 _LIMIT = 80_000_000
 
 
 def padded(factor: Tensor, r: int, dim: int) -> Tensor:
-    """The factor with zeros up to rank r; `dim` is that of the rank: 0 of A, 1 of B, and −2 and −1
-    of those of experts too.
+    """The factor with zeros up to rank r. `dim` is the dimension of the rank: 0 for A, 1 for B; −2
+    and −1 also for experts' factors.
     """
     missing = r - factor.shape[dim]
     if not missing:
@@ -42,16 +43,16 @@ def padded(factor: Tensor, r: int, dim: int) -> Tensor:
 
 
 def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> dict[str, Tensor]:
-    """A and B, and A₀ and B₀ if the layer stores them, in the dtype of the file, without the
+    """A and B, and A₀ and B₀ if the layer stores them, in the file's dtype and without the
     differences of bits.
 
     Args:
-        layer: the recipe of the layer.
-        right: A' [k, in], with or without rows of zeros; of experts [E, k, in].
-        left: s·B' [out, k]; of experts [E, out, k].
+        layer: the layer's recipe.
+        right: A' [k, in], with or without rows of zeros; for experts [E, k, in].
+        left: s·B' [out, k]; for experts [E, out, k].
 
     Raises:
-        ValueError: the recipe is damaged, or they have a smaller rank than it says.
+        ValueError: the recipe is damaged, or the factors have a smaller rank than the recipe says.
 
     """
     numbers, r, start = layer_numbers(layer), layer["r"], layer.get("start")
@@ -59,7 +60,7 @@ def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> di
     if right.shape[-2] < k:
         raise ValueError(f"lora_A has {right.shape[-2]} rows, its recipe needs {k}")
     lora_A = right[..., :r, :].clone()
-    if layer.get("svd"):  # all bits are in the recipe
+    if layer.get("svd"):  # the recipe has all bits
         found = {"lora_A": torch.zeros_like(lora_A), "lora_B": torch.zeros_like(left[..., :r])}
         if start == "kept":
             found |= {"start_A": found["lora_A"].clone(), "start_B": found["lora_B"].clone()}
@@ -84,13 +85,13 @@ def trained_factors(layer: Mapping[str, Any], right: Tensor, left: Tensor) -> di
 
 
 def unscaled(factor: Tensor, scaling: float) -> Tensor:
-    """A factor from s times it, rounded once; exact if s is a power of two."""
+    """The factor, from s times the factor, rounded once; exact if s is a power of two."""
     return (factor.double() / scaling).to(factor.dtype)
 
 
 def portable_recipe(layer: LayerState, right: Tensor, left: Tensor) -> dict[str, Any]:
-    """The recipe of a layer that is stored as A' and s·B', from which `layer_from_dict` gives back
-    its factors to the last bit, except that an R or a λ stays multiplied into A.
+    """The recipe of a layer that is stored as A' and s·B'. `layer_from_dict` restores the layer's
+    factors from it to the last bit, except that an R or a λ stays multiplied into A.
     """
     recipe = layer_to_dict(layer) | {"checksum": checksum(right, left)}
     plain, _ = layer.update_factors()
@@ -104,7 +105,7 @@ def portable_recipe(layer: LayerState, right: Tensor, left: Tensor) -> dict[str,
     bias = layer.portable_bias()
     if bias is not None:
         factors["lora_bias"] = unscaled(bias, layer.scaling)
-    if layer.lora_magnitude is not None:  # it is in the file as it is
+    if layer.lora_magnitude is not None:  # the file has it unchanged
         factors["lora_magnitude"] = layer.lora_magnitude
     back = layer_from_dict(recipe, factors)
     bits = {}
@@ -117,20 +118,20 @@ def portable_recipe(layer: LayerState, right: Tensor, left: Tensor) -> dict[str,
 
 
 def checksum(right: Tensor, left: Tensor) -> int:
-    """Of the bytes of A' and s·B', as they are in the file."""
+    """The checksum of the bytes of A' and s·B' as they are in the file."""
     first = zlib.crc32(str(right.dtype).encode())
     return zlib.crc32(memory_of(left), zlib.crc32(memory_of(right), first))
 
 
 def with_bits(bits: Mapping[str, str]) -> dict[str, Any]:
-    """The entry of a recipe for the differences of factors, if there are any."""
+    """The entry of a recipe for the differences of factors; {} if there are none."""
     found = {key: text for key, text in bits.items() if text}
     return {"bits": found} if found else {}
 
 
 def within_header(recipes: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The recipes; without the differences of bits, and with a warning, if a file cannot hold
-    them.
+    """The recipes. If a file's header cannot hold the differences of bits, they are dropped with a
+    warning.
     """
     size = sum(len(text) for r in recipes.values() for text in r.get("bits", {}).values())
     if size <= _LIMIT:
@@ -145,8 +146,8 @@ def within_header(recipes: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, 
 
 
 def _without_bits(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without the differences of bits; a layer that is nothing without them becomes a
-    plain one, of the rank in the file.
+    """The recipe without the differences of bits. A layer that cannot be restored without them
+    becomes a plain layer of the rank in the file.
     """
     left = {key: value for key, value in recipe.items() if key != "bits"}
     if "svd" not in left:

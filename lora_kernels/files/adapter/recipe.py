@@ -1,8 +1,8 @@
 """An adapter's recipe: its configuration and a few numbers per layer, as JSON.
 
-It is in the header of the file that holds the tensors, so that both are replaced in one step.
-`save_adapter` and `lora_kernels.peft` write the same recipe into files for PEFT, and each reads the
-other's.
+The recipe is in the header of the file that holds the tensors, so that both are replaced in one
+step. `save_adapter` and `lora_kernels.peft` write the same recipe into PEFT's files, and each can
+read the files of the other.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ...model.config import ExpertPart, LoRAConfig, StoredExperts
 from ...ops.linear.factors import widest
 from ..io.differences import changed
 
-METADATA = "lora_kernels"  # its key in the header
+METADATA = "lora_kernels"  # the recipe's key in the header
 VERSION = 2
-# In version 1, format "peft" holds [A; A₀] and [B, −B₀]; the configuration has s and the ranks.
+# In version 1, the format "peft" holds [A; A₀] and [B, −B₀], and the configuration has s and ranks.
 _VERSIONS = (1, VERSION)
-# Formats of a folder. START is that of the start beside a residual base, from which it was
+# Formats of a folder. START is the format of the start beside a residual base, from which it was
 # subtracted (see lora_kernels.files.checkpoint.residual).
 PEFT, NATIVE, START = "peft", "native", "start"
 DIFFUSERS = "diffusers"  # the content of PEFT, in one file
 FORMATS = (PEFT, NATIVE, DIFFUSERS)
-# Entries of the recipes of adapters of experts: what files have of them, and the tensors of this
-# file, of format "peft", that hold them.
+# Entries in the recipe of an adapter of experts: what files store for the experts, and which
+# tensors of this file (format "peft") hold them.
 EXPERTS, TENSORS = "experts", "expert_tensors"
 _DTYPES = {str(d).removeprefix("torch."): d for d in DTYPES.values()}
 _NUMBERS = ("scaling", "lora_alpha", "beta", "weight_norm")
@@ -49,12 +49,12 @@ def recipe_to_json(
     base_model: str | None,
     **more: Any,
 ) -> str:
-    """The recipe of an adapter that is stored as `file_format`, from those of its layers.
+    """The recipe of an adapter that is stored as `file_format`, from the recipes of its layers.
 
-    `more` depends on the format: "peft" has `peft_config`, the content of `adapter_config.json`;
-    `rank_fields`, its fields at the rank that is trained; and of a PEFT model `others`, layers that
-    are not linear. "start" has `original`, the original base. An adapter of a PEFT model has no
-    `config`.
+    `more` depends on the format. "peft" has `peft_config`, the content of `adapter_config.json`,
+    and `rank_fields`, its fields at the rank that is trained; for a PEFT model also `others`, the
+    layers that are not linear. "start" has `original`, the original base. An adapter of a PEFT
+    model has no `config`.
     """
     recipe = {
         "version": VERSION,
@@ -71,7 +71,7 @@ def recipe_from_json(text: str) -> dict[str, Any]:
     """Parses a recipe.
 
     Raises:
-        ValueError: it is damaged or of another version.
+        ValueError: the recipe is damaged or has another version.
 
     """
     try:
@@ -114,15 +114,15 @@ def read_recipe(file: Path) -> dict[str, Any] | None:
 
 
 def trained_dtype(recipe: Mapping[str, Any], factor: str) -> torch.dtype | None:
-    """The dtype in which a layer's factor was trained, if it is not that of the file; else None."""
+    """The dtype in which a layer's factor was trained if the file has another dtype; else None."""
     return _DTYPES.get(recipe.get("dtypes", {}).get(factor))
 
 
 def layer_numbers(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers in the recipe of a layer.
+    """The numbers in a layer's recipe.
 
     Raises:
-        ValueError: a number is missing or wrong, or another value that a layer needs.
+        ValueError: a number or another value that a layer needs is missing or wrong.
 
     """
     numbers: dict[str, Any] = {}
@@ -157,7 +157,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _list_of_numbers(key: str, values: Any, experts: int) -> torch.Tensor:
-    """The numbers of all experts, float64 [E]."""
+    """The numbers of all experts, as float64 [E]."""
     if not isinstance(values, list) or not all(map(_is_number, values)):
         raise ValueError(f"{key} is {values!r}, not a list of numbers")
     if len(values) != experts:
@@ -166,7 +166,7 @@ def _list_of_numbers(key: str, values: Any, experts: int) -> torch.Tensor:
 
 
 def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) -> LayerState:
-    """The layer with these factors, in the dtypes and with the bits that they were trained with.
+    """The layer with these factors, in the dtypes and to the bits with which they were trained.
 
     Raises:
         ValueError: a number is missing or wrong.
@@ -201,7 +201,7 @@ def layer_from_dict(recipe: dict[str, Any], factors: dict[str, torch.Tensor]) ->
 
 
 def config_to_dict(config: LoRAConfig) -> dict[str, Any]:
-    """All fields, as values of JSON."""
+    """All fields, as JSON values."""
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     values["init_lora_weights"] = _initializer_to_json(config.init_lora_weights)
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
@@ -223,7 +223,7 @@ def config_from_dict(values: dict[str, Any]) -> LoRAConfig:
 
 
 def parts_to_json(parts: Mapping[str, tuple[ExpertPart, ...]]) -> dict[str, Any]:
-    """{layer: [[name, start, stop], ...]} of experts."""
+    """{layer: [[name, start, stop], ...]} for experts."""
     return {name: [[p.name, p.start, p.stop] for p in own] for name, own in parts.items()}
 
 
@@ -231,7 +231,7 @@ def parts_from_json(values: Any) -> dict[str, tuple[ExpertPart, ...]]:
     """The inverse of `parts_to_json`.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the value is damaged.
 
     """
     try:
@@ -249,7 +249,7 @@ def parts_from_json(values: Any) -> dict[str, tuple[ExpertPart, ...]]:
 
 
 def experts_to_json(experts: Mapping[str, StoredExperts]) -> dict[str, Any]:
-    """Of each parameter of experts, what `StoredExperts` has of it."""
+    """The content of the `StoredExperts` of each parameter of experts."""
     parts = parts_to_json({name: stored.parts for name, stored in experts.items()})
     return {name: [stored.layout, parts[name]] for name, stored in experts.items()}
 
@@ -258,7 +258,7 @@ def experts_from_json(values: Any) -> dict[str, StoredExperts]:
     """The inverse of `experts_to_json`.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the value is damaged.
 
     """
     try:
@@ -270,7 +270,7 @@ def experts_from_json(values: Any) -> dict[str, StoredExperts]:
 
 
 def layer_to_dict(layer: LayerState) -> dict[str, Any]:
-    """The recipe of a layer, the inverse of `layer_from_dict`."""
+    """The layer's recipe; the inverse of `layer_from_dict`."""
     recipe = {key: _as_json(getattr(layer, key)) for key in _NUMBERS} | {
         "r": layer.r,
         **({} if layer.experts is None else {"experts": layer.experts}),
@@ -297,12 +297,12 @@ def layer_to_dict(layer: LayerState) -> dict[str, Any]:
 
 
 def _as_json(number: float | torch.Tensor | None) -> Any:
-    """The number, or a list of those of the experts."""
+    """The number, or the list of the experts' numbers."""
     return number.tolist() if isinstance(number, torch.Tensor) else number
 
 
 def _initializer_to_json(value: Any) -> Any:
-    """A name, or {"name", "options"} of an object; options are None if JSON cannot express them."""
+    """A name, or {"name", "options"} of an object; options are None if they do not fit in JSON."""
     if not isinstance(value, Initializer):
         return value
     options: dict[str, Any] | None = None
@@ -333,7 +333,7 @@ def _initializer_from_json(value: Any) -> Any:
             }
         )
     except (ValueError, TypeError, AttributeError):
-        # The initial factors are in the file. The initializer is needed for new layers only.
+        # The initial factors are in the file. The initializer is needed only for new layers.
         warnings.warn(
             f"the adapter was started with {name!r}, which is not registered here or had other "
             "options (lora_kernels.init.register_initializer): its configuration says 'lora' "

@@ -45,26 +45,26 @@ def save_adapter(
     experts: str = "auto",
     component: str | None = None,
 ) -> SavedAdapter:
-    """Writes an adapter of the model, by default the active one, as `write_adapter` does.
+    """Writes an adapter of the model, by default the active one, with `write_adapter`.
 
-    `experts` says how adapters of experts are stored that the model has in one parameter: "each", a
-    pair of 2-D matrices for each expert, by the names of the model's checkpoint; "stacked", as PEFT
-    does from 0.19 on; "auto", what this model's loaders read: "each" if its checkpoint has a tensor
-    for each expert and PEFT converts such adapters, else "stacked", also for models of which vLLM
-    reads nothing else.
+    `experts` says how to store adapters of experts that the model has in one parameter. "each": a
+    pair of 2-D matrices for each expert, with the names in the model's checkpoint. "stacked": as
+    PEFT does since 0.19. "auto": the layout that this model's loaders read, which is "each" if the
+    checkpoint has a tensor for each expert and PEFT converts such adapters. Otherwise, and for
+    models for which vLLM reads nothing else, it is "stacked".
 
     `component` is the pipeline's model for format="diffusers": "unet", "transformer",
-    "text_encoder" ...; None takes it from the model's class.
+    "text_encoder" ...; None derives it from the model's class.
 
     If the vocabulary was resized since the model was loaded, the embeddings are stored too, as PEFT
-    stores them. Warnings name the layers that PEFT will not find in the folder, and the limit of
-    vLLM that a larger rank exceeds.
+    does. Warnings name the layers that PEFT will not find in the folder, and the limit of vLLM that
+    a larger rank exceeds.
 
-    Of a sharded model, all processes have to call this. The factors are gathered one by one, the
-    first process writes, and an error there is raised on all.
+    For a sharded model, all processes have to call this function. The factors are gathered one by
+    one, the first process writes, and an error in the first process is raised on all.
 
     Raises:
-        ValueError: no adapter of that name, whatever `write_adapter` raises, or processes that have
+        ValueError: there is no adapter of that name; see `write_adapter`; or the processes have
             different layers, as the stages of a pipeline have.
 
     """
@@ -82,14 +82,14 @@ def save_adapter(
     def write() -> SavedAdapter:
         return _written(model, state, folder, format, compress_to, dtype, experts, own)
 
-    # The first process alone reads and writes files; the others may not have them.
+    # Only the first process reads and writes files; the other processes may not have them.
     size = shared(0, loaded_size) if sharded else loaded_size()
     state.extra = _resized_embeddings(unwrapped(model), size, keep) | state.extra
     return shared(0, write) if sharded else write()
 
 
 def _check_same_layers(state: AdapterState) -> None:
-    """Raises ValueError if processes have other layers, which the first one would not write."""
+    """Raises ValueError if processes have different layers: the first writes only its own."""
     layers = from_every([*state.layers])
     if any(own != layers[0] for own in layers):
         raise ValueError(
@@ -110,7 +110,7 @@ def _written(
     experts: str,
     component: str,
 ) -> SavedAdapter:
-    """`save_adapter` of an adapter that is whole."""
+    """`save_adapter` for an adapter whose factors are gathered."""
     stacks = expert_layers(state)
     if stacks:
         state.experts = stored_experts(unwrapped(model))
@@ -129,7 +129,7 @@ def _written(
             stacklevel=4,
         )
     modules = {without_wrappers(n): m for n, m in unwrapped(model).named_modules() if n}
-    # Modules that adapting has added.
+    # Modules that this package has added to the model.
     inside = (*(f"{name}." for name in state.layers), *(f"{name}{SUFFIX}" for name in stacks))
     linear = [n for n, s in state.layers.items() if not s.embedding and n not in stacks]
     saved = write_adapter(
@@ -164,22 +164,21 @@ def load_adapter(
     Args:
         model: the base, which may have other adapters.
         folder: written by `save_adapter` or PEFT.
-        adapter_name: its name in the model, where it becomes the active adapter.
-        is_trainable: whether it can be trained further.
+        folder: written by `save_adapter` or PEFT.
+        adapter_name: the adapter's name in the model, where it becomes the active adapter.
+        is_trainable: whether the adapter can be trained further.
         residual_base: whether `model` may be a residual base, from whose weights a start was
-            subtracted: the one that PEFT made for an adapter of "pissa", "olora", "corda",
-            "lora_ga" or "loftq", or that `lora-kernels init` wrote. The adapter belongs to it and
-            is wrong on the original model, and so is what `save_adapter` writes of it later.
+            subtracted: the base that PEFT made for an adapter of "pissa", "olora", "corda",
+            "lora_ga" or "loftq", or that `lora-kernels init` wrote. The adapter belongs to that
+            base and is wrong on the original model, and so is what `save_adapter` later writes.
         expert_order: "slowest" for an adapter of experts that Unsloth wrote before September 2026
             (see `read_adapter`).
-        progress: whether a bar is shown, if standard error is a terminal.
-
-    Returns:
+        progress: whether to show a bar if standard error is a terminal.
         What was adapted, as `add_lora` reports it.
 
     Raises:
-        ValueError: as `read_adapter`, or the adapter does not fit the model, which is unchanged
-            then.
+        ValueError: see `read_adapter`; or the adapter does not fit the model, which is then
+            unchanged.
 
     """
     state = read_adapter(folder, residual_base=residual_base, expert_order=expert_order)
@@ -191,7 +190,7 @@ def load_adapter(
 
 
 def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
-    """PEFT replaces a module only under the first of its names."""
+    """Warns of other names of adapted modules: PEFT replaces a module only under its first name."""
     modules = {without_wrappers(n): m for n, m in model.named_modules(remove_duplicate=False)}
 
     def place(name: str) -> tuple[nn.Module, str]:
@@ -209,8 +208,8 @@ def _warn_of_second_names(model: nn.Module, state: AdapterState) -> None:
 
 
 def _warn_of_lost_layers(model: nn.Module, state: AdapterState, layout: str) -> None:
-    """Warns of layers that PEFT leaves bare when it loads the folder; `layout` is that of experts,
-    "" if there are none.
+    """Warns of layers that PEFT does not adapt when it loads the folder. `layout` is the layout of
+    experts, "" if there are none.
     """
     stacks = expert_layers(state)
     lost = lost_in_peft(model, [name for name in state.layers if name not in stacks])
@@ -227,7 +226,7 @@ def _warn_of_lost_layers(model: nn.Module, state: AdapterState, layout: str) -> 
 
 
 def _warn_of_other_updates(model: nn.Module, state: AdapterState) -> None:
-    """Warns of layers that PEFT finds in the folder, and adapts in another way."""
+    """Warns of layers that PEFT finds in the folder but adapts differently."""
     modules = {without_wrappers(name): module for name, module in model.named_modules()}
     for reason, names in differing_in_peft(modules, list(state.layers)).items():
         warnings.warn(
@@ -246,8 +245,8 @@ def _warn_of_other_updates(model: nn.Module, state: AdapterState) -> None:
 
 
 def _warn_of_padding(model: nn.Module, state: AdapterState, folder: Path) -> None:
-    """Warns of an adapter without a recipe, perhaps by PEFT, whose layers PEFT adapts in another
-    way.
+    """Warns of layers that PEFT adapts differently, if the adapter has no recipe: PEFT may have
+    trained it.
     """
     if not any(layer.kernel for layer in state.layers.values()):
         return
@@ -265,10 +264,10 @@ def _warn_of_padding(model: nn.Module, state: AdapterState, folder: Path) -> Non
 
 
 def _component(model: nn.Module, format: str) -> str:
-    """The pipeline's model that a class is, for format="diffusers"; "" for others.
+    """The name of the model's class among a pipeline's models, for format="diffusers"; else "".
 
     Raises:
-        ValueError: the class does not tell.
+        ValueError: the class does not tell which model of a pipeline it is.
 
     """
     if format != DIFFUSERS:
@@ -288,8 +287,8 @@ def _component(model: nn.Module, format: str) -> str:
 
 
 def _resized_embeddings(model: Any, before: int | None, keep: bool) -> dict[str, Tensor]:
-    """The weights of the input embedding and the output head by name, if the vocabulary has another
-    size than `before`, in the configuration that the model was loaded from; else none.
+    """{name: weight} of the input embedding and the output head, if the vocabulary's size is not
+    `before`, its size in the configuration that the model was loaded from; else {}.
     """
     size = _vocab_size(getattr(model, "config", None))
     if size is None or before is None or size == before:
@@ -304,8 +303,8 @@ def _resized_embeddings(model: Any, before: int | None, keep: bool) -> dict[str,
 
 
 def _loaded_vocab_size(base_model: str | None) -> int | None:
-    """The size of the vocabulary in the configuration of a model, if it is on this machine. Code in
-    the model's folder is not run.
+    """The size of the vocabulary in a model's configuration, if the model is on this machine. Code
+    in the model's folder is not run.
     """
     if not base_model or find_spec("transformers") is None:
         return None
@@ -318,7 +317,7 @@ def _loaded_vocab_size(base_model: str | None) -> int | None:
         )
         return _vocab_size(config)
     except (OSError, ValueError, KeyError, AttributeError):
-        pass  # it needs that code, for example
+        pass  # the configuration needs the folder's code, for example
     try:
         values = read_json(Path(cached_file(base_model, "config.json", local_files_only=True)))
     except (OSError, ValueError, TypeError):
@@ -330,7 +329,7 @@ def _loaded_vocab_size(base_model: str | None) -> int | None:
 def _vocab_size(config: Any) -> int | None:
     try:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    except ValueError:  # it has several
+    except ValueError:  # the configuration has several text models
         text = config
     size = getattr(text, "vocab_size", None)
     return size if isinstance(size, int) else None

@@ -1,4 +1,4 @@
-"""From an `AdapterState` to the tensors of a file, and back with the help of the recipe."""
+"""Converts an `AdapterState` to the tensors of a file, and back with the help of the recipe."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ _OPTIONAL = {
 
 
 class ChangedTensorsError(ValueError):
-    """The tensors of a file are not those that its recipe belongs to."""
+    """The tensors of a file are not those for which its recipe was written."""
 
 
 def check_state(state: AdapterState) -> None:
-    """Raises unless the adapter can be written and read again."""
+    """Raises ValueError unless the adapter can be written and read again."""
     if not state.layers:
         raise ValueError("the adapter has no layers")
     known = [name for name in state.layers if name in state.experts]
@@ -83,7 +83,7 @@ def check_state(state: AdapterState) -> None:
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raises if a tensor of a file holds NaN or Inf."""
+    """Raises ValueError if a tensor of a file holds NaN or Inf."""
     for name, tensor in tensors.items():
         if tensor.dtype in FLOATS and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name!r} holds NaN or Inf; take an earlier adapter")
@@ -108,16 +108,16 @@ def from_recipe(
     config: dict[str, Any] | None,
     tensors: dict[str, Tensor],
 ) -> AdapterState:
-    """An adapter that this package wrote.
+    """Restores an adapter that this package wrote.
 
     Args:
-        recipe: that of the file, from `recipe_from_json`.
+        recipe: the file's recipe, from `recipe_from_json`.
         config: the content of `adapter_config.json`, if it exists.
         tensors: all tensors of the file.
 
     Raises:
         ChangedTensorsError: A and B were changed after they were saved.
-        ValueError: they do not fit each other.
+        ValueError: the arguments do not fit each other.
 
     """
     if recipe["format"] == PEFT and recipe["config"] is None:
@@ -167,14 +167,14 @@ def _split_rows(
 
 
 def check_unedited(recipe: dict[str, Any], config: dict[str, Any] | None) -> None:
-    """Raises if `adapter_config.json` does not belong to the tensors. It may be missing: a process
-    that writes it last may have been killed.
+    """Raises ValueError if `adapter_config.json` does not belong to the tensors. The configuration
+    may be missing: it is written last, and the process may have been killed before.
     """
     if config is None:
         return
     saved = recipe["peft_config"]
     for key in DECISIVE:
-        if (config.get(key) or None) != (saved.get(key) or None):  # {} is None
+        if (config.get(key) or None) != (saved.get(key) or None):  # {} is the same as None
             raise ValueError(
                 f"{ADAPTER_CONFIG} says {key} = {config.get(key)!r}, but this was saved with "
                 f"{saved.get(key)!r}: it was edited, or belongs to another adapter; to use what "
@@ -215,7 +215,7 @@ def _split_peft(
 def _names_in_file(
     recipe: dict[str, Any], parts: Mapping[str, tuple[ExpertPart, ...]]
 ) -> list[str]:
-    """The names of the layers in the file, which has several for the experts of one."""
+    """The names of the layers in the file, which has several names for one layer of experts."""
     names = [name_in_file(n, recipe["layers"]) for n in recipe["layers"] if n not in parts]
     return [*names, *(own for name in parts for own in _of_experts(recipe, parts, name))]
 
@@ -223,8 +223,8 @@ def _names_in_file(
 def _of_experts(
     recipe: dict[str, Any], parts: Mapping[str, tuple[ExpertPart, ...]], name: str
 ) -> list[str]:
-    """The names in the file of the tensors of one parameter of experts. One that is not adapted has
-    as many experts as those beside it.
+    """The names in the file of the tensors of one parameter of experts. A parameter that is not
+    adapted has as many experts as the adapted one beside it.
     """
     module = name.rpartition(".")[0]
     numbers = [
@@ -241,10 +241,10 @@ def _joined(
     parts: Mapping[str, tuple[ExpertPart, ...]],
     pairs: dict[str, tuple[Tensor, Tensor]],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The pairs of all layers, 3-D those of experts; without those of zeros that `to_peft` adds.
+    """The pairs of all layers, 3-D for experts, without the zeros that `to_peft` adds.
 
     Raises:
-        ChangedTensorsError: they are not those that were saved.
+        ChangedTensorsError: the tensors are not those that were saved.
 
     """
     found = dict(pairs)
@@ -271,12 +271,12 @@ def layer_factors(
     bias: Tensor | None,
     magnitude: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The factors of one layer for `layer_from_dict`, from those of PEFT's file, with the bias of B
-    [out] and DoRA's magnitudes [out] if the file has them, and its recipe.
+    """The factors of one layer for `layer_from_dict`, from the factors in PEFT's file, from B's
+    bias [out] and DoRA's magnitudes [out] if the file has them, and from the recipe.
 
     Raises:
-        ChangedTensorsError: they were changed after they were saved.
-        ValueError: they do not fit the recipe.
+        ChangedTensorsError: the tensors were changed after they were saved.
+        ValueError: the tensors do not fit the recipe.
 
     """
     layer = recipe["layers"][name]
@@ -301,8 +301,8 @@ def layer_factors(
 
 
 def _doubled_factors(layer: dict[str, Any], right: Tensor, left: Tensor) -> dict[str, Tensor]:
-    """Splits [A; A₀] and [B, −B₀], as version 1 wrote them, into A and B, and A₀ and B₀ if they are
-    stored.
+    """Splits [A; A₀] and [B, −B₀], as version 1 wrote them, into A and B, and A₀ and B₀ if the
+    layer stores them.
     """
     r, start = layer["r"], layer.get("start")
     if right.shape[0] != (2 * r if start else r):

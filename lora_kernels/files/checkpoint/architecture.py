@@ -1,9 +1,9 @@
-"""A checkpoint's model, built from its configuration on the meta device: its modules, and where the
-files store their weights.
+"""The model of a checkpoint, built from its configuration on the meta device: its modules, and
+which tensors of the files hold their weights.
 
-transformers gives modules other names than older files have, splits and joins tensors while it
-loads them, and ties some to others. Only the model itself, and transformers' own table of
-conversions, say which tensor of a file is the weight of which layer.
+transformers may give modules other names than the files have, splits and joins tensors while it
+loads them, and ties some tensors to others. Only the model and transformers' table of conversions
+tell which tensor of a file is the weight of which layer.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# No code of the model's folder is run, and nobody is asked whether to run it.
+# Code in the model's folder is never run, and the user is not asked whether to run it.
 _OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-# transformers' names of PEFT's tasks.
+# transformers' names for PEFT's tasks.
 _TASKS = {
     "CAUSAL_LM": "CAUSAL_LM",
     "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
@@ -38,13 +38,13 @@ class Architecture:
     """A model without values, and the names of its tensors in the files.
 
     Attributes:
-        model: on the meta device, of the class that `config.json` names.
-        stored: {name of a parameter or buffer: name in the files} of tensors that are loaded as
-            they are.
-        sources: {name of a parameter: the tensors from which loading computes it}, which are
+        model: the model on the meta device, of the class that `config.json` names.
+        stored: {name of a parameter or buffer: name in the files} of the tensors that are loaded
+            unchanged.
+        sources: {name of a parameter: the tensors from which loading computes it}; the tensors are
             {name before the conversion: name in the files}.
-        unused: the names in the files that the model does not load, under the names that they would
-            have in the model.
+        unused: {name that the tensor would have in the model: name in the files} of the tensors
+            that the model does not load.
         names: transformers' rules for the names in the files.
 
     """
@@ -62,7 +62,7 @@ class Architecture:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """All modules but the model itself, under all their names."""
+        """All modules except the model itself, under all their names."""
         return {n: m for n, m in self.model.named_modules(remove_duplicate=False) if n}
 
     @cached_property
@@ -71,7 +71,7 @@ class Architecture:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def tied(self, name: str) -> list[str]:
-        """The names of a parameter in other modules, with which the module shares it."""
+        """The parameter's names in other modules that share it."""
         own = self._owner(name)
         names = self._names.get(id(self.parameters.get(name)), ())
         return [n for n in names if self._owner(n) is not own]
@@ -95,10 +95,10 @@ def read_architecture(
     vocab_size: int | None = None,
 ) -> Architecture | str:
     """The architecture of the model in the folder `path`, whose files have these tensors; or the
-    reason why it is not known.
+    reason why it is unknown.
 
-    `kind` is the name of another class than the configuration names; `num_labels` of a classifier
-    and `vocab_size` replace the configuration's.
+    `kind` is the name of a class to use instead of the configuration's. `num_labels` of a
+    classifier and `vocab_size` replace the configuration's values.
     """
     if find_spec("transformers") is None:
         return "transformers is not installed"
@@ -126,15 +126,15 @@ def _model_on_meta(
         with torch.device("meta"):
             model = cls._from_config(config)
         model.tie_weights()
-    except Exception as error:  # a stranger's configuration; huggingface_hub has its own errors
+    except Exception as error:  # any configuration may come; huggingface_hub has its own errors
         first = " ".join(str(error).split()) or type(error).__name__
         return f"transformers cannot build it from its configuration ({first})"
     return model
 
 
 def model_class(config: Any, kind: str = "") -> Any:
-    """The class of transformers that is called `kind`, that the configuration names, or that of its
-    base model; None if there is none.
+    """The class of transformers that is called `kind`, or that the configuration names, or else the
+    class of its base model; None if there is none.
     """
     import transformers
 
@@ -146,8 +146,8 @@ def model_class(config: Any, kind: str = "") -> Any:
 
 
 def classes_for(path: Path, task_type: str | None) -> list[str]:
-    """The names of the classes that transformers has for the model in a folder, those for PEFT's
-    task first.
+    """The names of transformers' classes for the model in a folder; the classes for PEFT's task
+    come first.
     """
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as auto
@@ -165,8 +165,8 @@ def classes_for(path: Path, task_type: str | None) -> list[str]:
 
 
 class StoredNames:
-    """transformers' rules by which `from_pretrained` finds the tensor of the model that a name in
-    the files means.
+    """transformers' rules by which `from_pretrained` maps a name in the files to a tensor of the
+    model.
 
     Raises:
         ImportError: transformers is older than version 5.
@@ -185,12 +185,12 @@ class StoredNames:
         self._known, self._prefix = model.state_dict(), foreign.base_model_prefix
 
     def sorted(self, names: Iterable[str]) -> list[str]:
-        """In the order in which they are loaded: expert 2 before expert 10."""
+        """The names in the order in which they are loaded: expert 2 before expert 10."""
         return sorted(names, key=self._loading.dot_natural_key)
 
     def in_model(self, name: str) -> tuple[str, str | None]:
-        """The name of the tensor, and the pattern of the conversion that computes it, if any; if
-        that makes several tensors, the name of the first.
+        """The name of the tensor in the model, and the pattern of the conversion that computes it,
+        if any. If the conversion makes several tensors, the name is that of the first.
         """
         rename, rules = self._loading.rename_source_key, (self._renamings, self._converters)
         new, pattern = rename(name, *rules, self._prefix, self._known)
@@ -199,13 +199,13 @@ class StoredNames:
         return new, pattern
 
     def made(self, new: str, pattern: str) -> list[str]:
-        """The tensors of the model that the conversion with this pattern makes, by `in_model`."""
+        """The tensors that a conversion makes; `new` and `pattern` are the result of `in_model`."""
         targets = next(c.target_patterns for c in self._converters if pattern in c.source_patterns)
         return [name for t in targets if (name := new.replace(targets[0], t)) in self._known]
 
     def before_conversion(self, name: str) -> str:
-        """The name after all renamings, but before a conversion. It is the same for all names of a
-        tensor that a conversion reads.
+        """The name after all renamings but before a conversion. All names that files may have for a
+        tensor lead to the same name.
         """
         renamed = self._loading.apply_renamings(name, self._renamings)
         converted, _ = self._loading.apply_converters(renamed, self._converters)
@@ -247,7 +247,7 @@ def _matched(model: nn.Module, tensors: Iterable[str]) -> Architecture | str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what transformers says while it builds a model that is not used for computing."""
+    """Hides transformers' messages while it builds a model that is not used for computing."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -31,7 +31,7 @@ from .weights import is_embedding, is_head
 
 @dataclass(frozen=True)
 class Added:
-    """s·b of a bias b of B, which is added to a bias of the base."""
+    """s·b, where b is a bias of B; it is added to a bias of the base."""
 
     tensor: Tensor
 
@@ -58,8 +58,8 @@ class Change:
 
 @dataclass(frozen=True)
 class ExpertChange:
-    """The change of a tensor of the base that holds experts, or rows of one: `layer` is the adapter
-    of the experts' parameter.
+    """The change of a tensor of the base that holds experts, or of some of its rows. `layer` is the
+    adapter of the experts' parameter.
     """
 
     place: StoredMatrix
@@ -68,13 +68,13 @@ class ExpertChange:
 
     @torch.no_grad()
     def apply_(self, weight: Tensor, index: int | None = None) -> None:
-        """Changes the tensor in place, or its slice `index`; raises as `Change.apply_`."""
+        """Changes the tensor, or its slice `index`, in place; raises as `Change.apply_` does."""
         expert = index if self.place.expert is None else self.place.expert
         assert expert is not None
         layer = self.layer.expert(expert)
         right, left = (f.to(weight.device) for f in layer.update_factors())
         left = left[self.place.rows]
-        if self.place.transposed:  # in the order of memory: 5 times as fast
+        if self.place.transposed:  # computed in the order of memory, which is 5 times as fast
             right, left = left.mT, right.mT
         subtract_factors_(weight, right, left, -layer.scaling)
         _check_finite(weight)
@@ -86,8 +86,8 @@ def _check_finite(weight: Tensor) -> None:
 
 
 def _apply_(weight: Tensor, value: Value, transposed: bool) -> None:
-    """Merges a layer's adapter or a bias into a tensor of the base, or replaces some rows or all of
-    it.
+    """Merges a layer's adapter or a bias into a tensor of the base, or replaces the tensor or some
+    of its rows.
     """
     if isinstance(value, LayerState):
         value.add_to_(value.matrix_of(weight, transposed))
@@ -104,12 +104,12 @@ class Changes:
     """What an adapter changes in the files of its base.
 
     Attributes:
-        edits: the changed tensors by their names in the files.
-        sliced: the names of those that are changed slice by slice.
-        added: tensors that the files do not have, or have in another shape: by their names there.
-        dropped: the names of those that have another shape.
+        edits: the changed tensors, by their names in the files.
+        sliced: the names of the tensors that are changed slice by slice.
+        added: {name in the files: tensor} of tensors that the files lack or have in another shape.
+        dropped: the names of the tensors that the files have in another shape.
         options: new values in `config.json`.
-        vocab_size: the size of the vocabulary, if it is another one than the base's.
+        vocab_size: the size of the vocabulary if it differs from the base's.
 
     """
 
@@ -122,10 +122,11 @@ class Changes:
 
 
 def placed_in(folder: ModelFolder, state: AdapterState) -> AdapterState:
-    """The adapter whose experts are parameters where they are in the model, as far as it is known.
+    """The adapter with experts as parameters where the model has them so, as far as the model is
+    known.
 
     Raises:
-        ValueError: as `placed`.
+        ValueError: see `placed`.
 
     """
     architecture = folder.architecture
@@ -133,9 +134,9 @@ def placed_in(folder: ModelFolder, state: AdapterState) -> AdapterState:
 
 
 def folder_for(folder: ModelFolder, state: AdapterState) -> ModelFolder:
-    """The folder as that of the class that has all of the adapter's layers and tensors: the one in
-    `config.json`, or else one for the adapter's task or another task. An adapter of a classifier
-    may so belong to a base that has no head.
+    """The folder, read as the class that has all of the adapter's layers and tensors: the class in
+    `config.json`, or else one for the adapter's task or another task. So an adapter of a classifier
+    may belong to a base that has no head.
     """
     wanted = _wanted(state)
     if folder.architecture is None or _has_all(folder, wanted):
@@ -149,7 +150,7 @@ def folder_for(folder: ModelFolder, state: AdapterState) -> ModelFolder:
 
 
 def weight_of(layer: str, layers: Collection[str]) -> str:
-    """The name of the weight of an adapted layer: in an attention, of queries, keys and values."""
+    """The name of an adapted layer's weight; an attention's is that of queries, keys, values."""
     attention = any(attention_of(other, layers) == layer for other in layers)
     return f"{layer}.{IN_PROJ if attention else 'weight'}"
 
@@ -171,8 +172,8 @@ def _wanted(state: AdapterState) -> Wanted:
 
 @torch.no_grad()
 def _updated_weights(state: AdapterState) -> dict[str, Tensor]:
-    """The weights, with the update, of the layers whose base weight is in the adapter's files too,
-    as PEFT stores those of adapted embeddings and heads.
+    """The updated weights of the layers whose base weight is in the adapter's files too, as PEFT
+    stores adapted embeddings and heads.
     """
     found = {}
     for name, layer in state.layers.items():
@@ -190,7 +191,7 @@ def _has_all(folder: ModelFolder, wanted: Wanted) -> bool:
 
 
 def _labels(architecture: Architecture, wanted: Wanted) -> int | None:
-    """The number of labels of a head that the adapter brings, if the model's has another one."""
+    """The number of labels of the adapter's head, if the model's head has another number."""
     known = architecture.model.state_dict()
     for name, value in wanted.items():
         if not isinstance(value, Tensor) or name in architecture.stored or not value.dim():
@@ -201,18 +202,18 @@ def _labels(architecture: Architecture, wanted: Wanted) -> int | None:
 
 
 def changes_of(folder: ModelFolder, state: AdapterState) -> Changes:
-    """The adapter's changes of the files.
+    """How the adapter changes the files.
 
     Raises:
-        ValueError: a layer or a tensor is not in the base, has another shape there, or is not
-            stored as it is in the model.
+        ValueError: a layer or a tensor is not in the base, has another shape there, or the files do
+            not store it as the model has it.
 
     """
     changes = Changes()
     architecture = folder.architecture
     wanted = dict(_wanted(state))
     for name in (f"{layer}.weight" for layer in state.layers):
-        if architecture is not None and name in state.extra:  # tied modules get it too
+        if architecture is not None and name in state.extra:  # tied modules get the same value
             wanted = dict.fromkeys(architecture.tied(name), state.extra[name]) | wanted
     if architecture is None:
         _check_tied(folder, wanted)
@@ -237,8 +238,8 @@ def changes_of(folder: ModelFolder, state: AdapterState) -> Changes:
 
 
 def _resize_others(folder: ModelFolder, changes: Changes) -> None:
-    """Gives the other tensors that depend on the size of the vocabulary, such as the bias of the
-    output head, their new sizes; new entries are zero, as `resize_token_embeddings` makes them.
+    """Resizes the other tensors that depend on the size of the vocabulary, such as the bias of the
+    output head. New entries are zero, as in `resize_token_embeddings`.
     """
     resized = replace(folder, vocab_size=changes.vocab_size).architecture
     known = {} if resized is None else resized.model.state_dict()
@@ -282,7 +283,7 @@ def _change(folder: ModelFolder, changes: Changes, name: str, value: Value) -> N
     expected = tuple(entry.shape)
     if isinstance(value, LayerState):
         shape: tuple[int, ...] = value.stored_shape(transposed)
-        if not value.kernel and (transposed or value.embedding):  # as [out, in]
+        if not value.kernel and (transposed or value.embedding):  # the shape as [out, in]
             shape, expected = shape[::-1], expected[::-1]
     elif isinstance(value, TokenRows):
         value.check(name, entry.shape)
@@ -322,8 +323,8 @@ def _change_experts(folder: ModelFolder, changes: Changes, name: str, layer: Lay
 
 
 def check_experts(folder: ModelFolder, name: str, layer: LayerState) -> Architecture:
-    """Raises ValueError unless the base has the experts' parameter `name` with the shape of the
-    adapter; returns its architecture.
+    """Raises ValueError unless the base has the experts' parameter `name` with the adapter's shape;
+    returns the base's architecture.
     """
     architecture = folder.architecture
     if architecture is None:
@@ -357,7 +358,7 @@ def _why_not_stored(folder: ModelFolder, name: str) -> str:
 
 
 def _options(folder: ModelFolder) -> dict[str, Any]:
-    """The class and its labels in `config.json`, if they are not those of the base."""
+    """New values of `config.json` for the class and its labels, if they differ from the base's."""
     options: dict[str, Any] = {"architectures": [folder.kind]} if folder.kind else {}
     if folder.num_labels is not None:
         labels = [f"LABEL_{k}" for k in range(folder.num_labels)]
@@ -367,7 +368,7 @@ def _options(folder: ModelFolder) -> dict[str, Any]:
 
 
 def resized_to(architecture: Architecture, state: AdapterState) -> int | None:
-    """The size of the vocabulary in the adapter's embedding, if the base has another one."""
+    """The size of the vocabulary in the adapter's embedding, if it differs from the base's."""
     name = _embedding_name(architecture)
     value = state.extra.get(name)
     resized = value is not None and len(value) != len(architecture.parameters[name])
@@ -385,8 +386,8 @@ def _weight_of(architecture: Architecture, wanted: nn.Module | None) -> str:
 
 
 def _set_option(folder: ModelFolder, changes: Changes, key: str, value: Any, top: bool) -> None:
-    """Sets a value of `config.json`, also in the configuration of the text model if there is one;
-    there only, unless the whole model's configuration has the key or `top` is True.
+    """Sets a value of `config.json`. If the text model has a configuration of its own, the value is
+    set there, and in the whole model's configuration only if this has the key or `top` is True.
     """
     config = {**folder.config, **changes.options}
     text = config.get("text_config")
@@ -397,7 +398,7 @@ def _set_option(folder: ModelFolder, changes: Changes, key: str, value: Any, top
 
 
 def is_resized(vocab_size: int | None, shape: Sequence[int], before: Sequence[int]) -> bool:
-    """Whether the shapes differ by the size of the vocabulary only, which is `vocab_size` now."""
+    """Whether the shapes differ only by the size of the vocabulary, which is `vocab_size` now."""
     different = [size for size, old in zip(shape, before, strict=False) if size != old]
     return len(shape) == len(before) and different == [vocab_size]
 
@@ -409,8 +410,8 @@ def _change_tied(
     wanted: Wanted,
     names: Sequence[str],
 ) -> None:
-    """Adds the changes of a tensor that several modules share. If its values then differ, the
-    output head gets a tensor of its own, as `merge_lora` gives it.
+    """Adds the changes of a tensor that several modules share. If the modules then need different
+    values, the output head gets a tensor of its own, as in `merge_lora`.
     """
     stored = [name for name in names if name in folder.tensors]
     if not stored:
@@ -418,10 +419,10 @@ def _change_tied(
     file, entry = folder.entries[folder.tensors[stored[0]]]
     base = load_tensor(file, entry.name)
     embedding = wanted.get(_embedding_name(architecture))
-    # Resized, they all have the new size; otherwise one that is not trained stays as it is.
+    # After resizing, all have the new size; otherwise a module that is not trained does not change.
     resized = changes.vocab_size is not None and isinstance(embedding, Tensor)
     default = embedding if resized and isinstance(embedding, Tensor) else base
-    if isinstance(embedding, TokenRows):  # tied modules get them too
+    if isinstance(embedding, TokenRows):  # tied modules get the rows too
         embedding.check(names[0], base.shape)
         default = embedding.put_(base.clone())
     values = {name: _merged(folder, name, base, wanted.get(name, default)) for name in names}
@@ -445,7 +446,7 @@ def _change_tied(
 
 @torch.no_grad()
 def _merged(folder: ModelFolder, name: str, base: Tensor, value: Value) -> Tensor:
-    """A tensor of the base with its change, in its dtype."""
+    """A tensor of the base with its change applied, in the tensor's dtype."""
     if isinstance(value, Tensor):
         return value.to(base.dtype)
     if isinstance(value, TokenRows):
@@ -460,8 +461,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _check_tied(folder: ModelFolder, wanted: Wanted) -> None:
-    """Raises if the adapter changes an input embedding or output head that the model ties, by its
-    name.
+    """Raises ValueError if the adapter changes an input embedding or output head that the model
+    ties; both are recognized by their names.
     """
     if not folder.tied:
         return

@@ -1,5 +1,5 @@
-"""The matrices of linear layers and experts in the files of a model, and the tensors, or slices of
-tensors, that hold their rows.
+"""The matrices of linear layers and experts, and the tensors, or slices of tensors, of a model's
+files that hold their rows.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ..._utils.safetensors import DTYPES, Entry, load_entry
 from ...model.experts.stored import StoredMatrix, stored_matrices
 from .architecture import Architecture
 
-Entries = Mapping[str, tuple[Path, Entry]]  # the file and the entry of each tensor, by its name
+Entries = Mapping[str, tuple[Path, Entry]]  # {name of a tensor: its file and entry}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a matrix W [out, in], which a tensor holds, or its slice `index`."""
+    """Rows of a matrix W [out, in] that a tensor, or its slice `index`, holds."""
 
     tensor: StoredTensor
     index: int | None
@@ -33,7 +33,7 @@ class Part:
         return self.tensor.name, self.index
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """The view [rows, in] of what is stored, of a convolution [rows, in / groups · k ...]."""
+        """A view [rows, in] of the stored tensor; for a convolution [rows, in / groups · k ...]."""
         if stored.dim() > 2:
             return stored.view(len(stored), -1)
         return stored.mT if self.transposed else stored
@@ -46,8 +46,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Matrix:
-    """W [out, in] of a linear layer, or of one of the experts of the parameter `layer`; `parts` are
-    in the order of their rows.
+    """W [out, in] of a linear layer, or of one expert of the parameter `layer`. `parts` are in the
+    order of their rows.
     """
 
     layer: str
@@ -57,13 +57,13 @@ class Matrix:
 
     @property
     def title(self) -> str:
-        """Its name in messages, and for its seed."""
+        """The matrix's name in messages and for its seed."""
         return self.layer if self.expert is None else f"{self.layer}[{self.expert}]"
 
 
 @dataclass(frozen=True)
 class StoredStack:
-    """The experts of the parameter `name` of a model, W [E, out, in]."""
+    """The experts of a model's parameter `name`, W [E, out, in]."""
 
     name: str
     num_experts: int
@@ -72,11 +72,11 @@ class StoredStack:
 
     @property
     def stacked(self) -> bool:
-        """Whether the files hold the experts of a tensor together."""
+        """Whether one tensor in the files holds all experts."""
         return self.parts[0][1].expert is None
 
     def matrices(self) -> Iterator[Matrix]:
-        """The experts' matrices."""
+        """The matrices of the experts."""
         for expert in range(self.num_experts):
             parts = (
                 Part(tensor, expert if place.expert is None else None, place.rows, place.transposed)
@@ -93,7 +93,7 @@ def stored_stack(
     num_experts: int,
     shape: tuple[int, int],
 ) -> StoredStack | str:
-    """Where the files hold the experts' parameter `name` of a model, whose experts are [out, in] =
+    """Where the files hold the experts' parameter `name`, whose experts have the shape [out, in] =
     `shape`; or the reason why they cannot be edited.
     """
     found = _places(architecture, entries, name, num_experts, shape)
@@ -112,8 +112,8 @@ def stored_stack(
 def _places(
     architecture: Architecture, entries: Entries, name: str, experts: int, shape: tuple[int, int]
 ) -> list[StoredMatrix] | str:
-    """The parts by their names in the files, with the shapes that they have there."""
-    if name in architecture.stored:  # loaded as it is
+    """The parts, with their names and shapes in the files."""
+    if name in architecture.stored:  # the tensor is loaded unchanged
         module = architecture.modules[name.rpartition(".")[0]]
         transposed = bool(getattr(module, "is_transposed", False))
         places = [StoredMatrix(architecture.stored[name], None, slice(0, shape[0]), transposed)]
@@ -138,7 +138,7 @@ def _places(
 def _named(
     architecture: Architecture, name: str, places: list[StoredMatrix]
 ) -> list[StoredMatrix] | str:
-    """The places with the names that the tensors have in the files; or which tensor is missing."""
+    """The places with the tensors' names in the files; or which tensor is missing."""
     names, sources = architecture.names, dict(architecture.sources[name])
     found = []
     for place in places:
@@ -155,7 +155,7 @@ def _named(
 def _wrong_shape(
     places: list[StoredMatrix], entries: Entries, experts: int, columns: int
 ) -> str | None:
-    """The first tensor whose shape is another one than the model's."""
+    """The first tensor whose shape in the files differs from the model's; None if there is none."""
     for place in places:
         expected, stored = place.shape(experts, columns), entries[place.name][1].shape
         if stored != expected:

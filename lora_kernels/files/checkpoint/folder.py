@@ -1,4 +1,4 @@
-"""The folder of a Hugging Face model: its files, the names of its modules, and copies of it."""
+"""The folder of a Hugging Face model: its files, the names of its modules, and its copies."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
             ".onnx_data", ".ot", ".tflite", ".index.json")  # fmt: skip
 
 
-# Where transformers does not know the model: models in whose files the first part of the modules'
-# names may be missing, and that part.
+# For models that transformers does not know: {type of a model: the first part of its modules'
+# names, which may be missing in the files}.
 _PREFIXES = {"gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer"}
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -47,9 +47,9 @@ _TASKS = {
 class ModelFolder:
     """A folder with `config.json` and safetensors files, with an index if there are several.
 
-    `kind` names another class of transformers than the configuration does, for an adapter whose
-    task needs another head, and `num_labels` the size of that head; `vocab_size` is the size of a
-    resized vocabulary.
+    `kind` is the name of a class of transformers to use instead of the configuration's, if the
+    adapter's task needs another head; `num_labels` is the size of that head. `vocab_size` is the
+    size of a resized vocabulary.
 
     Raises:
         ValueError: files are damaged or do not belong to a model.
@@ -113,7 +113,7 @@ class ModelFolder:
 
     @property
     def assumption(self) -> str:
-        """What is assumed of the layers, and why, if the architecture is not known; else ""."""
+        """What is assumed about the layers, and why, if the architecture is unknown; else ""."""
         found = self._read_architecture
         if not isinstance(found, str):
             return ""
@@ -135,8 +135,8 @@ class ModelFolder:
 
     @cached_property
     def prefix(self) -> str:
-        """The prefix of the modules' names that is missing in the files, where the architecture is
-        not known; "" except for some checkpoints that were saved without their output head.
+        """The prefix that the names in the files lack, if the architecture is unknown. It is ""
+        except for some checkpoints that were saved without their output head.
         """
         prefix = _PREFIXES.get(self.config.get("model_type", ""))
         kinds = self.config.get("architectures") or [""]
@@ -147,7 +147,7 @@ class ModelFolder:
     def named_weights(
         self, targets: str | Sequence[str], exclude: str | Sequence[str] | None
     ) -> tuple[list[StoredWeight], dict[str, str]]:
-        """The weights that are chosen by their names in the files, and the reasons for others."""
+        """The weights chosen by their names in the files, and {name: reason} for the others."""
         found = stored_weights(self.path, targets, exclude)
         weights = [replace(weight, name=self.module_name(weight.name)) for weight in found]
         skipped = {
@@ -158,23 +158,23 @@ class ModelFolder:
         return [weight for weight in weights if weight.name not in skipped], skipped
 
     def _in_mixture(self, layer: str) -> bool:
-        """Whether the layer is an expert of a mixture, or its router: in the model they are not
-        linear layers, since transformers 5 loads all experts into 3-D parameters.
+        """Whether the layer is an expert or a router of a mixture. These are not linear layers in
+        the model: since version 5, transformers loads all experts into 3-D parameters.
         """
         owner, _, last = layer.rpartition(".")
         router = last in ("gate", "router") and f"{owner}.experts" in self.module_names
         return router or ".experts." in layer
 
     def is_transposed(self, layer: str) -> bool:
-        """Whether the layer of that name in the model is a Conv1D, stored [in, out]."""
+        """Whether the layer with that name in the model is a Conv1D, stored [in, out]."""
         if self.architecture is None:
             return is_transposed(self.config, layer)
         return is_conv1d(self.architecture.modules.get(layer))
 
     @property
     def task_type(self) -> str | None:
-        """PEFT's name for the task of the model, if the name of its class says so, and if PEFT's
-        class for the task can run it: that for "SEQ_2_SEQ_LM" needs token ids.
+        """PEFT's name for the model's task, if the name of the model's class tells the task and
+        PEFT's class for the task can run the model: "SEQ_2_SEQ_LM" needs token ids.
         """
         kind = str((self.config.get("architectures") or [""])[0])
         main_input = "input_ids"
@@ -188,8 +188,8 @@ class ModelFolder:
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the output head is the input embedding: by the configuration, or else if no head
-        is stored.
+        """Whether the output head shares the input embedding's weight: as the configuration says,
+        or else if no head is stored.
         """
         for config in (self.config, self.config.get("text_config") or {}):
             if "tie_word_embeddings" in config:
@@ -198,8 +198,8 @@ class ModelFolder:
 
     @cached_property
     def tensors(self) -> dict[str, str]:
-        """The names of tensors in the files, by their names in the model's state_dict. Tensors that
-        the model renames have their own names too, by which older adapters know them.
+        """{name in the model's state_dict: name in the files} of the tensors. Tensors that the
+        model renames are also found by their names in the files, which older adapters use.
         """
         if self.architecture is None:
             return {self.module_name(name): name for name in self.stored_names}
@@ -207,7 +207,7 @@ class ModelFolder:
 
     @cached_property
     def module_names(self) -> list[str]:
-        """All modules of the model, or all that contain a tensor."""
+        """All modules of the model; if the model is unknown, all that contain a tensor."""
         if self.architecture is not None:
             return list(self.architecture.modules)
         found: dict[str, None] = {}
@@ -217,8 +217,8 @@ class ModelFolder:
         return list(found)
 
     def module_name(self, stored: str) -> str:
-        """The name in the model of the tensor or module that is called `stored` in the files, where
-        the architecture is not known.
+        """The name in the model of the tensor or module that the files call `stored`, if the
+        architecture is unknown.
         """
         head = stored.partition(".")[0] in ("lm_head", "score", "classifier")
         return stored if head else self.prefix + stored
@@ -242,10 +242,10 @@ class ModelFolder:
         added: Mapping[str, Tensor] | None = None,
         sliced: Collection[str] = (),
     ) -> list[Shard]:
-        """The shards and their blocks; `edited` names the tensors to edit in each file, and
-        `sliced` those of them that are edited slice by slice. Without `work` nothing is written,
-        and only edited tensors are read. The target lacks the tensors `dropped`; those of `added`
-        are in its last shard.
+        """The shards and their blocks. `edited` names the tensors to edit in each file; `sliced`
+        names those of them that are edited slice by slice. Without `work` nothing is written, and
+        only edited tensors are read. The target lacks the tensors in `dropped`, and its last shard
+        also has the tensors in `added`.
         """
         shards = []
         for file, layout in self.layouts.items():
@@ -307,21 +307,21 @@ class ModelFolder:
             if entry.name.startswith(".") or entry.name.endswith(_WEIGHTS):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                if not is_start(path):  # it belongs to these very weights
+                if not is_start(path):  # the start belongs to these very weights
                     yield from self._walk(path)
             elif entry.is_file() and path != self.path / CONFIG:
                 yield path.relative_to(self.path)
 
 
 def check_apart(model: Path, out: Path) -> None:
-    """Raises if one of the two folders is inside the other."""
+    """Raises ValueError if one of the two folders is inside the other."""
     one, other = model.resolve(), out.resolve()
     if one == other or one in other.parents or other in one.parents:
         raise ValueError(f"{out} and {model} are inside each other: write into another folder")
 
 
 def check_outside(adapter: Path, out: Path) -> None:
-    """Raises if the adapter is inside the folder to be written, or is that folder."""
+    """Raises ValueError if the adapter is inside the folder to be written, or is that folder."""
     one, other = adapter.resolve(), out.resolve()
     if one == other or other in one.parents:
         raise ValueError(f"{adapter} is inside {out}, which is to be written: use another folder")

@@ -25,8 +25,8 @@ from .residual import refuse_residual
 @dataclass(frozen=True)
 class MergeSummary:
     """The numbers of merged layers and replaced tensors, and the bytes that all ranks read in this
-    run. `assumption` says what was assumed of a model that transformers does not know; else it is
-    empty.
+    run. `assumption` says what was assumed about a model that transformers does not know; else it
+    is empty.
     """
 
     layers: int
@@ -48,16 +48,17 @@ def merge(
 ) -> MergeSummary:
     """Writes the model in `base` to `out`, with the adapter merged into it.
 
-    The adapter may have any format; saved modules and biases replace those of the base, or are
-    added: the head of a classifier, which then is the class in `config.json`, the embeddings of a
-    resized vocabulary, or a head that differs from the embedding that the base ties it to.
-    Everything else is as for `initialize`: what is copied, `dtype`, memory (apart from the
-    adapter's), continuing after a kill, and several `ranks`, each of which reads the adapter.
+    The adapter may have any format. Its saved modules and biases replace those of the base. They
+    are added if the base lacks them: the head of a classifier, whose class is then the one in
+    `config.json`, the embeddings of a resized vocabulary, or a head that differs from the embedding
+    that the base ties it to. For everything else see `initialize`: what is copied, `dtype`, memory
+    (in addition to the adapter's), continuing after a kill, and several `ranks`, each of which
+    reads the adapter.
 
     Raises:
         ValueError: the adapter does not fit the base, was trained on another one, or is in `out`.
-        FileNotFoundError: as `initialize`.
-        OSError: as `initialize`.
+        FileNotFoundError: see `initialize`.
+        OSError: see `initialize`.
 
     """
     check_apart(base, out)
@@ -103,7 +104,7 @@ def merge(
 
 
 def _cast(folder: ModelFolder, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor that is added to the files, in their most frequent dtype or in `dtype`."""
+    """A tensor to add to the files, in `dtype` or in the most frequent dtype of the files."""
     if not tensor.is_floating_point():
         return tensor
     kinds = Counter(e.dtype for _, e in folder.entries.values() if e.dtype in DTYPES)

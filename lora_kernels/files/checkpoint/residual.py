@@ -1,8 +1,8 @@
-"""The start that belongs to a residual base, and adapters trained from it.
+"""The start that belongs to a residual base, and adapters trained from that start.
 
-`initialize` writes such a start beside the residual base; PEFT writes one if an adapter of "pissa",
-"olora", "corda" or "lora_ga" is saved before it is trained. The start and the trained adapter are
-PEFT adapters of the residual base, and wrong on the original one. Together they are an adapter of
+`initialize` writes such a start beside the residual base. PEFT writes one if an adapter of "pissa",
+"olora", "corda" or "lora_ga" is saved before training. The start and the trained adapter are PEFT
+adapters of the residual base and wrong on the original base, but together they give an adapter of
 the original base.
 """
 
@@ -30,7 +30,7 @@ from ..adapter.peft_format.experts.writing import wrappers
 from ..adapter.peft_format.reading import split_tensors
 from ..adapter.recipe import START, config_from_dict, layer_from_dict, read_recipe
 
-ADAPTER = "adapter"  # the name of its folder, in that of the residual base
+ADAPTER = "adapter"  # the name of the start's folder inside the residual base's folder
 _GIVE = "give the adapter as it was saved before training as the start (--start)"
 
 
@@ -40,7 +40,7 @@ def is_start(folder: Path) -> bool:
 
 
 def read_start(folder: Path) -> AdapterState:
-    """The start as an adapter of the original base: A and B are the factors that were subtracted.
+    """The start as an adapter of the original base; A and B are the factors that were subtracted.
 
     Raises:
         ValueError: the folder does not hold a start, or is damaged.
@@ -73,8 +73,8 @@ def read_start(folder: Path) -> AdapterState:
 def _start_by_peft(folder: Path) -> AdapterState:
     """`read_start` of an adapter that PEFT saved before training.
 
-    PEFT's guides set `init_lora_weights` to true before saving: whether a start was subtracted then
-    shows in B, which is zero in a start that was not.
+    PEFT's guides set `init_lora_weights` to true before saving. B then shows whether a start was
+    subtracted: if not, B is zero.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         raise _no_start(folder)
@@ -96,7 +96,7 @@ def _start_by_peft(folder: Path) -> AdapterState:
 
 
 def _method(folder: Path) -> str | None:
-    """The start by which PEFT has changed the base, "pissa" for "pissa_niter_4"; None if the
+    """The start by which PEFT has changed the base ("pissa" for "pissa_niter_4"); None if the
     configuration names none.
     """
     file = folder / ADAPTER_CONFIG
@@ -113,11 +113,11 @@ def _no_start(folder: Path, why: str = "") -> ValueError:
 
 
 def without_start(state: AdapterState, trained: Path, start: Path) -> AdapterState:
-    """Converts the adapter of the folder `trained` from one of the residual base to one of the
-    original base, by the start in the folder `start`.
+    """Converts the adapter in the folder `trained` from the residual base to the original base,
+    with the help of the start in the folder `start`.
 
-    Warns if neither configuration says that PEFT subtracted a start: its guides set
-    `init_lora_weights` to true before saving, and so the files of many starts do not say it.
+    Warns if neither configuration says that PEFT subtracted a start: PEFT's guides set
+    `init_lora_weights` to true before saving, so that the files of many starts do not say it.
 
     Raises:
         ValueError: `start` is no start, or the adapter was not trained from it.
@@ -148,7 +148,7 @@ def without_start(state: AdapterState, trained: Path, start: Path) -> AdapterSta
 
 
 def _common_method(start: Path, trained: Path) -> str | None:
-    """PEFT's start that one of the two names; raises ValueError if they name different ones."""
+    """PEFT's start that either folder names; raises ValueError if they name different ones."""
     first, then = _method(start), _method(trained)
     if first is not None and then is not None and first != then:
         raise ValueError(
@@ -161,11 +161,12 @@ def _common_method(start: Path, trained: Path) -> str | None:
 def _orthogonal(layers: Iterable[LayerState]) -> bool:
     """Whether the columns of B are orthogonal in every layer, up to a rounding to 16 bits.
 
-    PEFT makes B of singular vectors or of a QR. The cosines of random columns of n numbers have a
-    spread of 1 / sqrt(n), those of orthogonal columns that were rounded to bfloat16 1/500 of it.
+    PEFT computes B from singular vectors or a QR decomposition. The cosines of random columns of n
+    numbers have a spread of 1 / sqrt(n); if orthogonal columns are rounded to bfloat16, the spread
+    is 1/500 of that.
     """
     for layer in layers:
-        B = layer.lora_B.detach().double()  # of experts with their number first
+        B = layer.lora_B.detach().double()  # for experts, their number is the first dimension
         B = B / B.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(B.dtype).tiny)
         cosines = (B.mT @ B).triu(1)
         pairs = max(1, B.shape[-1] * (B.shape[-1] - 1) // 2) * (layer.experts or 1)
@@ -175,7 +176,7 @@ def _orthogonal(layers: Iterable[LayerState]) -> bool:
 
 
 def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
-    """Converts an adapter of the residual base to one of the original base.
+    """Converts an adapter of the residual base to an adapter of the original base.
 
     Raises:
         ValueError: the adapter was not trained from this start.
@@ -208,7 +209,7 @@ def trained_from(start: AdapterState, trained: AdapterState) -> AdapterState:
                 "adapters that PEFT trained on the residual base"
             )
         for what in ("r", "scaling"):
-            # PEFT computes s from a lora_alpha that was computed from s.
+            # PEFT computes s from a lora_alpha that was itself computed from s.
             if not math.isclose(getattr(layer, what), getattr(first, what), rel_tol=1e-12):
                 raise ValueError(
                     f"{name!r} has {what} = {getattr(layer, what):g}, its start "
@@ -251,7 +252,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def refuse_residual(adapter: Path, state: AdapterState, base: Path | None = None) -> None:
-    """Raises if the adapter was trained on a residual base other than `base`."""
+    """Raises ValueError if the adapter was trained on a residual base other than `base`."""
     if state.base_model is None or any(layer.changes_base for layer in state.layers.values()):
         return
     trained_on = find_base(state.base_model, adapter)
@@ -265,9 +266,9 @@ def refuse_residual(adapter: Path, state: AdapterState, base: Path | None = None
 
 
 def find_base(name: str, adapter: Path) -> Path | None:
-    """The folder of the model that an adapter was trained on: as it is named, or from the adapter's
-    folder or one of its parents, since the training may have had another working directory; None
-    if it is not here.
+    """The folder of the model that an adapter was trained on; None if it is not on this machine.
+    The name is resolved as it is, or relative to the adapter's folder or one of its parents: the
+    training may have had another working directory.
     """
     folder = adapter.absolute()
     places = (Path(name), *(parent / name for parent in (folder, *folder.parents)))

@@ -1,4 +1,4 @@
-"""Checks that an adapter fits a model, and that all ways to load it compute the same."""
+"""Checks that an adapter fits a model, and that all ways to load it give the same outputs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ from .residual import refuse_residual
 
 Inputs = dict[str, Tensor]
 
-# Relative to the largest output, in float32. In a model of 30 layers, another order of sums changes
-# the outputs by less than a tenth of it; reading an adapter wrongly, by about its whole effect.
+# Relative to the largest output, in float32. In a model of 30 layers, another order of summation
+# changes the outputs by less than a tenth of this; misreading an adapter changes them by about its
+# whole effect.
 TOLERANCE = 1e-4
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
 
@@ -58,16 +59,16 @@ class Check:
 
 
 def verify(adapter: Path, base: Path, logits: bool = True) -> Iterator[Check]:
-    """Makes these checks in this order, and stops after one of the first two that fails.
+    """Runs these checks in order, and stops if one of the first two fails.
 
     1. The files of the adapter are intact and consistent.
     2. Every layer and tensor of the adapter is in the base, with the same shape.
-    3. `logits`, if transformers knows the model: the outputs of the base with s(BA − B₀A₀) added to
-       its weights, of `load_adapter`, and of PEFT if it can read the format, agree within
-       `TOLERANCE` of the largest, in float32 on the CPU, on fixed inputs. If the model does not run
-       on any inputs that are made here, the merged weights are compared. The model is loaded for
-       each, as its users load it: with the class for the adapter's task, and resized if the adapter
-       has the embeddings of a resized vocabulary.
+    3. With `logits`, if transformers knows the model: three ways give the same outputs, within
+       `TOLERANCE` of the largest, in float32 on the CPU, on fixed inputs. The ways are: the base
+       with s(BA − B₀A₀) added to its weights, `load_adapter`, and PEFT if it can read the format.
+       If the model runs on none of the inputs that are made here, the merged weights are compared.
+       For each way, the model is loaded as users would load it: with the class for the adapter's
+       task, and resized if the adapter has the embeddings of a resized vocabulary.
 
     Raises:
         ValueError: the base is not a model.
@@ -101,7 +102,7 @@ def verify(adapter: Path, base: Path, logits: bool = True) -> Iterator[Check]:
 
 def _check_fit(folder: ModelFolder, state: AdapterState) -> None:
     """Raises ValueError if a layer or tensor of the adapter is not in the base, or has another
-    shape there. Loading may compute it, so that `merge` could not write it.
+    shape there. A tensor may be computed in loading, although `merge` could not write it then.
     """
     architecture = folder.architecture
     if architecture is None:
@@ -125,7 +126,7 @@ def _check_fit(folder: ModelFolder, state: AdapterState) -> None:
     vocabulary = resized_to(architecture, state)
     for name, shape in wanted.items():
         if name not in known:
-            changes_of(folder, state)  # its error says more, and older names are in the files
+            changes_of(folder, state)  # its error says more, and it knows older names in the files
             raise ValueError(f"the adapter has {name!r}, which {folder.path} does not have")
         if shape != known[name] and not is_resized(vocabulary, shape, known[name]):
             raise ValueError(
@@ -149,7 +150,7 @@ class _Ways:
         self.inputs = inputs_for(base)
         plain = self._result(base)
         merged = self._result(self._merged(self._repeated()))
-        if plain.shape != merged.shape:  # the length of what it says depends on the weights
+        if plain.shape != merged.shape:  # the length of the output depends on the weights
             self.inputs = None
             plain = self._result(base)
             merged = self._result(self._merged(self._repeated()))
@@ -157,7 +158,7 @@ class _Ways:
         scale = max(float(merged.abs().max()), torch.finfo(torch.float32).tiny)
         effect = float((merged - plain).abs().max()) / scale
         what, allowed = "outputs", TOLERANCE
-        if self.inputs is None:  # weights have one rounding each, whatever the adapter's effect
+        if self.inputs is None:  # weights are rounded once, whatever the adapter's effect is
             what, allowed = "weights", max(TOLERANCE * effect, _ROUNDING)
         yield Check("merged weights", True, f"change the {what} by {effect:.1e} of the largest")
 
@@ -181,7 +182,7 @@ class _Ways:
                 yield self._with_reason(compared("PEFT", found))
 
     def _with_reason(self, check: Check) -> Check:
-        """The check of PEFT; if it failed, with the layers that PEFT leaves bare."""
+        """PEFT's check; if it failed, the result names the layers that PEFT does not adapt."""
         lost = lost_in_peft(self.architecture.model, list(self.state.layers))
         if check.passed or not lost:
             return check
@@ -190,13 +191,13 @@ class _Ways:
         return Check(check.name, check.passed, check.detail + bare)
 
     def _load(self) -> Any:
-        """The base in float32, of the class that has the adapter's layers."""
+        """The base in float32, with the class that has the adapter's layers."""
         options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
         if self.folder.num_labels is not None:
             options["num_labels"] = self.folder.num_labels
         loader: Any = type(self.architecture.model)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # a head that the files lack is random
+            torch.manual_seed(0)  # a head that is missing in the files is random
             model = loader.from_pretrained(self.folder.path, **options).eval()
         vocabulary = resized_to(self.architecture, self.state)
         if vocabulary is not None:
@@ -204,7 +205,7 @@ class _Ways:
         return model
 
     def _repeated(self) -> Any:
-        """The base with the blocks that the adapter is for."""
+        """The base, with the repeated blocks that the adapter expects."""
         model = self._load()
         if self.state.replication:
             RepeatedBlocks(model, self.state.replication)
@@ -212,7 +213,7 @@ class _Ways:
 
     @torch.no_grad()
     def _merged(self, model: nn.Module) -> nn.Module:
-        """The model with the adapter's change of each weight."""
+        """The model with the adapter's change added to each weight."""
         extra = settled_weights(model, self.state).extra
         for name, layer in self.state.layers.items():
             if layer.experts:
@@ -224,7 +225,7 @@ class _Ways:
             before = getattr(module, key).data
             weight = extra.pop(own, before).to(before.dtype, copy=True)
             layer.add_to_(layer.matrix_of(weight, is_conv1d(module)))
-            setattr(module, key, nn.Parameter(weight))  # its own, if it was tied to another
+            setattr(module, key, nn.Parameter(weight))  # a new one, in case it was tied to another
             bias = layer.portable_bias()
             if bias is not None:
                 key = key.removesuffix("weight") + "bias"
@@ -246,8 +247,8 @@ class _Ways:
 
     @torch.no_grad()
     def _peft_result(self, model: Any) -> Tensor:
-        """`_result` of the model with the adapter in PEFT. Its weights are summed here: PEFT's own
-        merging adds to a weight that several layers share once for each of them.
+        """`_result` of the model with the adapter in PEFT. The weights are summed here, because
+        PEFT's merging adds the update to a shared weight once for each layer that shares it.
         """
         import peft
 
@@ -274,7 +275,7 @@ class _Ways:
 
 
 def _weight_in_peft(layer: Any) -> Tensor:
-    """A new tensor, the weight of a layer of PEFT with its adapter."""
+    """The weight of a PEFT layer with its adapter, as a new tensor."""
     weight: Tensor = layer.weight.detach()
     if not hasattr(layer, "lora_A"):
         return weight
@@ -287,7 +288,7 @@ def _weight_in_peft(layer: Any) -> Tensor:
 
 @torch.no_grad()
 def _merge_experts_(model: nn.Module, name: str, layer: LayerState) -> None:
-    """Adds the update of an experts' parameter to it, in place."""
+    """Adds the update of an experts' parameter in place."""
     owner: Any = model.get_submodule(name.rpartition(".")[0])
     for expert, weight in enumerate(model.get_parameter(name)):
         layer.expert(expert).add_to_(weight.mT if owner.is_transposed else weight)
@@ -298,8 +299,8 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def inputs_for(model: nn.Module) -> Inputs | None:
-    """Inputs on which the model runs and gives finite numbers; None if no such inputs are known."""
-    for rows in (_BATCH, 1):  # a classifier without a padding token takes one text at a time
+    """Inputs on which the model runs and returns finite numbers; None if none are known."""
+    for rows in (_BATCH, 1):  # a classifier without a padding token accepts only one text at a time
         for candidate in _candidates(model):
             inputs = {name: tensor[:rows] for name, tensor in candidate.items()}
             try:
@@ -312,7 +313,7 @@ def inputs_for(model: nn.Module) -> Inputs | None:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
-    """All floating-point outputs as one vector, in float32. A model that draws random numbers draws
+    """All floating-point outputs as one vector, in float32. A model that uses random numbers gets
     the same ones each time.
     """
     with torch.random.fork_rng(devices=[]):
@@ -324,7 +325,7 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def _candidates(model: nn.Module) -> Iterator[Inputs]:
-    """The main input alone, then with others: with tokens for the decoder, with a picture ..."""
+    """The main input alone, then with others: tokens for the decoder, a picture ..."""
     config: Any = model.config
     makers = {
         "input_ids": _token_ids,
@@ -337,7 +338,7 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
     for name, maker in makers.items():
         with suppress(*_ERRORS):
             made[name] = maker(config)
-    for name in sorted(made, key=lambda name: name != main):  # the main one first
+    for name in sorted(made, key=lambda name: name != main):  # the main input first
         yield {name: made[name]}
         if "input_ids" in made and bool(getattr(config, "is_encoder_decoder", False)):
             yield {name: made[name], "decoder_input_ids": made["input_ids"]}
@@ -345,7 +346,7 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
 
 
 def _option(config: Any, name: str) -> Any:
-    """The value of an option in the configuration or in one of its parts."""
+    """The value of an option in the configuration, or in a part of it."""
     parts = [config, *(part for part in vars(config).values() if hasattr(part, "model_type"))]
     values = [value for part in parts if (value := getattr(part, name, None)) is not None]
     return values[0]  # an IndexError if no part has it

@@ -1,5 +1,5 @@
-"""The weights of linear layers in safetensors files, loaded one at a time: `chosen_weights` by the
-model's architecture, `stored_weights` by their names alone.
+"""Loads the weights of linear layers from safetensors files one at a time. `chosen_weights` chooses
+them by the model's architecture, `stored_weights` by their names alone.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ..adapter.peft_format.loading import differing_in_peft, lost_in_peft
 from .architecture import Architecture
 from .experts import Entries, Matrix, Part, StoredStack, stored_stack
 
-# Models with Conv1D layers, which are stored [in, out], and the names of these layers.
+# Models with Conv1D layers, whose weights are stored [in, out], and the names of these layers.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")
-# Last parts of names of 2-D weights that are not projections: output heads and embeddings.
+# Last parts of the names of 2-D weights that are not projections: output heads and embeddings.
 _HEAD = re.compile(r"lm_head|embed_out")
 _EMBEDDING = re.compile(r"wte|wpe|shared|relative_attention_bias|(?!embed_out).*embed.*")
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """The weight of a linear layer or convolution; `name` is the layer's in the model."""
+    """The weight of a linear layer or convolution; `name` is the layer's name in the model."""
 
     name: str
     tensor: StoredTensor
@@ -43,7 +43,7 @@ class StoredWeight:
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """The sizes of a convolution's kernels; () of a linear layer."""
+        """The sizes of a convolution's kernel; () for a linear layer."""
         return tuple(self.tensor.entry.shape[2:])
 
     def load(self) -> Tensor:
@@ -59,7 +59,7 @@ class StoredWeight:
         return (cols, rows) if self.transposed else (rows, cols)
 
     def matrices(self) -> Iterator[Matrix]:
-        """W alone."""
+        """W as the only matrix."""
         rows = slice(0, self.shape[0])
         part = Part(self.tensor, None, rows, self.transposed)
         yield Matrix(self.name, None, self.shape, (part,))
@@ -72,17 +72,17 @@ def chosen_weights(
     config: LoRAConfig,
     absorb: bool,
 ) -> tuple[list[StoredWeight | StoredStack], dict[str, str]]:
-    """The weights of the layers that `add_lora` would adapt in the model, in its order; and the
-    reason for each layer that is left out.
+    """The weights of the layers that `add_lora` would adapt in the model, in the model's order; and
+    the reason for each layer that is left out.
 
-    `entries` are the tensors in the files of the folder `path`, by their names there.
-    `absorb`: a start will be subtracted from them, which PEFT adds back. Then the weights must not
-    be tied to others, and PEFT must find each layer.
+    `entries` are the tensors in the files of the folder `path`, by their names there. `absorb`: a
+    start will be subtracted from the weights, and PEFT adds it back. The weights must then not be
+    tied to others, and PEFT must find each layer.
 
     Raises:
-        ValueError: as `lora_kernels.model.selection.select_layers`; a layer is quantized in the
-            files, has another shape there, or was named by the user and cannot start, as all
-            experts are that are chosen.
+        ValueError: see `lora_kernels.model.selection.select_layers`; a layer is quantized in the
+            files or has another shape there; or a layer that the user named cannot get a start.
+            Experts are always named by the user.
 
     """
     selection = select_modules(architecture.model, config)
@@ -133,7 +133,7 @@ def chosen_weights(
 
 
 def _why_not_here(base: BaseLayer, absorb: bool) -> str | None:
-    """What a layer is that cannot be started in files; None if it can."""
+    """Why a layer cannot get a start in files, as "it is ..."; None if it can."""
     if base.kind == EMBEDDING:
         return "an embedding"
     if base.kind in (ATTENTION, OUT_PROJECTION):
@@ -143,7 +143,7 @@ def _why_not_here(base: BaseLayer, absorb: bool) -> str | None:
     if base.geometry[1] > 1:
         return "a convolution with groups"
     differs = differing_in_peft({"": base.layer}, [""])
-    if absorb and differs:  # PEFT is to train it
+    if absorb and differs:  # because PEFT will train it
         return f"a convolution that PEFT computes in another way ({next(iter(differs))})"
     return None
 
@@ -172,11 +172,11 @@ def stored_weights(
     """The projections of a checkpoint, in the order of `select_layers`.
 
     Candidates are the 2-D floating-point tensors called "<layer>.weight". "all-linear" excludes
-    embeddings and output heads, which are recognised by name; a list of names or endings, or a
-    regular expression, selects from all. `exclude` is of the same kind.
+    embeddings and output heads, which are recognized by name. A list of names or endings, or a
+    regular expression, selects from all candidates. `exclude` has the same form.
 
     Raises:
-        ValueError: nothing is selected, or the file holds an adapter; and as `stored_tensors`.
+        ValueError: nothing is selected, or the file holds an adapter; see also `stored_tensors`.
 
     """
     tensors = stored_tensors(path)
@@ -222,17 +222,17 @@ def is_all_linear(targets: str | Sequence[str]) -> bool:
 
 
 def is_transposed(config: Mapping[str, Any], layer: str) -> bool:
-    """Whether the layer is a Conv1D, stored [in, out]; `config` is the model's config.json."""
+    """Whether the layer is a Conv1D, stored [in, out]; `config` is the content of `config.json`."""
     return config.get("model_type") in _CONV1D_MODELS and _ending(layer) in _CONV1D_LAYERS
 
 
 def is_embedding(layer: str) -> bool:
-    """Whether the layer is an embedding, by its name."""
+    """Whether the layer's name is that of an embedding."""
     return _EMBEDDING.fullmatch(_ending(layer)) is not None
 
 
 def is_head(layer: str) -> bool:
-    """Whether the layer is an output head, by its name."""
+    """Whether the layer's name is that of an output head."""
     return _HEAD.fullmatch(_ending(layer)) is not None
 
 

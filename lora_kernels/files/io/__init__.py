@@ -1,1 +1,1 @@
-"""Files and their bytes, without LoRA: rewriting in blocks, and writes that survive a kill."""
+"""Files and their bytes, without LoRA: rewriting in blocks, and writing that survives a kill."""

@@ -1,4 +1,4 @@
-"""Divides a file into blocks, each of which is read, edited and written at once."""
+"""Divides a file into blocks, each of which is read, edited and written as a whole."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from functools import cached_property
 
 from ..._utils.safetensors import DTYPES, Entry, Layout
 
-BLOCK = 16 << 20  # bytes: copied tensors are divided into such pieces, small tensors are joined
+BLOCK = 16 << 20  # bytes: larger copied tensors are divided, small tensors are joined
 _PAGE = 4096
-_DROPPED = Entry("", "", (), 0, 0)  # in place of the target of a tensor that the target lacks
+_DROPPED = Entry("", "", (), 0, 0)  # the target of a tensor that the target file does not have
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor, or a part of one that is only copied, in the source and in the target; or
-    `tensor[index]` of an edited tensor that is divided into its slices.
+    """A tensor, or a part of a tensor that is only copied, in the source and in the target; or
+    `tensor[index]` of an edited tensor that is divided into slices.
     """
 
     source: Entry
@@ -26,7 +26,7 @@ class Piece:
 
     @property
     def name(self) -> str:
-        """The tensor's."""
+        """The tensor's name."""
         return self.source.name
 
     @property
@@ -42,17 +42,17 @@ class Block:
 
     @cached_property
     def source(self) -> tuple[int, int]:
-        """The range of its bytes in the source's data."""
+        """The range of the block's bytes in the source's data."""
         return self.pieces[0].source.begin, self.pieces[-1].source.end
 
     @cached_property
     def target(self) -> tuple[int, int]:
-        """The range of its bytes in the target's data."""
+        """The range of the block's bytes in the target's data."""
         return self.pieces[0].target.begin, self.pieces[-1].target.end
 
     @cached_property
     def cast(self) -> bool:
-        """Whether a dtype changes: then the new bytes need memory of their own."""
+        """Whether a dtype changes, so that the new bytes need memory of their own."""
         return any(piece.cast for piece in self.pieces)
 
     @property
@@ -64,8 +64,8 @@ class Block:
         return self.target[1] - self.target[0]
 
     def places(self, source_offset: int, target_offset: int) -> tuple[int, int, int]:
-        """Offsets of the old and of the new bytes in a buffer, and the size of the buffer. The two
-        are the same place unless a dtype changes. `..._offset`: where the data begins in a file.
+        """The offsets of the old and of the new bytes in a buffer, and the size of the buffer. The
+        two offsets are equal unless a dtype changes. `..._offset`: where the data begins in a file.
         """
         old = _skew(source_offset + self.source[0])
         end = old + self.source_size
@@ -76,8 +76,8 @@ class Block:
 
 
 def _skew(position: int) -> int:
-    """The offset in a memory page: the same as in the file, since copies between different offsets
-    are a third slower; 0 if the numbers would not be aligned there.
+    """The offset within a memory page: the same as in the file, because copies between different
+    offsets are a third slower; 0 if the numbers would not be aligned there.
     """
     return position % _PAGE if position % 8 == 0 else 0
 
@@ -89,11 +89,11 @@ def divide(
     only_edited: bool = False,
     sliced: Collection[str] = (),
 ) -> list[Block]:
-    """The blocks of a file. An edited tensor is not divided, unless it is one of `sliced`: then
-    each slice of its first dimension is a piece. The others are copied in parts.
+    """The blocks of a file. An edited tensor is not divided, unless it is in `sliced`: then each
+    slice of its first dimension is a piece. Other tensors are copied in parts.
 
-    `target` has the tensors of `source`, or some of them, in the same order. `only_edited`: the
-    other tensors are left out.
+    `target` has all or some of the tensors of `source`, in the same order. `only_edited`: tensors
+    that are not edited are left out.
     """
     blocks: list[Block] = []
     pieces: list[Piece] = []
@@ -136,13 +136,13 @@ def _pieces(
 
 
 def _slices(old: Entry, new: Entry) -> Iterator[Piece]:
-    """Each slice of an edited tensor."""
+    """The slices of an edited tensor."""
     for index in range(old.shape[0]):
         yield Piece(old.slice(index), new.slice(index), True, index)
 
 
 def _cast_pieces(old: Entry, new: Entry) -> Iterator[Piece]:
-    """Parts of a tensor that is cast, of whole numbers."""
+    """The parts of a tensor that is cast; no part ends inside a number."""
     sizes = DTYPES[old.dtype].itemsize, DTYPES[new.dtype].itemsize
     step = BLOCK // max(sizes)
     for first in range(0, max(old.numel, 1), step):

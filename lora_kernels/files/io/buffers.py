@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class Buffer:
-    """Page-aligned memory that files are read into, and tensors are views of."""
+    """Page-aligned memory for the content of files; tensors are views of it."""
 
     def __init__(self, size: int) -> None:
-        # Private, as shared memory gets no huge pages.
+        # Private, because shared memory gets no huge pages.
         kind = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
         self._memory = mmap.mmap(-1, max(size, 1), **kind)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -60,7 +60,7 @@ class BufferPool:
                     buffer = min(fitting, key=lambda b: b.capacity)
                     self._free.remove(buffer)
                     return buffer
-                # The free ones are too small: some are released for a larger one.
+                # All free buffers are too small: some are released to make room for a larger one.
                 self._free.sort(key=lambda b: b.capacity)
                 while self._free and self._allocated + size > self._limit:
                     self._allocated -= self._free.pop().capacity
@@ -76,7 +76,7 @@ class BufferPool:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Makes `take` raise, in threads that are waiting too."""
+        """Makes `take` raise an error, also in threads that are already waiting."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""The differences of the bits of two tensors as text: short if the numbers differ by roundings."""
+"""The bit differences of two tensors as text, which is short if the numbers differ by roundings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def difference(want: Tensor, got: Tensor) -> str:
-    """What `changed` needs to turn `got` into `want`; "" if their bits are equal.
+    """The text from which `changed` restores `want` out of `got`; "" if their bits are equal.
 
-    Both have the same floating-point dtype and shape. One bit for each number says whether it
-    differs. The differences of the bits, as integers, follow, byte by byte of their size, since
-    most are small. The text needs no escape in JSON.
+    Both tensors have the same floating-point dtype and shape. The text has one bit for each number,
+    which says whether the number differs. The differences of the bits follow as integers, ordered
+    byte by byte, because most differences are small. In JSON the text needs no escapes.
     """
     if want.dtype != got.dtype or want.shape != got.shape:
         raise ValueError(
@@ -30,17 +30,17 @@ def difference(want: Tensor, got: Tensor) -> str:
     differs = new != old
     if not differs.any():
         return ""
-    change = new[differs] - old[differs]  # it wraps around
+    change = new[differs] - old[differs]  # may wrap around
     top = change.dtype.type(8 * change.itemsize - 1)
     one = change.dtype.type(1)
-    change = (change << one) ^ (np.zeros_like(change) - (change >> top))  # the sign in the last bit
+    change = (change << one) ^ (np.zeros_like(change) - (change >> top))  # sign in the last bit
     planes = change.astype(change.dtype.newbyteorder("<")).view(np.uint8)
     content = np.packbits(differs).tobytes() + planes.reshape(-1, change.itemsize).T.tobytes()
     return base64.b85encode(zlib.compress(content, 1)).decode("ascii")
 
 
 def changed(got: Tensor, text: str) -> Tensor:
-    """The tensor `want` of `difference(want, got)`.
+    """The tensor `want`, where `text` is `difference(want, got)`.
 
     Raises:
         ValueError: the text is damaged, or belongs to a tensor of another size.

@@ -1,4 +1,4 @@
-"""Locks, free space, and waiting until files have reached the disk."""
+"""Locks, free space, and waiting until files are on the disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def try_lock(descriptor: int) -> bool:
 
 
 def wait_for_lock(descriptor: int) -> bool:
-    """As `try_lock`, but waits for another process or thread. False if the file system has no
+    """Like `try_lock`, but waits for other processes and threads. False if the file system has no
     locks.
     """
     if sys.platform == "win32":
@@ -40,7 +40,7 @@ def wait_for_lock(descriptor: int) -> bool:
 
 
 def is_locked(descriptor: int) -> bool:
-    """Whether another process has locked the file, as `try_lock` does. Several may ask at once."""
+    """Whether another process has locked the file, as in `try_lock`. Several may ask at once."""
     if sys.platform == "win32":
         return False
     try:
@@ -55,7 +55,7 @@ def release(descriptor: int) -> None:
     """Unlocks and closes a file."""
     if sys.platform != "win32":
         with suppress(OSError):  # a file system without locks
-            # Forked processes have the file too, and closing it here alone would leave it locked.
+            # Forked processes share the file: if it were only closed here, it would stay locked.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
@@ -69,8 +69,8 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def mount_of(folder: Path) -> tuple[int, str]:
-    """The device of a folder, and where Linux tells it the mount: nothing can be renamed across
-    mounts, not even on one device.
+    """The device and, on Linux, the mount of a folder. Nothing can be renamed across mounts, not
+    even on one device.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -85,7 +85,7 @@ def mount_of(folder: Path) -> tuple[int, str]:
 
 
 def check_space(out: Path, size: int) -> None:
-    """Raises if the disk has less space than `size` bytes."""
+    """Raises OSError if the disk has less free space than `size` bytes."""
     folder = out
     while not folder.exists():
         folder = folder.parent
@@ -95,7 +95,7 @@ def check_space(out: Path, size: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the list of names of a folder, is on the disk."""
+    """Waits until a file, or a folder's list of names, is on the disk."""
     windows = os.name == "nt"
     if windows and path.is_dir():
         return

@@ -1,8 +1,8 @@
 """Rewrites files: a few threads read, edit and write blocks at the same time.
 
 Each thread takes a block through all three steps, so that the bytes are still in its caches when it
-edits them. System calls and torch's operators release the interpreter lock. Files are read into and
-written from reused buffers with positioned calls, not mapped: a mapping counts as resident memory,
+edits them. System calls and torch's operators release the interpreter lock. Files are read and
+written by positioned calls with reused buffers, not mapped: a mapping counts as resident memory,
 and its page faults cost more than the copy.
 """
 
@@ -27,10 +27,10 @@ from .buffers import Buffer, BufferPool, memory_of
 
 _CLOSED = -1  # in place of a file descriptor
 AHEAD = 8 * BLOCK  # bytes of memory in addition to the largest block
-_WORKERS = 4  # one copies 2 to 4 GB/s: more would wait for the disk
-_READ = 1 << 30  # bytes a call: Linux transfers at most 2 GiB
-# For larger calls Linux uses larger pages, which are rarely available: 1.6 s for 1.9 GB on ext4
-# with 16 MiB a call, 0.45 s with 1 MiB.
+_WORKERS = 4  # one thread copies 2 to 4 GB/s; more than four would wait for the disk
+_READ = 1 << 30  # bytes per call: Linux transfers at most 2 GiB
+# For larger calls Linux uses larger pages, which are rarely available: writing 1.9 GB on ext4 takes
+# 1.6 s with 16 MiB per call, and 0.45 s with 1 MiB.
 _WRITE = 1 << 20
 
 
@@ -38,7 +38,7 @@ _WRITE = 1 << 20
 class Shard:
     """A file to rewrite. Without a `target` nothing is written: the tensors are only read.
 
-    `added` are tensors of the target that the source does not have, by name.
+    `added` has the tensors of the target that the source does not have, by name.
     """
 
     source: Path
@@ -54,11 +54,11 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """How many bytes are read."""
+        """How many bytes are read from the source."""
         return sum(block.source_size for block in self.blocks)
 
     def places(self, block: Block) -> tuple[int, int, int]:
-        """As `Block.places`."""
+        """See `Block.places`."""
         return block.places(self.source_layout.data_offset, self.target_layout.data_offset)
 
 
@@ -67,8 +67,8 @@ class Actions:
     """Callbacks of `rewrite`; all are called from several threads.
 
     `edit(shard, piece, weight)` changes an edited tensor or slice in place. `finished(shard)` is
-    called when the shard's target is complete, for one shard at a time. `advanced(bytes)` is told
-    how many more bytes of the source are done.
+    called when the shard's target is complete, for one shard at a time. `advanced(bytes)` is called
+    with the number of source bytes of each finished block.
     """
 
     edit: Callable[[Shard, Piece, Tensor], None]
@@ -77,10 +77,10 @@ class Actions:
 
 
 def rewrite(shards: Sequence[Shard], actions: Actions) -> None:
-    """Rewrites the shards, in memory for the largest block and `AHEAD` bytes.
+    """Rewrites the shards. The buffers take the memory of the largest block plus `AHEAD` bytes.
 
     Raises:
-        ValueError, TypeError: raised by `edit`, with the tensor's name put first; or the new dtype
+        ValueError, TypeError: raised by `edit`, with the tensor's name in front; or the new dtype
             cannot hold a value.
         OSError: a file cannot be read or written.
 
@@ -97,7 +97,7 @@ def rewrite(shards: Sequence[Shard], actions: Actions) -> None:
             rewriting.stop()
             wait(futures)
             rewriting.close()
-            torch.set_num_threads(threads)  # which also sets it for threads to come
+            torch.set_num_threads(threads)  # this also sets it for threads that start later
 
 
 class _Rewriting:
@@ -133,7 +133,7 @@ class _Rewriting:
                     self._actions.finished(files.shard)
 
     def stop(self) -> None:
-        """Lets no thread begin another block."""
+        """Keeps all threads from beginning another block."""
         self._stopped = True
         self._buffers.close()
 
@@ -179,7 +179,7 @@ class _Files:
             self._write(memoryview(self.shard.target_layout.head()), 0)
 
     def is_last(self) -> bool:
-        """Called after each block: whether it was the last one of the shard."""
+        """Whether this was the last block of the shard; called once after each block."""
         with self.opened:
             self._remaining -= 1
             return self._remaining == 0
@@ -195,7 +195,7 @@ class _Files:
 
     def write(self, block: Block, view: memoryview) -> None:
         if self.shard.target is not None:
-            with self._write_lock:  # the system lets one thread write: a second would spin
+            with self._write_lock:  # the system lets only one thread write: a second one would spin
                 self._write(view, self.shard.target_layout.data_offset + block.target[0])
 
     def write_added(self) -> None:
@@ -217,7 +217,7 @@ class _Files:
         while done < len(view):
             try:
                 done += os.pwrite(self._target, view[done : done + _WRITE], position + done)
-            except OSError as error:  # it lacks the file's name
+            except OSError as error:  # the message lacks the file's name
                 file = str(self.shard.target)
                 raise OSError(error.errno, error.strerror, file) from None
 
@@ -225,7 +225,7 @@ class _Files:
 def _rewrite_piece(
     piece: Piece, buffer: Buffer, begin: int, place: int, edit: Callable[[Piece, Tensor], None]
 ) -> None:
-    """Edits and casts the piece at offset `begin` of the buffer; the result lies at `place`."""
+    """Edits and casts the piece at offset `begin` of the buffer, and puts the result at `place`."""
     old, new = piece.source, piece.target
     if not piece.edited and not piece.cast:
         if begin != place:
@@ -245,7 +245,7 @@ def _rewrite_piece(
 
 
 def _edit_and_cast(old: Tensor, new: Tensor, edit: Callable[[Tensor], None] | None) -> None:
-    """Edits in the wider of the two dtypes, so that values are rounded once."""
+    """Edits the tensor in the wider of the two dtypes, so that values are rounded only once."""
     work = torch.promote_types(old.dtype, new.dtype)
     if edit is None:
         new.copy_(old)
@@ -263,7 +263,7 @@ def _edit_and_cast(old: Tensor, new: Tensor, edit: Callable[[Tensor], None] | No
 
 
 class _Placed:
-    """The tensor at an offset of a buffer; if it is not aligned, a copy that is copied back."""
+    """The tensor at an offset of a buffer; if not aligned there, a copy that is copied back."""
 
     def __init__(self, buffer: Buffer, begin: int, dtype: str, shape: tuple[int, ...]) -> None:
         self._bytes: Tensor | None = None

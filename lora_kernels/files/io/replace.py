@@ -1,9 +1,9 @@
-"""Replaces the files of a folder together: a killed process leaves the old ones or the new ones.
+"""Replaces the files of a folder together: a killed process leaves all old files or all new ones.
 
 The new files are written to a temporary folder (a stage), synced to the disk, and then renamed.
-Several processes and threads may replace the files of one folder at the same time: they write their
-stages side by side and rename one after the other, and the last one wins. The next writer removes
-the stages of killed processes; a lock protects the stages that are in use.
+Several processes and threads may replace the files of one folder at the same time: each writes its
+own stage, they rename one after the other, and the last one wins. The next writer removes the
+stages of killed processes; a lock protects the stages that are in use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .disk import is_at, mount_of, release, sync, try_lock, wait_for_lock
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-# The first file in a stage, there until all others are complete. Its lock is the stage's lock.
+# The first file in a stage; it exists until all others are complete. Its lock is the stage's lock.
 _INCOMPLETE = ".unfinished"
 
 
@@ -37,19 +37,20 @@ def replace_files(
     {name: content}.
 
     Existing files with a name in `owned` that are not written again are removed; all others stay.
-    The rename of `main` is the moment at which the new files take effect.
+    The new files take effect at the moment when `main` is renamed.
 
-    If only `main` changes, it is the only rename. If others change too and the folder holds only
-    `owned` files, the whole folder is exchanged in one step where the system can (Linux).
-    Otherwise the others are removed first and renamed into place last: a reader may find them
-    missing meanwhile, but never with contents that do not belong to `main`.
+    If only `main` changes, it is the only file that is renamed. If other files change too, and the
+    folder holds only `owned` files, the whole folder is exchanged in one step where the system
+    allows it (Linux). Otherwise the others are removed before `main` is renamed, and renamed last:
+    in between, a reader may find them missing, but never with content that does not belong to
+    `main`.
 
     Returns:
-        The size of `main` in bytes. In the folder another process may have replaced it already.
+        The size of `main` in bytes, even if another process has replaced it since.
 
     Raises:
         ValueError: `folder` is a file.
-        OSError: the disk is full, for example; the old files are intact then.
+        OSError: for example, the disk is full; the old files are then intact.
 
     """
     if folder.exists() and not folder.is_dir():
@@ -59,10 +60,10 @@ def replace_files(
     with _locked(folder) as locked:
         if locked:
             _remove_leftovers(folder, owned)
-    # The stage is left first: the lock covers its removal too.
+    # The stage ends first, so that the lock covers its removal too.
     with ExitStack() as lock, _staged(folder, owned) as stage:
         write_main(stage / main)
-        # safetensors makes files that only their owner can read.
+        # safetensors creates files that only their owner can read.
         shutil.copymode(stage / _INCOMPLETE, stage / main)
         sync(stage / main)
         size = (stage / main).stat().st_size
@@ -74,7 +75,7 @@ def replace_files(
 def _put_in_place(
     stage: Path, folder: Path, main: str, others: Mapping[str, bytes], owned: Collection[str]
 ) -> None:
-    """Completes a stage that holds `main`, and renames its files, or itself, into place."""
+    """Completes a stage that holds `main`, and renames its files, or the whole, into place."""
     present = {entry.name for entry in folder.iterdir()}
     stale = present.intersection(owned).difference([main, *others])
     same = not stale and all(
@@ -104,11 +105,11 @@ def _put_in_place(
 @contextmanager
 def _staged(folder: Path, owned: Collection[str]) -> Iterator[Path]:
     """A new folder for the files of `folder`. It is removed at the end of the block; if it was
-    exchanged for the old folder, that is removed.
+    exchanged for the old folder, the old folder is removed.
     """
     stage, lock = _new_stage(folder)
     try:
-        # It may take the folder's place, and mkdtemp lets only the owner read it.
+        # The stage may take the folder's place, but mkdtemp lets only the owner read it.
         shutil.copymode(folder, stage)
         yield stage
     finally:
@@ -119,11 +120,12 @@ def _staged(folder: Path, owned: Collection[str]) -> Iterator[Path]:
 
 
 def _new_stage(folder: Path) -> tuple[Path, int]:
-    """A new stage, and the open file that locks it."""
+    """A new stage, and the open file whose lock protects it."""
     while True:
         stage = Path(mkdtemp(prefix=_prefix(folder), dir=_place(folder)))
         mark = stage / _INCOMPLETE
-        # Before it is locked, another process may remove it as one of a killed process.
+        # Before the stage is locked, another process may take it for a killed process's and remove
+        # it.
         with suppress(FileNotFoundError):
             lock = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             wait_for_lock(lock)
@@ -134,7 +136,7 @@ def _new_stage(folder: Path) -> tuple[Path, int]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Waits until no other process puts files into place in `folder`, and keeps others waiting.
+    """Waits until no other process puts files into place in `folder`, and makes others wait. Yields
     False if nothing can be locked here.
     """
     file = _place(folder) / f".{folder.name}.saving"
@@ -144,18 +146,18 @@ def _locked(folder: Path) -> Iterator[bool]:
     finally:
         if lock is not None:
             try:
-                # Those who wait for this file find out that it is gone.
+                # Processes that wait for this file find out that it is gone.
                 file.unlink(missing_ok=True)
             finally:
                 release(lock)
 
 
 def _lock_file(file: Path) -> int | None:
-    """Makes and locks a file that whoever has locked it removes; None if it cannot be locked."""
+    """Creates and locks a file, which the lock's owner removes; None if it cannot be locked."""
     while True:
         try:
             lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:  # that of another user, for example
+        except OSError:  # for example, the file belongs to another user
             return None
         locked = wait_for_lock(lock)
         if locked and is_at(lock, file):
@@ -170,7 +172,7 @@ def _prefix(folder: Path) -> str:
 
 
 def _place(folder: Path) -> Path:
-    """Where the stages of a folder and its lock are: beside it if it may be exchanged."""
+    """The folder for the stages and the lock: the parent if the folder may be exchanged."""
     return folder.parent if _may_exchange(folder) else folder
 
 
@@ -181,18 +183,18 @@ def _remove_leftovers(folder: Path, owned: Collection[str]) -> None:
         with suppress(OSError):  # no permission to read it
             for entry in list(os.scandir(parent)):
                 name = entry.name.removeprefix(prefix)
-                # The stages of a folder called "<folder>.saving-x" have a further dot.
+                # A stage of a folder called "<folder>.saving-x" has one more dot in its name.
                 if name != entry.name and "." not in name and entry.is_dir(follow_symlinks=False):
-                    with suppress(OSError):  # its process removes it, or goes on with it
+                    with suppress(OSError):  # its own process removes it or goes on with it
                         _remove_if_left(Path(entry.path), folder, owned)
 
 
 def _remove_if_left(stage: Path, folder: Path, owned: Collection[str]) -> None:
-    """Removes a stage unless it is in use. The caller has locked the folder: of the processes that
-    have completed their stages, only killed ones have left them behind.
+    """Removes a stage unless it is in use. The caller has locked the folder: a complete stage that
+    is still there belongs to a killed process.
     """
     if not any(stage.iterdir()):
-        stage.rmdir()  # just made: its process makes another one
+        stage.rmdir()  # it was just made: its process makes another one
         return
     try:
         lock = os.open(stage / _INCOMPLETE, os.O_RDWR)
@@ -207,11 +209,11 @@ def _remove_if_left(stage: Path, folder: Path, owned: Collection[str]) -> None:
 
 
 def _discard(stage: Path, folder: Path, owned: Collection[str]) -> None:
-    """Removes a stage. If its files were complete, it may be the old folder after an exchange: then
-    files that another program has just added to it are moved to the present folder.
+    """Removes a stage. If its files were complete, it may be the old folder after an exchange:
+    files that another program has just added to it are then moved to the new folder.
     """
-    with suppress(FileNotFoundError):  # it is removed already
-        # Then it may also hold a temporary file of safetensors, under any name.
+    with suppress(FileNotFoundError):  # another process has removed it
+        # An incomplete stage may also hold a temporary file of safetensors, under any name.
         incomplete = (stage / _INCOMPLETE).exists()
         for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == _INCOMPLETE):
             if incomplete or entry.name in owned:
@@ -221,14 +223,14 @@ def _discard(stage: Path, folder: Path, owned: Collection[str]) -> None:
         try:
             stage.rmdir()
         except OSError as error:
-            # A file of another program that came just now, or exists in both: the next writer
-            # tries again.
+            # Another program has just added a file, or a file exists in both folders: the next
+            # writer tries again.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
 
 
 def _may_exchange(folder: Path) -> bool:
-    """Whether another folder may take the place of this one. All processes of a user agree."""
+    """Whether another folder may take this one's place. All processes of a user agree on it."""
     if sys.platform != "linux" or not os.access(folder.parent, os.R_OK | os.W_OK | os.X_OK):
         return False
     here = folder.stat()
@@ -240,7 +242,7 @@ def _exchange(stage: Path, folder: Path) -> bool:
     """Exchanges two folders in one step; False if the system or the file system cannot, or if
     `folder` is the working directory.
     """
-    with suppress(FileNotFoundError):  # somebody has removed the working directory
+    with suppress(FileNotFoundError):  # the working directory was removed
         if Path.cwd() == folder:
             return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)

@@ -1,1 +1,1 @@
-"""Adapters as other programs load them: checked by their rules, and written in their formats."""
+"""Checks adapters by the rules of other programs, and writes adapters in their formats."""

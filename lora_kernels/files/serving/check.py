@@ -1,5 +1,5 @@
-"""Checks how engines would load an adapter, without them: what they refuse, which layers they
-leave out, and how far the updates that they apply are from the trained ones.
+"""Checks how serving engines would load an adapter, without running them: what they refuse, which
+layers they leave out, and how far the updates that they apply are from the trained ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .remedies import OTHER_BASE, renaming
 from .stored import DIFFUSERS, NATIVE, PEFT, StoredAdapter, StoredLayer, read_stored
 from .updates import Update, relative_error, trained_scale, trained_update
 
-TOLERANCE = 0.005  # of ‖ΔW‖_F, for each layer; a cast to bfloat16 takes half of it
+TOLERANCE = 0.005  # relative to ‖ΔW‖_F of each layer; a cast to bfloat16 takes half of it
 _PIPELINE = ("down_blocks", "up_blocks", "mid_block", "transformer_blocks",
              "single_transformer_blocks", "double_blocks", "single_blocks")  # fmt: skip
 _TEXT_ENGINES = ("vllm", "sglang", "llama.cpp", "peft")
@@ -42,16 +42,16 @@ class LayerResult:
     """What an engine does with one layer.
 
     Attributes:
-        name: of the module, without "base_model.model.".
-        effect: whether it is applied at all.
-        reason: why it is not, or why it is another update than the trained one; "" if right.
-        matching_name: the name by which it would have an effect; None if there is none.
-        scale: s that the engine applies; None without effect.
-        trained_scale: s of the training.
-        dtype: that of the factors in the engine; None without effect.
+        name: the module's name without "base_model.model.".
+        effect: whether the layer is applied at all.
+        reason: why it is not applied, or why the update is not the trained one; "" if right.
+        matching_name: the name with which it would have an effect; None if there is none.
+        scale: the s that the engine applies; None without effect.
+        trained_scale: the s of the training.
+        dtype: the dtype of the factors in the engine; None without effect.
         error: ‖ΔW − ΔW_trained‖_F / ‖ΔW_trained‖_F; None if it cannot be computed, 1 without
             effect.
-        remedy: what to do; "" if it is right.
+        remedy: what to do; "" if the layer is right.
 
     """
 
@@ -67,7 +67,7 @@ class LayerResult:
 
     @property
     def strength(self) -> float:
-        """s that is applied relative to s of the training: 1 if right, 0 without effect."""
+        """The applied s relative to the trained s: 1 if right, 0 without effect."""
         if self.scale is None:
             return 0.0
         if self.trained_scale:
@@ -85,11 +85,11 @@ class Result:
     """What an engine does with an adapter.
 
     Attributes:
-        engine: its name.
+        engine: the engine's name.
         as_of: the version whose rules these are.
         layers: all layers of the adapter; empty if the engine cannot read its files at all.
-        verdict: refusals, notes and the like.
-        names_compared: whether the base's modules are known.
+        verdict: refusals, notes and similar.
+        names_compared: whether the names of the base's modules are known.
 
     """
 
@@ -101,7 +101,7 @@ class Result:
 
     @property
     def outcome(self) -> str:
-        """RIGHT: every layer is applied as trained; WRONG: it loads, and is not; or REFUSED."""
+        """RIGHT: all layers are applied as trained. WRONG: it loads, but differs. Or REFUSED."""
         if self.verdict.refusals:
             return REFUSED
         right = all(layer.is_right for layer in self.layers) and not self.verdict.dropped
@@ -109,7 +109,7 @@ class Result:
 
     @property
     def remedies(self) -> list[str]:
-        """What to do, each once; empty if nothing is wrong."""
+        """What to do, without repetitions; empty if nothing is wrong."""
         found = [refusal.remedy for refusal in self.verdict.refusals]
         found += [layer.remedy for layer in self.layers]
         found += [self.verdict.merge] if self.verdict.dropped else []
@@ -117,7 +117,7 @@ class Result:
 
     @property
     def worst_error(self) -> float | None:
-        """The largest error of the layers; None if there is none."""
+        """The largest error of all layers; None if no error is known."""
         errors = [layer.error for layer in self.layers if layer.error is not None]
         return max(errors, default=None)
 
@@ -125,19 +125,19 @@ class Result:
 def check(
     adapter: Path, base: Path | None = None, engines: Sequence[str] | None = None
 ) -> list[Result]:
-    """How engines would load an adapter.
+    """Checks how engines would load an adapter.
 
     Args:
         adapter: a folder of PEFT, Axolotl, Unsloth or this package, or a file or folder of
             diffusers.
-        base: the base's folder, or its `config.json`: names and shapes are compared with the model
-            that transformers builds of it, and factors are cast to its dtype. Without it, names are
-            not compared, and engines that cast are taken to cast to bfloat16.
-        engines: names of `ENGINES`; default: `engines_for`.
+        base: the base's folder, or its `config.json`. Names and shapes are compared with the model
+            that transformers builds from it, and factors are cast to its dtype. Without a base,
+            names are not compared, and engines that cast are assumed to cast to bfloat16.
+        engines: names in `ENGINES`; by default those of `engines_for`.
 
     Raises:
         FileNotFoundError: there is no adapter, or no configuration of the base.
-        ValueError: an engine is unknown, or files are damaged or hold something else than LoRA.
+        ValueError: an engine is unknown, or files are damaged or hold something other than LoRA.
 
     """
     chosen = None if engines is None else [_engine(name) for name in dict.fromkeys(engines)]
@@ -149,11 +149,11 @@ def check(
 
 
 def engines_for(adapter: StoredAdapter, base: BaseModel | None) -> list[str]:
-    """The engines that could take this kind of adapter.
+    """The engines that may support this kind of adapter.
 
-    Files of diffusers: diffusers. Folders of PEFT: PEFT and, if their layers are those of a
-    pipeline's model, diffusers; else vLLM, SGLang and llama.cpp, and Ollama if the base is one of
-    the two whose adapters it converts.
+    A diffusers file: diffusers. A PEFT folder whose layers are those of a pipeline's model:
+    diffusers and PEFT. Other folders: vLLM, SGLang, llama.cpp and PEFT, and Ollama if the base has
+    one of the two architectures whose adapters Ollama converts.
     """
     if adapter.kind == DIFFUSERS:
         return ["diffusers"]
@@ -167,7 +167,7 @@ def engines_for(adapter: StoredAdapter, base: BaseModel | None) -> list[str]:
 def judged(
     adapter: StoredAdapter, base: BaseModel | None, engines: Sequence[Engine]
 ) -> list[Result]:
-    """The results of these engines. Each layer's factors are loaded once."""
+    """The results of these engines. The factors of each layer are loaded once."""
     for layer in adapter.layers.values():  # wrong options are an error before any rule reads them
         trained_scale(adapter, layer)
     verdicts = [_verdict(adapter, base, engine) for engine in engines]
@@ -192,7 +192,7 @@ def judged(
                                            trained.scale, None, 1.0, remedy))  # fmt: skip
     compared = base is not None and base.architecture is not None
     for verdict in verdicts:
-        if verdict.portable:  # the engine has judged
+        if verdict.portable:  # the engine's own rules have judged
             verdict.notes += base_notes(adapter, base)
         if base is not None and not compared:
             verdict.notes.append(f"names were not compared with the base: {base.unknown}")
@@ -216,7 +216,7 @@ def _engine(name: str) -> Engine:
 
 
 def _verdict(adapter: StoredAdapter, base: BaseModel | None, engine: Engine) -> Verdict:
-    """The engine's verdict; refused without its rules if the files are not for it."""
+    """The engine's verdict; a refusal, without the engine's rules, if the files are not for it."""
     if adapter.kind == NATIVE:
         rule = "the native format of lora_kernels is read by no engine"
         remedy = "lora-kernels convert ADAPTER OUT --to peft"
@@ -236,7 +236,7 @@ def _error(applied: Applied, trained: Update) -> float:
 
 
 def _applied(layer: StoredLayer, found: Applied, trained: Update, error: float) -> LayerResult:
-    # What a fault does is not in the factors, but for a change that was measured.
+    # The factors do not show what a fault does, except a change that was measured.
     known = None if found.fault and found.change is None else error
     result = LayerResult(layer.name, True, found.fault, None, found.scale, trained.scale,
                          found.dtype, known)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Converts an adapter to another format, rank, dtype or base, or to other names."""
+"""Converts an adapter to another format, rank, dtype or base, or renames its layers."""
 
 from __future__ import annotations
 
@@ -39,33 +39,34 @@ def convert(
     experts: str = "auto",
     expert_order: str = "auto",
 ) -> SavedAdapter | GGUFSummary:
-    """Reads the adapter of a folder and writes it elsewhere.
+    """Reads the adapter in a folder and writes it elsewhere.
 
     Args:
         adapter: a folder that PEFT or this package wrote.
         out: the folder to write, or the file if `format` is "gguf".
-        format: "peft" or "native", as `lora_kernels.files.adapter.folder.write_adapter`; or "gguf",
-            a file for llama.cpp and Ollama, as `lora_kernels.files.serving.gguf.write_gguf`.
+        format: "peft" or "native" (see `lora_kernels.files.adapter.folder.write_adapter`), or
+            "gguf", a file for llama.cpp and Ollama (see
+            `lora_kernels.files.serving.gguf.write_gguf`).
         compress_to: the rank to truncate to, unless `format` is "native".
-        dtype: that of the tensors, unless `format` is "native".
-        start: the folder that `initialize` wrote beside a residual base, or that PEFT saved before
-            training with its "pissa", "olora", "corda" or "lora_ga". `adapter` was trained from it;
-            the result is an adapter of the original base.
-        rename: the prefix of the layers' names, and the one that takes its place.
+        dtype: the dtype of the tensors, unless `format` is "native".
+        start: the folder of the start that `adapter` was trained from: `initialize` wrote it beside
+            a residual base, or PEFT saved it before training with "pissa", "olora", "corda" or
+            "lora_ga". The result is an adapter of the original base.
+        rename: a prefix of the layers' names, and the prefix that replaces it.
         base: the folder of the model, or for "gguf" its `config.json`; by default the base that
-            the adapter names, if it is a folder here.
-        experts: how experts are stored, as `write_adapter`; with a base whose checkpoint has a
+            the adapter names, if that is a folder here.
+        experts: how to store experts (see `write_adapter`). With a base whose checkpoint has a
             tensor for each expert, "each" is possible for every adapter.
-        expert_order: "slowest" for an adapter of experts that Unsloth wrote before September 2026,
-            as `read_adapter`.
+        expert_order: "slowest" for an adapter of experts that Unsloth wrote before September 2026
+            (see `read_adapter`).
 
-    Warns if neither the adapter nor the start names a start that PEFT subtracts.
+    Warns if neither the adapter nor the start says which start PEFT subtracted.
 
     Raises:
-        ValueError: the adapter was not trained from this start, or is the start itself, the start
-            would be overwritten, or the adapter was trained on a residual base and there is no
-            `start`; an unknown format; a prefix that no layer has; a base without the layers, or
-            with layers of other shapes; and as `read_adapter`, `write_adapter` and `write_gguf`.
+        ValueError: the adapter was not trained from this start, or is the start itself; the start
+            would be overwritten; the adapter was trained on a residual base and there is no
+            `start`; the format is unknown; no layer has the prefix; the base lacks layers or has
+            layers of other shapes; see also `read_adapter`, `write_adapter` and `write_gguf`.
 
     """
     if format not in TARGETS:
@@ -73,7 +74,7 @@ def convert(
     given = base is not None
     state = read_adapter(adapter, residual_base=start is not None, expert_order=expert_order)
     if start is not None:
-        check_outside(start, out)  # every adapter of that residual base needs it
+        check_outside(start, out)  # every adapter trained on that residual base needs the start
         state = without_start(state, adapter, start)
     else:
         refuse_residual(adapter, state)
@@ -84,11 +85,11 @@ def convert(
     if format == GGUF:
         return _to_gguf(state, base, out, compress_to, dtype)
     names, conv1d = None, False
-    if base is not None:  # the configuration can name layers by their endings
+    if base is not None:  # then the configuration can name layers by their endings
         folder = ModelFolder(base)
         state = _with_names(placed_in(folder, state), folder, trained=start is not None)
         names = folder.module_names
-        if given and not state.replication:  # whose blocks have other names
+        if given and not state.replication:  # repeated blocks have other names
             _check_base(state, folder)
         linear = [name for name, layer in state.layers.items() if _is_linear(layer)]
         conv1d = bool(linear) and all(map(folder.is_transposed, linear))
@@ -109,8 +110,8 @@ def _is_linear(layer: LayerState) -> bool:
 
 
 def _with_names(state: AdapterState, folder: ModelFolder, trained: bool) -> AdapterState:
-    """The adapter with the names that the base's checkpoint has for its experts. They keep the
-    layout of the adapter's file, unless it is what PEFT has `trained`, which is stacked.
+    """The adapter with the names that the base's checkpoint gives its experts. The experts keep the
+    layout of the adapter's file, unless PEFT `trained` the adapter, which is then stacked.
     """
     if folder.architecture is None or all(map(_is_linear, state.layers.values())):
         return state
@@ -122,11 +123,11 @@ def _with_names(state: AdapterState, folder: ModelFolder, trained: bool) -> Adap
 
 
 def _check_base(state: AdapterState, folder: ModelFolder) -> None:
-    """Raises ValueError if the model lacks a layer, or has one of another shape."""
+    """Raises ValueError if the model lacks a layer, or has it with another shape."""
     modules = {} if folder.architecture is None else folder.architecture.modules
     wrong = ""
     for name, layer in state.layers.items():
-        # transformers joins experts, and a vocabulary may have been resized for the training.
+        # transformers joins experts, and a vocabulary may have been resized for training.
         if layer.experts:
             check_experts(folder, name, layer)
             continue

@@ -1,7 +1,7 @@
 """Adapters as GGUF files, which llama.cpp loads: `llama-cli -m model.gguf --lora adapter.gguf`.
 
-llama.cpp adds (α / rank of the tensor)·B(Ax) to the output of a layer, with one α for all layers.
-So s is folded into B, all layers are padded with zeros to one rank r, and α = r.
+llama.cpp adds (α / rank of the tensor)·B(Ax) to a layer's output, with one α for all layers. s is
+therefore multiplied into B, all layers are padded with zeros to one rank r, and α = r.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..adapter.tensors import check_state
 from ..io.disk import sync
 from .gguf_names import BaseModel, Target
 
-# The types of tensors, and the names of files of them, in `gguf`.
+# {dtype: gguf's type of tensors, gguf's type of files}.
 _TYPES = {
     torch.float32: ("F32", "ALL_F32"),
     torch.float16: ("F16", "MOSTLY_F16"),
@@ -37,14 +37,15 @@ class GGUFSummary:
     """What was written; `str()` gives a line to print.
 
     Attributes:
-        file: the file.
-        size: its bytes.
-        architecture: `general.architecture`, which has to be that of the model it is loaded on.
-        dtype: that of its tensors.
+        file: the file that was written.
+        size: the file's size in bytes.
+        architecture: `general.architecture`, which must be that of the model the adapter is loaded
+            on.
+        dtype: the dtype of the tensors.
         layers: the number of layers.
         r: the rank of all layers, and `adapter.lora.alpha`.
         error: ‖ΔW − ΔW'‖_F / ‖ΔW‖_F over all layers, where ΔW' is the update in the file; None if
-            it was neither truncated nor rounded.
+            nothing was truncated or rounded.
 
     """
 
@@ -68,25 +69,25 @@ class GGUFSummary:
 def write_gguf(
     state: AdapterState, base: Path, out: Path, *, dtype: torch.dtype = torch.float32
 ) -> GGUFSummary:
-    """Writes an adapter as a GGUF file and replaces the one that is there.
+    """Writes an adapter as a GGUF file, which replaces an existing file.
 
-    The file is read back and compared before it gets its name. After an error or a kill, a file
-    that was there is as it was.
+    The file is read back and compared before it gets its name. After an error or a kill, an
+    existing file is unchanged.
 
     Args:
         state: the adapter.
-        base: the folder of the Hugging Face model that it was trained on, or its `config.json`.
-            Only the configuration is read.
+        base: the folder of the Hugging Face model that the adapter was trained on, or its
+            `config.json`. Only the configuration is read.
         out: the file.
-        dtype: of its tensors: float32, float16 or bfloat16.
+        dtype: the dtype of the tensors: float32, float16 or bfloat16.
 
     Raises:
         MissingExtraError: the package gguf is not installed.
         FileNotFoundError: the configuration, or the folder to write into, does not exist.
-        ValueError: the architecture, a layer or the dtype cannot be written, the adapter has
-            tensors that such a file cannot hold, or layers that the model has not or has in another
+        ValueError: the architecture, a layer or the dtype cannot be written; the adapter has
+            tensors that such a file cannot hold; or the model lacks a layer or has it with another
             shape.
-        OSError: what was read back is not what was written.
+        OSError: the content that was read back differs from what was written.
 
     """
     gguf = needed("gguf", "writing GGUF files", "gguf")
@@ -124,7 +125,7 @@ def write_gguf(
 
 
 def _check_extra(state: AdapterState) -> None:
-    """Raises if there is more than A and B, or the layers are not those of the model's files."""
+    """Raises ValueError if the adapter has anything except A and B of single layers."""
     biased = any(layer.lora_bias is not None for layer in state.layers.values())
     if state.rows or state.replication or biased:
         raise ValueError(
@@ -158,7 +159,7 @@ def _check_extra(state: AdapterState) -> None:
 def _tensors(
     layers: Mapping[str, LayerState], targets: Mapping[str, Target], dtype: torch.dtype
 ) -> tuple[int, dict[str, Tensor]]:
-    """r, and A' [r, in] and s·B' [out, r] of all layers by their names in the file."""
+    """r, and A' [r, in] and s·B' [out, r] of all layers, by their names in the file."""
     factors = {name: layer.portable_factors() for name, layer in layers.items()}
     r = max(right.shape[0] for right, _ in factors.values())
     found: dict[str, Tensor] = {}
@@ -180,8 +181,8 @@ def _tensors(
 
 
 def _neighbors(left: Tensor, heads: int) -> Tensor:
-    """B' [out, r] of q or k, with row i and row i + d/2 of every head of d rows beside each other,
-    which llama.cpp's RoPE rotates together.
+    """B' [out, r] of q or k with reordered rows: rows i and i + d/2 of every head of d rows become
+    neighbors, because llama.cpp's RoPE rotates neighbors.
     """
     halves = left.reshape(heads, 2, -1, left.shape[1])
     return halves.transpose(1, 2).reshape(left.shape)
@@ -195,7 +196,7 @@ def _write(
     dtype: torch.dtype,
 ) -> None:
     kind, file_type = _TYPES[dtype]
-    # The writer itself adds the architecture.
+    # The writer adds the architecture itself.
     writer = gguf.GGUFWriter(file, fields[gguf.Keys.General.ARCHITECTURE])
     try:
         for key, value in fields.items():
@@ -249,5 +250,5 @@ def _damaged(file: Path, name: str) -> OSError:
 
 
 def _stored(tensor: Tensor) -> Any:
-    """The tensor as an array of NumPy, which has no bfloat16: then its bytes [rows, 2·columns]."""
+    """The tensor as a NumPy array; bfloat16, which NumPy lacks, as bytes [rows, 2·columns]."""
     return (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,10 +1,11 @@
 """Which tensor of a GGUF model each linear layer of a Hugging Face model becomes, and how llama.cpp
-changes its weight on the way.
+changes its weight.
 
-It follows llama.cpp's folder `conversion`, which `convert_hf_to_gguf.py` runs, as of October 2026.
-The names come from the package gguf, the permutations from `llama.py` and `olmo.py` of that folder.
-Architectures whose linear layers are joined, split or reordered otherwise are not here. GPT-2's
-Conv1D weights are transposed there: its A and B are those of W [out, in] already.
+The rules are those of llama.cpp's folder `conversion`, which `convert_hf_to_gguf.py` runs, as of
+October 2026. The names come from the package gguf, the permutations from `llama.py` and `olmo.py`
+of that folder. Architectures whose linear layers are joined, split or reordered in other ways are
+not supported. llama.cpp transposes GPT-2's Conv1D weights; A and B are those of W [out, in]
+already.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ class Architecture:
     """A Hugging Face class that llama.cpp converts.
 
     Attributes:
-        name: its name in `gguf.MODEL_ARCH`.
-        linears: the linear layers of a block, by their names in it.
+        name: the architecture's name in `gguf.MODEL_ARCH`.
+        linears: the names of a block's linear layers inside the block.
         blocks: the name of the list of blocks.
-        permuted: whether the rows of q and k are put into the order of llama.cpp's RoPE, which
-            rotates neighbors (0, 1), (2, 3); transformers rotates (0, d/2), (1, d/2 + 1).
-        tied: whether the head is tied to the embedding where `config.json` does not say.
-        head: whether llama.cpp reads a head of its own, if it is not tied.
-        nested: if the text model is inside another one, as `language_model`, the types of text
+        permuted: whether the rows of q and k are permuted for llama.cpp's RoPE, which rotates the
+            neighbors (0, 1), (2, 3); transformers rotates (0, d/2), (1, d/2 + 1).
+        tied: whether the head is tied to the embedding if `config.json` does not say.
+        head: whether llama.cpp reads an output head if it is not tied.
+        nested: if the text model is inside another model as `language_model`, the types of text
             models (`text_config.model_type`) that become the same tensors.
 
     """
@@ -106,7 +107,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-# Classes whose heads are not hidden_size / num_attention_heads wide if `config.json` does not say.
+# Classes whose head size is not hidden_size / num_attention_heads if `config.json` does not say.
 OWN_HEAD_SIZE = frozenset(
     {
         "Gemma2ForCausalLM",
@@ -119,13 +120,13 @@ OWN_HEAD_SIZE = frozenset(
         "SeedOssForCausalLM",
     }
 )
-Size = int | None  # None: not known
+Size = int | None  # None: unknown
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer's tensor: its `name` in the GGUF model, and the number of `heads` whose rows are
-    permuted; None if the rows stay in their order.
+    """The tensor of a layer: its `name` in the GGUF model, and the number of `heads` whose rows are
+    permuted; None if the rows keep their order.
     """
 
     name: str
@@ -133,14 +134,14 @@ class Target:
 
 
 class BaseModel:
-    """What llama.cpp makes of the model with a `config.json`.
+    """How llama.cpp converts the model of a `config.json`.
 
     Args:
         base: the model's folder, or its `config.json`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not valid, or of an architecture that is not known here.
+        ValueError: the file is invalid, or has an architecture that is not supported here.
 
     """
 
@@ -177,8 +178,8 @@ class BaseModel:
             gguf: the package of that name.
             shapes: (out, in) of each layer, by its name in the Hugging Face model.
 
-        Warns if the configuration does not tell the whole shape of a layer, which needs a model
-        that transformers cannot build from it.
+        Warns if the configuration does not tell the whole shape of a layer, which happens only if
+        transformers cannot build the model from it.
 
         Raises:
             ValueError: a layer has no tensor of its own in the GGUF model, or another shape than in
@@ -211,8 +212,8 @@ class BaseModel:
         return found
 
     def _check_shape(self, layer: str, known: str, shape: tuple[int, int]) -> bool:
-        """Raises ValueError if the base has a layer of another shape, [out, in]; False if the shape
-        there is not known.
+        """Raises ValueError if the base has the layer with another shape than [out, in]; False if
+        the shape in the base is unknown.
         """
         expected = self._numbers(known) if isinstance(self._built, str) else self._built.get(known)
         if expected is None:
@@ -233,13 +234,13 @@ class BaseModel:
     @cached_property
     def _built(self) -> dict[str, tuple[int, int]] | str:
         """(out, in) of the linear layers of the model that transformers builds, by their names in a
-        model that only has text; or the reason why there is none.
+        text-only model; or the reason why there is none.
         """
         if "model_type" not in self.config:  # transformers would guess it from the path
             return "'model_type' is missing"
         try:
             base = read_base(self.file)
-        except Exception as error:  # transformers' own kinds, for values that it does not allow
+        except Exception as error:  # transformers has its own types of errors for invalid values
             first = str(error).strip().partition("\n")[0]
             return f"transformers cannot build it from its configuration ({first})"
         if base.architecture is None:
@@ -253,7 +254,7 @@ class BaseModel:
         }
 
     def _numbers(self, known: str) -> tuple[Size, Size]:
-        """(out, in) of a layer by the numbers in the configuration."""
+        """(out, in) of a layer, computed from the numbers in the configuration."""
         hidden = self._optional("hidden_size", "n_embd")
         if known == _HEAD:
             return self._optional("vocab_size"), hidden
@@ -277,7 +278,7 @@ class BaseModel:
         return hidden, queries  # o_proj, dense
 
     def _rows_of_heads(self, hidden: Size) -> tuple[Size, Size]:
-        """The rows of q, and of k and v."""
+        """The numbers of rows of q, and of k and v."""
         heads, size = self._optional("num_attention_heads", "n_head"), self._optional("head_dim")
         groups = self._optional("num_key_value_heads")
         if "num_key_value_heads" in self.config and groups is None:
@@ -287,7 +288,7 @@ class BaseModel:
         return _times(heads, size), _times(groups, size)
 
     def _text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration of the text model, if it is inside another one."""
+        """The text model's configuration, if the text model is inside another model; else {}."""
         if not self.architecture.nested:
             return {}
         text = config.get("text_config")
@@ -303,10 +304,10 @@ class BaseModel:
         return str(gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, self.architecture.name)])
 
     def _known(self, layer: str) -> str:
-        """The name of the layer in a model that only has text.
+        """The layer's name in a text-only model.
 
         Raises:
-            ValueError: it is not one of the linear layers of the architecture.
+            ValueError: the layer is not one of the architecture's linear layers.
 
         """
         name = layer
@@ -338,7 +339,7 @@ class BaseModel:
         return _HEAD
 
     def _heads(self, layer: str, known: str, out: int) -> int | None:
-        """The number of heads in the rows of q and k, if they are permuted."""
+        """The number of heads in the rows of q or k, if these are permuted; else None."""
         if not self.architecture.permuted or not known.endswith(("q_proj", "k_proj")):
             return None
         queries = self._number("num_attention_heads")

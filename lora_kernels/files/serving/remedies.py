@@ -36,25 +36,25 @@ _DECISIVE = (
 
 
 def changing_start(config: Mapping[str, Any]) -> str:
-    """The option `init_lora_weights`, if PEFT changed the base for it; else ""."""
+    """The option `init_lora_weights`, if that start makes PEFT change the base; else ""."""
     start = config.get("init_lora_weights")
     return str(start) if base_changing_start(start) else ""
 
 
 def variants(config: Mapping[str, Any]) -> dict[str, str]:
-    """{option: what it does} of the variants of LoRA that the configuration turns on."""
+    """{option: what it does} for the variants of LoRA that the configuration turns on."""
     return {option: VARIANTS[option] for option in _DECISIVE if config.get(option)}
 
 
 def start_remedy(start: str) -> str:
     """What to do about an adapter whose start changed the base."""
-    if base_changing_start(start) == "loftq":  # there is no way back to the original base
+    if base_changing_start(start) == "loftq":  # its update cannot move to the original base
         return SERVE_MADE_BASE
     return f"{CONVERT_START}; or serve the changed base"
 
 
 def is_readable(adapter: StoredAdapter) -> bool:
-    """Whether `lora-kernels convert` reads the adapter: that of linear layers and experts."""
+    """Whether `lora-kernels convert` can read the adapter: only linear layers and experts."""
     config = adapter.config
     linear = all(layer.kind == LINEAR for layer in adapter.layers.values())
     nested = {name for name in adapter.layers if plain_name(name) != name}
@@ -66,7 +66,7 @@ def is_readable(adapter: StoredAdapter) -> bool:
 
 
 def portable(adapter: StoredAdapter) -> str:
-    """How to write the adapter so that all engines apply it alike; else how to merge it."""
+    """How to write the adapter so that all engines apply it alike, or else how to merge it."""
     if not is_readable(adapter):
         return merging(adapter)
     if changing_start(adapter.config):
@@ -83,7 +83,7 @@ def merging(adapter: StoredAdapter) -> str:
 
 
 def is_gguf(adapter: StoredAdapter) -> bool:
-    """Whether `lora-kernels convert --to gguf` takes the adapter, if the base has the layers."""
+    """Whether `lora-kernels convert --to gguf` accepts the adapter, if the base has its layers."""
     extra = any(adapter.config.get(option) for option in READ)
     changed = changing_start(adapter.config) or adapter.is_start
     experts = any(is_expert(name) for name in adapter.layers)
@@ -92,13 +92,13 @@ def is_gguf(adapter: StoredAdapter) -> bool:
 
 
 def is_expert(name: str) -> bool:
-    """Whether the layer of that name is one of the experts of a mixture, or stands for all."""
+    """Whether the layer of that name is an expert of a mixture, or stands for all experts."""
     return "experts" in name.split(".")
 
 
 def beginnings(name: str, matching: str | None) -> tuple[str, str] | None:
-    """(the beginning of the name that would match, the beginning of this one); None if another
-    beginning would not do, or means another block.
+    """(the beginning that would match, the beginning of this name); None if another beginning does
+    not help, or means another block.
     """
     if matching is None:
         return None
@@ -112,7 +112,7 @@ def beginnings(name: str, matching: str | None) -> tuple[str, str] | None:
 
 
 def renaming(name: str, matching: str | None) -> str:
-    """The remedy for a name with a wrong beginning; "" if it has none."""
+    """The remedy for a name with a wrong beginning; "" if that is not what is wrong."""
     change = beginnings(name, matching)
     if change is None:
         return ""
@@ -121,6 +121,6 @@ def renaming(name: str, matching: str | None) -> str:
 
 
 def renaming_of(names: Mapping[str, str | None]) -> str:
-    """The remedy for {name: matching name}: one renaming for all, or else another base."""
+    """The remedy for {name: matching name}: one renaming for all names, or else another base."""
     found = {renaming(name, matching) for name, matching in names.items()}
     return found.pop() if len(found) == 1 and "" not in found else OTHER_BASE

@@ -1,4 +1,4 @@
-"""An adapter with other names of layers, for a server whose class holds the text model elsewhere:
+"""Renames an adapter's layers, for a server whose class holds the text model elsewhere:
 `language_model.model.layers.0...` instead of `model.layers.0...`.
 """
 
@@ -19,16 +19,17 @@ _SHOWN = 3  # names in an error
 
 
 def renamed(state: AdapterState, old: str, new: str) -> AdapterState:
-    """The same adapter, whose names begin with `new` where they began with `old`.
+    """The same adapter with the prefix `new` in place of the prefix `old` in all names.
 
-    Names of layers, of tensors that are trained in full, and those in the configuration are
-    renamed; names that do not begin with `old` stay. The tensors are shared with `state`.
+    The names of layers, the names of tensors that are trained in full, and the names in the
+    configuration change; names that do not begin with `old` do not. The tensors are shared with
+    `state`.
 
     Args:
         state: the adapter, which is not changed.
-        old: a prefix of whole parts of names, with or without the dot at its end ("model.",
-            "model"); "" is the beginning of all names.
-        new: what takes its place; "" removes the prefix.
+        old: a prefix of whole parts of names, with or without the final dot ("model.", "model");
+            "" is the beginning of all names.
+        new: the prefix that replaces it; "" removes the prefix.
 
     Raises:
         ValueError: no layer's name begins with `old`, a prefix has an empty part, or two names
@@ -57,7 +58,7 @@ def _moved_part(part: ExpertPart, old: str, new: str) -> ExpertPart:
 
 
 def _prefix(prefix: str, option: str) -> str:
-    """The prefix without a dot at its end."""
+    """The prefix without its final dot."""
     prefix = prefix.removesuffix(".")
     if prefix and not all(prefix.split(".")):
         raise ValueError(
@@ -83,7 +84,7 @@ def _begins(name: str, old: str) -> bool:
 
 
 def _move(name: str, old: str, new: str) -> str:
-    """The name with another prefix, if it has the old one."""
+    """The name with the new prefix, if it has the old one."""
     if not _begins(name, old):
         return name
     rest = name.removeprefix(old).removeprefix(".")
@@ -107,11 +108,11 @@ def _moved(named: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
 def _config(
     config: LoRAConfig, names: Mapping[str, str], stacks: Mapping[str, str], old: str, new: str
 ) -> LoRAConfig:
-    """The configuration that means the same layers, by their new names in `names`, and gives them
-    the same r and lora_alpha. `stacks` are those of them that are parameters of experts.
+    """The configuration that selects the same layers by their new names (the values of `names`),
+    with the same r and lora_alpha. `stacks` are those layers that are parameters of experts.
 
-    Endings and patterns stay if they still mean that, which most do; otherwise the layers' names
-    take their place.
+    Endings and patterns stay if they still select the same, as most do; otherwise the layers' full
+    names replace them.
     """
     fields: dict[str, Any] = {
         "exclude_modules": config.exclude_modules,
@@ -124,7 +125,7 @@ def _config(
     excluded = fields["exclude_modules"]
     linear = [now for name, now in names.items() if name not in stacks]
     if not _mean(fields["target_modules"], linear) or isinstance(excluded, str):
-        # A regular expression of the old names says nothing of the new ones.
+        # A regular expression for the old names says nothing about the new ones.
         fields |= {"target_modules": tuple(linear), "exclude_modules": None}
     if stacks:
         fields["target_parameters"] = _listed(config.target_parameters, old, new)
@@ -144,7 +145,7 @@ def _config(
 
 
 def _saved(state: AdapterState, old: str, new: str) -> tuple[str, ...] | None:
-    """`modules_to_save` that means the same modules by their new names."""
+    """`modules_to_save` with the new names of the same modules."""
     before = state.config.modules_to_save
     if before is None:
         return None
@@ -158,14 +159,14 @@ def _saved(state: AdapterState, old: str, new: str) -> tuple[str, ...] | None:
 
 
 def _listed(values: Iterable[str] | None, old: str, new: str) -> tuple[str, ...] | None:
-    """The entries of a list of names and endings; without a prefix, all are endings."""
+    """The renamed entries of a list of names and endings; if `old` is "", all are endings."""
     if values is None:
         return None
     return tuple(_move(value, old, new) if old else value for value in values)
 
 
 def _mean(targets: str | tuple[str, ...], names: Iterable[str]) -> bool:
-    """Whether the targets match all these names, and each entry of a list one of them."""
+    """Whether the targets match all these names, and each entry of a list matches one of them."""
     names = list(names)
     if is_all_linear(targets) or not targets:
         return bool(targets) or not names
@@ -176,5 +177,5 @@ def _mean(targets: str | tuple[str, ...], names: Iterable[str]) -> bool:
 
 
 def _exact(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A pattern for each layer whose value is not the default."""
+    """{pattern of a layer: value} for the layers whose value is not the default."""
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}

@@ -1,10 +1,9 @@
-"""Adapters as they lie on a disk, read as loaders see them: names and shapes of the tensors, and a
-configuration, whatever its options are.
+"""Adapters on disk, read as loaders see them: names and shapes of the tensors, and a configuration
+with any options.
 
-Read are folders of PEFT and of programs that use it (`adapter_config.json` and
-`adapter_model.safetensors`), this package's own ones, and files of diffusers and kohya. Nothing is
-refused here that some loader accepts, and only headers are read: a tensor is loaded when it is
-asked for.
+This module reads folders of PEFT and of programs that use it (`adapter_config.json` and
+`adapter_model.safetensors`), this package's folders, and files of diffusers and kohya. It refuses
+nothing that some loader accepts, and reads only headers: a tensor is loaded when it is needed.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ..adapter.recipe import METADATA, START
 
 PEFT, DIFFUSERS, NATIVE = "peft", "diffusers", "native"
 LINEAR, EMBEDDING, CONVOLUTION = "linear", "embedding", "convolution"
-# kohya's names of them, which precede the module's name.
+# kohya's names of a pipeline's models, which precede the module's name.
 KOHYA = {
     "lora_unet_": "unet",
     "lora_transformer_": "transformer",
@@ -49,14 +48,14 @@ class StoredLayer:
     """One layer's factors.
 
     Attributes:
-        name: that of the module, as the file has it, without PEFT's "base_model.model.".
+        name: the module's name as the file has it, without PEFT's "base_model.model.".
         kind: LINEAR, EMBEDDING or CONVOLUTION.
-        right: A, [r, in], or [r, in, height, width] of a convolution.
-        left: B, [out, r], or [out, r, 1, 1].
+        right: A [r, in]; for a convolution [r, in, height, width].
+        left: B [out, r]; for a convolution [out, r, 1, 1].
         prefixed: whether the tensors' names begin with "base_model.model.".
-        adapter: the name of the adapter inside the tensors' names; None if there is none.
-        style: the words for A and B: "lora_A", "lora.down" or "lora_down".
-        alpha: the tensor `<name>.alpha` of kohya.
+        adapter: the adapter's name inside the tensors' names; None if there is none.
+        style: the file's words for A and B: "lora_A", "lora.down" or "lora_down".
+        alpha: kohya's tensor `<name>.alpha`.
 
     """
 
@@ -71,7 +70,7 @@ class StoredLayer:
 
     @property
     def rank(self) -> int:
-        """That of the tensors: of all experts together, where they are in one tensor."""
+        """The rank of the tensors; if all experts are in one tensor, of all experts together."""
         return self.right.entry.shape[0]
 
     @property
@@ -86,7 +85,7 @@ class StoredLayer:
 
     @property
     def component(self) -> str:
-        """The model of a pipeline that it belongs to; "" if its name does not say."""
+        """The pipeline's model that the layer belongs to; "" if its name does not say."""
         first = self.name.partition(".")[0]
         if first in COMPONENTS:
             return first
@@ -100,12 +99,13 @@ class StoredAdapter:
     Attributes:
         path: the folder or file.
         kind: PEFT, DIFFUSERS or NATIVE.
-        config: the content of `adapter_config.json`; {} of diffusers' files.
-        layers: by name; empty if NATIVE.
+        config: the content of `adapter_config.json`; {} for diffusers' files.
+        layers: the layers by name; empty if NATIVE.
         others: all other tensors by their names in the file.
-        components: diffusers' metadata: PEFT's options, by component ("" if the file is of one).
+        components: {component: PEFT's options} in diffusers' metadata; "" if the file has one
+            model.
         damaged: whether diffusers' metadata is not JSON.
-        recipe: this package's recipe, as it is.
+        recipe: this package's recipe, unchanged.
         files: the names of all files in the folder.
 
     """
@@ -122,12 +122,12 @@ class StoredAdapter:
 
     @property
     def is_start(self) -> bool:
-        """Whether it is the start that `lora-kernels init` wrote, of a residual base."""
+        """Whether the adapter is the start of a residual base that `lora-kernels init` wrote."""
         return self.recipe is not None and self.recipe.get("format") == START
 
     @property
     def saved(self) -> list[str]:
-        """The names of `others` that are trained, not copies of the base's weights.
+        """The names of the tensors in `others` that are trained, not copies of the base's weights.
 
         `<layer>.base_layer.bias` is PEFT's name for a trained bias, except beside a copy of the
         layer's weight.
@@ -143,7 +143,7 @@ class StoredAdapter:
 
 
 def plain_name(name: str) -> str:
-    """The module's own name: PEFT's nested "base_layer" at the end taken off, and that before the
+    """The module's own name: without PEFT's nested "base_layer" at its end, or before the
     `out_proj` of an attention.
     """
     while name.endswith(".base_layer"):
@@ -153,7 +153,7 @@ def plain_name(name: str) -> str:
 
 
 def selected_name(name: str) -> str:
-    """The name by which PEFT's options know a layer: the attention's for its `out_proj`."""
+    """The layer's name in PEFT's options: for an attention's `out_proj`, the attention's."""
     owner, inside, last = name.rpartition(".base_layer.")
     return owner if inside and "." not in last else name
 
@@ -163,7 +163,7 @@ def read_stored(path: Path) -> StoredAdapter:
 
     Raises:
         FileNotFoundError: there is no adapter.
-        ValueError: a file is damaged, pickled, or holds no LoRA.
+        ValueError: a file is damaged or pickled, or holds no LoRA.
 
     """
     if not path.exists():
@@ -188,7 +188,7 @@ def _config(folder: Path, files: frozenset[str]) -> dict[str, Any]:
 
 
 def _single_file(folder: Path, files: frozenset[str]) -> Path:
-    """The only .safetensors file of a folder, or diffusers' default one."""
+    """The only .safetensors file of a folder, or the one with diffusers' default name."""
     found = sorted(name for name in files if name.endswith(".safetensors"))
     if DIFFUSERS_FILE in found:
         return folder / DIFFUSERS_FILE
@@ -267,7 +267,7 @@ def _by_component(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _json(text: str | None) -> dict[str, Any] | None:
-    """An object in the header; None if there is none, or it is damaged: loaders ignore it."""
+    """A JSON object in the header; None if it is missing, or damaged (loaders ignore that)."""
     try:
         value = json.loads(text) if text else None
     except (ValueError, RecursionError):
@@ -286,7 +286,7 @@ def _layers(
     """The layers, and the tensors that are neither A nor B nor α.
 
     Raises:
-        ValueError: A or B is missing, they do not fit each other, or there are several adapters.
+        ValueError: A or B is missing, the two do not fit each other, or there are several adapters.
 
     """
     halves: dict[str, dict[str, StoredTensor]] = {}
@@ -324,7 +324,7 @@ def _layers(
 
 
 def _parsed(key: str) -> tuple[str, str, dict[str, Any]] | None:
-    """(the layer's name, "A" or "B", what else the name of the tensor says); None of others."""
+    """(the layer's name, "A" or "B", other facts in the tensor's name); None for other tensors."""
     found = _PEFT_HALF.fullmatch(key)
     if found:
         name, prefixed = found["name"], found["name"].startswith(PREFIX)
@@ -356,7 +356,7 @@ def _kind(file: Path, name: str, found: Mapping[str, StoredTensor], fact: Mappin
 
 
 def names_in_brief(names: Iterable[str], shown: int = 3) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

@@ -1,10 +1,10 @@
-"""A layer's update as it was trained: two factors and s, by the rules of the program that wrote it;
-and how far another update is from it.
+"""A layer's update as it was trained, by the rules of the program that wrote it: two factors and s.
+And how far another update is from it.
 
-PEFT's rules: s = α / r, or α / √r with `use_rslora`, where `rank_pattern` and `alpha_pattern` may
-give a layer its own r and α. diffusers' rules: those of PEFT's options in the file's header, or
-else s = α / r with the α in the file, or else s = 1. The update of a linear layer is s·B·A; that of
-an embedding is its transpose; of a convolution, that of the flattened kernel.
+PEFT's rules: s = α / r, or α / √r with `use_rslora`; `rank_pattern` and `alpha_pattern` may give a
+layer its own r and α. diffusers' rules: PEFT's options in the file's header, or else s = α / r with
+the α in the file, or else s = 1. The update of a linear layer is s·B·A; an embedding's update is
+the transpose of s·B·A; a convolution's update is that of its flattened kernel.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Update:
 
 
 def relative_error(got: Update, want: Update) -> float:
-    """‖got − want‖_F / ‖want‖_F; 0 if both are 0, infinite if only `want` is or got is not finite.
+    """‖got − want‖_F / ‖want‖_F; 0 if both are 0; infinite if only `want` is 0, or a factor is not
+    finite.
 
     Factors that cancel to a small update lose no digits (see `product_norm`).
     """
@@ -58,7 +59,7 @@ def relative_error(got: Update, want: Update) -> float:
     if not (right.isfinite().all() and left.isfinite().all()):
         return math.inf
     difference, size = product_norm(right, left), want.norm()
-    # Rounding of two equal updates, which may be sums of much larger terms.
+    # Two equal updates may differ by roundings, and may be sums of much larger terms.
     noise = 64 * torch.finfo(torch.float64).eps * float(left.norm()) * float(right.norm())
     if difference <= noise:
         return 0.0
@@ -66,7 +67,7 @@ def relative_error(got: Update, want: Update) -> float:
 
 
 def _error_of_scale(got: Update, want: Update) -> float:
-    """The error where only the scales differ."""
+    """The error if only the scales differ."""
     if not (want.right.isfinite().all() and want.left.isfinite().all()):
         return math.inf
     if got.scale == want.scale:
@@ -77,10 +78,10 @@ def _error_of_scale(got: Update, want: Update) -> float:
 
 
 def trained_scale(adapter: StoredAdapter, layer: StoredLayer) -> float:
-    """s of a layer.
+    """The layer's s.
 
     Raises:
-        ValueError: an option that it depends on is not a number.
+        ValueError: an option that s depends on is not a number.
 
     """
     options = options_of(adapter, layer)
@@ -90,10 +91,10 @@ def trained_scale(adapter: StoredAdapter, layer: StoredLayer) -> float:
 
 
 def trained_update(adapter: StoredAdapter, layer: StoredLayer) -> Update:
-    """The update of a layer, as trained, in the dtype of the file.
+    """The layer's update as trained, in the file's dtype.
 
     Raises:
-        ValueError: as `trained_scale`, or the tensors have another rank than the options say.
+        ValueError: see `trained_scale`; or the tensors have another rank than the options say.
 
     """
     right, left = factors_of(adapter, layer)
@@ -101,7 +102,7 @@ def trained_update(adapter: StoredAdapter, layer: StoredLayer) -> Update:
 
 
 def factors_of(adapter: StoredAdapter, layer: StoredLayer) -> tuple[Tensor, Tensor]:
-    """A [..., r, in] and B [..., out, r], of each expert where one tensor holds all of them."""
+    """A [..., r, in] and B [..., out, r]; for each expert if one tensor holds all experts."""
     right, left = layer.right.load().flatten(1), layer.left.load().flatten(1)
     experts = experts_of(adapter, layer)
     if experts > 1:
@@ -112,10 +113,10 @@ def factors_of(adapter: StoredAdapter, layer: StoredLayer) -> tuple[Tensor, Tens
 
 
 def experts_of(adapter: StoredAdapter, layer: StoredLayer) -> int:
-    """How many experts the tensors of a layer hold; 1 of a linear layer.
+    """The number of experts that a layer's tensors hold; 1 for a linear layer.
 
     Raises:
-        ValueError: their rank is not a multiple of r.
+        ValueError: the tensors' rank is not a multiple of r.
 
     """
     options = options_of(adapter, layer)
@@ -137,7 +138,7 @@ def rank_per_expert(adapter: StoredAdapter, layer: StoredLayer) -> int:
 
 
 def options_of(adapter: StoredAdapter, layer: StoredLayer) -> Mapping[str, Any] | None:
-    """PEFT's options for a layer; None if the file has none, as many of diffusers'."""
+    """PEFT's options for a layer; None if the file has none, as many diffusers files."""
     if adapter.kind == PEFT:
         return adapter.config
     if adapter.components is None:
@@ -151,7 +152,7 @@ def alpha_of(layer: StoredLayer, default: float) -> float:
 
 
 def option_name(options: Mapping[str, Any], layer: StoredLayer) -> str:
-    """The name that PEFT matches patterns with: that of the module, or of the parameter."""
+    """The name that PEFT matches with patterns: the module's or the parameter's name."""
     name = selected_name(layer.name)
     if layer.component and name.startswith(f"{layer.component}."):
         name = name.removeprefix(f"{layer.component}.")
@@ -162,8 +163,8 @@ def parameter_of(options: Mapping[str, Any], layer: StoredLayer) -> str | None:
     """The name of the parameter that is adapted (PEFT's `target_parameters`); None if the layer is
     a module.
 
-    PEFT wraps a module once for each of its parameters. The names of experts are those by which
-    vLLM knows them: "experts.base_layer" is gate_up_proj, "experts" is down_proj.
+    PEFT wraps a module once for each adapted parameter. Without targets, experts have the names
+    that vLLM gives them: "experts.base_layer" is gate_up_proj, "experts" is down_proj.
     """
     targets = options.get("target_parameters") or ()
     if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
@@ -179,7 +180,7 @@ def parameter_of(options: Mapping[str, Any], layer: StoredLayer) -> str | None:
 
 
 def scale_of(options: Mapping[str, Any], name: str) -> float:
-    """s of the layer or parameter of this name."""
+    """s of the layer or parameter with this name."""
     r, alpha = rank_of(options, name), number(options, "lora_alpha", _DEFAULT_ALPHA)
     own = pattern_value(options, "alpha_pattern", name)
     alpha = alpha if own is None else own
@@ -187,7 +188,7 @@ def scale_of(options: Mapping[str, Any], name: str) -> float:
 
 
 def rank_of(options: Mapping[str, Any], name: str) -> int:
-    """r of the layer or parameter of this name."""
+    """r of the layer or parameter with this name."""
     own = pattern_value(options, "rank_pattern", name)
     r = number(options, "r", _DEFAULT_R) if own is None else own
     if r < 1 or r != int(r):
@@ -219,11 +220,11 @@ def saved_modules(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def number(options: Mapping[str, Any], option: str, default: float | None) -> float:
-    """A number of the configuration; the default where it is missing or null, which engines may
-    refuse (`refuse_missing`).
+    """A number of the configuration; the default if it is missing or null, although some engines
+    refuse that (`refuse_missing`).
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is not a number.
 
     """
     value = options.get(option)

@@ -1,5 +1,5 @@
-"""`Activations`: what `capture_activations` measures of a layer's input, and `ActivationSums`,
-which adds up rows of it.
+"""`Activations`, the statistics of a layer's input that `capture_activations` measures, and
+`ActivationSums`, which adds up rows of that input.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .sketch import FrequentDirections
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Sums over the N rows x [in] that a layer has got as input. Layers that share an input share
-    one object. Float32, or float64 of a float64 input.
+    """Sums over the N rows x [in] that a layer has received as input. Layers that share an input
+    share one object. Float32, or float64 for a float64 input.
 
     Attributes:
         count: N, the number of rows.
         total: Σ x [in].
         squares: Σ x² [in].
-        gram: Σ xᵀx [in, in]; None if there is a sketch in its place.
+        gram: Σ xᵀx [in, in]; None if a sketch replaces it.
         sketch: [k, in], the rows of a `FrequentDirections` sketch S; else None.
-        error: of a sketch: 0 ⪯ Σ xᵀx − SᵀS ⪯ `error`·I.
+        error: the error of the sketch: 0 ⪯ Σ xᵀx − SᵀS ⪯ `error`·I.
 
     """
 
@@ -41,18 +41,20 @@ class Activations:
 
     @staticmethod
     def of(rows: Tensor, sketch: int | None = None) -> Activations:
-        """Those of inputs [..., in], with a sketch of so many rows instead of the Gram matrix."""
+        """The sums over inputs [..., in]. With `sketch`, a sketch of that many rows replaces the
+        Gram matrix.
+        """
         sums = ActivationSums(rows.shape[-1], factor_dtype(rows.dtype), rows.device, sketch)
         sums.add(rows.detach().reshape(-1, rows.shape[-1]))
         return sums.result()
 
     @property
     def in_features(self) -> int:
-        """in."""
+        """The number of features of the input."""
         return len(self.total)
 
     def whole_gram(self) -> Tensor:
-        """Σ xᵀx [in, in]; ValueError if there is a sketch in its place."""
+        """Σ xᵀx [in, in]; ValueError if a sketch replaces it."""
         if self.gram is None:
             raise ValueError("there is a sketch instead of Σ xᵀx")
         return self.gram
@@ -70,7 +72,7 @@ class Activations:
         """The first r principal axes [r, in] of the inputs, and Σ ⟨x − mean, axis⟩² of each [r], in
         float64: the r largest eigenvectors and eigenvalues of Σ xᵀx − N · meanᵀmean. In each axis,
         the entry of largest magnitude is positive. A sketch's values are too small by at most
-        `error`. They are found once for the largest r that is asked for.
+        `error`. The axes are computed once, for the largest r requested so far.
         """
         known = max(self._axes, default=0)
         if known < r:
@@ -87,7 +89,7 @@ class Activations:
         return axes.mT, values
 
     def _from_sketch(self, r: int) -> tuple[Tensor, Tensor]:
-        """From the span of the sketch's rows and the mean, in which S has all that it says."""
+        """From the span of the sketch's rows and the mean, outside which the matrix is zero."""
         if self.sketch is None:
             raise ValueError("there is neither Σ xᵀx nor a sketch")
         if r > len(self.sketch):
@@ -105,14 +107,14 @@ class Activations:
 
 
 class ActivationSums:
-    """Adds up the rows of an input, in memory that does not grow."""
+    """Adds up the rows of an input in constant memory."""
 
     def __init__(
         self, cols: int, dtype: torch.dtype, device: torch.device | str, sketch: int | None
     ) -> None:
         self.count = 0
         self.device = torch.device(device)
-        # Σ xᵀx above Σ x, or Σ x² above Σ x: one tensor, which processes add at once.
+        # Σ xᵀx or Σ x² above Σ x in one tensor, so that processes add both in one collective.
         rows = cols if sketch is None else 1
         self.moments = torch.zeros(rows + 1, cols, dtype=dtype, device=device)
         self.sketch = None
@@ -134,14 +136,14 @@ class ActivationSums:
             self.moments[:-1] += (rows.mT @ rows).to(self.device)
 
     def copy(self) -> ActivationSums:
-        """Sums that go on by themselves."""
+        """An independent copy of the sums."""
         other = object.__new__(ActivationSums)
         other.count, other.device, other.moments = self.count, self.device, self.moments.clone()
         other.sketch = None if self.sketch is None else self.sketch.copy()
         return other
 
     def result(self) -> Activations:
-        """What was added; the Gram matrix is not copied."""
+        """The sums so far; the Gram matrix is not copied."""
         total, rest = self.moments[-1], self.moments[:-1]
         if self.sketch is None:
             return Activations(self.count, total, rest.diagonal(), gram=rest)
@@ -150,7 +152,7 @@ class ActivationSums:
 
 
 class FromActivations(Initializer):
-    """Starts that are made from the inputs of the layer."""
+    """Starts that are computed from the inputs of the layer."""
 
     needs_activations = True
     grows_with_scaling = False
@@ -166,8 +168,8 @@ def measured(request: StartRequest, method: str, *, needs_gram: bool = True) -> 
     """The request's activations, checked. They may be on another device than W.
 
     Raises:
-        ValueError: there are none, or those of another layer or of no use for `method`.
-        TypeError: they are no `Activations`.
+        ValueError: there are none, they belong to another layer, or `method` cannot use them.
+        TypeError: they are not `Activations`.
 
     """
     found = request.activations

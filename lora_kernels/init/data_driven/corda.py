@@ -23,7 +23,8 @@ from .activations import Activations, FromActivations, measured
 
 _METHODS = ("ipm", "kpm")
 _DAMPING = 0.01
-# The smallest values of W C̃ are close together: without it, BA of a real weight is off by 2 %.
+# The smallest values of W C̃ are close together: without this tolerance, BA of a real weight is off
+# by 2 %.
 _SETTLED = 1e-8
 
 
@@ -40,12 +41,13 @@ class CorDA(FromActivations):
     No inverse is computed: VᵀC̃⁻¹ = S⁻¹UᵀW C̃ C̃⁻¹ = S⁻¹UᵀW. So A = UᵀW / √(S s), and s·BA = U UᵀW.
 
     Both codes double the damping until ‖C̃C̃⁻¹ − I‖ < 0.05 for the inverse that they compute. C̃ is
-    positive definite, and its condition is at most 1 + 100 m, for no eigenvalue of C exceeds its
-    trace, m·mean(diag C). So only float32's rounding can miss that bound, and here the arithmetic
-    is float64, in which 0.01 meets it. Where PEFT doubles the damping, its start differs.
+    positive definite, and its condition number is at most 1 + 100 m, because no eigenvalue of C
+    exceeds C's trace, m·mean(diag C). So only float32's rounding could miss that bound; here the
+    arithmetic is float64, in which 0.01 meets it. Where PEFT doubles the damping, its start
+    differs.
 
     Both codes divide the inputs of each batch by `|max x|`, and PEFT divides the sum by the number
-    of batches, not of inputs: a C that is scaled by c scales B by √c and A by 1/√c, and leaves BA.
+    of batches, not of inputs. Scaling C by c scales B by √c and A by 1/√c; BA does not change.
 
     Cost: a product of W [n, m] and C̃ in float64 and a truncated SVD of it, like PiSSA's ("ipm") or
     MiLoRA's ("kpm"); `method="exact"` a full SVD. ValueError if W holds NaN or Inf or has a rank
@@ -97,8 +99,8 @@ class CorDA(FromActivations):
 def _smallest(product: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor] | None:
     """U [n, r] and S [r] of the r smallest triplets, σ descending; None if the matrix is singular.
 
-    They are the largest ones of R⁻¹ for a QR of the product or its transpose: R has the same σ, and
-    a condition that is not squared.
+    These are the largest triplets of R⁻¹, where R is from a QR of the product or of its transpose:
+    R has the same σ, and its condition number is not squared.
     """
     rows, cols = product.shape
     is_tall = rows > cols

@@ -13,31 +13,33 @@ from ..base import LayerRank, register_initializer
 from ..start import Start, StartRequest
 from .activations import Activations, FromActivations, measured
 
-_NOTHING = 1e-14  # the share of the largest variance below which there is none, in float64
+_NOTHING = 1e-14  # variances below this share count as zero in float64
 
 
 @dataclass(frozen=True)
 class EVA(FromActivations):
-    """A = the first r principal axes of the layer's inputs, B = 0. The ranks of a model's layers
-    are distributed anew.
+    """A = the first r principal axes of the layer's inputs, B = 0. Ranks are redistributed among
+    the layers of a model.
 
     Paischer et al., arXiv 2410.07170; PEFT's `eva.py` and the authors' code, which agree. The axes
     are those of the inputs minus their mean. W does not change, and the layer starts as its base.
 
-    `add_lora` gives the largest Σr of all explained variance ratios, σ²_k over the variance of all
-    directions, of the first ⌊ρr⌉ (ρ = `rho`) axes of every layer a rank each; a layer that gets
-    none is not adapted. Ties go to the layer that comes first. If `adjust_scaling_factors`, a
-    layer's `lora_alpha` is multiplied by its new rank over its old one. For layers that share an
-    input, r is the largest one among them, as in PEFT.
+    `add_lora` computes the explained variance ratios of the first ⌊ρr⌉ axes of every layer (ρ =
+    `rho`): σ²_k over the variance of all directions. Each of the Σr largest ratios of all layers
+    gives its layer one rank; a layer that gets none is not adapted. Ties go to the layer that comes
+    first. If `adjust_scaling_factors`, a layer's `lora_alpha` is multiplied by its new rank over
+    its old one. Layers that share an input compete with the same number of axes, that of the
+    largest r among them, as in PEFT.
 
     `whiten` divides each axis by √σ, as both codes do, where σ is the singular value of the N
     inputs minus their mean: A becomes smaller with more inputs.
 
-    Two differences from PEFT: these are the axes of all inputs, where PEFT stops when its
-    incremental estimate settles (cosine > 0.99); and no rank exceeds min(n, m). And PEFT leaves out
-    inputs at positions whose label is -100: `capture_activations(..., use_label_mask=True)`.
+    Two differences from PEFT: the axes are those of all inputs, whereas PEFT stops when its
+    incremental estimate settles (cosine > 0.99); and no rank exceeds min(n, m). PEFT also leaves
+    out inputs at positions whose label is -100, as `capture_activations` does with
+    `use_label_mask=True`.
 
-    Cost: an SVD of [m, m] for every distinct input. A sketch is enough. ValueError if N ≤ r, or if
+    Cost: an SVD of [m, m] for every distinct input. A sketch suffices. ValueError if N ≤ r, or if
     the inputs do not vary.
     """
 
@@ -68,7 +70,7 @@ class EVA(FromActivations):
         return Start(lora_A, request.empty(rows, r).zero_())
 
     def layer_ranks(self, requests: Mapping[str, StartRequest]) -> dict[str, LayerRank]:
-        most: dict[int, int] = {}  # by the input: layers that share one have the same number
+        most: dict[int, int] = {}  # keyed by the input: layers that share one have the same number
         for request in requests.values():
             key, own = id(request.activations), round(self.rho * request.r)
             most[key] = max(own, most.get(key, 0))
@@ -89,7 +91,7 @@ class EVA(FromActivations):
         return {name: self._rank(requests[name].r, r) for name, r in ranks.items()}
 
     def _shares(self, request: StartRequest, most: int) -> Tensor:
-        """The explained variance ratios of at most so many axes of a layer."""
+        """The explained variance ratios of at most `most` axes of a layer."""
         found = measured(request, "EVA", needs_gram=False)
         most = min(most, *request.shape, max(found.count - 1, request.r))
         if found.sketch is not None:

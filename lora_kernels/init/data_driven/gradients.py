@@ -1,8 +1,8 @@
 """Starts from the loss gradient of the weight, G [out, in]: LoRA-GA, LoRA-One, LoRA-SB.
 
-G is `StartRequest.gradient`, given as `LoRALinear.from_linear(..., gradient=G)`. None has a recipe:
-the layer stores the initial factors. Each costs a truncated SVD of G, as PiSSA costs one of W.
-ValueError if G is zero, is not finite, or does not have W's shape.
+G is `StartRequest.gradient`, given as `LoRALinear.from_linear(..., gradient=G)`. None of these
+starts has a recipe: the layer stores the initial factors. Each costs a truncated SVD of G, as PiSSA
+costs one of W. ValueError if G is zero, is not finite, or does not have W's shape.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class LoRAGA(_DataDriven):
     """B = c·U[:, r:2r], A = c·V[:, :r]ᵀ of G = USVᵀ, c = n^{1/4} / √γ with n = out_features.
 
     Wang et al., arXiv 2407.05000, with the defaults of their code: B from left singular vectors r
-    to 2r, A from the first r right ones, and their "stable" scale with n the rows of W and
-    γ = `gamma` = 16. Depends neither on the singular values nor on s. W changes (W − s·BA).
-    ValueError if 2r > min(n, m).
+    to 2r, A from the first r right ones, and their "stable" scale, where n is the number of W's
+    rows and γ = `gamma` = 16. Depends neither on the singular values nor on s. W changes
+    (W − s·BA). ValueError if 2r > min(n, m).
     """
 
     gamma: float = 16.0
@@ -101,7 +101,7 @@ class LoRAOne(_DataDriven):
 
     Zhang et al., arXiv 2502.01235, algorithm 1, in the form of their code with γ = `gamma` = 128.
     Not divided by s. W does not change: training starts from W + s·BA. ValueError if G has a rank
-    less than r: the components beyond its rank would be zero in A and in B, and never train.
+    less than r: components beyond that rank would be zero in both A and B and would never train.
     """
 
     gamma: float = 128.0

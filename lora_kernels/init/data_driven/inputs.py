@@ -1,4 +1,4 @@
-"""`InputSums`: sums over the inputs of modules, one for all modules that get the same inputs."""
+"""`InputSums`: sums over the inputs of modules, shared by all modules that get the same inputs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .activations import Activations, ActivationSums
 class _Input:
     """The sums over one input, and the modules that get it.
 
-    A new input is added once all `members` have got it; until then, `pending` has its rows, and
-    `waiting` are the members that have not.
+    A new input is added when all `members` have received it. Until then, `pending` holds its rows,
+    and `waiting` the members that have not received it.
     """
 
     def __init__(self, member: nn.Module, sums: ActivationSums | None = None) -> None:
@@ -32,18 +32,18 @@ class _Input:
         self.last: tuple[weakref.ref[Tensor], int] | None = None
 
     def is_last(self, x: Tensor) -> bool:
-        """Whether x is the input that came last, and has not been changed in place since."""
+        """Whether x is the most recent input and has not been changed in place since."""
         return self.last is not None and self.last[0]() is x and self.last[1] == _version(x)
 
 
 class InputSums:
     """What `capture_activations` collects.
 
-    Modules that were first called with the same tensor share an `_Input`, until one of them gets
-    another tensor, or none: then that one goes on with a copy of the sums so far.
+    Modules that were first called with the same tensor share an `_Input` until one of them gets
+    another tensor, or none: that module then continues with a copy of the sums so far.
 
     Attributes:
-        mask: which positions of the batch that runs count, bool [batch, length]; None: all.
+        mask: the positions of the current batch that are included, bool [batch, length]; None: all.
 
     """
 
@@ -74,16 +74,16 @@ class InputSums:
                 hook.remove()
 
     def settle(self) -> None:
-        """Adds what is pending. To be called after each batch."""
+        """Adds the pending rows. To be called after each batch."""
         for own in list(dict.fromkeys(self._inputs.values())):
             self._settle(own)
         self._recent.clear()
 
     def results(self) -> dict[str, Activations]:
-        """What was measured, by the name of the layer.
+        """The activations, by layer name.
 
         Raises:
-            ValueError: a layer had no input, or one that holds NaN or Inf.
+            ValueError: a layer had no input, or its input holds NaN or Inf.
 
         """
         missed = [name for module, name in self._names.items() if not self._count(module)]
@@ -112,7 +112,7 @@ class InputSums:
         return 0 if own is None or own.sums is None else own.sums.count
 
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The hook: an input of the module."""
+        """The hook, called with the inputs of a module."""
         name = self._names[module]
         x = self._checked(name, (*args, *kwargs.values()), self._layers[name][1])
         own = self._inputs.get(module)
@@ -134,7 +134,7 @@ class InputSums:
         self._begin(own, module, x)
 
     def _begin(self, own: _Input, module: nn.Module, x: Tensor) -> None:
-        """A new input, which this module is the first to get."""
+        """A new input, which this module is the first to receive."""
         rows = _rows(local_part(x), self.mask)
         if own.sums is None:
             device = rows.device if self._device is None else self._device
@@ -144,7 +144,7 @@ class InputSums:
         own.last = weakref.ref(x), _version(x)
         self._recent[id(x)] = own
         own.waiting = own.members - {module}
-        if own.waiting:  # a copy: x may be changed in place before all have got it
+        if own.waiting:  # a copy: x may change in place before all have received it
             own.pending = rows.to(own.sums.moments.dtype, copy=True)
         else:
             own.sums.add(rows)
@@ -155,7 +155,7 @@ class InputSums:
         own.pending = None
 
     def _settle(self, own: _Input) -> None:
-        """Adds what is pending for the members that got it; the others go on by themselves."""
+        """Adds the pending rows for members that received them; the others continue on a copy."""
         if own.waiting and own.sums is not None:
             left = _Input(next(iter(own.waiting)), own.sums.copy())
             left.members, left.events = set(own.waiting), 2  # nobody joins it
@@ -166,7 +166,7 @@ class InputSums:
         self._flush(own)
 
     def _checked(self, name: str, given: tuple[Any, ...], cols: int) -> Tensor:
-        """The input of the layer `name`, whose weight has so many columns."""
+        """The input of the layer `name`, whose weight has `cols` columns."""
         x = next((value for value in given if isinstance(value, Tensor)), None)
         if x is None:
             raise TypeError(f"{name!r} was called without a tensor: leave it out of targets")
@@ -206,7 +206,9 @@ class InputSums:
             self._inputs[module] = merged[key]
 
     def _known(self) -> dict[str, tuple[int, int, torch.dtype | None]]:
-        """Of each module, a number for its input, how often it got one, and the sums' dtype."""
+        """For each module: a number for its input, that input's number of rows, and the sums'
+        dtype.
+        """
         numbers = {own: k for k, own in enumerate(dict.fromkeys(self._inputs.values()))}
         known: dict[str, tuple[int, int, torch.dtype | None]] = {}
         for module, name in self._names.items():
@@ -234,7 +236,7 @@ def _version(x: Tensor) -> int:
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows [n, in] of x [..., in] that count."""
+    """The rows [n, in] of x [..., in] that the mask includes."""
     rows = x.detach().reshape(-1, x.shape[-1])
     if mask is None:
         return rows

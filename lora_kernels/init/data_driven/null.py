@@ -21,14 +21,14 @@ class LoRANull(FromActivations):
 
     Tang et al., arXiv 2503.02659, and the authors' code: s·BA = W N Nᵀ hardly acts on those inputs,
     and neither do the gradients of B. W changes (W − s·BA). The paper trains A and B (its v1), or
-    freezes A (v2): `requires_grad_(False)` on the `lora_A` does that. The code divides the inputs
-    of each sample by `|max x|`; here every input counts the same, as in the paper.
+    freezes A (v2): call `requires_grad_(False)` on `lora_A` for v2. The code divides the inputs of
+    each sample by `|max x|`; here every input has the same weight, as in the paper.
 
-    If there are fewer inputs than m − r, the eigenvalues are zero, and N is any r directions
-    without an input; capture some times m inputs.
+    With fewer than m − r inputs, the eigenvalues are zero, and N consists of any r directions
+    without an input: capture several times m inputs.
 
-    W N is [n, r], and its SVD is all that W needs: with W N = USZᵀ, V = N Z. Cost: r eigenvectors
-    of an [m, m] matrix, as MiLoRA, and one product of W with r columns. ValueError if W holds NaN
+    Only the SVD of W N [n, r] is computed: with W N = USZᵀ, V = N Z. Cost: r eigenvectors of an
+    [m, m] matrix, as for MiLoRA, and one product of W with r columns. ValueError if W holds NaN
     or Inf, or is zero on one of the directions.
 
     `method` and `seed` are those of `lora_kernels.svd.minor`.

@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class FrequentDirections:
-    """A sketch S of at most `size` rows of all rows X that were added: 0 ⪯ XᵀX − SᵀS ⪯ `error`·I,
-    except for rounding.
+    """A sketch S, of at most `size` rows, of all added rows X: 0 ⪯ XᵀX − SᵀS ⪯ `error`·I, except
+    for rounding.
 
     Liberty, "Simple and deterministic matrix sketching", KDD 2013 (arXiv 1206.0594), in the form
-    with twice the rows between two compressions. Each of these takes δ, the σ² of rank `size` + 1
-    of the rows there, from all σ², and `error` is the sum of the δ. So, for every j ≤ `size`,
-    `error` is at most ‖X − X_j‖²_F / (`size` + 1 − j) with X_j the best approximation of rank j
-    (Ghashami et al., SIAM J. Comput. 45, 2016, theorem 1.1); sketches that are merged keep that
-    bound. Memory: 2 `size` rows.
+    with twice the rows between two compressions. Each compression subtracts δ from all σ² of the
+    rows in memory, where δ is their σ² number `size` + 1; `error` is the sum of the δ. So, for
+    every j ≤ `size`, `error` is at most ‖X − X_j‖²_F / (`size` + 1 − j) with X_j the best
+    approximation of rank j (Ghashami et al., SIAM J. Comput. 45, 2016, theorem 1.1). Merged
+    sketches keep that bound. Memory: 2 `size` rows.
     """
 
     def __init__(self, size: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -43,20 +43,20 @@ class FrequentDirections:
         return self._buffer[: self._filled].clone()
 
     def empty(self) -> FrequentDirections:
-        """A new sketch like this one, of nothing."""
+        """A new sketch of the same size, dtype and device, without rows."""
         return FrequentDirections(
             self.size, self._buffer.shape[1], self._buffer.dtype, self._buffer.device
         )
 
     def copy(self) -> FrequentDirections:
-        """A sketch that goes on by itself."""
+        """An independent copy."""
         other = object.__new__(FrequentDirections)
         other.size, other.error, other._filled = self.size, self.error, self._filled
         other._buffer = self._buffer.clone()
         return other
 
     def _compress(self) -> None:
-        """Leaves at most `size` rows, orthogonal ones."""
+        """Reduces the sketch to at most `size` orthogonal rows."""
         if self._filled <= self.size:
             return
         rows = self._buffer[: self._filled].double()
@@ -64,7 +64,7 @@ class FrequentDirections:
         squares, left = squares.flip(0).clamp_(min=0), left.flip(1)
         loss = squares[self.size]
         kept, left = squares[: self.size], left[:, : self.size]
-        # 0 / 0 of a direction that is not there counts as 0.
+        # A direction that is absent gives 0 / 0, which becomes 0.
         share = ((kept - loss) / kept).nan_to_num_(nan=0.0).sqrt_()
         self._buffer[: self.size].copy_((left * share).mT @ rows)
         self._filled = self.size

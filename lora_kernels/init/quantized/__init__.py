@@ -1,4 +1,4 @@
-"""Starts that make up for a base's quantization error."""
+"""Starts that compensate for a base's quantization error."""
 
 from .loftq import LoftQ
 from .qera import QERA

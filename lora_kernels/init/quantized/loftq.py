@@ -23,23 +23,23 @@ class LoftQ(Initializer):
     of rank r and B₀A₀ = 0.
 
     Li et al., arXiv 2310.08659, algorithm 1, with T = `iterations` (5, as in the paper) and q =
-    `quantizer`: a name that `lora_kernels.init.quantizers.quantized` knows, or a function
-    from W to its quantized and dequantized values. A and B each get a factor √(σ / s), as in PiSSA.
+    `quantizer`: a name that `lora_kernels.init.quantizers.quantized` accepts, or a function from W
+    to its quantized and dequantized values. A and B each get a factor √(σ / s), as in PiSSA.
     Cost: T truncated SVDs and T passes of the quantizer. No recipe: the layer stores the initial
     factors.
 
-    ‖W − Q_t − s·B_tA_t‖ falls with every step while r is small relative to W's sizes. At r = 64 and
-    a random W of 256 × 192 it rises from the third step on: use fewer steps there.
+    ‖W − Q_t − s·B_tA_t‖ falls with every step while r is small relative to W's dimensions. At
+    r = 64 and a random W of 256 × 192 it rises from the third step on: use fewer steps there.
 
     W becomes its quantized values, in W's own dtype, and the layer starts as Q_T + s·BA ≈ W.
     Quantizing that base again with the same quantizer gives Q_T. A saved adapter belongs to Q_T, so
     the model has to be saved with it. Without its adapter the layer is Q_T + s·B₀A₀: W, except for
     the part of the quantization error that rank r cannot represent.
 
-    A base that is quantized already stays as it is: `toward` makes the start for it.
+    A base that is already quantized stays as it is: `toward` returns the initializer for it.
 
     `method` and `seed` are those of `lora_kernels.svd.truncated`. ValueError if W holds NaN or Inf,
-    if it holds the quantizer's values already, or if W − Q has a rank less than r.
+    if its values are already the quantizer's, or if W − Q has a rank less than r.
     """
 
     quantizer: str | Quantizer = "nf4"
@@ -89,9 +89,9 @@ class LoftQ(Initializer):
         return quantized(target, self.quantizer).to(weight.dtype)
 
     def toward(self, original: Callable[[], Tensor]) -> Initializer:
-        """The start for a base Q that is quantized already, where `original()` returns the weight W
-        [out, in] that Q was made from: s·BA is the best approximation of W − Q of rank r, and Q
-        does not change. `quantizer` and `iterations` have no effect on it.
+        """The initializer for a base Q that is already quantized; `original()` returns the weight W
+        [out, in] from which Q was made: s·BA is the best approximation of W − Q of rank r, and Q
+        does not change. `quantizer` and `iterations` have no effect.
         """
         return _QuantizedBaseLoftQ(original, self.method, self.seed)
 
@@ -103,8 +103,8 @@ class _QuantizedBaseLoftQ(Initializer):
 
     LoftQ (arXiv 2310.08659) with a fixed base; PEFT's `replace_lora_weights_loftq`. Nothing is
     subtracted: training starts from Q + s·BA ≈ W, and without its adapter the layer is Q.
-    `original` is called when the start is made, and W is not kept. ValueError if the shapes differ,
-    or if W − Q is zero or has a rank less than r.
+    `original` is called when the start is computed, and W is not kept. ValueError if the shapes
+    differ, or if W − Q is zero or has a rank less than r.
     """
 
     original: Callable[[], Tensor]

@@ -1,4 +1,4 @@
-"""QERA: factors that make up for a base's quantization error, in the metric of the inputs."""
+"""QERA: factors that compensate for a base's quantization error, in the metric of the inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .quantizers import Quantizer, check_quantizer, quantized
 
 _ERROR = "the quantization error W − Q"
 _ON_INPUTS = f"{_ERROR} on the inputs"
-_SQUARES = 1e-8  # from this share of the largest on, S² in float64 has 8 digits
+_SQUARES = 1e-8  # above this share of the largest, S² in float64 has 8 digits
 
 
 class _QERA(FromActivations):
@@ -80,20 +80,20 @@ class _QERA(FromActivations):
 
 @dataclass(frozen=True)
 class QERA(_QERA):
-    """W ← Q = q(W), and s·BA is the matrix of rank r for which x (W − Q − s·BA)ᵀ is smallest, in
-    the mean of the squares over the layer's inputs x.
+    """W ← Q = q(W), and s·BA is the matrix of rank r that minimizes the mean square of x
+    (W − Q − s·BA)ᵀ over the layer's inputs x.
 
     Zhang et al., arXiv 2410.06040, and the authors' code: with (W − Q)R^½ = USVᵀ for R = Σ xᵀx / N
     (`exact`, theorem 1) or its diagonal alone (`exact=False`, QERA-approx, theorem 2), B = U_r S_r
     / s and A = V_rᵀR^{−½}. q = `quantizer`, as for `LoftQ`.
 
     Neither the root nor its inverse is computed: V_rᵀR^{−½} = S_r⁻¹U_rᵀ(W − Q), and U and S are
-    those of (W − Q)F for every F with FFᵀ = R, as a Cholesky factor. So R may be singular, where
-    the authors' code replaces zeros by rounding errors.
+    those of (W − Q)F for every F with FFᵀ = R, such as a Cholesky factor. So R may be singular,
+    where the authors' code replaces zeros by rounding errors.
 
-    W becomes its quantized values, in W's own dtype, as LoftQ's does, and all that is said there of
-    saving and quantizing it again holds. A base that is quantized already stays as it is: `toward`
-    makes the start for it.
+    W becomes its quantized values, in W's own dtype. The notes of `LoftQ` on saving the base and on
+    quantizing it again apply here too. A base that is already quantized stays as it is: `toward`
+    returns the initializer for it.
 
     Cost: a Cholesky factorization of [m, m] and a product of W with it in float64, or two products
     with R if it is singular, and a truncated SVD; a sketch is enough for `exact=False`. ValueError
@@ -130,8 +130,8 @@ class QERA(_QERA):
         return quantized(weight, self.quantizer).to(weight.dtype)
 
     def toward(self, original: Callable[[], Tensor]) -> Initializer:
-        """The start for a base Q that is quantized already, where `original()` returns the weight W
-        [out, in] that Q was made from. Q does not change, and `quantizer` has no effect.
+        """The initializer for a base Q that is already quantized; `original()` returns the weight W
+        [out, in] from which Q was made. Q does not change, and `quantizer` has no effect.
         """
         return _QuantizedBaseQERA(original, self.exact, self.method, self.seed)
 
@@ -159,11 +159,11 @@ class _QuantizedBaseQERA(_QERA):
 
 
 def _refuse_noise(S: Tensor, rows: Tensor, found: Activations) -> None:
-    """Raise if a value S² = z R zᵀ, where z is one of the `rows` [r, m] of Uᵀ(W − Q), is only what
-    is left of the rounding of R's entries: A would be z divided by that.
+    """Raise if a value S² = z R zᵀ, where z is one of the `rows` [r, m] of Uᵀ(W − Q), is no larger
+    than its error from the rounding of R's entries: A would be z divided by noise.
     """
     diagonal = found.squares.double().to(rows.device) / found.count
-    # An entry R_jk has an error of some eps · √(R_jj R_kk), which does not depend on x's units.
+    # An entry R_jk has an error of about eps · √(R_jj R_kk), independent of x's units.
     error = 4 * math.sqrt(rows.shape[1]) * torch.finfo(found.squares.dtype).eps
     rank = int(torch.gt(S.square(), error * (rows.square() @ diagonal)).sum())
     if rank < len(S):
@@ -175,7 +175,7 @@ def _refuse_noise(S: Tensor, rows: Tensor, found: Activations) -> None:
 
 
 def _times_diagonal(error: Tensor, found: Activations) -> Tensor:
-    """The error [n, m] times the roots of R's diagonal."""
+    """The error [n, m] times the square root of R's diagonal."""
     mean = found.squares.double().to(error.device) / found.count
     return error * mean.sqrt()
 

@@ -1,6 +1,6 @@
 """Quantizers by name: each returns a weight quantized and dequantized again.
 
-The values are bitsandbytes' bit for bit, without needing bitsandbytes.
+The values equal those of bitsandbytes bit for bit; bitsandbytes itself is not needed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def quantized(weight: Tensor, quantizer: str | Quantizer = "nf4") -> Tensor:
 
     Raises:
         ValueError: an unknown name, or a function that returns another shape, NaN or Inf.
-        TypeError: neither a name nor a function, or a function that returns no float tensor.
+        TypeError: neither a name nor a function, or a function that does not return a float tensor.
 
     """
     check_quantizer(quantizer)

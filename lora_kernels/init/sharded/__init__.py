@@ -1,1 +1,1 @@
-"""Weights of which every process holds a part: where the parts lie, and what all of them know."""
+"""Sharded weights: where each process's part lies in the whole, and what all processes share."""

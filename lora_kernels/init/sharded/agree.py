@@ -28,8 +28,8 @@ def is_first_rank() -> bool:
 
 @contextmanager
 def together(where: bool = True, what: str = "") -> Iterator[None]:
-    """If a process raises inside the context, all processes raise the same error at its end, and
-    nobody waits for the one that failed. `where=False` turns this off. With `what`, the others
+    """If a process raises inside the context, all processes raise the same error at its end instead
+    of waiting for the process that failed. `where=False` turns this off. With `what`, the others
     raise RuntimeError, which says that `what` failed on some ranks.
     """
     if not (where and has_ranks()):
@@ -51,7 +51,7 @@ def together(where: bool = True, what: str = "") -> Iterator[None]:
 
 
 def from_every(value: T, group: Any = None) -> list[T]:
-    """The values, which must be picklable, of all processes of the group, in the order of ranks."""
+    """The value of every process of the group, in the order of ranks. Values must be picklable."""
     import torch.distributed as dist
 
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -60,9 +60,10 @@ def from_every(value: T, group: Any = None) -> list[T]:
 
 
 def shared(owner: int, make: Callable[[], T], group: Any = None) -> T:
-    """`make()` of the rank `owner` of the group, on all its processes; its error, if it raises.
+    """The result of `make()`, run by rank `owner` of the group, on all its processes; if it raises,
+    the error is raised on all.
 
-    What it returns must be picklable, with its tensors on the CPU.
+    The result must be picklable, with its tensors on the CPU.
     """
     import torch.distributed as dist
 
@@ -85,9 +86,9 @@ def shared(owner: int, make: Callable[[], T], group: Any = None) -> T:
 
 @contextmanager
 def agreed_randomness(device: torch.device) -> Iterator[None]:
-    """Inside the context, torch's global generators, that of the CPU and that of the device, have
-    the state of the first process's on all: they draw what one process would draw. Afterwards those
-    that had another state before go on from there.
+    """Inside the context, torch's global generators for the CPU and the device have the first
+    process's state on all processes: they draw what one process would draw. Afterwards, a generator
+    whose state differed before gets its own state back.
     """
     before = random_states(device)
     first = shared(0, lambda: before)
@@ -102,7 +103,7 @@ def agreed_randomness(device: torch.device) -> Iterator[None]:
 
 
 def random_states(device: torch.device) -> list[Tensor]:
-    """The states of torch's global generators, that of the CPU and that of a CUDA device."""
+    """The states of torch's global generators: the CPU's and, for a CUDA device, that device's."""
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *cuda]
 
@@ -114,8 +115,8 @@ def _set_random_states(states: list[Tensor], device: torch.device) -> None:
 
 
 def talking_device(device: torch.device, group: Any) -> torch.device:
-    """The device over which the group sends tensors of `device`: NCCL takes none of the CPU, where
-    the parameters of a model may be offloaded.
+    """The device over which the group sends tensors of `device`: NCCL does not accept CPU tensors,
+    and a model's parameters may be offloaded to the CPU.
     """
     import torch.distributed as dist
 
@@ -141,7 +142,7 @@ def from_all(rows: Tensor, group: Any) -> Tensor:
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error as another process can unpickle it: without its cause and traceback."""
+    """The error without its cause and traceback, so that another process can unpickle it."""
     if error is None:
         return None
     kinds = (ValueError, TypeError, FileNotFoundError, MemoryError, OSError)

@@ -22,7 +22,7 @@ Group: TypeAlias = Any
 
 Place: TypeAlias = tuple[slice, ...]  # a rectangle of the whole
 
-# What to do with a sharded weight where a function takes whole ones.
+# Advice in the errors of functions that accept only whole weights.
 ADAPT_MODEL = "add_lora(model) adapts layers whose weights are sharded"
 
 
@@ -34,8 +34,8 @@ class Piece(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A local part of a matrix [out, in], whose first entry is at [row, col] there. `matrix` is the
-    number of the expert; 0 if the tensor is one matrix. `data` can be written in place.
+    """A local part of a matrix [out, in]; its first entry is the matrix's [row, col]. `matrix` is
+    the number of the expert; 0 if the tensor is one matrix. `data` can be written in place.
     """
 
     matrix: int
@@ -49,12 +49,12 @@ class Shards:
     """The local part of a weight, plain or sharded.
 
     Attributes:
-        shape: [out, in] of the whole, of experts [E, out, in].
-        blocks: the local parts, of every local expert one or more.
+        shape: [out, in] of the whole weight; [E, out, in] for experts.
+        blocks: the local parts, one or more for every local expert.
         dtype, device: those of the local parts.
         group: the processes that have the weight's parts; None if the weight is not sharded.
-        primary: False if another process counts for this part, of which it has a replica.
-        stored: the tensor of which these are the parts.
+        primary: False if this part is a replica and sums take it from another process.
+        stored: the tensor that the parts belong to.
 
     """
 
@@ -83,7 +83,7 @@ class Shards:
         )
 
     def settle(self) -> None:
-        """To be called after blocks were written: other copies of the tensor follow."""
+        """To be called after writing to blocks: updates other copies of the tensor."""
         if self.stored is not None:
             settle_(self.stored)
 
@@ -94,23 +94,21 @@ class Shards:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process may have only a part of the tensor, perhaps not at this moment: ZeRO-3
-    and FSDP1 gather a parameter for its layer's forward, and ZeRO-3 keeps small ones gathered.
+    """Whether the tensor is sharded, even if it is whole at this moment: ZeRO-3 and FSDP1 gather a
+    parameter for its layer's forward, and ZeRO-3 keeps small parameters gathered.
     """
     return is_dtensor(tensor) or is_zero3(tensor) or is_flattened(tensor)
 
 
 def is_flattened(tensor: Tensor) -> bool:
     """Whether the tensor is part of a flat parameter of FSDP1. It has its own shape and values only
-    while `summon_full_params` gathers it; nothing here does.
+    while `summon_full_params` gathers it, which this package never does.
     """
     return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
 def is_packed(sharded: DTensor) -> bool:
-    """Whether a DTensor on one mesh dimension holds several tensors, packed into one, that are
-    sharded one by one.
-    """
+    """Whether a DTensor on one mesh dimension packs several tensors that are sharded separately."""
     return sharded.device_mesh.ndim == 1 and hasattr(sharded.placements[0], "split_factor")
 
 
@@ -120,7 +118,7 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process has of the tensor: a view, flat for ZeRO-3."""
+    """The part of the tensor that this process holds: a view, flat for ZeRO-3."""
     if is_partitioned(tensor):
         return partition_of(tensor).data
     sharded: DTensor = tensor.detach()
@@ -128,7 +126,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def pieces(tensor: Tensor) -> list[Piece]:
-    """The local part as rectangles of the whole; [] if nothing of it is here."""
+    """The local part as rectangles of the whole; [] if this process has none of it."""
     if is_partitioned(tensor):
         return [Piece(*found) for found in partition_of(tensor).rectangles()]
     if not is_dtensor(tensor):
@@ -154,8 +152,8 @@ def fill_(target: Tensor, whole: Tensor) -> None:
 
 
 def copied_like(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of `value` on the device of `like`. If that is a DTensor, the copy is one with the
-    same layout; a plain `value` is whole then, on all processes.
+    """A copy of `value` on the device of `like`. If `like` is a DTensor, so is the copy, with the
+    same layout; a plain `value` must then be whole on all processes.
     """
     if not is_dtensor(like) or is_dtensor(value):
         return value.detach().to(like.device, dtype, copy=True)
@@ -165,7 +163,7 @@ def copied_like(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def text_of(tensor: Tensor) -> str:
-    """How a tensor is sharded, such as "in 8 parts by rows"; "" if it is not."""
+    """How a tensor is sharded, such as "in 8 parts by rows"; "" if it is not sharded."""
     if is_zero3(tensor):
         return f"in {partition_of(tensor).parts} parts of a ZeRO-3 partition"
     if not is_dtensor(tensor):
@@ -208,7 +206,7 @@ def _blocks(piece: Piece, transposed: bool) -> Iterator[Block]:
 
 
 def is_primary(tensor: Tensor) -> bool:
-    """Whether this process is the first one of those that have this part."""
+    """Whether this process is the first one of those that hold this part."""
     if is_zero3(tensor) and not is_partitioned(tensor):
         return partition_of(tensor).rank == 0
     if not is_dtensor(tensor):
@@ -234,17 +232,17 @@ Run: TypeAlias = tuple[slice, slice]  # in the local tensor, in the whole
 
 
 def _axes(sharded: DTensor) -> list[list[Run]]:
-    """The local runs of indices of every axis."""
+    """For every axis, its local runs of indices."""
     list(_sharding(sharded))  # refuses partial sums
     mesh, placements = sharded.device_mesh, sharded.placements
     return [_runs(size, mesh, placements, dim) for dim, size in enumerate(sharded.shape)]
 
 
 def _runs(size: int, mesh: Any, placements: Sequence[Any], axis: int) -> list[Run]:
-    """The runs of an axis: its numbers, sharded as the tensor is, where they jump.
+    """The runs of an axis. Its indices are sharded like the tensor, and a run ends where they jump.
 
-    So uneven and empty parts, two mesh dimensions on one axis, and strided shards need no formula
-    here.
+    So no formula is needed for uneven and empty parts, two mesh dimensions on one axis, or strided
+    shards.
     """
     from torch.distributed.tensor import Replicate, distribute_tensor
 
@@ -270,21 +268,21 @@ def _runs(size: int, mesh: Any, placements: Sequence[Any], axis: int) -> list[Ru
 
 
 def axis_places(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> list[list[slice]]:
-    """What this process has of a tensor of this shape that is laid out so: of each axis the runs of
-    its indices, in their order in the local tensor.
+    """The local part of a tensor of this shape and layout: for each axis, the runs of its
+    indices, in the order of the local tensor.
     """
     axes = (_runs(size, mesh, placements, axis) for axis, size in enumerate(shape))
     return [[place for _, place in runs] for runs in axes]
 
 
 def of_dimension(placement: Any, dim: int) -> Any:
-    """The sharding `placement`, of another dimension."""
+    """The same sharding, applied to the dimension `dim`."""
     from torch.distributed.tensor import Shard
 
-    factor = getattr(placement, "split_factor", None)  # of rows that are packed
+    factor = getattr(placement, "split_factor", None)  # for packed rows
     return Shard(dim) if factor is None else type(placement)(dim, split_factor=factor)
 
 
 def _along(placement: Any, axis: int) -> Any | None:
-    """The placement of a vector that is sharded as the tensor is along `axis`; None if not."""
+    """The placement of a vector sharded like the tensor's `axis`; None if that is not sharded."""
     return of_dimension(placement, 0) if getattr(placement, "dim", None) == axis else None

@@ -1,5 +1,5 @@
-"""Starts that need a whole weight, on the processes that have its parts: each makes those of some
-weights, which are sent to it once.
+"""Starts that need a whole weight, computed on the processes that hold its parts: each process
+computes the starts of some weights, which are sent to it once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .layout import Place, full_shape, group_of, is_primary, local_part, pieces
 
 @dataclass(frozen=True)
 class OwnedStart:
-    """A start to make from whole tensors: `make` gets those of `parts`, which are sharded, as they
-    are stored, on the device of the first one.
+    """A start to compute from whole tensors. `parts` are sharded; `make` gets the whole tensors,
+    oriented as they are stored, on the device of the first part.
     """
 
     parts: Sequence[Tensor]
@@ -28,11 +28,11 @@ class OwnedStart:
 
 
 def starts_in_turn(jobs: Sequence[OwnedStart], group: Any) -> list[Start]:
-    """The starts of the jobs, whose tensors are all sharded over the processes of the group, on all
-    of them. Each process has at most one job's whole tensors at a time.
+    """The starts of all jobs, on all processes of the group, over which the jobs' tensors are
+    sharded. Each process has at most one job's whole tensors at a time.
 
     Raises:
-        Exception: what `make` raised on one of the processes, on all.
+        Exception: what `make` raised on one of the processes; raised on all.
 
     """
     import torch.distributed as dist
@@ -52,7 +52,7 @@ def starts_in_turn(jobs: Sequence[OwnedStart], group: Any) -> list[Start]:
 
 
 class _Made:
-    """A start, or the error that making it raised, on the process that made it."""
+    """A computed start, or the error raised, on the process that computed it."""
 
     def __init__(self, job: OwnedStart, parts: Sequence[Tensor]) -> None:
         self.start: Start | None = None
@@ -63,7 +63,7 @@ class _Made:
             self.error = error
 
     def result(self) -> Start:
-        """The start, or its error."""
+        """The start; raises the error if there is one."""
         if self.start is None:
             raise self.error or RuntimeError("no start was made")
         return self.start
@@ -96,7 +96,7 @@ def gathered_pieces(part: Tensor) -> Tensor:
     return _assembled(part, [row[:size] for row, size in zip(rows, sizes, strict=True)], places)
 
 
-# Of every job and process: where that one's pieces of every tensor lie, none of a replica.
+# By job and process: where that process's pieces of every tensor lie; none for a replica.
 Places: TypeAlias = list[list[list[list[Place]]]]
 
 
@@ -111,7 +111,7 @@ def _own_places(part: Tensor) -> list[Place]:
 
 
 def _collected(turn: Sequence[OwnedStart], places: Places, group: Any) -> list[Tensor] | None:
-    """The whole tensors of the job that is this process's; None if it has none in this turn."""
+    """The whole tensors of this process's job; None if it has none in this turn."""
     import torch.distributed as dist
 
     me = dist.get_rank(group)
@@ -139,7 +139,7 @@ def _collected(turn: Sequence[OwnedStart], places: Places, group: Any) -> list[T
 
 
 class _Transfers:
-    """Tensors that the processes of a group send to each other, all at once."""
+    """Tensors that the processes of a group send to each other, all at the same time."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
@@ -149,7 +149,7 @@ class _Transfers:
         self._add("isend", flat, rank)
 
     def receive(self, part: Tensor, places: Sequence[Place], rank: int) -> Tensor:
-        """What `rank` sends of the tensor, flat, once `wait` has returned."""
+        """A flat tensor that holds what `rank` sends, once `wait` has returned."""
         size = sum(_size(place) for place in places)
         local = local_part(part)
         device = talking_device(local.device, self._group)

@@ -12,9 +12,9 @@ from .layout import Block, Shards
 def subtract_start_here_(weight: Shards, start: Start, scaling: float) -> None:
     """W ← W − scaling · B₀A₀ in place, for the parts that are here; a negative scaling restores W.
 
-    `start` is that of the whole weight: of experts, a `Start.stacked`. The results are the bits of
-    `subtract_start_` on the whole, except in float64 with a recipe, where sums may be rounded in
-    another order.
+    `start` is that of the whole weight; for experts, a `Start.stacked`. The results equal those of
+    `subtract_start_` on the whole bit for bit, except in float64 with a recipe, where sums may be
+    rounded in another order.
     """
     if start.beta is not None:
         subtract_recipe_here_(weight, start.beta, start.lora_A.shape[-2], scaling)
@@ -23,7 +23,7 @@ def subtract_start_here_(weight: Shards, start: Start, scaling: float) -> None:
 
 
 def subtract_recipe_here_(weight: Shards, beta: Tensor, r: int, scaling: float) -> None:
-    """W ← W − scaling · β²ΦₙΦₘᵀ in place, β one number, of experts [E]."""
+    """W ← W − scaling · β²ΦₙΦₘᵀ in place; β is one number, or [E] for experts."""
     coefficients = (scaling * beta.to(weight.device, torch.float64) ** 2).reshape(-1)
     rows, cols = weight.shape[-2:]
     for block in weight.blocks:
@@ -36,8 +36,8 @@ def subtract_recipe_here_(weight: Shards, beta: Tensor, r: int, scaling: float) 
 
 
 def subtract_factors_here_(weight: Shards, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-    """W ← W − scaling · BA in place, with A [r, in] and B [out, r], of experts [E, r, in] and
-    [E, out, r]; summed in float32 or wider and rounded once.
+    """W ← W − scaling · BA in place, with A [r, in] and B [out, r], or [E, r, in] and [E, out, r]
+    for experts; summed in float32 or wider and rounded once.
     """
     for block in weight.blocks:
         if block.data.numel():
@@ -50,13 +50,14 @@ def subtract_factors_here_(weight: Shards, lora_A: Tensor, lora_B: Tensor, scali
 def _subtract_factors_in_(block: Block, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
     """Subtracts the part of scaling · BA that is in the block.
 
-    The last bits of a matrix product depend on its shape. So the rows that `subtract_factors_`
-    takes at a time are multiplied as a whole here too, with zeros in place of what is elsewhere.
+    The last bits of a matrix product depend on its shape. So each group of rows that
+    `subtract_factors_` multiplies at a time is multiplied as a whole here too, with zeros for the
+    entries that other processes hold.
     """
     rows, cols = block.data.shape
     end = block.row + rows
     begins, ends = block.row % ROW_BLOCK == 0, end % ROW_BLOCK == 0 or end == len(lora_B)
-    if begins and ends and cols == lora_A.shape[1]:  # nothing of these rows is elsewhere
+    if begins and ends and cols == lora_A.shape[1]:  # these rows are all here
         subtract_factors_(block.data, lora_A, lora_B[block.row : end], scaling)
         return
     work = torch.promote_types(block.data.dtype, torch.float32)

@@ -17,7 +17,7 @@ def sums_of(weights: Sequence[Shards]) -> list[Tensor]:
     """The sum and the sum of squares [matrices, 2] of each weight, float64, on its device.
 
     One all-gather for all weights of a group of processes, two numbers for each matrix. All
-    processes add the same numbers in the order of the ranks: the results are equal to the bit.
+    processes add the same numbers in the order of the ranks, so the results are equal bit for bit.
     """
     local = [_local_sums(weight) for weight in weights]
     groups: dict[Any, list[int]] = {}
@@ -35,7 +35,7 @@ def sums_of(weights: Sequence[Shards]) -> list[Tensor]:
 
 
 def largest_entry(weight: Shards) -> Tensor:
-    """max |W| of each matrix [matrices], float64, of all processes; NaN if there is one."""
+    """max |W| of each matrix [matrices], float64, over all processes; NaN if W holds one."""
     largest = torch.zeros(weight.count, dtype=torch.float64, device=weight.device)
     for matrix, data, _, _ in weight.blocks:
         if data.numel():
@@ -44,7 +44,7 @@ def largest_entry(weight: Shards) -> Tensor:
 
 
 def _local_sums(weight: Shards) -> Tensor:
-    """[matrices, 2] of the local part. That of a replica is 0, unless it holds NaN or Inf."""
+    """[matrices, 2] of the local part. The sums of a replica are 0, unless it holds NaN or Inf."""
     sums = torch.zeros(weight.count, 2, dtype=torch.float64, device=weight.device)
     blocks = [block for block in weight.blocks if block.data.numel()]
     if blocks:

@@ -14,7 +14,7 @@ from .zero3 import gathered, is_partitioned
 
 def whole(tensor: Tensor, keep: bool = True) -> Tensor:
     """A copy of the whole tensor on the CPU, contiguous. If it is sharded, all its processes have
-    to call this; those that do not `keep` it get a tensor of its shape on the meta device.
+    to call this; with `keep=False` a process gets a tensor of its shape on the meta device.
     """
     found: Any = tensor.detach()
     if is_partitioned(tensor):

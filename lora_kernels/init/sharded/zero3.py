@@ -1,8 +1,9 @@
 """Parameters that DeepSpeed's ZeRO-3 has partitioned.
 
-Every process holds a stretch of the flattened tensor, `ds_tensor`, all of one length, and the
-Parameter itself is empty while the whole is not needed. DeepSpeed is not imported here: all of this
-is attributes that it sets on the Parameter (`deepspeed/runtime/zero/partition_parameters.py`).
+Every process holds one stretch of the flattened tensor in `ds_tensor`; all stretches have the same
+length. The Parameter itself is empty while the whole is not needed. DeepSpeed is not imported: this
+module uses the attributes that DeepSpeed sets on the Parameter
+(`deepspeed/runtime/zero/partition_parameters.py`).
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ class Partition:
     """The stretch of a flattened tensor that this process holds.
 
     Attributes:
-        data: the stretch [n], a view that can be written; empty behind the tensor's end.
+        data: the stretch [n], a view that can be written; empty past the tensor's end.
         begin: the index of its first entry in the flattened tensor.
-        shape: that of the whole tensor.
+        shape: the shape of the whole tensor.
         group: the processes that hold the stretches, in the order of their ranks there.
-        parts: how many processes these are.
-        rank: that of this process.
+        parts: the number of these processes.
+        rank: the rank of this process among them.
 
     """
 
@@ -45,8 +46,9 @@ class Partition:
     rank: int
 
     def rectangles(self) -> Iterator[tuple[Tensor, Place]]:
-        """The stretch as rectangles of the whole, (view, place): of a matrix the rest of a row,
-        whole rows and the beginning of a row; of experts these of each, where one is cut.
+        """The stretch as rectangles of the whole, (view, place): for a matrix, the rest of a row,
+        whole rows, and the beginning of a row; for experts, the same within each expert that is
+        cut.
         """
         begin = 0
         for place in _boxes(self.shape, self.begin, self.begin + len(self.data)):
@@ -57,15 +59,15 @@ class Partition:
 
 
 def is_zero3(tensor: Tensor) -> bool:
-    """Whether ZeRO-3 manages the tensor, partitioned at this moment or not."""
+    """Whether ZeRO-3 manages the tensor, whether or not it is partitioned at this moment."""
     return hasattr(tensor, "ds_id") and getattr(tensor, "ds_tensor", None) is not None
 
 
 def is_partitioned(tensor: Tensor) -> bool:
     """Whether the tensor is a ZeRO-3 parameter of which this process has only its stretch now.
 
-    It has the whole within `deepspeed.zero.GatheredParameters`, and for as long as DeepSpeed keeps
-    small parameters gathered.
+    It has the whole within `deepspeed.zero.GatheredParameters`, and while DeepSpeed keeps small
+    parameters gathered.
 
     Raises:
         ValueError: DeepSpeed is gathering it at this moment.
@@ -88,7 +90,7 @@ def zero3_shape(tensor: Partitioned) -> tuple[int, ...]:
 
 
 def partition_of(tensor: Partitioned) -> Partition:
-    """The stretch of this process, without the padding behind the tensor, which is uninitialized.
+    """The stretch of this process, without the padding after the tensor, which is uninitialized.
 
     Raises:
         ValueError: the stretch is on NVMe or quantized, or the tensor is cut in another way.
@@ -123,8 +125,8 @@ def gathered(tensor: Partitioned) -> Tensor:
 
 
 def settle_(tensor: Tensor) -> None:
-    """Makes DeepSpeed's other copies follow, after this process's part of the tensor was written:
-    its stretch where that was written, or the whole, on all processes alike, if it was gathered.
+    """Updates DeepSpeed's other copies after this process wrote its part of the tensor: its stretch
+    or, if the tensor was gathered, the whole (alike on all processes).
     """
     if not is_zero3(tensor):
         return
@@ -134,7 +136,7 @@ def settle_(tensor: Tensor) -> None:
         whole = managed.detach().reshape(-1)
         own.data.copy_(whole[own.begin : own.begin + len(own.data)])
     if getattr(managed, "ds_secondary_tensor", None) is not None:
-        managed.ds_secondary_tensor = None  # ZeRO++'s; DeepSpeed makes it again, as after a step
+        managed.ds_secondary_tensor = None  # ZeRO++'s; DeepSpeed rebuilds it, as after a step
 
 
 def _boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Place]:
@@ -166,7 +168,7 @@ def _status(tensor: Partitioned) -> str:
 
 
 def _refuse_unreadable(tensor: Partitioned) -> None:
-    """Raises ValueError if this process cannot read its stretch, or would read codes."""
+    """Raises ValueError if this process cannot read its stretch, or if it holds quantized codes."""
     stored = tensor.ds_tensor
     copies = (stored, getattr(tensor, "ds_secondary_tensor", None))
     if getattr(stored, "final_location", None) == "nvme":

@@ -1,6 +1,6 @@
 """Starts from W's r smallest singular triplets: MiLoRA, MiCA, KaSA.
 
-None has a recipe: the layer stores the initial factors.
+None of these starts has a recipe: the layer stores the initial factors.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class MiLoRA(_Minor):
     Cost: a factorization of W (square) or of WᵀW (not square) in float64 and some solves; with
     `method="exact"` a full SVD. No recipe: the layer stores the initial factors.
 
-    A singular value that is zero up to rounding gives small factors, which train. ValueError if one
-    is less than 1e-12 of W's largest entry, which would never train, or if W holds NaN or Inf.
+    A singular value that is zero up to rounding gives small factors, which still train. ValueError
+    if a value is less than 1e-12 of W's largest entry, because its factors would never train, or if
+    W holds NaN or Inf.
 
     `method` and `seed` are those of `lora_kernels.svd.minor`.
     """
@@ -67,12 +68,12 @@ class MiCA(_Minor):
     A trains.
 
     Rüdiger and Raschka, arXiv 2604.01694; formula and order of the columns (σ descending) are those
-    of PEFT's `mica_init`. B is orthonormal and not divided by s, also where W has a rank less than
-    r. W does not change, and the layer starts as its base. Cost: that of MiLoRA. ValueError if W
-    holds NaN or Inf.
+    of PEFT's `mica_init`. B is orthonormal and not divided by s, even if W has a rank less than r.
+    W does not change, and the layer starts as its base. Cost: that of MiLoRA. ValueError if W holds
+    NaN or Inf.
 
     Where several σ are equal, as the zeros of a W of small rank, any orthonormal basis of their
-    vectors is a valid B, and others may find another one.
+    vectors is a valid B, and another implementation may find a different one.
 
     On an embedding, whose W is [dim, tokens], a token's column of A moves only if the token occurs.
 
@@ -96,14 +97,14 @@ class KaSA(Factorization):
     """W ← W − U_r S_r V_rᵀ of its r smallest singular triplets; A ~ U(±1/√m) and B = 0 as for LoRA,
     and λ ~ N(0, 1) [r] between them: y = x W′ᵀ + s·x Aᵀ diag(λ) Bᵀ. A, B and λ train.
 
-    Wang et al., arXiv 2412.06071; PEFT's `KasaLinearVariant`. The r triplets are taken away for
-    good while the adapter is on: the layer starts as its truncated base, not as its base. They are
-    stored, so that `disable_adapters` and `unload_lora` give W back, which PEFT's KaSA cannot.
+    Wang et al., arXiv 2412.06071; PEFT's `KasaLinearVariant`. The r triplets stay removed while the
+    adapter is on: the layer starts as its truncated base, not as its base. They are stored, so that
+    `disable_adapters` and `unload_lora` restore W, which PEFT's KaSA cannot do.
 
     The paper adds penalties to the loss: `lora_kernels.optim.kasa_penalty`.
 
-    PEFT and this class take away the last r of min(n, m) triplets, as the paper does. The authors'
-    code keeps the first m − r of them, so that it takes away fewer of a W with n < m, or none.
+    PEFT and this class remove the last r of min(n, m) triplets, as the paper does. The authors'
+    code keeps the first m − r of them: if n < m, it removes fewer triplets, or none.
 
     Cost: that of MiLoRA. ValueError if r is not less than min(n, m), or if W holds NaN or Inf; an
     embedding is refused.
@@ -124,7 +125,7 @@ class KaSA(Factorization):
             as_integer(self.seed, "seed")
 
     def for_embedding(self) -> Initializer:
-        """Raises ValueError: PEFT has no KaSA for embeddings, and neither has the paper."""
+        """Raises ValueError: PEFT and the paper have no KaSA for embeddings."""
         raise ValueError(
             "KaSA is for linear layers, not for embeddings: take another start, or leave the "
             "embedding out with exclude_modules"
@@ -143,7 +144,7 @@ class KaSA(Factorization):
         return [self._drawn(own, part) for own, part in zip(requests, taken, strict=True)]
 
     def _drawn(self, request: StartRequest, part: Start) -> Start:
-        """A, B and λ, with the triplets that are taken away as B₀ and A₀."""
+        """A, B and λ, with the removed triplets as B₀ and A₀."""
         generator = seeded_generator(self.seed, request.weight)
         lora_A = kaiming_A(request, generator)
         lora_B = torch.zeros_like(part.lora_B)

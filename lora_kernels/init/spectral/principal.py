@@ -1,8 +1,8 @@
 """Starts from W's leading part: PiSSA, OLoRA; and LoRA-XS, from its largest or smallest triplets.
 
-PiSSA and OLoRA change W to W − s·BA. None has a recipe: the layer stores the initial factors, so
-that its base can be restored and a saved layer reloaded exactly, although an SVD may give other
-bits the next time.
+PiSSA and OLoRA change W to W − s·BA. None of these starts has a recipe: the layer stores the
+initial factors. So its base can be restored and a saved layer reloaded exactly, although an SVD may
+give different bits next time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PiSSA(LargestTriplets):
     """B = U_r √(S_r / s), A = √(S_r / s) V_rᵀ of the r largest singular triplets of W = USVᵀ.
 
     Meng et al., arXiv 2404.02948, equations 2 and 3; s·BA is the best approximation of W of rank r.
-    W changes (W − s·BA). Cost: some ten products of W with r columns; with `method="exact"` a full
+    W changes (W − s·BA). Cost: about ten products of W with r columns; with `method="exact"` a full
     SVD, 12 to 40 s for 4096 × 4096 on 2 cores. No recipe: the layer stores the initial factors.
 
     `method`, `seed`, `subspace` and `tol` are those of `lora_kernels.svd.truncated`.
@@ -54,7 +54,7 @@ class OLoRA(Factorization):
     of W's first r columns and one product of W with r columns. No recipe: the layer stores the
     initial factors. ValueError if W holds NaN or Inf.
 
-    B is orthonormal for every W. So every component trains, also where A starts at zero because W
+    B is orthonormal for every W. So every component trains, even where A starts at zero because W
     has a rank less than r.
     """
 
@@ -75,8 +75,8 @@ class LoRAXS(LargestTriplets):
     the layer stores A and B.
 
     `retain_part`, named as in the authors' code, is "top", the r largest triplets, or "bottom", the
-    r smallest in descending order, at MiLoRA's cost. ValueError if one of those is zero: A would be
-    zero there, and R would never train.
+    r smallest in descending order, at MiLoRA's cost. ValueError if one of these values is zero: A
+    would be zero there, and R would never train.
 
     `method`, `subspace` and `tol` are those of `lora_kernels.svd.truncated`; "bottom" has no
     `subspace` and no `tol`. `seed` seeds the SVD, and R's own generator.

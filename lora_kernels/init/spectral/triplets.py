@@ -17,13 +17,13 @@ from ...ops.svd.randomized_svd import check_tolerance
 from ..base import Initializer
 from ..start import Start, StartRequest, batched
 
-# A σ below this share of W's largest entry counts as zero: A and B are roots of σ, so they would be
-# a millionth of their usual size and would not train.
+# A σ below this share of W's largest entry is treated as zero: A and B are roots of σ, so they
+# would be a millionth of their usual size and would not train.
 _ZERO = 1e-12
 
 
 class Factorization(Initializer):
-    """Starts that subclasses make in batches, because a GPU factorizes many weights at once."""
+    """Starts computed in batches by subclasses, because a GPU factorizes many weights at once."""
 
     reads_weight = True
 
@@ -35,8 +35,8 @@ class Factorization(Initializer):
 class LargestTriplets(Factorization, ABC):
     """Starts from the r largest singular triplets. Options: those of `lora_kernels.svd.truncated`.
 
-    ValueError if a weight holds NaN or Inf, or has a rank less than r: the components beyond its
-    rank would be zero in A and in B, and never train.
+    ValueError if a weight holds NaN or Inf, or has a rank less than r: components beyond that rank
+    would be zero in both A and B and would never train.
     """
 
     method: str = "randomized"
@@ -119,8 +119,8 @@ def refuse_small_rank(S: Tensor, matrix: Tensor, name: str, method: str) -> None
 
 def refuse_missing_rank(rows: Tensor, request: StartRequest, name: str, method: str) -> None:
     """`refuse_small_rank` for the products `rows` [r, m] of a matrix of the request's dtype with
-    orthonormal vectors: for starts from a weighted matrix, whose values are small for other reasons
-    too.
+    orthonormal vectors. For starts from a weighted matrix, whose values may be small for other
+    reasons too.
     """
     norms = torch.linalg.vector_norm(rows, dim=1).sort(descending=True).values
     refuse_small_rank(norms.to(request.factor_dtype), request.weight, name, method)

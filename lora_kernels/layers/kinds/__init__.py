@@ -59,10 +59,10 @@ FLOAT8 = (
 )
 EMBEDDING, CONVOLUTION = "embedding", "conv"
 ATTENTION, OUT_PROJECTION = "attention", "attention_out"
-# Kinds of layers that are adapted only if they, or of OUT_PROJECTION its attention, are named.
+# Kinds of layers that are adapted only if they are named; for OUT_PROJECTION, its attention is.
 NAMED_KINDS = (EMBEDDING, CONVOLUTION, ATTENTION, OUT_PROJECTION)
 FLOAT_KINDS = ("linear", "conv1d", *NAMED_KINDS)  # the kinds whose weight can be rewritten
-# A layer that another package defines, perhaps without types.
+# A layer that another package defines, perhaps without type annotations.
 ForeignLayer: TypeAlias = Any
 
 
@@ -73,9 +73,9 @@ def kind_of(module: nn.Module) -> str | None:
       (float64, float32, bfloat16 or float16).
     - "conv1d": GPT-2's `Conv1D`, whose weight is [in, out].
     - "embedding": an `nn.Embedding` with the usual forward, perhaps times a scale, and a
-      floating-point weight of its own; as a matrix [out, in] it is the transposed weight.
+      floating-point weight of its own; the matrix [out, in] is the transposed weight.
     - "conv": an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with the usual forward and a floating-point
-      weight of its own; as a matrix it is the weight, flattened from the second dimension on.
+      weight of its own; the matrix is the weight, flattened from the second dimension on.
     - "attention": an `nn.MultiheadAttention` whose queries, keys and values have one size; the
       matrix is `in_proj_weight`. "attention_out": its `out_proj`.
     - "bnb_4bit", "bnb_8bit": bitsandbytes' `Linear4bit` and `Linear8bitLt`.
@@ -106,9 +106,9 @@ def check_adaptable(linear: nn.Module) -> None:
 
 
 def refuse_sharded(name: str, module: nn.Module, rewritable: bool | None = None) -> None:
-    """Raises ValueError if the layer `name` has tensors that are not loaded, or sharded in a way in
-    which it cannot be adapted. `rewritable`: whether its weights are floating-point ones, if that
-    is known.
+    """Raises ValueError if the layer `name` has tensors that are not loaded, or sharded in a way
+    that adapters do not support. `rewritable` says whether its weights are floating-point tensors,
+    if that is known.
     """
     if rewritable is None:
         rewritable = kind_of(module) in FLOAT_KINDS

@@ -1,5 +1,5 @@
-"""Layers that are adapted only if they are named: embeddings, convolutions and attentions; and why
-one cannot be adapted.
+"""Layers that are adapted only if they are named: embeddings, convolutions and attentions; and the
+reasons why some cannot be adapted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..._utils.source import definition, undecorated
 from .plain import UNCALLED, forward_is_replaced, has_float_weight
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# The forwards of models' subclasses of `nn.Embedding` that multiply by a scale, by their forms.
+# How forwards of models' subclasses of `nn.Embedding` multiply by a scale: {form: source}.
 _SCALES = {
     "number": "return super().forward({}) * self.embed_scale",
     "cast": "return super().forward({}) * self.embed_scale.to(self.weight.dtype)",
@@ -27,9 +27,9 @@ _SCALES = {
 def lookup_scale(module: nn.Module, cls: type[nn.Module] | None = None) -> str | None:
     """How the forward of an `nn.Embedding` scales the rows that it looks up: "" not at all,
     "number" by `embed_scale`, "cast" by `embed_scale` in the weight's dtype; None if it computes
-    something else. `cls` is the module's class, if it has had another one.
+    something else. `cls` is the module's former class, if that was another one.
     """
-    own: Any = cls or type(module)  # nn.Module's annotations make it no Hashable for type checkers
+    own: Any = cls or type(module)  # type checkers see no Hashable, by nn.Module's annotations
     form = _form_of(own)
     if not form:
         return form
@@ -58,8 +58,8 @@ def _form_of(cls: type[nn.Module]) -> str | None:
 
 
 def why_not_named(module: nn.Module) -> str | None:
-    """Why a layer of the kinds that must be named cannot be adapted; None if it can, or if it is of
-    another kind.
+    """Why a layer of a kind that must be named cannot be adapted; None if it can be, or if the
+    layer is of another kind.
     """
     if isinstance(module, nn.Embedding):
         return why_not_embedding(module)

@@ -1,4 +1,4 @@
-"""What a layer computes, and with what: whether its forward and its parameters are its own."""
+"""Checks whether a layer's forward and parameters are those that its class defines."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def why_not_plain(linear: nn.Linear) -> str | None:
 
 
 def forward_is_replaced(module: nn.Module) -> bool:
-    """Whether the instance has a forward of its own, other than those that call the forward of the
-    class: accelerate's hook, and transformers' tensor parallelism.
+    """Whether the instance has its own forward. Forwards that call the forward of the class do not
+    count: accelerate's hook, and transformers' tensor parallelism.
     """
     own = vars(module).get("forward")
     return own is not None and not hasattr(module, "_hf_hook") and not is_parallel_forward(own)

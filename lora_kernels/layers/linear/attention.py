@@ -29,7 +29,7 @@ _OPTIONS = (
 
 
 class LoRAOutProjection(LoRALinear):
-    """`out_proj` of a `LoRAAttention`, which computes with its weight and does not call it."""
+    """`out_proj` of a `LoRAAttention`, which reads its weight and never calls the layer."""
 
     def _base_class(self) -> type[nn.Module]:
         return NonDynamicallyQuantizableLinear
@@ -41,8 +41,8 @@ class LoRAOutProjection(LoRALinear):
 
 
 class _InProjection:
-    """The attribute `in_proj_weight`: the stored Parameter; for code of a model that reads it
-    during a forward, in order to compute with it, W + s(BA − B₀A₀).
+    """The attribute `in_proj_weight`: the stored Parameter, or W + s(BA − B₀A₀) for a model's code
+    that reads the attribute during a forward in order to compute with it.
     """
 
     def __get__(self, layer: LoRAAttention | None, cls: type) -> Any:
@@ -59,14 +59,13 @@ class _InProjection:
 
 class LoRAAttention(WholeFloatLayer, nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose `in_proj_weight` W [3 · embed_dim, embed_dim] is
-    W + s(BA − B₀A₀), with A [r, embed_dim] and B [3 · embed_dim, r]; queries, keys and values share
-    A, unless `LoRAConfig.fused_parts` gives each an A of its own. Its `out_proj` is a layer with an
-    adapter of its own, a `LoRAOutProjection`. Initial factors, R and the residual are as for
-    `LoRALinear`.
+    W + s(BA − B₀A₀), with A [r, embed_dim] and B [3 · embed_dim, r]. Queries, keys and values share
+    A, unless `LoRAConfig.fused_parts` gives each its own A. The `out_proj` is a layer with its own
+    adapter, a `LoRAOutProjection`. Initial factors, R and the residual are as for `LoRALinear`.
 
-    Every forward makes both weights, rounded to their dtype, and calls the forward of
-    `nn.MultiheadAttention` with them: in evaluation its fast path too. So does PEFT; and as there
-    `lora_dropout` has no effect, because the update has no input of its own.
+    Every forward computes both adapted weights, rounded to their dtype, and calls the forward of
+    `nn.MultiheadAttention` with them, in evaluation its fast path too. PEFT does the same. As in
+    PEFT, `lora_dropout` has no effect, because the update has no input of its own.
     """
 
     in_proj_weight: nn.Parameter = _InProjection()  # type: ignore[assignment]
@@ -91,7 +90,7 @@ class LoRAAttention(WholeFloatLayer, nn.MultiheadAttention):
     def forward(  # type: ignore[override]
         self, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As of `nn.MultiheadAttention`."""
+        """As in `nn.MultiheadAttention`."""
         computing: Any = _Computing(self)
         found: tuple[Tensor, Tensor | None] = nn.MultiheadAttention.forward(
             computing, *args, **kwargs
@@ -110,7 +109,7 @@ class LoRAAttention(WholeFloatLayer, nn.MultiheadAttention):
 
     @torch.no_grad()
     def restore_(self) -> nn.Module:
-        """As of `AdaptedFloatLayer`; `out_proj` stays as it is.
+        """As in `AdaptedFloatLayer`; `out_proj` stays as it is.
 
         Raises:
             ValueError: the layer is sharded, and initial factors were absorbed.
@@ -164,9 +163,9 @@ class LoRAAttention(WholeFloatLayer, nn.MultiheadAttention):
 
 
 class _Computing:
-    """What the forward of `nn.MultiheadAttention` reads of an attention, with the weights and
-    biases of the active adapter. The attention itself, which other threads may run, does not
-    change.
+    """Stands in for an attention in the forward of `nn.MultiheadAttention`, with the weights and
+    biases of the active adapter. The attention itself does not change, because other threads may
+    run it.
     """
 
     def __init__(self, attention: LoRAAttention) -> None:
@@ -194,7 +193,7 @@ class _Projection:
 
 
 def _with_bias_of_B(layer: AdaptedFloatLayer, bias: Tensor | None) -> Tensor | None:
-    """The bias of a layer [out] with that of its active adapter's B, in the weight's dtype."""
+    """The bias of a layer [out] plus that of its active adapter's B, in the weight's dtype."""
     dtype = layer.matrix().dtype
     added = layer.active().output_bias(dtype) if layer.adapter_enabled else None
     if added is None:
@@ -209,5 +208,5 @@ def _take_over(old: ForeignLayer, new: ForeignLayer) -> None:
     for name, parameter in old._parameters.items():
         new.register_parameter(name, parameter)
     for name in ("bias_k", "bias_v"):
-        if name not in old._parameters:  # None, in an attention without them
+        if name not in old._parameters:  # None, in an attention without this parameter
             object.__setattr__(new, name, None)

@@ -22,7 +22,7 @@ _OPTIONS = (
     *("transposed", "output_padding", "groups", "padding_mode"),
     "_reversed_padding_repeated_twice",
 )
-# What to do where a sharded layer cannot be changed.
+# What to do if a sharded layer cannot be changed.
 _INSTEAD = {
     "adapted": "add the adapter before the model is sharded",
     "merged": "save the adapter, and merge it into the model on one process",
@@ -31,7 +31,7 @@ _INSTEAD = {
 
 
 class WholeFloatLayer(AdaptedFloatLayer):
-    """An adapted layer of a kind that is not changed while its weight is sharded."""
+    """An adapted layer of a kind whose weight cannot be rewritten while it is sharded."""
 
     def check_restorable(self) -> None:
         """Raises ValueError if the layer is sharded, and initial factors were absorbed."""
@@ -52,13 +52,13 @@ class LoRAConv(WholeFloatLayer):
     second dimension on, and W + s·BA is the weight that `merge_lora` stores. R, λ, initial factors
     and the residual are as for `LoRALinear`.
 
-    With `groups` > 1 every group has the same A, applied to its own channels: W has one row for
-    each output channel, over the channels of its group. PEFT's A sees the channels of all groups,
-    which is no update of W and cannot be merged.
+    With `groups` > 1 all groups share A, and each group applies it to its own channels: W has one
+    row for each output channel, over the channels of its group. PEFT's A reads the channels of all
+    groups; this is not an update of W and cannot be merged.
 
     A, B and R are float32 (float64 over a float64 base), and are rounded to x's dtype for the
     forward; their differences and s are applied before that. Before the first step the update of an
-    "implicit" residual is exactly zero, unless dropout is drawn.
+    "implicit" residual is exactly zero, unless dropout is active.
     """
 
     kernel_size: tuple[int, ...]
@@ -97,13 +97,13 @@ class LoRAConv(WholeFloatLayer):
         return weight.view_as(weight) if self._cast_by_hooks else weight
 
     def matrix(self) -> Tensor:
-        """The stored weight as [out, in / groups · k ...]: a view, or a copy if its memory is not
-        contiguous, as in `channels_last`.
+        """The stored weight as [out, in / groups · k ...]: a view, or a copy if the weight is not
+        contiguous in memory, as in `channels_last`.
         """
         return self._kernels().flatten(1)
 
     def effective_weight(self) -> Tensor:
-        """As of `AdaptedFloatLayer`, in the shape of `weight`."""
+        """As in `AdaptedFloatLayer`, in the shape of `weight`."""
         return super().effective_weight().view(self._kernels().shape)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class LoRAConv(WholeFloatLayer):
 
     @torch.no_grad()
     def restore_(self) -> nn.Module:
-        """As of `AdaptedFloatLayer`.
+        """As in `AdaptedFloatLayer`.
 
         Raises:
             ValueError: the layer is sharded, and initial factors were absorbed.
@@ -172,7 +172,7 @@ class LoRAConv(WholeFloatLayer):
     def _copied(self, matrix: Tensor, added: Tensor | None = None) -> nn.Module:
         kernels = self._kernels()
         weight = matrix.view(kernels.shape)
-        if not kernels.is_contiguous():  # the copy is as the original in memory
+        if not kernels.is_contiguous():  # the copy has the original's memory format
             weight = torch.empty_like(kernels, dtype=matrix.dtype).copy_(weight)
         bias = merged_bias(self.bias, added, matrix.dtype)
         return self._plain(nn.Parameter(weight), None if bias is None else nn.Parameter(bias))
@@ -221,7 +221,7 @@ def _copy_options(old: ForeignLayer, new: ForeignLayer) -> None:
 
 def change_flattened_(weight: Tensor, change: Callable[[Tensor], None]) -> None:
     """Calls `change` with the weight [out, in / groups, k ...] as [out, in / groups · k ...], which
-    it may write to; a copy, if the weight is not contiguous.
+    it may write to. If the weight is not contiguous, `change` gets a copy that is written back.
     """
     stored = weight.detach()
     matrix = stored.flatten(1)
@@ -231,8 +231,8 @@ def change_flattened_(weight: Tensor, change: Callable[[Tensor], None]) -> None:
 
 
 def refuse_sharded_change(weight: Tensor, what: str) -> None:
-    """Raises ValueError if the weight of a convolution or attention is sharded. `what` is what
-    would have to be done with the layer: "adapted", "merged" or "unloaded".
+    """Raises ValueError if the weight of a convolution or attention is sharded. `what` is what the
+    layer cannot be then: "adapted", "merged" or "unloaded".
     """
     if is_sharded(weight):
         raise ValueError(

@@ -27,18 +27,18 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # a
     Only the rows that are looked up are read: a forward adds a product of rank r (2r if it
     subtracts initial factors), in float32 (float64 over a float64 base), also under autocast. A's
     gradient is dense, [r, V]. Until the first step, y is W[i] bit for bit ("implicit") or to one
-    rounding ("absorb"). DoRA's magnitudes [D] are those of the columns of the table W, all of which
-    every forward reads for their norms.
+    rounding ("absorb"). DoRA's magnitudes [D] are those of the columns of the table W; every
+    forward reads all of W for their norms.
 
-    As in PEFT: `lora_dropout` has no effect, for there is no input to drop; the column of A at
-    `padding_idx` gets no gradient; and where a model's subclass multiplies by `embed_scale`, the
+    As in PEFT: `lora_dropout` has no effect, because there is no input to drop; the column of A at
+    `padding_idx` gets no gradient; and if a model's subclass multiplies by `embed_scale`, the
     update is multiplied too.
     """
 
     weight: nn.Parameter
     transposed = True
     _class: type[nn.Embedding]
-    _scale_form: str  # of `lookup_scale`
+    _scale_form: str  # the result of `lookup_scale`
 
     @classmethod
     def over(cls, embedding: ForeignLayer) -> LoRAEmbedding:
@@ -115,7 +115,7 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # a
             return _plus_product(rows, z, left, adapter.gain(self.matrix()))
 
     def _restored(self, rows: Tensor, input: Tensor, adapter: Adapter) -> Tensor:
-        """`rows` [..., D] with the initial factors' product, which was subtracted from W."""
+        """`rows` [..., D] plus the product of the initial factors, which was subtracted from W."""
         start, scaling = adapter.start_factors(), adapter.absorbed_scaling
         if start is None or scaling is None:
             return rows
@@ -125,7 +125,7 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # a
             return _plus_product(rows, z0, start[1].to(work) * scaling)
 
     def _check_size(self, lora_A: Tensor) -> None:
-        """Raises ValueError if the weight has been given another number of rows."""
+        """Raises ValueError if the weight's number of rows has changed."""
         found, known = self.matrix().shape[-1], lora_A.shape[-1]
         if lora_A.dim() == 2 and found != known:
             raise ValueError(f"this embedding has {found} rows, its adapter has {known}; {_RESIZE}")
@@ -136,8 +136,8 @@ class LoRAEmbedding(AdaptedFloatLayer, nn.Embedding):  # type: ignore[misc]  # a
         super().__setattr__(name, value)
 
     def _refuse_resizing(self, size: int) -> None:
-        """Raises ValueError for transformers' `resize_token_embeddings`, which has given the weight
-        other rows and now says so here. Added rows are taken away again; removed ones are lost.
+        """Raises ValueError for transformers' `resize_token_embeddings`, which has already resized
+        the weight when it calls this. Added rows are removed again; removed rows are lost.
         """
         known, weight = self.num_embeddings, self._parameters.get("weight")
         lost = ""
@@ -182,8 +182,8 @@ def _copy_options(old: ForeignLayer, new: nn.Module) -> None:
 
 
 def _plus_product(rows: Tensor, z: Tensor, left: Tensor, gain: Tensor | None = None) -> Tensor:
-    """`rows` [..., D] + z [..., k] leftᵀ, with left [D, k], times `gain` [D] if that is given:
-    computed in z's dtype, rounded once.
+    """`rows` [..., D] + z [..., k] leftᵀ, with left [D, k], times `gain` [D] if that is given;
+    computed in z's dtype and rounded once.
     """
     flat = rows.reshape(-1, rows.shape[-1]).to(z.dtype)  # [n, D]
     total = torch.addmm(flat, z.reshape(-1, z.shape[-1]), left.T)

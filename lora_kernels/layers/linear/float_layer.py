@@ -44,10 +44,11 @@ if TYPE_CHECKING:
 class _Weight:
     """The attribute `weight` of an adapted layer: the stored Parameter.
 
-    Code of a model that reads it during a forward, in order to compute with it and not to call the
-    layer, would bypass the adapter. It gets W + s(BA − B₀A₀), with the gradients of A, B and R.
-    Such layers are left out where the source shows the read (`model.selection.bypassed`); no source
-    shows all reads. The attribute in an instance's `__dict__`, FSDP's view, comes before this one.
+    If a model's code read the stored weight during a forward to compute with it, without calling
+    the layer, it would bypass the adapter. Such code gets W + s(BA − B₀A₀) instead, with the
+    gradients of A, B and R. If the source shows the read, the layer is not adapted at all
+    (`model.selection.bypassed`), but no source shows all reads. An attribute in an instance's
+    `__dict__`, such as FSDP's view, takes precedence over this one.
     """
 
     def __get__(self, layer: AdaptedFloatLayer | None, cls: type) -> Any:
@@ -92,7 +93,7 @@ class AdaptedFloatLayer(AdaptedLayer):
 
     def base_weight(self) -> Tensor:
         """The W of `matrix` before the layer was adapted: a view, or a copy to which absorbed
-        factors were added back. One that ZeRO-3 has partitioned is gathered, by all processes.
+        factors were added back. All processes gather a weight that ZeRO-3 has partitioned.
         """
         stored = self._parameters.get(self._weight_name)
         if stored is None or not is_partitioned(stored):
@@ -105,9 +106,9 @@ class AdaptedFloatLayer(AdaptedLayer):
 
     def effective_weight(self) -> Tensor:
         """The weight that the forward multiplies with, in the layout and dtype of `weight`:
-        W + s(BA − B₀A₀), with BRA for BA if there is an R, and the gradients of A, B and R; with
-        magnitudes, its rows have those norms, and m gets its gradient too. There is no dropout in
-        it. Without an enabled adapter it is the base's W.
+        W + s(BA − B₀A₀), with BRA for BA if there is an R, and the gradients of A, B and R. With
+        magnitudes, its rows have these norms, and m gets its gradient too. It has no dropout. If
+        adapters are disabled, it is the base's W.
         """
         stored = self.matrix()
         if not self.adapter_enabled:
@@ -124,8 +125,8 @@ class AdaptedFloatLayer(AdaptedLayer):
         return matrix.T if self.transposed else matrix
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., out_features] of x [..., in_features], in x's dtype. They are DTensors if the
-        weight is one, under tensor parallelism.
+        """y [..., out_features] of x [..., in_features], in x's dtype. Under tensor parallelism,
+        where the weight is a DTensor, x and y are DTensors too.
         """
         if not self.adapter_enabled:  # a compiled forward must not depend on which is active
             return self._base_forward(x)
@@ -168,15 +169,16 @@ class AdaptedFloatLayer(AdaptedLayer):
         return self
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Those of any module; but torch's parallel styles, which take all modules of a layer for
-        layers of its kind, find the layer alone. So `parallelize_module` leaves the factors whole.
+        """As in `nn.Module`, except that torch's parallel styles find only the layer itself. They
+        would take all modules inside it for layers of its kind. So `parallelize_module` leaves the
+        factors whole.
         """
         if _is_parallel_style(sys._getframe(1)):
             return iter([("", self)])
         return super().named_modules(*args, **kwargs)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of any module; torch's parallel styles find the layer's own ones."""
+        """As in `nn.Module`, except that torch's parallel styles find only the layer's own."""
         if _is_parallel_style(sys._getframe(1)):
             kwargs["recurse"] = False
         return super().named_parameters(*args, **kwargs)
@@ -201,7 +203,8 @@ class AdaptedFloatLayer(AdaptedLayer):
     @torch.no_grad()
     def restore_(self) -> nn.Module:
         """The original layer, with this layer's own parameters: absorbed initial factors are added
-        to W in place. This layer must not be used afterwards. If W is sharded, it is this module.
+        to W in place. This layer must not be used afterwards. If W is sharded, the original layer
+        is this module.
         """
         if self.absorbed:
             stored = self._stored()
@@ -213,7 +216,7 @@ class AdaptedFloatLayer(AdaptedLayer):
     def merged(self, shared: bool = False) -> nn.Module:
         """`to_linear()`; if W is sharded, this module, to whose parameters the update is added in
         place, in float32 or wider and rounded once. If other modules have W too (`shared`), the
-        module gets a W of its own.
+        module gets its own W.
 
         Raises:
             ValueError: as `check_mergeable`.
@@ -235,8 +238,8 @@ class AdaptedFloatLayer(AdaptedLayer):
         return self._given_back()
 
     def check_mergeable(self, adapter: Adapter, shared: bool) -> None:
-        """Raises ValueError if an adapter cannot be merged into a sharded W, which other modules
-        have too if it is `shared`.
+        """Raises ValueError if an adapter cannot be merged into a sharded W; `shared` says whether
+        other modules have this W too.
         """
         stored = self._parameters.get(self._weight_name)
         if stored is None or not is_sharded(stored):
@@ -271,8 +274,8 @@ class AdaptedFloatLayer(AdaptedLayer):
 
     @classmethod
     def in_place(cls: type[Self], layer: ForeignLayer) -> Self:
-        """The layer itself, which gets this class, and no adapter yet. For sharded layers, which
-        others hold: FSDP2 knows the module of every parameter.
+        """The layer itself, with its class changed to this one, and no adapter yet. It is for
+        sharded layers, because FSDP2 keeps a reference to the module of every parameter.
         """
         former = class_of(layer)
         exchange_class(layer, cls)
@@ -286,7 +289,7 @@ class AdaptedFloatLayer(AdaptedLayer):
         """Sets the attributes that a layer of the class `former` lacks."""
 
     def _given_back(self) -> nn.Module:
-        """The module itself, with the class that it had and without adapters."""
+        """The module itself, with its former class and without adapters."""
         former = vars(self).get(CLASS) or self._base_class()
         del self.adapters
         for name in (CLASS, FOREIGN, *_OWN):
@@ -303,9 +306,9 @@ class AdaptedFloatLayer(AdaptedLayer):
     def to_linear(self) -> nn.Module:
         """A new layer of the original kind, with the active adapter merged.
 
-        Its weight is W + s·(BA − B₀A₀), with BRA for BA if there is an R, and with rows of the
-        norms m if there are magnitudes; it is computed in float32 or wider and rounded once. A bias
-        of B is merged into the layer's bias, which the layer gets if it had none.
+        Its weight is W + s·(BA − B₀A₀), with BRA for BA if there is an R; if there are magnitudes,
+        its rows have the norms m. It is computed in float32 or wider and rounded once. A bias of B
+        is added to the layer's bias; a layer without a bias gets one.
 
         Raises:
             ValueError: W is sharded.
@@ -327,7 +330,7 @@ class AdaptedFloatLayer(AdaptedLayer):
         return self._copied(merged.to(self.matrix().dtype), added)
 
     def _take_over(self, layer: ForeignLayer) -> None:
-        """Takes the parameters of the layer that is adapted; there is no adapter yet."""
+        """Takes over the parameters of the layer to adapt; there is no adapter yet."""
         self.weight, self.bias = layer.weight, layer.bias
         self.training = layer.training
         self._begin()
@@ -346,7 +349,7 @@ class AdaptedFloatLayer(AdaptedLayer):
         own = (f"{prefix}adapters.", f"{prefix}_extra_state")
         is_base = self.absorbed and not any(key.startswith(own) for key in state_dict)
         if is_base and prefix + self._weight_name in state_dict:
-            rest[-1].append(  # to the errors
+            rest[-1].append(  # the last argument is the list of errors
                 f"{prefix}{self._weight_name} is an original weight, but this layer's adapter "
                 "subtracted its start from the weight (residual='absorb'): load the base first and "
                 "adapt it then"
@@ -370,7 +373,7 @@ def _is_parallel_style(frame: FrameType) -> bool:
 
 
 def _updated(stored: Tensor, update: Update, gain: Tensor | None = None) -> Tensor:
-    """W + s(BA − B₀A₀) [out, in], with BRA for BA if there is an R, and its rows multiplied by
+    """W + s(BA − B₀A₀) [out, in], with BRA for BA if there is an R, and with rows multiplied by
     `gain` [out] if that is given; in W's dtype.
     """
     factors = (update.lora_A, update.lora_B, update.lora_R, update.start_A, update.start_B)
@@ -384,7 +387,7 @@ def _updated(stored: Tensor, update: Update, gain: Tensor | None = None) -> Tens
 
 def merged_bias(bias: Tensor | None, added: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A new tensor `bias` + `added` [out], each of which may be None; in the dtype of `bias`, or in
-    `dtype` if it is None.
+    `dtype` if `bias` is None.
     """
     if added is None:
         return None if bias is None else bias.detach().clone()

@@ -29,13 +29,14 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
     - `residual="implicit"`: W does not change; every forward subtracts s·B₀A₀ (one product of rank
       2r), so that many adapters can share the base.
 
-    A, B and R are float32 (float64 over a float64 base) whatever W is; the output has x's dtype.
+    A, B and R are float32 (float64 over a float64 base), whatever dtype W has; the output has x's
+    dtype.
 
     DoRA (`use_dora`, Liu et al., arXiv 2402.09353, equation 5) trains the norms m [out] of the
-    adapted weight's rows too, `lora_magnitude`. With y₀ the output above without b, and ‖V‖ the
-    norms of the rows of its weight, W + s·(BA − B₀A₀), y = (m ⊘ ‖V‖) ∘ y₀ + b. ‖V‖ is a constant in
-    the backward (section 4.3), dropout does not change it, and that weight is never in memory. m
-    begins as ‖V‖, so that training begins where it would without DoRA.
+    adapted weight's rows too, `lora_magnitude`. Let y₀ be the output above without b, and ‖V‖ the
+    norms of the rows of V = W + s·(BA − B₀A₀). Then y = (m ⊘ ‖V‖) ∘ y₀ + b. ‖V‖ is a constant in
+    the backward (section 4.3), dropout does not change ‖V‖, and V is never in memory. m begins as
+    ‖V‖, so that training begins where it would without DoRA.
 
     Args:
         in_features: as in `nn.Linear`.
@@ -48,11 +49,12 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         scaling: the rule for s: "lora" (the default), s = lora_alpha / r; "rslora" or "alpha_sqrt"
             (LoRA-α), s = lora_alpha / √r. "alpha_sqrt" is only for starts whose s·B₀A₀ does not
             grow with s. The layer's attribute `scaling_rule` is the rule, and `scaling` is s.
-        lora_dropout: probability of dropping an element of x on its way to A, while training.
+        lora_dropout: the probability of dropping an element of A's input x during training.
         use_dora: whether magnitudes are trained too.
         residual: "absorb" or "implicit".
-        gradient: ∂loss/∂W [out, in], for the starts that are computed from it.
-        activations: what was measured of the inputs, for the starts that are computed from it.
+        gradient: ∂loss/∂W [out, in], for starts that are computed from the gradient.
+        activations: statistics of the layer's inputs, as `capture_activations` returns them, for
+            starts that are computed from activations.
         device: as in `nn.Linear`.
         dtype: as in `nn.Linear`.
 
@@ -164,7 +166,7 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         gradient: Tensor | None,
         activations: Activations | None,
     ) -> None:
-        """Makes the start of this layer's first adapter and attaches it."""
+        """Computes the start of this layer's first adapter and attaches the adapter."""
         check_weight(self.weight)
         check_startable(self.weight, self.weight, options.r, initializer)
         if gradient is not None and not initializer.needs_gradient:

@@ -7,12 +7,12 @@ is sharded in one of these ways (S(d): along the dimension d; R: replicated; P: 
     S(0)  R      R     S(0)  S(0)  S(-1)
     S(1)  S(-1)  S(1)  R     R     P
     R     R      R     R     R     R
-    R     S(i)   R     R     R     S(i)    i is not the last dimension: another part of the batch
+    R     S(i)   R     R     R     S(i)    i is not the last dimension: a part of the batch
 
 So the forward sends what the base layer sends, and nothing for the adapter. The gradient of a
-replicated factor is a sum over the processes: one all-reduce for each layer in the backward, of
-[r, in] or [out, r]. Factors that are stored in another way are brought into this one for each
-forward, and their gradients back.
+replicated factor is a sum over the processes: one all-reduce of [r, in] or [out, r] for each layer
+in the backward. Factors with other placements are redistributed for each forward, and their
+gradients are redistributed back.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Update(NamedTuple):
 
     @staticmethod
     def of(adapter: Adapter, dtype: torch.dtype) -> Update:
-        """That of an adapter, for a forward in this dtype."""
+        """The update of an adapter, for a forward in this dtype."""
         lora_B, scaling, start_A, start_B = adapter.operands(dtype)
         bias = adapter.output_bias(dtype)
         lora_A, lora_R, stored = adapter.lora_A, adapter.middle(), (adapter.lora_A, adapter.lora_B)
@@ -69,7 +69,7 @@ class Update(NamedTuple):
 
     @staticmethod
     def of_absorbed(adapter: Adapter) -> Update | None:
-        """What the adapter has subtracted from W; None if it is nothing."""
+        """What the adapter has subtracted from W; None if it subtracted nothing."""
         start, scaling = adapter.start_factors(), adapter.absorbed_scaling
         if start is None or scaling is None:
             return None
@@ -83,7 +83,7 @@ def is_parallel(*tensors: Tensor) -> bool:
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:
-    """Raises ValueError if W is a DTensor and x is not, or one of another mesh."""
+    """Raises ValueError if W is a DTensor, and x is not or is on another mesh."""
     if not is_parallel(weight):
         return
     mesh = _mesh(weight)
@@ -104,10 +104,10 @@ def parallel_linear(
 ) -> Tensor:
     """y [..., out] of x [..., in], W [out, in] and b [out], in x's dtype.
 
-    If x is a DTensor, y is one, and the others are DTensors of its mesh, or plain: then every
-    process has the whole. x, W and b may also be local parts, while A and B are DTensors that fit
-    W's part: then y is a local part too, of the sum if W's part is of its columns. `dropout` is a
-    probability, and the mask is that of one process.
+    If x is a DTensor, so is y, and the other tensors are DTensors on its mesh, or plain tensors
+    that every process has whole. x, W and b may also be local parts, while A and B are DTensors
+    that fit W's part. Then y is a local part too; if W's part has only some columns, y is a partial
+    sum. `dropout` is a probability; the mask is the one that a single process would draw.
 
     Raises:
         ValueError: the tensors do not fit together.
@@ -128,8 +128,8 @@ def parallel_linear(
 
 
 def on_parts(weight: Tensor, update: Update, compute: Callable[[Tensor, Update], Tensor]) -> Tensor:
-    """`compute(W, update)` [out, in], made from the parts of its operands that are here: a DTensor
-    sharded as W [out, in] is; a local part if W is one.
+    """`compute(W, update)` [out, in], from the local parts of its operands: a DTensor that is
+    sharded as W [out, in] is, or a local part if W is one.
     """
     if not is_parallel(weight):
         layout = _Layout.of_factors(*update.stored, 2)
@@ -142,7 +142,7 @@ def on_parts(weight: Tensor, update: Update, compute: Callable[[Tensor, Update],
 
 
 def refuse_parallel_dora(adapter: Adapter) -> None:
-    """Raises ValueError if an adapter whose layer's tensors are DTensors has magnitudes."""
+    """Raises ValueError if the adapter has magnitudes; its layer's tensors are DTensors."""
     if adapter.lora_magnitude is not None:
         raise ValueError(PARALLEL_DORA)
 
@@ -162,7 +162,7 @@ def _linear(
     dropout: float,
     width: int,
 ) -> Tensor:
-    """y of the parts that are here, with the mask of a part of x [..., width]."""
+    """y from the local parts, with the mask for this part of x [..., width]."""
     lora_A, start_A, offset, seed = update.lora_A, update.start_A, 0, None
     if dropout:
         offset = layout.column_offset(width)
@@ -208,8 +208,8 @@ class _Way(NamedTuple):
 
     @staticmethod
     def of(W: Placement, x: Placement, dims: int) -> _Way:
-        """For a W and an x [..., in] of `dims` dimensions that are placed like this: x is moved to
-        fit W, except that a replicated W follows an x of which the process has some columns.
+        """For a W and an x [..., in] of `dims` dimensions with these placements. x is redistributed
+        to fit W, except that a replicated W follows an x of which each process has some columns.
         """
         R, P, last = _replicated(), _partial(), dims - 1
         if _dim(W) is None and _dim(x, dims) == last:
@@ -252,8 +252,9 @@ class _Layout:
         return tuple(getattr(way, name) for way in self.ways)
 
     def part(self, tensor: Tensor, placements: Placements, grads: Placements) -> Tensor:
-        """The local part of a tensor with these placements, whose local gradient will have those of
-        `grads`. The gradient arrives in the placements of the tensor, whole if it is plain.
+        """The local part of a tensor with these placements; its local gradient will have the
+        placements `grads`. The tensor's gradient gets the tensor's own placements; for a plain
+        tensor it is whole.
         """
         tensor = _as_dtensor(tensor, self.mesh)
         if _mesh(tensor) != self.mesh:
@@ -302,8 +303,9 @@ class _Layout:
         return Update(lora_A, lora_B, update.scaling, (lora_A, lora_B), *extras)
 
     def once(self, bias: Tensor | None) -> Tensor | None:
-        """The local part of a bias [out]. Of the processes whose results are added up, one gets it,
-        and the others zeros, with the gradient of the bias, or None if that is not needed.
+        """The local part of a bias [out]. If the results of processes are added up, one of them
+        gets the bias. The others get zeros that pass the bias's gradient, or None if none is
+        needed.
         """
         if bias is None:
             return None
@@ -314,10 +316,10 @@ class _Layout:
         return own - own.detach() if own.requires_grad else None
 
     def column_offset(self, width: int) -> int:
-        """The number, in x [..., width], of the first column that is here.
+        """The index in x [..., width] of the first local column.
 
         Raises:
-            ValueError: the columns that are here are not contiguous.
+            ValueError: the local columns are not contiguous.
 
         """
         begin, size = 0, width
@@ -335,7 +337,7 @@ class _Layout:
         return begin
 
     def batch_part(self) -> int:
-        """The number of this process's part of the batch, among the parts of this mesh."""
+        """The index of this process's part of the batch, among the parts of this mesh."""
         number = 0
         for index, (way, at) in enumerate(zip(self.ways, _coordinate(self.mesh), strict=True)):
             if _dim(way.W) is None and not way.x.is_replicate():
@@ -349,7 +351,7 @@ def _mesh(tensor: Tensor) -> DeviceMesh:
 
 
 def _placements(tensor: Tensor, mesh: DeviceMesh) -> Placements:
-    """Those of a DTensor; every process has the whole of a plain tensor."""
+    """The placements of a DTensor; a plain tensor is replicated."""
     if not is_parallel(tensor):
         return (_replicated(),) * mesh.ndim
     sharded: DTensor = tensor
@@ -357,7 +359,7 @@ def _placements(tensor: Tensor, mesh: DeviceMesh) -> Placements:
 
 
 def _as_dtensor(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The tensor itself, or a DTensor of which every process has the whole."""
+    """The tensor itself if it is a DTensor, else a replicated DTensor of it."""
     if is_parallel(tensor):
         return tensor
     from torch.distributed.tensor import DTensor
@@ -385,7 +387,7 @@ def _wrapped(
 
 
 def _coordinate(mesh: DeviceMesh) -> tuple[int, ...]:
-    """The place of this process in each mesh dimension."""
+    """The index of this process in each mesh dimension."""
     return tuple(mesh.get_local_rank(dim) for dim in range(mesh.ndim))
 
 
@@ -402,7 +404,7 @@ def _partial() -> Placement:
 
 
 def _dim(placement: Placement, dims: int = 2) -> int | None:
-    """The dimension that is sharded, of a tensor of `dims` dimensions."""
+    """The sharded dimension of a tensor with `dims` dimensions."""
     dim: int | None = getattr(placement, "dim", None)
     return None if dim is None else dim % dims
 

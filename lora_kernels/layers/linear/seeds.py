@@ -1,4 +1,4 @@
-"""The seeds of dropout masks that all processes of a mesh draw alike."""
+"""Seeds with which all processes of a mesh draw the same dropout masks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...init.sharded.agree import from_all
 from ...init.sharded.layout import mesh_group
 from ...ops.philox import dropout_seed
 
-_MEMORY = 65_536  # the forwards of a mesh whose seeds are remembered until they are repeated
+_MEMORY = 65_536  # how many forwards of a mesh have their seeds stored, in case they are repeated
 _STEP = 0x9E3779B97F4A7C15  # an odd number of 64 bits (Steele et al., OOPSLA'14)
 
 
@@ -20,8 +20,8 @@ class _OwnSeeds:
     """The seeds of a mesh whose processes have different random generators: functions of a number
     that they agreed on and of the count of forwards.
 
-    A forward that activation checkpointing repeats has to get the same seed again. It is known by
-    what the process draws from its own generator, whose state checkpointing restores.
+    A forward that activation checkpointing repeats must get the same seed again. The process
+    recognizes it by what it draws from its own generator, whose state checkpointing restores.
     """
 
     def __init__(self, agreed: int) -> None:
@@ -42,7 +42,7 @@ _SEEDS: dict[Any, _OwnSeeds | None] = {}  # by mesh and kind of device; None: ge
 
 
 def agree_on_seeds(mesh: Any, device: torch.device) -> None:
-    """Finds out, with one all-gather, whether all processes of the mesh would draw the same seeds.
+    """Checks with one all-gather whether all processes of the mesh would draw the same seeds.
 
     `mesh_seed` calls this once for a mesh, but cannot while it is being compiled.
     """
@@ -56,9 +56,9 @@ def mesh_seed(mesh: Any, device: torch.device, batch_part: int = 0) -> Tensor:
     """A seed for `dropout`, the same on all processes of the mesh that have the same part of the
     batch.
 
-    If their generators are equal, as after one `torch.manual_seed`, it is `dropout_seed`'s: what
-    one process would draw. This is found out once; generators that differ only later, or in a
-    compiled forward, give masks that differ between processes.
+    If their generators are equal, as after `torch.manual_seed` with one seed, the seed is that of
+    `dropout_seed`, which a single process would draw. This is checked once. If generators differ
+    only later, or in a compiled forward, the masks differ between processes.
     """
     if is_dynamo_compiling():
         own = None

@@ -21,12 +21,12 @@ def _transposed(name: str) -> Any:
 
 
 class TiedAdapter(Adapter):
-    """The embedding's adapter as that of a linear layer with the same W [V, D].
+    """The embedding's adapter as the adapter of a linear layer with the same W [V, D].
 
     The embedding's update of Wᵀ is s·BA with A [r, V] and B [D, r], so that of W is s·AᵀBᵀ: this
     layer's A is Bᵀ and its B is Aᵀ, with Rᵀ for R, and the initial factors likewise; all else is
-    the embedding's. There are no Parameters of its own: those of the embedding get the gradients of
-    both layers, and a state_dict has them once.
+    the embedding's. This adapter has no Parameters: the embedding's get the gradients of both
+    layers, and a state_dict has them once.
     """
 
     source: Adapter
@@ -50,7 +50,7 @@ class TiedAdapter(Adapter):
             return getattr(self.source, name)
 
     def set_trainable(self, trainable: bool) -> None:
-        """Nothing: the embedding's factors are trained or not."""
+        """Does nothing: the embedding's adapter decides what trains."""
 
     def check_replaceable(self, state: LayerState) -> None:
         """Raises ValueError: an adapter that is not tied could not be written into this one."""

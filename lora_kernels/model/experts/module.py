@@ -17,7 +17,7 @@ from .kinds import ForeignExperts, keeps_own_forward, projections
 from .stack import AdaptedStack
 from .wrapped import use_own_forward
 
-Class = Any  # a class of modules; nn.Module's annotations make it no Hashable for type checkers
+Class = Any  # a class of modules; type checkers see no Hashable, by nn.Module's annotations
 
 
 class LoRAExperts(nn.Module):

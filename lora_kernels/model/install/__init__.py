@@ -1,4 +1,4 @@
-"""What a model carries of its adapters: their layers, their saved modules, and a record of them."""
+"""What an adapted model holds: adapted layers, saved modules, and a record of its adapters."""
 
 from .base_weights import original_weight, settled_weights
 from .blocks import RepeatedBlocks

@@ -1,4 +1,4 @@
-"""The base's weights that a PEFT file has of the very layers that its adapter adapts."""
+"""Base weights in a PEFT file, of layers that the file's adapter adapts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .sharded.copies import holds
 
 
 def settled_weights(model: nn.Module, state: AdapterState) -> AdapterState:
-    """The adapter without the weights of its layers that are those of the model.
+    """The adapter without those weights of its layers that equal the model's weights.
 
     PEFT stores the weights of adapted embeddings and heads (`save_embedding_layers`), because the
-    vocabulary may have been resized. If it was, the new rows are not those of the model: then the
-    modules that are tied to such a layer get its weight too.
+    vocabulary may have been resized. If it was, the stored rows differ from the model's, and
+    modules that are tied to such a layer get its stored weight too.
     """
     own = [name for name in state.extra if _owner(name) in state.layers]
     own = [name for name in own if name.endswith(".weight")]
@@ -29,7 +29,7 @@ def settled_weights(model: nn.Module, state: AdapterState) -> AdapterState:
     for name in own:
         module, key = places.get(name, (model, ""))
         here = original_weight(module) if key else None
-        if here is None:  # an error will say so
+        if here is None:  # a later check raises the error
             continue
         if holds(here, extra[name]):
             del extra[name]
@@ -41,8 +41,9 @@ def settled_weights(model: nn.Module, state: AdapterState) -> AdapterState:
 
 
 def original_weight(module: nn.Module) -> Tensor | None:
-    """The weight of a layer before it was adapted, as stored; None if it has none of its own. One
-    that is sharded still is, but for a copy that is made of ZeRO-3's parts, by all processes.
+    """The stored weight of a layer before it was adapted; None if the layer has no weight of its
+    own. A sharded weight stays sharded, except that all processes gather ZeRO-3's parts into a
+    copy.
     """
     if isinstance(module, AdaptedFloatLayer):
         weight = module.base_weight().detach()

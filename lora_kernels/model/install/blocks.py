@@ -15,11 +15,11 @@ _SIZE = "num_hidden_layers"  # the option of a model's configuration
 
 class RepeatedBlocks:
     """A model's blocks, repeated as PEFT's `layer_replication` says; copies of a block share its
-    parameters. Nothing is done to a model whose blocks are repeated so already.
+    parameters. A model whose blocks are already repeated in this way does not change.
 
     Raises:
         ValueError: the model has no such blocks, or is sharded.
-        MissingExtraError: PEFT, whose function does it, is not installed.
+        MissingExtraError: PEFT, whose function repeats the blocks, is not installed.
 
     """
 
@@ -51,7 +51,7 @@ class RepeatedBlocks:
         self._options = [(c, _SIZE, n) for c, n in sizes if getattr(c, _SIZE, None) != n]
 
     def restore(self) -> None:
-        """The blocks as they were before, with the tensors that the first copy of each has now."""
+        """Restores the former blocks, with the tensors that the first copy of each has now."""
         for module, key, old in self._before:
             copies: Any = getattr(module, key)
             sources = repeated_blocks(self.replication)
@@ -64,7 +64,7 @@ class RepeatedBlocks:
 
 
 def separate_blocks(model: nn.Module, replication: Replication) -> None:
-    """Gives every copy of a block parameters of its own, without which no file can hold them."""
+    """Gives every copy of a block its own parameters, so that files can store them."""
     size = len(repeated_blocks(replication))
     for _, _, blocks in _lists(model):
         seen: set[int] = set()
@@ -88,7 +88,7 @@ def _lists(model: nn.Module) -> list[tuple[nn.Module, str, nn.ModuleList]]:
 
 
 def _are_repeated(blocks: nn.ModuleList, replication: Replication) -> bool:
-    """Whether these blocks share their parameters as the copies would, and only so."""
+    """Whether these blocks share their parameters exactly as the copies would."""
     sources = repeated_blocks(replication)
     firsts = [id(next(block.parameters(), None)) for block in blocks]
     if len(firsts) != len(sources) or len(set(sources)) == len(sources):

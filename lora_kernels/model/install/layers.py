@@ -40,7 +40,7 @@ def install(
     layers: list[AdaptedLayer] = []
     try:
         for plan in tracked_plans:
-            # What is around the forward of experts stays where it is.
+            # Wrappers around the forward of experts stay in place.
             around = rewrapped if plan.base.num_experts is None else nullcontext
             with around(plan.base.module):
                 layers.append(plan.adapted(adapter_name))
@@ -84,7 +84,7 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The layers with adapters, by the first name of each in the model without DDP or compile."""
+    """The layers with adapters, each by its first name in the model inside any wrappers."""
     found = unwrapped(model).named_modules()
     return {m.name_in(n): m for n, m in found if isinstance(m, AdaptedLayer)}
 
@@ -111,7 +111,7 @@ def merge_adapted(model: nn.Module, names: Sequence[str], layer: AdaptedLayer) -
 
 
 def check_mergeable(model: nn.Module, adapter_name: str) -> None:
-    """Raises ValueError, which names a layer, if an adapter cannot be merged into its weight."""
+    """Raises a ValueError that names the layer if an adapter cannot be merged into its weight."""
     for name, layer in adapted_layers(model).items():
         if adapter_name in layer.adapter_names and isinstance(layer, AdaptedFloatLayer):
             with naming(name):
@@ -140,8 +140,8 @@ def restore_adapted(model: nn.Module, names: Sequence[str], layer: AdaptedLayer)
 def _replace_adapted(
     model: nn.Module, names: Sequence[str], layer: AdaptedLayer, plain: nn.Module
 ) -> None:
-    """Replaces an adapted layer by a plain one under all its names; hooks move to the plain one. A
-    sharded layer is the plain one already.
+    """Replaces an adapted layer by a plain one under all its names; hooks move to the plain one. If
+    the layer is sharded, both are the same module.
     """
     if plain is layer:
         return

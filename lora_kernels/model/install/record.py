@@ -1,4 +1,4 @@
-"""`ModelAdapters`: what a model's adapters are, beside the factors in its layers."""
+"""`ModelAdapters`: a model's record of its adapters, beside the factors in its layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ModelAdapters:
     def __init__(self) -> None:
         self.configs: dict[str, LoRAConfig] = {}
         self.saved = SavedTensors()
-        # Of each adapter: the tokens whose rows it has of a weight; None of a weight that is tied.
+        # For each adapter {weight: the tokens whose rows the adapter has, or None if it is tied}.
         self.tokens: dict[str, dict[str, tuple[int, ...] | None]] = {}
         self.active = ""
         self.enabled = True
@@ -79,7 +79,7 @@ def activate_new(
     adapter_name: str,
     trains: bool = True,
 ) -> None:
-    """Enters a new adapter, whose layers are installed, into the record and activates it."""
+    """Adds a new adapter, whose layers are installed, to the record and activates it."""
     if not record.configs:
         _freeze_base(model, record)
         setattr(unwrapped(model), _RECORD, record)
@@ -89,7 +89,7 @@ def activate_new(
 
 
 def switch(model: nn.Module, record: ModelAdapters, adapter_name: str, trains: bool = True) -> None:
-    """Makes an adapter the one that is used and, unless `trains` is False, trained."""
+    """Makes an adapter the one that is used and, unless `trains` is False, that trains."""
     apply(model, record, adapter_name)
     for layer in adapted_layers(model).values():
         for name in layer.adapter_names:
@@ -109,8 +109,8 @@ def _freeze_base(model: nn.Module, record: ModelAdapters) -> None:
 def apply(
     model: nn.Module, record: ModelAdapters, active: str | None = None, enabled: bool = True
 ) -> None:
-    """Activates an adapter in all layers, and its tensors trained in full; by default the record's
-    active one. If the tensors cannot be exchanged, nothing changes.
+    """Activates an adapter (by default the record's active one) in all layers, with its tensors
+    that are trained in full. If the tensors cannot be exchanged, nothing changes.
     """
     active = record.active if active is None else active
     exchanges = bool(record.saved.names)
@@ -128,8 +128,8 @@ def apply(
 
 
 def check_weights(model: nn.Module, plans: Sequence[LayerPlan], record: ModelAdapters) -> None:
-    """Raises ValueError for a layer whose weight another adapter trains in full, is stored in
-    float8 and not cast for the forward, or is cut in a way that its forward cannot follow.
+    """Raises ValueError for a layer whose weight is trained in full by another adapter, is stored
+    in float8 and not cast for the forward, or is sharded in a way that its forward cannot support.
     """
     for plan in plans:
         if plan.base.kind == "float8" and not _is_in_hooked(model, plan.name):
@@ -207,8 +207,8 @@ def waiting_layers(model: nn.Module, adapter_name: str) -> dict[str, WaitingAdap
 
 
 def check_absorbed(model: nn.Module, record: ModelAdapters) -> None:
-    """Raises ValueError if an adapter has yet to absorb its start, from weights to which another
-    adapter is to be added.
+    """Raises ValueError if an adapter still has to absorb its start: no other adapter can be added
+    before that.
     """
     for name in waiting_names(model, record):
         if any(waiting.residual == "absorb" for waiting in waiting_layers(model, name).values()):

@@ -29,7 +29,7 @@ class SavedTensors:
     here. The module structure does not change. Tied weights are tied again when the originals are
     restored.
 
-    The copies of float16 Parameters are float32, because `GradScaler` takes no float16 gradients.
+    Copies of float16 Parameters are float32, because `GradScaler` rejects float16 gradients.
     Modules that hold such copies read them in float16 in their forward.
     """
 
@@ -50,8 +50,8 @@ class SavedTensors:
         tied: bool = False,
     ) -> None:
         """Makes an adapter's copies from `values`, or from the originals if None. The modules must
-        hold the originals. `frozen` names copies that are not trained. Of these, and of all copies
-        if `tied`, those of one tied tensor stay tied if they have the same values.
+        hold the originals. `frozen` names copies that are not trained. Frozen copies of one tied
+        tensor stay tied if they have the same values; if `tied`, so do all copies.
         """
         copies: dict[str, Tensor] = {}
         by_original: dict[int, list[Tensor]] = {}  # copies that may be tied
@@ -75,11 +75,12 @@ class SavedTensors:
         self._frozen[adapter] = frozenset(frozen)
 
     def activate(self, adapter: str | None) -> None:
-        """Puts an adapter's tensors into the modules, or the originals if `adapter` is None. Those
-        that were stored while the model was not yet sharded, as it is now, are sharded first.
+        """Puts an adapter's tensors into the modules, or the originals if `adapter` is None.
+        Tensors that were stored before the model was sharded are sharded first.
 
         Raises:
-            ValueError: FSDP1 or DeepSpeed's engine holds a tensor, and does not know the other one.
+            ValueError: FSDP1 or DeepSpeed's engine manages a tensor, which cannot be exchanged
+            then.
 
         """
         self._collect()
@@ -128,7 +129,7 @@ class SavedTensors:
         return self._places.keys()
 
     def module(self, name: str) -> nn.Module:
-        """The module that holds a tensor, or another adapter's in its place."""
+        """The module that holds a tensor, or an adapter's copy in its place."""
         return self._places[name][0]
 
     def original(self, name: str) -> Tensor:
@@ -169,14 +170,14 @@ class SavedTensors:
                 self._cast(self._base[name], getattr(module, _MARK).dtype)
 
     def _cast(self, tensor: Tensor, dtype: torch.dtype) -> None:
-        """Casts a tensor in place; a DTensor, which cannot be, is replaced wherever it is."""
+        """Casts a tensor in place; a DTensor cannot be, and is replaced wherever it is held."""
         if not is_dtensor(tensor):
             tensor.data = tensor.data.to(dtype)
         elif tensor.dtype != dtype:
             self._replace(tensor, tensor.detach().to(dtype))
 
     def _fitted(self, tensor: Tensor, current: Tensor) -> Tensor:
-        """The stored tensor, on the device of the one that it replaces, and sharded like that."""
+        """The stored tensor, with the device and the sharding of the one that it replaces."""
         if is_dtensor(current) and not is_dtensor(tensor):
             return self._replace(tensor, sharded_from_first(tensor, current))
         if not is_dtensor(current):
@@ -206,7 +207,7 @@ def copy_dtype(original: Tensor) -> torch.dtype:
 
 def _check_exchangeable(name: str, current: Tensor, wanted: Tensor, original: Tensor) -> None:
     """Raises ValueError if `wanted` cannot take the place of `current` in its module."""
-    # Of a partitioned original, the copies are plain until deepspeed.initialize.
+    # Copies of a partitioned original are plain tensors until deepspeed.initialize.
     unknown = is_zero3(current) and not is_zero3(wanted) and current is not original
     if wanted is not current and (is_flattened(current) or unknown):
         holder = "FullyShardedDataParallel" if is_flattened(current) else "DeepSpeed's engine"
@@ -253,7 +254,7 @@ def _read_as_it_is(module: nn.Module, key: str) -> None:
 
 
 def _cast(module: nn.Module, args: object) -> None:
-    """Puts casts of the tensors in front of the module's own, which its attributes shadow."""
+    """Sets casts of the tensors as attributes of the module, which shadow its own tensors."""
     dtype = getattr(module, _MARK).dtype
     for key in vars(module)[_CAST]:
         _forget_cast(module, key)
@@ -358,7 +359,7 @@ def _trainable(places: dict[str, Place]) -> dict[str, Place]:
 
 
 def _in_base(model: nn.Module, places: Mapping[str, Place]) -> dict[str, Place]:
-    """The places by the tensors' names in the base model, without the part of the wrappers."""
+    """The places by the tensors' names in the base model, without the wrappers' parts."""
     wrappers = tuple(name for name, m in model.named_modules() if isinstance(m, LoRAWrapper))
     inside = tuple(f"{name}.base_layer." for name in wrappers)
     named = {}
@@ -422,7 +423,7 @@ def row_places(
     model: nn.Module, state: AdapterState
 ) -> tuple[dict[str, Place], dict[str, TokenRows]]:
     """The places of the weights of which a saved adapter has some rows, and these rows, by name;
-    with those of the modules that are tied to the input embedding.
+    including modules that are tied to the input embedding.
 
     Raises:
         ValueError: the model has no such weight or row, or the weight's layer is adapted.
@@ -447,8 +448,8 @@ def row_places(
 def frozen_places(
     model: nn.Module, places: Mapping[str, Place], modules_to_save: Sequence[str] | None
 ) -> set[str]:
-    """The names of the places in the embeddings that `modules_to_save` does not name: an adapter
-    has them because the vocabulary was resized, and does not train them, as in PEFT.
+    """The names of the places in embeddings that `modules_to_save` does not name. An adapter has
+    their tensors because the vocabulary was resized; as in PEFT, it does not train them.
     """
     embeddings = (input_embeddings(model), output_head(model))
     pattern = "|".join(rf"(.*\.)?{re.escape(saved)}(\..*)?" for saved in modules_to_save or ())

@@ -1,4 +1,4 @@
-"""`start_adapters`: the starts of adapters that were added while the weights were on meta."""
+"""`start_adapters`: starts adapters that were added while the weights were on the meta device."""
 
 from __future__ import annotations
 
@@ -27,26 +27,29 @@ def start_adapters(
     gradients: Mapping[str, Tensor] | None = None,
     progress: bool = True,
 ) -> LoRAReport:
-    """Computes the start of an adapter that `add_lora` has added while the model was on meta.
+    """Computes the start of an adapter that `add_lora` added while the model was on the meta
+    device.
 
-    Call this once the weights are loaded, sharded or not: A, B and R are written where they lie,
-    and s·B₀A₀ is subtracted, with the bits of a model that was adapted with its weights. Of a
-    sharded model, all processes have to call this. An adapter that was loaded from a checkpoint,
-    with `load_state_dict` or `torch.distributed.checkpoint`, has its start already.
+    Call this once the weights are loaded, sharded or not. A, B and R are written in place, and
+    s·B₀A₀ is subtracted; the results are bit for bit those of a model that had its weights when it
+    was adapted. If the model is sharded, all processes must call this function. An adapter that was
+    loaded from a checkpoint, with `load_state_dict` or `torch.distributed.checkpoint`, already has
+    its start.
 
     Args:
         model: the adapted model.
-        adapter_name: the adapter to start; None means the one that waits.
+        adapter_name: the adapter to start; None means the adapter that waits.
         gradients: {layer name: ∂loss/∂W [out, in]} from `capture_gradients`, for starts that are
             computed from gradients.
-        progress: whether to show a bar; needs rich, and a terminal as standard error.
+        progress: whether to show a progress bar; this needs rich, and a terminal on standard error.
 
     Returns:
         A report of the layers that got their start.
 
     Raises:
-        ValueError: no adapter waits, a weight is still on meta, or no start can be computed for one
-            (the layer is named). The adapter then still waits, and the weights are unchanged.
+        ValueError: no adapter waits, a weight is still on the meta device, or no start can be
+            computed for a weight (the layer is named). The adapter then still waits, and the
+            weights are unchanged.
 
     """
     began = time.perf_counter()
@@ -114,8 +117,8 @@ def _plan(
 
 
 def _start(plans: Sequence[LayerPlan], adapters: Sequence[WaitingAdapter]) -> None:
-    """Writes the computed starts. If that fails, as for a lack of memory, the adapters wait again,
-    and weights from which s·B₀A₀ was subtracted are restored to one rounding.
+    """Writes the computed starts. If that fails, for example out of memory, the adapters wait
+    again, and weights from which s·B₀A₀ was subtracted are restored to one rounding.
     """
     begun: list[tuple[LayerPlan, WaitingAdapter]] = []
     try:

@@ -23,7 +23,7 @@ from ..._utils.source import WEIGHT, SourceFile, definition, is_trusted, undecor
 # From a module to another one inside it: names of attributes; ANY for each child, DEEP for each
 # module below.
 Path = tuple[str, ...]
-Class = Any  # a class of modules; nn.Module's annotations make it no Hashable for type checkers
+Class = Any  # a class of modules; type checkers see no Hashable, by nn.Module's annotations
 ANY, DEEP = "*", "**"
 
 # Methods that prepare, save or change a model, but compute nothing of its output.

@@ -95,7 +95,7 @@ class WaitingAdapter(Adapter):
         self._forget_numbers()
 
     def get_extra_state(self) -> Tensor:
-        """As of an `Adapter`, with an infinite s, which says that there is no start yet."""
+        """As in an `Adapter`, with an infinite s, which says that there is no start yet."""
         state = super().get_extra_state()
         state[0] = math.inf
         return state

@@ -40,8 +40,8 @@ def define_constant_kernel(
 ) -> None:
     """Declare a kernel in plain Python, for every device, whose results carry no gradient.
 
-    For functions whose checks read values. They cannot be composites: `torch.compile` traces into a
-    composite and cannot trace such a check.
+    For functions whose checks read values: `torch.compile` traces into a composite and cannot trace
+    such a check.
     """
     name = schema.partition("(")[0]
     define_kernel(schema, function, fake)
@@ -59,9 +59,10 @@ def define_mutating_kernel(
 ) -> None:
     """Declare a kernel that writes into its arguments and returns nothing.
 
-    Every supported torch can functionalize only this form; not a kernel that returns its argument,
-    or a list. `mutated` selects the written tensors from the arguments. Their version counters are
-    incremented here, because kernels write through raw pointers, which autograd does not see.
+    This is the only form that every supported torch can functionalize: it cannot functionalize a
+    kernel that returns its argument or a list. `mutated` selects the written tensors from the
+    arguments. Their version counters are incremented here, because kernels write through raw
+    pointers, which autograd does not see.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)

@@ -1,7 +1,8 @@
 """`lora::_tensor_kinds`: what the host has to know about many tensors before it launches a kernel.
 
-A model's weights are of a handful of kinds, so what depends on the kind is computed once for each.
-The GPU waits meanwhile: for 224 weights, C++ (csrc/cpu/kinds.cpp) needs a tenth of Python's time.
+A model has only a handful of kinds of weights, so what depends on the kind is computed once per
+kind. The GPU waits meanwhile: for 224 weights, C++ (csrc/cpu/kinds.cpp) needs a tenth of Python's
+time.
 """
 
 from __future__ import annotations

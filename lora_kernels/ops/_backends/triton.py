@@ -142,7 +142,7 @@ KERNELS: dict[str, Callable[..., object]] = {
 
 
 def _on_its_device(kernel: Callable[..., object]) -> Callable[..., object]:
-    """The kernel, run on its tensors' device: Triton launches on the current device instead."""
+    """The kernel, run on its tensors' device: Triton would launch it on the current device."""
 
     def run(first: Tensor | list[Tensor] | tuple[Tensor, ...], *args: Any) -> object:
         tensor = first[0] if isinstance(first, (list, tuple)) else first

@@ -6,8 +6,9 @@ The norms are constants in the backward (section 4.3 of the paper). Where a norm
 the row's output is its bias, and it can leave zero by training. Dropout acts on the update only.
 
 Shapes: those of `lora::linear`; magnitude m [N], and the norms and gains [N] are float32 (float64
-if an operand is). Under torch.autocast x, W and b are cast, but the norms are those of the W given.
-Saved for the backward: x, z = drop(x) Aᵀ [M, r], y₀ = the parenthesis [M, N], the norms and gains.
+if an operand is). Under torch.autocast x, W and b are cast, but the norms are those of the uncast
+W. Saved for the backward: x, z = drop(x) Aᵀ [M, r], y₀ = the parenthesis [M, N], the norms and
+gains.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class _DoRALinear(torch.autograd.Function):
         y0, norms, gain, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
         through = [*needs[:2], False, *needs[3:6]]  # the bias's gradient does not pass the gain
-        # The forward ran with autocast applied; here it would cast the kernels' operands again.
+        # The forward applied autocast already, which would cast the kernels' operands again here.
         with torch.amp.autocast(grad.device.type, enabled=False):
             dy0, dgain, dbias = torch.ops.lora._dora_scale_backward(
                 grad, y0, gain, any(through), needs[2]
@@ -112,7 +113,7 @@ class _DoRALinear(torch.autograd.Function):
                 grads = [g if need else None for g, need in zip(found, through, strict=True)]
             dmagnitude = None
             if needs[6]:
-                # A row of norm 0 has no direction, along which its magnitude could change.
+                # A row of norm 0 has no direction along which its magnitude could change.
                 zero = norms == 0
                 dmagnitude = torch.where(zero, torch.zeros_like(dgain), dgain / norms)
                 dmagnitude = dmagnitude.to(ctx.magnitude_dtype)
@@ -145,7 +146,7 @@ def dora_linear(
     *,
     measured: Tensor | None = None,
 ) -> Tensor:
-    """`measured` is the weight whose norms are taken, if not `weight`."""
+    """The norms are those of `measured` if it is given, else those of `weight`."""
     extras = (scaling, dropout, seed, start_A, start_B)
     check_linear(x, weight, bias, lora_A, lora_B, *extras, lora_R, 0)
     check_operand("magnitude", magnitude, (weight.shape[0],), x, weight, lora_A.shape[0])
@@ -162,8 +163,8 @@ def dora_linear(
 
 
 def _define_autocast() -> None:
-    """x, W and b are cast as for nn.Linear; the norms are those of the W given, so that a gain is
-    exactly 1 at the start under autocast too.
+    """x, W and b are cast as for nn.Linear, but the norms are those of the uncast W, so that a gain
+    is exactly 1 at the start under autocast too.
     """
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 

@@ -16,11 +16,12 @@ def product_factors(
     start_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """[RA; RA − A₀] [k, in] and [B − B₀, B₀] [out, k], whose product is BRA − B₀A₀, in float32 or
-    wider, also under autocast. k = 2r, or r without initial factors. Those of experts have a first
-    dimension [E] more.
+    wider, also under autocast. k = 2r, or r without initial factors. For experts, every shape has a
+    leading dimension [E].
 
-    The product may be rounded: its parts have the size of the update. Those of [RA; A₀] and
-    [B, −B₀] have the size of W and cancel: bfloat16 can lose all of a small update.
+    These factors may be rounded, because the terms of their product have the size of the update.
+    With [RA; A₀] and [B, −B₀] the terms have the size of W and cancel: bfloat16 can lose all of a
+    small update.
     """
     work = widest(lora_A, lora_B, lora_R, start_A, start_B)
     right, left = lora_A.to(work), lora_B.to(work)
@@ -42,7 +43,7 @@ def widest(*tensors: Tensor | None) -> torch.dtype:
 
 
 def without_autocast(like: Tensor) -> Any:
-    """A context in which products keep their dtype on the device of `like`."""
+    """A context in which products on the device of `like` keep their dtype."""
     kind = like.device.type
     return torch.autocast(kind if _has_autocast(kind) else "cpu", enabled=False)
 

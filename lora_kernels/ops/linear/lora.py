@@ -5,9 +5,9 @@ backward. With `lora_R` the last term is s · drop(x) Aᵀ Rᵀ Bᵀ (LoRA-XS, a
 Shapes: x [..., K], weight [N, K], bias [N], lora_A and start_A [r, K], lora_B and start_B [N, r],
 lora_R [r, r]; M is the number of rows of x. The computation is in x's dtype. A, B and R may have a
 wider dtype (fp32 masters), in which they receive their gradients. Saved for the backward: x and
-z = drop(x) Aᵀ [M, r]. The dropout mask is computed again from `seed`. If x holds only some columns
-of a wider matrix (tensor parallelism), the first of them is `col_offset` there, a multiple of 4,
-and the mask is the one that the whole matrix gets.
+z = drop(x) Aᵀ [M, r]. The dropout mask is recomputed from `seed`. If x holds only some columns of a
+wider matrix (tensor parallelism), its first column is column `col_offset` of that matrix, a
+multiple of 4, and the mask equals the whole matrix's.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def linear_forward_ref(
         z0 = rows @ start_A.to(x.dtype).T  # [M, r]
         factors = torch.cat([B, -start_B.to(x.dtype)], 1)  # [N, 2r]
         y.addmm_(torch.cat([into_B, z0], 1), factors.T, alpha=scaling)
-    # Not a view, because a user may write into y in place.
+    # Not a view, because users may write into y in place.
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), z
 
 
@@ -133,7 +133,7 @@ def linear_backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     lora_R, needs = others[6:8]
-    R = x if lora_R is None else lora_R  # any tensor will do if there is no R
+    R = x if lora_R is None else lora_R  # without R, any tensor will do
     shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape, R.shape)
     dtypes = (x.dtype, x.dtype, x.dtype, lora_A.dtype, lora_B.dtype, R.dtype)
     return tuple(
@@ -172,7 +172,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, z, *extras = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
-        # The forward ran with autocast applied; here it would cast the kernel's operands again.
+        # The forward applied autocast already, which would cast the kernel's operands again here.
         operands = (grad, x, weight, lora_A, lora_B, z, ctx.scaling, ctx.dropout, *extras)
         with torch.amp.autocast(grad.device.type, enabled=False):
             grads = torch.ops.lora.linear_backward(*operands, needs, ctx.col_offset)
@@ -274,7 +274,7 @@ def check_together(
 def check_operand(
     name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor, weight: Tensor, r: int
 ) -> None:
-    """Raises ValueError or TypeError unless the operand is None or a float of this shape."""
+    """Raises ValueError or TypeError unless the operand is None or a float tensor of this shape."""
     if tensor is None:
         return
     if tensor.shape != shape:

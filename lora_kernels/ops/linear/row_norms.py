@@ -2,7 +2,7 @@
 
 Shapes: weight W [N, K], right R [k, K], left L [N, k]; the result is [N], float32, or float64 if an
 operand is. W + s·L·R is never in memory as a whole. Rows in which W and s·L·R nearly cancel are
-computed in float64, so that the result is that of the given operands to 1e-6.
+computed in float64, so that the result is accurate to 1e-6 for the given operands.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def row_norms(weight: Tensor, right: Tensor, left: Tensor, scaling: float) -> Te
 
 
 def row_gain(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """m ⊘ ‖V‖ [out] of DoRA's m and the norms of V's rows (arXiv 2402.09353, equation 5), in
-    float32 or wider; 1 where a norm is 0. The norms are constants for the gradient of m (section
+    """m ⊘ ‖V‖ [out] from DoRA's m and the norms of V's rows (arXiv 2402.09353, equation 5), in
+    float32 or wider; 1 where a norm is 0. The gradient of m treats the norms as constants (section
     4.3).
     """
     zero = norms == 0

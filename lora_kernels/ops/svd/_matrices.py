@@ -61,8 +61,8 @@ def exact_svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pivot_sign(U: Tensor) -> Tensor:
-    """The sign, ±1, of the entry of largest magnitude in each column of U [n, r]; of the first such
-    entry, if there are several. [r].
+    """The sign, ±1, of the entry of largest magnitude in each column of U [n, r], or of the first
+    such entry if there are several: [r].
     """
     pivot = U.gather(0, U.abs().argmax(0, keepdim=True))[0]
     return torch.where(pivot < 0, -1.0, 1.0).to(U.dtype)

@@ -1,5 +1,5 @@
 """`lora::thin_qr` and `lora::thin_qr_foreach`: the first columns of Q and the first rows of R of a
-weight's QR, from which OLoRA starts (arXiv 2406.01775), without computing the rest.
+weight's QR, from which OLoRA starts (arXiv 2406.01775). The rest is not computed.
 """
 
 from __future__ import annotations

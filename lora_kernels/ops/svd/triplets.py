@@ -26,8 +26,8 @@ class TruncatedSVD(NamedTuple):
         U: [n, r].
         S: [r].
         Vh: [r, m].
-        error: a bound of the largest error of S (0-dim float64; [k] for a batch), relative to the
-            value itself or to 1e-7 of the largest, whichever is more; None without `tol`.
+        error: a bound on the largest error of S (0-dim float64; [k] for a batch), relative to the
+            value itself or to 1e-7 of the largest, whichever is larger; None without `tol`.
 
     """
 
@@ -67,7 +67,7 @@ def truncated(
     vectors found and from the largest singular value on their complement. A random block of another
     seed bounds that value from above (as Kuczyński and Woźniakowski, SIAM J. Matrix Anal. Appl. 13,
     1992, bound Lanczos's error for a random start; for the block matrix, Lehmann's bounds: Parlett,
-    The Symmetric Eigenvalue Problem, chapter 10). Rounding errors are counted at their usual size,
+    The Symmetric Eigenvalue Problem, chapter 10). Rounding errors are included at their usual size,
     with a margin. Where the bound would need more than two thirds of all dimensions (hundreds of
     values that differ by less than `tol`), the full SVD is computed. `error` is at most `tol`
     unless `subspace` prevents it or rounding is larger: 1.2e-7 of each σ for results in float32.
@@ -94,8 +94,8 @@ def minor(
 ) -> TruncatedSVD:
     """The r smallest singular triplets, σ ascending.
 
-    `method` is "randomized", inverse iteration from a random start block, or "exact". Arguments,
-    results and errors are those of `truncated`, but there is no bound of the error.
+    `method` is "randomized" (inverse iteration from a random start block) or "exact". Arguments,
+    results and errors are those of `truncated`, but there is no bound on the error.
     """
     check_options(method)
     r, seed = as_integer(r, "r"), as_integer(seed, "seed")

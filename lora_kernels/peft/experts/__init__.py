@@ -1,1 +1,1 @@
-"""PEFT's adapters of experts (`target_parameters`), as stacks and in our operator's forward."""
+"""PEFT's adapters of experts (`target_parameters`): as stacks, and with the fused forward."""

@@ -1,4 +1,4 @@
-"""The forward of experts in which PEFT adapts parameters, by our operator of experts."""
+"""The fused forward of experts whose parameters PEFT adapts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from .wrappers import chain_of, stacks, why_not_experts
 def fused_experts(wrapper: ParamWrapper, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """y [T, H] of x [T, H], `top_k_index` [T, k] and `top_k_weights` [T, k].
 
-    It replaces PEFT's forward of an outermost `ParamWrapper` over experts, and calls it if need be.
+    It replaces PEFT's forward of an outermost `ParamWrapper` over experts, and calls it if it
+    cannot fuse.
     """
     factors = None
-    if len(args) == 2 and not kwargs:  # all that the experts of transformers are given
+    if len(args) == 2 and not kwargs:  # these are all arguments of transformers' experts
         factors = _factors(chain_of(wrapper), x)
     if not factors:
         y: Tensor = type(wrapper).forward(wrapper, x, *args, **kwargs)
@@ -48,16 +49,16 @@ def why_never_fused(wrapper: ParamWrapper) -> str | None:
 
 
 def _inside_is_plain(chain: Sequence[ParamWrapper]) -> bool:
-    """Whether a call of the outermost wrapper only does what the wrappers and experts do."""
+    """Whether a call of the outermost wrapper only runs the wrappers and the experts themselves."""
     modules = [*chain[1:], chain[0].get_base_layer()]
     return all(is_plain(module, type(module)) for module in modules)
 
 
 def _factors(chain: Sequence[ParamWrapper], x: Tensor) -> dict[str, Factors] | None:
-    """What a call with this x adds, by parameters; None if it cannot be fused, {} if nothing."""
+    """The adapters in a call with this x, by parameter; None if it cannot be fused, {} if none."""
     experts: ForeignExperts = chain[0].get_base_layer()
     weights = [experts._parameters.get(name) for name in projections(experts)]
-    # Parametrized weights are missing: a forward of PEFT is under way.
+    # Parametrized weights are missing while a forward of PEFT is running.
     if any(weight is None or weight.requires_grad for weight in weights):
         return None
     other = [weight for weight in weights if weight.dtype != x.dtype]

@@ -1,8 +1,8 @@
 """PEFT's `ParamWrapper`s over the 3-D parameters of experts.
 
-PEFT wraps an experts' module once for each parameter that is adapted; only the outermost wrapper is
-called. A wrapper keeps the factors of all E experts in two matrices: A [E·r, in], whose rows have
-the expert slowest, and B [out, r·E], whose columns have it fastest.
+PEFT wraps an experts' module once for each adapted parameter, and only the outermost wrapper is
+called. A wrapper keeps the factors of all E experts in two matrices: in the rows of A [E·r, in] the
+expert varies slowest, and in the columns of B [out, r·E] it varies fastest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Factors = tuple[Tensor, Tensor, float]  # as PEFT's `get_delta_factors` returns 
 
 
 def chain_of(wrapper: ParamWrapper) -> list[ParamWrapper]:
-    """The wrapper and those inside of it, the innermost last."""
+    """The wrapper and the wrappers inside it, the innermost last."""
     chain = [wrapper]
     while isinstance(chain[-1].base_layer, ParamWrapper):
         chain.append(chain[-1].base_layer)
@@ -32,14 +32,14 @@ def chain_of(wrapper: ParamWrapper) -> list[ParamWrapper]:
 
 
 def outermost(layers: Iterable[LoraLayer]) -> list[ParamWrapper]:
-    """Those wrappers among a model's LoRA layers that no other one wraps."""
+    """The wrappers among a model's LoRA layers that no other wrapper contains."""
     wrappers = [layer for layer in layers if isinstance(layer, ParamWrapper)]
     inside = {id(wrapper.base_layer) for wrapper in wrappers}
     return [wrapper for wrapper in wrappers if id(wrapper) not in inside]
 
 
 def why_not_experts(wrapper: ParamWrapper) -> str | None:
-    """Why the parameter is not one of experts that lora_kernels adapts; None if it is."""
+    """Why the parameter is not an experts' parameter that lora_kernels adapts; None if it is."""
     experts: ForeignExperts = wrapper.get_base_layer()
     title, parameter = type(experts).__name__, wrapper.parameter_name
     value = experts._parameters.get(parameter)
@@ -58,7 +58,7 @@ def why_not_experts(wrapper: ParamWrapper) -> str | None:
 
 
 def experts_base(wrapper: ParamWrapper) -> ExpertsBase:
-    """The parameter as `lora_kernels.model` sees it; the wrapper's `why_not_experts` is None."""
+    """The parameter as `lora_kernels.model` sees it. `why_not_experts` must be None."""
     return ExpertsBase(wrapper.get_base_layer(), wrapper.parameter_name)
 
 
@@ -70,7 +70,7 @@ def stacks(wrapper: ParamWrapper, lora_A: Tensor, lora_B: Tensor) -> tuple[Tenso
 
 
 def in_layout_of(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B as the layer's own parameters are: those of a wrapper from [E, r, in] and
+    """A and B in the layout of the layer's own parameters; for a wrapper from [E, r, in] and
     [E, out, r].
     """
     return stacked(lora_A, lora_B) if isinstance(layer, ParamWrapper) else (lora_A, lora_B)
@@ -102,7 +102,7 @@ def delta_weight(wrapper: ParamWrapper, adapter: str, start: Start) -> Tensor:
 
 
 def _update(wrapper: ParamWrapper, adapter: str, start: Start) -> tuple[Tensor, Tensor]:
-    """Factors of BA − B₀A₀, or of its transpose if the parameter is stored so, for each expert."""
+    """The factors of each expert's BA − B₀A₀, transposed if the parameter is stored transposed."""
     A, B = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     own, initial = stacks(wrapper, A, B), stacks(wrapper, *start)
     right, left = product_factors(*own, None, *initial)  # [E, 2r, in], [E, out, 2r]

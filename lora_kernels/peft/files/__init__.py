@@ -1,1 +1,1 @@
-"""Files of PEFT's adapters: the portable form of a model's adapter, and how it is read back."""
+"""PEFT's adapters in files: the portable form of a model's adapter, and how it is restored."""

@@ -1,9 +1,10 @@
 """The portable form of a PEFT model's adapter (see `lora_kernels.files.adapter.portable`).
 
-All kinds of PEFT's layers take part: linear layers and embeddings; the experts of a mixture, whose
-rank r is a dimension of A [E·r, in], the expert slowest, and of B [out, r·E], the expert fastest;
-and those that have no start here: matrices among `target_parameters`, and convolutions, whose B is
-[out, r / g, 1, 1] with g groups, each of which takes r / g consecutive rows of A.
+The portable form covers all kinds of PEFT's layers: linear layers and embeddings; the experts of a
+mixture, where the expert varies slowest in the rows of A [E·r, in] and fastest in the columns of
+B [out, r·E]; and layers that get no start here: matrices among `target_parameters`, and
+convolutions. With g groups, a convolution's B is [out, r / g, 1, 1], and each group uses r / g
+consecutive rows of A.
 """
 
 from __future__ import annotations
@@ -35,11 +36,24 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """A and B of one layer: their names in the model's state_dict, and those of B's bias and of
-    DoRA's magnitudes if there are any; rank and s; the numbers of experts and groups; whether they
-    are matrices, as those of a linear layer or embedding; the name of the 3-D parameter if they are
-    those of experts; and whether they are there whole, not as shards of DeepSpeed ZeRO-3 or FSDP,
-    which are left as they are.
+    """A and B of one layer, and what the portable form needs of the layer.
+
+    Attributes:
+        name: the layer's name in the base model.
+        key_A: the name of A in the model's state_dict.
+        key_B: the name of B there.
+        key_bias: the name of B's bias there; None if there is none.
+        r: the rank.
+        scaling: s.
+        lora_alpha: α.
+        parts: the numbers of experts and of groups.
+        linear: whether A and B are matrices, as those of a linear layer or embedding.
+        parameter: the name of the experts' 3-D parameter; None for other layers.
+        whole: False for shards of DeepSpeed ZeRO-3 or FSDP, which are written as they are.
+        start: A₀ and B₀; None if nothing is subtracted.
+        embedding: whether the layer is an embedding.
+        key_magnitude: the name of DoRA's magnitudes in the state_dict; None if there are none.
+
     """
 
     name: str
@@ -59,12 +73,12 @@ class LayerFactors:
 
     @property
     def keys(self) -> tuple[str, str, str]:
-        """The names of A, B and the bias; "" if there is none."""
+        """The names of A, B and B's bias; "" if there is no bias."""
         return self.key_A, self.key_B, self.key_bias or ""
 
     @property
     def recipe_name(self) -> str:
-        """The layer's name in the recipe, where experts are called by their parameter."""
+        """The layer's name in the recipe; for experts, the name of their parameter."""
         return self.parameter or self.name
 
     def state(self, tensors: Mapping[str, Tensor]) -> LayerState:
@@ -92,7 +106,7 @@ class LayerFactors:
 
     @torch.no_grad()
     def portable(self, tensors: Mapping[str, Tensor], r: int) -> dict[str, Tensor]:
-        """A' and s·B' of rank r, and s times the bias of B if there is one, by their names."""
+        """{name: tensor} of A' and s·B' at rank r, and of s times B's bias if there is one."""
         if not self.whole:
             return {key: tensors[key] for key in (self.key_A, self.key_B)}
         if self.parameter is not None:
@@ -112,11 +126,11 @@ class LayerFactors:
     def recipe(
         self, tensors: Mapping[str, Tensor], written: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        """What `layer_from_dict`, or `trained` if the layer is neither linear nor one of experts,
-        needs of the layer. `written` has what `portable` returned.
+        """The recipe from which `layer_from_dict` restores the layer, or `trained` if the layer is
+        neither linear nor one of experts. `written` is the result of `portable`.
         """
         recipe: dict[str, Any] = {"r": self.r, "scaling": self.scaling, "parts": list(self.parts)}
-        if not self.whole:  # nothing can read it
+        if not self.whole:  # a shard cannot be read again
             return recipe
         pair = written[self.key_A], written[self.key_B]
         if self.parameter is not None:
@@ -181,8 +195,8 @@ def is_whole(factor: Tensor) -> bool:
 def expert_entries(
     pairs: Iterable[LayerFactors], written: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """The entries of a recipe that say which tensors of the file hold parameters of experts; none
-    if there are none. `written` has what `portable` returned.
+    """The entries of a recipe that say which tensors of the file hold experts' parameters; {} if
+    none do. `written` is the result of `portable`.
     """
     parts = {
         pair.parameter: (ExpertPart(pair.name, 0, len(written[pair.key_B])),)
@@ -197,7 +211,7 @@ def expert_entries(
 def trained(
     recipe: Mapping[str, Any], right: Tensor | None, left: Tensor | None, bias: Tensor | None
 ) -> dict[str, Tensor]:
-    """A, B and, if there is one, its bias, of a layer that is not linear, from A', s·B' and s times
+    """A, B and, if there is one, B's bias of a layer that is not linear, from A', s·B' and s times
     the bias.
     """
     assert right is not None
@@ -217,7 +231,7 @@ def _wide(factor: Tensor) -> Tensor:
 
 
 def _resized(factor: Tensor, r: int, parts: Parts, dim: int) -> Tensor:
-    """A (`dim` 0) or B (1), of any rank, with rank r: zeros are added or taken away."""
+    """A (`dim` 0) or B (`dim` 1) of any rank, with zeros added or removed to get rank r."""
     experts, groups = parts
     if experts > 1:
         # [E, r, in] or [out, r, E]

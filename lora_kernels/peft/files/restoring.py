@@ -1,4 +1,4 @@
-"""Folders in the portable form, as PEFT would have written the adapter that was trained."""
+"""Restores folders in the portable form to what PEFT would have written for the trained adapter."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ Starts = dict[str, Pair]  # A₀ and B₀ by the names of PEFT's layers
 
 
 def restored_folder(peft_model: peft.PeftModel, folder: Path, scratch: Path) -> Starts | None:
-    """Writes the adapter that was trained into `scratch`, as PEFT does; returns the starts. None if
-    PEFT can read the folder itself: it has no recipe, that of a start, or that of other tensors.
+    """Writes the trained adapter into `scratch`, as PEFT does, and returns the starts. Returns None
+    if PEFT can read the folder itself, because it has no recipe, or that of a start or of other
+    tensors.
     """
     file = folder / ADAPTER_FILE
     if (folder / NATIVE_FILE).is_file() and not file.is_file():
@@ -59,9 +60,9 @@ def restored_folder(peft_model: peft.PeftModel, folder: Path, scratch: Path) -> 
     recipe = read_recipe(file)
     if recipe is None or recipe["format"] != PEFT:
         return None
-    # All files at once: another process may be saving into the folder.
+    # All files are read together: another process may be saving into the folder.
     config, _, tensors, metadata = read_files(folder)
-    if METADATA not in metadata:  # PEFT itself has just written it
+    if METADATA not in metadata:  # PEFT itself has just replaced the file
         return None
     try:
         recipe = recipe_from_json(metadata[METADATA])
@@ -85,7 +86,7 @@ def restored_folder(peft_model: peft.PeftModel, folder: Path, scratch: Path) -> 
 
 
 def _restore(tensors: dict[str, Tensor], recipe: dict[str, Any]) -> Starts:
-    """Replaces the tensors of a file by those that were trained; returns the starts."""
+    """Replaces a file's tensors by the trained ones; returns the starts."""
     starts = _restore_experts(tensors, recipe)
     parts = _parts(recipe)
     for name in recipe["layers"].keys() - parts.keys():
@@ -106,8 +107,8 @@ def _restore(tensors: dict[str, Tensor], recipe: dict[str, Any]) -> Starts:
 
 
 def _restore_experts(tensors: dict[str, Tensor], recipe: dict[str, Any]) -> Starts:
-    """Replaces the tensors of parameters of experts, in either layout, by PEFT's; those of
-    parameters that are not adapted go.
+    """Replaces the tensors of experts' parameters, in either layout, by PEFT's tensors, and removes
+    the tensors of parameters that are not adapted.
     """
     parts, adapted = _parts(recipe), _adapted(recipe)
     pairs: dict[str, Pair] = {}
@@ -142,20 +143,20 @@ def _state(
 
 
 def _at_trained_rank(config: Mapping[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of what `_restore` leaves."""
+    """The configuration that belongs to the tensors after `_restore`."""
     values = {**config, **recipe["rank_fields"]}
     parts, adapted = _parts(recipe), _adapted(recipe)
     if parts and (len(adapted) < len(parts) or layout_of(parts) == EACH):
         values[TARGET_PARAMETERS] = target_parameters(adapted, None)
-    if parts and layout_of(parts) == EACH:  # the experts were linear layers for PEFT
+    if parts and layout_of(parts) == EACH:  # for PEFT, the experts were linear layers
         linear = [name for name in recipe["layers"] if name not in parts]
         values |= {"target_modules": sorted(linear), "exclude_modules": None}
     return values
 
 
 def _targets_in(peft_model: peft.PeftModel, parameters: Collection[str]) -> list[str] | None:
-    """`target_parameters` of an adapter that the model has, if it adapts just these parameters:
-    PEFT refuses another adapter that spells them in another way.
+    """`target_parameters` of an adapter of the model that adapts exactly these parameters; else
+    None. PEFT refuses a second adapter that spells the same parameters differently.
     """
     wrapped = {
         pattern_name(name, layer)
@@ -169,17 +170,17 @@ def _targets_in(peft_model: peft.PeftModel, parameters: Collection[str]) -> list
 
 
 def _parts(recipe: dict[str, Any]) -> Parts:
-    """The tensors of the file that hold parameters of experts."""
+    """The tensors of the file that hold experts' parameters."""
     return parts_from_json(recipe.get(TENSORS, {}))
 
 
 def _adapted(recipe: dict[str, Any]) -> list[str]:
-    """The parameters of experts that were trained; files have their neighbors too, as zeros."""
+    """The experts' parameters that were trained; files also have their neighbors, as zeros."""
     return [name for name in _parts(recipe) if name in recipe["layers"]]
 
 
 def _number(recipe: dict[str, Any], parameter: str) -> int:
-    """The number of experts of a parameter or, if it was not trained, of one beside it."""
+    """The number of experts of a parameter; if it was not trained, of a trained one beside it."""
     module = parameter.rpartition(".")[0]
     beside = (n for n in _adapted(recipe) if n.rpartition(".")[0] == module)
     experts: int = recipe["layers"][next(beside)]["experts"]
@@ -187,5 +188,5 @@ def _number(recipe: dict[str, Any], parameter: str) -> int:
 
 
 def _stored_keys(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str, str]:
-    """The names of a layer's A, B and bias of B in a file, which may lack the bias."""
+    """The names of a layer's A, B and B's bias in a file, which may lack the bias."""
     return *factor_keys(name, tensors), f"{PREFIX}{name}.lora_B.bias"

@@ -1,9 +1,10 @@
-"""Saves adapters of `initialize` in PEFT's folders, and loads them exactly as they were.
+"""Saves adapters of `initialize` in PEFT's folders, and restores them exactly.
 
-A folder holds the adapter in the portable form of `lora_kernels.save_adapter`, of the original base
-and with s = 1, so that plain PEFT and every server compute W + s·(BA − B₀A₀). The recipe that gives
-back the trained factors is in the header of the safetensors file, which they do not read: each
-reads the other's files.
+A folder holds the adapter in the portable form that `lora_kernels.save_adapter` writes: for the
+original base and with s = 1, so that plain PEFT and every server compute W + s·(BA − B₀A₀). The
+recipe that restores the trained factors is in the header of the safetensors file, which plain PEFT
+and servers do not read. `lora_kernels.load_adapter` reads the folders written here, and the
+reverse.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _FIELDS = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 )
-# Attribute of the PeftModel, see `_loaded`.
+# Attribute of the PeftModel; see `_loaded`.
 _LOADED = "_lora_kernels_loaded"
 
 
@@ -63,11 +64,11 @@ def save_pretrained(
     path_initial_model_for_weight_conversion: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """PEFT's `save_pretrained`; adapters of `initialize` are written in the portable form.
+    """PEFT's `save_pretrained`, but adapters of `initialize` are written in the portable form.
 
     Raises:
-        ValueError: such an adapter should be pickled, or converted, which is unnecessary; or
-            `state_dict` lacks it.
+        ValueError: an adapter of `initialize` would be pickled, or converted, which is unnecessary;
+            or `state_dict` lacks it.
 
     """
     own = type(peft_model).save_pretrained
@@ -97,7 +98,7 @@ def save_pretrained(
     for name in portable:
         folder = Path(save_directory) / ("" if name == "default" else name)
         tensors = peft_model.state_dict() if state is None else state
-        if is_main_process:  # the others may have none, and write nothing
+        if is_main_process:  # other processes may have no state, and write nothing
             _check_state(peft_model, name, tensors)
         pairs = list(layer_factors_of(peft_model, name, tensors))
         changed = _portable_state(peft_model, pairs, tensors)
@@ -115,12 +116,12 @@ def load_adapter(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """PEFT's `load_adapter`; if `save_pretrained` or `lora_kernels.save_adapter` wrote the folder,
+    """PEFT's `load_adapter`. If `save_pretrained` or `lora_kernels.save_adapter` wrote the folder,
     the layers get the A and B that were trained, and the start to subtract. With any other folder,
     the layers whose A and B are loaded subtract nothing.
 
     Raises:
-        ValueError: the file is damaged or has `save_adapter`'s format="native", its recipe is of
+        ValueError: the file is damaged or has `save_adapter`'s format="native", its recipe has
             another version, or its configuration was edited.
         RuntimeError: the adapter is merged.
 
@@ -142,7 +143,7 @@ def load_adapter(
             loaded, starts = loaded | {adapter_name}, restored
             result = own(peft_model, scratch, adapter_name, *args, **kwargs)
     setattr(peft_model, _LOADED, loaded)
-    # Where A and B were loaded without a start, the layer has dropped its own already.
+    # Layers whose A and B were loaded without a start have already dropped their own start.
     for name, layer in lora_layers(peft_model).items():
         if name in starts and has_adapter(layer, adapter_name):
             set_start(layer, adapter_name, *starts[name])
@@ -150,7 +151,7 @@ def load_adapter(
 
 
 def _portable_adapters(peft_model: peft.PeftModel) -> set[str]:
-    """The adapters that are written in the portable form: those of this package."""
+    """The adapters to write in the portable form: those of this package."""
     started = initialized_adapters(peft_model) | adapters_with_start(peft_model)
     return started | _loaded(peft_model)
 
@@ -168,11 +169,11 @@ def _keys(name: str, adapter: str, embedding: bool) -> tuple[str, str]:
 
 
 def _check_state(peft_model: peft.PeftModel, adapter: str, state: Mapping[str, Tensor]) -> None:
-    """Warns, as PEFT does, of factors that are not gathered: they cannot be read again.
+    """Warns, as PEFT does, about factors that are not gathered: they could not be read again.
 
     Raises:
         ValueError: a factor is missing, or PEFT's hot-swapping changed its rank, which PEFT's
-            configuration does not tell.
+            configuration does not show.
 
     """
     empty = []
@@ -221,7 +222,7 @@ def _portable_state(
 
 
 def _rank(pairs: list[LayerFactors]) -> int:
-    """The rank of the portable form, which the groups of convolutions divide."""
+    """The rank of the portable form, which must be a multiple of the convolutions' groups."""
     groups = math.lcm(*(pair.parts[1] for pair in pairs))
     r = max((2 * pair.r if pair.start else pair.r for pair in pairs), default=1)
     return -(-r // groups) * groups
@@ -231,13 +232,13 @@ def _rank(pairs: list[LayerFactors]) -> int:
 def _portable_config(
     peft_model: peft.PeftModel, adapter: str, pairs: list[LayerFactors]
 ) -> Iterator[dict[str, Any]]:
-    """Sets the adapter's configuration to that of the portable form for a while; yields the options
-    that change.
+    """Sets the adapter's configuration to the portable form inside the `with` block; yields the
+    options that change.
     """
     config = peft_model.peft_config[adapter]
     changed = copy.deepcopy(config)
     values = portable_fields(_rank(pairs))
-    if isinstance(config.target_modules, str):  # a regular expression, which servers refuse
+    if isinstance(config.target_modules, str):  # servers refuse regular expressions
         modules = [name.removeprefix(PREFIX) for name, _ in peft_model.named_modules()]
         names = [pair.name for pair in pairs if pair.parts[0] == 1]
         targets, excluded = exact_targets(names, [n for n in modules if ".lora_" not in n])
@@ -261,8 +262,8 @@ def _publish(
     changed: Mapping[str, Tensor],
     fields: Mapping[str, Any],
 ) -> None:
-    """Moves what PEFT wrote into the folder and adds the recipe; a killed process leaves the old
-    files.
+    """Moves what PEFT wrote into the folder and adds the recipe. If the process is killed, the old
+    files remain.
     """
     tensors, _ = load_tensors(written / ADAPTER_FILE)
     config = read_json(written / ADAPTER_CONFIG)

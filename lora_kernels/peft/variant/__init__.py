@@ -1,5 +1,5 @@
-"""What `initialize` changes in PEFT's layers: `start` has how a layer subtracts A₀ and B₀, `dora`
-the same of DoRA layers, `parts` where a layer keeps its tensors.
+"""What `initialize` changes in PEFT's layers: `start` makes a layer subtract A₀ and B₀, `dora` does
+the same for DoRA layers, and `parts` finds a layer's tensors.
 """
 
 from .dora import measure_magnitude

@@ -1,8 +1,8 @@
-"""The start of DoRA layers of PEFT: y = (m ⊘ ‖V‖) ∘ x Vᵀ + b, where V = W + s·(BA − B₀A₀) and ‖V‖
-are the norms of its rows, constants in the backward.
+"""The start of PEFT's DoRA layers: y = (m ⊘ ‖V‖) ∘ x Vᵀ + b, where V = W + s·(BA − B₀A₀) and ‖V‖
+are the norms of V's rows, which the backward treats as constants.
 
-PEFT's own variants of DoRA merge by `get_delta_weight`, which `set_start` replaces: what is here
-inherits that.
+PEFT's own DoRA variants merge by `get_delta_weight`, which `set_start` replaces; the variants here
+inherit their merging.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class DoraStartVariant(DoraLinearVariant):
     ) -> Tensor:
         """y [..., out] from `result` [..., out], the base's output with its bias.
 
-        While A = A₀ and B = B₀, nothing is dropped and m = ‖V‖, it is exactly `result`. If dropout
-        drops parts of x, PEFT computes x W'ᵀ + (g − 1) ∘ drop(x) W'ᵀ + g ∘ s·drop(x) AᵀBᵀ + b with
+        While A = A₀ and B = B₀, m = ‖V‖ and dropout is inactive, y is exactly `result`. With active
+        dropout, PEFT computes x W'ᵀ + (g − 1) ∘ drop(x) W'ᵀ + g ∘ s·drop(x) AᵀBᵀ + b with
         g = m ⊘ ‖V‖ and the base W', which is W − s·B₀A₀ here.
         """
         gain, base = _gain(module, active_adapter), module.get_base_layer()
@@ -44,19 +44,19 @@ class DoraStartVariant(DoraLinearVariant):
             product = result if base.bias is None else result - base.bias  # [..., out]
             return result + (gain - 1) * product + gain * (adapter - start) * scaling
         product = linear(own, matrix_of(module).to(own.dtype)) - start * scaling
-        change = adapter - linear(linear(x, start_A), start_B)  # the base's input is not dropped
+        change = adapter - linear(linear(x, start_A), start_B)  # no dropout, as for the base
         return result + change * scaling + (gain - 1) * (product + adapter * scaling)
 
 
 class DoraEmbeddingStartVariant(DoraEmbeddingVariant):
-    """The same of an embedding, in which PEFT drops nothing."""
+    """`DoraStartVariant` for an embedding, where PEFT applies no dropout."""
 
     @staticmethod
     def forward(
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """y [..., D] of the tokens x, from `result` [..., D], the base's output, which has been
-        multiplied by the layer's `embed_scale` if it has one.
+        """y [..., D] for the tokens x, from `result` [..., D]: the base's output, multiplied by the
+        layer's `embed_scale` if it has one.
         """
         gain = _gain(module, active_adapter)
         lora_A, lora_B = factors_of(module, active_adapter)
@@ -93,7 +93,7 @@ def _row_norms(layer: LoraLayer, adapter: str) -> Tensor:
 
 @torch.no_grad()
 def measure_magnitude(layer: LoraLayer, adapter: str) -> None:
-    """Gives a DoRA adapter the magnitudes of V as it is now, in place; others have none."""
+    """Sets a DoRA adapter's magnitudes to the norms of V, in place; other adapters have none."""
     magnitude = magnitude_of(layer, adapter)
     if magnitude is not None:
         magnitude.copy_(_row_norms(layer, adapter))

@@ -1,12 +1,12 @@
-"""The constant s·B₀A₀ that a layer of PEFT subtracts for an adapter: y = x Wᵀ + s·x (BA − B₀A₀)ᵀ.
+"""The constant s·B₀A₀ that a PEFT layer subtracts for an adapter: y = x Wᵀ + s·x (BA − B₀A₀)ᵀ.
 
 A₀ and B₀ are buffers of the layer, by the adapter's name. They take effect in two places: in a
-`LoraVariant`, PEFT's extension point, which PEFT uses in forward, mixed batches, merging and
-`delete_adapter`; and in `get_delta_weight`, which PEFT calls without the variant to merge torchao
-layers and to combine adapters by SVD.
+`LoraVariant`, PEFT's extension point, which PEFT uses in the forward, in mixed batches, for merging
+and in `delete_adapter`; and in `get_delta_weight`, which PEFT calls without the variant to merge
+torchao layers and to combine adapters by SVD.
 
-For parameters of experts PEFT calls no variant: it forms W + s·BA of `get_delta_weight` or, if one
-adapter is active, of `get_delta_factors`.
+For experts' parameters PEFT calls no variant. It forms W + s·BA by `get_delta_weight` or, if one
+adapter is active, by `get_delta_factors`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StartVariant(LoraVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """Removes old A₀ and B₀, because PEFT has just made the adapter anew."""
+        """Removes old A₀ and B₀, because PEFT has just created the adapter anew."""
         drop_start(module, adapter_name)
 
     @staticmethod
@@ -71,14 +71,14 @@ class StartVariant(LoraVariant):
 
 
 class EmbeddingStartVariant(StartVariant):
-    """The same of an embedding: `x` are tokens, and the base's output is that of a look-up."""
+    """`StartVariant` for an embedding: `x` are tokens, and the base's output is a look-up."""
 
     @staticmethod
     def forward(
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """`result` [..., D], the base's output, plus the columns of s·(BA − B₀A₀) [D, V], times
-        the layer's `embed_scale` if it has one. No dropout, as in PEFT.
+        """`result` [..., D], the base's output, plus the columns of s·(BA − B₀A₀) [D, V],
+        multiplied by the layer's `embed_scale` if it has one. No dropout is applied, as in PEFT.
         """
         lora_A, lora_B = factors_of(module, active_adapter)
         start_A, start_B = module.lora_start_A[active_adapter], module.lora_start_B[active_adapter]
@@ -96,7 +96,7 @@ STARTED = (StartVariant, DoraStartVariant, DoraEmbeddingStartVariant)
 def mixed_batch(
     layer: Embedding, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
 ) -> Tensor:
-    """In place of an embedding's `_mixed_batch_forward`, which calls no variant."""
+    """Replaces an embedding's `_mixed_batch_forward`, which calls no variant."""
     started = [name if start_of(layer, name) is not None else None for name in adapter_names]
     pairs = zip(adapter_names, started, strict=True)
     others = [name if own is None else "__base__" for name, own in pairs]
@@ -110,14 +110,14 @@ def mixed_batch(
 
 
 def _sum(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
-    """`weight` ± `delta`, computed in the wider of the dtypes and rounded once to the weight's."""
+    """`weight` ± `delta`, computed in the wider dtype and rounded once to the weight's."""
     return torch.add(weight, delta.to(weight.device), alpha=sign).to(weight.dtype)
 
 
 @torch.no_grad()
 def delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
-    """s·(BA − B₀A₀) in place of PEFT's `get_delta_weight`, in the weight's layout and B's dtype;
-    computed in float32 or wider and rounded once.
+    """s·(BA − B₀A₀), which replaces PEFT's `get_delta_weight`, in the weight's layout and B's
+    dtype; it is computed in float32 or wider and rounded once.
     """
     start = start_of(layer, adapter)
     if start is None:
@@ -131,7 +131,7 @@ def delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
 
 
 def experts_delta_weight(layer: ParamWrapper, adapter: str) -> Tensor:
-    """s·(BA − B₀A₀) in place of a wrapper's `get_delta_weight`; gradients reach A and B."""
+    """s·(BA − B₀A₀), which replaces a wrapper's `get_delta_weight`; gradients reach A and B."""
     start = start_of(layer, adapter)
     if start is None:
         own: Tensor = type(layer).get_delta_weight(layer, adapter)
@@ -140,7 +140,7 @@ def experts_delta_weight(layer: ParamWrapper, adapter: str) -> Tensor:
 
 
 def experts_delta_factors(layer: ParamWrapper, adapter: str) -> tuple[Tensor, Tensor, float]:
-    """Factors of s·(BA − B₀A₀) in place of a wrapper's `get_delta_factors`."""
+    """Factors of s·(BA − B₀A₀), which replace those of a wrapper's `get_delta_factors`."""
     start = start_of(layer, adapter)
     if start is None:
         own: tuple[Tensor, Tensor, float] = type(layer).get_delta_factors(layer, adapter)
@@ -160,14 +160,14 @@ def _deltas(layer: LoraLayer) -> dict[str, Callable[..., Any]]:
 def set_start(layer: LoraLayer, adapter: str, start_A: Tensor, start_B: Tensor) -> None:
     """Makes the layer subtract s·B₀A₀ while the adapter is active.
 
-    A₀ [r, in] and B₀ [out, r] are copied with the dtypes and devices of A and B, so that BA − B₀A₀
+    A₀ [r, in] and B₀ [out, r] are copied to the dtypes and devices of A and B, so that BA − B₀A₀
     is exactly zero if A and B have the same values.
     """
     if not hasattr(layer, BUFFERS[0]):
         for name in BUFFERS:
             # Persistent, because a checkpoint of the whole model must contain them.
             setattr(layer, name, BufferDict(persistent=True))
-        # PEFT moves and deletes the attributes with these names.
+        # PEFT moves and deletes the attributes in this list.
         layer.other_param_names = (*layer.other_param_names, *BUFFERS)
         for name, function in _deltas(layer).items():
             replace_method(layer, name, function)
@@ -182,7 +182,7 @@ def set_start(layer: LoraLayer, adapter: str, start_A: Tensor, start_B: Tensor) 
 
 
 def _variant(layer: LoraLayer, adapter: str) -> LoraVariant:
-    """That of an adapter which subtracts a start."""
+    """The variant for an adapter that subtracts a start."""
     is_embedding, is_dora = isinstance(layer, Embedding), magnitude_of(layer, adapter) is not None
     if is_dora:
         return DoraEmbeddingStartVariant() if is_embedding else DoraStartVariant()
@@ -205,7 +205,7 @@ def drop_start(layer: LoraLayer, adapter: str) -> None:
         for name in BUFFERS:
             delattr(layer, name)
         names = tuple(name for name in layer.other_param_names if name not in BUFFERS)
-        del layer.other_param_names  # the instance's, which hides the class's
+        del layer.other_param_names  # the instance's attribute, which hides the class's
         if names != layer.other_param_names:
             layer.other_param_names = names
         for name, function in _deltas(layer).items():
@@ -215,12 +215,12 @@ def drop_start(layer: LoraLayer, adapter: str) -> None:
 def load_from_state_dict(
     layer: LoraLayer, state: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
 ) -> None:
-    """In place of `nn.Module._load_from_state_dict`: A₀ and B₀ follow the A and B that are loaded.
+    """Replaces `nn.Module._load_from_state_dict`: A₀ and B₀ follow the A and B that are loaded.
 
     - If A and B come with A₀ and B₀, the layer subtracts these, even if it subtracted nothing.
-    - If A and B come alone, they are those of a plain adapter, and the layer subtracts nothing. It
+    - If A and B come alone, they belong to a plain adapter, and the layer subtracts nothing. It
       warns, because A₀ and B₀ may also have been lost.
-    - If A and B are not loaded, or do not fit, which is an error, A₀ and B₀ do not change.
+    - If A and B are not loaded, or do not fit (which is an error), A₀ and B₀ do not change.
     """
     form = "lora_embedding_%s.%s" if isinstance(layer, Embedding) else "lora_%s.%s.weight"
     loaded = [name for name in adapters_in(layer) if _fit(layer, name, form, state, prefix)]
@@ -246,14 +246,14 @@ def load_from_state_dict(
 
 @contextmanager
 def silently_loaded() -> Iterator[None]:
-    """Without the warning that A and B were loaded without A₀ and B₀: the caller handles these."""
+    """Hides the warning that A and B were loaded without A₀ and B₀: the caller sets these."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_LOADED_WITHOUT)
         yield
 
 
 def _fit(layer: LoraLayer, adapter: str, form: str, state: dict[str, Any], prefix: str) -> bool:
-    """Whether the state has two factors, named as `form` says, with the shapes of A and B."""
+    """Whether the state has two factors with names like `form`, with the shapes of A and B."""
     return all(
         getattr(state.get(prefix + form % (part, adapter)), "shape", None) == own.shape
         for part, own in zip("AB", factors_of(layer, adapter), strict=True)
@@ -261,8 +261,8 @@ def _fit(layer: LoraLayer, adapter: str, form: str, state: dict[str, Any], prefi
 
 
 def _add_adapter_name(state: dict[str, Any], prefix: str, adapter: str) -> None:
-    """Renames A₀ and B₀ of a layer that subtracts nothing yet: PEFT's `set_peft_model_state_dict`
-    gives only those tensors their adapter's name that the model has.
+    """Renames A₀ and B₀ for a layer that subtracts nothing yet: PEFT's `set_peft_model_state_dict`
+    adds the adapter's name only to names of tensors that the model already has.
     """
     for buffer in BUFFERS:
         if prefix + buffer in state:

@@ -1,9 +1,9 @@
-"""Learning rates and s that belong together: setups that train the same (`rescaled`), and the rate
-that a start wants (`suggest`).
+"""Learning rates and s that fit together: setups that train the same (`rescaled`), and suggested
+values for a start (`suggest`).
 
-`setup` is LoRAM's proposition 1, exactly. `suggest` is about rates that were found by training:
-`step_size` measures how far a step of Adam moves W, `reference` has what the study found, `scaling`
-proposes s, and `notes` says what is not known.
+`setup` applies LoRAM's proposition 1 exactly. `suggest` relies on rates that were tuned by
+training: `step_size` measures how far a step of Adam moves W, `reference` has the study's results,
+`scaling` proposes s, and `notes` says what is not known.
 """
 
 from .reference import STUDY, StudyReference, StudyTask

@@ -1,4 +1,4 @@
-"""What is known of a suggested learning rate and what is not, as sentences."""
+"""Notes on a suggested learning rate: what is known about it, and what is not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .step_size import StepSize
 def notes_on(
     config: LoRAConfig, step: StepSize, product: float, ratio: float, is_study: bool
 ) -> tuple[str, ...]:
-    """The notes on a rate that is `product` / κ; `is_study` says that `product` is the study's."""
+    """Notes on the rate `product` / κ; `is_study` says whether `product` is the study's."""
     return (
         *_on_the_rate(is_study),
         *_on_the_study(config, step),
@@ -75,7 +75,7 @@ def _on_the_configuration(config: LoRAConfig, product: float, ratio: float) -> l
 
 
 def start_name(config: LoRAConfig) -> str:
-    """The name of the start: as it was given, or the class of an object."""
+    """The name of the start: the given name, or the class of the given object."""
     given = config.init_lora_weights
     return given.lower() if isinstance(given, str) else type(config.initializer).__name__
 

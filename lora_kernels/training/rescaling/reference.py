@@ -1,4 +1,4 @@
-"""What the study found of the learning rates that it tuned, and on what."""
+"""The learning rates that the study tuned, and the setups that it tuned them on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ...init import Initializer, get_initializer
 
 @dataclass(frozen=True)
 class StudyTask:
-    """A task of the study: a model with so many `parameters`, trained for `steps` optimizer steps
-    of `batch` samples.
+    """A task of the study: a model of size `parameters`, trained for `steps` optimizer steps of
+    `batch` samples.
     """
 
     name: str
@@ -22,13 +22,13 @@ class StudyTask:
 
 @dataclass(frozen=True)
 class StudyReference:
-    """The study's tuned learning rates in two numbers, and what they were measured with.
+    """The study's tuned learning rates in two numbers, and the setups that they come from.
 
     Attributes:
         product: c, the geometric mean over all setups of the tuned rate times κ, the step size.
-            The rate is the peak of a linear warm-up and decay, of AdamW without weight decay.
+            The rate is the peak of a linear warm-up and decay, for AdamW without weight decay.
         spread: the largest factor, in either direction, between a tuned rate and c / κ.
-        full: the lowest and the highest tuned rate of full fine-tuning, which c leaves out.
+        full: the lowest and the highest tuned rate of full fine-tuning, which c does not include.
         tasks: the models and how long they were trained.
         starts: the names of the starts.
         ranks: the values of r.
@@ -45,7 +45,7 @@ class StudyReference:
     scalings: tuple[float, float]
 
     def has_start(self, initializer: Initializer) -> bool:
-        """Whether the study has this kind of start, perhaps with other options."""
+        """Whether the study includes this kind of start, perhaps with other options."""
         return type(initializer) in {type(get_initializer(name)) for name in self.starts}
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class StudyReference:
         )
 
 
-# From benchmarks/results/study/rates.csv, full fine-tuning aside; a test compares them.
+# From benchmarks/results/study/rates.csv, without full fine-tuning; a test compares them.
 STUDY = StudyReference(
     product=4.66e-4,
     spread=2.5,

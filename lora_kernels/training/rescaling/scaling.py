@@ -1,4 +1,4 @@
-"""s for a configuration that leaves it open: a `lora_alpha`, and perhaps a rule."""
+"""Proposes s for a configuration that leaves it open: a `lora_alpha`, and perhaps a rule."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ _ONE = (
 
 
 def with_scaling(config: LoRAConfig) -> tuple[LoRAConfig, str]:
-    """The configuration with a `lora_alpha` if it has none, and why it is this one; else as it is,
-    and "". The rule for s changes only if the configuration names none.
+    """The configuration with a proposed `lora_alpha`, and the reason for it; a configuration that
+    has a `lora_alpha` is returned as it is, with "". The rule for s changes only if the
+    configuration names none.
 
     - "alpha_sqrt": LoRA-α's own constant, 256 (arXiv 2606.12883).
     - A start with s·BA = 0: "rslora" (arXiv 2312.03732), s = 16 / √r. κ = s√(r(ν[A] + ν[B])) then
       does not depend on r if the sizes of the entries do not.
-    - Every other start, or such a one with the rule "lora": s = 1 at `config.r`.
+    - Every other start, and a start with s·BA = 0 under the rule "lora": s = 1 at `config.r`.
     """
     if config.lora_alpha is not None:
         return config, ""

@@ -192,8 +192,8 @@ class ScaledStart(Initializer):
         return replace(self, start=self.start.toward(original))
 
     def take_out_(self, weight: Tensor, start: Start, scaling: float) -> None:
-        """Rewrites the weight [out, in] in place, as the other initializer does if it rewrites the
-        base (LoftQ), else to W − s·B₀A₀.
+        """Rewrites the weight [out, in] in place: as the other initializer does if that rewrites
+        the base (LoftQ), else to W − s·B₀A₀.
         """
         if not self.rewrites_base:
             return super().take_out_(weight, start, scaling)

@@ -13,7 +13,7 @@ from ...init import Initializer, Start
 from ...init.fused import Parts, blocks
 from ..magnitude import adam_growth
 
-LAYERS = 4  # of each kind for which a slow start is computed, unless a user says how many
+LAYERS = 4  # layers of each kind on which a slow start is computed, by default
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class LayerSize:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Equal for layers that differ in the numbers of their blocks only."""
+        """A key that is equal for layers that differ only in the numbers of their blocks."""
         words = tuple(part for part in self.name.split(".") if not part.isdecimal())
         return words, self.shape, self.r, self.scaling
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """κ of a model: `measured` of its adapted `layers` were; `scaling` is the smallest and the
-    largest s, `ranks` the smallest and the largest r.
+    """κ of a model with `layers` adapted layers, `measured` of which were measured. `scaling` is
+    the smallest and the largest s, `ranks` the smallest and the largest r.
     """
 
     value: float
@@ -51,7 +51,8 @@ class StepSize:
     def of(cls, layers: Sequence[LayerSize], squares: Mapping[str, float]) -> StepSize:
         """κ² = Σ κ²_l entries_l / Σ entries_l, from κ² of layers by name.
 
-        Layers that were not measured count with the mean of their kind; one of each kind has to be.
+        A layer that was not measured gets the mean of its kind. At least one layer of each kind
+        must be measured.
 
         Raises:
             ValueError: κ is zero or not finite.
@@ -78,7 +79,7 @@ class StepSize:
 
 
 def is_slow(initializer: Initializer) -> bool:
-    """Whether the start is computed from the entries of W or from data, as by an SVD."""
+    """Whether the start is computed from the entries of W or from data, for example by an SVD."""
     from_data = initializer.needs_gradient or initializer.needs_activations
     return initializer.reads_entries or from_data
 
@@ -98,9 +99,9 @@ def start_square(
 ) -> float:
     """κ² = s² · `adam_growth` of one layer's start, with s = `scaling`.
 
-    Of experts [E, ...] it is their mean; of a fused layer that of its `parts`, by their rows: the
-    zeros of B outside the parts' blocks do not train. `trains` and `ratio` are those of
-    `adam_growth`.
+    For experts [E, ...] it is their mean. For a fused layer it is the mean of its `parts`, weighted
+    by their rows, because the zeros of B outside the parts' blocks do not train. `trains` and
+    `ratio` are those of `adam_growth`.
     """
     if start.lora_A.dim() == 3:
         experts = range(len(start.lora_A))

@@ -1,4 +1,4 @@
-"""`suggest`: the learning rate and the s that a start wants on a model, which is not changed."""
+"""`suggest`: a learning rate and an s for a start on a model; the model does not change."""
 
 from __future__ import annotations
 
@@ -48,41 +48,43 @@ def suggest(
     original_weights: Mapping[str, Tensor] | str | Path | None = None,
     progress: bool = True,
 ) -> Suggestion:
-    """The learning rate for a start, from how far a step of Adam moves W, and an s if it is open.
+    """Suggests a learning rate for a start, from how far a step of Adam moves W, and an s if none
+    is set.
 
     Near its start, one step of Adam at the rate η changes W by a matrix whose entries have the root
-    mean square η·κ, κ² = s² · `adam_growth(A₀, B₀)`, for signs of the gradients that are
-    independent of each other; the mean over a model weighs layers by their numbers of entries. By
-    propositions 1 and 2 of LoRAM (arXiv 2507.06558), setups with equal η·κ grow their updates
-    alike; so the best rate is about c / κ, where c is one setup's best rate times its κ. Training
-    W itself has κ = 1.
+    mean square η·κ, where κ² = s² · `adam_growth(A₀, B₀)`, if the signs of the gradients are
+    independent of each other. κ² of a model is the mean over its layers, weighted by their numbers
+    of entries. By propositions 1 and 2 of LoRAM (arXiv 2507.06558), the updates of setups with
+    equal η·κ grow alike. So the best rate is about c / κ, where c is one setup's best rate times
+    its κ. Training W itself has κ = 1.
 
     The initial factors are those that `add_lora` would compute, one group of layers after another.
-    The model and torch's random generators are left as they are.
+    The model and torch's random generators do not change.
 
     Args:
         model: a model that `add_lora` would adapt, without adapters and not sharded.
-        config: how to adapt it; None means `LoRAConfig()`. If its `lora_alpha` is None, one is
-            proposed, and the rule "rslora" for a start with s·BA = 0 if the configuration names no
-            rule; see `Suggestion.config`.
+        config: how to adapt the model; None means `LoRAConfig()`. If `lora_alpha` is None, a value
+            is proposed. If the configuration also names no rule for s, the rule "rslora" is
+            proposed for a start with s·BA = 0. See `Suggestion.config`.
         reference: (a configuration, its best learning rate) on this model, with one rate for A and
             B; None takes c from the study, `lora_kernels.rescaling.STUDY`.
         optimizer: "adamw" or "adam".
-        ratio: how many times A's learning rate B has (LoRA+, `lora_plus_groups`).
-        layers: of how many layers of each kind, such as all q_proj, to compute a start that reads
-            the entries of W (PiSSA's SVD ...) or is made from gradients or activations; they are
-            evenly spaced. None means all. Of other starts, it is always all.
-        gradients: as for `add_lora`, for starts that are made from them.
-        activations: as for `add_lora`, for starts that are made from them.
+        ratio: B's learning rate divided by A's (LoRA+, `lora_plus_groups`).
+        layers: on how many layers of each kind, such as all q_proj, to compute a start that reads
+            the entries of W (PiSSA's SVD ...), gradients or activations. The layers are evenly
+            spaced; None means all layers. Other starts are always computed on all layers.
+        gradients: as for `add_lora`, for starts that are computed from gradients.
+        activations: as for `add_lora`, for starts that are computed from activations.
         original_weights: as for `add_lora`, for LoftQ and QERA on a quantized model.
-        progress: whether to show a bar; needs rich, and a terminal as standard error.
+        progress: whether to show a progress bar; this needs rich, and a terminal on standard error.
 
     Returns:
-        The suggestion. `print` it; `add_lora(model, suggestion.config)` is what it is for.
+        The suggestion. `print` shows it; `add_lora(model, suggestion.config)` uses it.
 
     Raises:
-        ValueError: another optimizer, a value out of range, a model that has adapters, is sharded
-            or on the meta device, only embeddings to adapt, and as `add_lora`.
+        ValueError: another optimizer; a value out of range; a model that has adapters, is sharded
+            or is on the meta device; a configuration that adapts only embeddings; and as
+            `add_lora`.
         TypeError: an argument of the wrong type, and as `add_lora`.
 
     """
@@ -153,14 +155,14 @@ def _check_base(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Data:
-    """What some starts are made from."""
+    """Data that some starts are computed from."""
 
     gradients: Mapping[str, Tensor] | None
     activations: Mapping[str, Any] | None
     originals: Mapping[str, Tensor] | str | Path | None
 
     def share(self, initializer: Initializer, starts: Sequence[Initializer]) -> _Data:
-        """The data without what only another one of the starts needs."""
+        """The data for `initializer`, without what only others of the `starts` need."""
 
         def is_for(need: str) -> bool:
             others = any(getattr(other, need) for other in starts)
@@ -181,7 +183,7 @@ def _step_size(
     limit: int | None,
     progress: bool,
 ) -> tuple[StepSize, tuple[str, ...]]:
-    """κ of the adapters that `add_lora` would add, and notes on layers that are not in it."""
+    """κ of the adapters that `add_lora` would add, and notes on layers that κ leaves out."""
     plans, left = _plans(model, config, data)
     sizes = {plan.name: _size(plan) for plan in plans}
     initializer = config.initializer
@@ -210,8 +212,8 @@ def _step_size(
 
 
 def _plans(model: nn.Module, config: LoRAConfig, data: _Data) -> tuple[list[LayerPlan], list[str]]:
-    """The plans of `add_lora`, except those of embeddings and of layers that are adapted as one
-    with an embedding, whose names come second.
+    """The plans of `add_lora`, and the names of layers without a plan here: embeddings, and layers
+    that are adapted as one with an embedding.
     """
     config = with_ties(model, with_task_head(model, config))
     selection = select_layers(model, config)

@@ -13,23 +13,23 @@ from .step_size import StepSize
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What to train a start with. `str()` gives a readable summary.
+    """Suggested settings for training a start. `str()` gives a readable summary.
 
     Attributes:
         learning_rate: the peak rate of Adam or AdamW; with LoRA+, that of A.
-        low: the lower end of the range around it in which the study's tuned rates lie.
+        low: the lower end of the range around that rate in which the study's tuned rates lie.
         high: the upper end of that range.
         config: the configuration to pass to `add_lora`, with `lora_alpha` filled in.
         scaling: s; (smallest, largest) if the layers differ.
-        lora_alpha: the α from which s follows; `alpha_pattern` may give layers another.
-        scaling_rule: the rule by which s follows from it.
-        ratio: how many times A's rate B has.
+        lora_alpha: the α from which s is computed; `alpha_pattern` may give layers another α.
+        scaling_rule: the rule that computes s from α.
+        ratio: B's learning rate divided by A's.
         step_size: κ, the root mean square of the entries of the change of W in one step of Adam at
             the rate 1.
         measured: the number of layers on which κ was measured.
         layers: the number of adapted layers.
         reference: where c = learning_rate · κ comes from.
-        notes: what is known and what is not, a sentence or two each.
+        notes: what is known and what is not, one or two sentences each.
 
     """
 
@@ -74,8 +74,8 @@ def make_suggestion(
 ) -> Suggestion:
     """The suggestion for a configuration with a `lora_alpha` and the κ that was measured.
 
-    `product` is c, and `reference` says where it comes from; None means the study's. `notes` are
-    put in front of the others.
+    `product` is c, and `reference` says where c comes from; None means the study's c. `notes` come
+    before the other notes.
     """
     is_study = product is None
     c = STUDY.product if product is None else product
@@ -98,7 +98,7 @@ def make_suggestion(
 
 
 def reference_text(config: LoRAConfig, step: StepSize, rate: float) -> str:
-    """Where c comes from, if it is from a configuration that trains well at this rate."""
+    """Where c comes from, if that is a configuration that trains well at this rate."""
     low, high = step.scaling
     text = described(config, low if low == high else (low, high))
     return f"{text} at the rate {rate:.2g} on this model, where κ = {step.value:.3g}"

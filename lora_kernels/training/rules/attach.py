@@ -21,20 +21,20 @@ from .riemannian import Riemannian
 def precondition_gradients_(model: nn.Module, rule: Rule) -> None:
     """Rewrites the gradients of A and B of a model's active adapters, once.
 
-    To be called after the backward (and `GradScaler.unscale_`) and before `optimizer.step()`: in
-    front of `clip_grad_norm_` to clip the rewritten gradients, or behind it. `lora_pro`,
-    `riemannian` and `lora_fa` do it in the optimizer's step instead, which is behind the clipping.
-    Gradients are overwritten in place, in their dtypes. Layers without gradients are left alone; so
-    are biases of B and DoRA's magnitudes. With DoRA, BA is the update of the direction.
+    Call this after the backward (and `GradScaler.unscale_`) and before `optimizer.step()`. Call it
+    before `clip_grad_norm_` to clip the rewritten gradients, or after it to clip the original ones.
+    `lora_pro`, `riemannian` and `lora_fa` rewrite gradients in the optimizer's step instead, after
+    any clipping. Gradients are overwritten in place, in their dtypes. Layers without gradients,
+    biases of B and DoRA's magnitudes do not change. With DoRA, BA is the update of the direction.
 
     Args:
         model: a model with adapters, ours or PEFT's.
         rule: `LoRAPro()`, `Riemannian()` or `LoRAFA()`.
 
     Raises:
-        TypeError: `rule` is no rule, or a gradient is sparse.
+        TypeError: `rule` is not a rule, or a gradient is sparse.
         ValueError: no adapter trains, or the rule is not defined for one of them (R, KaSA, a frozen
-            B, sharded factors); then no gradient was rewritten.
+            B, sharded factors). No gradient is rewritten then.
 
     """
     if not isinstance(rule, Rule):
@@ -45,8 +45,8 @@ def precondition_gradients_(model: nn.Module, rule: Rule) -> None:
 class RuleHandle:
     """A rule that is registered on an optimizer.
 
-    The optimizer's `state_dict` has nothing of it: after a resume, register the rule on the new
-    optimizer. Copies of the optimizer do not have it either.
+    The rule is not in the optimizer's `state_dict`: after resuming, register it on the new
+    optimizer. Copies of the optimizer do not have the rule either.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, rule: Rule) -> None:
@@ -71,23 +71,24 @@ class RuleHandle:
 
 
 def lora_pro(model: nn.Module, optimizer: Optimizer, damping: float = 1e-8) -> RuleHandle:
-    """Makes every step of `optimizer` one of LoRA-Pro: see `LoRAPro` and `RuleHandle`.
+    """Makes every step of `optimizer` a step of LoRA-Pro: see `LoRAPro` and `RuleHandle`.
 
     The rule runs at the beginning of `optimizer.step()`: after the clipping of gradients, after
     the averaging of `DistributedDataParallel`, and only in steps that `GradScaler` does not skip.
-    The optimizer may be any but LBFGS, fused ones and those that accelerate prepared included.
+    Every optimizer except LBFGS is supported, including fused optimizers and optimizers that
+    accelerate has prepared.
 
     Raises:
-        TypeError: `optimizer` is no `torch.optim.Optimizer`, or `damping` no number.
-        ValueError: as `precondition_gradients_`; or the optimizer has none of the factors or A or B
-            alone, or another rule, or is LBFGS; or `damping` is negative or not finite.
+        TypeError: `optimizer` is not a `torch.optim.Optimizer`, or `damping` is not a number.
+        ValueError: as `precondition_gradients_`; or the optimizer has no factors, has only A or
+            only B, has another rule, or is LBFGS; or `damping` is negative or not finite.
 
     """
     return _register(model, optimizer, LoRAPro(damping))
 
 
 def riemannian(model: nn.Module, optimizer: Optimizer, damping: float = 1e-6) -> RuleHandle:
-    """Makes every step of `optimizer` a preconditioned one: see `Riemannian`, and `lora_pro` for
+    """Makes every step of `optimizer` a preconditioned step: see `Riemannian`, and `lora_pro` for
     when the rule runs.
 
     Raises:
@@ -98,14 +99,14 @@ def riemannian(model: nn.Module, optimizer: Optimizer, damping: float = 1e-6) ->
 
 
 def lora_fa(model: nn.Module, optimizer: Optimizer, damping: float = 1e-8) -> RuleHandle:
-    """Freezes every A, and makes every step of `optimizer` one of LoRA-FA: see `LoRAFA`, and
+    """Freezes every A, and makes every step of `optimizer` a step of LoRA-FA: see `LoRAFA`, and
     `lora_pro` for when the rule runs.
 
-    The optimizer may have A among its parameters: it passes over parameters without gradients.
+    A may be among the optimizer's parameters: optimizers skip parameters without gradients.
 
     Raises:
-        TypeError, ValueError: as `lora_pro`; the model is a `DistributedDataParallel` already,
-            which would wait for the gradients of A.
+        TypeError, ValueError: as `lora_pro`; or the model is already wrapped in
+            `DistributedDataParallel`, which would wait for the gradients of A.
 
     """
     rule = LoRAFA(damping)
@@ -156,7 +157,7 @@ class _Hook:
         return None
 
     def _after(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
-        """The closure, in which the backward is, and then the rule."""
+        """A closure that calls `closure`, which runs the backward, and then the rule."""
 
         def followed() -> Any:
             loss = closure()
@@ -191,7 +192,7 @@ def _owned(pairs: Sequence[FactorPair], optimizer: Optimizer, rule: Rule) -> lis
     """The pairs that the optimizer trains; others may be another optimizer's.
 
     Raises:
-        ValueError: it has only one of A and B, and the rule rewrites both.
+        ValueError: the optimizer has only one of A and B, and the rule rewrites both.
 
     """
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -21,7 +21,7 @@ class Rule(ABC):
     """Rewrites the gradients of A and B between the backward and the optimizer's step.
 
     A rule has no state, and is linear in the gradients: a common factor of all gradients, such as
-    that of clipping by norm or GradScaler's scale, may be applied before it or after it.
+    the factor of clipping by norm or GradScaler's scale, may be applied before or after the rule.
 
     Attributes:
         damping: δ, which is added to the eigenvalues of AAᵀ and of BᵀB.

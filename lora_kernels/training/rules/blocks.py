@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .pairs import FactorPair
 
-_BYTES = 16 * 2**20  # of the stacked copies that exist at a time; a larger layer is alone
+_BYTES = 16 * 2**20  # of the stacked copies that exist at a time; a larger layer has its own block
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Block:
         return matrices.to(_work_dtype(self.pairs[0]))
 
     def write_grad_A_(self, new: Tensor) -> None:
-        """Overwrites the gradients of A by `new` [N, r, in], in place."""
+        """Overwrites the gradients of A with `new` [N, r, in], in place."""
         self._write_([pair.grad_A for pair in self.pairs], new)
 
     def write_grad_B_(self, new: Tensor) -> None:
-        """Overwrites the gradients of B by `new` [N, out, r], in place."""
+        """Overwrites the gradients of B with `new` [N, out, r], in place."""
         self._write_([pair.grad_B for pair in self.pairs], new)
 
     def _stacked(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -94,7 +94,7 @@ def batches(pairs: Sequence[FactorPair]) -> Iterator[list[Block]]:
 
 
 def _cut(pairs: Sequence[FactorPair]) -> Iterator[Block]:
-    """Blocks of `_BYTES` at most, factors and gradients, or of one larger pair."""
+    """Blocks whose factors and gradients have at most `_BYTES`, or of one larger pair."""
     taken: list[FactorPair] = []
     size = 0
     for pair in pairs:

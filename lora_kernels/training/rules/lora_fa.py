@@ -19,8 +19,8 @@ class LoRAFA(Rule):
 
     LoRA-FA (Zhang et al., arXiv 2308.03303), with the gradient correction of PEFT's
     `LoraFAOptimizer`: s·g_B·A is the matrix nearest to full fine-tuning's gradient, in the
-    Frobenius norm, among those that a step of B alone can make. The pseudo-inverse takes
-    eigenvalues of at most r · eps of the largest for 0, as PEFT's does.
+    Frobenius norm, among those that a step of B alone can make. The pseudo-inverse treats
+    eigenvalues of at most r · eps times the largest as 0, as PEFT's does.
 
     Attributes:
         damping: δ, 1e-8 as in PEFT.
@@ -32,7 +32,7 @@ class LoRAFA(Rule):
     needs_A: ClassVar[bool] = False
 
     def prepare_(self, pairs: Sequence[FactorPair]) -> list[FactorPair]:
-        """As of other rules; then drops the gradients of A."""
+        """As for other rules; then removes the gradients of A."""
         found = super().prepare_(pairs)
         for pair in pairs:
             pair.lora_A.grad = None

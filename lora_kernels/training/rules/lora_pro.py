@@ -20,14 +20,14 @@ class LoRAPro(Rule):
 
     LoRA-Pro (Wang et al., arXiv 2407.18242, theorems 2.1 and 2.3). s(B g_A + g_B A) is the matrix
     nearest to full fine-tuning's gradient, in the Frobenius norm, among those that a step of A and
-    B can make; X makes no difference to it, and keeps g_A and g_B nearest to the gradients of A and
-    B. At a start with B = 0, g_A is 0.
+    B can make. X does not change that matrix; it makes g_A and g_B nearest to the gradients of A
+    and B. At a start with B = 0, g_A is 0.
 
-    With SGD this is the paper's theorem. With Adam, its moments are those of the rewritten
+    With SGD this is the paper's theorem. With Adam, the moments are those of the rewritten
     gradients, as in the authors' "efficient" AdamW (LoRAProAdamW); their "full" AdamW stores
-    moments of full [out, in] gradients, which this does not do. As in their code, pseudo-inverses
-    take eigenvalues of at most r · eps of the largest for 0. It needs gradients of the loss, up to
-    a common factor: gradients that were clipped by value are not of that form.
+    moments of full [out, in] gradients, which this rule does not. As in their code, pseudo-inverses
+    treat eigenvalues of at most r · eps times the largest as 0. The rule needs gradients of the
+    loss, up to a common factor; gradients that were clipped by value are not of that form.
 
     Attributes:
         damping: δ, 1e-8 as in the authors' code.

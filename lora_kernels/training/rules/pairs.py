@@ -53,19 +53,19 @@ class FactorPair:
 
     @property
     def grad_A(self) -> Tensor:
-        """The gradient of A, which has one."""
+        """The gradient of A; only for an A that has one."""
         assert self.lora_A.grad is not None
         return self.lora_A.grad
 
     @property
     def grad_B(self) -> Tensor:
-        """The gradient of B, which has one."""
+        """The gradient of B; only for a B that has one."""
         assert self.lora_B.grad is not None
         return self.lora_B.grad
 
     def by_part(self) -> list[FactorPair]:
-        """A pair for each part of a fused layer, whose factors and gradients are views of these: a
-        rule for the whole would fill B between the blocks. Of other layers, the pair itself.
+        """For a fused layer, one pair for each part, with views of these factors and gradients: a
+        rule for the whole would fill B outside the blocks. For other layers, the pair itself.
         """
         if not self.parts:
             return [self]
@@ -90,12 +90,12 @@ class FactorPair:
 
 def trained_pairs(model: nn.Module, rule: str, needs_A: bool = True) -> list[FactorPair]:
     """The pairs of the active adapters that train, in our layers and in PEFT's. A pair that two
-    layers share is there once.
+    layers share is returned once.
 
     Args:
         model: a module; wrappers such as `DistributedDataParallel` may be around it.
         rule: the rule's name, for errors.
-        needs_A: whether A must train, for the rule to be defined.
+        needs_A: whether the rule is defined only if A trains.
 
     Raises:
         ValueError: the rule is not defined for one of the adapters; the error names the layer.

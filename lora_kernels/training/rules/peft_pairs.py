@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ...model.install.layers import unwrapped
 
 NO_RULE = "train this adapter without a rule"  # the end of errors
-# PEFT's variants whose update is a product s·BA, by the beginning of the class' name: DoRA's is one
-# of the direction, aLoRA's one of some tokens, and Start is this package's.
+# PEFT's variants whose update is a product s·BA, by the beginning of the class's name. DoRA's
+# product updates the direction, aLoRA's applies to some tokens, and Start is this package's.
 _PRODUCTS = ("Dora", "_Dora", "ALora", "Start")
 _Factors: TypeAlias = tuple[Tensor, Tensor]
 
@@ -23,7 +23,7 @@ def peft_factors(model: nn.Module) -> Iterator[tuple[str, _Factors | str, float]
     """
     module = sys.modules.get("peft.tuners.lora.layer")
     if module is None:
-        return  # a model with such layers has imported it
+        return  # a model with PEFT's layers has imported PEFT
     for name, layer in unwrapped(model).named_modules():
         if not isinstance(layer, module.LoraLayer):
             continue

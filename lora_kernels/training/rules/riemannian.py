@@ -16,10 +16,11 @@ class Riemannian(Rule):
 
     Riemannian Preconditioned LoRA (Zhang, Pilanci, arXiv 2402.02347, equation 1 and algorithm 1):
     with SGD this is their scaled GD, with AdamW their scaled AdamW. Both gradients are
-    preconditioned with the A and B of before the step. s has no part in it.
+    preconditioned with A and B as they are before the step. s is not used.
 
     Attributes:
-        damping: δ, 1e-6 as in the authors' code. Positive: B may be 0 at the start.
+        damping: δ, 1e-6 as in the authors' code. It must be positive, because B may be 0 at the
+            start.
 
     """
 

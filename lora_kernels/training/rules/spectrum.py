@@ -1,5 +1,5 @@
-"""`Spectrum`: eigendecompositions of many r × r Gram matrices by one call, and what rules make of
-them.
+"""`Spectrum`: eigendecompositions of many r × r Gram matrices by one call, and the matrices that
+rules compute from them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Spectrum:
 
     @staticmethod
     def of(grams: Tensor, eps: float) -> Spectrum:
-        """Decomposes `grams` float64 [N, r, r] by one call. It raises nothing for entries that are
-        not finite.
+        """Decomposes `grams` float64 [N, r, r] by one call. Entries that are not finite raise no
+        error.
         """
         valid = grams.isfinite().all(-1).all(-1)
         unit = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
@@ -43,15 +43,15 @@ class Spectrum:
 
     def pseudo_inverse(self, damping: float) -> Tensor:
         """(M + `damping` I)⁺ [N, r, r] as `torch.linalg.pinv` computes it for matrices in the
-        factors' dtype: 0 for eigenvalues of at most r · eps of the largest. NaN where M is not
+        factors' dtype: 0 for eigenvalues of at most r · eps times the largest. NaN where M is not
         finite.
         """
         shifted = self.values + damping
         return self._with(torch.where(self._counts(shifted), 1 / shifted, 0.0))
 
     def sylvester(self, other: Spectrum, right: Tensor) -> Tensor:
-        """X [N, r, r] with M X + X N = `right`, N the matrices of `other`; 0 in the directions in
-        which neither M nor N counts.
+        """X [N, r, r] with M X + X N = `right`, where N are the matrices of `other`; 0 in the
+        directions in which the eigenvalues of both M and N are only rounding errors.
         """
         sums = self.values[:, :, None] + other.values[:, None, :]
         counts = self._counts(sums.flatten(1)).view_as(sums)
@@ -59,7 +59,7 @@ class Spectrum:
         return self.vectors @ torch.where(counts, rotated / sums, 0.0) @ other.vectors.mT
 
     def _counts(self, values: Tensor) -> Tensor:
-        """Which of the `values` [N, k] are more than rounding errors of the largest."""
+        """Which of the `values` [N, k] are larger than rounding errors of the largest value."""
         rank = self.values.shape[-1]
         return values > rank * self.eps * values.amax(-1, keepdim=True)
 

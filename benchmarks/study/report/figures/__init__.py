@@ -1,4 +1,6 @@
-"""The figures of the report. Each draws what has run, and is left out if that is nothing."""
+"""The figures of the report. Each figure shows the finished runs, and is left out if there are
+none.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ FIGURES = {
 
 
 def draw(study: Study, folder: Path) -> list[str]:
-    """Write the figures that have anything to show; returns their names."""
+    """Write the figures that have data; returns their names."""
     return [name for name, figure in FIGURES.items() if figure(study, folder / name)]
 
 

@@ -52,7 +52,7 @@ def _mark(axis: Any, position: int, comparison: Comparison, color: str) -> None:
 
 
 def _decorate(axis: Any, methods: list[str]) -> None:
-    """Zero, the band of hypothesis 1, and lines between the groups."""
+    """Draw zero, the band of hypothesis 1, and lines between the groups."""
     axis.axvspan(-NEARLY_EQUAL, NEARLY_EQUAL, color="#eeeeee", zorder=0)
     axis.axvline(0, color="#444444", linewidth=1.0)
     group = {method: name for name, members in GROUPS.items() for method in members}

@@ -22,7 +22,7 @@ from benchmarks.study.report.statistics import mean_interval
 
 
 def loss_against_rate(study: Study, path: Path) -> bool:
-    """All cells of which anything has run, the unfinished ones too."""
+    """All cells with at least one run, also unfinished cells."""
 
     def paint(axis: Any, own: list[Measured]) -> None:
         for measured in own:
@@ -58,7 +58,7 @@ def _save(
     path: Path,
     title: str,
 ) -> bool:
-    """A row of panels for each group of methods, and each other rank; a column for each task."""
+    """A row of panels for each group of methods and for each other rank; a column for each task."""
     groups = _groups(cells)
     if not groups:
         return False
@@ -92,7 +92,9 @@ def _groups(cells: Sequence[Measured]) -> dict[str, list[Measured]]:
 
 
 def _with_references(cells: Sequence[Measured], own: list[Measured]) -> list[Measured]:
-    """LoRA of the same rank and full fine-tuning first, so that the others are drawn over them."""
+    """LoRA of the same rank and full fine-tuning first, so that the other methods are drawn over
+    them.
+    """
     wanted = {(m.cell.task, REFERENCE, m.cell.r) for m in own}
     wanted |= {(m.cell.task, FULL, RANK) for m in own}
     references = [m for m in cells if (m.cell.task, m.cell.method, m.cell.r) in wanted]
@@ -119,9 +121,9 @@ def _grid(axis: Any, own: Measured) -> None:
 
 
 def _limits(axis: Any, cells: list[Measured]) -> None:
-    """From below the smallest loss to above that of the untouched model, where a line is drawn."""
+    """From below the smallest loss to above the untouched model's loss, which a line marks."""
     losses = [loss for own in cells for loss in own.first.values() if math.isfinite(loss)]
-    # Init[AB+] starts a little off the untouched model, the others on it.
+    # Init[AB+] starts near the untouched model, the other methods exactly at it.
     untouched = median(float(row["start_loss"]) for own in cells for row in own.runs.values())
     lowest = min([*losses, untouched])
     axis.axhline(untouched, color="black", linestyle=":", linewidth=0.8)

@@ -63,7 +63,7 @@ def _curve(axis: Any, found: Curves, weight: float, of_rate: bool) -> None:
 
 
 def _limits(axis: Any, runs: Sequence[Trained]) -> None:
-    """Half as high again as the range of the fit, unless all losses are lower."""
+    """Limit the axis to 1.5 times the range of the fit, unless all losses are lower."""
     losses = [run.loss for run in runs]
     lowest = min(losses)
     top = min(max(losses), lowest * (1 + 1.5 * (LIMIT - 1)))

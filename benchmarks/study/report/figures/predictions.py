@@ -1,4 +1,4 @@
-"""predicted_rates.png: the best rates that were found against those that theory predicts."""
+"""predicted_rates.png: the best rates that were found against the rates that theory predicts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ _KINDS = {
 
 
 def found_and_predicted(study: Study, path: Path) -> bool:
-    """A row of panels on the grid and one between its rates, a panel for each task."""
+    """One row of panels for rates on the grid and one for interpolated rates; a panel for each
+    task.
+    """
     rows = rate_rows(study)
     found = {
         (kind, task): points

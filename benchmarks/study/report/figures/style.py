@@ -1,4 +1,4 @@
-"""How a method looks in every figure, and how figures are laid out and saved."""
+"""The look of each method in all figures, and the layout and saving of figures."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from benchmarks.study.methods import ABLATIONS, CORE, FULL, METHODS, REFERENCE, RIVALS
 
 TEXT = 8  # points
-_LETTERS = 11  # of a title to an inch
-_LINE = 110  # letters of a title's line at most
+_LETTERS = 11  # letters of a title per inch
+_LINE = 110  # letters in a line of a title, at most
 WIDTH, HEIGHT, LEGEND = 4.0, 3.2, 2.0  # of a panel and a legend, in inches
 # Okabe and Ito's colors for color-blind readers, with brown for their black and without their
 # yellow, which is too light for lines. Methods that share a color differ in marker and line.
@@ -98,7 +98,7 @@ def handles(methods: Collection[str]) -> list[Any]:
 
 
 def spread_out(entries: Sequence[Any], rows: Sequence[str]) -> dict[str, Sequence[Any]]:
-    """One legend for a whole figure, in parts beside its rows."""
+    """One legend for a whole figure, divided among its rows."""
     size = math.ceil(len(entries) / len(rows))
     return {row: entries[size * i : size * (i + 1)] for i, row in enumerate(rows)}
 
@@ -108,7 +108,7 @@ def panels(
     columns: Sequence[str],
     paint: Callable[[Any, str, str], bool],
 ) -> Any:
-    """A figure with a panel for each row and column, and the legend of a row at its right.
+    """A figure with a panel for each row and column; each row has its legend at the right.
 
     `rows` has the entries of each row's legend. `paint(axis, row, column)` draws a panel and
     returns whether there was anything to draw; the place of an empty panel is left blank.

@@ -24,7 +24,7 @@ _HYPOTHESES: dict[int, tuple[str, Callable[[Study, str], list[Finding]], Sequenc
 
 
 def findings(study: Study) -> list[Finding]:
-    """Of every hypothesis its verdict, then the numbers of each task."""
+    """The verdict on every hypothesis, each followed by the numbers of each task."""
     found = []
     for number, (claim, decide, tasks) in _HYPOTHESES.items():
         parts = [finding for task in tasks for finding in decide(study, task)]

@@ -23,7 +23,7 @@ class Finding:
     Attributes:
         hypothesis: its number in docs/study.md.
         scope: a task, with its rank where that is not 16; "all" for the verdict on the hypothesis.
-        quantity: what `value` is; `bound` is the rule that it is held against.
+        quantity: what `value` is; `bound` is the rule that decides.
         value: None where it cannot be computed yet.
         detail: where the value comes from, for the reader.
         cells: how many of the planned cells are finished, as in "9 of 21".
@@ -48,7 +48,7 @@ def planned(task: str, methods: Collection[str], ranks: Collection[int] = (RANK,
 
 
 def missing(study: Study, cells: Sequence[Cell]) -> list[Cell]:
-    """Those that are not finished, or have no best rate."""
+    """The cells that are not finished or have no best rate."""
     return [cell for cell in cells if study.get(*_key(cell)) is None]
 
 
@@ -57,7 +57,7 @@ def counted(cells: Sequence[Cell], left: Sequence[Cell]) -> str:
 
 
 def for_all(holds: bool, left: Sequence[Cell]) -> str:
-    """The verdict on a claim about each cell: one exception is enough, whatever is missing."""
+    """The verdict on a claim about each cell: one exception refutes it, whatever is missing."""
     return FAILS if not holds else not_decided(left) if left else HOLDS
 
 
@@ -72,14 +72,14 @@ def for_whole(holds: bool, left: Sequence[Cell]) -> str:
 
 
 def not_decided(left: Sequence[Cell]) -> str:
-    """With the names of what is missing."""
+    """The verdict "not decided", with the names of the missing cells."""
     names = [_name(cell) for cell in left[:NAMED]]
     more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
     return f"{NOT_DECIDED}: no tuned {'; '.join(names)}{more}"
 
 
 def together(number: int, claim: str, findings: Sequence[Finding]) -> Finding:
-    """The verdict on a hypothesis: it fails where one part fails, and holds where all hold."""
+    """The verdict on a hypothesis: it fails if one part fails, and holds if all parts hold."""
     verdicts = [finding.verdict for finding in findings if finding.verdict]
     open_in = [f.scope for f in findings if f.verdict.startswith(NOT_DECIDED)]
     if FAILS in verdicts:

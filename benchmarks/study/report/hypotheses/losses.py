@@ -1,4 +1,4 @@
-"""Hypotheses 1 and 4: how far tuned losses are apart."""
+"""Hypotheses 1 and 4: how far apart tuned losses are."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ STARTS = [name for name in METHODS if name not in (FULL, *ONLY_R)]
 def nearly_equal(study: Study, task: str) -> list[Finding]:
     """Hypothesis 1 on a task: no mean difference from LoRA is below -2 %.
 
-    All methods count in which A and B train, those that differ from LoRA by s or by B's rate too;
-    the starts alone are shown beside it.
+    The rule covers all methods in which A and B train, including those that differ from LoRA in s
+    or in B's rate. The result for the starts alone is shown for comparison.
     """
     alone = [m for m in STARTS if METHODS[m].scaling == "lora" and METHODS[m].ratio == 1]
     rule = _lowest(study, task, STARTS, "lowest difference from LoRA, %")

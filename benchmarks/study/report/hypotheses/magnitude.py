@@ -1,9 +1,9 @@
 """Hypothesis 3: do the losses fall on one curve when drawn against the magnitude of the update?
 
-The rule, written when only the three lowest rates of LoRA and of LoRAM had run, on one task: of the
-finished cells of a task at r = 16, all runs of the first seed that did not diverge and whose final
-loss is at most 1.2 times the smallest one of the task. Two cubic polynomials go through them, of
-log ν[ΔW] and of log η.
+The rule, written when only the three lowest rates of LoRA and of LoRAM had run, on one task: take
+the finished cells of a task at r = 16, and from them all runs of the first seed that did not
+diverge and whose final loss is at most 1.2 times the smallest loss of the task. Two cubic
+polynomials are fitted to these runs, one in log ν[ΔW] and one in log η.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Trained(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """The two curves of a task through the runs with losses up to `limit`."""
+    """The two curves of a task, fitted to the runs with losses up to `limit`."""
 
     fitted: Sequence[Trained]
     limit: float
@@ -43,13 +43,15 @@ class Curves(NamedTuple):
 
     @property
     def left(self) -> float:
-        """What the magnitude leaves of the variance, over what the rate leaves."""
+        """The variance that the magnitude leaves, as a fraction of the variance that the rate
+        leaves.
+        """
         of_rate = 1 - self.of_rate.r_squared
         return (1 - self.of_update.r_squared) / of_rate if of_rate else math.inf
 
 
 def trained_runs(study: Study, task: str) -> list[Trained]:
-    """Those of the task's finished cells at r = 16 that changed W and did not diverge."""
+    """The runs of the task's finished cells at r = 16 that changed W and did not diverge."""
     found = []
     for own in study.tuned:
         if (own.cell.task, own.cell.r) != (task, RANK):

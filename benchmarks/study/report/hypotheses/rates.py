@@ -22,18 +22,18 @@ from benchmarks.study.report.hypotheses.finding import (
 from benchmarks.study.report.methods import ReportRow
 from benchmarks.study.report.rates import interpolated_rate, rate_rows
 
-APART = 10.0  # hypothesis 2: the best rates differ by more than so many times
+APART = 10.0  # hypothesis 2: the best rates differ by more than this factor
 STEP = math.sqrt(10)  # of the grid
 ROUNDING = 2e-3  # of a ratio of rates, which have three digits
-# Hypothesis 5: theory has the best rate at r^(-1/2) where s does not depend on r, and at r^0 where
-# s is proportional to 1/√r. What is nearer decides.
+# Hypothesis 5: in theory, the best rate is proportional to r^(-1/2) if s does not depend on r, and
+# does not depend on r if s is proportional to 1/√r. The nearer exponent decides.
 HALFWAY = 0.25
 DEPENDS = {"rslora": False, REFERENCE: True}
 
 
 def differ_as_predicted(study: Study, task: str) -> list[Finding]:
     """Hypothesis 2 on a task, at r = 16: the largest best rate is more than ten times the smallest,
-    and each is within √10 of the one predicted from LoRA's.
+    and each is within √10 of the rate predicted from LoRA's.
     """
     cells = planned(task, METHODS)
     left = missing(study, cells)
@@ -83,9 +83,9 @@ def rank_tasks() -> list[str]:
 
 
 def depend_on_rank(study: Study, task: str) -> list[Finding]:
-    """Hypothesis 5 on a task, decided by the slope of log best rate over log r, the best rates
-    between those of the grid: RsLoRA's is nearer to 0 than to ± 1/2, and LoRA's is not. Other
-    methods are shown beside it.
+    """Hypothesis 5 on a task, decided by the slope of the log of the interpolated best rate over
+    log r: RsLoRA's slope is nearer to 0 than to ± 1/2, and LoRA's slope is not. Other methods are
+    shown for comparison.
     """
     ranks = sorted({c.r for c in PLANNED if c.task == task})
     methods = [m for m in METHODS if len(planned(task, (m,), ranks)) == len(ranks)]
@@ -118,7 +118,7 @@ def _slope(study: Study, task: str, method: str, ranks: list[int]) -> Finding:
 
 
 def _listed(tuned: dict[int, Measured], between: dict[int, float]) -> str:
-    """The rates on the grid, and between, rank by rank."""
+    """The best rates on the grid and the interpolated ones, rank by rank."""
     parts = []
     for r, own in tuned.items():
         inner = f" ({between[r]:.2e})" if r in between else ""

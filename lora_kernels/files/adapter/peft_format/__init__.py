@@ -1,1 +1,1 @@
-"""PEFT's adapter format, as of PEFT 0.21: written, read, and how PEFT itself loads it."""
+"""Writes and reads PEFT's adapter format (PEFT 0.21), and predicts how PEFT itself loads it."""

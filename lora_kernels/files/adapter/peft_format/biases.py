@@ -11,18 +11,18 @@ from torch import Tensor
 from ...._utils.checks import FLOATS
 from ...._utils.peft_names import BIAS_OF_B, split_by_layer
 
-# The layer, and the adapter's name, which `save_pretrained` leaves out.
+# The layer's name; then the adapter's name, which `save_pretrained` leaves out.
 _NAME = re.compile(r"(.+)\.lora_B(?:\.[^.]+)?\.bias")
 
 
 def split_biases(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The biases [out] by their layers' names in the base model, and all other tensors.
+    """The biases [out] by the names of their layers in the base model, and all other tensors.
 
     Args:
         values: the content of `adapter_config.json`.
-        tensors: by PEFT's names.
+        tensors: the tensors by PEFT's names.
 
     """
     if not values.get(BIAS_OF_B):
@@ -33,7 +33,7 @@ def split_biases(
 def check_biases(
     biases: Mapping[str, Tensor], sizes: Mapping[str, int], layers: Collection[str]
 ) -> None:
-    """Raises ValueError unless each of the layers, and no other, has a bias of its size."""
+    """Raises ValueError unless exactly the layers in `layers` have biases, each of its size."""
     for name in (*layers, *biases):
         if name not in biases:
             raise ValueError(f"{BIAS_OF_B} is true, but the bias of lora_B of {name!r} is missing")

@@ -1,9 +1,9 @@
-"""Adapters that PEFT has converted from a residual base to the original one, held as a start and
-what was trained from it.
+"""Adapters that PEFT has converted from a residual base to the original base: this package reads
+them as a start and the factors that were trained from it.
 
-PEFT writes [A; A₀] and [B, −B₀] of rank 2r. Both parts have the size of the weight and cancel, so
-that rounding to 16 bits loses the update. A layer that subtracts A₀ and B₀ has the same update, and
-is saved in a form that can be rounded.
+PEFT writes [A; A₀] and [B, −B₀] of rank 2r. Both parts are as large as the weight and nearly
+cancel, so that rounding to 16 bits loses the update. A layer that subtracts A₀ and B₀ has the same
+update and is saved in a form that can be rounded.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ....layers.options import lora_scaling
 from ....layers.state import LayerState
 from ....model.config import AdapterState
 
-# Halves that differ by less than this part of the first one nearly cancel.
+# Two halves nearly cancel if they differ by at most this fraction of the first one.
 _NEAR = 0.5
 
 
 def with_starts(state: AdapterState) -> AdapterState:
     """The same adapter with half the rank and a start to subtract, if the halves of all layers
-    nearly cancel; otherwise the adapter itself. s and the update of every layer stay the same.
+    nearly cancel; otherwise the adapter itself. s and the update of every layer do not change.
     """
     if not all(_cancels(layer) for layer in state.layers.values()):
         return state

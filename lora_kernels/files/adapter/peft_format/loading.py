@@ -1,4 +1,4 @@
-"""Which layers of an adapter PEFT does not find when it loads the adapter's folder."""
+"""Which layers PEFT does not find, or adapts differently, when it loads an adapter's folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ....layers.kinds import CONVOLUTIONS, ForeignLayer
 
 
 def lost_in_peft(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
-    """{layer: reason} of the layers that PEFT would leave bare in this model, however their names
-    are written.
+    """{layer: reason} of the layers that PEFT would not adapt in this model, in whatever way their
+    names are written.
 
-    PEFT 0.21 with transformers 5 takes some names for those of older versions: "gate_proj" in a
-    mixture of experts means the experts, also where a dense layer has this name. Nothing is lost
-    if PEFT is not installed, or does not rename. `model` may be on the meta device.
+    PEFT 0.21 with transformers 5 takes some names for older names of other modules: in a mixture of
+    experts "gate_proj" means the experts, even where a dense layer has this name. The result is
+    empty if PEFT is not installed or does not rename. `model` may be on the meta device.
     """
     if find_spec("peft") is None or find_spec("transformers") is None or not layers:
         return {}
@@ -37,8 +37,9 @@ def lost_in_peft(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
 def differing_in_peft(
     modules: Mapping[str, nn.Module], layers: Sequence[str]
 ) -> dict[str, list[str]]:
-    """{reason: layers} of the layers for which PEFT computes another update than their weight's:
-    its convolution with A has the kernel, stride and padding of the layer, and nothing else.
+    """{reason: layers} of the layers for which PEFT computes something other than their weight's
+    update: PEFT's convolution with A has the layer's kernel, stride and padding, but no dilation or
+    padding mode.
     """
     found: dict[str, list[str]] = {}
     convolutions = {n: modules[n] for n in layers if isinstance(modules.get(n), CONVOLUTIONS)}
@@ -61,8 +62,8 @@ def _retargeted(conversion: Any, model: nn.Module, layers: Sequence[str]) -> dic
 
 
 def _kept_targets(conversion: Any, model: nn.Module, layers: Sequence[str]) -> set[str] | None:
-    """The targets that PEFT keeps as names of modules; None if it refuses to convert them, because
-    not all of the projections that it would join are there.
+    """The targets that PEFT keeps as names of modules; None if PEFT refuses to convert them,
+    because some of the projections that it would join are missing.
     """
     import peft
 
@@ -75,7 +76,7 @@ def _kept_targets(conversion: Any, model: nn.Module, layers: Sequence[str]) -> s
 
 
 def _renamed(conversion: Any, model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
-    """The layers whose tensors PEFT gives another name while it reads them."""
+    """The layers whose tensors PEFT renames while it reads them."""
     import peft
 
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -11,35 +11,35 @@ from torch import Tensor
 from ...._utils.checks import FLOATS
 from ...._utils.peft_names import DORA, PREFIX, split_by_layer
 
-# The layer; then the adapter's name and ".weight", which `save_pretrained` leaves out.
+# The layer's name; then the adapter's name and ".weight", which `save_pretrained` leaves out.
 _NAME = re.compile(r"(.+)\.lora_magnitude_vector(?:\.[^.]+){0,2}")
 
 
 def magnitude_key(layer: str) -> str:
-    """The name in a file of the magnitudes of a layer."""
+    """The name of a layer's magnitudes in a file."""
     return f"{PREFIX}{layer}.lora_magnitude_vector"
 
 
 def in_shape(magnitude: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Magnitudes [out] as PEFT has them: [1, out, 1 ...] of a convolution with this `kernel`, which
+    """Magnitudes [out] in PEFT's shape: [1, out, 1 ...] for a convolution with this `kernel`, which
     is empty for other layers.
     """
     return magnitude.view(1, -1, *(1 for _ in kernel)) if kernel else magnitude
 
 
 def is_magnitude(key: str) -> bool:
-    """Whether a tensor's name in a file is that of magnitudes."""
+    """Whether this is the name of magnitudes in a file."""
     return key.startswith(PREFIX) and _NAME.fullmatch(key) is not None
 
 
 def split_magnitudes(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The magnitudes by their layers' names in the base model, and all other tensors.
+    """The magnitudes by the names of their layers in the base model, and all other tensors.
 
     Args:
         values: the content of `adapter_config.json`.
-        tensors: by PEFT's names.
+        tensors: the tensors by PEFT's names.
 
     """
     if not values.get(DORA):
@@ -50,16 +50,16 @@ def split_magnitudes(
 def checked_magnitudes(
     magnitudes: Mapping[str, Tensor], sizes: Mapping[str, int], layers: Collection[str]
 ) -> dict[str, Tensor]:
-    """The magnitudes as vectors [out], which PEFT's convolutions have as [1, out, 1, 1].
+    """The magnitudes as vectors [out]; PEFT's convolutions have them as [1, out, 1, 1].
 
     Args:
-        magnitudes: by the names of the layers.
+        magnitudes: the magnitudes by the names of the layers.
         sizes: the numbers of rows of all layers that may have magnitudes.
-        layers: the names of those that must have them.
+        layers: the names of the layers that must have magnitudes.
 
     Raises:
-        ValueError: a layer lacks its magnitudes, or has some of another size; or there are some of
-            no layer.
+        ValueError: a layer lacks its magnitudes or has some of another size, or there are
+            magnitudes of an unknown layer.
 
     """
     found = {}

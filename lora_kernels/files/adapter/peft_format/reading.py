@@ -1,6 +1,6 @@
-"""PEFT's adapter format, read: `adapter_config.json` and names of tensors, into an `AdapterState`.
+"""Reads PEFT's adapter format, `adapter_config.json` and named tensors, into an `AdapterState`.
 
-It follows `LoraConfig`, `LoraModel` and `save_pretrained` of PEFT 0.21.
+The rules are those of `LoraConfig`, `LoraModel` and `save_pretrained` of PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ from .shapes import (
 )
 from .tokens import split_rows
 
-# Options of `LoRAConfig` that PEFT's `LoraConfig` has with the same meaning.
+# Options of `LoRAConfig` that have the same meaning in PEFT's `LoraConfig`.
 _SHARED = tuple(
     f.name
     for f in dataclasses.fields(LoRAConfig)
     if f.name not in ("scaling", "residual", "init_lora_weights")
 )
-# Options that s, magnitudes and the names of the tensors depend on.
+# Options that determine s, the magnitudes and the names of the tensors.
 DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", DORA)
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -76,12 +76,12 @@ def from_peft(
     residual_base: bool = False,
     expert_order: str = "auto",
 ) -> AdapterState:
-    """An adapter that PEFT wrote. `residual_base`: it may be one of a base that PEFT changed.
-    `expert_order`: as `column_order`.
+    """An adapter that PEFT wrote. `residual_base`: whether it may belong to a base that PEFT
+    changed. For `expert_order` see `column_order`.
 
     Raises:
-        ValueError: an option is not implemented here, the adapter is one of a changed base, or
-            configuration and tensors do not fit each other.
+        ValueError: an option is not implemented here, the adapter belongs to a changed base, or the
+            configuration and the tensors do not fit each other.
 
     """
     check_options(values, residual_base)
@@ -95,7 +95,7 @@ def from_peft(
     parameters = {
         name: parameter
         for name, parameter in wrapped_parameters(values, halves).items()
-        if not parameter.endswith(".weight")  # of a linear layer
+        if not parameter.endswith(".weight")  # this is a linear layer
     }
     linear = {name: pair for name, pair in halves.items() if name not in parameters}
     config = config_from_peft(values, tuple(linear), tuple(parameters.values()))
@@ -116,7 +116,7 @@ def from_peft(
         check_biases(biases, {n: len(layers[n].lora_B) for n in linear}, linear)
     attentions = {attention_of(name, linear) for name in linear}
     for name, bias in biases.items():
-        if name not in attentions:  # PEFT has one of their in_proj too, and never adds it
+        if name not in attentions:  # PEFT writes one of their in_proj too, but never adds it
             layers[name].lora_bias = bias
     if values.get(DORA):
         rows_of = {n: len(layers[n].lora_B) for n in linear}
@@ -139,8 +139,8 @@ def from_peft(
 def _once_if_later(
     values: Mapping[str, Any], projections: Collection[LayerState], names: Collection[str]
 ) -> None:
-    """Halves B of the attentions' `out_proj` again, with a warning, if a version of PEFT wrote them
-    that may add their update once.
+    """Halves B of the attentions' `out_proj` again, with a warning, if the version of PEFT that
+    wrote the adapter may add its update only once.
     """
     version = str(values.get("peft_version", ""))
     known, found = (tuple(map(int, re.findall(r"\d+", v)[:3])) for v in (LAST_TWICE, version))
@@ -157,7 +157,7 @@ def _once_if_later(
 
 
 def replication(values: Mapping[str, Any]) -> Replication:
-    """The blocks that a configuration repeats; raises ValueError unless it is a list of pairs."""
+    """The blocks that a configuration repeats; raises ValueError unless it lists pairs."""
     pairs = values.get(REPLICATION) or ()
     try:
         found = tuple((start, end) for start, end in pairs)
@@ -170,8 +170,8 @@ def replication(values: Mapping[str, Any]) -> Replication:
 
 
 def _check_saved(config: LoRAConfig, extra: Mapping[str, Tensor]) -> None:
-    """Raises if the file lacks a saved module, as that of PEFT's conversion of PiSSA does. PEFT
-    itself names two heads for a classifier, of which a model has one.
+    """Raises ValueError if the file lacks a saved module, as files of PEFT's conversion of PiSSA
+    do. PEFT itself names two heads for a classifier, of which a model has only one.
     """
     heads = TASK_HEADS.get(config.task_type or "", ())
     owners = [key.rpartition(".")[0] for key in extra]
@@ -191,11 +191,11 @@ def _layer(
     groups: int = 1,
     attention: str | None = None,
 ) -> LayerState:
-    """The layer with these factors: of a convolution with `groups`, those of one group; of the
-    `out_proj` of an attention, which has the attention's r and lora_alpha.
+    """The layer with these factors: for a convolution with `groups`, the factors of one group; for
+    the `out_proj` of an attention, with the attention's r and lora_alpha.
 
-    PEFT's starts by an SVD or a QR have at most min(out, in) rows, whatever r is; s is that of the
-    configuration's r.
+    PEFT's starts by an SVD or a QR have at most min(out, in) rows even if r is larger; s is still
+    computed from the configuration's r.
     """
     check_pair(name, lora_A, lora_B, lora_A.dim() == 3)
     r, alpha = config.layer_rank(attention or name), config.layer_alpha(attention or name)
@@ -210,7 +210,7 @@ def _layer(
 
 
 def _other_rank(name: str, rows: int, r: int) -> ValueError:
-    """PEFT's `target_parameters` give all experts of a tensor one A [experts · r, in]."""
+    """The error for a rank that is not r. With `target_parameters`, A is [experts · r, in]."""
     several = rows > r and rows % r == 0
     return ValueError(
         f"lora_A of {name!r} has rank {rows}, the configuration says {r}: they belong to different "
@@ -226,7 +226,7 @@ def _other_rank(name: str, rows: int, r: int) -> ValueError:
 
 
 def with_own_ranks(config: LoRAConfig, layers: Mapping[str, LayerState]) -> LoRAConfig:
-    """The configuration with the ranks of layers that have another one than it says."""
+    """The configuration with a rank pattern for the layers whose rank differs from its r."""
     other = {n: layer for n, layer in layers.items() if layer.r != config.layer_rank(n)}
     if not other:
         return config
@@ -246,11 +246,11 @@ def split_tensors(
     by_peft: bool = True,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """A [r, in] and B [out, r] of each layer, and all other tensors, by their names in the base
-    model. PEFT's stacked experts are as they are.
+    model. PEFT's stacked experts are returned as they are.
 
     Args:
-        tensors: by PEFT's names, with or without the name of the adapter.
-        modules_to_save: the saved modules, which may have tensors with any name.
+        tensors: the tensors by PEFT's names, with or without the adapter's name.
+        modules_to_save: the saved modules, whose tensors may have any name.
         layers: the names of the layers, if they are known.
         by_peft: whether the tensors of saved modules may have PEFT's own parts in their names.
 
@@ -289,17 +289,15 @@ def split_tensors(
 
 
 def embeddings(tensors: Collection[str]) -> set[str]:
-    """The names in the base model of the embeddings whose A and B are among these tensors of
-    PEFT's.
-    """
+    """The names in the base model of the embeddings whose A and B are among these PEFT tensors."""
     names = (without_wrappers(key).removeprefix(PREFIX) for key in tensors)
     factors = (as_factor(name) for name in names)
     return {factor.layer for factor in factors if factor is not None and factor.embedding}
 
 
 def convolutions(tensors: Mapping[str, Tensor]) -> dict[str, Geometry]:
-    """The geometry of the convolutions whose A and B are among these tensors of PEFT's, by their
-    names in the base model.
+    """{name in the base model: geometry} of the convolutions whose A and B are among these PEFT
+    tensors.
     """
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -313,7 +311,7 @@ def convolutions(tensors: Mapping[str, Tensor]) -> dict[str, Geometry]:
 def _is_of_layer(
     factor: Factor, name: str, modules_to_save: Collection[str], layers: Collection[str] | None
 ) -> bool:
-    """Whether a tensor is A or B, and not one of a saved module that has such a name."""
+    """Whether a tensor is A or B of a layer, not a saved module's tensor with such a name."""
     if layers is None:  # PEFT adapts nothing in saved modules
         return saved_module(factor.layer, modules_to_save) is None
     return factor.layer in layers or saved_module(name.rpartition(".")[0], modules_to_save) is None
@@ -325,10 +323,10 @@ def _base_tensors(
     layers: Collection[str],
     modules_to_save: Collection[str],
 ) -> dict[str, Tensor]:
-    """The tensors that are not A or B, by their names in the base model, which are in `names`.
+    """All tensors except A and B, by their names in the base model (the values of `names`).
 
     Raises:
-        ValueError: one belongs to another kind of adapter.
+        ValueError: a tensor belongs to another kind of adapter.
 
     """
     found = {}
@@ -349,7 +347,7 @@ def _base_tensors(
 
 
 def check_pair(name: str, lora_A: Tensor, lora_B: Tensor, of_experts: bool = False) -> None:
-    """Raises unless the two are A [r, in] and B [out, r], of floating-point numbers; if
+    """Raises ValueError unless the two are floating-point A [r, in] and B [out, r]; with
     `of_experts`, [E, r, in] and [E, out, r].
     """
     for half, factor in (("A", lora_A), ("B", lora_B)):
@@ -369,7 +367,7 @@ def check_pair(name: str, lora_A: Tensor, lora_B: Tensor, of_experts: bool = Fal
 
 
 def check_options(values: Mapping[str, Any], residual_base: bool = False) -> None:
-    """Raises a ValueError if a configuration of PEFT has an option that is not implemented here."""
+    """Raises ValueError if PEFT's configuration has an option that is not implemented here."""
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"peft_type is {kind!r}: only 'LORA' adapters can be read")
@@ -398,7 +396,7 @@ def check_options(values: Mapping[str, Any], residual_base: bool = False) -> Non
 
 
 def _warn_of_base(layers: Collection[str], extra: Mapping[str, Tensor]) -> None:
-    """PEFT itself writes the weight of an adapted layer only with embeddings."""
+    """Warns of adapted layers' weights, which PEFT itself writes only for embeddings and heads."""
     whole = [name for name in layers if name.rpartition(".")[2] not in TIED_MODULES]
     if any(f"{name}.weight" in extra for name in whole):
         warnings.warn(
@@ -426,7 +424,7 @@ def _warn_of_unknown(values: Mapping[str, Any]) -> None:
 def config_from_peft(
     values: Mapping[str, Any], names: tuple[str, ...], parameters: tuple[str, ...] = ()
 ) -> LoRAConfig:
-    """Our configuration of a PEFT adapter that has layers and expert parameters of these names."""
+    """Our configuration for a PEFT adapter with layers and experts' parameters of these names."""
     given = {key: values[key] for key in _SHARED if values.get(key) not in (None, [], {}, "")}
     if given.get("task_type") not in TASK_TYPES:
         given.pop("task_type", None)  # it has no effect
@@ -452,9 +450,9 @@ def config_from_peft(
 
 
 def saved_module(owner: str, modules_to_save: Collection[str], loosely: bool = False) -> str | None:
-    """The module in `modules_to_save` that is, or contains, the module `owner` of a tensor.
+    """The module in `modules_to_save` that is, or contains, `owner`, the module of a tensor.
 
-    `loosely`: as in PEFT, "norm" means "input_layernorm" too.
+    `loosely`: as in PEFT, "norm" matches "input_layernorm" too.
     """
     parts = owner.split(".")
     for end in range(1, len(parts) + 1):

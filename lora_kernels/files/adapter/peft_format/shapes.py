@@ -1,14 +1,14 @@
-"""PEFT's names and shapes of the factors of convolutions and attentions, and ours.
+"""PEFT's names and shapes of the factors of convolutions and attentions, and this package's.
 
 Convolution: PEFT's A [r, in, k ...] and B [out, r, 1 ...] are ours with the kernel's dimensions.
-With g `groups`, PEFT's A sees the channels of all groups, and B [out, r / g, 1 ...] keeps the
-groups apart; ours is one A [r, in / g · k ...] for every group. So ours is PEFT's of rank g · r,
-whose A is block-diagonal: zero for the channels of other groups. PEFT's with other values there is
-no update of the layer's weight.
+With g `groups`, PEFT's A sees the channels of all groups, and its B [out, r / g, 1 ...] keeps the
+groups apart; we have one A [r, in / g · k ...] for every group. Our adapter is therefore PEFT's
+adapter of rank g · r with a block-diagonal A, which is zero for the channels of other groups. If
+PEFT's A has other values there, it is no update of the layer's weight.
 
-Attention: PEFT's layer `attn` has A and B of `in_proj_weight`, and those of `out_proj` are called
+Attention: PEFT's layer `attn` holds A and B of `in_proj_weight`; A and B of `out_proj` are named
 `attn.base_layer.out_proj`. PEFT up to 0.21.2 adds the update of `out_proj` twice (pull request
-3774 of PEFT), so that the file has half of our B.
+3774 of PEFT), so that the file holds half of our B.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ from ....layers.state import LayerState
 from .magnitudes import magnitude_key
 
 Pair = tuple[Tensor, Tensor]
-# How often PEFT adds the update of an attention's out_proj, and the last version that was seen so.
+# How often PEFT adds the update of an attention's out_proj, and the last version known to do so.
 TWICE, LAST_TWICE = 2, "0.21.2"
 _INSIDE = ".base_layer."
 
 
 class Geometry(NamedTuple):
-    """The sizes of a convolution's kernels, and its groups."""
+    """The sizes of a convolution's kernel, and the number of its groups."""
 
     kernel: tuple[int, ...] = ()
     groups: int = 1
 
 
 def attention_of(name: str, layers: Collection[str]) -> str | None:
-    """The attention whose `out_proj` the layer `name` is; None of other layers. No other adapted
-    layer has one inside.
+    """The attention whose `out_proj` is the layer `name`; None for other layers. No other kind of
+    adapted layer contains another one.
     """
     owner = name.rpartition(".")[0]
     return owner if owner in layers else None
 
 
 def name_in_file(name: str, layers: Collection[str]) -> str:
-    """PEFT's name of a layer of ours."""
+    """The name in PEFT's file of a layer with our name `name`."""
     owner = attention_of(name, layers)
     return name if owner is None else f"{owner}{_INSIDE}{name.rpartition('.')[2]}"
 
 
 def own_name(name: str, layers: Collection[str]) -> str:
-    """Our name of a layer of PEFT's, by the names of all layers of the file."""
+    """Our name of the layer that PEFT's file calls `name`; `layers` are all layers of the file."""
     owner, inside, last = name.rpartition(_INSIDE)
     return f"{owner}.{last}" if inside and owner in layers and "." not in last else name
 
 
 def geometry(name: str, pair: Pair) -> Geometry:
-    """The geometry of a layer of a file that is no parameter of experts; an empty kernel if it is
-    no convolution.
+    """The geometry of a layer in a file; its kernel is empty if the layer is no convolution.
+    Experts' parameters are not allowed.
 
     Raises:
-        ValueError: the shapes are not those of a convolution, or do not fit each other.
+        ValueError: the shapes are not a convolution's, or do not fit each other.
 
     """
     right, left = pair
@@ -79,12 +79,12 @@ def geometry(name: str, pair: Pair) -> Geometry:
 
 
 def file_rank(layer: LayerState, r: int) -> int:
-    """PEFT's rank of a layer whose factors have rank r here."""
+    """The rank in PEFT's file of a layer whose factors have rank r here."""
     return r * layer.groups
 
 
 def to_file(layer: LayerState, pair: Pair, of_attention: bool = False) -> Pair:
-    """A and B of a layer in PEFT's shapes. `of_attention`: it is the `out_proj` of one."""
+    """A layer's A and B in PEFT's shapes. `of_attention`: the layer is the `out_proj` of one."""
     right, left = pair
     if of_attention:
         return right, left / TWICE
@@ -102,10 +102,10 @@ def to_file(layer: LayerState, pair: Pair, of_attention: bool = False) -> Pair:
 
 
 def from_file(name: str, pair: Pair, of_attention: bool = False) -> Pair:
-    """The inverse of `to_file`, for a layer that is no parameter of experts.
+    """The inverse of `to_file`, except for experts' parameters.
 
     Raises:
-        ValueError: as `geometry`; or our A and B cannot express those of a convolution with groups.
+        ValueError: see `geometry`; or our A and B cannot express a convolution with groups.
 
     """
     right, left = pair
@@ -120,7 +120,7 @@ def from_file(name: str, pair: Pair, of_attention: bool = False) -> Pair:
 
 
 def _of_one_group(name: str, right: Tensor, groups: int) -> Tensor:
-    """A [r, in / groups, ...] of each group, from PEFT's [groups · r, in, ...]."""
+    """The A [r, in / groups, ...] that every group has, from PEFT's [groups · r, in, ...]."""
     blocks = right.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))  # [g, r, g, in / g, ...]
     first = blocks[0, :, 0]
     expected = torch.zeros_like(blocks)
@@ -136,7 +136,7 @@ def _of_one_group(name: str, right: Tensor, groups: int) -> Tensor:
 
 
 def flattened(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-    """The pairs of a file by our names, with our shapes; those of experts as they are."""
+    """A file's pairs with our names and our shapes; experts' pairs are returned as they are."""
     found = {}
     for name, pair in pairs.items():
         own = own_name(name, pairs)
@@ -145,8 +145,8 @@ def flattened(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
 
 
 def of_peft_model(recipe: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The recipe of an adapter that `lora_kernels.peft` saved, with its attentions as they are
-    here, and its convolutions without groups among the layers that are read.
+    """The recipe of an adapter that `lora_kernels.peft` saved, adjusted to this package: attentions
+    as they are here, and convolutions without groups among the layers that are read.
     """
     found, others = {}, dict(recipe.get("others", {}))
     for name, layer in recipe["layers"].items():
@@ -165,8 +165,8 @@ def of_peft_model(recipe: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict
 
 
 def _added_twice(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of an attention's `out_proj`, whose update PEFT adds twice. Its checksum, that of
-    half of the B that `from_file` returns, is left out.
+    """The recipe of an attention's `out_proj`, whose update PEFT adds twice. The checksum is
+    dropped: it belongs to half of the B that `from_file` returns.
     """
     doubled = {key: TWICE * layer[key] for key in ("scaling", "lora_alpha")}
     return {key: value for key, value in layer.items() if key != "checksum"} | doubled
@@ -175,7 +175,7 @@ def _added_twice(layer: Mapping[str, Any]) -> dict[str, Any]:
 def _convolution(
     other: Mapping[str, Any], kernel: tuple[int, ...], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The recipe of a convolution, from what `lora_kernels.peft` stores of it."""
+    """The recipe of a convolution, from what `lora_kernels.peft` stores for it."""
     r, scaling = other["r"], other["scaling"]
     dtypes = {key: str(DTYPES[name]) for key, name in other["dtypes"].items()}
     return {
@@ -193,12 +193,12 @@ def _convolution(
 
 
 def own_names(named: Mapping[str, Any], layers: Collection[str]) -> dict[str, Any]:
-    """What a file has of its layers by their names there, by our names."""
+    """What a file stores for its layers, by our names instead of the file's."""
     return {own_name(name, layers): value for name, value in named.items()}
 
 
 def own_tensors(tensors: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """The base's tensors of a file by our names, which begin with those of the layers."""
+    """The base's tensors in a file by our names, which begin with our names of the layers."""
     found = {}
     for key, tensor in tensors.items():
         owner, dot, last = key.rpartition(".")

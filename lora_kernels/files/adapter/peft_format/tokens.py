@@ -13,7 +13,7 @@ from ...._utils.peft_names import PREFIX, TOKEN_INDICES, split_by_layer
 from ....model.config import TokenRows
 
 _ROWS = "token_adapter.trainable_tokens_delta"
-# The module, and the adapter's name, which `save_pretrained` leaves out.
+# The module's name; then the adapter's name, which `save_pretrained` leaves out.
 _NAME = re.compile(rf"(.+)\.{re.escape(_ROWS)}(?:\.[^.]+)?")
 
 
@@ -24,10 +24,10 @@ def split_rows(
 
     Args:
         values: the content of `adapter_config.json`.
-        tensors: by PEFT's names.
+        tensors: the tensors by PEFT's names.
 
     Raises:
-        ValueError: configuration and tensors do not fit each other.
+        ValueError: the configuration and the tensors do not fit each other.
 
     """
     wanted = values.get(TOKEN_INDICES)
@@ -47,7 +47,7 @@ def split_rows(
         rows[f"{module}.weight"] = _checked(module, indices, tensor)
     if not rows:
         raise ValueError(f"{TOKEN_INDICES} = {wanted!r}, but it has no rows of an embedding")
-    # PEFT stores those of tied modules once.
+    # PEFT stores the rows of tied modules once.
     if isinstance(wanted, Mapping) and (lost := [n for n in wanted if n not in used]):
         stored = [wanted[name] for name in used]
         if any(wanted[name] not in stored for name in lost):

@@ -1,4 +1,4 @@
-"""PEFT's adapter format, written: `adapter_config.json` and the tensors of an `AdapterState`."""
+"""Writes an `AdapterState` in PEFT's adapter format: `adapter_config.json` and tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .reading import saved_module
 from .shapes import attention_of, file_rank, name_in_file, to_file
 from .tokens import rows_to_peft
 
-MICA = "mica"  # PEFT's `init_lora_weights` of adapters whose B it freezes
+MICA = "mica"  # PEFT's `init_lora_weights` for adapters whose B it freezes
 
 
 def to_peft(
@@ -55,13 +55,13 @@ def to_peft(
 
     Args:
         state: the adapter.
-        module_names: the names of all modules of the base. With them `target_modules` can be
+        module_names: the names of all modules of the base. They allow `target_modules` to have
             endings that PEFT resolves to exactly these layers; without them it has full names.
         fan_in_fan_out: whether the layers are Conv1D. PEFT corrects a wrong value, with a warning.
-        portable: whether B is multiplied by s, and all layers get one rank (see
+        portable: whether B is multiplied by s and all layers get one rank (see
             `lora_kernels.files.adapter.portable`). Otherwise the configuration has each layer's s
-            and rank, as an adapter needs that PEFT is to train; experts are stacked then.
-        layout: that of experts, as `chosen_layout` says.
+            and rank, so that PEFT can train the adapter; experts are stacked then.
+        layout: the layout of experts that `chosen_layout` returns.
 
     """
     config = state.config
@@ -70,7 +70,7 @@ def to_peft(
         for name, layer in state.layers.items()
     }
     ranks = {name: right.shape[-2] for name, (right, _) in pairs.items()}
-    # Those of convolutions with groups are larger in the file, and have patterns of their own.
+    # Convolutions with groups have a larger rank in the file, given by a pattern for each of them.
     grouped = {n: file_rank(state.layers[n], r) for n, r in ranks.items() if _is_grouped(state, n)}
     largest = max([r for n, r in ranks.items() if n not in grouped] or grouped.values())
     parts = file_parts(state, layout if portable else STACKED, None if portable else {})
@@ -102,7 +102,7 @@ def to_peft(
     tensors |= rows
     linear = [n for n in state.layers if n not in parts and not attention_of(n, state.layers)]
     if state.replication and not set(linear) <= set(module_names or ()):
-        module_names = None  # those of the base, without its repeated blocks
+        module_names = None  # these are the base's, without its repeated blocks
     targets, excluded = exact_targets(linear, module_names, tuple(saved)) if linear else ([], None)
     parameters: dict[str, Any] = {}
     if parts and layout_of(parts) == STACKED:
@@ -128,7 +128,7 @@ def to_peft(
         "layers_pattern": None,
         "modules_to_save": list(saved) or None,
         "bias": config.bias,
-        # PEFT loads no adapter of experts with dropout.
+        # PEFT cannot load an adapter of experts with dropout.
         "lora_dropout": 0.0 if parts and portable else config.lora_dropout,
         "fan_in_fan_out": fan_in_fan_out,
         **parameters,
@@ -141,8 +141,8 @@ def to_peft(
 
 
 def _is_mica(state: AdapterState) -> bool:
-    """Whether PEFT has to be told to freeze B of every layer: it then makes the start anew, before
-    it loads this one. It cannot do that for float64 weights, convolutions and experts.
+    """Whether PEFT has to be told to freeze B of every layer. PEFT then computes the start anew
+    before it loads this one, which it cannot do for float64 weights, convolutions and experts.
     """
 
     def can(layer: LayerState) -> bool:
@@ -153,7 +153,7 @@ def _is_mica(state: AdapterState) -> bool:
 
 
 def _tensors(state: AdapterState, pairs: Mapping[str, Pair], parts: Parts) -> dict[str, Tensor]:
-    """A and B of all layers by PEFT's names, of which experts have several."""
+    """A and B of all layers by PEFT's names; experts have several tensors."""
     tensors: dict[str, Tensor] = {}
     for name, (right, left) in pairs.items():
         embedding = name in state.layers and state.layers[name].embedding
@@ -168,7 +168,7 @@ def _tensors(state: AdapterState, pairs: Mapping[str, Pair], parts: Parts) -> di
 
 
 def _zeros(state: AdapterState, r: int) -> dict[str, Pair]:
-    """A [E, r, in] and B [E, out, r] of the projections beside adapted ones."""
+    """Zeros for A [E, r, in] and B [E, out, r] of the `missing_projections`."""
     return {
         name: (torch.zeros(experts, r, columns), torch.zeros(experts, out, r))
         for name, (experts, out, columns) in missing_projections(state).items()
@@ -176,12 +176,12 @@ def _zeros(state: AdapterState, r: int) -> dict[str, Pair]:
 
 
 def _biases(state: AdapterState, portable: bool) -> dict[str, Tensor]:
-    """The biases of all B by PEFT's names; zeros for layers without one, if others have one."""
+    """The biases of all B by PEFT's names; zeros for layers without one if others have one."""
     if all(layer.lora_bias is None for layer in state.layers.values()):
         return {}
     biases = {}
     for name, layer in state.layers.items():
-        if layer.experts is not None:  # PEFT's layers of parameters have none
+        if layer.experts is not None:  # PEFT's layers of parameters have no bias
             continue
         bias = layer.portable_bias() if portable else layer.lora_bias
         bias = layer.lora_B.new_zeros(len(layer.lora_B)) if bias is None else bias
@@ -195,8 +195,8 @@ def _is_grouped(state: AdapterState, name: str) -> bool:
 
 
 def portable_fields(r: int, others: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """The fields of an adapter whose layers all have rank r, with s in their B, except for those
-    with the ranks `others`.
+    """The fields of an adapter with s multiplied into B, whose layers all have rank r, except those
+    with another rank in `others`.
     """
     patterns = {_pattern(name): own for name, own in (others or {}).items() if own != r}
     return {
@@ -212,9 +212,9 @@ def portable_fields(r: int, others: Mapping[str, int] | None = None) -> dict[str
 def rank_fields(
     scalings: Mapping[str, float], ranks: Mapping[str, int], rslora: bool = False
 ) -> dict[str, Any]:
-    """The fields that give the layers these ranks, and each its own s."""
+    """The fields that give each layer its rank and its s."""
     alphas = {name: _alpha(scalings[name], r, rslora) for name, r in ranks.items()}
-    # The most common pair: vLLM computes the s of all layers from these two and reads no pattern.
+    # The most common pair, because vLLM computes all layers' s from these two and ignores patterns.
     pairs = [(ranks[name], alphas[name]) for name in ranks]
     r, lora_alpha = Counter(pairs).most_common(1)[0][0]
     return {
@@ -234,30 +234,31 @@ def _task_type(task_type: str | None, saved: Collection[str]) -> str | None:
 
 
 def _alpha(scaling: float, r: int, rslora: bool) -> float:
-    """lora_alpha for which α / r, or α / √r, is `scaling`; an integer if possible."""
+    """The lora_alpha for which α / r, or α / √r, equals `scaling`; an integer if possible."""
     divisor = math.sqrt(r) if rslora else r
     whole = round(scaling * divisor)
     return whole if whole / divisor == scaling else scaling * divisor
 
 
 def _pattern(name: str) -> str:
-    """A pattern of a whole name: PEFT's are regular expressions for the end of a name."""
+    """A pattern for a whole name; PEFT's patterns are regular expressions for the end of a name."""
     return "^" + re.escape(name)
 
 
 def exact_targets(
     names: Collection[str], module_names: Collection[str] | None, saved: tuple[str, ...] = ()
 ) -> tuple[list[str], str | None]:
-    """`target_modules`, the shortest endings that match exactly these layers, or their names; and
-    `exclude_modules`, for modules that even the names would match, as the end of theirs.
+    """`target_modules`: the shortest endings that match exactly these layers, or the full names.
+    And `exclude_modules`: other modules that even the full names would match, by their full names.
 
-    The last part of the names is tried first, by which serving engines know modules. They take a
-    regular expression for one name, or refuse it: it can be in `exclude_modules` only.
+    The last parts of the names are tried first, because serving engines know modules by these. The
+    engines take a regular expression for a name or refuse it, so that only `exclude_modules` may
+    be one.
     """
     if module_names is None:
         return sorted(names), None
     wanted = set(names)
-    # PEFT adapts nothing in saved modules.
+    # PEFT adapts nothing inside saved modules.
     others = [n for n in module_names if saved_module(n, saved) is None]
     for length in (1, 2, None):
         endings = sorted(

@@ -1,4 +1,4 @@
-"""Starts the layers of a checkpoint that may be larger than memory; writes the residual base."""
+"""Computes starts for a checkpoint that may be larger than memory; writes the residual base."""
 
 from .job import InitSummary as InitSummary
 from .run import initialize as initialize

@@ -1,4 +1,4 @@
-"""Writes the starts of a run as an adapter, whose factors need not fit in memory."""
+"""Writes the starts of a run as an adapter whose factors need not fit in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..residual import ADAPTER
 from ..weights import StoredWeight
 from .factors import Range, StartRecord, stacked, write_tensors
 
-# By the layer's name and the expert's number; with the file that has the factors.
+# {(name of the layer, number of the expert): the record and the file of the factors}
 Records = Mapping[tuple[str, int | None], tuple[StartRecord, Path]]
 
 
@@ -35,8 +35,8 @@ def write_adapter(
     weights: Sequence[StoredWeight | StoredStack],
     records: Records,
 ) -> None:
-    """Writes the start as a PEFT adapter of the residual base (absorb), or as a native adapter of
-    the original.
+    """Writes the start: as a PEFT adapter of the residual base (absorb), or as a native adapter of
+    the original base.
     """
     _Writer(work, folder, config, weights, records).write()
 
@@ -53,7 +53,8 @@ class _Writer:
         self.work, self.folder, self.config = work, folder, config
         self.weights, self.records = weights, records
         self.absorb = config.residual == "absorb"
-        # The experts of a module make up their names in PEFT's files together.
+        # The name of an expert's parameter in PEFT's files depends on all adapted parameters of its
+        # module.
         self.modules: dict[str, list[StoredStack]] = {}
         for weight in weights:
             if isinstance(weight, StoredStack):
@@ -73,12 +74,12 @@ class _Writer:
         path = self.work.path(content.file)
         write_tensors(path, content.tensors, self._contents(content, owners), content.metadata)
         self.work.place(content.file, inside / content.file)
-        if not self.absorb:  # the configuration completes the folder
+        if not self.absorb:  # the configuration is written last: it completes the folder
             self.work.settle()
         self.work.put(inside / ADAPTER_CONFIG, pretty(content.config))
 
     def _content(self, layers: Mapping[str, LayerState]) -> FolderContent:
-        """The content of a folder with these layers."""
+        """The content of a folder that has these layers."""
         base = self.work.out if self.absorb else self.folder.path
         return folder_content(
             AdapterState(
@@ -93,14 +94,14 @@ class _Writer:
 
     @cached_property
     def _stored_experts(self) -> dict[str, StoredExperts]:
-        """What checkpoints of the model have of its experts."""
+        """What checkpoints of the model store for its experts."""
         architecture = self.folder.architecture
         if architecture is None or not self.modules:
             return {}
         return stored_experts(architecture.model)
 
     def _state(self, weight: StoredWeight | StoredStack, loaded: bool) -> LayerState:
-        """The layer, with its factors or with factors on the meta device."""
+        """The layer, with its factors, or with factors on the meta device unless `loaded`."""
         found = [self.records[matrix.layer, matrix.expert] for matrix in weight.matrices()]
         states = [record.state(path if loaded else None) for record, path in found]
         if isinstance(weight, StoredStack):
@@ -110,7 +111,7 @@ class _Writer:
     def _contents(
         self, content: FolderContent, owners: Mapping[str, str]
     ) -> Iterator[Range | Tensor]:
-        """What each tensor of the adapter holds."""
+        """The content of each tensor of the adapter."""
         linear = (w for w in self.weights if not isinstance(w, StoredStack))
         found = (self.records[weight.name, None] for weight in linear)
         ranges = (part for record, path in found for part in record.ranges(path))
@@ -121,14 +122,14 @@ class _Writer:
                 yield next(ranges)
                 continue
             if owners[name] != module:
-                module, tensors = owners[name], {}  # before the next are loaded
+                module, tensors = owners[name], {}  # frees these before the next ones are loaded
                 loaded = {w.name: self._state(w, loaded=True) for w in self.modules[module]}
                 tensors = dict(self._content(loaded).tensors)
             yield tensors[name]
 
     def _check_found(self, content: FolderContent, owners: Mapping[str, str]) -> None:
-        """Raises unless the adapter has both factors of every weight from which a start was
-        subtracted, and its `target_modules` mean exactly these layers of the model.
+        """Raises ValueError unless the adapter has both factors of every weight from which a start
+        was subtracted, and its `target_modules` match exactly these layers of the model.
         """
         linear = {w.name for w in self.weights if not isinstance(w, StoredStack)}
         targets = content.config["target_modules"]

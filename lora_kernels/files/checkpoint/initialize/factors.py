@@ -1,4 +1,4 @@
-"""Intermediate storage of starts: factors in files of bytes, numbers in the journal's records."""
+"""Intermediate storage of starts: factors in binary files, numbers in the journal's records."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ Range = tuple[Path, int, int]  # a file, an offset and a size in bytes
 
 @dataclass(frozen=True)
 class StartRecord:
-    """A start without its factors: of the layer `name`, or of one expert of that parameter.
+    """A start without its factors: the start of the layer `name`, or of one expert of that
+    parameter.
 
-    `kept`: it is subtracted from the base and cannot be recomputed from `beta`. `has_R`: it trains
-    an R. `offset`: that of its factors in their file.
+    `kept`: whether it is subtracted from the base and cannot be recomputed from `beta`. `has_R`:
+    whether an R is trained. `offset`: where its factors begin in their file.
     """
 
     name: str
@@ -46,7 +47,7 @@ class StartRecord:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """The shapes of the factors, in the order of the file."""
+        """The shapes of the factors, in the order in which the file stores them."""
         rows, cols = self.shape
         shapes = {"lora_A": (self.r, cols), "lora_B": (rows, self.r)}
         if self.has_R:
@@ -56,15 +57,15 @@ class StartRecord:
         return shapes
 
     def ranges(self, path: Path) -> Iterator[Range]:
-        """Where in the file `path` its factors are."""
+        """The ranges of the factors in the file `path`."""
         itemsize, offset = DTYPES[self.dtype].itemsize, self.offset
         for a, b in self.shapes.values():
             yield path, offset, itemsize * a * b
             offset += itemsize * a * b
 
     def state(self, path: Path | None = None) -> LayerState:
-        """The layer with its factors, from the file `path`; or without one, with factors on the
-        meta device: shapes and dtypes only.
+        """The layer with its factors from the file `path`. Without a path, the factors are on the
+        meta device: only shapes and dtypes.
         """
         dtype = DTYPES[self.dtype]
         if path is None:
@@ -78,7 +79,7 @@ class StartRecord:
                 name: torch.frombuffer(content, dtype=dtype).view(shape)
                 for (name, shape), content in zip(self.shapes.items(), contents, strict=True)
             }
-        if self.kept:  # in an adapter of the residual base A and B serve as the start, too
+        if self.kept:  # in an adapter of the residual base, A and B are also the initial factors
             factors = {"start_A": factors["lora_A"], "start_B": factors["lora_B"]} | factors
         return LayerState(
             lora_A=factors["lora_A"],
@@ -104,7 +105,7 @@ class FactorFile:
         self._file: BinaryIO = path.open("wb")
 
     def append(self, record: StartRecord, start: Start) -> None:
-        """Writes the factors of a layer that `record.shapes` names."""
+        """Writes the factors of a layer: those named in `record.shapes`."""
         factors = {"lora_A": start.lora_A, "lora_B": start.lora_B}
         factors |= zip(("start_A", "start_B"), start.subtracted(), strict=True)
         if start.lora_R is not None:
@@ -115,18 +116,18 @@ class FactorFile:
                 self._file.write(memory_of(factors[name]))
 
     def close(self) -> Record:
-        """The record for the journal."""
+        """Closes the file and returns the record for the journal."""
         self._file.close()
         return {"starts": [asdict(record) for record in self._records]}
 
 
 def read_records(record: Record) -> list[StartRecord]:
-    """The starts of a shard in the journal."""
+    """The starts that the journal's record of a shard lists."""
     return [StartRecord(**r | {"shape": tuple(r["shape"])}) for r in record["starts"]]
 
 
 def stacked(states: Sequence[LayerState]) -> LayerState:
-    """The state of a parameter of experts, from those of its experts."""
+    """The state of an experts' parameter, from the states of its experts."""
 
     def stack(name: str) -> Tensor | None:
         found = [factor for state in states if (factor := getattr(state, name)) is not None]
@@ -156,8 +157,8 @@ def write_tensors(
     contents: Iterable[Range | Tensor],
     metadata: dict[str, str],
 ) -> None:
-    """Writes a safetensors file of tensors, which may be on the meta device: the content of each
-    is copied from a file, or is that of a tensor of the same shape.
+    """Writes a safetensors file. The tensors may be on the meta device: `contents` has, for each
+    tensor, the range of a file to copy, or a tensor of the same shape.
     """
     entries, position = [], 0
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""One run of `initialize`: its steps for each tensor, for each shard, and at the end."""
+"""One run of `initialize`: what it does for each tensor, for each shard, and at the end."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ from .recent import RecentStarts
 class InitSummary:
     """The result of `initialize`.
 
-    `layers` have started; all ranks read `size` bytes of the shards in this run, and `resumed` in
-    an earlier one. `skipped` is {name: reason} of the layers that were left out. `assumption` says
-    what was assumed of a model that transformers does not know; else it is empty.
+    `layers` is the number of layers with a start. All ranks together read `size` bytes of the
+    shards in this run, and `resumed` bytes in earlier runs. `skipped` is {name: reason} of the
+    layers without a start. `assumption` says what was assumed about a model that transformers does
+    not know; else it is empty.
     """
 
     layers: int
@@ -48,7 +49,7 @@ class InitSummary:
 
 
 class Job:
-    """One run: its steps for each tensor, for each shard, and at the end."""
+    """One run: what it does for each tensor, for each shard, and at the end."""
 
     def __init__(
         self,
@@ -112,16 +113,16 @@ class Job:
         return InitSummary(len(self.weights), size, resumed, self.residual)
 
     def edit(self, shard: Shard, piece: Piece, weight: Tensor) -> None:
-        """Makes the start of the matrix to which a tensor or slice belongs, and subtracts it
-        (absorb). The first part of each matrix adds the start to the shard's.
+        """Computes the start of the matrix to which a tensor or slice belongs, and subtracts it
+        (absorb). Only the first part of each matrix records the start in its shard.
         """
         matrix, part = self._places[piece.name, piece.index]
         own = part.matrix(weight)
         here = _joined(matrix, part, own).to(self.device)
         first = part is matrix.parts[0]
-        plain = self.initializer == LoRAM()  # its β determines the norm, without another pass
+        plain = self.initializer == LoRAM()  # its β gives the norm, without another pass
         norm = 0.0
-        # Of each thread: without it, kernels would start on the first GPU.
+        # The current device belongs to a thread: without this, kernels would run on the first GPU.
         with torch.accelerator.device_index(self.device.index):
             if first and not plain:
                 norm = math.sqrt(torch.ops.lora.frobenius_stats([here])[0, 1])
@@ -138,12 +139,12 @@ class Job:
         self.work.finish(shard.name, record, in_place=shard.target is not None)
 
     def _edited(self, matrix: Matrix) -> Sequence[Part]:
-        """The parts that are edited; or the first alone, with which the start is made."""
+        """The parts to edit. Without an edit, the start is computed with the first part only."""
         subtracts = self.residual == "absorb" and self.initializer.changes_base
         return matrix.parts if subtracts else matrix.parts[:1]
 
     def _started(self, matrix: Matrix, weight: Tensor) -> Start:
-        """The start of W [out, in], which is subtracted from it (absorb)."""
+        """The start of W [out, in]; with "absorb" it is also subtracted from W."""
         r, scaling = self.config.layer_rank(matrix.layer), self.config.layer_scaling(matrix.layer)
         initializer = self._seeded(matrix.title)
         if self.residual == "absorb" and len(matrix.parts) == 1:
@@ -162,7 +163,7 @@ class Job:
         return start
 
     def _record(self, shard: Shard, matrix: Matrix, start: Start, norm: float) -> None:
-        """Adds a start to those of the shard."""
+        """Adds a start to the starts of the shard."""
         name, (rows, cols) = matrix.layer, matrix.shape
         r, beta = self.config.layer_rank(name), None if start.beta is None else float(start.beta)
         if self.initializer == LoRAM() and beta is not None:  # β² = ‖W‖ √(Q/r)
@@ -192,8 +193,8 @@ class Job:
         return self.work.path(f"{shard.name}.factors")
 
     def _seeded(self, title: str) -> Initializer:
-        """The initializer with a seed of the matrix's own if it would use torch's generator: then a
-        start does not depend on the order of the layers.
+        """The initializer, with a seed for this matrix if it would use torch's generator, so that
+        the start does not depend on the order of the layers.
         """
         initializer = self.initializer
         if getattr(initializer, "seed", 0) is not None:
@@ -204,7 +205,7 @@ class Job:
 
 
 def _joined(matrix: Matrix, part: Part, own: Tensor) -> Tensor:
-    """W [out, in], of which `own` is the part that is edited: itself, or a copy with the others."""
+    """W [out, in], whose edited part is `own`: `own` itself, or a copy that has the other parts."""
     if len(matrix.parts) == 1:
         return own
     return torch.cat([own if p is part else p.load().to(own.dtype) for p in matrix.parts])

@@ -1,4 +1,4 @@
-"""Starts of matrices that lie in several tensors of a checkpoint, which are edited one by one."""
+"""Starts of matrices that several tensors of a checkpoint hold, which are edited one by one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class _Waiting:
 
 
 class RecentStarts:
-    """Keeps a start until all tensors of its matrix are edited, unless `limit` bytes are kept
-    already: then it is made again, to the same bits.
+    """Keeps a start until all tensors of its matrix are edited, but at most `limit` bytes of
+    starts. A start that was not kept is computed again, to the same bits.
     """
 
     def __init__(self, limit: int = _LIMIT) -> None:
@@ -30,8 +30,8 @@ class RecentStarts:
         self._lock = threading.Lock()
 
     def take(self, key: Hashable, uses: int, make: Callable[[], Start]) -> Start:
-        """The start of the matrix `key`, for which this is called `uses` times; threads that need
-        it while it is made wait.
+        """The start of the matrix `key`. `uses` is how often this method is called for that matrix.
+        A thread waits while another thread computes the same start.
         """
         with self._lock:
             entry = self._waiting.setdefault(key, _Waiting(remaining=uses))

@@ -1,4 +1,4 @@
-"""Starts the layers of a checkpoint that may be larger than memory; writes the residual base."""
+"""Computes starts for a checkpoint that may be larger than memory; writes the residual base."""
 
 from __future__ import annotations
 
@@ -38,41 +38,40 @@ def initialize(
     progress: ByteCounter = uncounted,
     ranks: Ranks = ALONE,
 ) -> InitSummary:
-    """Starts the linear layers of the model in the folder `model`, and the experts whose parameters
-    `target_parameters` names, tensor by tensor.
+    """Computes starts for the linear layers of the model in the folder `model`, tensor by tensor,
+    and for the experts whose parameters `target_parameters` names.
 
-    With `residual` "absorb" ("auto" for a start that is not zero), `out` becomes the residual base,
-    the model with W − s·B₀A₀ in place of W, and `out`/adapter the start, as a PEFT adapter of this
-    base: training starts from the original model. With "implicit" ("auto" for the other starts),
-    `out` becomes the start as a native adapter of the original base.
+    With `residual` "absorb" ("auto" for a start that is not zero), `out` becomes the residual base:
+    the model with W − s·B₀A₀ in place of W. `out`/adapter becomes the start, as a PEFT adapter of
+    this base, so that training starts from the original model. With "implicit" ("auto" for the
+    other starts), `out` becomes the start as a native adapter of the original base.
 
     The layers are those that `add_lora` would adapt in the model that transformers makes of the
-    folder, as far as PEFT finds them again; the adapter has their names in that model. All other
-    tensors keep their bytes; all files keep their names, headers and order.
-    `dtype` casts floats of 16 bits and more; a weight is rounded once, after the start was
-    subtracted. Each random start has its own seed, derived from `seed` and the layer's name; for
-    each expert, also from its number.
+    folder, without those that PEFT would not find again. The adapter has their names in that model.
+    All other tensors keep their bytes; all files keep their names, headers and order. `dtype` casts
+    floats of 16 bits and more; a weight is rounded once, after the start was subtracted. Each
+    random start has its own seed, derived from `seed`, the layer's name and the expert's number.
 
     A killed run continues when it is repeated, and the result is the same to the last byte. Peak
-    memory is the largest of the tensors that start, its cast copy if there is one (between the two
-    16-bit dtypes also one in float32), 128 MiB, and the memory of the start itself. Experts that
-    the files hold in one tensor are edited one by one; an expert that they hold in two tensors is
-    joined, which takes two copies of it. Writing the adapter takes the factors of the experts of
-    one block. `sync` waits
-    for the disk before the folder is complete, as `cp` does not. `progress(total)` returns a
-    function that is called with each number of bytes done.
+    memory is the sum of the largest tensor that gets a start, its cast copy if there is one
+    (between the two 16-bit dtypes also a copy in float32), 128 MiB, and the memory that computing
+    the start takes. Experts that the files hold in one tensor are edited one by one. An expert that
+    they hold in two tensors is joined, which takes two copies of it. Writing the adapter takes the
+    factors of the experts of one block. `sync` waits for the disk before the folder is complete,
+    which `cp` does not. `progress(total)` returns a function that is called with each number of
+    bytes done.
 
     With several `ranks`, each of these processes calls this function with the same arguments. Each
-    rewrites its own shards, on its own GPU if `device` is one without a number; rank 0 writes all
-    other files, and all return when the folder is complete. The result has the bytes of one
-    process, and a repeated run may have another number of ranks. An error on one rank is raised on
-    all. A shard is not divided: of a model in one file, rank 0 does all.
+    rewrites its own shards, on its own GPU if `device` has no number. Rank 0 writes all other
+    files, and all ranks return when the folder is complete. The result has the same bytes as with
+    one process, and a repeated run may have another number of ranks. An error on one rank is raised
+    on all. A shard is not divided: if the model is one file, rank 0 does all the work.
 
     Raises:
-        ValueError: a weight cannot start, a value is out of range, or the files are not a model;
-            nothing is left in `out`.
+        ValueError: a weight cannot get a start, a value is out of range, or the files are not a
+            model; nothing is left in `out`.
         FileNotFoundError: the folder or a file is missing.
-        OSError: `out` is in use, the disk is full, or another rank has ended or did not come; a
+        OSError: `out` is in use, the disk is full, or another rank ended or did not come; a
             repeated run continues.
 
     """
@@ -124,14 +123,14 @@ def initialize(
 
 
 def starts_from_files(initializer: Initializer) -> bool:
-    """Whether the start is made from the weight alone, and the files of a start can hold it."""
+    """Whether the start is computed from the weight alone, and a start's files can hold it."""
     others = (initializer.needs_gradient, initializer.needs_activations, initializer.has_diag)
     return not any(others)
 
 
 def _refuse_data(config: LoRAConfig) -> None:
-    """Raises ValueError for a start that is made from more than the weight, or that no file of this
-    kind can hold.
+    """Raises ValueError for a start that needs more than the weight, or that a start's files cannot
+    hold.
     """
     initializer, name = config.initializer, config.init_lora_weights
     sources = {"gradients": "loss gradients of the weights", "activations": "inputs of the layers"}
@@ -155,14 +154,14 @@ def _refuse_data(config: LoRAConfig) -> None:
 
 
 def _device(name: str, ranks: Ranks) -> torch.device:
-    """The device of that name; raises if it cannot be used. Each of several ranks on a machine gets
-    an accelerator of its own if the name has no number.
+    """The device with that name; raises ValueError if it cannot be used. If the name has no number,
+    each rank on a machine gets an accelerator of its own.
     """
     try:
         device = torch.device(name)
         if device.index is None and device.type not in ("cpu", "meta") and ranks.world_size > 1:
             count, needed = torch.accelerator.device_count(), ranks.local_world_size
-            if 0 < count < needed:  # said on all ranks alike
+            if 0 < count < needed:  # the same error on all ranks
                 raise ValueError(
                     f"device {name!r} gives each of {needed} ranks on a machine its own, and there "
                     f"are {count}: start as many ranks, or use {device.type}:0 for all"
@@ -184,7 +183,7 @@ def _of_experts(weight: StoredWeight | StoredStack) -> bool:
 def _choose(
     folder: ModelFolder, config: LoRAConfig, residual: str
 ) -> tuple[Weights, dict[str, str]]:
-    """The weights that start, and the reasons for the others."""
+    """The weights that get a start, and the reasons for the others."""
     absorb = residual == "absorb"
     weights: Weights
     if folder.architecture is not None:
@@ -214,7 +213,7 @@ def _choose(
 
 
 def _check_named(folder: ModelFolder, absorb: bool, weights: list[StoredWeight]) -> None:
-    """Raises if a weight that was chosen by its name cannot start, or if there are none."""
+    """Raises ValueError if a weight chosen by name cannot get a start, or there is none."""
     if not weights:
         raise ValueError(
             "only experts and routers of a mixture are chosen, which are not linear layers in a "

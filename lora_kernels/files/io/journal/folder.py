@@ -1,15 +1,15 @@
 """A folder that is written with a journal, so that a repeated run continues a killed one.
 
-A hidden folder inside holds the files that are not complete yet, and the journal. The journal's
+A hidden folder inside it holds the journal and the files that are not complete yet. The journal's
 first line is the task: the arguments and the inputs. Each further line names a shard that is
 complete and in its place.
 
-Several ranks write the folder together: each has a journal of its own, and its own shards. Rank 0
+If several ranks write the folder together, each has its own journal and its own shards. Rank 0
 removes or completes the folder. A repeated run takes over the shards of all journals, so that it
 may have another number of ranks.
 
-Nothing waits for the disk, as `cp` does not: the system still writes what a killed process has
-handed to it. If the system itself crashed, which the journal detects, the run starts over.
+Like `cp`, nothing here waits for the disk: the system still writes what a killed process has handed
+to it. If the system itself crashed, which the journal detects, the run starts over.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ from .lines import Record, boot, difference, read_lines, write_line
 from .meeting import Meeting
 from .ranks import ALONE, Ranks, shares
 
-_JOURNAL = "journal.jsonl"  # of one process, or of rank 0
-_OTHER = "journal-{rank}-{key}.jsonl"  # of another rank
+_JOURNAL = "journal.jsonl"  # the journal of one process, or of rank 0
+_OTHER = "journal-{rank}-{key}.jsonl"  # the journal of another rank
 _CLOSED = -1  # in place of a file descriptor
 _FINISHED = "finished"  # the name of a shard, or None when everything is done
-_RUN = "run"  # the number of the run, which decides between two records of one shard
+_RUN = "run"  # the number of the run: of two records of one shard, the later run's is used
 # Files without which a folder is not a model or an adapter.
 _COMPLETING = ("config.json", "model.safetensors.index.json", "adapter_config.json",
                "adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # fmt: skip
 
 
 class JournaledFolder:
-    """The folder `out`; a context manager, which locks it against other processes.
+    """The folder `out`: a context manager that locks it against other processes.
 
-    A ValueError or TypeError inside the context removes what was written; after any other error the
-    same task can be continued. An error of one of several ranks is raised on all of them.
+    A ValueError or TypeError inside the context removes what was written. After any other error,
+    the same task can be continued. An error on one of several ranks is raised on all of them.
 
     Args:
         out: made if it does not exist.
         task: the arguments of the run.
         inputs: the `identity` of each input file by name.
-        overwrite: whether the model or adapter in it is replaced, and another run's work discarded.
-        sync: whether all other files have to reach the disk before the last one is written, without
-            which the folder is not a model or adapter.
-        ranks: the processes that write it together, each of which calls the same methods.
+        overwrite: whether to replace the model or adapter in it, and to discard another run's work.
+        sync: whether all other files must be on the disk before the last one is written, which
+            completes the folder as a model or adapter.
+        ranks: the processes that write the folder together; each calls the same methods.
 
     Attributes:
-        finished: the records of finished shards, those of an earlier run of this task included; on
-            ranks other than 0, only those that they have finished.
-        completed: whether everything is done, apart from removing the journal.
+        finished: the records of finished shards, including those of earlier runs of this task; on
+            ranks other than 0, only their own.
+        completed: whether everything is done except removing the journal.
 
     Raises:
         FileExistsError: the folder is not empty, or has the journal of another task.
-        BlockingIOError: another process is writing it.
+        BlockingIOError: another process is writing the folder.
         ValueError: the ranks have different tasks.
-        TimeoutError: some ranks were not started.
-        ConnectionAbortedError: a rank has ended without an error.
+        TimeoutError: some ranks did not start.
+        ConnectionAbortedError: a rank ended without an error.
 
     """
 
@@ -84,14 +84,14 @@ class JournaledFolder:
         self.finished: dict[str, Record] = {}
         self.completed = False
         head = {"task": dict(task), "inputs": dict(inputs), "boot": boot()}
-        self._head = json.loads(json.dumps(head))  # as it is read from the journal
+        self._head = json.loads(json.dumps(head))  # as the journal will return it
         self._overwrite, self._sync = overwrite, sync
         self._journal = _CLOSED
         self._ranks = ranks
         self._meeting = Meeting(out, self.work / "ranks", ranks)
-        self._boots = {self._head["boot"]}  # of the machines of all ranks
+        self._boots = {self._head["boot"]}  # of all ranks' machines
         self._run = 1
-        self._runs: dict[str, int] = {}  # in which shards were finished
+        self._runs: dict[str, int] = {}  # {name of a shard: the run that finished it}
         self._owners: Mapping[str, int] = {}
 
     def __enter__(self) -> JournaledFolder:
@@ -123,10 +123,10 @@ class JournaledFolder:
         return self.work / name
 
     def remaining(self, shards: Sequence[Shard]) -> list[Shard]:
-        """The shards that are not finished: not in a journal, or not in their place. Raises an
+        """The shards that are not finished: those in no journal, or not in their place. Raises
         OSError if the disk has no space for them.
 
-        With several ranks, rank 0 divides them among all.
+        With several ranks, rank 0 divides these shards among all ranks.
         """
         if not self._ranks.is_main:
             plan = self._meeting.wait_for_plan()
@@ -141,12 +141,12 @@ class JournaledFolder:
         return found
 
     def share(self, remaining: Sequence[Shard]) -> list[Shard]:
-        """Those of the remaining shards that this rank rewrites."""
+        """The remaining shards that this rank rewrites."""
         return [shard for shard in remaining if self._owners[shard.name] == self._ranks.rank]
 
     def watched(self, advanced: Callable[[int], None]) -> Callable[[int], None]:
-        """`advanced`, which is called during work, with a look at the other ranks: it raises the
-        error of one that has failed.
+        """`advanced` with a check of the other ranks. The result is called during work, and raises
+        the error of a rank that failed.
         """
 
         def watching(count: int) -> None:
@@ -156,8 +156,9 @@ class JournaledFolder:
         return watching
 
     def gathered(self) -> bool:
-        """Called when this rank's shards are finished. Rank 0 waits until all are, and completes
-        the folder if this is True; it is False on the other ranks.
+        """Call this when this rank's shards are finished. On rank 0 it waits until all ranks are
+        done and returns True: rank 0 then completes the folder. On the other ranks it returns
+        False.
         """
         if not self._ranks.is_main:
             self._meeting.tell_done()
@@ -192,7 +193,7 @@ class JournaledFolder:
                     sync(Path(folder) / name)
 
     def complete(self) -> None:
-        """Removes the journal: the folder is complete. The other ranks wait for rank 0."""
+        """Removes the journal, which completes the folder. The other ranks wait for rank 0."""
         if not self._ranks.is_main:
             self._meeting.wait_until_done()
             return
@@ -206,11 +207,11 @@ class JournaledFolder:
         self.settle()
 
     def _check_writable(self) -> bool:
-        """Whether no unfinished run is in the folder; raises if it must not be written."""
+        """Whether the folder has no unfinished run; raises an OSError if it must not be written."""
         if self.out.exists() and not self.out.is_dir():
             raise FileExistsError(f"{self.out} is a file: give a folder to write into")
         names = {entry.name for entry in self.out.iterdir()} if self.out.exists() else set()
-        new = not is_unfinished(self.out)  # after the names: rank 0 may begin between the two
+        new = not is_unfinished(self.out)  # after reading the names: rank 0 may begin in between
         if new and not self._overwrite and names - {JOURNAL_FOLDER}:
             raise FileExistsError(f"{self.out} is not empty: give another folder, or --overwrite")
         return new
@@ -233,12 +234,12 @@ class JournaledFolder:
             if new:
                 shutil.rmtree(self.work, ignore_errors=True)
             if not existed:
-                with suppress(OSError):  # not empty
+                with suppress(OSError):  # the folder is not empty
                     self.out.rmdir()
             raise
 
     def _meet(self, others: Collection[Mapping[str, Any]]) -> None:
-        """Raises if another rank has another task."""
+        """Raises ValueError if another rank has another task."""
         for rank, about in enumerate(others, start=1):
             head = about["head"]
             self._boots.add(head["boot"])
@@ -257,8 +258,8 @@ class JournaledFolder:
         return file.is_file() and file.stat().st_size == shard.target_layout.file_size
 
     def _resumed(self) -> bool:
-        """Whether the journal is that of this task; then `finished` holds its records, and those of
-        other ranks.
+        """Whether the journal belongs to this task. `finished` then has its records and those of
+        the other ranks.
         """
         lines, size = read_lines(self.work / _JOURNAL)
         if not lines:
@@ -281,18 +282,18 @@ class JournaledFolder:
         return True
 
     def _others(self) -> Iterator[list[Record]]:
-        """The lines of each journal of another rank."""
+        """The lines of each journal that another rank wrote."""
         for file in sorted(self.work.glob(_OTHER.format(rank="*", key="*"))):
             yield read_lines(file)[0]
 
     def _take_others(self) -> None:
-        """Takes over what other ranks have finished, on machines that still run since."""
+        """Takes over other ranks' finished shards, if their machines have not rebooted since."""
         for lines in self._others():
             if any(lines[:1] == [self._head | {"boot": boot}] for boot in self._boots):
                 self._take(lines[1:])
 
     def _take(self, records: Sequence[Record]) -> None:
-        """Takes over the records of a journal, unless a later run has finished the shard again."""
+        """Takes over a journal's records, except of shards that a later run has finished again."""
         for line in records:
             name, run = line[_FINISHED], line.get(_RUN, 0)
             if name is None:
@@ -309,7 +310,7 @@ class JournaledFolder:
         write_line(self._journal, self._head)
 
     def _clear(self, *kept: Path) -> None:
-        """Removes all that is not in place, and the other ranks' journals."""
+        """Removes the files that are not in place yet, and the other ranks' journals."""
         for entry in self.work.iterdir():
             if entry.is_dir() and entry not in kept:
                 shutil.rmtree(entry)
@@ -322,15 +323,15 @@ class JournaledFolder:
         write_line(self._journal, self._head)
 
     def _remove_outputs(self) -> None:
-        """Removes a model or an adapter, beginning with the files that make the folder one."""
+        """Removes a model or an adapter; the files that complete the folder go first."""
         for name in _COMPLETING:
             (self.out / name).unlink(missing_ok=True)
         for file in self.out.glob("*.safetensors"):
             file.unlink()
 
     def _fail(self, error: BaseException) -> None:
-        """Tells the other ranks of an error; rank 0 removes what was written if a repeated run
-        would fail again. Raises another error if all ranks raise that one.
+        """Tells the other ranks about an error. Rank 0 removes what was written if a repeated run
+        would fail again. Raises the error that all ranks raise, if it is another one.
         """
         told = self._meeting.fail(error)
         if self._ranks.is_main and isinstance(told, (ValueError, TypeError)):
@@ -344,7 +345,7 @@ class JournaledFolder:
         for name in self.finished:
             (self.out / name).unlink(missing_ok=True)
         shutil.rmtree(self.work)
-        with suppress(OSError):  # not empty
+        with suppress(OSError):  # the folder is not empty
             self.out.rmdir()
 
     def _close(self) -> None:
@@ -355,7 +356,7 @@ class JournaledFolder:
 
 
 def _lock(descriptor: int) -> bool:
-    """Locks the journal. A rank that looks who holds the lock may hold it for a moment itself."""
+    """Locks the journal. A rank that checks who holds the lock may itself hold it for a moment."""
     for _ in range(4):
         if try_lock(descriptor):
             return True

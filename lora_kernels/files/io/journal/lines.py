@@ -1,4 +1,4 @@
-"""The lines of a journal: the task, and a record for each shard that is complete."""
+"""The lines of a journal: the task, and a record for each complete shard."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ Record = dict[str, Any]
 
 
 def identity(file: Path) -> str:
-    """Identifies the version of a file, by its size and the time of its last change."""
+    """Identifies the version of a file by its size and its time of modification."""
     status = file.stat()
     return f"{status.st_size} bytes of {status.st_mtime_ns}"
 
 
 def boot() -> str | None:
-    """Identifies the current boot of the system, on Linux; else None."""
+    """Identifies the current boot of the system on Linux; None elsewhere."""
     file = Path("/proc/sys/kernel/random/boot_id")
     return file.read_text().strip() if file.is_file() else None
 
 
 def read_lines(journal: Path) -> tuple[list[Record], int]:
-    """The whole lines of a journal, and their size in bytes: a killed process may have left half a
-    line. There are none if the file is damaged: the system crashed before it was on the disk.
+    """The complete lines of a journal, and their size in bytes: a killed process may have left half
+    a line. The list is empty if the file is damaged, because the system crashed before it was on
+    disk.
     """
     text = journal.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
@@ -38,7 +39,7 @@ def read_lines(journal: Path) -> tuple[list[Record], int]:
 def write_line(descriptor: int, line: Mapping[str, Any]) -> None:
     """Appends a line to an open journal."""
     content = (json.dumps(line, allow_nan=False) + "\n").encode()
-    while content:  # a nearly full disk accepts only a part
+    while content:  # a nearly full disk may accept only a part
         content = content[os.write(descriptor, content) :]
 
 

@@ -1,11 +1,11 @@
-"""How the ranks of a run find each other, and learn what becomes of each other: by files.
+"""How the ranks of a run find each other and learn about each other's ends and errors: by files.
 
-Each rank holds the lock of a file that is named by its number, and which others find free when the
-rank has ended, however it ended. What a rank tells lies in files that are named by its key, a
-random number: nothing that an earlier run has left is taken for a message of this one.
+Each rank holds the lock of a file that is named after its number. The other ranks find the file
+unlocked when the rank has ended, however it ended. A rank's messages are files that are named after
+its key, a random number, so that no rank takes an earlier run's file for a message of this run.
 
-Rank 0 waits for all others, and then tells the plan. When a rank fails, it tells so. Rank 0 then
-fails, too, and the error that it tells is the one that all ranks raise.
+Rank 0 waits for all other ranks and then publishes the plan. A rank that fails publishes its error.
+Rank 0 then fails too, and all ranks raise the error that rank 0 publishes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ..disk import is_locked, release, try_lock
 from .ranks import Ranks
 
 _CLOSED = -1  # in place of a file descriptor
-JOIN = 60.0  # seconds that a rank waits for the others to begin, from the last one that did
-_LEAVE = 10.0  # seconds that a run waits for ranks of an earlier one, whose rank 0 has ended
-_POLL = 0.05  # seconds between two looks
-_WATCH = 0.2  # the same, during work
+JOIN = 60.0  # seconds that a rank waits for others to begin, counted from the last one that did
+_LEAVE = 10.0  # seconds that a run waits for ranks of an earlier run whose rank 0 has ended
+_POLL = 0.05  # seconds between two checks
+_WATCH = 0.2  # seconds between two checks during work
 _PLAN = "plan"
 _ABOUT, _DONE, _FAILED = "about", "done", "failed"
-# The errors that are raised on all ranks; any other becomes an OSError there.
+# Errors that all ranks raise with the same type; any other error becomes an OSError there.
 _KINDS: tuple[type[Exception], ...] = (
     *(ValueError, TypeError, FileExistsError, FileNotFoundError, BlockingIOError),
     *(TimeoutError, ConnectionAbortedError, OSError),
@@ -42,18 +42,18 @@ Message = dict[str, Any]
 class Meeting:
     """The ranks that write the folder `out`, and their files in `folder`.
 
-    With one process, nothing is written, and nothing is waited for.
+    With one process, nothing is written and nothing waits.
     """
 
     def __init__(self, out: Path, folder: Path, ranks: Ranks) -> None:
         self._out, self.folder, self._ranks = out, folder, ranks
         self._key = uuid4().hex
-        self._keys: dict[int, str] = {}  # of the other ranks that this one knows
+        self._keys: dict[int, str] = {}  # of the other ranks that this rank has found
         self._lock = _CLOSED
         self._next_look = 0.0
 
     def open(self) -> None:
-        """Rank 0, which has locked the folder: begins the meeting.
+        """Begins the meeting. For rank 0, which has locked the folder.
 
         Raises:
             BlockingIOError: ranks of an earlier run do not end.
@@ -70,11 +70,11 @@ class Meeting:
             self._enter({})
 
     def gather(self) -> list[Message]:
-        """Rank 0: waits for all other ranks; returns what each told when it joined.
+        """For rank 0: waits for all other ranks; returns the message of each when it joined.
 
         Raises:
-            TimeoutError: some did not come.
-            OSError: one has ended again.
+            TimeoutError: some ranks did not come.
+            OSError: a rank came and has ended.
 
         """
         found: dict[int, Message] = {}
@@ -95,8 +95,8 @@ class Meeting:
         return [found[rank] for rank in self._others()]
 
     def join(self, about: Message, refuse: Callable[[], object], lock: Path) -> None:
-        """The other ranks: wait for rank 0 and join it. `refuse` raises if the folder cannot be
-        written; `lock` is the file that rank 0, or another run, has locked.
+        """For the other ranks: waits for rank 0 and joins it. `refuse` raises an error if the
+        folder cannot be written; `lock` is the file that rank 0, or another run, has locked.
 
         Raises:
             BlockingIOError: another run is writing the folder.
@@ -107,7 +107,7 @@ class Meeting:
         while (key := self._key_of(0)) is None:
             refuse()
             waited = time.monotonic() - begin
-            # Rank 0 would have opened its meeting by now.
+            # By now rank 0 would have opened its meeting.
             if waited > 2 * _LEAVE and _held(lock):
                 raise _in_use(self._out)
             if waited > JOIN:
@@ -123,12 +123,12 @@ class Meeting:
         self._enter(about)
 
     def tell_plan(self, plan: Message) -> None:
-        """Rank 0: lets the others begin."""
+        """For rank 0: lets the other ranks begin."""
         if self._keys:
             self._write(_PLAN, plan | {"keys": list(self._keys.values())})
 
     def wait_for_plan(self) -> Message:
-        """The other ranks: what rank 0 tells all of them."""
+        """For the other ranks: waits for rank 0's plan for all ranks."""
         while True:
             plan = self._read(_PLAN)
             if plan is not None and self._key in plan["keys"]:
@@ -137,41 +137,41 @@ class Meeting:
             time.sleep(_POLL)
 
     def watch(self) -> None:
-        """Called often during work: raises the error of another rank if it failed or has ended."""
+        """Called often during work: raises the error of another rank that failed or ended."""
         if self._keys and (now := time.monotonic()) > self._next_look:
             self._next_look = now + _WATCH
             self._check_others()
 
     def tell_done(self) -> None:
-        """Tells that this rank has done its part; rank 0, that everything is done."""
+        """Says that this rank has done its part; on rank 0, that everything is done."""
         if self._keys:
             self._write(f"{self._key}.{_DONE}", {})
 
     def wait_until_done(self) -> None:
-        """Waits until all ranks that this one knows are done; raises the error of one that failed
-        or has ended.
+        """Waits until all ranks that this rank knows are done; raises the error of a rank that
+        failed or ended.
         """
         while not self._check_others():
             time.sleep(_POLL)
 
     def wait_until_alone(self) -> None:
-        """Rank 0: waits until the other ranks have ended."""
+        """For rank 0: waits until the other ranks have ended."""
         while any(self._key_of(rank) == key for rank, key in self._keys.items()):
             time.sleep(_POLL)
 
     def fail(self, error: BaseException) -> BaseException:
-        """Tells of this rank's error, and returns the error that all ranks raise; rank 0 waits
-        until they have ended.
+        """Publishes this rank's error, and returns the error that all ranks raise. Rank 0 waits
+        until the other ranks have ended.
         """
         if not self._keys or not self.folder.is_dir():
             return error
-        wait = isinstance(error, Exception)  # none after Ctrl-C
+        wait = isinstance(error, Exception)  # not after Ctrl-C
         text = str(error) if wait else f"rank {self._rank} was interrupted: {_AGAIN}"
         kind = next((kind for kind in _KINDS if isinstance(error, kind)), OSError)
         message = {"kind": kind.__name__, "text": text or type(error).__name__}
         try:
             self._write(f"{self._key}.{_FAILED}", message)
-        except OSError:  # a full disk: the others see that this rank has ended
+        except OSError:  # a full disk: the other ranks will see that this rank has ended
             return error
         if self._ranks.is_main and wait:
             self.wait_until_alone()
@@ -182,7 +182,7 @@ class Meeting:
         return error
 
     def close(self) -> None:
-        """Leaves the meeting: for the others this rank has ended."""
+        """Leaves the meeting: the other ranks then see that this rank has ended."""
         if self._lock != _CLOSED:
             release(self._lock)
             self._lock = _CLOSED
@@ -198,7 +198,7 @@ class Meeting:
         return [self._ranks.world_size, *self._ranks.launch]
 
     def _enter(self, about: Message) -> None:
-        """Locks this rank's file, which others only see locked, and with its key in it."""
+        """Creates this rank's file; others see it only when it is locked and has its key."""
         self.folder.mkdir(exist_ok=True)
         self._write(f"{self._key}.{_ABOUT}", about | {"launch": self._launch()})
         staged = self.folder / f"{self._key}.lock"
@@ -208,7 +208,7 @@ class Meeting:
         staged.replace(self.folder / str(self._rank))
 
     def _key_of(self, rank: int) -> str | None:
-        """The key of a rank that has joined and not ended."""
+        """The key of a rank that has joined and has not ended; else None."""
         try:
             with (self.folder / str(rank)).open() as file:
                 return file.read() if is_locked(file.fileno()) else None
@@ -216,12 +216,12 @@ class Meeting:
             return None
 
     def _check_others(self) -> bool:
-        """`_check` for all ranks that this one knows."""
+        """Whether all ranks that this rank knows are done (see `_check`)."""
         return all([self._check(rank) for rank in self._keys])
 
     def _check(self, rank: int) -> bool:
-        """Whether a rank is done; raises its error, or an OSError if it has ended before."""
-        here = self._key_of(rank) == self._keys[rank]  # first: a rank tells before it ends
+        """Whether a rank is done; raises its error, or an OSError if it ended too early."""
+        here = self._key_of(rank) == self._keys[rank]  # first: it writes, then ends
         if (error := self._error_of(rank)) is not None:
             raise error
         if self._read(f"{self._keys[rank]}.{_DONE}") is not None:
@@ -233,7 +233,7 @@ class Meeting:
         return False
 
     def _error_of(self, rank: int) -> Exception | None:
-        """The error that a rank told of."""
+        """The error that a rank published; None if there is none."""
         message = self._read(f"{self._keys[rank]}.{_FAILED}")
         if message is None:
             return None
@@ -241,7 +241,7 @@ class Meeting:
         return kind(message["text"])
 
     def _wait_for_error(self) -> Exception | None:
-        """The error that rank 0 tells; None if it ends without."""
+        """The error that rank 0 publishes; None if it ends without one."""
         while True:
             here = self._key_of(0) == self._keys[0]
             if (error := self._error_of(0)) is not None or not here:
@@ -256,7 +256,7 @@ class Meeting:
         return content
 
     def _write(self, name: str, message: Mapping[str, Any]) -> None:
-        """Writes a message, which others see whole or not at all."""
+        """Writes a message; the other ranks see all of it or nothing."""
         staged = self.folder / f"{self._key}.message"
         staged.write_text(json.dumps(message))
         staged.replace(self.folder / name)
@@ -268,7 +268,7 @@ _START = (
 
 
 def _held(file: Path) -> bool:
-    """Whether a process holds the lock of the file."""
+    """Whether a process has locked the file."""
     try:
         with file.open() as opened:
             return is_locked(opened.fileno())

@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# What tells the processes of one launch from those of another, where torchrun has set it.
+# Variables of torchrun that tell the processes of one launch from those of another.
 _LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process, number `rank` of `world_size`, and on its machine number `local_rank` of
+    """A process: number `rank` of `world_size`, and on its machine number `local_rank` of
     `local_world_size`. `launch` is the same for all processes that were started together.
     """
 
@@ -26,11 +26,11 @@ class Ranks:
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
         """The ranks that torchrun, or another launcher, has put into the environment: RANK and
-        WORLD_SIZE, and LOCAL_RANK and LOCAL_WORLD_SIZE if there are several machines. One process
-        if WORLD_SIZE is missing or 1.
+        WORLD_SIZE; with several machines also LOCAL_RANK and LOCAL_WORLD_SIZE. One process if
+        WORLD_SIZE is missing or 1.
 
         Raises:
-            ValueError: the variables are no numbers, or do not fit together.
+            ValueError: the variables are not numbers, or contradict each other.
 
         """
         world_size = _number(environment, "WORLD_SIZE", 1)
@@ -75,7 +75,7 @@ def _number(environment: Mapping[str, str], name: str, missing: int) -> int:
 def shares(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
     """Which rank gets which file: {name: rank} for {name: bytes}.
 
-    The largest file comes first, and each goes to the rank with the fewest bytes so far.
+    Files are distributed from the largest on, each to the rank with the fewest bytes so far.
     """
     loads = [0] * world_size
     owners = {}

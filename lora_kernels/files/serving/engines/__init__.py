@@ -1,7 +1,7 @@
-"""The rules of each engine: what it does with an adapter, read in its source.
+"""The rules of each engine: what it does with an adapter, according to its source.
 
-An engine is a function from an adapter (and its base's configuration) to a `Verdict`. A rule that
-an engine changes is changed here, together with the version in `as_of`.
+An engine is a function from an adapter (and its base's configuration) to a `Verdict`. If an engine
+changes a rule, change it here, together with the version in `as_of`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""diffusers' rules, of `load_lora_weights` and `load_lora_adapter`.
+"""The rules of diffusers' `load_lora_weights` and `load_lora_adapter`.
 
 They are in diffusers 0.42.1 in `loaders/peft.py`, `loaders/lora_base.py`,
 `loaders/lora_pipeline.py`, `loaders/lora_conversion_utils.py` (kohya's names) and
@@ -19,7 +19,7 @@ from ..updates import alpha_of, option_name, options_of, rank_of, scale_of
 from .model import BaseModel
 from .verdict import Applied, Engine, Ignored, Verdict, residual_fault
 
-# The models of Stable Diffusion, whose pipelines read α of kohya's files only.
+# The models of Stable Diffusion, whose pipelines read α only from kohya's files.
 _STABLE_DIFFUSION = ("unet", "text_encoder", "text_encoder_2")
 _DROPPED_ALPHA = (
     "Stable Diffusion's pipelines drop the tensors <layer>.alpha, except those of kohya's files"
@@ -37,7 +37,7 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     """What a pipeline of diffusers does with an adapter."""
     verdict = Verdict.of(adapter)
     verdict.rank = max(layer.rank for layer in adapter.layers.values())
-    if adapter.kind != PEFT:  # no files for `lora-kernels`
+    if adapter.kind != PEFT:  # `lora-kernels` cannot read these files
         verdict.portable = _FOLD_ALPHA
         verdict.merge = "merge it into the model with the program that trained it"
     kohya = all(name.startswith(tuple(KOHYA)) for name in adapter.layers)
@@ -101,7 +101,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter, kohya: bool) -> None:
 
 
 def _ranks(verdict: Verdict, adapter: StoredAdapter) -> None:
-    """The options must have the ranks of the tensors."""
+    """Refuses tensors whose ranks differ from those in the options."""
     other = []
     for name, layer in adapter.layers.items():
         options = options_of(adapter, layer)
@@ -125,8 +125,8 @@ def _alphas(adapter: StoredAdapter) -> list[str]:
 
 
 def _scales(verdict: Verdict, adapter: StoredAdapter, drops: bool) -> dict[str, float]:
-    """s of each layer: of the header's options, or α / r with the most frequent α where a layer has
-    none of its own; 1 if the pipeline drops α.
+    """s of each layer: from the header's options; or α / r, with the most frequent α for a layer
+    without α; 1 if the pipeline drops α.
     """
     if adapter.kind == PEFT:
         config = adapter.config

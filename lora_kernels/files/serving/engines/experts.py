@@ -1,5 +1,5 @@
-"""Experts: what engines need of those that have a pair of matrices each, and what files of PEFT and
-Unsloth do to those that share one.
+"""What engines require of experts that have a pair of matrices each, and how files of PEFT and
+Unsloth may be wrong for experts that share one pair.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _EACH = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)")
 _WORDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _FIRST = frozenset({"gate_proj", "up_proj"})
 _PROJECTIONS = _FIRST | {"down_proj"}
-_ORDER = "grouped_by_expert"  # Unsloth's, of B's columns
+_ORDER = "grouped_by_expert"  # Unsloth's order of B's columns
 _CONVERT = "lora-kernels convert ADAPTER OUT --base BASE"
 
 
 @dataclass(frozen=True)
 class EachExpert:
-    """The experts of one module that have a pair of matrices each.
+    """Experts of one module that have a pair of matrices each.
 
     Attributes:
-        projections: {the number of an expert: which of its projections are adapted}, by the words
-            of most models ("gate_proj").
-        names: of their layers in the adapter.
-        module: the base's module that has them in one parameter; None if it is not known.
+        projections: {number of an expert: its adapted projections}, by the words of most models
+            ("gate_proj").
+        names: the names of the experts' layers in the adapter.
+        module: the base's module that has the experts in one parameter; None if unknown.
 
     """
 
@@ -51,23 +51,23 @@ class EachExpert:
 
     @property
     def expected(self) -> frozenset[str]:
-        """The projections that each expert has."""
+        """The projections that each expert should have."""
         gated = any("gate_proj" in own for own in self.projections.values())
         if self.module is not None:
             gated = bool(getattr(self.module, "has_gate", True))
-        elif not gated:  # which "up_proj" and "down_proj" alone do not tell
+        elif not gated:  # an adapter with only "up_proj" and "down_proj" does not show it
             gated = not any(own >= {"up_proj", "down_proj"} for own in self.projections.values())
         return _PROJECTIONS if gated else _PROJECTIONS - {"gate_proj"}
 
     @property
     def number(self) -> int:
-        """How many experts there are, as far as it is known."""
+        """The number of experts, as far as it is known."""
         parameters = [] if self.module is None else list(self.module.parameters(recurse=False))
         sizes = [p.shape[0] for p in parameters if p.dim() == 3]
         return max([max(self.projections) + 1, *sizes])
 
     def is_whole(self, projections: frozenset[str]) -> bool:
-        """Whether all experts have these."""
+        """Whether all experts have these projections."""
         return all(self.projections.get(e, frozenset()) >= projections for e in range(self.number))
 
 
@@ -92,19 +92,19 @@ def each_expert(adapter: StoredAdapter, base: BaseModel | None) -> dict[str, Eac
 
 
 def _experts_module(base: BaseModel | None, name: str, layer: str = "") -> nn.Module | None:
-    """The base's module that has its experts in one parameter; `layer` is one of them."""
+    """The base's module that has its experts in one parameter; `layer` is one of the experts."""
     if base is None or not base.modules:
         return None
     place = base.place(name)
     found = place.name or ""
-    if place.kind == MISSING:  # by an older name, which stands for a parameter
+    if place.kind == MISSING:  # the layer may have an older name, which stands for a parameter
         found = base.older.get(layer, "").rpartition(".")[0]
     module = base.modules.get(found)
     return module if module is not None and is_experts(found, module) else None
 
 
 def to_each(verdict: Verdict, base: BaseModel | None) -> str:
-    """How to give each expert a pair of matrices; how to merge where the base's files do not."""
+    """The remedy: give each expert a pair of matrices, or merge if the base's files do not."""
     if base is None or base.architecture is None:
         return TO_EACH
     stored = stored_experts(base.architecture.model)
@@ -114,7 +114,7 @@ def to_each(verdict: Verdict, base: BaseModel | None) -> str:
 def refuse_incomplete(
     verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None, why: str
 ) -> None:
-    """Refuses experts that lack some projections, or experts, for an engine that needs them all."""
+    """Refuses missing experts or projections, for an engine that needs all of them."""
     lacking = [m for m, e in each_expert(adapter, base).items() if not e.is_whole(e.expected)]
     if lacking:
         verdict.refuse(
@@ -127,7 +127,7 @@ def refuse_incomplete(
 def refuse_joined_experts(
     verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None, what: str
 ) -> None:
-    """Refuses experts in one tensor, for an engine that looks for a `what` of each layer's name."""
+    """Refuses experts in one tensor, for an engine that looks up a `what` by each layer's name."""
     found = [name for name, layer in adapter.layers.items() if experts_of(adapter, layer) > 1]
     if found:
         verdict.refuse(
@@ -139,8 +139,8 @@ def refuse_joined_experts(
 def left_bare_by_peft(
     verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None
 ) -> dict[str, Ignored]:
-    """The layers of experts with a pair of matrices each that PEFT leaves out of a model that has
-    them in one parameter. Refuses those that it cannot stack.
+    """The layers of experts with a pair of matrices each that PEFT does not adapt, because the
+    model has the experts in one parameter. Refuses pairs that PEFT cannot stack.
     """
     bare: dict[str, Ignored] = {}
     model: Any = None if base is None or base.architecture is None else base.architecture.model
@@ -167,7 +167,7 @@ def left_bare_by_peft(
 
 
 def _targets_down(config: Mapping[str, Any]) -> bool:
-    """Whether PEFT adapts the experts' down_proj, too, if the file does not have it."""
+    """Whether PEFT adapts the experts' down_proj too, even if the file does not have it."""
     targets = config.get("target_modules") or ()
     if isinstance(targets, str):
         return True
@@ -175,7 +175,7 @@ def _targets_down(config: Mapping[str, Any]) -> bool:
 
 
 def refuse_doubled_rank(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
-    """Refuses stacked experts beside targets that PEFT takes for those of experts, too."""
+    """Refuses stacked experts together with targets that PEFT also takes for those of experts."""
     model = None if base is None or base.architecture is None else base.architecture.model
     if not is_converted_by_peft(model):
         return
@@ -191,8 +191,8 @@ def refuse_doubled_rank(verdict: Verdict, adapter: StoredAdapter, base: BaseMode
 
 
 def judge_layouts(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
-    """Corrects a verdict on experts in one tensor, which all engines read as PEFT 0.19 and later
-    writes them: the file may have another layout.
+    """Corrects the verdict on experts in one tensor. All engines read the layout of PEFT 0.19 and
+    later, but the file may have another one.
     """
     shapes = {
         name: layer.shape
@@ -224,7 +224,7 @@ def _refuse_exchanged(
     base: BaseModel | None,
     shapes: Mapping[str, tuple[int, int]],
 ) -> None:
-    """Of files of PEFT before 0.19, and of sizes that are not those of the base."""
+    """Refuses files of PEFT before 0.19, and shapes that differ from the base's."""
     names = {option_name(adapter.config, adapter.layers[name]): name for name in shapes}
     try:
         certain = certain_exchanges({p: shapes[n] for p, n in names.items()}, None)

@@ -2,7 +2,7 @@
 
 They are in `convert_lora_to_gguf.py` (names of tensors; α; the file is float32 unless --outtype
 says otherwise), in the classes of `convert_hf_to_gguf.py` (which names a model has) and in
-`src/llama-adapter.cpp` and `.h` (s = α / rank of the tensor; norms are passed over), as of October
+`src/llama-adapter.cpp` and `.h` (s = α / rank of the tensor; norms are ignored), as of October
 2026.
 """
 
@@ -26,15 +26,15 @@ from .verdict import (
     refuse_shapes,
 )
 
-# llama.cpp applies activated LoRA; the others are refused by the names of their tensors.
+# llama.cpp applies activated LoRA, and refuses the others by the names of their tensors.
 _KNOWN = ("alora_invocation_tokens", "use_dora", "lora_bias", "trainable_token_indices")
 
-# How most names begin in the models that GGUF files are made of.
+# The usual beginnings of names in models from which GGUF files are made.
 _USUAL = ("model.layers.", "lm_head")
 
 
 def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
-    """What llama.cpp does with an adapter that its own script has converted."""
+    """What llama.cpp does with an adapter that its script has converted."""
     config = adapter.config
     verdict = Verdict.of(adapter)
     verdict.rank = max(rank_per_expert(adapter, layer) for layer in adapter.layers.values())
@@ -107,7 +107,7 @@ def _layer(layer: StoredLayer, base: BaseModel | None, applied: Applied) -> Appl
 
 
 def _names(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
-    """A name that no tensor of the model has is an error, of the script or when it is loaded."""
+    """Refuses a name that no tensor of the model has: the script or the loading fails."""
     missing = {n: found.name for n, found in verdict.layers.items()
                if isinstance(found, Ignored) and found.reason.startswith("no tensor")}  # fmt: skip
     if missing:

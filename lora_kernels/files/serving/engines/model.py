@@ -1,4 +1,4 @@
-"""The base model as far as its configuration tells: classes, dtype, and the names and shapes of its
+"""What a base model's configuration tells: the classes, the dtype, and the names and shapes of the
 modules, which transformers builds without weights.
 """
 
@@ -24,7 +24,7 @@ _DTYPES = {
     "float64": torch.float64, "float32": torch.float32, "float": torch.float32,
     "float16": torch.float16, "half": torch.float16, "bfloat16": torch.bfloat16,
 }  # fmt: skip
-# Where multimodal models keep the text model.
+# The module of multimodal models that holds the text model.
 TEXT_MODEL = "language_model"
 _BLOCK = re.compile(r"\.\d+\.")
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.[^.]+")
@@ -33,7 +33,7 @@ FOUND, TEXT, SERVED, RENAMED, MISSING = "found", "text", "served", "renamed", "m
 
 
 def matrix_shape(module: Any) -> tuple[int, int] | None:
-    """(out, in) of a linear layer; (hidden, vocabulary) of an embedding; None of others."""
+    """(out, in) of a linear layer; (hidden, vocabulary) of an embedding; None for other modules."""
     if isinstance(module, nn.Embedding):
         return module.embedding_dim, module.num_embeddings
     weight = getattr(module, "weight", None)
@@ -50,11 +50,11 @@ class Place:
     """Where a layer of an adapter is in the base.
 
     Attributes:
-        kind: FOUND: the base has a module of this name. TEXT: the name is that of the text model
-            alone, and the base has it inside another model. SERVED: the same after
-            "language_model.", as servers call it. RENAMED: an older name of transformers. MISSING:
-            no module.
-        name: the module, or the most similar one; None if nothing is similar.
+        kind: FOUND: the base has a module of this name. TEXT: the name is that of a text model
+            alone, which the base has inside another model. SERVED: the same, after
+            "language_model.", as servers call it. RENAMED: the name is an older one of
+            transformers. MISSING: there is no such module.
+        name: the module's name, or the most similar name; None if no name is similar.
 
     """
 
@@ -67,13 +67,13 @@ class BaseModel:
     """A base model.
 
     Attributes:
-        path: its folder, or its `config.json`.
+        path: the model's folder, or its `config.json`.
         config: the content of `config.json`.
-        architecture: the model on the meta device; None if it is not known.
-        unknown: why it is not known.
-        assumed: the class that is taken for granted, if the configuration names none.
-        older: {older name of a module: module}, by transformers' table of renamed modules, for the
-            layers of the adapter.
+        architecture: the model on the meta device; None if it is unknown.
+        unknown: why the architecture is unknown.
+        assumed: the class that is assumed if the configuration names none.
+        older: {older name of a module: module} for the layers of the adapter, by transformers'
+            table of renamed modules.
 
     """
 
@@ -86,7 +86,7 @@ class BaseModel:
 
     @property
     def classes(self) -> list[str]:
-        """The names in the configuration, or the one that is assumed."""
+        """The names of the classes in the configuration, or of the assumed class."""
         found = self.config.get("architectures")
         if isinstance(found, list) and found:
             return [str(name) for name in found]
@@ -94,19 +94,19 @@ class BaseModel:
 
     @property
     def text_config(self) -> Mapping[str, Any]:
-        """That of the text model, if it is one of several; else the whole configuration."""
+        """The text model's configuration if there is one; else the whole configuration."""
         inner = self.config.get("text_config")
         return inner if isinstance(inner, Mapping) else self.config
 
     def option(self, name: str) -> Any:
-        """An option, of the text model first."""
+        """The value of an option; the text model's has priority."""
         value = self.text_config.get(name)
         return self.config.get(name) if value is None else value
 
     def is_tied(self, name: str) -> bool | None:
-        """Whether the layer has its weight from another one; None if that is not known.
+        """Whether the layer shares its weight with another layer; None if that is unknown.
 
-        The built model knows more than its configuration file, whose classes have defaults.
+        The built model knows more than the configuration file, because the classes have defaults.
         """
         if self.architecture is not None:
             place = self.place(name)
@@ -116,7 +116,7 @@ class BaseModel:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """That of the weights; None if the configuration does not say."""
+        """The dtype of the weights; None if the configuration does not say."""
         for config in (self.config, self.text_config):
             for option in ("dtype", "torch_dtype"):
                 found = _DTYPES.get(str(config.get(option)).removeprefix("torch."))
@@ -126,7 +126,7 @@ class BaseModel:
 
     @cached_property
     def modules(self) -> Mapping[str, nn.Module]:
-        """{} if they are not known."""
+        """The modules by name; {} if they are unknown."""
         return {} if self.architecture is None else self.architecture.modules
 
     @cached_property
@@ -143,11 +143,11 @@ class BaseModel:
         return frozenset(found)
 
     def shape(self, name: str) -> tuple[int, int] | None:
-        """(out, in) of a linear layer; (hidden, vocabulary) of an embedding; None of others."""
+        """(out, in) of a linear layer; (hidden, vocabulary) of an embedding; None for others."""
         return matrix_shape(self.modules.get(name))
 
     def place(self, name: str) -> Place:
-        """Where the layer of that name is; the modules have to be known."""
+        """Where the layer of that name is. The modules must be known."""
         module = plain_name(name)
         if module in self.modules:
             return Place(FOUND, module)
@@ -167,7 +167,7 @@ class BaseModel:
         return Place(MISSING, self._similar(module))
 
     def is_text(self, place: Place) -> bool:
-        """Whether a layer is one of the text model of a multimodal model."""
+        """Whether the place is in the text model of a multimodal model."""
         parts = (place.name or "").split(".")
         return TEXT_MODEL in parts or parts[-1] == "lm_head"
 
@@ -182,8 +182,8 @@ class BaseModel:
         return {text: name for text, name in found.items() if text not in self.modules}
 
     def _similar(self, name: str) -> str | None:
-        """The module whose name ends with the longest end of `name`, if there is only one, or only
-        one in the text model.
+        """The module that shares the longest end of its name with `name`, if only one module has
+        it, or only one in the text model.
         """
         parts = name.split(".")
         for start in range(1, len(parts)):
@@ -201,11 +201,11 @@ class BaseModel:
 def read_base(path: Path, layers: Iterable[str] = ()) -> BaseModel:
     """Reads the configuration of a base: a folder with `config.json`, or the file itself.
 
-    `layers` are the names of an adapter's layers, some of which may be older names of modules.
+    `layers` are the names of an adapter's layers, which may include older names of modules.
 
     Raises:
         FileNotFoundError: there is no configuration.
-        ValueError: it is no configuration.
+        ValueError: the file is not a configuration.
 
     """
     file = path / CONFIG if path.is_dir() else path
@@ -229,14 +229,14 @@ def read_base(path: Path, layers: Iterable[str] = ()) -> BaseModel:
 
 
 def _older_names(base: BaseModel, architecture: Architecture, layers: set[str]) -> dict[str, str]:
-    """{older name: module} of layers that have no module of their name."""
+    """{older name: module} for the layers that have no module of their name."""
     names = {
         f"{name}.weight": name for name in layers if base.place(name).kind in (SERVED, MISSING)
     }
     if not names:
         return {}
     ends = tuple({".".join(name.split(".")[-3:]) for name in names})
-    # The model's other weights are given, too, so that these are not taken for a stranger's.
+    # The model's other weights are added: otherwise the names would look like another model's.
     own = architecture.parameters
     weights = [n for n in own if n.endswith(".weight") and not n.endswith(ends)]
     read = read_architecture(base.path, [*weights, *names], base.assumed)
@@ -244,23 +244,23 @@ def _older_names(base: BaseModel, architecture: Architecture, layers: set[str]) 
         return {}
     found = {names[old]: new.removesuffix(".weight")
              for new, old in read.stored.items() if old in names}  # fmt: skip
-    # Experts, of which many tensors become one.
+    # Experts, whose many tensors become one.
     taken = {*read.stored.values(), *weights}
     for name in (n for n in names if n not in taken and _EXPERT.fullmatch(names[n])):
         block = _BLOCK.search(name)
         same = [new for new in sorted(read.converted) if block and block[0] in new]
         if same and name not in read.unused.values():
             found[names[name]] = same[0]
-    # A beginning that is added or left out is transformers' way with headless models.
+    # transformers itself adds or removes the first part of names for models without a head.
     return {old: new for old, new in found.items()
             if not new.endswith(f".{old}") and not old.endswith(f".{new}")}  # fmt: skip
 
 
 def _likely_class(path: Path) -> str:
-    """The first class that transformers has for a configuration that names none: that of a language
-    model, if there is one; "" if it has none.
+    """The first class that transformers has for a configuration that names none; the class of a
+    language model has priority. "" if there is none.
     """
     try:
         return next(iter(classes_for(path, None)), "")
-    except Exception:  # a stranger's configuration; read_architecture says more
+    except Exception:  # any configuration may come here; read_architecture says more
         return ""

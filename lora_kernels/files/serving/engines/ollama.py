@@ -2,7 +2,7 @@
 
 They are in Ollama's `convert/`: `convert.go` (the architectures, α as an unsigned integer),
 `convert_llama_adapter.go` and `convert_gemma2_adapter.go` (names; factors of the other orientation
-are known by their shapes; rows of q and k), `reader.go` and `reader_safetensors.go` (dtypes), read
+are recognized by their shapes; rows of q and k), `reader.go` and `reader_safetensors.go` (dtypes),
 as of mid 2026; and in llama.cpp, which loads the result (s = α / rank of the tensor).
 """
 
@@ -20,7 +20,7 @@ from ..updates import rank_per_expert
 from .model import BaseModel
 from .verdict import Applied, Engine, Factors, Verdict, fault_of, note_other_files, refuse_shapes
 
-# Architectures of GGUF files, and the classes that become them.
+# Architectures of GGUF files, and the classes that are converted to them.
 _LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")
 _GEMMA = ("Gemma2ForCausalLM",)
 _NAME = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
@@ -29,7 +29,7 @@ _MODELFILE = "and ADAPTER ./OUT.gguf in the Modelfile"
 
 
 def takes(base: BaseModel | None) -> bool:
-    """Whether the base has one of the architectures whose adapters are converted."""
+    """Whether the base has one of the architectures whose adapters Ollama converts."""
     return base is not None and any(name in (*_LLAMA, *_GEMMA) for name in base.classes)
 
 
@@ -40,7 +40,7 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
     llama = base is None or any(name in _LLAMA for name in base.classes)
     rotated = llama and any(layer.last in _ROTATED for layer in adapter.layers.values())
     gguf = _gguf(verdict, adapter, base)
-    if rotated:  # a folder will not do
+    if rotated:  # a folder cannot be right
         verdict.portable = gguf
     alpha = _alpha(verdict, adapter)
     if base is not None and base.classes and not takes(base):
@@ -75,7 +75,7 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
 
 
 def _gguf(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> str:
-    """How to give Ollama a GGUF file; how to merge the adapter where none can be made of it."""
+    """The remedy: give Ollama a GGUF file, or merge the adapter if it cannot become one."""
     heads = [name for name, layer in adapter.layers.items() if layer.last == "lm_head"]
     tied = any(base is not None and base.is_tied(name) for name in heads)
     if not is_gguf(adapter) or tied:
@@ -86,7 +86,7 @@ def _gguf(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> s
 
 
 def _renamed(name: str) -> str:
-    """The option that gives the name its usual beginning; "" if the name has no usual end."""
+    """The option that gives the name its usual beginning; "" if its end is not a usual one."""
     block = re.search(r"layers\.\d+\.", name)
     usual = "" if block is None else f"model.{name[block.start() :]}"
     if not _NAME.fullmatch(usual):
@@ -143,9 +143,10 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter, gguf: str) -> None:
 def _rotation(
     layer: StoredLayer, base: BaseModel | None
 ) -> tuple[Callable[[Factors], Factors] | None, str]:
-    """What is done to the factors of q_proj and k_proj, and how to say it if it cannot be computed.
+    """What Ollama does to the factors of q_proj and k_proj, and how to say it if it cannot be
+    computed.
 
-    The base's rows are permuted, so that the update has to be: B's rows. The source permutes A.
+    The base's rows are permuted, so that B's rows have to be permuted too. Ollama permutes A.
     """
     if layer.last not in _ROTATED:
         return None, ""
@@ -160,10 +161,10 @@ def _rotation(
 
     def change(factors: Factors) -> Factors:
         right, left = factors
-        # A's memory is read as [in, r].
+        # Ollama reads A's memory as [in, r].
         moved = _swapped(right.reshape(features, -1), heads).reshape(right.shape)
-        # Compared in the order of transformers: the base's rows, which the engine's B does not
-        # know of, are put back.
+        # The comparison uses transformers' order of rows. The engine's base has permuted rows, but
+        # its B does not: the permutation is undone here.
         halves = left.reshape(groups, out // groups // 2, 2, -1)
         return moved, halves.transpose(1, 2).reshape(left.shape)
 
@@ -171,7 +172,7 @@ def _rotation(
 
 
 def _swapped(matrix: Tensor, heads: int) -> Tensor:
-    """The rows of each head, [2, d/2], in the order [d/2, 2]."""
+    """Reorders the rows of each head from [2, d/2] to [d/2, 2]."""
     rows, cols = matrix.shape
     return matrix.reshape(heads, 2, rows // heads // 2, cols).transpose(1, 2).reshape(rows, cols)
 

@@ -36,7 +36,7 @@ from .verdict import (
 
 _BLOCK = re.compile(r"layers\.(\d+)\.")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-# What SGLang calls the target modules.
+# SGLang's names for the target modules.
 _TARGETS = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
@@ -50,7 +50,7 @@ _TARGETS = {
     "unembed_tokens": "lm_head",
 }
 _EXPERT_WORDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-# Its loader knows the names of no module for them (pull requests 25528, 27381, not merged).
+# SGLang's loader has no module names for them (pull requests 25528, 27381, not merged).
 _JOINED = (
     "of experts in one tensor (target_parameters) no name is a module's: they are left out without "
     "an error, unless the server has --lora-strict-loading"
@@ -96,7 +96,7 @@ _REFUSED = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indic
 
 
 def _targets(verdict: Verdict, config: Mapping[str, Any]) -> set[str] | None:
-    """What SGLang calls the target modules; None of all."""
+    """SGLang's names for the target modules; None for all modules."""
     targets = config.get("target_modules")
     if targets in ("all", "all-linear"):
         return None
@@ -145,7 +145,7 @@ def _options(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -
 
 
 def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
-    """Ranks, and tensors in the blocks that are not A or B."""
+    """Refuses ranks other than the configuration's, and tensors in blocks other than A and B."""
     r = number(adapter.config, "r", 8)
     other = [f"{n} has {layer.rank}" for n, layer in adapter.layers.items()
              if layer.rank != r and experts_of(adapter, layer) == 1]  # fmt: skip
@@ -169,7 +169,7 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
 
 
 def _dtype(base: BaseModel | None) -> torch.dtype:
-    """The base's; float32 is served as float16, of Gemma as bfloat16."""
+    """The base's dtype; SGLang serves float32 as float16, and float32 Gemma as bfloat16."""
     if base is None:
         return torch.bfloat16
     if base.dtype in (torch.float16, torch.bfloat16):
@@ -213,7 +213,7 @@ def _layer(
 
 
 def _targeted(verdict: Verdict, adapter: StoredAdapter, targets: set[str] | None) -> None:
-    """In a block, the name of every layer must contain that of a target module."""
+    """Refuses layers in blocks whose names do not contain a target module's name."""
     if targets is None:
         return
     strange = []
@@ -235,7 +235,7 @@ def _targeted(verdict: Verdict, adapter: StoredAdapter, targets: set[str] | None
 
 
 def _joined(verdict: Verdict, adapter: StoredAdapter) -> None:
-    """q, k, v and gate, up are joined: what is needed beside what."""
+    """Refuses incomplete groups: q, k, v are joined, and so are gate, up."""
     siblings: dict[str, set[str]] = {}
     for layer in adapter.layers.values():
         if _BLOCK.search(layer.name):
@@ -265,7 +265,7 @@ def _refuse_unjoined(verdict: Verdict, owners: Iterable[str], rule: str) -> None
 
 
 def _blocks(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
-    """A block that the model does not have."""
+    """Refuses a block that the model does not have."""
     numbers = {name: int(found[1]) for name in adapter.layers
                if (found := _BLOCK.search(name))}  # fmt: skip
     count = None if base is None else base.option("num_hidden_layers")

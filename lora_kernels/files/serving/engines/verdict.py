@@ -1,4 +1,4 @@
-"""What an engine does with an adapter: the words in which all engines' rules are written."""
+"""What an engine does with an adapter: the types that all engines' rules use."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an engine does not load an adapter, and what to do."""
+    """Why an engine refuses an adapter, and what to do."""
 
     rule: str
     remedy: str
 
 
 class Fault(NamedTuple):
-    """Why an update is another one than was trained, and what to do; empty if it is the same."""
+    """Why an update is not the trained one, and what to do; empty if it is the trained one."""
 
     reason: str = ""
     remedy: str = ""
@@ -51,12 +51,12 @@ class Applied:
     """How an engine applies a layer.
 
     Attributes:
-        scale: what it multiplies B·A with.
-        dtype: that of the factors in the engine.
-        folded: whether the engine multiplies B with `scale` and rounds the product to `dtype`.
-        fault: why the result is another one than was trained, if scale and dtype do not show it.
+        scale: the factor of B·A.
+        dtype: the dtype of the factors in the engine.
+        folded: whether the engine multiplies B by `scale` and rounds the product to `dtype`.
+        fault: why the result is not the trained one, if scale and dtype do not show it.
         remedy: what to do about the fault.
-        change: what else it does to A and B, so that its error is measured.
+        change: what else the engine does to A and B, so that its error can be measured.
 
     """
 
@@ -68,17 +68,17 @@ class Applied:
     change: Callable[[Factors], Factors] | None = None
 
     def factors(self, factors: Factors) -> tuple[Tensor, Tensor, float]:
-        """A, B and s with which the engine computes."""
+        """A, B and s as the engine uses them."""
         right, left = self.change(factors) if self.change else factors
         right, left = right.to(self.dtype), left.to(self.dtype)
-        if not self.folded or self.scale == 1:  # then nothing is rounded again
+        if not self.folded or self.scale == 1:  # nothing is rounded again
             return right, left, self.scale
         return right, (left * self.scale).to(self.dtype), 1.0
 
 
 @dataclass(frozen=True)
 class Ignored:
-    """Why an engine silently leaves a layer out, the name by which it would not, and what to do."""
+    """Why an engine silently leaves out a layer, the name that would match, and what to do."""
 
     reason: str
     name: str | None = None
@@ -90,15 +90,15 @@ class Verdict:
     """What an engine does with an adapter.
 
     Attributes:
-        refusals: why it does not load; empty if it does.
-        layers: what it does with each layer, by name.
-        dropped: other trained tensors that it silently leaves out, and why.
-        notes: what the user should know, that depends on versions or on how the server is started.
+        refusals: why the adapter does not load; empty if it loads.
+        layers: {name: what the engine does with the layer}.
+        dropped: {tensor: reason} of other trained tensors that the engine silently leaves out.
+        notes: what the user should know that depends on versions or on the server's options.
         flags: options that the server needs.
-        rank: what it calls the rank of the adapter.
-        limit: the highest rank that it takes; None if there is none.
-        portable: what makes its configuration harmless to this engine, where that is possible.
-        merge: what to do where nothing else helps.
+        rank: the adapter's rank as the engine counts it.
+        limit: the highest rank that the engine allows; None if there is none.
+        portable: how to make the configuration harmless to this engine, where that is possible.
+        merge: what to do if nothing else helps.
         is_old: whether the files are in this package's older form, whose factors cancel.
 
     """
@@ -116,7 +116,7 @@ class Verdict:
 
     @classmethod
     def of(cls, adapter: StoredAdapter, limit: int | None = None) -> Verdict:
-        """An empty verdict, with the remedies that work for this adapter."""
+        """An empty verdict with the remedies that work for this adapter."""
         is_old = (adapter.recipe or {}).get("version") == 1
         return cls(
             [], limit=limit, portable=portable(adapter), merge=merging(adapter), is_old=is_old
@@ -134,9 +134,9 @@ class Engine:
     """An engine.
 
     Attributes:
-        name: as users write it.
+        name: the engine's name, as users write it.
         as_of: the version whose source was read.
-        judge: its rules.
+        judge: the engine's rules.
 
     """
 
@@ -146,7 +146,7 @@ class Engine:
 
 
 def refuse_shapes(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
-    """Refuses layers that have another shape in the base, with any engine."""
+    """Refuses layers that have another shape in the base; this is a rule of all engines."""
     if base is None:
         return
     wrong = []
@@ -162,14 +162,14 @@ def refuse_shapes(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | No
 
 
 def refuse_convolutions(verdict: Verdict, adapter: StoredAdapter) -> None:
-    """Refuses convolutions, for an engine that adapts linear layers only."""
+    """Refuses convolutions, for an engine that adapts only linear layers."""
     found = [name for name, layer in adapter.layers.items() if layer.kind == CONVOLUTION]
     if found:
         verdict.refuse(f"convolutions cannot be adapted: {names_in_brief(found)}", verdict.merge)
 
 
 def refuse_missing(verdict: Verdict, config: Mapping[str, Any], *options: str) -> None:
-    """Refuses a configuration that lacks numbers, or has null for them, which is no default."""
+    """Refuses a configuration without these numbers; null is not a default either."""
     missing = [option for option in options if config.get(option) is None]
     if missing:
         verdict.refuse(
@@ -180,7 +180,7 @@ def refuse_missing(verdict: Verdict, config: Mapping[str, Any], *options: str) -
 
 
 def note_other_files(verdict: Verdict, adapter: StoredAdapter) -> None:
-    """Notes files that an engine reads which takes all .safetensors files of a folder."""
+    """Notes other files, for an engine that reads all .safetensors files of a folder."""
     others = sorted(
         name for name in adapter.files if name.endswith(".safetensors") and name != ADAPTER_FILE
     )
@@ -192,8 +192,8 @@ def note_other_files(verdict: Verdict, adapter: StoredAdapter) -> None:
 
 
 def fault_of(adapter: StoredAdapter, base: BaseModel | None, known: Container[str] = ()) -> Fault:
-    """Why an engine's update is another one than was trained, whatever its scale and dtype: the
-    base is another one, or the engine ignores options that are not `known`; empty if it is right.
+    """Why an engine's update is not the trained one, for any scale and dtype: the base is another
+    one, or the engine ignores options that are not in `known`. Empty if the update is right.
     """
     fault = residual_fault(adapter, base)
     ignored = [what for option, what in variants(adapter.config).items() if option not in known]
@@ -203,8 +203,8 @@ def fault_of(adapter: StoredAdapter, base: BaseModel | None, known: Container[st
 
 
 def residual_fault(adapter: StoredAdapter, base: BaseModel | None) -> Fault:
-    """Why the adapter is wrong on the base: its start was subtracted from another one, or LoftQ
-    made another one; empty if it is right.
+    """Why the adapter is wrong on the base: its start was subtracted from another base, or LoftQ
+    made another base. Empty if the adapter is right.
     """
     if adapter.is_start:
         model = (adapter.recipe or {}).get("base_model")
@@ -263,7 +263,7 @@ def _rewriting_method(adapter: StoredAdapter) -> str:
 
 
 def base_notes(adapter: StoredAdapter, base: BaseModel | None) -> list[str]:
-    """What cannot be told of the base that the adapter was trained on."""
+    """Notes on what is unknown about the base that the adapter was trained on."""
     notes = []
     method = _rewriting_method(adapter)
     if method and not _rewritten_base(adapter, base).reason:
@@ -292,7 +292,7 @@ def base_notes(adapter: StoredAdapter, base: BaseModel | None) -> list[str]:
 
 
 def _is_same(base: BaseModel | None, model: Any, adapter: StoredAdapter) -> bool:
-    """Whether the base is the folder `model`."""
+    """Whether the base is the model in the folder `model`."""
     there = find_base(model, adapter.path) if isinstance(model, str) else None
     if base is None or there is None:
         return False

@@ -2,11 +2,11 @@
 
 They are in vLLM 0.33.0 in `vllm/lora/`: `peft_helper.py` (the configuration), `lora_model.py` and
 `utils.py` (names of tensors), `lora_weights.py` (s is multiplied into B, in the engine's dtype),
-`model_manager.py` (which modules get the factors: those whose whole name is equal; others get none
-without an error), `worker_manager.py`; and in `vllm/config/lora.py` (the rank) and `model.py` (the
-dtype). Servers run older releases too. Where those of early 2026 load an adapter otherwise, their
-rule decides: one s for all layers, no rsLoRA for experts, names of the text model alone match
-nothing, and whole modules are refused. A note says what 0.33.0 does.
+`model_manager.py` (a module gets the factors with its whole name, or silently none),
+`worker_manager.py`; and in `vllm/config/lora.py` (the rank) and `model.py` (the dtype). Servers run
+older releases too. Where releases of early 2026 load an adapter differently, their rule is used:
+one s for all layers, no rsLoRA for experts, names of a text model alone match nothing, and whole
+modules are refused. A note says what 0.33.0 does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .verdict import (
 
 _STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _HEADS = ("classifier", "score")
-# Options that vLLM reads only to refuse them.
+# Options that vLLM reads only in order to refuse them.
 _REFUSED = {
     "use_dora": "DoRA",
     "lora_bias": "a bias of lora_B",
@@ -131,7 +131,7 @@ def _ranks(verdict: Verdict, adapter: StoredAdapter) -> None:
 
 
 def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
-    """Every tensor's name must be understood."""
+    """Refuses tensors whose names vLLM cannot parse."""
     base_copies = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
     heads = tuple(f"{head}.{kind}" for head in _HEADS for kind in ("weight", "bias"))
     strange = [name for name in adapter.others if not name.endswith((*base_copies, *heads))]
@@ -153,14 +153,14 @@ def _tensors(verdict: Verdict, adapter: StoredAdapter) -> None:
 
 
 def _scale(config: Mapping[str, Any], layer: StoredLayer) -> float:
-    """α / r, or α / √r except for experts, without the patterns."""
+    """α / r, or with rsLoRA α / √r except for experts; patterns are ignored."""
     alpha, r = number(config, "lora_alpha", 8), number(config, "r", 8)
     rslora = config.get("use_rslora") and ".experts" not in layer.name
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 
 def _dtype(base: BaseModel | None) -> torch.dtype:
-    """The base's; float32 is served as bfloat16."""
+    """The base's dtype; vLLM serves float32 as bfloat16."""
     dtype = None if base is None else base.dtype
     return torch.float16 if dtype is torch.float16 else torch.bfloat16
 
@@ -191,7 +191,7 @@ def _layer(
 
 
 def _unknown_names(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
-    """A last part that no linear layer has is an error; a wrong beginning is not."""
+    """Refuses a last part that no linear layer's name has; a wrong beginning is not refused."""
     if base is None or not base.modules:
         return
     strange = [

@@ -1,8 +1,8 @@
-"""Batches whose rows have adapters of their own: `adapters_per_row`.
+"""Batches in which each row has its own adapter: `adapters_per_row`.
 
-A call of the model is run once for each adapter, with the rows of that adapter: `context` takes the
-calls, `arguments` cuts what they are given and joins what they return, `caches` does so with
-transformers' key-value caches, `rows` with tensors.
+A call of the model runs once for each adapter, with the rows of that adapter: `context` intercepts
+the calls, `arguments` splits their arguments and joins their results, `caches` does so with
+transformers' key-value caches, and `rows` with tensors.
 """
 
 from .context import adapters_per_row

@@ -1,4 +1,4 @@
-"""The arguments of a call, cut into the groups of a batch's rows, and its results, joined."""
+"""Splits the arguments of a call into groups of a batch's rows, and joins the results."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Arguments whose first dimension is not that of the rows, even if it is as long.
 _OF_ALL_ROWS = ("cache_position", "logits_to_keep", "head_mask", "img_ids", "txt_ids")
-# torch's names for masks [L, S] of all rows; those of some rows have three dimensions. In other
-# modules a mask of such a name may be [rows, L].
+# torch's names for masks [L, S] of all rows; masks of single rows have three dimensions. In other
+# modules, a mask with such a name may be [rows, L].
 _TORCH_MASKS = ("mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask")
 # Of multimodal rotary embeddings, [3, rows, length].
 _POSITIONS = "position_ids"
@@ -28,7 +28,7 @@ _POSITIONS = "position_ids"
 def named_arguments(module: nn.Module, call: Call) -> list[tuple[str, Any]]:
     """The arguments of a call of a module, with the names that its forward gives them."""
     args, kwargs = call
-    cls: Any = type(module)  # nn.Module's annotations make it no Hashable for type checkers
+    cls: Any = type(module)  # type checkers see no Hashable, by nn.Module's annotations
     names = _parameter_names(cls)
     numbered = [f"argument {number}" for number in range(len(names), len(args))]
     return [*zip((*names, *numbered)[: len(args)], args, strict=True), *kwargs.items()]
@@ -46,12 +46,12 @@ def _parameter_names(cls: Any) -> tuple[str, ...]:
 
 
 def _forward_of(cls: Any) -> Any:
-    """The function `forward` of a class; None of TorchScript's, which has one for each module."""
+    """The function `forward` of a class; None for TorchScript, where each module has its own."""
     return getattr(cls, "forward", None)
 
 
 def row_count(named: Sequence[tuple[str, Any]]) -> int:
-    """The first dimension of the first tensor that may hold rows and has several, else 1.
+    """The first dimension of the first tensor that may hold several rows, else 1.
 
     Raises:
         NotRowsError: there is no such tensor.
@@ -136,7 +136,7 @@ class SplitCall:
         raise NotRowsError(f"{name} is {list(value.shape)}, for {self._rows.size} rows")
 
     def joined(self, results: Sequence[Any]) -> Any:
-        """What the groups have returned, as one result; their caches are written back.
+        """The results of the groups as one result; their caches are written back.
 
         Raises:
             NotRowsError: the results cannot be joined. The caches are unchanged.

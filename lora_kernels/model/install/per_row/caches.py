@@ -1,4 +1,4 @@
-"""transformers' key-value caches: cut into the groups of a batch's rows, and written back."""
+"""transformers' key-value caches: split into the groups of a batch's rows, and written back."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ def is_cache(value: object) -> bool:
 
 
 class Caches:
-    """The caches of one call. Each group gets copies with its rows; what the groups have written
-    into them is written into the caches when all groups have run. Caches that the groups have made
-    themselves are joined.
+    """The caches of one call. Each group gets copies with its rows. When all groups have run, the
+    contents of the copies are written into the caches. New caches of the groups are joined.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -81,7 +80,7 @@ class Caches:
         return parts
 
     def finish(self) -> None:
-        """Joins what the groups have written; only if all of it can be joined, writes it back."""
+        """Joins the groups' copies and writes them back, but only if all of them can be joined."""
         for original in [self._originals[id(parts[0])] for parts in self._parts.values()]:
             if is_cache(original):
                 self.joined(self._parts[id(original)])
@@ -90,8 +89,8 @@ class Caches:
         self._pending.clear()
 
     def joined(self, parts: Sequence[Any], key: str = "a cache") -> Any:
-        """The cache, or what it holds, of which the groups have these copies or parts of their
-        own.
+        """The cache, or the entry `key` of one, for these parts of the groups, which are copies of
+        it or new.
         """
         first = parts[0]
         if isinstance(first, Tensor):
@@ -127,7 +126,7 @@ class Caches:
 
 
 def _update(cache: Any, values: dict[str, Any]) -> None:
-    """Gives a cache these attributes; its lists and dicts stay the same objects."""
+    """Sets these attributes of a cache; its lists and dicts stay the same objects."""
     for key, value in values.items():
         old = vars(cache).get(key)
         if isinstance(old, list) and isinstance(value, list):

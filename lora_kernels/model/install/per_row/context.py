@@ -31,31 +31,31 @@ _OPEN: WeakSet[Any] = WeakSet()  # the models that are in a context
 
 @contextmanager
 def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """In the context, each row of a batch has its own adapter, in inference: `names` has that of
-    each row of the first dimension, or None (PEFT's "__base__" too) for the base.
+    """A context for inference in which each row of a batch has its own adapter. `names` has the
+    adapter of each row of the first dimension; None, or PEFT's "__base__", means the base.
 
-    A call of the model is run once for each of these adapters, with their rows: each row's results
-    are bit for bit those of a batch of that adapter's rows alone, with whatever the adapter has
-    (saved modules, biases, DoRA). The time is that of these smaller batches, and hooks are called
-    for each of them. transformers' key-value caches are cut and joined. In `generate`, the names
-    hold for all beams and returned sequences of a row; with a static cache, its masks are those of
-    the whole batch. Where adapters are disabled, all rows get the base.
+    A call of the model runs once for each of these adapters, with that adapter's rows. Each row's
+    results are bit for bit those of a batch of that adapter's rows alone, including saved modules,
+    biases and DoRA. A call takes as long as these smaller batches, and hooks are called for each of
+    them. transformers' key-value caches are split and joined. In `generate`, a name applies to all
+    beams and returned sequences of its row; with a static cache, the masks are those of the whole
+    batch. While adapters are disabled, all rows get the base.
 
-    If an argument is not of the rows (the images of a vision model), the module that gets it runs
-    as a whole, and the modules inside it, with their adapters, are run for each adapter. The same
-    holds for caches that cannot be cut, such as quantized ones, and for a `mask` of two dimensions
-    that may be [rows, L] or [L, S]. What such a module computes itself may differ from a batch of
-    its own by rounding.
+    If an argument cannot be split into rows (the images of a vision model), the module that gets it
+    runs once for the whole batch, and the adapted modules inside it run for each adapter. The same
+    holds for caches that cannot be split, such as quantized ones, and for a two-dimensional `mask`
+    that may be [rows, L] or [L, S]. What such a module itself computes may differ by rounding from
+    the result of a separate batch.
 
     Args:
         model: a model with adapters by `add_lora` or `load_adapter`, in evaluation mode; it may be
             compiled.
-        names: the adapters' names.
+        names: the name of each row's adapter, or None for the base.
 
     Raises:
-        ValueError: the model has no adapters, no adapter of that name, is in training mode, is
-            sharded, or has such a context already. In a call: there are not as many rows as names,
-            or the results of the rows cannot be joined (a loss of all rows). The error names the
+        ValueError: the model has no adapters or none of that name, is in training mode, is sharded,
+            or is in such a context already. In a call: there are not as many rows as names, or the
+            results of the rows cannot be joined (such as a loss of all rows); the error names the
             module.
         TypeError: `names` is not a list of strings and None.
 
@@ -92,7 +92,7 @@ def _checked_names(record: ModelAdapters, names: Sequence[str | None]) -> Names:
 
 class _Context:
     """The names of a batch's rows, and the calls of the model's modules. The outermost call that
-    can be cut into rows is run for each adapter; the calls inside it run as ever.
+    can be split into rows runs once for each adapter; the calls inside it run as usual.
     """
 
     def __init__(self, model: nn.Module, names: Names) -> None:
@@ -108,7 +108,7 @@ class _Context:
         self._compiled: list[Taken] = []  # those of modules inside compiled ones
 
     def enter(self, stack: ExitStack) -> None:
-        """Takes the calls of all modules, until the stack is closed."""
+        """Intercepts the calls of all modules, until the stack is closed."""
         self._check_model()
         record = needed_record(self._model)
         for name in {name for name in self._names if name is not None}:
@@ -155,7 +155,7 @@ class _Context:
 
     @property
     def _depth(self) -> int:
-        """In how many calls of modules that run as a whole this thread is."""
+        """The number of calls that run as a whole and that this thread is inside of."""
         return getattr(self._local, "depth", 0)
 
     @contextmanager
@@ -202,11 +202,11 @@ class _Context:
             raise ValueError("adapters_per_row is for inference: call model.eval() first")
 
     def _repeated(self, module: nn.Module, names: Names, call: Call) -> Names:
-        """The name of each row of the call, which has several for each name in `generate`'s beams,
-        and in an adapted layer that a model calls with rows and positions in one dimension.
+        """The name of each row of the call. A name has several rows in `generate`'s beams, and in
+        an adapted layer that a model calls with rows and positions in one dimension.
 
         Raises:
-            NotRowsError: it has no rows, or other ones.
+            NotRowsError: the call has no rows, or a number of rows that does not fit the names.
 
         """
         inner = unwrapped(module)
@@ -234,9 +234,9 @@ class _Context:
         return False
 
     def _check_whole(self, module: nn.Module, error: NotRowsError) -> None:
-        """Raises ValueError if the module cannot run as a whole: it is adapted itself, or contains
-        such modules and is the model, whose batch has other rows than there are names, or has its
-        rows in dimension 1.
+        """Raises ValueError if the module cannot run as a whole: it is adapted itself; or it
+        contains adapted modules and is the model (whose batch does not have one row for each name)
+        or has its rows in dimension 1.
         """
         wrong = not self._depth and isinstance(error, WrongCountError)
         wrong = wrong or not is_batch_first(unwrapped(module))
@@ -253,8 +253,8 @@ class _Context:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """In the context, this thread runs groups, and its calls are not taken. Compiled modules
-        find those inside them as they were compiled.
+        """In the context, this thread runs groups, and its calls are not intercepted. The modules
+        inside compiled modules are as they were when these were compiled.
         """
         self._owner = threading.get_ident()
         try:

@@ -1,4 +1,4 @@
-"""What `adapters_per_row` asks of a module, and how it takes the module's calls."""
+"""What `adapters_per_row` has to know about a module, and how it intercepts the module's calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMPL = "_compiled_call_impl"  # what torch calls in place of a module's hooks an
 
 class Taken:
     """The attribute of a module that torch calls in place of its hooks and forward. Copies of the
-    module, also those by pickle, do not have it.
+    module, including pickled copies, do not have it.
     """
 
     def __init__(self, module: nn.Module, taken: Callable[..., Any]) -> None:
@@ -23,11 +23,11 @@ class Taken:
         self._former = self._own.get(IMPL)
 
     def put(self) -> None:
-        """Takes the module's calls."""
+        """Starts to intercept the module's calls."""
         self._own[IMPL] = self._taken
 
     def remove(self) -> None:
-        """Gives them back, unless somebody has set another attribute."""
+        """Stops intercepting the calls, unless other code has replaced the attribute."""
         if self._own.get(IMPL) is not self._taken:
             return
         if self._former is None:
@@ -42,7 +42,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Whether the module itself has adapters, in one of its parameters or all."""
+    """Whether the module itself has adapters, for one of its parameters or for all."""
     return isinstance(module, AdaptedLayer) or bool(stacks_of(module))
 
 

@@ -1,4 +1,4 @@
-"""`Rows`: the rows of a batch in groups; tensors are cut into groups and joined again."""
+"""`Rows`: the rows of a batch in groups; tensors are split into groups and joined again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Values that are the same for every group. Functions and classes are too.
+# Types of values that are the same for every group; functions and classes are the same too.
 _SHARED = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum),
     *(torch.dtype, torch.device, torch.layout, torch.Generator, torch.Stream),
@@ -17,7 +17,7 @@ _SHARED = (
 
 
 class NotRowsError(ValueError):
-    """A value belongs to a call, and it is not known which part of it belongs to which row."""
+    """It is not known which parts of a call's value belong to which rows."""
 
 
 class WrongCountError(NotRowsError):
@@ -37,18 +37,18 @@ class Rows:
         self._indices: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
 
     def of(self, tensor: Tensor) -> list[Tensor]:
-        """The rows of each group, of a tensor [size, ...]: copies, aligned as any new tensor is and
-        laid out as the tensor is, because the bits of a product may depend on that.
+        """Each group's rows of a tensor [size, ...]: copies, aligned as any new tensor is and with
+        the tensor's memory layout, because the bits of a product may depend on both.
         """
         indices = self._on(tensor.device)[0]
         return [_laid_out(tensor.index_select(0, index), tensor) for index in indices]
 
     def join(self, parts: Sequence[Tensor], what: str) -> Tensor:
-        """The tensor [k · size, ...] of the groups' [k · count, ...], k numbers for each row, or
-        the one that all groups have alike.
+        """The tensor [k · size, ...] of the groups' [k · count, ...], with k entries for each row;
+        or, if all groups have the same tensor, that tensor.
 
         Raises:
-            NotRowsError: the tensors, of which the error says `what` they are, do not fit so.
+            NotRowsError: the tensors cannot be joined; the error says `what` they are.
 
         """
         per_row = self._per_row(parts)
@@ -65,7 +65,7 @@ class Rows:
         raise NotRowsError(f"{what} has no part for each row: {shapes} for {self.counts} rows")
 
     def write(self, target: Tensor, parts: Sequence[Tensor]) -> None:
-        """Writes the groups' tensors into `target` [size, ...], or one of them into a number."""
+        """Writes the groups' tensors into `target` [size, ...], or one of them if it has no rows."""
         if target.dim() == 0 or target.numel() == 0:
             target.copy_(parts[0])
             return
@@ -73,7 +73,7 @@ class Rows:
             target.index_copy_(0, index, part)
 
     def _per_row(self, parts: Sequence[Tensor]) -> int:
-        """How many indices of dimension 0 each row has; 0 if they are not the rows'."""
+        """How many indices of dimension 0 each row has; 0 if dimension 0 has no rows."""
         first = parts[0]
         if any(p.dim() == 0 or p.shape[1:] != first.shape[1:] for p in parts):
             return 0
@@ -82,7 +82,7 @@ class Rows:
         return per_row if fits else 0
 
     def _on(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
-        """Each group's rows, and where each row is in the groups one after another."""
+        """Each group's rows, and the position of each row in the concatenated groups."""
         if device not in self._indices:
             order = self._order.to(device)
             self._indices[device] = list(order.split(self.counts)), order.argsort()
@@ -90,7 +90,7 @@ class Rows:
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor, whose dimensions have the same order in memory as those of `like`."""
+    """The tensor, with its dimensions in the same order in memory as those of `like`."""
     if like.is_contiguous():
         return tensor
     order = sorted(range(like.dim()), key=like.stride, reverse=True)

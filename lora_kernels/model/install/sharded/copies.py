@@ -1,4 +1,4 @@
-"""Copies of tensors that lie as others do, plain or sharded."""
+"""Copies of tensors in the layout of other tensors, plain or sharded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ....init.sharded.layout import copied_like, full_shape, group_of, is_dtenso
 def sharded_from_first(value: Tensor, like: Tensor) -> Tensor:
     """A copy, in the layout of the DTensor `like`, of the plain `value` of the first process.
 
-    All processes have to call this. Those that load no weights before the model is sharded, as with
-    accelerate's `cpu_ram_efficient_loading`, have no value of their own.
+    All processes must call this function. With accelerate's `cpu_ram_efficient_loading`, the others
+    load no weights before the model is sharded, and have no value.
     """
     import torch.distributed as dist
 
@@ -27,7 +27,7 @@ def sharded_from_first(value: Tensor, like: Tensor) -> Tensor:
 
 def holds(tensor: Tensor, whole: Tensor) -> bool:
     """Whether a tensor has the shape and, in its dtype, the values of a whole one. If it is
-    sharded, all its processes have to call this.
+    sharded, all its processes must call this function.
     """
     if full_shape(tensor) != tuple(whole.shape):
         return False

@@ -1,5 +1,5 @@
-"""DeepSpeed's ZeRO-3 around a model: its engine knows the parameters that there were when it was
-made, and partitions no others.
+"""DeepSpeed's ZeRO-3 around a model: its engine partitions only the parameters that existed when
+the engine was created.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _HOOKS = "DeepSpeedZeRoOffload."  # of stage 3, on every module
 
 
 def refuse_initialized(model: nn.Module) -> None:
-    """Raises ValueError if `deepspeed.initialize` has made an engine of stage 3 of the model."""
+    """Raises ValueError if `deepspeed.initialize` has created an engine of stage 3 for the model."""
     hooks = model._forward_pre_hooks.values()
     if any(str(getattr(hook, "__qualname__", "")).startswith(_HOOKS) for hook in hooks):
         raise ValueError(

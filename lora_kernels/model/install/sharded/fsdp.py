@@ -1,7 +1,7 @@
-"""How a model that FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded is changed in place.
+"""Changes a model in place that FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded.
 
-The only file that names private things of FSDP2, which torch 2.11 to 2.13 have. With a torch that
-has other ones, `replicas` does what the public names allow.
+Only this file uses private names of FSDP2, which torch 2.11 to 2.13 have. With other versions of
+torch, `replicas` does what the public names allow.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .replicas import (
     stop_averaging,
 )
 
-# What a parameter group and a parameter of FSDP2 have in the versions of torch that are known.
+# The attributes of FSDP2's parameter groups and parameters in the supported versions of torch.
 _GROUP = (
     *("fsdp_params", "modules", "mesh_info", "post_forward_mesh_info", "device", "mp_policy"),
     *("offload_policy", "comm_ctx", "is_sharded", "wait_for_unshard", "_all_gather_result"),
@@ -57,10 +57,11 @@ def is_managed(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets all modules hold the sharded parameters, as before the first forward.
+    """Makes all modules hold the sharded parameters, as before the first forward.
 
     FSDP2's root keeps the unsharded parameters after a forward, and changes of these would be lost.
-    Their `requires_grad` is carried over. No collective, and nothing for a model without FSDP2.
+    Their `requires_grad` is carried over. There is no collective, and a model without FSDP2 does
+    not change.
 
     Raises:
         ValueError: parameters are managed by an FSDP2 module outside of `model`.
@@ -88,10 +89,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def unsharded_layouts(model: nn.Module) -> dict[Place, Layout | None]:
-    """How the parameters that FSDP2 manages lie in the forward, by (module, name).
+    """The layouts in the forward of the parameters that FSDP2 manages, by (module, name).
 
-    A `Layout` where the parameter is a DTensor then (FSDP2 over tensor parallelism), None where it
-    is a plain tensor. What is not managed by FSDP2 is not in the result.
+    A `Layout` if the parameter is a DTensor in the forward (FSDP2 over tensor parallelism), None if
+    it is a plain tensor. Other parameters are not in the result.
     """
     reshard(model)
     groups = _groups(model)
@@ -109,20 +110,21 @@ def join(model: nn.Module, members: Mapping[Place, Place]) -> None:
     """Makes new parameters members of FSDP2's parameter groups.
 
     They are then sharded by rows, gathered and reduced with their group, without a further
-    collective. With a torch whose FSDP2 is not known, they stay replicated, a warning says so, and
+    collective. With an unsupported version of FSDP2, they stay replicated, a warning says so, and
     their gradients are averaged over the data-parallel ranks instead.
 
     Args:
         model: the model, with all FSDP2 modules that manage the parameters.
         members: {(module, name) of a new parameter: (module, name) of a parameter whose group it
-            joins, or the innermost group around it, if FSDP2 ignores that one}. The new parameters
-            are registered, hold the same values on all ranks, and are plain tensors, or DTensors on
-            the mesh that `unsharded_layouts` gives. All ranks pass them in the same order.
+            joins}. If FSDP2 ignores the latter, the new one joins the innermost group around it.
+            The new parameters are registered, hold the same values on all ranks, and are plain
+            tensors, or DTensors on the mesh that `unsharded_layouts` gives. All ranks pass them in
+            the same order.
 
     Raises:
         ValueError: a parameter that is to be joined is not within an FSDP2 module of the model.
-        RuntimeError: gradients that are not yet all-reduced are kept by FSDP2. In both cases the
-            model is unchanged.
+        RuntimeError: FSDP2 holds gradients that are not yet all-reduced. In both cases the model is
+            unchanged.
 
     """
     if not members:
@@ -146,9 +148,9 @@ def join(model: nn.Module, members: Mapping[Place, Place]) -> None:
 
 
 def leave(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Takes all parameters of the given modules, and of those beneath them, out of FSDP2's groups.
+    """Removes all parameters of the given modules, and of modules inside them, from FSDP2's groups.
 
-    No collective is spent on them afterwards. They stay sharded DTensors.
+    FSDP2 runs no collective for them afterwards. They stay sharded DTensors.
 
     Raises:
         RuntimeError: as for `join`. The model is then unchanged.
@@ -170,13 +172,13 @@ def leave(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 
 def sync_trainable(model: nn.Module, mixed: bool = False) -> None:
-    """Makes FSDP2 follow what has changed in the sharded parameters: which of them train, and
-    parameters that were exchanged for others of the same shape.
+    """Updates FSDP2 after changes of the sharded parameters: which of them train, and parameters
+    that were exchanged for others of the same shape.
 
-    To be called after each change of `requires_grad`: FSDP2 fixes the dtypes in which a group
-    reduces gradients before its first forward. Parameters are exchanged after `reshard`. No
-    collective. With `mixed`, parameters of several dtypes may train in one group, as in a model
-    that FSDP2 has not run yet.
+    Call this after each change of `requires_grad`: FSDP2 fixes the dtypes in which a group reduces
+    gradients before its first forward. Exchange parameters after `reshard`. There is no collective.
+    With `mixed`, parameters of several dtypes may train in one group, as in a model that FSDP2 has
+    not run yet.
 
     Raises:
         ValueError: parameters of several dtypes train in one group, which FSDP2 cannot reduce.
@@ -195,7 +197,7 @@ def sync_trainable(model: nn.Module, mixed: bool = False) -> None:
 def check_one_dtype(model: nn.Module, trained: Mapping[Place, tuple[str, torch.dtype]]) -> None:
     """Raises ValueError if FSDP2 could not reduce the gradients of parameters that are to train.
 
-    `trained` are the text and the dtype of what trains at, or joins the group of, each parameter.
+    For each parameter, `trained` has a text and the dtype of what trains there or joins its group.
     """
     for group in _groups(model) or ():
         here = [trained[p] for m in group.fsdp_params for p in _places(m) if p in trained]
@@ -212,15 +214,15 @@ def check_one_dtype(model: nn.Module, trained: Mapping[Place, tuple[str, torch.d
 
 @contextmanager
 def summed_gradients(model: nn.Module) -> Iterator[dict[Place, float]]:
-    """Inside the context, every backward reduces the gradients of all data-parallel ranks, also
-    where the user accumulates them before that; what was accumulated comes back afterwards.
+    """Inside the context, every backward reduces the gradients of all data-parallel ranks, even if
+    the user accumulates gradients; the accumulated gradients are restored afterwards.
 
-    Yields by which number FSDP2 divides the sum of the ranks' gradients, by (module, name) of each
-    parameter that it manages. An error inside ends the forward or backward that it interrupts, with
-    torch 2.13 also for FSDP2, which can then go on.
+    Yields the number by which FSDP2 divides the sum of the ranks' gradients, by (module, name) of
+    each parameter that FSDP2 manages. An error inside ends the forward or backward that it
+    interrupts; with torch 2.13 it ends for FSDP2 too, which can then go on.
 
     Raises:
-        ValueError: the FSDP2 of this torch is not known, or a hook of the user changes the sums.
+        ValueError: this version of FSDP2 is not supported, or a hook of the user changes the sums.
 
     """
     reshard(model)
@@ -256,7 +258,7 @@ def _states(model: nn.Module) -> list[Any]:
 
 
 def _groups(model: nn.Module) -> list[Any] | None:
-    """The parameter groups of a model, or None if this torch has others than the known ones."""
+    """The parameter groups of a model, or None if this version of FSDP2 is not supported."""
     if not is_managed(model):
         return []
     if not _knows_classes():
@@ -378,7 +380,7 @@ def _add(group: Any, module: nn.Module, name: str) -> None:
         group.mesh_info,
         group.post_forward_mesh_info,
         group.device,
-        None,  # the user's shard_placement_fn is about the weights: A and B are cut by rows
+        None,  # the user's shard_placement_fn is for the weights: A and B are sharded by rows
         group.mp_policy,
         group.offload_policy,
     )
@@ -435,7 +437,7 @@ def _drop_empty_groups(state: Any) -> None:
 
 
 def _renew_hooks(group: Any) -> None:
-    """Sets the hooks, by which a state_dict has sharded parameters, on the modules of today."""
+    """Sets FSDP2's state_dict hooks, which return sharded parameters, on the current modules."""
     handles = (
         group._module_to_pre_save_state_dict_hook_handle,
         group._module_to_pre_load_state_dict_hook_handle,
@@ -473,7 +475,7 @@ def _context_groups(root: Any) -> Iterator[Any]:
 
 
 def _follow_exchanged(group: Any) -> None:
-    """Lets a group gather the parameters that its modules hold now."""
+    """Makes a group gather the parameters that its modules hold now."""
     for parameter in list(group.fsdp_params):
         for other in _split(parameter):
             group.fsdp_params.append(other)
@@ -482,7 +484,7 @@ def _follow_exchanged(group: Any) -> None:
 
 
 def _follow(parameter: Any) -> None:
-    """Lets FSDP2 gather what the module holds now."""
+    """Makes FSDP2 gather what the module holds now."""
     old = parameter.sharded_param
     module, name = _places(parameter)[0]
     new = getattr(module, name)
@@ -499,7 +501,7 @@ def _follow(parameter: Any) -> None:
 
 
 def _split(parameter: Any) -> list[Any]:
-    """The modules that shared a parameter and hold others now get a parameter of FSDP2 each."""
+    """Modules that shared a parameter and hold different ones now get one of FSDP2's each."""
     from torch.distributed.fsdp._fully_shard._fsdp_param import ParamModuleInfo
 
     first, *shared = _places(parameter)
@@ -564,7 +566,7 @@ def _follow_trainable(group: Any, mixed: bool) -> None:
 
 
 def _check_summable(groups: list[Any] | None) -> None:
-    """Raises ValueError if it is not known what FSDP2 makes of gradients."""
+    """Raises ValueError if it is not known how FSDP2 reduces gradients."""
     advice = "capture the gradients before fully_shard is applied"
     if groups is None:
         raise ValueError(f"the FSDP2 of torch {torch.__version__} is not known here: {advice}")
@@ -583,7 +585,7 @@ def _divisor(group: Any) -> float:
 
 
 def _set_aside(group: Any) -> Callable[[], None]:
-    """Lets a group reduce every gradient at once, and only new ones; the result undoes this."""
+    """Makes a group reduce every gradient at once, and only new ones; the result undoes this."""
     names = ("reduce_grads", "all_reduce_grads", "_partial_reduce_output")
     settings = {name: getattr(group, name) for name in names}
     held = [(p, p.unsharded_accumulated_grad) for p in group.fsdp_params]

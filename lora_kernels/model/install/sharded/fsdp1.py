@@ -1,7 +1,8 @@
 """FSDP1, `torch.distributed.fsdp.FullyShardedDataParallel`, around a model that is adapted.
 
-It replaces all parameters of a unit by views of one flat parameter, of which a process has a
-stretch; they have values and shapes of their own only while the unit is summoned.
+FSDP1 replaces all parameters of a unit by views of one flat parameter, of which each process has a
+contiguous piece. The parameters have values and shapes of their own only while the unit is summoned
+(`summon_full_params`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ Unit = Any  # a FullyShardedDataParallel
 def by_unit(
     model: nn.Module, entries: list[T], module_of: Callable[[T], nn.Module], write: bool = False
 ) -> Iterator[tuple[AbstractContextManager[None], list[T]]]:
-    """The entries by the units of FSDP1 that hold their modules' parameters: (context, entries),
-    to be used at once. Within the context the parameters are whole; with `write`, changes of them
-    are kept. One unit is whole at a time, and all processes have to enter its context.
+    """Groups the entries by the unit of FSDP1 that holds their modules' parameters. Yields
+    (context, entries), to be used at once. Within the context the parameters are whole; with
+    `write`, changes of them are kept. One unit is whole at a time, and all processes must enter its
+    context.
 
-    Of a model without FSDP1, all entries at once, in the list that was given.
+    For a model without FSDP1, it yields all entries at once, in the given list.
 
     Raises:
         ValueError: a unit outside of the model holds the parameters.
@@ -46,11 +48,11 @@ def by_unit(
 
 
 def _units(model: nn.Module) -> list[Unit]:
-    """The units of a model, outer ones first, which know that they are."""
+    """The units of a model, outer ones first; afterwards FSDP1 knows which unit is the root."""
     # Without an import of ours: where nobody has imported FSDP, no module is FSDP1's.
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     units: list[Unit] = [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
-    for unit in units:  # FSDP1 takes the first unit that is used for the outermost one
+    for unit in units:  # FSDP1 makes the first unit that is used the root
         if getattr(unit, "_is_root", True) is None:
             with _summoned(unit, False):
                 pass
@@ -66,7 +68,7 @@ def _summoned(unit: Unit | None, write: bool) -> AbstractContextManager[None]:
 
 
 def _is_cut(module: nn.Module) -> bool:
-    """Whether the module's matrices are stretches of a flat parameter."""
+    """Whether the module's matrices are pieces of a flat parameter."""
     flat = [p for p in module.parameters() if is_flattened(p)]
     return bool(flat) and all(parameter.dim() == 1 for parameter in flat)
 

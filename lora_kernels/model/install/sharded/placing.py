@@ -1,4 +1,4 @@
-"""Where the factors of sharded layers lie."""
+"""Places the factors of sharded layers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .tensor_parallel import distribute_factors
 
 
 def place_factors(model: nn.Module, layers: Sequence[AdaptedLayer], adapter_name: str) -> None:
-    """Gives the new factors of layers with a sharded weight their place: those of a layer under
-    tensor parallelism become DTensors that fit W's, and where FSDP2 manages W, they join its group.
-    If all layers under tensor parallelism have one mesh, the factors of the other linear layers
-    become DTensors of it, too, of which every process has the whole: `clip_grad_norm_` and the
-    optimizers' foreach and fused loops take only tensors of one kind.
+    """Places the new factors of layers with a sharded weight. Under tensor parallelism, the factors
+    become DTensors that fit W; where FSDP2 manages W, they join its group. If all layers under
+    tensor parallelism have one mesh, the factors of the other linear layers become replicated
+    DTensors on it too: `clip_grad_norm_` and the optimizers' foreach and fused loops accept only
+    tensors of one kind.
 
-    All processes have the same whole factors before, so that nothing is sent.
+    Before this, all processes have the same whole factors, so that nothing is sent.
     """
     weights = [_weight_place(layer) for layer in layers]
     inside = {part for module in fsdp_modules(model) for part in module.modules()}
@@ -52,7 +52,7 @@ def place_factors(model: nn.Module, layers: Sequence[AdaptedLayer], adapter_name
 
 
 def _layout(place: Place, known: Mapping[Place, Layout | None]) -> Layout | None:
-    """How a weight lies in the forward; None for a plain tensor."""
+    """The layout of a weight in the forward; None for a plain tensor."""
     weight: Any = place[0]._parameters.get(place[1])
     if place in known or weight is None or not is_dtensor(weight):
         return known.get(place)
@@ -62,8 +62,8 @@ def _layout(place: Place, known: Mapping[Place, Layout | None]) -> Layout | None
 def _whole_layout(
     layers: Sequence[AdaptedLayer], layouts: Sequence[Layout | None]
 ) -> Layout | None:
-    """That of a whole tensor on the one mesh of all linear layers under tensor parallelism; None
-    if there is no such mesh.
+    """The layout of a replicated tensor on the one mesh of all linear layers under tensor
+    parallelism; None if there is no such mesh.
     """
     pairs = zip(layers, layouts, strict=True)
     meshes = {layout.mesh for layer, layout in pairs if layout is not None and _is_linear(layer)}
@@ -81,13 +81,13 @@ def _is_linear(layer: AdaptedLayer) -> bool:
 
 def check_forwards(model: nn.Module, plans: Sequence[LayerPlan]) -> None:
     """Raises ValueError, with the layer's name, for experts and embeddings that would have to run
-    with a part of their weights in a way that is not known here.
+    with a part of their weights in a way that is not supported.
     """
     unknown = [plan for plan in plans if _needs_the_whole(plan)]
     layouts = unsharded_layouts(model) if unknown else {}
     for plan in unknown:
         place = plan.base.place
-        if layouts.get(place) is None and place in layouts:  # FSDP2 brings the whole weight
+        if layouts.get(place) is None and place in layouts:  # FSDP2 gathers the whole weight
             continue
         if plan.base.num_experts is None:
             raise ValueError(f"{plan.name}: {PARALLEL_EMBEDDING}")

@@ -19,7 +19,7 @@ Place = tuple[nn.Module, str]  # a module and the name of its parameter
 
 
 class Layout(NamedTuple):
-    """How a DTensor lies on its mesh."""
+    """The mesh and the placements of a DTensor."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -45,8 +45,8 @@ def keep_requires_grad(
 
 
 def _is_on_smaller_mesh(old: Tensor, sharded: Tensor) -> bool:
-    """Whether a parameter was resharded to fewer ranks after a forward (`reshard_after_forward` an
-    integer): torch 2.11 gives such ones requires_grad=True whatever the sharded one has.
+    """Whether a parameter was resharded to fewer ranks after a forward (`reshard_after_forward` is
+    an integer): torch 2.11 sets its requires_grad to True, whatever the sharded parameter has.
     """
     mesh = getattr(old, "device_mesh", None)
     sharded_mesh: Any = getattr(sharded, "device_mesh", None)
@@ -54,9 +54,10 @@ def _is_on_smaller_mesh(old: Tensor, sharded: Tensor) -> bool:
 
 
 def layouts_by_unsharding(modules: Sequence[nn.Module]) -> dict[Place, Layout | None]:
-    """How the parameters that FSDP2's modules manage lie in the forward, None for plain tensors.
+    """The layouts in the forward of the parameters that FSDP2's modules manage; None for plain
+    tensors.
 
-    Gathers the parameters of one module after another: all ranks have to call.
+    It gathers the parameters of one module after another: all ranks must call this function.
     """
     layouts: dict[Place, Layout | None] = {}
     for module in modules:
@@ -78,8 +79,8 @@ def average_gradients(members: Mapping[Place, Place]) -> None:
     """Averages the gradients of replicated parameters over the ranks of a sharded weight's mesh,
     without those of the parameter's own (tensor-parallel) mesh.
 
-    Gradients that are accumulated are averaged in each backward, which gives what one average at
-    the end gives.
+    Accumulated gradients are averaged in each backward; the result is the same as with one average
+    at the end.
 
     Args:
         members: {(module, name) of a parameter: (module, name) of a sharded weight}.

@@ -1,5 +1,5 @@
-"""Layers under tensor parallelism: where their factors lie, and the forwards that transformers has
-replaced on them.
+"""Layers under tensor parallelism: the placements of their factors, and the forwards that
+transformers has replaced.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def factor_placements(
     [in, out] if `transposed`: A is sharded as W's columns are and B as its rows are. With `dims=3`,
     W [E, out, in] is a stack of experts, and so are A and B.
 
-    A packed W, whose rows are several matrices that are sharded one by one (`_StridedShard`), is
-    served by packed rows of B.
+    If W is packed, that is, if its rows are several matrices that are sharded one by one
+    (`_StridedShard`), the rows of B are packed too.
 
     Raises:
         ValueError: W holds partial sums, or its columns are packed.
@@ -60,8 +60,8 @@ def distribute_factors(
     adapter: Adapter, mesh: Any, placements: Sequence[Any], transposed: bool = False
 ) -> None:
     """Makes the parameters of an adapter DTensors that fit a W with these placements on this mesh.
-    They are plain before, and every process has the same whole ones, so that nothing is sent; those
-    that are DTensors already stay.
+    Before this, they are plain, and every process has the same whole ones, so that nothing is sent.
+    Parameters that are DTensors already stay.
 
     Raises:
         ValueError: as `factor_placements`.
@@ -82,11 +82,11 @@ def distribute_factors(
 
 @contextmanager
 def rewrapped(module: nn.Module) -> Iterator[None]:
-    """Inside the context, the module is without what transformers' tensor parallelism has put
-    around its forward, so that its class can be exchanged. At the end it is put on again.
+    """Inside the context, the module's forward is without the wrapper of transformers' tensor
+    parallelism, so that the module's class can be exchanged. At the end the wrapper is restored.
 
     Raises:
-        ValueError: the layer is of a style that would not know the adapter's factors.
+        ValueError: the layer has a parallel style that does not support the adapter's factors.
 
     """
     styles = _taken_off(module)
@@ -97,8 +97,8 @@ def rewrapped(module: nn.Module) -> Iterator[None]:
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Puts around the forward of `new` what transformers' tensor parallelism has put around that of
-    `old`, which it replaces: also layers whose weight is whole on every process may have that.
+    """Wraps the forward of `new` as transformers' tensor parallelism has wrapped that of `old`,
+    which `new` replaces. Layers whose weight is replicated may have such a wrapper too.
     """
     if new is not old:
         styles = _taken_off(old)
@@ -113,7 +113,7 @@ def _put_on(module: nn.Module, styles: Sequence[tuple[Any, Any]]) -> None:
 
 def _taken_off(module: nn.Module) -> list[tuple[Any, Any]]:
     """Restores the module's forward, and returns the style and the mesh of each replacement of it,
-    from the outermost one on.
+    outermost first.
     """
     found: list[tuple[Any, Any]] = []
     for slot in _SLOTS:
@@ -135,7 +135,7 @@ def _taken_off(module: nn.Module) -> list[tuple[Any, Any]]:
 
 
 def _distributed(parameter: nn.Parameter, mesh: Any, placements: Placements) -> nn.Parameter:
-    """A DTensor of a plain parameter, of which every process has the whole."""
+    """A DTensor of a plain parameter that every process has whole."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     parts: Any = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)

@@ -25,7 +25,7 @@ from ..record import (
 from .combinations import combination, combined_layer
 
 COMBINATIONS = ("svd", "linear", "cat")
-# PEFT's others, which prune or drop elements of the factors.
+# PEFT's other combinations, which prune or drop elements of the factors.
 _PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 _NOT_HERE = (*_PRUNING, *(f"{name}_svd" for name in _PRUNING))
 T = TypeVar("T")
@@ -39,30 +39,30 @@ def add_weighted_adapter(
     combination_type: str = "svd",
     svd_rank: int | None = None,
 ) -> LoRAReport:
-    """Adds an adapter that is the weighted combination of others, of their updates sᵢ·BᵢAᵢ with the
-    weights wᵢ. It has no start and s = 1, is not trainable, and does not become active.
+    """Adds an adapter that combines the updates sᵢ·BᵢAᵢ of other adapters with the weights wᵢ. The
+    new adapter has no start and s = 1, is not trainable, and does not become active.
 
     The combinations and their ranks are those of `LoraModel.add_weighted_adapter` of PEFT 0.21:
 
     - "svd": the best approximation of Σ wᵢsᵢ·BᵢAᵢ of rank `svd_rank`, by default the largest rank
       of the adapters. The SVD is that of thin factors in float64; no [out, in] matrix is formed.
-    - "cat": A = [wᵢsᵢ·Aᵢ], B = [Bᵢ], of the sum of the ranks: the exact sum.
+    - "cat": A = [wᵢsᵢ·Aᵢ], B = [Bᵢ]: the exact sum, whose rank is the sum of the ranks.
     - "linear": A = Σ ±√|wᵢsᵢ|·Aᵢ, B = Σ √|wᵢsᵢ|·Bᵢ, where ± is the sign of wᵢ, for adapters of one
-      rank. It has products of different adapters' A and B too. One adapter is always scaled so,
-      whatever the type.
+      rank. BA then also contains products of different adapters' A and B. A single adapter is
+      always scaled in this way, whatever the type.
 
     An R, or KaSA's λ, is multiplied into A. An adapter with a start has the update
-    sᵢ·(BᵢAᵢ − B₀A₀), of twice the rank. Layers that only some adapters have are combined of these.
+    sᵢ·(BᵢAᵢ − B₀A₀), of twice the rank. A layer that only some adapters have combines only these.
 
-    PEFT's adapter differs where PEFT loses something: with `use_rslora` of the first adapter, PEFT
-    multiplies all by √r; it leaves out biases of B, layers that the first adapter's
-    `exclude_modules` or `layers_to_transform` does not select, and the values of saved modules; and
-    it does nothing if there is an adapter of the new name.
+    PEFT's result differs in these cases. If the first adapter has `use_rslora`, PEFT multiplies
+    everything by √r. PEFT leaves out biases of B, layers that the first adapter's `exclude_modules`
+    or `layers_to_transform` does not select, and the values of saved modules. If an adapter of the
+    new name exists, PEFT does nothing.
 
     Args:
         model: a model with adapters by `add_lora` or `load_adapter`.
         adapters: the names of the adapters.
-        weights: a number for each; it may be negative.
+        weights: a number for each adapter; it may be negative.
         adapter_name: the name of the new adapter.
         combination_type: "svd", "cat" or "linear".
         svd_rank: the rank for "svd".
@@ -71,9 +71,9 @@ def add_weighted_adapter(
         A report of the new adapter's layers.
 
     Raises:
-        ValueError: an unknown adapter or combination, a name that is taken, other numbers of
-            weights than of adapters, different ranks or a start for "linear", an adapter with DoRA,
-            or a tensor that several of the adapters train in full (`modules_to_save`, biases). The
+        ValueError: an unknown adapter or combination, a name that is taken, different numbers of
+            weights and adapters, different ranks or a start with "linear", an adapter with DoRA, or
+            a tensor that several of the adapters train in full (`modules_to_save`, biases). The
             model is then unchanged.
         TypeError: an argument of the wrong type.
 
@@ -193,7 +193,7 @@ def _by_layer(
 
 
 def _only_once(names: Sequence[str], found: Sequence[dict[str, T]]) -> dict[str, T]:
-    """The tensors that an adapter trains in full; no two adapters may have the same."""
+    """The tensors that adapters train in full; no two adapters may train the same tensor."""
     owners: dict[str, str] = {}
     for name, tensors in zip(names, found, strict=True):
         for path in tensors:
@@ -228,7 +228,7 @@ def _config(states: Sequence[AdapterState], layers: dict[str, LayerState], r: in
 
 
 def _add_inactive(model: nn.Module, state: AdapterState, adapter_name: str) -> LoRAReport:
-    """Adds a saved adapter; the one that was active stays so, as trainable as it was."""
+    """Adds a saved adapter; the active adapter stays active, and as trainable as it was."""
     record = needed_record(model)
     before, enabled = record.active, record.enabled
     trained: list[Tensor] = list(record.saved.tensors(before).values())

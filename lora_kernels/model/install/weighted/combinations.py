@@ -25,7 +25,7 @@ def combination(kind: str, r: int) -> Callable[[Parts], Factors]:
 def combined_layer(
     path: str, parts: Parts, r: int, combined: Callable[[Parts], Factors]
 ) -> LayerState:
-    """The new adapter's state of a layer, padded to rank r with zeros."""
+    """A layer's state in the new adapter, padded to rank r with zeros."""
     first = parts[0][1]
     with naming(path), torch.no_grad():
         right, left = combined(parts)

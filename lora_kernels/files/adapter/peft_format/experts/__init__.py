@@ -1,1 +1,1 @@
-"""Adapters of experts in PEFT's files: a pair of matrices of each expert, or of all of them."""
+"""Adapters of experts in PEFT's files: a pair of matrices for each expert, or one for all."""

@@ -1,8 +1,9 @@
 """The two layouts of an expert parameter's A [E, k, in] and B [E, out, k] in a file.
 
-"each": A [k, in] and B [rows, k] of each expert and each tensor of the checkpoint, as if it were a
-linear layer: gate and up have the same A, and each its rows of B. "stacked", PEFT's from 0.19 on:
-A [E·k, in], the expert varies slowest in its rows; and B [out, k·E], **fastest** in its columns.
+"each": for each expert and each tensor of the checkpoint, A [k, in] and B [rows, k] as for a linear
+layer. gate and up have the same A, and each has its own rows of B. "stacked" (PEFT's since 0.19):
+A [E·k, in], in whose rows the expert varies slowest, and B [out, k·E], in whose columns the expert
+varies **fastest**.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ Pair = tuple[Tensor, Tensor]
 
 
 def stacked(right: Tensor, left: Tensor) -> Pair:
-    """A [E·k, in] and B [out, k·E] of PEFT, from A [E, k, in] and B [E, out, k]."""
+    """PEFT's A [E·k, in] and B [out, k·E] from A [E, k, in] and B [E, out, k]."""
     return right.flatten(0, 1), left.permute(1, 2, 0).flatten(1)
 
 
 def unstacked(lora_A: Tensor, lora_B: Tensor, experts: int, slowest: bool = False) -> Pair:
-    """A [E, k, in] and B [E, out, k], from A [E·k, in] and B [out, k·E] of PEFT.
+    """A [E, k, in] and B [E, out, k] from PEFT's A [E·k, in] and B [out, k·E].
 
-    `slowest`: the expert varies slowest in the columns of B too, as Unsloth before September 2026
-    had it.
+    `slowest`: the expert varies slowest in the columns of B too, as Unsloth wrote it before
+    September 2026.
     """
     right = lora_A.unflatten(0, (experts, -1))
     if slowest:
@@ -38,8 +39,8 @@ def unstacked(lora_A: Tensor, lora_B: Tensor, experts: int, slowest: bool = Fals
 
 
 def to_pairs(right: Tensor, left: Tensor, parts: Sequence[ExpertPart]) -> dict[str, Pair]:
-    """A and B, 2-D, of the tensors of a file, by their names; `right` [E, k, in] and `left`
-    [E, out, k] are those of an expert parameter.
+    """The 2-D A and B of a file's tensors, by their names, from `right` [E, k, in] and `left`
+    [E, out, k] of an expert parameter.
     """
     pairs = {}
     for part in parts:
@@ -57,7 +58,7 @@ def from_pairs(pairs: Mapping[str, Pair], parts: Sequence[ExpertPart], experts: 
 
     Raises:
         KeyError: a tensor is missing.
-        ValueError: the shapes do not fit each other, or A of two parts differs.
+        ValueError: the shapes do not fit each other, or two parts have different A.
 
     """
     found = [_of_part(pairs, part, experts) for part in parts]
@@ -70,7 +71,7 @@ def from_pairs(pairs: Mapping[str, Pair], parts: Sequence[ExpertPart], experts: 
 
 
 def _of_part(pairs: Mapping[str, Pair], part: ExpertPart, experts: int) -> Pair:
-    """A [E, k, in] and B [E, rows, k] of one part."""
+    """A [E, k, in] and B [E, rows, k] of one part of the parameter."""
     names = part.names(experts)
     found = [pairs[name] for name in names]
     if names == [part.name]:

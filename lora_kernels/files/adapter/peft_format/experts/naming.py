@@ -1,4 +1,4 @@
-"""The names that a checkpoint has for each expert, and the layout that suits a model."""
+"""The names that a checkpoint gives each expert, and the layout that suits a model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from .....model.experts.kinds import is_experts, projections, why_not_adaptable
 from .....model.experts.stored import StoredMatrix, stored_matrices
 from .layouts import EACH, STACKED
 
-# Types of models (`config.model_type`, or its beginning) whose classes in vLLM read the stacked
-# layout only, whatever their checkpoints are: `is_3d_moe_weight`, in vLLM 0.33.0.
+# Model types (`config.model_type` or its beginning) for which vLLM reads only the stacked layout,
+# whatever the checkpoint has: `is_3d_moe_weight` in vLLM 0.33.0.
 _3D_IN_VLLM = ("gpt_oss", "qwen3_5_moe", "interns1_pro", "qwen3_vl_moe", "qwen3_omni_moe")
-# The families to which PEFT 0.21 counts the models whose "each" files it converts.
+# PEFT 0.21 converts "each" files for models of these families.
 _FAMILIES_OF_PEFT = ("mixtral", "qwen2_moe")
 
 
 def expert_parameters(model: nn.Module) -> dict[str, str]:
-    """The experts' parameters that can be adapted, in the model's order: the name of each in this
-    model, whose blocks may be compiled or wrapped, by its name without that.
+    """{name: name in this model} of the experts' parameters that can be adapted, in the model's
+    order. The names in this model may have parts of compiled or wrapped blocks, which the keys
+    leave out.
     """
     found = {}
     for path, module in model.named_modules():
@@ -34,9 +35,9 @@ def expert_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def stored_experts(model: nn.Module) -> dict[str, StoredExperts]:
-    """What checkpoints of the model have of its experts' parameters, by name, and the layout that
-    suits it: "each" if its checkpoints have a tensor for each expert, PEFT converts such a file,
-    and vLLM does not want the other one; else "stacked".
+    """What checkpoints of the model store for its experts' parameters, by name, and the suitable
+    layout: "each" if the checkpoints have a tensor for each expert, PEFT converts such a file, and
+    vLLM does not require the stacked layout; else "stacked".
     """
     names = expert_parameters(model)
     parts = {name: expert_parts(model, own) for name, own in names.items()}
@@ -45,8 +46,8 @@ def stored_experts(model: nn.Module) -> dict[str, StoredExperts]:
 
 
 def expert_parts(model: nn.Module, parameter: str) -> tuple[ExpertPart, ...]:
-    """The tensors of a checkpoint that hold an expert parameter; () if it has not one for each
-    expert, or transposed ones.
+    """The tensors of a checkpoint that hold an expert parameter; () unless the checkpoint has a
+    tensor for each expert that is not transposed.
     """
     matrices = stored_matrices(model, parameter)
     if isinstance(matrices, str):
@@ -61,7 +62,7 @@ def expert_parts(model: nn.Module, parameter: str) -> tuple[ExpertPart, ...]:
 
 
 def _pattern(matrices: Sequence[StoredMatrix]) -> str:
-    """The names of the experts' tensors, with "{}" for the number; "" if they are not that."""
+    """The pattern of the tensors' names, with "{}" for the expert's number; "" if there is none."""
     names = {m.expert: without_wrappers(m.name.removesuffix(".weight")) for m in matrices}
     first = names.get(0, "").split(".")
     for at in reversed([i for i, part in enumerate(first) if part == "0"]):
@@ -72,18 +73,18 @@ def _pattern(matrices: Sequence[StoredMatrix]) -> str:
 
 
 def is_3d_in_vllm(model: Any) -> bool:
-    """Whether vLLM wants the stacked layout for this model."""
+    """Whether vLLM requires the stacked layout for this model."""
     return str(getattr(getattr(model, "config", None), "model_type", "")).startswith(_3D_IN_VLLM)
 
 
 def is_converted_by_peft(model: Any) -> bool:
-    """Whether PEFT 0.21, of a file with a pair for each expert, makes adapters of the model's
-    parameters. It knows models of transformers by their types, but for qwen2_moe, whose experts it
-    leaves out with a warning.
+    """Whether PEFT 0.21 turns a file with a pair for each expert into adapters of the model's
+    parameters. PEFT knows the types of transformers' models, but ignores the experts of qwen2_moe,
+    with a warning.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as FAMILIES
-    except ImportError:  # before transformers 5, experts are linear layers
+    except ImportError:  # before transformers 5, where experts are linear layers
         return False
     return kind == "mixtral" or FAMILIES.get(kind) in _FAMILIES_OF_PEFT

@@ -1,5 +1,5 @@
-"""What only the model tells of an adapter of experts: whether it has them in one parameter, and how
-that is oriented.
+"""What only the model can tell about an adapter of experts: whether the experts are in one
+parameter, and the orientation of that parameter.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ _EXPERT = re.compile(r"(.+)\.experts\.\d+\.[^.]+")
 
 
 def placed(state: AdapterState, model: nn.Module) -> AdapterState:
-    """The adapter as the model needs it: experts that are linear layers in the adapter, and one
-    parameter in the model, are one layer; and A and B are those of its orientation. The model may
-    be on the meta device.
+    """Fits the adapter to the model. Experts that are linear layers in the adapter and one
+    parameter in the model become one layer, and A and B get the orientation of the parameter. The
+    model may be on the meta device.
 
-    An expert that the adapter leaves out gets an update of zero.
+    An expert that the adapter does not have gets an update of zero.
 
     Raises:
         ValueError: experts of one parameter have different ranks or s, or sizes that do not fit; or
-            the orientation of A and B cannot be told.
+            the orientation of A and B is ambiguous.
 
     """
     return _joined(_oriented(state, model), model)
 
 
 def _oriented(state: AdapterState, model: nn.Module) -> AdapterState:
-    """The adapter with A and B of [E, out, in], where an older PEFT may have exchanged them."""
+    """The adapter with A and B for [E, out, in]; an older PEFT may have exchanged them."""
     layers, experts = dict(state.layers), dict(state.experts)
     parameters, modules = _parameters(model), _modules(model)
     for name, stored in state.experts.items():
         if stored.exchanged is False or name not in layers:
             continue
         weight, owner = parameters.get(name), modules.get(name.rpartition(".")[0])
-        if weight is None:  # loading says that the model does not have it
+        if weight is None:  # loading will report that the model does not have it
             continue
         transposed = bool(getattr(owner, "is_transposed", False))
         if _is_exchanged(name, layers[name], weight, transposed, stored.exchanged):
@@ -62,7 +62,7 @@ def _is_exchanged(
     shape = tuple(weight.shape[:0:-1]) if transposed else tuple(weight.shape[1:])
     if shape != shape[::-1]:
         return layer.shape == shape[::-1]
-    if transposed:  # all versions of PEFT agree
+    if transposed:  # all versions of PEFT write this case alike
         return False
     if flipped is None:
         raise ValueError(
@@ -74,7 +74,7 @@ def _is_exchanged(
 
 
 def _joined(state: AdapterState, model: nn.Module) -> AdapterState:
-    """The adapter with one layer for the experts that the model has in one parameter."""
+    """Makes one layer of the experts that are one parameter in the model."""
     modules = _modules(model)
     single = [name for name in state.layers if _EXPERT.fullmatch(name) and name not in modules]
     if not single:
@@ -110,7 +110,7 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 def _with_parameters(
     config: LoRAConfig, linear: Sequence[str], parameters: list[str]
 ) -> LoRAConfig:
-    """The configuration with these parameters, without targets that are no linear layer's."""
+    """The configuration with these parameters, and without targets that match no linear layer."""
     targets = config.target_modules
     if targets is not None and not isinstance(targets, str):
         targets = tuple(t for t in targets if _matches(linear, t))
@@ -134,8 +134,9 @@ def _stack(
     number: int,
     rule: str,
 ) -> LayerState:
-    """One layer of the experts' linear ones. Its rank is theirs if the parts of each expert have
-    the same A, else the sum of the parts' ranks: A = [A₁; A₂], and B is block-diagonal.
+    """Joins the experts' linear layers into one layer. The rank does not change if the parts of
+    each expert have the same A; otherwise the ranks of the parts add up: A = [A₁; A₂], and B is
+    block-diagonal.
     """
     if len({(layer.r, layer.scaling) for layer in layers.values()}) > 1:
         raise ValueError(
@@ -164,7 +165,7 @@ def _stack(
 
 
 def _of_part(layers: Mapping[str, LayerState], part: ExpertPart, number: int) -> Pair | None:
-    """A [E, r, in] and B [E, rows, r] of one part; None if no expert has it."""
+    """A [E, r, in] and B [E, rows, r] of one part; None if no expert has this part."""
     names = part.names(number)
     pairs = {name: layers[name].update_factors() for name in names if name in layers}
     if not pairs:

@@ -1,9 +1,10 @@
-"""PEFT's stacked adapters of experts, read: which parameter a name means, and in which of the
-layouts that have the same shapes the numbers are.
+"""Reads PEFT's stacked adapters of experts: which parameter a name means, and in which of several
+layouts of the same shapes the numbers are.
 
-PEFT before 0.19 took [E, out, in] for [E, in, out], so that A and B are exchanged, except where a
-parameter is [E, in, out]. Unsloth before September 2026 had B's columns in another order, which no
-shape tells: it wrote `lora_B_layout` into the configuration for a while, and else the user knows.
+PEFT before 0.19 took [E, out, in] for [E, in, out]: A and B are exchanged, except where the
+parameter really is [E, in, out]. Unsloth before September 2026 ordered the columns of B in another
+way, which the shapes do not show. For a while Unsloth wrote `lora_B_layout` into the configuration;
+otherwise only the user knows.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ from .writing import DOWN, FIRST
 ORDERS = ("auto", "fastest", "slowest")
 MARKER = "lora_B_layout"
 _MARKED = {"rank_major": "fastest", "grouped_by_expert": "slowest"}
-_FLIPPED = (0, 19)  # PEFT's version from which on A and B are those of [E, out, in]
+_FLIPPED = (0, 19)  # the first version of PEFT whose A and B are those of [E, out, in]
 _WRAPPER = ".base_layer"
 
 
 def wrapped_parameters(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """The parameter that each of PEFT's wrappers adapts, by the wrapper's name; `names` are those
-    of layers in a file, and other layers are left out.
+    """{name of PEFT's wrapper: the parameter that the wrapper adapts}. `names` are the layers in a
+    file; layers that are no such wrappers are left out.
 
-    PEFT wraps a module once for each of its parameters, in their order in the module: "experts" is
-    the last of `target_parameters` that "experts.base_layer" is not. Without this option,
-    "experts.base_layer" and "experts" are what vLLM takes them for, gate_up_proj and down_proj.
+    PEFT wraps a module once for each adapted parameter, in the order of the parameters in the
+    module: "experts" adapts the last one, "experts.base_layer" the one before. Without
+    `target_parameters`, "experts.base_layer" means gate_up_proj and "experts" means down_proj, as
+    in vLLM.
 
     Raises:
         ValueError: the option is not a list of names.
@@ -59,7 +61,7 @@ def wrapped_parameters(options: Mapping[str, Any], names: Iterable[str]) -> dict
 
 
 def targeted_parameters(module: str, targets: Iterable[str]) -> list[str]:
-    """The parameters of a module that are targets, in their order in the module."""
+    """The adapted parameters of a module, in their order in the module."""
     own = set()
     for target in targets:
         owner, _, parameter = target.rpartition(".")
@@ -76,7 +78,7 @@ def column_order(options: Mapping[str, Any], order: str) -> str:
     """How the expert varies in the columns of B: "fastest" or "slowest".
 
     Raises:
-        ValueError: an unknown order, or one that the configuration denies.
+        ValueError: the order is unknown, or the configuration contradicts it.
 
     """
     if order not in ORDERS:
@@ -107,19 +109,19 @@ def is_by_unsloth(options: Mapping[str, Any]) -> bool:
 
 
 def is_flipped(options: Mapping[str, Any]) -> bool | None:
-    """Whether a version of PEFT wrote the file that exchanged A and B; None if it is not known."""
+    """Whether the version of PEFT that wrote the file exchanged A and B; None if unknown."""
     version = str(options.get("peft_version") or "")
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None:
         return None
     number = (int(found[1]), int(found[2]))
     if "dev" in version and number == (_FLIPPED[0], _FLIPPED[1] - 1):
-        return None  # between 0.18 and 0.19
+        return None  # a development version between 0.18 and 0.19
     return number < _FLIPPED
 
 
 def exchanged(right: Tensor, left: Tensor) -> Pair:
-    """A [E, r, in] and B [E, out, r], from those of [E, in, out]."""
+    """A [E, r, in] and B [E, out, r] from the A and B of [E, in, out]."""
     return left.mT.contiguous(), right.mT.contiguous()
 
 
@@ -129,18 +131,18 @@ def unstacked_experts(
     ranks: Mapping[str, int],
     order: str = "auto",
 ) -> tuple[dict[str, Pair], dict[str, StoredExperts]]:
-    """A [E, r, in] and B [E, out, r] of parameters of experts, and what is not certain of them;
-    without those of `empty_stacks`.
+    """A [E, r, in] and B [E, out, r] of experts' parameters, and what is uncertain about them. The
+    parameters in `empty_stacks` are left out.
 
     Args:
         options: the content of `adapter_config.json`.
-        pairs: A [E·r, in] and B [out, r·E] of PEFT, by the names of the parameters.
-        ranks: r of each.
-        order: as `column_order`.
+        pairs: PEFT's A [E·r, in] and B [out, r·E], by the names of the parameters.
+        ranks: r of each parameter.
+        order: see `column_order`.
 
     Raises:
-        ValueError: the shapes do not fit each other, or are those of parameters that PEFT does not
-            know to be transposed.
+        ValueError: the shapes do not fit each other, or the parameters are transposed and PEFT does
+            not know it.
 
     """
     slowest = column_order(options, order) == "slowest" if pairs else False
@@ -163,8 +165,8 @@ def unstacked_experts(
 
 
 def empty_stacks(factors: Mapping[str, Pair]) -> set[str]:
-    """The parameters whose A and B are all zeros, if others are not: `to_peft` writes such ones for
-    parameters that are not adapted, and no training changes them.
+    """The parameters whose A and B are all zeros, unless all parameters are like that. `to_peft`
+    writes zeros for parameters that are not adapted, and training does not change such zeros.
     """
     empty = {name for name, (A, B) in factors.items() if not bool(A.any()) and not bool(B.any())}
     return empty if len(empty) < len(factors) else set()
@@ -173,16 +175,16 @@ def empty_stacks(factors: Mapping[str, Pair]) -> set[str]:
 def certain_exchanges(
     shapes: Mapping[str, tuple[int, int]], flipped: bool | None
 ) -> dict[str, bool]:
-    """Whether A and B are exchanged, of modules whose two parameters tell: the outputs of one are
-    the inputs of the other.
+    """Whether A and B are exchanged, for the modules whose two parameters show it: the outputs of
+    one parameter are the inputs of the other.
 
     Args:
-        shapes: (out, in) of the parameters, if A and B are not exchanged.
-        flipped: as `is_flipped`.
+        shapes: (out, in) of the parameters, assuming that A and B are not exchanged.
+        flipped: see `is_flipped`.
 
     Raises:
-        ValueError: they do not fit each other, or are those of parameters that PEFT does not know
-            to be transposed.
+        ValueError: the shapes do not fit each other, or the parameters are transposed and PEFT does
+            not know it.
 
     """
     found: dict[str, bool] = {}
@@ -210,5 +212,5 @@ def certain_exchanges(
 
 
 def _fit(first: tuple[int, int], down: tuple[int, int], parts: int) -> bool:
-    """Whether these are (out, in) of the two parameters."""
+    """Whether `first` and `down` are (out, in) of the two parameters."""
     return first[1] == down[0] and first[0] == parts * down[1]

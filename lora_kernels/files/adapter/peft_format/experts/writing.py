@@ -1,8 +1,8 @@
-"""What a file has of the experts: in which layout, under which names, and what the configuration
-says of it.
+"""How a file stores experts: the layout, the tensors' names and the options in the configuration.
 
-Both projections of a module are written, one that is not adapted as zeros: PEFT's names of a module
-depend on which of its parameters are adapted, and vLLM refuses one without the other.
+Both projections of a module are written, and a projection that is not adapted is written as zeros:
+PEFT's names depend on which parameters of a module are adapted, and vLLM refuses a file that has
+only one projection.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .....model.config import AdapterState, ExpertPart, StoredExperts
 from .layouts import EACH, STACKED
 
 DOWN = "down_proj"
-# The parameter that x is multiplied with first: its outputs, in numbers of the other one's inputs.
+# Parameters that x is multiplied with first: outputs as a multiple of the inputs of the other one.
 FIRST = {"gate_up_proj": 2, "up_proj": 1}
 
 _WORDS_OF_SGLANG = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -23,8 +23,9 @@ Parts = Mapping[str, tuple[ExpertPart, ...]]
 
 
 def chosen_layout(state: AdapterState, experts: str) -> str:
-    """The layout of the file of this adapter: `experts`, or for "auto" that which it has been read
-    in or was chosen for its model, else "each" if the names of a checkpoint are known.
+    """The layout of this adapter's file: `experts`. "auto" means the layout in which the adapter
+    was read or that was chosen for its model; if there is none, "each" if the names in a checkpoint
+    are known.
 
     Raises:
         ValueError: "each" for experts whose names in a checkpoint are not known.
@@ -52,7 +53,9 @@ def expert_layers(state: AdapterState) -> list[str]:
 
 
 def missing_projections(state: AdapterState) -> dict[str, tuple[int, int, int]]:
-    """(experts, out, in) of the parameters beside adapted ones that are not adapted, by name."""
+    """(experts, out, in) by name of the parameters that are not adapted, while another parameter of
+    the same module is.
+    """
     found = {}
     for name in expert_layers(state):
         layer, (module, _, parameter) = state.layers[name], name.rpartition(".")
@@ -78,8 +81,8 @@ def _first_of(state: AdapterState, module: str) -> str:
 def file_parts(
     state: AdapterState, layout: str, missing: Mapping[str, tuple[int, int, int]] | None = None
 ) -> dict[str, tuple[ExpertPart, ...]]:
-    """The tensors of a file of this layout that hold experts, by the names of their parameters:
-    adapted ones, and those in `missing`, by default `missing_projections`.
+    """The tensors that hold experts in a file of this layout, by the names of their parameters. The
+    parameters are the adapted ones and those in `missing` (default: `missing_projections`).
     """
     missing = missing_projections(state) if missing is None else missing
     shapes = {name: state.layers[name].shape[0] for name in expert_layers(state)}
@@ -91,8 +94,8 @@ def file_parts(
 
 
 def wrappers(names: list[str]) -> dict[str, str]:
-    """The name of PEFT's wrapper of each parameter. PEFT wraps a module once for each of its
-    parameters that is adapted, in their order in the module: "down_proj" is the outermost.
+    """The name of PEFT's wrapper of each parameter. PEFT wraps a module once for each adapted
+    parameter, in the order of the parameters in the module: "down_proj" is outermost.
     """
     found = {}
     for name in names:
@@ -104,8 +107,8 @@ def wrappers(names: list[str]) -> dict[str, str]:
 
 
 def target_parameters(names: list[str], known: list[str] | None) -> list[str]:
-    """PEFT's option of this name: endings that match exactly these parameters of the `known` ones,
-    which are all of the model; or whole names.
+    """The value of PEFT's option of this name: endings that match exactly these parameters among
+    `known`, all parameters of the model; or whole names.
     """
     endings = sorted({".".join(name.split(".")[-2:]) for name in names})
     if known is not None and set(match_names(known, endings, known)) == set(names):
@@ -119,9 +122,9 @@ def layout_of(parts: Parts) -> str:
 
 
 def target_modules(parts: Parts) -> list[str]:
-    """The last parts of the names that the experts' linear layers have in a checkpoint, and the
-    words by which SGLang knows them. Where they match other layers too, these get an update of
-    zero.
+    """Values for `target_modules`: the last parts of the names of the experts' linear layers in a
+    checkpoint, and SGLang's words for them. If they match other layers too, these layers get an
+    update of zero.
     """
     ends = {part.name.rpartition(".")[2] for own in parts.values() for part in own}
     return sorted(ends | {_WORDS_OF_SGLANG[end] for end in ends if end in _WORDS_OF_SGLANG})

@@ -1,8 +1,8 @@
-"""PEFT's rules, of `PeftModel.from_pretrained`.
+"""The rules of PEFT's `PeftModel.from_pretrained`.
 
 They are in PEFT 0.21.2 in `peft_model.py`, `utils/save_and_load.py`, `tuners/lora/config.py`,
 `tuners/lora/layer.py` (s; starts are made again while an adapter is loaded) and
-`tuners/tuners_utils.py` (16-bit factors are cast to float32, unless autocast_adapter_dtype=False).
+`tuners/tuners_utils.py` (16-bit factors are cast to float32 unless autocast_adapter_dtype=False).
 Which layers the configuration selects is in `selection`.
 """
 
@@ -32,13 +32,13 @@ from ..verdict import (
 )
 from .selection import unselected
 
-# Starts that are computed from the weights alone, and so are made again in loading.
+# Starts that are computed from the weights alone; PEFT computes them again while it loads.
 _MADE_AGAIN = ("pissa", "olora", "loftq")
-# Other starts; those of which all cases are known, and those that have to be written like this.
+# Other starts: PEFT accepts the first ones in any case, and the others only as they are here.
 _ANY_CASE = ("olora", "mica", "gaussian")
 _STARTS = ("loftq", "eva", "orthogonal", "lora_ga")
 _WRITE = "adapter_config.json"
-# Tensors that an option promises, and that PEFT makes anew if they are not there.
+# Tensors that an option requires; if they are missing, PEFT makes new ones.
 _PROMISED = {
     "use_dora": "lora_magnitude_vector",
     "kasa_config": "lora_diag",
@@ -90,28 +90,28 @@ def judge(adapter: StoredAdapter, base: BaseModel | None) -> Verdict:
 
 
 def _places(adapter: StoredAdapter, base: BaseModel | None) -> dict[str, Place]:
-    """{} if the base's modules are not known, or PEFT will repeat some."""
+    """The layers' places; {} if the base's modules are unknown, or PEFT will repeat some."""
     if base is None or not base.modules or adapter.config.get("layer_replication"):
         return {}
     return {name: base.place(name) for name in adapter.layers}
 
 
 def _lost(base: BaseModel | None, layers: list[str]) -> dict[str, str]:
-    """The layers that PEFT leaves bare, although they have the names of modules."""
+    """The layers that PEFT does not adapt, although modules have their names."""
     if base is None or base.architecture is None:
         return {}
     return lost_in_peft(base.architecture.model, layers)
 
 
 def _is_known(base: BaseModel, place: Place, name: str) -> bool:
-    """Whether PEFT finds the module, of which it knows older names."""
+    """Whether PEFT finds the module; PEFT knows older names too."""
     known = place.kind in (FOUND, RENAMED)
     return known or (place.kind == SERVED and plain_name(name) in base.older)
 
 
 def _options(verdict: Verdict, config: Mapping[str, Any]) -> None:
-    """Options with which PEFT fails."""
-    absent = {"r": 8, "lora_alpha": 8}  # PEFT's defaults, but not of null
+    """Refuses options with which PEFT fails."""
+    absent = {"r": 8, "lora_alpha": 8}  # PEFT's defaults, which do not replace null
     refuse_missing(verdict, absent | dict(config), "r", "lora_alpha")
     if isinstance(config.get("r"), float):
         verdict.refuse(
@@ -154,7 +154,7 @@ def _is_known_start(start: str) -> bool:
 
 
 def _saved(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> None:
-    """Modules and rows that are said to be trained must be in the file."""
+    """Refuses files that lack modules or rows which the configuration calls trained."""
     config = adapter.config
     if isinstance(config.get("modules_to_save"), str):
         verdict.refuse(
@@ -182,7 +182,7 @@ def _saved(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> 
 
 
 def _promised(adapter: StoredAdapter, name: str) -> Fault:
-    """Tensors of a layer that an option promises, and that are not there."""
+    """The fault of a layer if an option requires a tensor that is missing."""
     layer = adapter.layers[name]
     start = layer.right.name.partition(".lora_")[0]
     for option, tensor in _PROMISED.items():
@@ -196,7 +196,7 @@ def _promised(adapter: StoredAdapter, name: str) -> Fault:
 
 
 def _start(verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None) -> Fault:
-    """Why the adapter is wrong on the original base; empty if PEFT makes its start again."""
+    """Why the adapter is wrong on the original base; empty if PEFT computes its start again."""
     start = changing_start(adapter.config)
     if adapter.is_start or not start:
         return residual_fault(adapter, base)

@@ -1,9 +1,9 @@
-"""Which layers PEFT adapts when it loads a folder: those that its configuration selects. It ignores
-the tensors of others, without an error.
+"""Which layers PEFT adapts when it loads a folder: those that the configuration selects. PEFT
+ignores the tensors of other layers without an error.
 
 The rules are in PEFT 0.21.2 in `tuners/tuners_utils.py` (`check_target_module_exists`,
 `_maybe_include_all_linear_layers`, `_inject_parameters`), `tuners/lora/model.py` (a table of
-targets for each type of model, where the configuration has none) and `tuners/lora/config.py`.
+targets for each type of model, for configurations without targets) and `tuners/lora/config.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...updates import parameter_of, saved_modules
 from ..model import FOUND, RENAMED, SERVED, BaseModel
 from ..verdict import Ignored, Verdict
 
-# Where an output layer is that "all-linear" leaves out, if the base does not tell.
+# Output layers, which "all-linear" leaves out, if the base does not tell.
 _OUTPUTS = ("lm_head", "embed_out")
 _INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
@@ -33,7 +33,7 @@ Test = Callable[[str], bool]
 def unselected(
     verdict: Verdict, adapter: StoredAdapter, base: BaseModel | None
 ) -> dict[str, Ignored]:
-    """The layers that the configuration does not select. Refuses one that PEFT does not load."""
+    """The layers that the configuration does not select. Refuses what PEFT does not load."""
     config = adapter.config
     try:
         selects = _selection(verdict, config, base)
@@ -70,7 +70,7 @@ def unselected(
 
 
 def _remedy(verdict: Verdict, name: str, base: BaseModel | None) -> str:
-    """A portable folder has whole names, which have to be those of the base."""
+    """A portable folder has full names, which must be the base's: a wrong name needs renaming."""
     return renaming(name, _name_in_base(name, base)) or verdict.portable
 
 
@@ -83,7 +83,7 @@ def _reason(config: Mapping[str, Any], option: str) -> str:
 
 
 def _name_in_base(name: str, base: BaseModel | None) -> str:
-    """The name that the module has in the base, where PEFT looks for it."""
+    """The module's name in the base, where PEFT looks for it."""
     module = plain_name(name)
     if base is None or not base.modules or ".experts" in module:
         return module
@@ -93,7 +93,7 @@ def _name_in_base(name: str, base: BaseModel | None) -> str:
 
 
 def _selection(verdict: Verdict, config: Mapping[str, Any], base: BaseModel | None) -> Test | None:
-    """Whether the configuration selects the module of a name; None if that cannot be told."""
+    """Tests whether the configuration selects a module by name; None if that cannot be told."""
     targets = config.get("target_modules")
     if targets is None:
         targets = _targets_of_type(verdict, config, base)
@@ -109,8 +109,8 @@ def _selection(verdict: Verdict, config: Mapping[str, Any], base: BaseModel | No
 
 
 def _targets_of_type(verdict: Verdict, config: Mapping[str, Any], base: BaseModel | None) -> Any:
-    """PEFT's own targets for the base's type of model; None if they are not known, or PEFT refuses
-    to go without.
+    """PEFT's own targets for the base's type of model; None if they are unknown, or if PEFT refuses
+    a configuration without targets.
     """
     parameters = config.get("target_parameters")
     if base is None:
@@ -147,7 +147,7 @@ def _refuse_nothing(
     selects: Test,
     remedy: str,
 ) -> None:
-    """A selection without any module is an error."""
+    """Refuses a selection without any module, as PEFT does."""
     targets = config.get("target_modules")
     if config.get("target_parameters") or config.get("layer_replication"):
         return
@@ -164,7 +164,7 @@ def _is_all_linear(config: Mapping[str, Any]) -> bool:
 
 
 def _all_linear(base: BaseModel | None) -> Test:
-    """All linear layers but the output layer."""
+    """Selects all linear layers except the output layer."""
     if base is None or base.architecture is None:
         return lambda name: name.rpartition(".")[2] not in _OUTPUTS
     model: Any = base.architecture.model
@@ -173,7 +173,7 @@ def _all_linear(base: BaseModel | None) -> Test:
 
     def selects(name: str) -> bool:
         module = modules.get(name)
-        if module is None:  # of experts, whose older names are no modules
+        if module is None:  # experts: their older names are not names of modules
             return ".experts" in name
         return (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not output
 
@@ -186,7 +186,7 @@ def _matching(pattern: str) -> Test:
 
 
 def _listed(targets: tuple[str, ...], config: Mapping[str, Any]) -> Test:
-    """Whole names, or endings in the blocks that `layers_to_transform` names."""
+    """Selects full names, or endings inside the blocks that `layers_to_transform` names."""
     blocks = config.get("layers_to_transform")
     patterns = config.get("layers_pattern") or ()
     patterns = (patterns,) if isinstance(patterns, str) else patterns

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-    # Inductor's cache of graphs (torch 2.13) does not tell instruction sets apart. A graph that was
-    # made under another ATEN_CPU_CAPABILITY does not compile ("'at::vec' has not been declared"),
-    # or its loops of 8 floats store 16 and the process aborts; two plain programs with
-    # torch.compile show it.
+    # Inductor's cache of graphs (torch 2.13) does not distinguish instruction sets. A graph from
+    # another ATEN_CPU_CAPABILITY does not compile ("'at::vec' has not been declared"), or its loops
+    # of 8 floats store 16 and the process aborts; two plain programs with torch.compile reproduce
+    # this.
     name = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / name)
 
 if not torch.cuda.is_available():
-    # The kernels of triton_kernels/ then run in Triton's interpreter. @triton.jit chooses when it
-    # decorates, Triton's own library included: set before anything imports triton.
+    # The kernels of triton_kernels/ then run in Triton's interpreter. @triton.jit decides when it
+    # decorates, also in Triton's own library: this must be set before anything imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
 
 import random
@@ -37,7 +37,7 @@ from .support.sticky_errors import end_if_broken
 
 examples = 40 if EXHAUSTIVE else 25
 settings.register_profile("tests", deadline=None, max_examples=examples, derandomize=True)
-# A new shape may compile a kernel; the CPU's 40 examples are for the machines without a GPU.
+# A new shape may compile a kernel; machines without a GPU run the 40 examples of the CPU.
 settings.register_profile("gpu", settings.get_profile("tests"), max_examples=10)
 settings.load_profile("gpu" if "cuda" in DEVICES else "tests")
 
@@ -69,8 +69,8 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _device_stays_usable(request) -> Iterator[None]:
-    """A kernel's error only shows at the next synchronization: synchronize after each test, so that
-    the error is reported by the test that launched the kernel.
+    """A kernel's error shows only at the next synchronization. Synchronizing after each test makes
+    the test that launched the kernel report the error.
     """
     yield
     if "cuda" in DEVICES and torch.cuda.is_initialized():
@@ -79,7 +79,7 @@ def _device_stays_usable(request) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_model():
-    """SmolLM2-135M in float32; tests copy what they change."""
+    """SmolLM2-135M in float32; tests must copy what they change."""
     from benchmarks.common.smollm2 import load_model
 
     return load_model()

@@ -24,8 +24,8 @@ from a checkpoint to a trained adapter:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. The exit status is 0; 1 after an error (one line on standard error), or if
-    `verify` or `check` finds one; 2 after wrong usage; 130 after Ctrl-C.
+    """Runs a command and returns the exit status: 0; 1 after an error (one line on standard error),
+    or if `verify` or `check` finds one; 130 after Ctrl-C. After wrong usage, argparse exits with 2.
     """
     options = _parser().parse_args(argv)
     try:

@@ -33,12 +33,12 @@ def add_command(
 
 
 def add_path(parser: argparse.ArgumentParser, name: str, help: str) -> None:
-    """Adds a positional path, shown under `name`; its attribute is in lower case."""
+    """Adds a positional path. The help shows `name`; the attribute is `name` in lower case."""
     parser.add_argument(name.lower(), type=Path, metavar=name, help=help)
 
 
 def add_start(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Adds the start, of which `names` are those that the command can make, and its rank."""
+    """Adds the options for a start and its rank; the command supports the starts in `names`."""
     parser.add_argument(
         "--method",
         default="loram",
@@ -86,7 +86,7 @@ def add_overwrite(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.add_argument(
         "--sync",
         action="store_true",
-        help=f"wait for the disk before {folder} is complete, in case of a power failure (slower)",
+        help=f"complete {folder} only when its files are on the disk, for power failures (slower)",
     )
 
 
@@ -96,14 +96,15 @@ def add_quiet(parser: argparse.ArgumentParser, what: str) -> None:
 
 RANKS = """\
 Under torchrun, or with its variables RANK and WORLD_SIZE in the environment, several processes work
-together: each on its own files, and rank 0 completes the folder and prints. The result has the same
-bytes. If one fails, or ends, or has not begun after 60 s, all fail; repeat the command with any
-number of processes to continue. torchrun sets OMP_NUM_THREADS to 1: set it to the cores of each.
+together. Each writes its own files; rank 0 completes the folder and prints. The result has the same
+bytes as with one process. If a process fails, ends early or has not begun after 60 s, all fail;
+repeat the command with any number of processes to continue. torchrun sets OMP_NUM_THREADS to 1: set
+it to the number of cores for each process.
 """
 
 
 def table_console() -> Console:
-    """A console for tables, which does not break their lines in a pipe or a file."""
+    """A console for tables that does not break their lines in a pipe or a file."""
     rich = needed("rich.console", "the table", "cli")
     console = rich.Console()
     return console if console.is_terminal else rich.Console(width=200)

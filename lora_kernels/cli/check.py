@@ -18,18 +18,19 @@ if TYPE_CHECKING:
     from ..files.serving.check import LayerResult, Result
 
 _DESCRIPTION = """\
-Tells how each engine would load an adapter, offline and without the engine: whether it refuses it,
-by which rule, and what to do; which layers have no effect since their names match nothing; the
-strength at which each layer is applied; and the error of its update in the engine's dtype.
+Predicts how each engine would load an adapter, offline and without the engine: whether the engine
+refuses the adapter, by which rule, and what to do; which layers have no effect because their names
+match nothing; the strength at which each layer is applied; and the error of its update in the
+engine's dtype.
 
 ADAPTER is a folder of PEFT, Axolotl, Unsloth or lora_kernels, or a file or folder of diffusers or
-kohya. With --base, names and shapes are compared with the model that transformers builds of its
-config.json, and its dtype is the one that engines cast to; otherwise that is bfloat16.
+kohya. With --base, names and shapes are compared with the model that transformers builds from its
+config.json, and engines are assumed to cast to its dtype; without --base, to bfloat16.
 
-Engines: vllm, sglang, llama.cpp, ollama, diffusers, peft. Without --for, those that could take this
-kind of adapter: diffusers for a file of diffusers; diffusers and peft for a folder of PEFT whose
-layers are those of a pipeline's model; else vllm, sglang, llama.cpp and peft, and ollama if the
-base is a Llama or Gemma 2 model, the only ones whose adapters it converts.
+Engines: vllm, sglang, llama.cpp, ollama, diffusers, peft. Without --for, those that may support
+this kind of adapter: diffusers for a file of diffusers; diffusers and peft for a folder of PEFT
+whose layers are those of a pipeline's model; else vllm, sglang, llama.cpp and peft, and ollama if
+the base is a Llama or Gemma 2 model, the only models whose adapters it converts.
 
 The exit status is 0 if every engine loads the adapter and applies every layer within 0.5 % of the
 trained update, else 1.
@@ -41,13 +42,13 @@ is 0), and engines, a list of objects with
   refusals           a list of {rule, remedy}
   notes, flags       what depends on versions; options that the server needs
   rank, rank_limit   null if there is no limit
-  remedies           what to do, each once; empty if it is right
+  remedies           what to do, without repetitions; empty if nothing is wrong
   names_compared     whether the base's names are known
-  worst_error        of all layers; null if none could be computed or it is infinite
+  worst_error        the largest error of all layers; null if none is known or it is infinite
   dropped            {tensor: reason} of other trained tensors that are left out
   layers             a list of {name, right, effect, reason, matching_name, scale, trained_scale,
-                     strength, dtype, error, remedy}; if it is refused, none is right, and the rest
-                     is what the engine would do without the refusals
+                     strength, dtype, error, remedy}; if the engine refuses the adapter, right is
+                     false, and the rest is what the engine would do without the refusals
 """
 _EXAMPLES = """\
 examples:
@@ -101,7 +102,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _print(text: str) -> None:
-    """Prints; a reader such as head may stop before the end, which changes no exit status."""
+    """Prints the text. If a reader such as head stops early, the exit status does not change."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -171,7 +172,7 @@ def _layer_object(layer: LayerResult, refused: bool) -> dict[str, Any]:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no infinity."""
+    """The value; None for infinity, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -204,7 +205,7 @@ def _percent(error: float) -> str:
 
 
 def _details(result: Result) -> Iterator[str]:
-    """What is wrong with an engine, and what to do, a line each."""
+    """What is wrong for an engine, and what to do, one line each."""
     verdict = result.verdict
     lines = []
     for refusal in verdict.refusals:
@@ -223,7 +224,7 @@ def _details(result: Result) -> Iterator[str]:
 
 
 def _layer_lines(layers: Sequence[LayerResult]) -> Iterator[str]:
-    """The layers that are wrong, grouped by what is wrong with them."""
+    """The wrong layers, grouped by what is wrong with them."""
     groups: dict[tuple[str, ...], list[LayerResult]] = {}
     for layer in layers:
         if not layer.is_right:
@@ -238,7 +239,7 @@ def _layer_lines(layers: Sequence[LayerResult]) -> Iterator[str]:
 
 
 def _fault(layer: LayerResult) -> tuple[str, ...]:
-    """What is wrong with a layer, first; then what else distinguishes groups."""
+    """What is wrong with a layer, as the key of its group."""
     from ..files.serving.remedies import beginnings
 
     if not layer.effect:

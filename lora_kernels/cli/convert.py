@@ -13,18 +13,18 @@ from ._options import DTYPES, Commands, add_command, add_path, add_quiet
 _DESCRIPTION = """\
 Writes an adapter in another format, rank or dtype, or with other names.
 
---to peft (the default): PEFT and serving engines load it onto the original model, all with the same
-strength: s is multiplied into B, and all layers have one rank. A start that was subtracted from the
-base doubles the rank, unless --compress-to truncates it. --to native: for lora_kernels, as small as
-the training state. --to gguf: OUT is a file for llama.cpp and Ollama.
+--to peft (the default): PEFT and serving engines load the adapter onto the original model, all with
+the same strength: s is multiplied into B, and all layers have one rank. A start that was subtracted
+from the base doubles the rank, unless --compress-to truncates it. --to native: for lora_kernels, as
+small as the training state. --to gguf: OUT is a file for llama.cpp and Ollama.
 
 --start: ADAPTER was trained with PEFT on the model that `lora-kernels init` wrote, and START is the
 folder "adapter" in that model, unchanged. Or PEFT itself has subtracted a start (init_lora_weights
 "pissa", "olora", "corda" or "lora_ga"), and START is the adapter that PEFT saved before training.
 The result is an adapter of the original model.
 
---rename: for a server whose class holds the text model elsewhere, so that the names of the adapter
-silently match nothing. `lora-kernels check` tells which prefix would.
+--rename: for a server whose class holds the text model elsewhere, so that the adapter's names
+silently match nothing. `lora-kernels check` tells which prefix would match.
 """
 _EXAMPLES = """\
 examples:
@@ -62,7 +62,7 @@ def add_parser(commands: Commands) -> None:
         "--rename",
         nargs=2,
         metavar=("OLD", "NEW"),
-        help="let the names of layers begin with NEW instead of OLD",
+        help="replace the prefix OLD of the layers' names by NEW",
     )
     parser.add_argument(
         "--base",
@@ -75,14 +75,14 @@ def add_parser(commands: Commands) -> None:
         "--experts",
         choices=LAYOUTS,
         default="auto",
-        help="peft: store the experts of a mixture as a pair of matrices for each, with the names "
-        "of BASE's files, or stacked as PEFT does (default auto: what suits the model)",
+        help="with --to peft, store experts as a pair of matrices for each, with the names "
+        "in BASE's files, or stacked as PEFT does (default auto: what suits the model)",
     )
     parser.add_argument(
         "--expert-order",
         choices=ORDERS,
         default="auto",
-        help="slowest: ADAPTER has experts that Unsloth wrote before September 2026 (default auto: "
+        help="slowest for experts that Unsloth wrote before September 2026 (default auto: "
         "as its configuration says, else as PEFT writes them)",
     )
     add_quiet(parser, "summary")

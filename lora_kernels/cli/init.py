@@ -1,4 +1,4 @@
-"""`lora-kernels init`: starts the layers of a checkpoint that may be larger than memory."""
+"""`lora-kernels init`: computes starts for a checkpoint that may be larger than memory."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ from ._options import (
 )
 
 _DESCRIPTION = f"""\
-Starts the linear layers of a model, tensor by tensor, without loading the model.
+Computes a start for the linear layers of a model, tensor by tensor, without loading the model.
 
 --residual absorb (the default if the start is not zero): OUT_DIR becomes a complete model, from
-whose weights the start was subtracted, and OUT_DIR/adapter the start as a PEFT adapter of that
-model. Both together are the original model. Train with plain PEFT; `lora-kernels convert` then
-makes an adapter of the original model from the trained one.
+whose weights the start was subtracted, and OUT_DIR/adapter becomes the start, as a PEFT adapter of
+that model. Both together are the original model. Train the adapter with plain PEFT; then
+`lora-kernels convert` turns the trained adapter into an adapter of the original model.
 
 --residual implicit (the default if the start is zero): the base does not change. OUT_DIR becomes a
 native adapter of MODEL_DIR, for lora_kernels.load_adapter.
 
-The layers are those of the model that transformers makes of MODEL_DIR, which PEFT will find again.
-If transformers does not know the model, they are chosen by their names, and the summary says so.
-Shards, their order, headers and names, the index and all other files are kept; weights in other
-formats are not copied. Peak memory is the largest weight, with its copies if it is cast, and 128
-MiB; experts are started one by one. Repeat the same command to continue a run that was killed.
+The layers are those of the model that transformers makes of MODEL_DIR, without those that PEFT
+would not find again. If transformers does not know the model, layers are chosen by their names, and
+the summary says so. Shards, their order, headers and names, the index and all other files are kept;
+weights in other formats are not copied. Peak memory is the largest weight, its copies if it is
+cast, and 128 MiB; experts are processed one by one. Repeat the same command to continue a killed
+run.
 
 {RANKS}--device cuda then gives each process of a machine a GPU of its own.
 """
@@ -64,7 +65,7 @@ training on OUT_DIR:
 
 def add_parser(commands: Commands) -> None:
     parser = add_command(
-        commands, "init", "start the layers of a model on disk", _DESCRIPTION, _EXAMPLES
+        commands, "init", "compute a start for a model on disk", _DESCRIPTION, _EXAMPLES
     )
     add_path(parser, "MODEL_DIR", "folder of a Hugging Face model with safetensors files")
     add_path(parser, "OUT_DIR", "a new folder")
@@ -89,7 +90,7 @@ def add_parser(commands: Commands) -> None:
         "--lora-alpha", type=float, metavar="ALPHA", help="s is ALPHA / r (default 8)"
     )
     parser.add_argument("--rslora", action="store_true", help="s is ALPHA / sqrt(r)")
-    parser.add_argument("--seed", type=int, default=0, help="of random starts (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random starts (default 0)")
     parser.add_argument(
         "--device", default="cpu", help="where starts are computed: cpu (default), cuda ..."
     )

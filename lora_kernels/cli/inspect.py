@@ -23,14 +23,14 @@ from ._options import (
 )
 
 _DESCRIPTION = """\
-The magnitudes of every layer: one line each, as a table, a CSV or a picture.
+Prints the magnitudes of every layer, one line each; also as a CSV file or a picture.
 
-Of a model's weights W: the mean square nu[W]; the exact spectral gain rho[r] and Q[r] beside
+For a model's weights W: the mean square nu[W]; the exact spectral gain rho[r] and Q[r] beside
 LoRAM's ln r / ln min(n, m); LoRAM's beta and the size of its start; the predicted growth k1 of
-the update for lora, pissa and loram (arXiv 2507.06558). Of an adapter: nu of A, B and s.B.A; if
-a start is subtracted, those of [A; A - A0] and [B - B0, B0], whose product is the update.
+the update for lora, pissa and loram (arXiv 2507.06558). For an adapter: nu of A, B and s.B.A; if
+a start is subtracted, nu of [A; A - A0] and [B - B0, B0], whose product is the update.
 
-The weights of a model are read one at a time: peak memory is the largest.
+The weights of a model are read one at a time: peak memory is the size of the largest one.
 """
 _EXAMPLES = """\
 examples:
@@ -117,7 +117,7 @@ def _adapter_rows(options: argparse.Namespace) -> list[AdapterMagnitude]:
 
 
 def _each_expert(name: str, layer: LayerState) -> list[tuple[str, LayerState]]:
-    """The layer, or each of the experts that are one layer, by a title."""
+    """(title, layer) of the layer; of each expert if the layer holds experts."""
     if layer.experts is None:
         return [(name, layer)]
     return [(f"{name}[{e}]", layer.expert(e)) for e in range(layer.experts)]

@@ -1,4 +1,4 @@
-"""`lora-kernels suggest`: the learning rate that a start wants on the weights of a checkpoint."""
+"""`lora-kernels suggest`: suggests a learning rate for a start on the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from ..training.rescaling.suggestion import Suggestion, make_suggestion, referen
 from ._options import Commands, add_command, add_path, add_start, add_targets, targets_of
 
 _DESCRIPTION = """\
-The learning rate of Adam for a start, and lora_alpha if none is given.
+Suggests a learning rate of Adam for a start, and lora_alpha if none is given.
 
 One step of Adam at the rate eta changes a weight W by a matrix whose entries have the root mean
 square eta * kappa. kappa is measured on the start that each layer would get; setups with equal
-eta * kappa are taken to train alike (arXiv 2507.06558, propositions 1 and 2). What eta * kappa is
-best is taken from a study of small models, or from a configuration whose learning rate you know:
---reference-lr and the other options of the reference.
+eta * kappa are assumed to train alike (arXiv 2507.06558, propositions 1 and 2). The best
+eta * kappa is taken from a study of small models, or from a configuration whose learning rate you
+know: see --reference-lr and the other options of the reference.
 
-The weights are read one at a time: peak memory is the largest, with its start. A start that needs
-an SVD is computed for some layers of each kind, evenly spaced (--layers).
+The weights are read one at a time: peak memory is the size of the largest one and its start. A
+start that needs an SVD is computed for some layers of each kind, evenly spaced (--layers).
 """
 _EXAMPLES = """\
 examples:
@@ -67,7 +67,7 @@ def add_parser(commands: Commands) -> None:
     names = [name for name in initializer_names() if not _needs(get_initializer(name))]
     add_start(parser, names)
     parser.add_argument(
-        "--lora-alpha", type=float, metavar="ALPHA", help="s is ALPHA / r (default: is proposed)"
+        "--lora-alpha", type=float, metavar="ALPHA", help="s is ALPHA / r (default: suggested)"
     )
     parser.add_argument(
         "--rslora", "--use-rslora", action="store_true", help="s is ALPHA / sqrt(r)"
@@ -76,7 +76,7 @@ def add_parser(commands: Commands) -> None:
         "--ratio",
         type=float,
         default=1.0,
-        help="how many times A's learning rate B has (LoRA+; default 1)",
+        help="B's learning rate divided by A's (LoRA+; default 1)",
     )
     add_targets(parser)
     parser.add_argument(
@@ -84,7 +84,7 @@ def add_parser(commands: Commands) -> None:
     )
     reference = parser.add_argument_group("a configuration that trains well on this model")
     reference.add_argument(
-        "--reference-lr", type=float, metavar="LR", help="its learning rate, of A and of B"
+        "--reference-lr", type=float, metavar="LR", help="its learning rate, the same for A and B"
     )
     reference.add_argument("--reference-method", metavar="NAME", help="its start (default lora)")
     reference.add_argument("--reference-r", type=int, metavar="R", help="its rank (default -r)")
@@ -163,8 +163,8 @@ def _reference(options: argparse.Namespace, shared: dict[str, Any]) -> LoRAConfi
 
 
 def _weights(path: Path, config: LoRAConfig) -> list[StoredWeight]:
-    """The weights of the layers to adapt: those that `init` would choose in a model's folder, and
-    those that `inspect` would in a file.
+    """The weights of the layers to adapt: in a model's folder those that `init` would choose, in a
+    file those that `inspect` would choose.
     """
     if is_adapter(path):
         raise ValueError(f"{path} is an adapter: give the model that it adapts")
@@ -185,7 +185,7 @@ def _weights(path: Path, config: LoRAConfig) -> list[StoredWeight]:
                 folder.architecture, path, folder.entries, config, absorb=False
             )
             weights = [weight for weight in found if isinstance(weight, StoredWeight)]
-    if is_all_linear(targets):  # which leaves out what is too small, as `init` does
+    if is_all_linear(targets):  # leaves out layers that are too small, as `init` does
         weights = [own for own in weights if config.layer_rank(own.name) <= min(own.shape)]
     if not weights:
         raise ValueError(f"no layer of {path} is left to adapt with r = {config.r}")
@@ -223,7 +223,7 @@ def _step_size(
 
 
 def _needs(initializer: Initializer) -> str | None:
-    """What the start is made from besides W; None if nothing."""
+    """What the start is computed from besides W; None if from W alone."""
     if initializer.needs_gradient:
         return "gradients"
     return "activations" if initializer.needs_activations else None

@@ -43,7 +43,7 @@ def _verify(options: argparse.Namespace) -> int:
     from ..files.checkpoint.verify import verify
 
     console = None if options.quiet else table_console()
-    # The first import of transformers reads them.
+    # transformers reads these variables when it is first imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with quiet_packages():

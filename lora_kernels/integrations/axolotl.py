@@ -1,4 +1,4 @@
-"""A plugin for Axolotl: starts, and the fused forward, for the LoRA layers that Axolotl trains.
+"""A plugin for Axolotl: starts and the fused forward for the LoRA layers that Axolotl trains.
 
 In Axolotl's configuration:
 
@@ -24,11 +24,11 @@ from pydantic import BaseModel, Field, model_validator
 from ..init import get_initializer
 from ..peft import accelerate, initialize
 
-# Axolotl shows what its own loggers say, and of others only warnings.
+# Axolotl shows all messages of its own loggers, but only warnings of others.
 _LOG = logging.getLogger("axolotl.lora_kernels")
 
-# Kernels of Axolotl that read lora_A and lora_B, and do not call the layers. If none of these
-# options is in the configuration, Axolotl turns all of them on.
+# Axolotl's kernels that read lora_A and lora_B without calling the layers. If none of these options
+# is in the configuration, Axolotl turns all of them on.
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 _EXPERT_KERNELS = ("use_scattermoe", "use_sonicmoe")
 
@@ -51,7 +51,7 @@ class LoRAKernelsArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_lora_kernels(cls, data: Any) -> Any:
-        """Refuses what cannot work before Axolotl loads a model."""
+        """Raises ValueError for options that cannot work, before Axolotl loads a model."""
         if isinstance(data, Mapping):
             _check(data)
         return data
@@ -61,7 +61,7 @@ class LoRAKernelsPlugin(BasePlugin):
     """Calls `lora_kernels.peft.initialize` and `accelerate` after Axolotl has made the adapter."""
 
     def get_input_args(self) -> str:
-        """The class with the options, by its name."""
+        """The full name of the class with the options."""
         return "lora_kernels.integrations.axolotl.LoRAKernelsArgs"
 
     def register(self, cfg: MutableMapping[str, Any]) -> None:
@@ -74,9 +74,9 @@ class LoRAKernelsPlugin(BasePlugin):
             cfg.update(dict.fromkeys(_KERNELS, False))
 
     def post_lora_load(self, cfg: Mapping[str, Any], model: peft.PeftModel) -> None:
-        """Starts and accelerates the layers of the new adapter.
+        """Initializes and accelerates the layers of the new adapter.
 
-        An adapter of `lora_model_dir` is trained already, and keeps its factors.
+        The adapter in `lora_model_dir` is trained already and keeps its factors.
         """
         start = cfg.get("lora_kernels_init")
         if start and cfg.get("lora_model_dir"):
@@ -89,7 +89,7 @@ class LoRAKernelsPlugin(BasePlugin):
 
 
 def _subtracts(cfg: Mapping[str, Any]) -> bool:
-    """Whether the layers will subtract a start; False for a name that is no start."""
+    """Whether the layers will subtract a start; False if no start has this name."""
     name = cfg.get("lora_kernels_init")
     try:
         return isinstance(name, str) and get_initializer(name).changes_base
@@ -134,7 +134,7 @@ def _check(cfg: Mapping[str, Any]) -> None:
 
 
 def _refuse_expert_kernels(cfg: Mapping[str, Any], model: peft.PeftModel) -> None:
-    """Raises if Axolotl's kernels compute experts that would subtract a start."""
+    """Raises ValueError if Axolotl's kernels compute experts that would subtract a start."""
     kernels = [name for name in _EXPERT_KERNELS if cfg.get(name)]
     if not (kernels and _subtracts(cfg)):
         return

@@ -35,9 +35,10 @@ class LoRAConfig:
     Args:
         r: rank.
         target_modules: which layers to adapt. "all-linear" means every linear layer except the
-            output head, the routers of experts, and layers that the model does not call. Any other
-            string is a regular expression that matches the whole name. A list contains names or
-            their last parts; it may name embeddings, convolutions and attentions too.
+            output head, the routers of experts, layers that the model does not call, and layers
+            that are too small for `r`. Any other string is a regular expression that matches the
+            whole name. A list contains names or their last parts; it may name embeddings,
+            convolutions and attentions too.
         target_parameters: names or their last parts of the 3-D parameters in which a mixture of
             experts keeps its experts' matrices ("mlp.experts.gate_up_proj"). Each expert gets its
             own adapter. If nothing else is adapted, `target_modules` may be None.

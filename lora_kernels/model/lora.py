@@ -119,8 +119,8 @@ def add_lora(
     Raises:
         ValueError: nothing to adapt, an unknown name, a rank that is too large, or a weight for
             which no start can be computed (the layer is named). The model is then unchanged.
-        TypeError: an argument of the wrong type, or a target that is not a linear layer. The model
-            is then unchanged.
+        TypeError: an argument of the wrong type, or a target that cannot be adapted. The model is
+            then unchanged.
 
     """
     began = time.perf_counter()

@@ -232,8 +232,7 @@ def initialize(
         start = starts[name]
         _write(layer, adapter, *in_layout_of(layer, start.lora_A, start.lora_B))
         if initializer.changes_base:
-            # A and B are rounded to their dtypes first, so that BA − B₀A₀ is exactly zero at the
-            # start.
+            # A₀ and B₀ are A and B as rounded to their dtypes: BA − B₀A₀ is exactly zero at first.
             set_start(layer, adapter, *_factors(layer, adapter))
         else:
             drop_start(layer, adapter)

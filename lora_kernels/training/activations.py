@@ -51,8 +51,8 @@ def capture_activations(
 
     If `torch.distributed` is initialized, the sums of all ranks are added; every rank must pass the
     same targets. The model may be sharded by FSDP2 (`fully_shard`) or by tensor parallelism. Then
-    every rank must pass the same number of batches (under tensor parallelism, the same batches). A
-    layer whose input is sharded by tensor parallelism raises ValueError.
+    every rank must pass the same number of batches (under tensor parallelism, the same batches). An
+    input that tensor parallelism has sharded raises ValueError.
 
     If a batch has an "attention_mask" [batch, length], positions where the mask is 0 are left out
     of inputs [batch, length, in] and [batch · length, in]. Inputs of other sizes are used in full,

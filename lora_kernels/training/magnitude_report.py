@@ -167,7 +167,7 @@ def _draw_bars(axis: Axes, panel: _Panel) -> None:
 
 
 def _draw_gains(axis: Axes, rows: Sequence[LayerMagnitude]) -> None:
-    """Draws all layers in grey, their median in blue, and LoRAM's logarithm for each size."""
+    """Draws all layers in gray, their median in blue, and LoRAM's logarithm for each size."""
     curves = [dict(row.gains) for row in rows if row.gains]
     for curve in curves:
         axis.plot(list(curve), list(curve.values()), color=_GREY, alpha=0.25, linewidth=0.7)

@@ -1,4 +1,4 @@
-"""Shared by tests: tiny models, adapters, oracles, devices, and which packages are installed."""
+"""Helpers for tests: tiny models, adapters, oracles, devices, and which packages are installed."""
 
 from pathlib import Path
 

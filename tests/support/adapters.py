@@ -58,7 +58,7 @@ def adapt(linear: nn.Linear, config: LoRAConfig, name: str = "", residual: str =
             return B * to_numpy(adapter.lora_diag) @ A
         return B @ A if adapter.lora_R is None else B @ to_numpy(adapter.lora_R) @ A
 
-    if initializer.has_diag:  # what is subtracted is not the product of the factors
+    if initializer.has_diag:  # the product of the factors is not what is subtracted
         start = to_numpy(adapter.start_B) @ to_numpy(adapter.start_A)
     else:
         start = product() if initializer.changes_base else 0.0
@@ -79,7 +79,7 @@ def one_layer(rows=40, cols=48, **options):
 
 
 def assert_same(got: AdapterState, want: AdapterState) -> None:
-    """Bit for bit, including dtypes."""
+    """Asserts that both states are equal bit for bit, including dtypes."""
     assert got.config == want.config and got.base_model == want.base_model
     assert list(got.layers) == list(want.layers) and got.extra.keys() == want.extra.keys()
     for name, tensor in want.extra.items():
@@ -141,16 +141,16 @@ def peft_logits(model, folder, strict=True):
 
 
 def assert_agree(got, want) -> None:
-    # Two blocks in float32 against float64: some roundings of the largest logit.
+    # Two blocks in float32 and in float64 differ by some roundings of the largest logit.
     assert (got.double() - want).abs().max() <= 3e-5 * want.abs().max()
 
 
 def train(model, steps, optimizer=None):
-    """Train for some steps, continuing from the state `optimizer`; returns the new state."""
+    """Trains for some steps, continuing from the state `optimizer`; returns the new state."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     fresh = torch.optim.AdamW(parameters, lr=1e-2)
     if optimizer is not None:
-        fresh.load_state_dict(copy.deepcopy(optimizer))  # it keeps the tensors themselves
+        fresh.load_state_dict(copy.deepcopy(optimizer))  # AdamW would use these very tensors
     model.train()
     for _ in range(steps):
         fresh.zero_grad()
@@ -162,7 +162,7 @@ def train(model, steps, optimizer=None):
 
 @functools.cache
 def tiny_model(kind: str):
-    """A shared model, not to be changed, with weights large enough for logits to depend on all."""
+    """A shared model that tests must not change; logits depend on all of its weights."""
     pytest.importorskip("transformers")
     if kind == "gpt2":
         return gpt2(seed=1, n_embd=64, initializer_range=0.1)
@@ -171,7 +171,7 @@ def tiny_model(kind: str):
 
 
 def write_plain(folder, tensors=None, **options) -> None:
-    """An adapter of one layer, as PEFT writes it."""
+    """Writes an adapter of one layer, as PEFT does."""
     folder.mkdir(exist_ok=True)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q"], **options}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config))

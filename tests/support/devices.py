@@ -1,4 +1,4 @@
-"""The devices of this machine: with a GPU, every operator's tests run on it too."""
+"""The devices of this machine. With a GPU, every operator's tests run on the GPU too."""
 
 from __future__ import annotations
 

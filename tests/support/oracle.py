@@ -25,7 +25,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def dst_basis(size: int, rank: int) -> np.ndarray:
-    """The first `rank` columns of the orthonormal DST-I of `size`, by SciPy."""
+    """The first `rank` columns of the orthonormal DST-I of `size`, computed by SciPy."""
     if size == 1:
         return np.ones((1, 1))[:, :rank]
     return dst(np.eye(size, rank), type=1, norm="ortho", axis=0)
@@ -43,8 +43,8 @@ def loram_beta(weight: np.ndarray, rank: int) -> float:
 def assert_close(
     got: np.ndarray, want: np.ndarray, size: np.ndarray, ratio: float, dtype: torch.dtype
 ) -> None:
-    """‖got − want‖ ≤ ratio · ‖size‖, and no entry is off by more than 64 eps of the largest size;
-    plus 64 subnormal roundings per entry.
+    """Asserts ‖got − want‖ ≤ ratio · ‖size‖, and that no entry is off by more than 64 eps of the
+    largest size; both plus 64 subnormal roundings per entry.
     """
     assert got.shape == want.shape == size.shape
     assert np.isfinite(got).all()

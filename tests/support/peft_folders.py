@@ -1,4 +1,4 @@
-"""Folders of adapters that PEFT has written, and models that are made from them."""
+"""Folders of adapters that PEFT has written, and models with these adapters."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def with_config(folder: Path, **values) -> None:
 
 
 def loaded(base: nn.Module, folder: Path, **options) -> nn.Module:
-    """A copy of the base with the adapter of the folder."""
+    """A copy of the base with the folder's adapter."""
     model = copy.deepcopy(base)
     load_adapter(model, folder, progress=False, **options)
     return model.eval()
 
 
 def in_peft(base: nn.Module, folder: Path) -> nn.Module:
-    """A copy of the base with the adapter of the folder, in PEFT."""
+    """A copy of the base with the folder's adapter, loaded by PEFT."""
     import peft
 
     return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()

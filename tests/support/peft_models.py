@@ -1,4 +1,4 @@
-"""Tiny models with PEFT's adapters, and the bridge to PEFT applied to them."""
+"""Tiny models with PEFT's adapters, and what `lora_kernels.peft` does with them."""
 
 from __future__ import annotations
 

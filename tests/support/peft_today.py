@@ -33,7 +33,7 @@ def peft_raises(error: type[Exception], message: str) -> Iterator[None]:
 
 
 def peft_model(model: nn.Module, init: str | bool, seed: int = 2, **options) -> nn.Module:
-    """The model with PEFT's adapter, s = 1."""
+    """The model with PEFT's adapter and s = 1."""
     import peft
 
     r = options.pop("r", 4)

@@ -29,13 +29,13 @@ NF4 = np.array(
         1.0,
     ]
 )
-# Sign, two bits of exponent, one of mantissa, in bitsandbytes' order, over its largest.
+# Codes of one sign bit, two of exponent, one of mantissa, in bitsandbytes' order; the largest is 1.
 FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
 FP4 = np.concatenate([FP4, -FP4])
 
 
 class OnlyForward(nn.Module):
-    """Like GPTQ's and AWQ's layers: sizes and a forward, over int8 codes and float scales."""
+    """Like GPTQ's and AWQ's layers: only sizes and a forward, over int8 codes and float scales."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class OnlyForward(nn.Module):
 
 
 class ForInference(OnlyForward):
-    """Its forward has no backward."""
+    """Like `OnlyForward`, but its forward has no backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.detach())
 
 
 def linear_4bit(linear: nn.Linear, *, quant_type: str = "nf4", nested: bool = False) -> nn.Module:
-    """bitsandbytes' layer with that layer's weight and bias, frozen, in training mode."""
+    """bitsandbytes' layer with the weight and bias of `linear`, frozen, in training mode."""
     import bitsandbytes as bnb
 
     options = {"quant_type": quant_type, "compress_statistics": nested}
@@ -75,7 +75,7 @@ def linear_4bit(linear: nn.Linear, *, quant_type: str = "nf4", nested: bool = Fa
 
 
 def linear_8bit(linear: nn.Linear, threshold: float = 0.0) -> nn.Module:
-    """bitsandbytes' layer with that layer's weight and bias, frozen."""
+    """bitsandbytes' layer with the weight and bias of `linear`, frozen."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear8bitLt(
@@ -90,10 +90,10 @@ def linear_8bit(linear: nn.Linear, threshold: float = 0.0) -> nn.Module:
 
 
 def quantize_4bit(W: np.ndarray, quant_type: str = "nf4", blocksize: int = 64) -> np.ndarray:
-    """Divide every entry by its block's largest and take the nearest code, in float64: QLoRA,
+    """Divides every entry by its block's largest and takes the nearest code, in float64: QLoRA,
     section 2.
 
-    Blocks are of consecutive entries, across rows.
+    A block consists of consecutive entries and may extend over several rows.
     """
     codes = NF4 if quant_type == "nf4" else FP4
     flat = W.reshape(-1)

@@ -1,7 +1,7 @@
 """Runs a function in several processes that are the ranks of one gloo group.
 
-The processes are forked from the test's, which has imported torch and transformers already: a case
-takes a second, where new interpreters take ten.
+The processes are forked from the test's process, which has imported torch and transformers already.
+A case takes a second; with new interpreters it takes ten.
 """
 
 from __future__ import annotations

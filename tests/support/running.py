@@ -26,14 +26,14 @@ TIGHT = 1e-11
 
 
 def token_ids(rows: int = 3, length: int = 12, seed: int = 1) -> Tensor:
-    """[rows, length]"""
+    """Random token ids [rows, length]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
 
 
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor | None = None, **options) -> Tensor:
-    """In the mode that the model is in."""
+    """The logits, in the model's current mode."""
     ids = (token_ids() if ids is None else ids).to(next(model.parameters()).device)
     return model(input_ids=ids, use_cache=False, **options).logits
 
@@ -44,8 +44,8 @@ def quiet(model: nn.Module, config: LoRAConfig | None = None, **options) -> LoRA
 
 
 def start_data(model: nn.Module, config: LoRAConfig, **options: Any) -> dict[str, Any]:
-    """The arguments of `add_lora` that the start of `config` needs, from one batch of random
-    tokens; `options` are those of the function that captures them.
+    """The arguments of `add_lora` that the start of `config` needs, captured from one batch of
+    random tokens; `options` go to the function that captures them.
     """
     ids = token_ids().to(next(model.parameters()).device)
     batches = [{"input_ids": ids, "labels": ids}]
@@ -57,8 +57,8 @@ def start_data(model: nn.Module, config: LoRAConfig, **options: Any) -> dict[str
 
 
 def layer_data(initializer: Initializer, weight: Tensor) -> dict[str, Any]:
-    """The arguments of an initializer, or of a layer that it starts, for one weight [out, in]:
-    random numbers.
+    """Random data for one weight [out, in]: the arguments that the initializer, or a layer with
+    that start, needs.
     """
     if initializer.needs_gradient:
         return {"gradient": torch.randn_like(weight)}
@@ -69,7 +69,7 @@ def layer_data(initializer: Initializer, weight: Tensor) -> dict[str, Any]:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """The model, after random changes of all that trains."""
+    """Changes all trainable parameters at random; returns the model."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -95,7 +95,7 @@ def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, seed: int = 2) -> 
 
 @torch.no_grad()
 def move(model: nn.Module, size: float = 0.02, seed: int = 0) -> None:
-    """Add noise to all trainable parameters, in place of training."""
+    """Adds noise to all trainable parameters, in place of training."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -104,7 +104,7 @@ def move(model: nn.Module, size: float = 0.02, seed: int = 0) -> None:
 
 
 def training_arguments(folder, **options):
-    """Of transformers' Trainer: four steps on the CPU, with a checkpoint every second one."""
+    """Arguments of transformers' Trainer: four steps on the CPU, a checkpoint every second step."""
     from transformers import TrainingArguments
 
     defaults = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
@@ -153,7 +153,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
 @torch.no_grad()
 def close(got: Tensor, want: Tensor, roundings: float = 64) -> bool:
-    """Whether they agree to `roundings` float32 roundings of the largest entry.
+    """Whether the two agree to `roundings` float32 roundings of the largest entry.
 
     A few layers sum a hundred terms each, in a different order.
     """

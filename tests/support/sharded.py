@@ -1,5 +1,5 @@
-"""What tests of sharded models share: a batch, training on it, a model's tensors as a whole, and
-what is done with an adapted model from its start to its end.
+"""Helpers for tests of sharded models: a batch, training on it, gathered tensors, and all that is
+done with an adapted model from its start to its end.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def fully_sharded(model: nn.Module, mesh=None, **options) -> nn.Module:
 
 
 def trained(model: nn.Module, steps: int = 5, parts: int | None = None) -> list[float]:
-    """The losses of `steps` steps of AdamW: the mean of those of all processes. Each of `parts`
-    groups of processes takes its share of the batch; None: each process its own.
+    """The losses of `steps` steps of AdamW, averaged over all processes. Each of `parts` groups of
+    processes takes its share of the batch; if None, each process takes its own share.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     parts = ranks if parts is None else parts
@@ -80,8 +80,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def life_alone(model: nn.Module) -> dict:
-    """Of an adapted model on one process: the tensors and files at the start, the losses of five
-    steps, and the tensors after them.
+    """For an adapted model on one process: the tensors and files at the start, the losses of five
+    steps, and the tensors after these steps.
     """
     found: dict = {"start": whole_tensors(model)}
     folder = Path(tempfile.mkdtemp())
@@ -95,9 +95,9 @@ def life_alone(model: nn.Module) -> dict:
 def life(
     model: nn.Module, base: Tensor, bare: Callable[[], nn.Module], parts: int | None = None
 ) -> dict:
-    """The same of a sharded model, whose base has the logits `base`; and by how much logits differ
-    at the start, with adapters off, in another model, `bare()`, that loads the adapter, when it is
-    merged there, and when it is removed here. `parts` are as in `trained`.
+    """The results of `life_alone` for a sharded model whose base has the logits `base`. Also how
+    much the logits differ at the start, with adapters off, in another model `bare()` that loads the
+    adapter, after merging it there, and after removing it here. For `parts` see `trained`.
     """
     found: dict = {"start": whole_tensors(model)}
     folder, later = shared_folder(), shared_folder()
@@ -125,6 +125,6 @@ def life(
 
 
 def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """The largest difference of two models' tensors, which have the same names."""
+    """The largest difference between two models' tensors, which have the same names."""
     assert first.keys() == second.keys()
     return max(float((first[name] - second[name]).abs().max()) for name in first)

@@ -1,4 +1,4 @@
-"""Errors that a CUDA context never recovers from: the process has to end.
+"""Errors from which a CUDA context never recovers: the process has to end.
 
 After an illegal address every later call of the process fails, whichever test makes it.
 pytest-xdist reports the test in which a worker ended, and starts another worker; without it, the
@@ -15,7 +15,7 @@ import pytest
 
 
 def end_if_broken(config: pytest.Config, test: str, synchronize: Callable[[], object]) -> None:
-    """Fail the test if the device reports an error, and end the process if it reports one again."""
+    """Fails the test if the device reports an error; ends the process if it reports another."""
     try:
         synchronize()
         return

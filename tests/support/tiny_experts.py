@@ -1,6 +1,6 @@
 """Random transformers models with experts: hidden size 32, experts of 24, one or two blocks.
 
-The three sizes of a parameter (experts, out, in) differ, so that exchanging two of them shows.
+The three sizes of a parameter (experts, out, in) differ, so that tests notice exchanged dimensions.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _VISION = {
 def tiny_experts(
     family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any
 ) -> Any:
-    """A model of the family, in evaluation mode, whose weights are all random."""
+    """A model of the family in evaluation mode; all of its weights are random."""
     import transformers
 
     torch.manual_seed(seed)

@@ -20,7 +20,7 @@ _BLOCKS = {
 def _make(
     family: str, task: str, config: dict, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> nn.Module:
-    """In evaluation mode."""
+    """A model of the family, in evaluation mode."""
     import transformers
 
     torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def falcon(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def mamba(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Two mixers."""
+    """Two mixer blocks."""
     options = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
     return _make("Mamba", "ForCausalLM", options, dtype)
 

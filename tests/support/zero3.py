@@ -1,4 +1,4 @@
-"""Partitions as DeepSpeed's `zero.Init` makes them, without DeepSpeed; and small runs with it."""
+"""Partitions as DeepSpeed's `zero.Init` makes them, without DeepSpeed; and DeepSpeed itself."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ZeroParamStatus(Enum):
 
 
 def partition(parameter: nn.Parameter, group: Any = None) -> nn.Parameter:
-    """Leaves each rank its stretch of a Parameter that all have. As in DeepSpeed, what is behind
-    the tensor's end is not initialized: here it is NaN.
+    """Partitions a Parameter that all ranks have: each rank keeps its stretch. As in DeepSpeed, the
+    part of a stretch beyond the tensor's end is not initialized; here it is NaN.
     """
     made: Any = parameter
     group = dist.group.WORLD if group is None else group
@@ -43,7 +43,7 @@ def partition(parameter: nn.Parameter, group: Any = None) -> nn.Parameter:
 
 
 def release(parameter: nn.Parameter) -> nn.Parameter:
-    """Frees the whole, as DeepSpeed does after a layer's forward: nothing of it is written back."""
+    """Frees the whole parameter without writing it back, as DeepSpeed does after a forward."""
     made: Any = parameter
     made.ds_status = ZeroParamStatus.NOT_AVAILABLE
     parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
@@ -51,7 +51,7 @@ def release(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def gather(parameter: nn.Parameter) -> nn.Parameter:
-    """Gives every rank the whole, as DeepSpeed does before a layer's forward."""
+    """Gives every rank the whole parameter, as DeepSpeed does before a layer's forward."""
     made: Any = parameter
     parts = [torch.empty_like(made.ds_tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, made.ds_tensor)
@@ -61,8 +61,8 @@ def gather(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def partition_all(model: nn.Module) -> nn.Module:
-    """The model with all parameters partitioned that are not yet, as `zero.Init` leaves it, and
-    `deepspeed.initialize` its new parameters.
+    """Partitions all parameters that are not partitioned yet, as `zero.Init` does for a model and
+    `deepspeed.initialize` for new parameters; returns the model.
     """
     for parameter in model.parameters():
         if not hasattr(parameter, "ds_id"):
@@ -72,7 +72,7 @@ def partition_all(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """All partitioned parameters are whole inside, as each is in its layer's forward."""
+    """Inside the block, all partitioned parameters are whole, as in their layers' forwards."""
     here = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     for parameter in here:
         gather(parameter)

@@ -88,8 +88,8 @@ def update_errors(
 
 def balanced(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
     """A' and B' of these layers, rescaled so that the entries of each row of A' are as large as
-    those of the same column of B'. The scales are powers of two, so that the product keeps its
-    bits. Without this, small updates would have entries that float16 cannot hold.
+    those of the matching column of B'. The scales are powers of two, so that the product keeps
+    its bits. Without this, small updates would have entries that float16 cannot hold.
     """
     found = {}
     for name, (right, left) in factors.items():

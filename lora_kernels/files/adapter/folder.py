@@ -149,7 +149,6 @@ def write_adapter(
             `save_adapter` chose, or that of the file from which the adapter was read. If only one
             projection of the experts is adapted, the other is written as zeros.
         component: for format="diffusers", the pipeline's model: "unet", "transformer" ...
-        component: of format="diffusers", the pipeline's model: "unet", "transformer" ...
 
     Raises:
         ValueError: an unknown format, dtype or layout of experts, "each" without the names of a

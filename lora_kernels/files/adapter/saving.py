@@ -164,7 +164,6 @@ def load_adapter(
     Args:
         model: the base, which may have other adapters.
         folder: written by `save_adapter` or PEFT.
-        folder: written by `save_adapter` or PEFT.
         adapter_name: the adapter's name in the model, where it becomes the active adapter.
         is_trainable: whether the adapter can be trained further.
         residual_base: whether `model` may be a residual base, from whose weights a start was
@@ -174,6 +173,8 @@ def load_adapter(
         expert_order: "slowest" for an adapter of experts that Unsloth wrote before September 2026
             (see `read_adapter`).
         progress: whether to show a bar if standard error is a terminal.
+
+    Returns:
         What was adapted, as `add_lora` reports it.
 
     Raises:

@@ -58,7 +58,7 @@ class ExpertsBase(BaseLayer):
         return list(self.weight().unbind())
 
     def refuse_sharded(self, name: str) -> None:
-        """Raises ValueError, which names the parameter, if it is not loaded or in a flat one."""
+        """Raises a ValueError that names the parameter if it is not loaded or in a flat one."""
         refuse_sharded(name.rpartition(".")[0], self.layer, rewritable=True)
 
     def adapted(self, adapter: Adapter, adapter_name: str) -> AdaptedLayer:
@@ -74,8 +74,8 @@ class ExpertsBase(BaseLayer):
 
 
 def experts_bases(name: str, experts: nn.Module) -> dict[str, ExpertsBase]:
-    """The parameters of a module that can be adapted, by their names in the model, where the module
-    is called `name`; {} if it is no experts module or cannot be adapted.
+    """The parameters of the module `name` that can be adapted, by their names in the model; {} if
+    it is not an experts module or cannot be adapted.
     """
     if why_not_adaptable(experts) is not None:
         return {}

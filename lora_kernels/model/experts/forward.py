@@ -33,9 +33,9 @@ def _no_start() -> StartFactors:
 class Factors:
     """What the forward adds to one projection: s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ), for each expert.
 
-    lora_A is [E, r, in], lora_B [E, out, r]. `start` returns A₀ and B₀ of these shapes, or None
-    twice; it is called again in the backward, so that nobody has to keep them. `seed` changes the
-    seed of the dropout.
+    lora_A is [E, r, in], lora_B [E, out, r]. `start` returns A₀ and B₀ of these shapes, or
+    (None, None); it is called again in the backward, so that they need not be saved. `seed` changes
+    the seed of the dropout.
     """
 
     lora_A: Tensor
@@ -72,9 +72,9 @@ def experts_forward(
     """The output [T, H], in x's dtype, of x = `hidden_states` [T, H] with the experts
     `top_k_index` [T, k] and their `top_k_weights` [T, k].
 
-    `factors` has those of the parameters that are adapted, by name; the others are multiplied
-    alone. As in transformers, the products are in the dtype of the experts' weights, also under
-    autocast.
+    `factors` has the factors of each adapted parameter, by the parameter's name; other parameters
+    are multiplied without an update. As in transformers, the products are in the dtype of the
+    experts' weights, even under autocast.
     """
     first, second = (_projection(experts, name, factors) for name in projections(experts))
     routing = Routing.sorted(top_k_index, first.weight.shape[0])
@@ -151,7 +151,7 @@ def _by_operators(
 
 @dataclass(frozen=True)
 class _Block:
-    """The block's operands that have no gradient."""
+    """The block's operands without a gradient."""
 
     experts: ForeignExperts
     first: _Projection
@@ -242,8 +242,8 @@ def _after_activation(
     """The gradients of `hidden` [S, I], the routing weights [T, k], A and B of the second product;
     that of `hidden` is empty if nothing needs it.
 
-    y is not saved: without a norm after it, its product with `grad` is that of h and of the
-    gradient that reaches h, plus that of the bias, because y is linear in h.
+    y is not saved. Without a norm after it, y is linear in h: the product of y and `grad` is the
+    product of h and its gradient, plus the product of the bias and `grad`.
     """
     _, needs_weights, _, _, needs_A, needs_B = needs
     routing, second = block.routing, block.second

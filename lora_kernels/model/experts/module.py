@@ -1,5 +1,6 @@
 """`LoRAExperts`: the class of an experts module with adapters. A module gets this class in place,
-as with FSDP2 and `torch.nn.utils.parametrize`, and its own class back when its last adapter goes.
+as with FSDP2 and `torch.nn.utils.parametrize`. It gets its own class back when its last adapter is
+removed.
 
 So its names, parameters, hooks and the code of its class stay: `state_dict`, `save_pretrained` and
 `isinstance` see the module that they know.
@@ -43,7 +44,7 @@ class LoRAExperts(nn.Module):
         return experts_forward(self, hidden_states, top_k_index, top_k_weights, factors)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """For pickle and deepcopy, which find no class by this class's name."""
+        """Supports pickle and deepcopy, which cannot find this class by its name."""
         return _new, (type(self).adapted_from,), vars(self)
 
 
@@ -92,8 +93,8 @@ def remove_stack(stack: AdaptedStack) -> None:
 
 
 def _set_class(experts: ForeignExperts, cls: type[nn.Module]) -> None:
-    """Changes the module's class. What holds its bound forward gets the new one: accelerate's hook,
-    transformers' parallelism, and `module.compile()`, which has to be called again.
+    """Changes the module's class. accelerate's hook and transformers' parallelism, which hold its
+    bound forward, get the new one; `module.compile()` has to be called again.
     """
     if keeps_own_forward(experts):
         del experts.forward

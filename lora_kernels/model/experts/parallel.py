@@ -1,10 +1,10 @@
 """Factors of experts whose parameters are DTensors in the forward: transformers' expert parallelism
 (a process has some of the experts) and tensor parallelism (a process has a part of each).
 
-With W [E, out, in] cut along E, A and B are cut as W is, and every process trains those of its own
-experts. Cut along `out`, B is cut and A is the same everywhere; cut along `in`, A is cut and B the
-same. Every process adds a part to the gradient of what is the same, so that autograd sums it: no
-collective in the forward, one all-reduce of A or B in the backward.
+If W [E, out, in] is sharded along E, so are A and B, and every process trains the factors of its
+own experts. If W is sharded along `out`, B is sharded and A is replicated; along `in`, A is sharded
+and B is replicated. Every process computes a part of the gradient of a replicated factor, and
+autograd sums the parts: no collective in the forward, one all-reduce of A or B in the backward.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ...layers.adapter import Adapter
 DTensor = Any  # torch.distributed is imported only for a tensor that needs it
 Mesh = Any
 Placements = tuple[Any, ...]
-# Which sizes of W [E, out, in] the sizes of A₀ and B₀ are; None is the rank.
+# The dimension of W [E, out, in] for each dimension of A₀ and B₀; None for the rank.
 _AXES: dict[str, tuple[int | None, ...]] = {"start_A": (0, None, 2), "start_B": (0, 1, None)}
 
 
 @dataclass(frozen=True)
 class LocalPart:
-    """What this process has of W [E, out, in] in the forward: for each size, runs of its indices.
+    """The local part of W [E, out, in] in the forward: runs of indices for each dimension.
 
     Attributes:
         runs: of E, of out and of in.
@@ -41,22 +41,22 @@ class LocalPart:
     def laid_out(
         shape: Sequence[int], transposed: bool, mesh: Mesh, placements: Placements
     ) -> LocalPart:
-        """What this process has of a parameter of this shape, stored as [E, in, out] if
-        `transposed`, that is laid out so in the forward. Nothing is sent.
+        """The local part of a parameter of this shape, stored as [E, in, out] if `transposed`, that
+        has these placements in the forward. Nothing is sent.
         """
         experts, rows, columns = axis_places(shape, mesh, placements)
         return LocalPart((experts, columns, rows) if transposed else (experts, rows, columns))
 
     @property
     def seed(self) -> int:
-        """Changes the seed of a dropout: the processes' inputs of A are of other experts
-        or are other columns, and must not have one mask.
+        """A change of the dropout's seed: the processes' inputs of A belong to different experts or
+        are different columns, and must not have the same mask.
         """
         experts, _, columns = ((runs or [slice(0, 0)])[0].start for runs in self.runs)
         return (experts << 32) + columns
 
     def of(self, whole: Tensor, name: str) -> Tensor:
-        """A copy of the part of a whole `start_A` or `start_B` that is here."""
+        """A copy of this process's part of a whole `start_A` or `start_B`."""
         part = whole
         for dim, axis in enumerate(_AXES[name]):
             if axis is not None:
@@ -67,14 +67,14 @@ class LocalPart:
         return part.contiguous()
 
     def of_start(self, start: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None]:
-        """The parts of A₀ and B₀, which are whole or DTensors, that are here; of None, None."""
+        """The local parts of A₀ and B₀, which are whole or DTensors; None for None."""
         names = ("start_A", "start_B")
         A, B = (t if t is None else _own(self, t, n) for t, n in zip(start, names, strict=True))
         return A, B
 
 
 def cut_start(adapter: Adapter) -> None:
-    """Makes A₀ and B₀, where they are stored, DTensors as A and B are."""
+    """Makes A₀ and B₀, if they are stored, DTensors with the placements of A and B."""
     for name, own in {"start_A": adapter.lora_A, "start_B": adapter.lora_B}.items():
         whole: Tensor | None = getattr(adapter, name)
         if whole is not None and not whole.is_meta and not is_dtensor(whole):
@@ -82,14 +82,14 @@ def cut_start(adapter: Adapter) -> None:
 
 
 def local_factors(adapter: Adapter, part: LocalPart | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A [E, r, in], B [E, out, r] and R [E, r, r] or None; if the forward has a part of W, as plain
-    tensors of that part, through which the gradients reach all processes that need them.
+    """A [E, r, in], B [E, out, r] and R [E, r, r] or None. If the forward has a part of W, they are
+    plain tensors for that part, and their gradients reach all processes that need them.
     """
     A, B, R = adapter.lora_A, adapter.lora_B, adapter.middle()
     if part is None:
         return A, B, R
     pairs = zip(_placements(A), _placements(B), strict=True)
-    # Where one of the two is cut, each process has a part of the gradient of the other one.
+    # If one of the two is sharded, each process has a part of the other one's gradient.
     split = [a.is_replicate() != b.is_replicate() for a, b in pairs]
     return _local(A, split), _local(B, split), None if R is None else _local(R, split)
 
@@ -112,7 +112,7 @@ def _local(factor: DTensor, split: Sequence[bool]) -> Tensor:
         for placement, is_split in zip(placements, split, strict=True)
     ]
     if any(grad is not placement for grad, placement in zip(grads, placements, strict=True)):
-        # Nothing moves here; in the backward the sum is formed, which the optimizer needs.
+        # Nothing is sent here; the backward forms the sum, which the optimizer needs.
         factor = factor.redistribute(placements=placements)
     local: Tensor = factor.to_local(grad_placements=grads)
     return local

@@ -15,8 +15,8 @@ class Routing:
     Attributes:
         order: int64 [S], the numbers of the sorted pairs; pair p is choice p % k of token p // k.
         tokens: int64 [S], the token of each sorted pair.
-        experts: int64 [S], the expert of each sorted pair; E for a pair that no expert takes.
-        ends: int32 [E], the number of pairs of the experts up to each one.
+        experts: int64 [S], the expert of each sorted pair; E for a pair without an expert.
+        ends: int32 [E], for each expert, the number of pairs of all experts up to this one.
 
     """
 
@@ -27,7 +27,7 @@ class Routing:
 
     @classmethod
     def sorted(cls, top_k_index: Tensor, num_experts: int) -> Routing:
-        """The routing of `top_k_index` [T, k]. Nothing waits for the device."""
+        """The routing of `top_k_index` [T, k]; it does not synchronize with the device."""
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
         numbers = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)
         # Not bincount or histc: their results have another shape or type per device.

@@ -29,7 +29,7 @@ class AdaptedStack(AdaptedLayer):
 
     parameter: str
     transposed: bool
-    part: LocalPart | None  # what the forward has of W, if it is cut there
+    part: LocalPart | None  # the forward's part of W, if W is sharded there
     _experts: ForeignExperts
 
     @classmethod
@@ -92,8 +92,8 @@ class AdaptedStack(AdaptedLayer):
         return Factors(lora_A, lora_B, 1.0, p, lambda: (start_A, start_B), seed)
 
     def follow(self, adapter_name: str, mesh: Any, placements: tuple[Any, ...]) -> None:
-        """Prepares the forward for a parameter that is laid out so then, and for the factors of an
-        adapter, which are DTensors that fit it.
+        """Prepares the forward for a parameter with these placements there, and for the factors of
+        an adapter, which are DTensors that fit it.
         """
         self.part = LocalPart.laid_out(self.weight.shape, self.transposed, mesh, placements)
         cut_start(self.adapter(adapter_name))
@@ -128,7 +128,7 @@ class AdaptedStack(AdaptedLayer):
     @torch.no_grad()
     def merge_(self, shared: bool = False) -> None:
         """Adds s·(BA − B₀A₀) of the active adapter to the parameter, in place: summed in float32 or
-        wider and rounded once. One that is `shared` with other modules is replaced by a new one.
+        wider and rounded once. If it is `shared` with other modules, a new parameter replaces it.
         """
         if shared:
             own = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
@@ -157,8 +157,8 @@ class AdaptedStack(AdaptedLayer):
 
     @torch.no_grad()
     def restore_(self) -> nn.Module:
-        """Adds absorbed factors to the parameter in place; this stack must not be used
-        afterwards. The module that owns the parameter.
+        """Adds absorbed factors to the parameter in place, and returns the module that owns the
+        parameter. This stack must not be used afterwards.
         """
         if self.absorbed:
             shards = Shards.of(self.weight, self.transposed)

@@ -1,9 +1,9 @@
 """Where a checkpoint stores the parts of an expert parameter.
 
-transformers stacks the experts' matrices of a checkpoint into 3-D parameters while it loads them,
-and takes them apart while it saves. `stored_matrices` runs transformers' own conversion for saving
-on a small stand-in of the parameter, whose numbers tell where they are in it, and reads off which
-tensor holds what. So it knows every family that transformers knows, and no names of its own.
+transformers stacks the experts' matrices of a checkpoint into 3-D parameters when it loads them,
+and splits them when it saves. `stored_matrices` runs transformers' own conversion for saving on a
+small stand-in of the parameter, whose numbers tell their positions, and reads off which tensor
+holds what. So it supports every family that transformers supports, and needs no names of its own.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _ROWS, _COLUMNS = 12, 18
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A tensor of the checkpoint that holds all of, or a part of, an expert parameter.
+    """A tensor of the checkpoint that holds an expert parameter or a part of it.
 
     W_e [out, in] is the matrix of expert e, with y = x W_eᵀ.
 
     Attributes:
         name: the tensor's in the checkpoint, such as "model.layers.0.mlp.experts.3.up_proj.weight"
             or "model.layers.0.mlp.experts.gate_up_proj".
-        expert: whose matrix it is, 2-D; None if the tensor holds those of all experts, 3-D with the
-            experts first.
+        expert: the expert whose matrix the 2-D tensor holds; None if the tensor is 3-D and holds
+            those of all experts, with the experts first.
         rows: the rows of W_e that the tensor holds: (0, I) of a gate, (I, 2I) of an up projection,
             (0, out) of a whole W_e.
         transposed: whether they are stored as [in, rows] instead of [rows, in].
@@ -48,8 +48,8 @@ class StoredMatrix:
         return sides if self.expert is not None else (num_experts, *sides)
 
     def part_of(self, weight: Tensor) -> Tensor:
-        """The view [rows, in] or, if stored so, [in, rows] of W_e [out, in]; of the W of all
-        experts [E, out, in], the view of this tensor's expert or experts.
+        """The view [rows, in], or [in, rows] if it is stored so, of W_e [out, in]. If `weight` is
+        the W of all experts [E, out, in], the view is of this tensor's expert or experts.
         """
         whole = weight if self.expert is None or weight.dim() == 2 else weight[self.expert]
         part = whole[..., self.rows, :]
@@ -63,7 +63,7 @@ def stored_matrices(
     then by rows, as `save_pretrained` writes them; or the reason why they are not known.
 
     For a model that was loaded, the names are those of its checkpoint. The model may be on the meta
-    device, and its experts may be adapted. A module that is not of transformers stores the
+    device, and its experts may be adapted. A module that is not part of transformers stores the
     parameter as it is.
 
     `loaded_as_other_shape`: some conversions (qwen3_vl_moe's) transpose a stored tensor on loading
@@ -87,7 +87,7 @@ def stored_matrices(
     stand_in = probe.mT.contiguous() if transposed else probe
     try:
         saved = _saved(model, parameter, stand_in, loaded_as_other_shape)
-    except Exception as error:  # of any operation that the table may have
+    except Exception as error:  # the table may have any operation
         return f"transformers cannot convert it apart from the rest of the model ({error!r})"
     found = [_located(name, tensor, probe, out) for name, tensor in saved.items()]
     known = [part for part in found if part is not None]
@@ -111,7 +111,7 @@ def _saved(model: Any, name: str, stand_in: Tensor, other_shape: bool) -> dict[s
 
 
 class _SmallModel:
-    """The model, but one parameter has another shape."""
+    """The model, except that one parameter has another shape."""
 
     def __init__(self, model: nn.Module, name: str, value: Tensor) -> None:
         self._model, self._name, self._value = model, name, value

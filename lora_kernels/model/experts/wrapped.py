@@ -1,8 +1,8 @@
 """The forwards that transformers' tensor and expert parallelism set on the experts' modules.
 
-Such a forward is an attribute of the module. It brings the tokens, lets the module hold its local
-parameters, and calls the forward of the module's class, which it has kept. When the module gets
-another class, the forward that it has kept is exchanged.
+Such a forward is an attribute of the module. It moves the tokens, makes the module hold its local
+parameters, and calls the forward of the module's class, which it has stored. When the module gets
+another class, the stored forward is exchanged.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def use_own_forward(experts: nn.Module) -> None:
 
 
 def _kept(experts: nn.Module) -> Iterator[Put]:
-    """For each place in which the forward has kept the class's one, a function that replaces it."""
-    # accelerate's hook keeps the module's forward, whatever it is, under another name.
+    """For each place where the forward has stored the class's one, a function that replaces it."""
+    # accelerate's hook stores the module's forward, whatever it is, under another name.
     waiting: list[Any] = [vars(experts).get(name) for name in ("forward", "_old_forward")]
     seen: set[int] = set()
     while waiting:

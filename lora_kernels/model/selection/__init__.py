@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted, and the reasons for the others."""
+"""Which layers of a model are adapted, and why the others are not."""
 
 from .bypassed import bypassed_layers
 from .layers import (

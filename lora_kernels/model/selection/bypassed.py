@@ -1,5 +1,5 @@
-"""Layers whose adapter would have no effect, because the model does not call the layer that it
-names.
+"""Layers whose adapter would have no effect, because the model does not call the layer under its
+name.
 
 Mamba's mixers and WavLM's attention compute with `self.out_proj.weight` and do not call the layer.
 No list of classes can name them all: the source of each module's class is read instead, once per
@@ -45,10 +45,10 @@ _OWN = tuple(vars(nn.Module()))
 
 def bypassed_layers(model: nn.Module) -> dict[str, str]:
     """{name: reason} of the modules whose weight another module of the model reads directly, or
-    which a module also keeps in an attribute that is none of its submodules.
+    that a module also keeps in an attribute that is not a submodule.
 
-    A layer has an entry under each of its names. Code without a source cannot be read; of functions
-    that are given a layer, those in Python are followed.
+    A layer has an entry under each of its names. Code without a source cannot be read; Python
+    functions that get a layer as an argument are followed.
     """
     reasons: dict[int, str] = {}
     reads: dict[Class, set[Path]] = {}
@@ -122,7 +122,7 @@ def reads_of(cls: Class) -> set[Path]:
 
 
 def _reads_of_instance(module: nn.Module) -> frozenset[Path]:
-    """The same of a forward that replaces the one of the class in this module only."""
+    """The same for a forward that replaces the class's forward in this module only."""
     if "forward" not in vars(module):
         return frozenset()
     return _reads_of_method(type(module), vars(module)["forward"])
@@ -142,8 +142,8 @@ def _reads_of_call(
     arguments: tuple[tuple[str, frozenset[Path]], ...],
     depth: int = 0,
 ) -> frozenset[Path]:
-    """The paths to the modules whose weights a function reads that is given these modules, by the
-    names of its parameters. The paths start at the module of the class `cls`.
+    """The paths to the modules whose weights a function reads, if it gets these modules as
+    arguments (by parameter name). The paths start at the module of the class `cls`.
     """
     found = None if is_trusted(function.__module__ or "") else definition(function)
     if found is None:

@@ -20,16 +20,16 @@ _TOP_K = (
 
 
 def with_expert_rank(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """The configuration with r // k for the experts that `target_parameters` names, at least 1,
-    where k is the number of experts that a token uses.
+    """The configuration with rank r // k, but at least 1, for the experts that `target_parameters`
+    names, where k is the number of experts that a token uses.
 
-    Then a token passes through as many parameters of adapters in k experts as in one dense layer of
+    Then a token passes through as many adapter parameters in k experts as in one dense layer of
     rank r ("LoRA Without Regret", Thinking Machines Lab, 2025). The experts get the `lora_alpha`
     that gives them the same s as the other layers, because some serving engines read one s.
-    Patterns that the configuration has already take precedence.
+    Patterns that the configuration already has take precedence.
 
     Raises:
-        ValueError: no experts are named, or the model's configuration does not tell k.
+        ValueError: no experts are named, or the model's configuration does not give k.
 
     """
     experts = {n: b for n, b in select_layers(model, config).layers.items() if b.num_experts}
@@ -44,7 +44,7 @@ def with_expert_rank(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     s = lora_scaling(config.layer_alpha(""), config.r, config.scaling_rule)
     alphas: dict[str, float] = {}
     for name in experts:
-        # s is proportional to lora_alpha. A pattern that was given may be the one that counts.
+        # s is proportional to lora_alpha. A given pattern may take precedence.
         per_alpha = lora_scaling(1.0, ranked.layer_rank(name), config.scaling_rule)
         alphas[".".join(name.split(".")[-2:])] = s / per_alpha
     patterns_of_alpha = {**config.alpha_pattern, **_new(alphas, config.alpha_pattern)}

@@ -1,5 +1,5 @@
-"""Selects 3-D parameters of experts by `target_parameters`; says what adapts them, and leaves their
-routers frozen.
+"""Selects 3-D parameters of experts by `target_parameters`, says how to adapt those that are left
+out, and leaves the experts' routers frozen.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def left_out(
     chosen: set[str],
 ) -> dict[str, str]:
     """The modules whose experts are not adapted, with what would adapt them, or why nothing does;
-    and single parameters of the others.
+    also single parameters that are not adapted in the other modules.
     """
     reasons: dict[str, str] = {}
     adaptable: dict[str, list[str]] = {}
@@ -114,8 +114,8 @@ def _how_to_adapt(
 
 
 def _used_by_others(modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, str]:
-    """{name: reason} of experts, or of their parameters, with which a kernel of the hub multiplies
-    without calling the experts' module.
+    """{name: reason} of experts, or of their parameters, that a kernel from the Hub uses without
+    calling the experts' module.
     """
     kernels = {
         path: getattr(type(block), "kernel_layer_name", None)

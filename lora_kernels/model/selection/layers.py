@@ -56,7 +56,7 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
     bypassed = bypassed_layers(model)
     linear = {name: base for name, base in candidates.items() if base.num_experts is None}
     chosen = set(_targeted(config, modules, linear, aliases, bypassed))
-    # An embedding or the like that is not named is not even a layer that was left out.
+    # An embedding or the like that is not named is not reported as skipped either.
     candidates = {n: b for n, b in candidates.items() if b.kind not in NAMED_KINDS or n in chosen}
     linear = {n: b for n, b in linear.items() if n in candidates}
     parameters = set(targeted_parameters(model, config, candidates, aliases))
@@ -86,7 +86,7 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
 
 
 def without_adapters(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by their names, but for the adapters, whose names no option means."""
+    """All modules by their names, without the adapters, because no option refers to these."""
     modules = dict(model.named_modules(remove_duplicate=False))
     own = {id(module.adapters) for module in modules.values() if isinstance(module, AdaptedLayer)}
     return {n: m for n, m in modules.items() if not isinstance(m, Adapter) and id(m) not in own}
@@ -146,7 +146,7 @@ def without_named(candidates: Mapping[str, BaseLayer]) -> dict[str, BaseLayer]:
 def with_projections(
     names: Collection[str], candidates: Mapping[str, BaseLayer], option: str
 ) -> list[str]:
-    """The names with those of the attentions' `out_proj`, which are adapted with them, as by PEFT.
+    """The names, and those of the attentions' `out_proj`, which are adapted with them as in PEFT.
 
     Raises:
         TypeError: `option` names an `out_proj` alone.
@@ -195,7 +195,7 @@ def _targeted(
     aliases: Mapping[str, Sequence[str]],
     bypassed: Mapping[str, str],
 ) -> Iterable[str]:
-    """The candidates that `target_modules` means."""
+    """The candidates that `target_modules` selects."""
     targets, linear = config.target_modules, without_named(candidates)
     if _is_all_linear(targets):
         return linear
@@ -266,10 +266,10 @@ def _skip_reasons(
 
 
 def _too_small(config: LoRAConfig, candidates: Mapping[str, BaseLayer]) -> dict[str, str]:
-    """The layers that cannot have the rank `r`, which no pattern asked for, with the reason."""
+    """The layers that are too small for `r` and whose rank no pattern sets, with the reason."""
     reasons: dict[str, str] = {}
     for name, base in candidates.items():
-        if base.num_experts is not None:  # which are never chosen by themselves
+        if base.num_experts is not None:  # experts are selected only by name
             continue
         if base.rewritable and base.stored_weight.dim() != 2:  # a shard, which is refused later
             continue
@@ -291,7 +291,7 @@ def _block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int |
 
 
 def _check_patterns(config: LoRAConfig, layers: Mapping[str, BaseLayer]) -> None:
-    """Raises ValueError for a pattern that matches no layer, as a misspelt one would; PEFT ignores
+    """Raises ValueError for a pattern that matches no layer, such as a misspelled one; PEFT ignores
     such patterns.
     """
     by_peft = [base.pattern_name(name) for name, base in layers.items()]
@@ -411,6 +411,6 @@ def _embeddings(model: nn.Module, method: str) -> nn.Module | None:
     get = getattr(model, method, None)
     try:
         found = get() if callable(get) else None
-    except (NotImplementedError, AttributeError):  # as of models of pictures and sound
+    except (NotImplementedError, AttributeError):  # vision and audio models, for example
         return None
     return found if isinstance(found, nn.Module) else None

@@ -20,7 +20,7 @@ from ...layers.linear.tied import TiedAdapter
 from ..config import LoRAConfig
 from .layers import input_embeddings
 
-_TOLERANCE = 1e-3  # between updates whose factors were rounded apart
+_TOLERANCE = 1e-3  # between updates whose factors were rounded separately
 
 
 def tied_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,9 +41,9 @@ def tied_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def with_ties(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """The configuration, which names all tied modules if `ensure_weight_tying` is set and it names
-    one of them: in `modules_to_save` or, if not there, in `target_modules`. As in PEFT, it warns if
-    there is nothing to tie.
+    """The configuration. If `ensure_weight_tying` is set and it names one tied module, the result
+    names all of them, in `modules_to_save` or, if not there, in `target_modules`. As in PEFT, a
+    warning says if there is nothing to tie.
 
     Raises:
         ValueError: adapters of the tied modules cannot be tied.
@@ -75,8 +75,8 @@ def with_ties(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 
 def with_saved_ties(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """The configuration, whose `modules_to_save` names all tied modules if it names one of them and
-    `ensure_weight_tying` is set.
+    """The configuration. If `ensure_weight_tying` is set and `modules_to_save` names one tied
+    module, the result names all of them there.
     """
     saved = config.modules_to_save or ()
     tied = tied_modules(model) if config.ensure_weight_tying else {}
@@ -110,8 +110,8 @@ def _check_tying(config: LoRAConfig, tied: Mapping[str, nn.Module]) -> None:
 def tie_adapters(
     model: nn.Module, config: LoRAConfig, adapter_name: str, loaded: bool = False
 ) -> None:
-    """Makes the installed adapters of the tied modules one, if `ensure_weight_tying` is set: that
-    of the input embedding. Those that were `loaded` and differ stay apart, with a warning.
+    """If `ensure_weight_tying` is set, replaces the installed adapters of the tied modules by that
+    of the input embedding. Adapters that were `loaded` and differ stay separate, with a warning.
     """
     tied = tied_modules(model) if config.ensure_weight_tying else {}
     layers = _with_adapter(tied, adapter_name)
@@ -141,7 +141,7 @@ def tied_layers(model: nn.Module, adapter_name: str) -> list[str]:
 
 
 def tie_weights(model: nn.Module, names: Sequence[str]) -> None:
-    """Gives modules, which were merged one by one, the weight of the first one."""
+    """Gives modules that were merged one by one the weight of the first one."""
     for name in names[1:]:
         model.get_submodule(name).weight = model.get_submodule(names[0]).weight
 
@@ -155,7 +155,7 @@ def _with_adapter(tied: Mapping[str, nn.Module], adapter_name: str) -> dict[str,
 
 
 def _differ(own: Adapter, source: Adapter, transposed: bool) -> bool:
-    """Whether the update of an adapter is another one than that of the embedding's adapter."""
+    """Whether the update of an adapter differs from that of the embedding's adapter."""
     if own.lora_bias is not None or own.lora_magnitude is not None:
         return True
     right, left = (factor.double() for factor in own.layer_state().update_factors())
@@ -169,7 +169,7 @@ def _differ(own: Adapter, source: Adapter, transposed: bool) -> bool:
 
 
 def _is_named(name: str, option: str | Collection[str]) -> bool:
-    """Whether an option, a regular expression or names and endings, means this module."""
+    """Whether an option (a regular expression, or names and endings) matches this module."""
     if isinstance(option, str):
         return re.fullmatch(option, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in option)

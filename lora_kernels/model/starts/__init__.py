@@ -1,5 +1,5 @@
-"""The initial factors of many layers: of plain weights in batches; of sharded ones from sums over
-all processes, or made by one process for all.
+"""The initial factors of many layers: for plain weights in batches; for sharded weights from sums
+over all processes, or computed by one process for all.
 """
 
 from .first_rank import (

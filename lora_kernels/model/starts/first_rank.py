@@ -1,4 +1,4 @@
-"""Models of which only the first process has the weights while their adapters start.
+"""Models whose weights only the first process has when their adapters start.
 
 accelerate's FSDP with `cpu_ram_efficient_loading` copies the weights of the first process to the
 others when it shards the model. Until then those of the others may be uninitialized or on meta.
@@ -22,23 +22,23 @@ _CPU = torch.device("cpu")
 
 
 def first_rank_loads(bases: Iterable[BaseLayer]) -> bool:
-    """Whether accelerate will give all processes the layers' weights of the first one: by the
-    environment that `accelerate launch` and `TrainingArguments` set.
+    """Whether accelerate will copy the first process's weights to all processes, as the environment
+    says that `accelerate launch` and `TrainingArguments` set.
     """
     is_asked = all(_is_true(os.environ.get(name, "")) for name in _VARIABLES)
     return is_asked and has_ranks() and not any(base.sharded for base in bases)
 
 
 def lacks_weights(bases: Iterable[BaseLayer]) -> bool:
-    """Whether another process than this one has the weights of the layers."""
+    """Whether another process, and not this one, has the weights of the layers."""
     return first_rank_loads(bases) and not is_first_rank()
 
 
 def starts_of_first_rank(
     make: Callable[[], Mapping[str, Start]], devices: Mapping[str, torch.device]
 ) -> dict[str, Start]:
-    """`make()` of the first process, on all; the starts are moved to these devices, or to the CPU
-    instead of meta.
+    """The result of the first process's `make()`, on all processes; the starts are moved to these
+    devices, or to the CPU instead of meta.
 
     Raises:
         Exception: what `make` raised, on all processes.
@@ -49,7 +49,7 @@ def starts_of_first_rank(
 
 
 def load_from_first_rank(places: Mapping[str, tuple[nn.Module, str]]) -> None:
-    """Gives the tensors at some places, (module, name), the first process's values on all."""
+    """On all processes, gives the tensors at these places (module, name) the first one's values."""
     own = {name: getattr(module, key) for name, (module, key) in places.items()}
     values = shared(0, lambda: {name: tensor.detach().cpu() for name, tensor in own.items()})
     loaded: dict[int, Tensor] = {}  # by the tensor on meta: tied ones stay tied

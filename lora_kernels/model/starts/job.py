@@ -18,7 +18,7 @@ class StartJob:
 
     `absorb` says whether s·B₀A₀ will be subtracted from the weight, whose dtype must then be able
     to hold the difference. `aliases` are further names of the layer, for its gradient. If `parts`
-    is not empty, each of these P parts of W gets a start of its own, of rank r / P.
+    is not empty, each of these P parts of W gets its own start, of rank r / P.
     """
 
     name: str
@@ -37,7 +37,7 @@ class StartJob:
 
     @property
     def matrix_rank(self) -> int:
-        """The rank of the start that is computed: r, or that of a part."""
+        """The rank of the start that is computed: r, or the rank of a part."""
         return self.r // max(1, len(self.parts))
 
     def named(self, matrix: int) -> str:

@@ -22,7 +22,7 @@ from .parts import part_names
 from .read import Readable, readable, telling_of_values
 from .sharded import read_shards, starts_by_owners, with_ranks_alike
 
-_BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # at most so many weights and bytes of them in one call
+_BATCH_LAYERS, _BATCH_BYTES = 32, 2**31  # the most weights, and bytes of weights, in one call
 _BATCH_EXPERTS = 1024
 _SOURCES = {"gradients": "gradients of the weights", "activations": "inputs of the layers"}
 
@@ -36,13 +36,13 @@ def make_starts(
 ) -> dict[str, Start]:
     """The start of every job by the job's name; no weight is changed.
 
-    `gradients` are {layer name: ∂loss/∂W [out, in], of experts [E, out, in]}, and `activations`
-    what was measured of each layer's input, for starts that need them. Starts that change the base
-    have the weight's norm, `weight_norm`. The start of experts is the `Start.stacked` one of a
-    start for each.
+    `gradients` are {layer name: ∂loss/∂W [out, in], or [E, out, in] for experts}, and `activations`
+    the statistics of each layer's inputs, for starts that need them. Starts that change the base
+    have the weight's norm, `weight_norm`. The start of experts is the `Start.stacked` of one start
+    for each expert.
 
     Raises:
-        ValueError, TypeError: a gradient or what was measured is missing or of no use, a start
+        ValueError, TypeError: a gradient or a layer's activations are missing or of no use, a start
             cannot be computed or has the wrong shape or dtype, or the weight's dtype cannot hold
             W − s·B₀A₀; the layer is named.
 
@@ -67,7 +67,7 @@ def _starts(
     data: Mapping[str, _Data],
     progress: bool,
 ) -> dict[str, Start]:
-    """The starts that every process makes itself; `read` are the layers that are sharded."""
+    """The starts that every process computes itself; `read` are the layers that are sharded."""
     starts: dict[str, Start] = {}
     title = type(jobs[0].initializer).__name__
     for batch in tracked(list(_batches(jobs)), title, progress):
@@ -81,7 +81,7 @@ def _starts(
 
 
 class _Data(NamedTuple):
-    """What a start is made from besides W, if it is."""
+    """What a start is computed from besides W, or None."""
 
     gradient: Tensor | None = None
     activations: Any = None
@@ -102,7 +102,7 @@ def _matched_data(
 def matched(
     jobs: Sequence[StartJob], given: Mapping[str, Any] | None, what: str, needed: bool
 ) -> dict[str, Any]:
-    """What is `given` for each job's layer; None if the start does not need it."""
+    """The entry of `given` for each job's layer; None if the start does not need one."""
     title = type(jobs[0].initializer).__name__
     if not needed:
         if given is not None:
@@ -161,7 +161,7 @@ def _batch_starts(
 
 
 def _start(job: StartJob, weight: Readable, data: _Data) -> Start:
-    """The start of one layer; of experts, of all of them."""
+    """The start of one layer; for experts, of all of them."""
     if job.parts:
         return _fused_start(job, weight, data)
     if job.base.num_experts is None:
@@ -189,7 +189,7 @@ def _start(job: StartJob, weight: Readable, data: _Data) -> Start:
 
 
 def _fused_start(job: StartJob, weight: Readable, data: _Data) -> Start:
-    """The start of a fused layer: those of its parts, each made from its rows of W."""
+    """The start of a fused layer: the starts of its parts, each computed from its rows of W."""
     (matrix,), gradient = weight.matrices, data.gradient
     if gradient is not None and gradient.shape != matrix.shape:
         wanted = list(matrix.shape)
@@ -231,7 +231,7 @@ def _computed(
     except (ValueError, TypeError):
         for k, name in enumerate(names):
             part = slice(k, k + 1)
-            with naming(name):  # finds the one that failed
+            with naming(name):  # the error names the matrix that failed
                 initializer.starts(
                     matrices[part], r, scaling, gradients[part], sums[part], measured[part]
                 )
@@ -254,15 +254,15 @@ def _finished(job: StartJob, weight: Readable, start: Start) -> Start:
 
 
 def _is_alone(job: StartJob) -> bool:
-    """Whether the layer's start is made of those of several matrices."""
+    """Whether the layer's start consists of the starts of several matrices."""
     return job.base.num_experts is not None or bool(job.parts)
 
 
 def _batches(jobs: Sequence[StartJob]) -> Iterator[list[StartJob]]:
     """Batches of jobs with equal shape, dtype and device of the weight, equal r and equal s.
 
-    A quantized layer is a batch of its own, so that only one dequantized weight is in memory; so
-    are experts and fused layers, which are many matrices.
+    Each quantized layer is its own batch, so that only one dequantized weight is in memory. Experts
+    and fused layers, which are many matrices, are their own batches too.
     """
     groups: dict[tuple[object, ...], list[StartJob]] = {}
     for job in jobs:

@@ -13,7 +13,7 @@ from .job import naming
 def layer_parts(
     name: str, base: BaseLayer, config: LoRAConfig, initializer: Initializer, waits: bool
 ) -> Parts:
-    """The parts of the layer `name`; empty if `fused_parts` does not have it. `waits` says whether
+    """The parts of the layer `name`; empty if `fused_parts` does not name it. `waits` says whether
     its weight is on the meta device.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Ranks that a start distributes anew over the layers of a model (EVA)."""
+"""Ranks that a start redistributes over the layers of a model (EVA)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .make import matched
 def redistributed(
     config: LoRAConfig, selection: Selection, activations: Mapping[str, Any] | None
 ) -> tuple[LoRAConfig, Selection]:
-    """The configuration and the layers to adapt with the ranks that the initializer gives them, by
-    whole names in `rank_pattern` and `alpha_pattern`, and in `target_modules` if some get none.
+    """The configuration and the layers to adapt, with the ranks that the initializer gives them:
+    by whole names in `rank_pattern` and `alpha_pattern`, and in `target_modules` if some get none.
 
     Raises:
         ValueError, TypeError: activations are missing or of no use; the layer is named.
@@ -54,7 +54,7 @@ def redistributed(
 
 
 def _parts(config: LoRAConfig, name: str, base: BaseLayer) -> Parts:
-    """The parts of a fused layer, of each of which the job's r is the rank."""
+    """The parts of a fused layer; the job's r is the rank of each part."""
     sizes = config.layer_parts(name)
     with naming(name):
         return () if sizes is None else parts_of(sizes, base.shape[0])
@@ -73,7 +73,7 @@ def _with_ranks(config: LoRAConfig, ranks: Mapping[str, LayerRank]) -> LoRAConfi
     kept = {name: rank for name, rank in ranks.items() if rank.r}
     alphas = {name: config.layer_alpha(name) * rank.alpha_factor for name, rank in kept.items()}
     usual = DEFAULT_ALPHA[config.scaling_rule] if config.lora_alpha is None else config.lora_alpha
-    # The first pattern that matches counts, and a name matches longer ones that end in it.
+    # The first matching pattern is used, and a name also matches longer names that end in it.
     longest_first = sorted(kept, key=len, reverse=True)
     inside = {name for name in ranks if _ends_in_another(name, kept)}
     targets = config.target_modules

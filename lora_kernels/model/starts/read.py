@@ -20,8 +20,8 @@ from .job import StartJob, naming
 class Readable:
     """The matrices W [out, in] of a layer: one, or one for each expert.
 
-    Those of a sharded layer have shape, dtype and device, but no values: then `sums` are the sum
-    and the sum of squares of the entries of each, and `shards` its parts.
+    The matrices of a sharded layer have shape, dtype and device, but no values. Then `sums` has the
+    sum and the sum of squares of each matrix's entries, and `shards` has the layer's parts.
     """
 
     matrices: Sequence[Tensor]
@@ -36,8 +36,8 @@ class Readable:
         return torch.ops.lora.frobenius_stats(list(self.matrices))[:, 1]
 
     def largest(self, matrix: int) -> Callable[[], Tensor] | None:
-        """A function that returns max |W| of one of the matrices, if they have no values: all
-        processes have to call it.
+        """A function that returns max |W| of one of the matrices, if they have no values; all
+        processes must call it.
         """
         shards = self.shards
         return None if shards is None else lambda: largest_entry(shards)[matrix]
@@ -59,13 +59,13 @@ def readable(job: StartJob) -> Readable:
 
 
 def readable_shards(job: StartJob, shards: Shards, sums: Tensor | None) -> Readable:
-    """The matrices of a sharded layer, with their `sums` [matrices, 2] if a start needs these.
+    """The matrices of a sharded layer, with their `sums` [matrices, 2] if a start needs them.
 
     Raises:
         ValueError: as `readable`.
 
     """
-    # NaN: a start that reads the values after all is not finite, which is an error.
+    # NaN: if a start reads the values anyway, it is not finite, which is an error.
     number = torch.full((), torch.nan, dtype=shards.dtype, device=shards.device)
     matrices = [number.expand(*shards.shape[-2:])] * shards.count
     with naming(job.name):
@@ -75,8 +75,8 @@ def readable_shards(job: StartJob, shards: Shards, sums: Tensor | None) -> Reada
 
 @contextmanager
 def telling_of_values(job: StartJob, weight: Readable) -> Iterator[None]:
-    """If the initializer fails because it reads, against its `reads_weight`, the values of a weight
-    that has none here, the error says so.
+    """If the initializer fails because it reads the values of a weight that has none here, although
+    its `reads_weight` denies that it reads them, the error says so.
     """
     try:
         yield

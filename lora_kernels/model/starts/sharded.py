@@ -1,4 +1,4 @@
-"""Starts of sharded weights: from sums over all processes, or made by one process for all."""
+"""Starts of sharded weights: from sums over all processes, or computed by one process for all."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Make = Callable[[StartJob, Readable, "Tensor | None"], Start]
 
 
 def with_ranks_alike(jobs: Sequence[StartJob], make: Callable[[], T]) -> T:
-    """`make()`, which makes starts on all processes, with the same random numbers on all if that
-    matters: of sharded weights every process has a part of one start; and a start that is
-    subtracted from a weight before it is sharded has to be the same in all its parts. Not if the
-    first process makes the starts of all.
+    """The result of `make()`, which computes starts on all processes, with the same random numbers
+    on all of them if that matters. It matters for sharded weights, where every process has a part
+    of one start, and for a start that is subtracted from a weight before the weight is sharded. It
+    does not matter if the first process computes all starts.
 
-    Where it is not known whether starts draw from torch's global generators, it is found out:
-    `make` is called again if it has drawn.
+    If it is not known whether starts draw from torch's global generators, `make` is called to find
+    out, and called again if it has drawn.
     """
     device = jobs[0].base.device
     if not has_ranks() or first_rank_loads(job.base for job in jobs):
@@ -46,8 +46,8 @@ def with_ranks_alike(jobs: Sequence[StartJob], make: Callable[[], T]) -> T:
 
 
 def _must_draw_alike(job: StartJob) -> bool:
-    """Whether the start is drawn from generators that differ, or may be, of a sharded weight. Of a
-    plain weight that nobody rewrites, processes may have their own starts.
+    """Whether the start is drawn from generators that differ; for a sharded weight, whether it may
+    be. For a plain weight that is not rewritten, processes may have different starts.
     """
     initializer = job.initializer
     if job.base.sharded:
@@ -56,13 +56,13 @@ def _must_draw_alike(job: StartJob) -> bool:
 
 
 def _may_draw(job: StartJob) -> bool:
-    """Whether it is not known if the start, which is subtracted, is drawn."""
+    """Whether the start is subtracted and it is not known whether the start is drawn."""
     return job.initializer.changes_base and job.initializer.draws_unseeded is None
 
 
 def read_shards(jobs: Sequence[StartJob]) -> dict[str, Readable]:
     """What initializers may read of the layers that are sharded, by name: one collective for all
-    layers of a group of processes. Layers whose entries are needed are not among them.
+    layers of a group of processes. Layers whose starts need the entries of W are left out.
     """
     wanted = [job for job in jobs if job.base.sharded and not job.initializer.reads_entries]
     shards = [_shards_of(job) for job in wanted]
@@ -100,7 +100,7 @@ def starts_by_owners(
 
 
 def _owned(job: StartJob, gradient: Tensor | None, make: Make) -> OwnedStart:
-    """The job of one process, which gets the whole weight, and the whole gradient."""
+    """The job of one process, which gets the whole weight and the whole gradient."""
     parts = [job.base.stored_weight]
     if gradient is not None and is_sharded(gradient):
         parts.append(gradient)

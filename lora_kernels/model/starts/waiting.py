@@ -25,8 +25,8 @@ def _refused(self: WaitingAdapter, *args: Any, **options: Any) -> NoReturn:
 
 
 class WaitingAdapter(Adapter):
-    """An `Adapter` whose A, B and R have no values. It becomes an `Adapter` by `start_`, or by a
-    checkpoint of a started one. Until then, what needs the values raises ValueError.
+    """An `Adapter` whose A, B and R have no values. `start_`, or loading a checkpoint of a started
+    adapter, turns it into an `Adapter`. Until then, whatever needs the values raises ValueError.
     """
 
     _changes_base: bool
@@ -64,8 +64,8 @@ class WaitingAdapter(Adapter):
         return self._changes_base
 
     def check_start(self, start: Start) -> None:
-        """Raises ValueError if the start has an R or a λ and its initializer does not say so, or
-        the reverse.
+        """Raises ValueError if the start has an R or a λ that its initializer does not declare, or
+        lacks one that it declares.
         """
         for name, attribute, what in _MIDDLES:
             if (getattr(start, name) is None) != (getattr(self, name) is None):
@@ -108,7 +108,7 @@ class WaitingAdapter(Adapter):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         saved = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         if not saved:
-            return  # the base alone: the start is computed from it
+            return  # only the base was loaded: the start is computed from it
         super()._load_from_state_dict(state_dict, prefix, *rest)
         state = state_dict.get(f"{prefix}_extra_state")
         if state is None:

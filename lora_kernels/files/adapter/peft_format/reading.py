@@ -226,7 +226,7 @@ def _other_rank(name: str, rows: int, r: int) -> ValueError:
 
 
 def with_own_ranks(config: LoRAConfig, layers: Mapping[str, LayerState]) -> LoRAConfig:
-    """The configuration with a rank pattern for the layers whose rank differs from its r."""
+    """The configuration with patterns for the layers whose rank differs from what it says."""
     other = {n: layer for n, layer in layers.items() if layer.r != config.layer_rank(n)}
     if not other:
         return config

@@ -221,7 +221,7 @@ class Meeting:
 
     def _check(self, rank: int) -> bool:
         """Whether a rank is done; raises its error, or an OSError if it ended too early."""
-        here = self._key_of(rank) == self._keys[rank]  # first: it writes, then ends
+        here = self._key_of(rank) == self._keys[rank]  # first: a rank writes, then ends
         if (error := self._error_of(rank)) is not None:
             raise error
         if self._read(f"{self._keys[rank]}.{_DONE}") is not None:

@@ -65,7 +65,7 @@ class Rows:
         raise NotRowsError(f"{what} has no part for each row: {shapes} for {self.counts} rows")
 
     def write(self, target: Tensor, parts: Sequence[Tensor]) -> None:
-        """Writes the groups' tensors into `target` [size, ...], or one of them if it has no rows."""
+        """Writes the groups' tensors into `target` [size, ...], or one of them into a number."""
         if target.dim() == 0 or target.numel() == 0:
             target.copy_(parts[0])
             return

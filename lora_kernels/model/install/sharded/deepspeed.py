@@ -12,7 +12,7 @@ _HOOKS = "DeepSpeedZeRoOffload."  # of stage 3, on every module
 
 
 def refuse_initialized(model: nn.Module) -> None:
-    """Raises ValueError if `deepspeed.initialize` has created an engine of stage 3 for the model."""
+    """Raises ValueError if `deepspeed.initialize` has made an engine of stage 3 for the model."""
     hooks = model._forward_pre_hooks.values()
     if any(str(getattr(hook, "__qualname__", "")).startswith(_HOOKS) for hook in hooks):
         raise ValueError(

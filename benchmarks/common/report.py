@@ -13,7 +13,7 @@ from rich.table import Table
 from benchmarks.common.harness import Timing
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-COLOURS = ("#0b6e99", "#e07a1f", "#5a8f3c", "#a23b72", "#7a7a7a", "#c2a33a", "#3d405b", "#d1495b")
+COLORS = ("#0b6e99", "#e07a1f", "#5a8f3c", "#a23b72", "#7a7a7a", "#c2a33a", "#3d405b", "#d1495b")
 
 Row = Mapping[str, object]
 
@@ -82,13 +82,13 @@ def bar_panels(
         rows, columns, figsize=(6.2 * columns, height * rows), squeeze=False, layout="constrained"
     )
     families = dict.fromkeys(t.family for timings in panels.values() for t in timings)
-    colour = {family: COLOURS[i % len(COLOURS)] for i, family in enumerate(families)}
+    color = {family: COLORS[i % len(COLORS)] for i, family in enumerate(families)}
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (label, timings) in zip(axes.flat, panels.items(), strict=False):
         positions = range(len(timings))
         values = [0.0 if t.failure else 1e3 * t.median for t in timings]
-        axis.barh(positions, values, color=[colour[t.family] for t in timings], height=0.7)
+        axis.barh(positions, values, color=[color[t.family] for t in timings], height=0.7)
         axis.set_yticks(positions, [t.name for t in timings])
         axis.invert_yaxis()
         axis.set_title(label, fontsize=10, loc="left")

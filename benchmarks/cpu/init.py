@@ -117,7 +117,7 @@ def peers(console: Console, options: argparse.Namespace) -> None:
                 rows += rows_of(timings, {**facts, **environment()})
                 panels[label] = timings
     write_csv(options.out / "init.csv", rows)
-    title = f"Initialising one layer, {environment()['device']}; (× {FLOOR})"
+    title = f"Initializing one layer, {environment()['device']}; (× {FLOOR})"
     bar_panels(options.out / "init.png", title, panels, xlabel="ms, log scale", log=True)
 
 

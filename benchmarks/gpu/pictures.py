@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common.report import COLOURS, short
+from benchmarks.common.report import COLORS, short
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Bar:
     sense: str = "≤"
 
     @property
-    def colour(self) -> str:
+    def color(self) -> str:
         """The second color if the bar misses its aim, else the first."""
         if self.aim is None:
-            return COLOURS[0]
+            return COLORS[0]
         good = self.value <= self.aim if self.sense == "≤" else self.value >= self.aim
-        return COLOURS[0 if good else 1]
+        return COLORS[0 if good else 1]
 
 
 def aim_bars(
@@ -48,7 +48,7 @@ def aim_bars(
     for position, bar in enumerate(bars):
         missing = math.isnan(bar.value)
         length = 0 if missing else min(bar.value, longest)
-        axis.barh(position, length, color=bar.colour, height=0.7)
+        axis.barh(position, length, color=bar.color, height=0.7)
         text = "no value" if missing else f" {short(bar.value)}"
         axis.annotate(text, (length, position), va="center", fontsize=8)
         if bar.aim:

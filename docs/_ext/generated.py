@@ -18,7 +18,7 @@ from sphinx.domains.python import PyXRefRole
 from sphinx.util.inspect import signature as signature_of
 from sphinx.util.inspect import stringify_signature
 
-from lora_kernels.cli import _parser
+from lora_kernels.cli import argument_parser
 
 _TYPES = {"SymInt": "int", "ScalarType": "torch.dtype", "Device": "torch.device"}
 _COLUMNS = "84"  # of help texts
@@ -86,7 +86,7 @@ class Command(Directive):
     optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        parser = _parser()
+        parser = argument_parser()
         if self.arguments:
             (commands,) = parser._subparsers._group_actions
             parser = commands.choices[self.arguments[0]]

@@ -91,7 +91,7 @@ def run(task: Task, name: str, progress: Progress) -> tuple[Outcome, nn.Module]:
     model = copy.deepcopy(task.base)
 
     config = replace(METHODS[name], target_modules=task.targets)
-    bar = progress.add_task(f"{name}: initialise", total=1)
+    bar = progress.add_task(f"{name}: initialize", total=1)
     with PeakGrowth(sharp=True) as init_memory:
         seconds = add_lora(model, config, progress=False).seconds
     progress.advance(bar)
@@ -155,7 +155,7 @@ def show(console: Console, outcomes: Sequence[Outcome]) -> None:
     print_table(console, "Start and short fine-tune", rows)
     console.print(
         "start |Δlogit|: the largest difference to the untouched model. Loss: per token, on texts "
-        "that are not trained on. +MiB: how far the process grew while initialising (adapters "
+        "that are not trained on. +MiB: how far the process grew while initializing (adapters "
         "included) and while training. All three have one learning rate here; docs/study.md has "
         "each at its own best rate.",
         style="dim",

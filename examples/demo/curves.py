@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.common.report import COLOURS
+from benchmarks.common.report import COLORS
 from examples.demo.finetune import Curve
 
 # Chosen so that both of two coinciding curves are visible: a wide line below a narrow dashed one.
@@ -39,7 +39,7 @@ def draw_curves(path: Path, title: str, curves: Mapping[str, Curve]) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for index, (method, curve) in enumerate(curves.items()):
-        style = {**STYLES[index % len(STYLES)], "color": COLOURS[index], "label": method}
+        style = {**STYLES[index % len(STYLES)], "color": COLORS[index], "label": method}
         axes[0].plot(list(curve.train), list(curve.train.values()), **(style | {"marker": ""}))
         axes[1].plot(list(curve.validation), list(curve.validation.values()), **style)
     axes[0].set_title("training loss, one batch per step", fontsize=10, loc="left")

@@ -30,7 +30,7 @@ def check_weight(weight: torch.Tensor, name: str = "weight") -> None:
     if weight.dtype not in FLOATS:
         raise TypeError(
             f"{name} has dtype {weight.dtype}; expected {_FLOAT_NAMES} "
-            "(dequantise it first if it is quantised)"
+            "(dequantize it first if it is quantized)"
         )
     if weight.dim() != 2:
         raise ValueError(

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0; 1 after an error (one line on standard error),
     or if `verify` or `check` finds one; 130 after Ctrl-C. After wrong usage, argparse exits with 2.
     """
-    options = _parser().parse_args(argv)
+    options = argument_parser().parse_args(argv)
     try:
         return options.run(options) or 0
     except (ValueError, TypeError, OSError, MissingExtraError, OutOfMemoryError) as error:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "lora-kernels",
         description="Tools for low-rank adaptation.",

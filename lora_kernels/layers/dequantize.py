@@ -203,7 +203,7 @@ def _weight_8bit(module: ForeignLayer) -> Tensor:
 
 def _not_quantized(module: nn.Module) -> ValueError:
     return ValueError(
-        f"{type(module).__name__} is not quantised yet: move the model to its device first, "
+        f"{type(module).__name__} is not quantized yet: move the model to its device first, "
         "model.to(device)"
     )
 

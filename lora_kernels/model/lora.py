@@ -199,7 +199,7 @@ def merge_lora(
     ]
     if wrapped and not dequantize:
         raise ValueError(
-            f"{len(wrapped)} layers are quantised ({wrapped[0]} ...), and rounding would erase the "
+            f"{len(wrapped)} layers are quantized ({wrapped[0]} ...), and rounding would erase the "
             "update: load the base in floating point and load_adapter there, or pass "
             "dequantize=True to turn them into nn.Linear"
         )

@@ -189,7 +189,7 @@ def plan_layers(
         plan.changes_base, plan.initializer = initializer.changes_base, initializer
         plans.append(plan)
     if originals is not None and all(plan.base.rewritable for plan in plans):
-        raise ValueError("original_weights are for quantised layers, of which there are none here")
+        raise ValueError("original_weights are for quantized layers, of which there are none here")
     return plans
 
 
@@ -424,9 +424,9 @@ def _initializer(
         return initializer
     if originals is None:
         raise ValueError(
-            f"{name} is quantised already ({base.kind}): without the weight that it was made from, "
-            f"{type(initializer).__name__} has no quantisation error to compensate for. Pass "
-            "original_weights=, the folder or the state_dict of the model that was quantised, or "
+            f"{name} is quantized already ({base.kind}): without the weight that it was made from, "
+            f"{type(initializer).__name__} has no quantization error to compensate for. Pass "
+            "original_weights=, the folder or the state_dict of the model that was quantized, or "
             "adapt that model"
         )
     originals.find(name)

@@ -79,14 +79,14 @@ class InitializeReport:
             return
         name, depths = self.adapter_name, getattr(self._model, DEPTH)
         if depths[name] != self._depth:
-            raise RuntimeError(f"adapter {name!r} was initialised again since: undo that first")
+            raise RuntimeError(f"adapter {name!r} was initialized again since: undo that first")
         _refuse_merged(self._model)
         layers = {n: layer for n, layer in lora_layers(self._model).items() if n in self._before}
         layers = {n: layer for n, layer in layers.items() if has_adapter(layer, name)}
         for layer_name, layer in layers.items():
             if not self._before[layer_name].fits(layer, name):
                 raise RuntimeError(
-                    f"{layer_name}: adapter {name!r} is not the one that was initialised"
+                    f"{layer_name}: adapter {name!r} is not the one that was initialized"
                 )
         for layer_name, layer in layers.items():
             self._before[layer_name].restore(layer, name)
@@ -308,7 +308,7 @@ def _linear_layers(
     if not layers:
         why = "; ".join(line.strip() for line in described(left))
         raise ValueError(
-            f"adapter {adapter!r} has no linear layer to initialise{why and ': '}{why}"
+            f"adapter {adapter!r} has no linear layer to initialize{why and ': '}{why}"
         )
     return layers, left
 

@@ -169,7 +169,7 @@ def _checked_weight(name: str, base: BaseLayer) -> Tensor:
     """The weight as it is stored; raises TypeError or ValueError if it can have no gradient."""
     if not base.rewritable:
         raise TypeError(
-            f"the weight of {name!r} is quantised ({base.kind}) and has no gradient: load the "
+            f"the weight of {name!r} is quantized ({base.kind}) and has no gradient: load the "
             "model in floating point"
         )
     weight = base.stored_weight
@@ -191,7 +191,7 @@ def _checked_weight(name: str, base: BaseLayer) -> Tensor:
             check_weight(matrix, base.parameter_name(name))
         if type(weight.data) is not Tensor:
             raise TypeError(
-                f"{name}.weight is a {type(weight.data).__name__}: dequantise a quantised one first"
+                f"{name}.weight is a {type(weight.data).__name__}: dequantize a quantized one first"
             )
     if weight.is_meta:
         raise ValueError(f"{name}.weight is on the meta device: load it first")

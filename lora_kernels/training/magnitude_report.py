@@ -41,7 +41,7 @@ _ADAPTER_COLUMNS = {
     "ν[sBA]": "nu_update",
     "‖sBA‖": "norm_update",
 }
-_BLUE, _ORANGE, _GREY = "#0b6e99", "#e07a1f", "#7a7a7a"
+_BLUE, _ORANGE, _GRAY = "#0b6e99", "#e07a1f", "#7a7a7a"
 
 
 def make_table(rows: Rows, title: str = "") -> Table:
@@ -170,7 +170,7 @@ def _draw_gains(axis: Axes, rows: Sequence[LayerMagnitude]) -> None:
     """Draws all layers in gray, their median in blue, and LoRAM's logarithm for each size."""
     curves = [dict(row.gains) for row in rows if row.gains]
     for curve in curves:
-        axis.plot(list(curve), list(curve.values()), color=_GREY, alpha=0.25, linewidth=0.7)
+        axis.plot(list(curve), list(curve.values()), color=_GRAY, alpha=0.25, linewidth=0.7)
     ranks = sorted({k for curve in curves for k in curve})
     middle = [median(curve[k] for curve in curves if k in curve) for k in ranks]
     axis.plot(ranks, middle, color=_BLUE, linewidth=2.2, label="exact Q[r], median")

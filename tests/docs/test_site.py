@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import lora_kernels
-from lora_kernels.cli import _parser
+from lora_kernels.cli import argument_parser
 from lora_kernels.ops._backends.library import LIBRARY
 
 from ..support import ROOT
@@ -110,7 +110,7 @@ def test_every_operator_is_in_the_reference():
 
 
 def test_every_command_is_in_the_reference():
-    (commands,) = _parser()._subparsers._group_actions
+    (commands,) = argument_parser()._subparsers._group_actions
     listed = re.findall(r"^\.\. command:: (\w+)$", REFERENCE, re.MULTILINE)
     assert sorted(listed) == sorted(commands.choices)
 

@@ -361,7 +361,7 @@ def test_qera_of_a_quantized_model():
     assert not getattr(model[0].weight.quant_state, "packing_format_for_cpu", False)
     config = LoRAConfig(r=R, lora_alpha=2 * R, init_lora_weights="qera")
     Q = to_numpy(base_of(model[0]).weight())
-    with pytest.raises(ValueError, match=r"QERA has no quantisation error.*original_weights="):
+    with pytest.raises(ValueError, match=r"QERA has no quantization error.*original_weights="):
         add_lora(model, config, activations=activations, progress=False)
     weights = {"0.weight": original[0].weight.detach()}
     add_lora(model, config, activations=activations, original_weights=weights, progress=False)

@@ -56,12 +56,12 @@ class TestKinds:
     def test_float_layers(self):
         assert kind_of(nn.Linear(3, 4)) == "linear"
         assert kind_of(nn.Linear(3, 4, dtype=torch.float16, device="meta")) == "linear"
-        parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+        parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
         pruned = random_unstructured(nn.Linear(3, 4), "weight", 0.5)
         odd = nn.MultiheadAttention(4, 1).out_proj
         norm = nn.LayerNorm(3)
         assert kind_of(odd) == "attention_out"
-        computed = (parametrised, pruned, norm, nn.Bilinear(2, 3, 4), nn.EmbeddingBag(3, 4))
+        computed = (parametrized, pruned, norm, nn.Bilinear(2, 3, 4), nn.EmbeddingBag(3, 4))
         for module in (*computed, LoRALinear(8, 8), nn.Sequential(nn.Linear(3, 4))):
             assert kind_of(module) is None
         assert kind_of(nn.Embedding(3, 4)) == "embedding"
@@ -322,7 +322,7 @@ class TestDequantizedWeight:
 
         layers = (bnb.nn.Linear4bit(64, 32), bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False))
         for layer in layers:
-            with pytest.raises(ValueError, match=r"not quantised yet: .*model.to\(device\)"):
+            with pytest.raises(ValueError, match=r"not quantized yet: .*model.to\(device\)"):
                 base_of(layer).weight()
 
 

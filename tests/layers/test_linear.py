@@ -446,7 +446,7 @@ def test_bad_weights_change_nothing(bad, residual, device):
 def test_weights_that_cannot_be_absorbed():
     linear = nn.Linear(48, 40)
     linear.weight = nn.Parameter(torch.ones(40, 48, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"int8.*dequantise"):
+    with pytest.raises(TypeError, match=r"int8.*dequantize"):
         LoRALinear.from_linear(linear, r=4)
     with pytest.raises(ValueError, match="meta"):
         LoRALinear.from_linear(nn.Linear(48, 40, device="meta"), r=4)

@@ -579,7 +579,7 @@ class TestErrors:
                 lambda e: setattr(
                     e, "down_proj", nn.Parameter(e.down_proj.to(torch.float8_e4m3fn), False)
                 ),
-                "quantised",
+                "quantized",
             ),
             (lambda e: setattr(e, "forward", lambda x, *routing: x), "replaced"),
         ],

@@ -438,7 +438,7 @@ def test_attention():
     assert bool(gradient.any()) and not bool(gradient[:16, 2:].any())
 
 
-def test_quantised_base():
+def test_quantized_base():
     from tests.support.quantized import OnlyForward
 
     plain = nn.Linear(INNER, 24)

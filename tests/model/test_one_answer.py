@@ -99,7 +99,7 @@ def test_what_is_no_linear_layer_of_its_own_is_left_out_by_all():
         for targets in ([name], {name: model.get_submodule(name)}, [model.get_submodule(name)]):
             with pytest.raises(TypeError, match=text):
                 find_targets(model, targets)
-    with pytest.raises(TypeError, match=r"weight of 'codes' is quantised \(forward\)"):
+    with pytest.raises(TypeError, match=r"weight of 'codes' is quantized \(forward\)"):
         capture_gradients(model, [torch.randn(2, 3, 8)], loss=lambda m, x: m(x).square().mean())
 
 
@@ -127,7 +127,7 @@ def test_adapted_gpt2_is_measured():
         assert row.nu_update == pytest.approx(float(update.square().mean()), rel=1e-6)
 
 
-def test_quantised_layers_are_measured():
+def test_quantized_layers_are_measured():
     model = nn.ModuleDict({"q": OnlyForward(torch.randn(12, 20), None, torch.float32)})
     W = model["q"](torch.eye(20)).detach().T  # [out, in]
     (row,) = inspect_model(model, 4, progress=False)

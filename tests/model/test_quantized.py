@@ -246,7 +246,7 @@ def test_merge_into_floating_point(kind):
     train(model)
     with torch.no_grad():
         want = model(IDS)
-    with pytest.raises(ValueError, match=r"3 layers are quantised .*dequantize=True"):
+    with pytest.raises(ValueError, match=r"3 layers are quantized .*dequantize=True"):
         merge_lora(model)
     merge_lora(model, dequantize=True)
     assert all(type(getattr(model, name)) is nn.Linear for name in TARGETS)
@@ -362,11 +362,11 @@ class TestLoftQ:
             assert all(torch.equal(after[name], before[name]) for name in before)
             assert not adapted_layers(model)
 
-        refused(r"gate is quantised already \(forward\): without .*original_weights=")
+        refused(r"gate is quantized already \(forward\): without .*original_weights=")
         refused("LoRAM has no use for original_weights", state, "loram")
         refused("no weight of 'gate'; did you mean", {"gates.weight": state["gate.weight"]})
         refused(r"'up\.weight' is \[3, 3\]", {**state, "up.weight": torch.ones(3, 3)})
-        refused("for quantised layers, of which there are none", state, model=original)
+        refused("for quantized layers, of which there are none", state, model=original)
         dequantized = {f"{n}.weight": base_of(getattr(model, n)).weight() for n in TARGETS}
         refused(r"gate: the quantization error W − Q is zero", dequantized)
 

@@ -416,7 +416,7 @@ def test_undo_gives_the_bits_back():
     again = initialize(model, "lora")  # no start: nothing is subtracted
     assert not any("lora_start" in key for key in model.state_dict())
     move(model)
-    with pytest.raises(RuntimeError, match="initialised again since"):
+    with pytest.raises(RuntimeError, match="initialized again since"):
         report.undo()
     again.undo()
     assert any("lora_start" in key for key in model.state_dict())
@@ -438,7 +438,7 @@ def test_undo_after_the_adapter_went():
     model.add_adapter("default", LoraConfig(r=2, target_modules="all-linear"))
     model.set_adapter("default")
     assert torch.equal(logits(model), logits(llama()))
-    with pytest.raises(RuntimeError, match="not the one that was initialised"):
+    with pytest.raises(RuntimeError, match="not the one that was initialized"):
         report.undo()
 
 
@@ -618,7 +618,7 @@ def with_odd_layer(kind: str, targets: list[str]) -> nn.Module:
 def test_an_odd_layer_is_left(kind):
     """It stays as it is, the others are initialized; alone it is an error."""
     reason = ODD[kind][1]
-    with pytest.raises(ValueError, match=f"no linear layer to initialise: .*{reason}"):
+    with pytest.raises(ValueError, match=f"no linear layer to initialize: .*{reason}"):
         initialize(with_odd_layer(kind, ["layers.1.mlp.up_proj"]))
     model = with_odd_layer(kind, ["up_proj", "q_proj"])
     want = logits(model)
@@ -651,14 +651,14 @@ def test_a_layer_that_is_not_called_is_left():
     assert report.layers == ["called"] and report.left.keys() == {"read"}
     assert reason in report.left["read"]
     model = get_peft_model(nn.Sequential(_Reader()), LoraConfig(r=2, target_modules=["0.read"]))
-    with pytest.raises(ValueError, match=f"no linear layer to initialise: .*{reason}"):
+    with pytest.raises(ValueError, match=f"no linear layer to initialize: .*{reason}"):
         initialize(model)
 
 
 def test_what_cannot_be_initialized():
     model = adapted(llama(), alora_invocation_tokens=[1], task_type="CAUSAL_LM")
     with pytest.raises(
-        ValueError, match="no linear layer to initialise: skipped 14: it is PEFT's ALora"
+        ValueError, match="no linear layer to initialize: skipped 14: it is PEFT's ALora"
     ):
         initialize(model)
     model = adapted(llama(), init_lora_weights="olora")

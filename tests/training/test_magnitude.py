@@ -137,7 +137,7 @@ class TestMeasure:
             ({"weight": torch.zeros(3)}, ValueError, "must be 2-D"),
             ({"weight": torch.zeros(0, 3)}, ValueError, "weight is empty"),
             ({"weight": torch.zeros(0, 3), "name": "a.b"}, ValueError, "a.b is empty"),
-            ({"weight": torch.zeros(3, 3, dtype=torch.int8)}, TypeError, "dequantise"),
+            ({"weight": torch.zeros(3, 3, dtype=torch.int8)}, TypeError, "dequantize"),
         ],
     )
     def test_bad(self, kwargs, error, match):

@@ -59,6 +59,6 @@ def run(session: Session) -> None:
     shown = {"variant": "all at once", "median_ms": "ms", "aim_ms": "aim ms"}
     shown |= {"floor_ms": "floor ms", "times_floor": "× floor", "aim_times_floor": "aim"}
     shown |= {"rounds": "rounds", "failure": "failure"}
-    title = f"Initialising {plan.projections} projections, {session.environment['device']}"
+    title = f"Initializing {plan.projections} projections, {session.environment['device']}"
     session.publish("init", f"{title}; floor: two reads and one write of W", rows, shown)
     aim_bars(session.out / "init.png", title, bars, "× floor")

@@ -69,7 +69,7 @@ def exact_rows(session: Session) -> list[dict[str, object]]:
     return rows
 
 
-def randomised_rows(session: Session, r: int, niter: int) -> list[dict[str, object]]:
+def randomized_rows(session: Session, r: int, niter: int) -> list[dict[str, object]]:
     """The second call of `svd_lowrank` for each shape; the first loads its kernels."""
     rows = []
     for shape, count in session.plan.model:
@@ -151,7 +151,7 @@ def total_of(session: Session, rows: list[dict[str, object]], r: int) -> dict[st
     }
 
 
-def record_randomised(
+def record_randomized(
     session: Session, r: int, peer: dict[str, object], mine: dict[str, object]
 ) -> None:
     """Store how many times faster ours is than `svd_lowrank` at the same accuracy."""
@@ -169,11 +169,11 @@ def run(session: Session) -> None:
     exacts = exact_rows(session)
     rows = list(exacts)
     for r in plan.init_ranks:
-        by_peer = {niter: randomised_rows(session, r, niter) for niter in NITERS}
+        by_peer = {niter: randomized_rows(session, r, niter) for niter in NITERS}
         mine = our_rows(session, r)
         totals = [total_of(session, part, r) for part in (exacts, *by_peer.values(), mine)]
         rows += [row for part in (*by_peer.values(), mine, totals) for row in part]
-        record_randomised(session, r, totals[-2], totals[-1])
+        record_randomized(session, r, totals[-2], totals[-1])
         bars += [
             Bar(f"{t['what']}, against r = {r}", t["times_ours"], t["aim"] or None, "≥")
             for t in totals

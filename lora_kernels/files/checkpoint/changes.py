@@ -300,7 +300,7 @@ def _change(folder: ModelFolder, changes: Changes, name: str, value: Value) -> N
     if entry.dtype not in DTYPES and not integers:
         raise ValueError(
             f"{name!r} is stored as {entry.dtype} in {folder.path}: use a base that is not "
-            "quantised"
+            "quantized"
         )
     if whole is not None and (resized or integers):
         changes.dropped.add(stored)

@@ -102,7 +102,7 @@ def stored_stack(
     tensors = [StoredTensor(*entries[place.name]) for place in found]
     for tensor in tensors:
         if tensor.entry.dtype not in DTYPES:
-            return f"it is quantised in the files ({tensor.name!r} is {tensor.entry.dtype})"
+            return f"it is quantized in the files ({tensor.name!r} is {tensor.entry.dtype})"
     dtypes = sorted({tensor.entry.dtype for tensor in tensors})
     if len(dtypes) > 1:
         return f"the files hold parts of it in different dtypes ({', '.join(dtypes)})"
@@ -120,7 +120,7 @@ def _places(
         return _wrong_shape(places, entries, experts, shape[1]) or places
     if name not in architecture.converted:
         if any(other.startswith(name) for other in architecture.unused):
-            return "it is quantised in the files"
+            return "it is quantized in the files"
         return "it is not in the files"
     reason = ""
     for other_shape in (False, True):

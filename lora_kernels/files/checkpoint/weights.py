@@ -119,8 +119,8 @@ def chosen_weights(
             weights.append(weight)
     if quantized:
         raise ValueError(
-            f"{len(quantized)} of {len(linear)} chosen layers are quantised in the files "
-            f"of {path} ({quantized[0]} ...), and a start needs floating-point weights: dequantise "
+            f"{len(quantized)} of {len(linear)} chosen layers are quantized in the files "
+            f"of {path} ({quantized[0]} ...), and a start needs floating-point weights: dequantize "
             "the model first, or choose other layers with target_modules or exclude_modules"
         )
     named = [name for name in skipped if name in selection.layers]
@@ -204,7 +204,7 @@ def stored_weights(
         dtypes = ", ".join(sorted({tensor.entry.dtype for tensor in tensors}))
         raise ValueError(
             f"{path} has no 2-D weight of a linear layer in {', '.join(DTYPES)}; its tensors are "
-            f"{dtypes or 'none at all'} (dequantise them first if they are quantised)"
+            f"{dtypes or 'none at all'} (dequantize them first if they are quantized)"
         )
     file = path / "config.json" if path.is_dir() else path.parent / "config.json"
     config = read_json(file) if file.is_file() else {}

@@ -126,7 +126,7 @@ def refuse_sharded(name: str, module: nn.Module, rewritable: bool | None = None)
             )
         if is_sharded(tensor) and not rewritable:
             raise ValueError(
-                f"{what} is a part of a quantised weight, which is sharded: adapt the model before "
+                f"{what} is a part of a quantized weight, which is sharded: adapt the model before "
                 "it is sharded"
             )
         if tensor.is_meta:

@@ -72,7 +72,7 @@ def why_not_adaptable(experts: nn.Module) -> str | None:
         if weight is None:
             return f"its experts have no parameter {name!r} of their own"
         if weight.dtype not in FLOATS:
-            return f"its experts are quantised ({weight.dtype})"
+            return f"its experts are quantized ({weight.dtype})"
         if weight.dim() != 3:
             return f"its experts' {name} is {list(weight.shape)}, not [experts, ...]"
     return None

@@ -330,7 +330,7 @@ def _check_saved(name: str, module: nn.Module) -> None:
     base = base_of(module)
     if base is not None and not base.rewritable:
         raise ValueError(
-            f"modules_to_save: {name} is quantised ({base.kind}) and cannot be trained"
+            f"modules_to_save: {name} is quantized ({base.kind}) and cannot be trained"
         )
 
 

@@ -53,7 +53,7 @@ def why_not_experts(wrapper: ParamWrapper) -> str | None:
     if stacks_of(experts):
         return "its experts have adapters of lora_kernels, too"
     if any(type(experts._parameters[name].data) is not Tensor for name in projections(experts)):
-        return "the weights of its experts are shards or quantised tensors"
+        return "the weights of its experts are shards or quantized tensors"
     return None
 
 

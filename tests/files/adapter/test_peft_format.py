@@ -55,7 +55,7 @@ from ...support.packages import needs_real_model
 
 safetensors = pytest.importorskip("safetensors.torch")
 
-# LoftQ's adapters are those of a base that it makes: test_quantised_models.py has them.
+# LoftQ's adapters are those of a base that it makes: tests/model/test_quantized.py has them.
 NAMES = [n for n in initializer_names() if not get_initializer(n).rewrites_base]
 
 
@@ -527,7 +527,7 @@ class TestFromPeft:
 
 
 class TestWhatHurtsInPeft:
-    """Problems that users of PEFT report: PEFT's behaviour, and ours."""
+    """Problems that users of PEFT report: PEFT's behavior, and ours."""
 
     def adapted_by_peft(self, init, **options):
         peft = pytest.importorskip("peft")

@@ -49,7 +49,7 @@ from ...support.oracle import to_numpy
 
 safetensors = pytest.importorskip("safetensors.torch")
 
-# LoftQ's adapters are those of a base that it makes: test_quantised_models.py has them.
+# LoftQ's adapters are those of a base that it makes: tests/model/test_quantized.py has them.
 NAMES = [n for n in initializer_names() if not get_initializer(n).rewrites_base]
 
 

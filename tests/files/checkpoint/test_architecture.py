@@ -57,7 +57,7 @@ def test_partly_quantized(quantize, base, tmp_path):
         return quantize(name, tensor) if "layers.1.mlp" in name else {name: tensor}
 
     edit_tensors(base, change)
-    with pytest.raises(ValueError, match=r"3 of 14 chosen layers are quantised .*layers\.1\.mlp"):
+    with pytest.raises(ValueError, match=r"3 of 14 chosen layers are quantized .*layers\.1\.mlp"):
         initialize(base, tmp_path / "out", LoRAConfig(r=4))
     assert not (tmp_path / "out").exists()
     chosen = LoRAConfig(r=4, exclude_modules=r".*layers\.1\.mlp.*")

@@ -374,22 +374,22 @@ class TestErrors:
         folder = self.changed(tmp_path, halve)
         self.refused(folder, tmp_path, r"is \[24, 32\] by config\.json, \[12, 32\] in the files")
 
-    def test_quantised(self, tmp_path):
-        def quantise(tensors):
+    def test_quantized(self, tmp_path):
+        def quantize(tensors):
             for name in list(tensors):
                 if ".experts." in name:
                     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
 
-        folder = self.changed(tmp_path, quantise)
-        self.refused(folder, tmp_path, r"it is quantised in the files \('.*' is F8_E4M3\)")
+        folder = self.changed(tmp_path, quantize)
+        self.refused(folder, tmp_path, r"it is quantized in the files \('.*' is F8_E4M3\)")
 
     def test_mxfp4(self, tmp_path):
-        def quantise(tensors):
+        def quantize(tensors):
             tensors.pop(GATE_UP)
             tensors[f"{GATE_UP}_blocks"] = torch.zeros(4, 32, 24, dtype=torch.uint8)
 
-        folder = self.changed(tmp_path, quantise, "GptOss")
-        self.refused(folder, tmp_path, "gate_up_proj' of .*, but it is quantised in the files")
+        folder = self.changed(tmp_path, quantize, "GptOss")
+        self.refused(folder, tmp_path, "gate_up_proj' of .*, but it is quantized in the files")
 
     def test_different_dtypes(self, tmp_path):
         def widen(tensors):

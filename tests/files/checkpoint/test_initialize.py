@@ -141,7 +141,7 @@ class TestAbsorb:
             if not get_initializer(method).changes_base:
                 assert stored == after[f"{name}.weight"]
                 continue
-            if method == "loftq":  # the base is its quantised values, the start what they lack
+            if method == "loftq":  # the base is its quantized values, the start what they lack
                 W_start = W_res + 3.0 * B @ A
                 assert 0 < np.linalg.norm(W - W_start) < np.linalg.norm(W - W_res)
                 continue

@@ -14,6 +14,7 @@ for package in ("rich", "matplotlib", "scipy"):
 from rich.console import Console  # noqa: E402
 from scipy import stats  # noqa: E402
 
+from benchmarks.common.document import put_tables  # noqa: E402
 from benchmarks.study.methods import FULL, METHODS  # noqa: E402
 from benchmarks.study.plan import (  # noqa: E402
     FRESH_SEEDS,
@@ -27,7 +28,6 @@ from benchmarks.study.plan import (  # noqa: E402
 from benchmarks.study.report import statistics, write_report  # noqa: E402
 from benchmarks.study.report.__main__ import main  # noqa: E402
 from benchmarks.study.report.cells import PLANNED, Study  # noqa: E402
-from benchmarks.common.document import put_tables  # noqa: E402
 from benchmarks.study.report.figures import FIGURES  # noqa: E402
 from benchmarks.study.report.hypotheses import findings  # noqa: E402
 from benchmarks.study.report.methods import confirmation_rows, method_rows  # noqa: E402

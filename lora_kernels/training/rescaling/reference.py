@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ...init import Initializer, get_initializer
 
+# A start has small factors if the first step at its tuned rate makes κ so many times as large.
+SMALL = 1.5
+
 
 @dataclass(frozen=True)
 class StudyTask:
@@ -25,10 +28,13 @@ class StudyReference:
     """The study's tuned learning rates in two numbers, and what they were measured with.
 
     Attributes:
-        product: c, the geometric mean over all setups of the tuned rate times κ, the step size.
-            The rate is the peak of a linear warm-up and decay, of AdamW without weight decay.
+        product: c, the geometric mean over all setups of the tuned rate times κ, the step size
+            after the first step. The rate is the peak of a linear warm-up and decay, of AdamW
+            without weight decay.
         spread: the largest factor, in either direction, between a tuned rate and c / κ.
         full: the lowest and the highest tuned rate of full fine-tuning, which c leaves out.
+        small_factors: the smallest and the largest tuned rate over c / κ of starts with small
+            factors, which c and the spread leave out.
         tasks: the models and how long they were trained.
         starts: the names of the starts.
         ranks: the values of r.
@@ -39,6 +45,7 @@ class StudyReference:
     product: float
     spread: float
     full: tuple[float, float]
+    small_factors: tuple[float, float]
     tasks: tuple[StudyTask, ...]
     starts: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -61,6 +68,7 @@ STUDY = StudyReference(
     product=4.66e-4,
     spread=2.5,
     full=(1e-4, 1.78e-4),
+    small_factors=(0.1, 0.3),
     tasks=(
         StudyTask("code", "SmolLM2-135M", 135_000_000, steps=24, batch=4),
         StudyTask("sentiment", "all-MiniLM-L6-v2", 23_000_000, steps=66, batch=16),

@@ -696,17 +696,14 @@ def test_the_study():
     full = [float(row["rate"]) for row in every if row["method"] == "full"]
     assert STUDY.full == (min(full), max(full))
     rows = [row for row in every if row["method"] != "full"]
-    small = [_step_of(row).after(_rate(row)) > SMALL * float(row["step_size"]) for row in rows]
-    assert {row["method"] for row, is_small in zip(rows, small, strict=True) if is_small} == {
-        "lora_one"
-    }
-    usual = [row for row, is_small in zip(rows, small, strict=True) if not is_small]
+    small = [row for row in rows if _has_small_factors(_step_of(row))]
+    usual = [row for row in rows if row not in small]
+    assert {row["method"] for row in small} == {"lora_one"}
     products = [_rate(row) * _step_of(row).after(_rate(row)) for row in usual]
     assert STUDY.product == pytest.approx(np.exp(np.log(products).mean()), rel=0.05)
-    ratios = [_rate(row) / _step_of(row).rate(STUDY.product) for row in rows]
-    others = np.log([ratio for ratio, is_small in zip(ratios, small, strict=True) if not is_small])
-    assert STUDY.spread == pytest.approx(np.exp(np.abs(others).max()), rel=0.05)
-    ratios = [ratio for ratio, is_small in zip(ratios, small, strict=True) if is_small]
+    farthest = np.exp(np.abs(np.log([_rate_over_predicted(row) for row in usual])).max())
+    assert STUDY.spread == pytest.approx(farthest, rel=0.05)
+    ratios = [_rate_over_predicted(row) for row in small]
     assert STUDY.small_factors == pytest.approx((min(ratios), max(ratios)), rel=0.05)
     assert {task.name for task in STUDY.tasks} == {row["task"] for row in rows}
     assert set(STUDY.ranks) == {int(row["r"]) for row in rows}
@@ -718,6 +715,14 @@ def test_the_study():
 
 def _rate(row: dict[str, str]) -> float:
     return float(row["rate"])
+
+
+def _has_small_factors(step: StepSize) -> bool:
+    return step.after(step.rate(STUDY.product)) > SMALL * step.value
+
+
+def _rate_over_predicted(row: dict[str, str]) -> float:
+    return _rate(row) / _step_of(row).rate(STUDY.product)
 
 
 def _step_of(row: dict[str, str]) -> StepSize:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...init import Initializer, get_initializer
 
-# A start has small factors if the first step at its tuned rate makes κ so many times as large.
+# A start has small factors if the first step at the rate c / κ makes κ so many times as large.
 SMALL = 1.5
 
 
@@ -65,15 +65,18 @@ class StudyReference:
 
 # From benchmarks/results/study/rates.csv, full fine-tuning aside; a test compares them.
 STUDY = StudyReference(
-    product=4.66e-4,
-    spread=2.5,
+    product=4.37e-4,
+    spread=4.8,
     full=(1e-4, 1.78e-4),
-    small_factors=(0.1, 0.3),
+    small_factors=(0.205, 0.363),
     tasks=(
         StudyTask("code", "SmolLM2-135M", 135_000_000, steps=24, batch=4),
         StudyTask("sentiment", "all-MiniLM-L6-v2", 23_000_000, steps=66, batch=16),
     ),
-    starts=("lora", "loram", "pissa", "init_ab"),
-    ranks=(16,),
+    starts=(
+        *("lora", "loram", "pissa", "milora", "olora", "init_ab", "init_ab_plus"),
+        *("lora_ga", "lora_one", "lora_sb", "lora_xs"),
+    ),
+    ranks=(8, 16, 64),
     scalings=(1.0, 64.0),
 )

@@ -130,7 +130,7 @@ def _suggest(options: argparse.Namespace) -> None:
     product, text = None, ""
     if reference is not None:
         step = measured(reference, 1.0)
-        product = options.reference_lr * step.after(options.reference_lr)
+        product = step.product(options.reference_lr)
         text = reference_text(reference, step, options.reference_lr)
     found = make_suggestion(
         config,

@@ -56,7 +56,7 @@ class StepSize:
         """κ² = Σ κ²_l entries_l / Σ entries_l, from κ² of layers by name.
 
         Layers that were not measured count with the mean of their kind; one of each kind has to be.
-        `moving` is that of the start (`moving`).
+        The function `moving` computes `moving` from the start.
 
         Raises:
             ValueError: κ is zero or not finite.
@@ -87,8 +87,12 @@ class StepSize:
         """κ after the first step at this rate."""
         return math.sqrt(self.value**2 + self.growth * rate**2)
 
+    def product(self, rate: float) -> float:
+        """c = η · κ of the rate η, for the κ after the first step."""
+        return rate * self.after(rate)
+
     def rate(self, product: float) -> float:
-        """The rate η with η · κ = `product`, for the κ after the first step at η."""
+        """The rate whose `product` this is."""
         square = self.value**2
         root = math.hypot(square, 2 * math.sqrt(self.growth) * product)
         return product * math.sqrt(2 / (square + root))
@@ -102,7 +106,8 @@ def is_slow(initializer: Initializer) -> bool:
 
 def moving(initializer: Initializer, ratio: float) -> float:
     """What a step of rate η adds to κ², over s²rη²: the entries of A move by η and those of B by
-    `ratio` · η, with signs that do not depend on their own. With a factor frozen, κ stays.
+    `ratio` · η, with signs that do not depend on their own. With a factor frozen, κ stays. KaSA's λ
+    has a mean square of 1.
     """
     return 0.0 if initializer.has_R or initializer.trains != "AB" else 2 * ratio**2
 

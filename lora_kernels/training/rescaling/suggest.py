@@ -106,7 +106,7 @@ def suggest(
     product, text = None, ""
     if reference is not None:
         step, _ = measured(reference[0], 1.0)
-        product = reference[1] * step.after(reference[1])
+        product = step.product(reference[1])
         text = reference_text(reference[0], step, reference[1])
     step, notes = measured(config, ratio)
     notes = (why, *notes) if why else notes

@@ -44,7 +44,7 @@ REFINEMENT, CONFIRMATION = "refinement", "confirmation"
 PARTS: dict[str, list[Cell]] = {
     "main": _cells("code", CORE) + _cells("sentiment", CORE),
     REFINEMENT: _cells("sentiment", [*CORE, *RIVALS, *ABLATIONS]),
-    CONFIRMATION: _cells("code", _CONFIRMED) + _cells("sentiment", _CONFIRMED),
+    CONFIRMATION: _cells("code", _CONFIRMED) + _cells("sentiment", [*_CONFIRMED, "lora_ga"]),
     "rivals": _cells("code", RIVALS) + _cells("sentiment", RIVALS),
     "digits": _cells("digits", [*_OF_RANKS, "loram_rslora", FULL]),
     "ranks": _cells("code", _OF_RANKS, 8, 64) + _cells("sentiment", _OF_RANKS, 8, 64),

@@ -29,6 +29,7 @@ from ..training.rescaling.step_size import (
     LayerSize,
     StepSize,
     is_slow,
+    moving,
     sampled,
     start_square,
 )
@@ -129,7 +130,7 @@ def _suggest(options: argparse.Namespace) -> None:
     product, text = None, ""
     if reference is not None:
         step = measured(reference, 1.0)
-        product = options.reference_lr * step.value
+        product = step.product(options.reference_lr)
         text = reference_text(reference, step, options.reference_lr)
     found = make_suggestion(
         config,
@@ -219,7 +220,7 @@ def _step_size(
             squares[size.name] = start_square(
                 start, size.scaling, trains=initializer.trains, ratio=ratio
             )
-    return StepSize.of(sizes, squares)
+    return StepSize.of(sizes, squares, moving(initializer, ratio))
 
 
 def _needs(initializer: Initializer) -> str | None:

@@ -48,7 +48,8 @@ class TestNumbers:
         config = LoRAConfig(r=4, init_lora_weights=method)
         found = suggest(loaded(path), config, layers=1, progress=False)
         got = values(capsys, path, "--method", method, "-r", 4, "--layers", 1)
-        for name in ("learning_rate", "low", "high", "step_size", "scaling", "lora_alpha"):
+        numbers = ("learning_rate", "low", "high", "step_size", "next_step_size", "scaling")
+        for name in (*numbers, "lora_alpha"):
             assert got[name] == pytest.approx(getattr(found, name), rel=1e-6), name
         for name in ("measured", "layers", "scaling_rule", "reference", "ratio"):
             assert got[name] == getattr(found, name), name
@@ -92,7 +93,7 @@ class TestNumbers:
         """The layers that `init` starts there: 9 of three dtypes, without the fp8 tensors."""
         got = values(capsys, odd_model, "-r", 4)
         assert got["layers"] == got["measured"] == 9
-        assert got["learning_rate"] * got["step_size"] == pytest.approx(STUDY.product)
+        assert got["learning_rate"] * got["next_step_size"] == pytest.approx(STUDY.product)
 
     def test_a_file(self, tmp_path, capsys):
         weights = {f"layers.{k}.{n}.weight": torch.randn(24, 16) for k in (0, 1) for n in "qv"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...model.config import LoRAConfig
-from .reference import STUDY, StudyReference
+from .reference import SMALL, STUDY, StudyReference
 from .step_size import StepSize
 
 
@@ -13,6 +13,7 @@ def notes_on(
     """Notes on the rate `product` / κ; `is_study` says whether `product` is the study's."""
     return (
         *_on_the_rate(is_study),
+        *_on_small_factors(step, product),
         *_on_the_study(config, step),
         *_on_the_configuration(config, product, ratio),
     )
@@ -28,6 +29,18 @@ def _on_the_rate(is_study: bool) -> list[str]:
         if is_study
         else "c is what the reference gives, with its schedule. The range is that of the study, "
         f"whose tuned rates are {spread}.",
+    ]
+
+
+def _on_small_factors(step: StepSize, product: float) -> list[str]:
+    after = step.after(step.rate(product))
+    if after <= SMALL * step.value:
+        return []
+    low, high = STUDY.small_factors
+    return [
+        f"The factors of this start are small beside this rate: κ is {step.value:.2g} before the "
+        f"first step and {after:.2g} after it. The study's one start of this kind, LoRA-One, "
+        f"trained best at {low:.2g} to {high:.2g} times such a rate: try smaller ones."
     ]
 
 

@@ -18,8 +18,8 @@ _FREE = (
 _RSLORA = (
     _FREE
     + "Proposed is rsLoRA's s = {:g} / √r. In the study it trained LoRA as s = 1 did on one task, "
-    "and better on the other. By κ, the rate stays the same when r changes, if the sizes of the "
-    "start's entries do (LoRA's do; those of 'gaussian' are 1 / r)."
+    "and to a lower mean loss on the other. By κ, the rate stays the same when r changes, if the "
+    "sizes of the start's entries do (LoRA's do; those of 'gaussian' are 1 / r)."
 )
 _LORA = (
     _FREE

@@ -1,6 +1,7 @@
 """κ, the step size of a start: how far one step of Adam at the rate 1 moves W.
 
 It is the root mean square of the entries of the change of W (`adam_growth`), over a whole model.
+A step moves A and B too, and so κ: little, if the rate is small beside their entries.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class LayerSize:
 @dataclass(frozen=True)
 class StepSize:
     """κ of a model with `layers` adapted layers, `measured` of which were measured. `scaling` is
-    the smallest and the largest s, `ranks` the smallest and the largest r.
+    the smallest and the largest s, `ranks` the smallest and the largest r. A step at the rate η
+    adds `growth` · η² to κ².
     """
 
     value: float
@@ -46,13 +48,16 @@ class StepSize:
     layers: int
     scaling: tuple[float, float]
     ranks: tuple[int, int]
+    growth: float = 0.0
 
     @classmethod
-    def of(cls, layers: Sequence[LayerSize], squares: Mapping[str, float]) -> StepSize:
+    def of(
+        cls, layers: Sequence[LayerSize], squares: Mapping[str, float], moving: float = 0.0
+    ) -> StepSize:
         """κ² = Σ κ²_l entries_l / Σ entries_l, from κ² of layers by name.
 
         A layer that was not measured gets the mean of its kind. At least one layer of each kind
-        must be measured.
+        must be measured. The function `moving` computes the argument `moving` from the start.
 
         Raises:
             ValueError: κ is zero or not finite.
@@ -62,7 +67,8 @@ class StepSize:
         for own in _kinds(layers).values():
             found = [squares[layer.name] for layer in own if layer.name in squares]
             total += sum(layer.entries for layer in own) * sum(found) / len(found)
-        value = math.sqrt(total / sum(layer.entries for layer in layers))
+        entries = sum(layer.entries for layer in layers)
+        value = math.sqrt(total / entries)
         if not 0 < value < math.inf:
             raise ValueError(
                 f"the step size of this start is {value:g}: its factors are zero or too large in "
@@ -75,13 +81,36 @@ class StepSize:
             len(layers),
             (min(scalings), max(scalings)),
             (min(ranks), max(ranks)),
+            moving * sum(own.entries * own.r * own.scaling**2 for own in layers) / entries,
         )
+
+    def after(self, rate: float) -> float:
+        """κ after the first step at this rate."""
+        return math.sqrt(self.value**2 + self.growth * rate**2)
+
+    def product(self, rate: float) -> float:
+        """c = η · κ of the rate η, for the κ after the first step."""
+        return rate * self.after(rate)
+
+    def rate(self, product: float) -> float:
+        """The rate whose `product` this is."""
+        square = self.value**2
+        root = math.hypot(square, 2 * math.sqrt(self.growth) * product)
+        return product * math.sqrt(2 / (square + root))
 
 
 def is_slow(initializer: Initializer) -> bool:
     """Whether the start is computed from the entries of W or from data, for example by an SVD."""
     from_data = initializer.needs_gradient or initializer.needs_activations
     return initializer.reads_entries or from_data
+
+
+def moving(initializer: Initializer, ratio: float) -> float:
+    """What a step of rate η adds to κ², over s²rη²: the entries of A move by η and those of B by
+    `ratio` · η, with signs that do not depend on their own. With a factor frozen, κ stays. KaSA's λ
+    has a mean square of 1.
+    """
+    return 0.0 if initializer.has_R or initializer.trains != "AB" else 2 * ratio**2
 
 
 def sampled(layers: Sequence[LayerSize], limit: int | None) -> list[LayerSize]:

@@ -28,7 +28,7 @@ from ...model.selection.tied import tied_modules
 from ...model.starts import first_rank_loads
 from ...model.starts.ranks import redistributed
 from .scaling import with_scaling
-from .step_size import LAYERS, LayerSize, StepSize, is_slow, sampled, start_square
+from .step_size import LAYERS, LayerSize, StepSize, is_slow, moving, sampled, start_square
 from .suggestion import Suggestion, make_suggestion, reference_text
 
 OPTIMIZERS = ("adamw", "adam")
@@ -56,7 +56,8 @@ def suggest(
     independent of each other. κ² of a model is the mean over its layers, weighted by their numbers
     of entries. By propositions 1 and 2 of LoRAM (arXiv 2507.06558), the updates of setups with
     equal η·κ grow alike. So the best rate is about c / κ, where c is one setup's best rate times
-    its κ. Training W itself has κ = 1.
+    its κ. Training W itself has κ = 1. This κ is the one after the first step, which moves A and B
+    too: it differs from the κ of the start if the factors are not large beside the rate.
 
     The initial factors are those that `add_lora` would compute, one group of layers after another.
     The model and torch's random generators do not change.
@@ -107,7 +108,8 @@ def suggest(
     product, text = None, ""
     if reference is not None:
         step, _ = measured(reference[0], 1.0)
-        product, text = reference[1] * step.value, reference_text(reference[0], step, reference[1])
+        product = step.product(reference[1])
+        text = reference_text(reference[0], step, reference[1])
     step, notes = measured(config, ratio)
     notes = (why, *notes) if why else notes
     return make_suggestion(config, step, product=product, reference=text, ratio=ratio, notes=notes)
@@ -205,7 +207,7 @@ def _step_size(
                     parts=options.parts,
                 )
                 plan.start = None
-    step = StepSize.of(list(sizes.values()), squares)
+    step = StepSize.of(list(sizes.values()), squares, moving(initializer, ratio))
     if not left:
         return step, ()
     return step, (f"Not in κ: {listed(left)}. Of an embedding, only the tokens that occur move.",)

@@ -26,9 +26,10 @@ class Suggestion:
         ratio: B's learning rate divided by A's.
         step_size: κ, the root mean square of the entries of the change of W in one step of Adam at
             the rate 1.
+        next_step_size: κ after the first step at `learning_rate`.
         measured: the number of layers on which κ was measured.
         layers: the number of adapted layers.
-        reference: where c = learning_rate · κ comes from.
+        reference: where c = learning_rate · κ comes from, for the κ after the first step.
         notes: what is known and what is not, one or two sentences each.
 
     """
@@ -42,6 +43,7 @@ class Suggestion:
     scaling_rule: str
     ratio: float
     step_size: float
+    next_step_size: float
     measured: int
     layers: int
     reference: str
@@ -51,12 +53,13 @@ class Suggestion:
         rate = f"{self.learning_rate:.2g}" + " for A" * (self.ratio != 1)
         of_B = f", {self.ratio * self.learning_rate:.2g} for B" if self.ratio != 1 else ""
         some = f"{self.measured} of " if self.measured < self.layers else "all "
-        c = self.learning_rate * self.step_size
+        c = self.learning_rate * self.next_step_size
         return "\n".join(
             [
                 f"{described(self.config, self.scaling)}: learning rate {rate}{of_B} "
                 f"({self.low:.2g} to {self.high:.2g})",
-                f"  step size κ = {self.step_size:.3g}, measured on {some}{self.layers} layers",
+                f"  step size κ = {self.step_size:.3g}, measured on {some}{self.layers} layers; "
+                f"{self.next_step_size:.3g} after a step",
                 f"  c = learning rate · κ = {c:.2g}, from {self.reference}",
                 *(f"  - {note}" for note in self.notes),
             ]
@@ -79,7 +82,7 @@ def make_suggestion(
     """
     is_study = product is None
     c = STUDY.product if product is None else product
-    rate, (low, high) = c / step.value, step.scaling
+    rate, (low, high) = step.rate(c), step.scaling
     return Suggestion(
         learning_rate=rate,
         low=rate / STUDY.spread,
@@ -90,6 +93,7 @@ def make_suggestion(
         scaling_rule=config.scaling_rule,
         ratio=ratio,
         step_size=step.value,
+        next_step_size=step.after(rate),
         measured=step.measured,
         layers=step.layers,
         reference=str(STUDY) if is_study else reference,
@@ -101,7 +105,7 @@ def reference_text(config: LoRAConfig, step: StepSize, rate: float) -> str:
     """Where c comes from, if that is a configuration that trains well at this rate."""
     low, high = step.scaling
     text = described(config, low if low == high else (low, high))
-    return f"{text} at the rate {rate:.2g} on this model, where κ = {step.value:.3g}"
+    return f"{text} at the rate {rate:.2g} on this model, where κ = {step.after(rate):.3g}"
 
 
 def described(config: LoRAConfig, scaling: float | tuple[float, float]) -> str:

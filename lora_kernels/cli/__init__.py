@@ -12,6 +12,8 @@ from .._utils.errors import MissingExtraError
 from .._utils.version import __version__
 from . import check, convert, env, init, inspect, merge, suggest, verify
 
+__all__ = ["main"]
+
 _EXAMPLES = """\
 from a checkpoint to a trained adapter:
   lora-kernels init models/base start --method loram -r 16

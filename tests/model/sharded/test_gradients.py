@@ -179,7 +179,7 @@ def test_gradients_that_are_being_accumulated_stay():
     assert max(on_ranks(2, work)) < 1e-12
 
 
-@pytest.mark.parametrize("method", ["lora_ga", "lora_sb"])
+@pytest.mark.parametrize("method", ["lora_ga", "lora_one", "lora_sb"])
 def test_starts_are_those_of_one_process(method):
     config = LoRAConfig(r=4, init_lora_weights=method)
     model = llama()

@@ -12,6 +12,7 @@ import torch
 from lora_kernels.cli import main
 
 from ..files.serving.test_check import QV, gemma3, named, write, write_base
+from ..support.exhaustive import paired
 
 ENGINE_KEYS = {
     "engine", "as_of", "outcome", "refusals", "remedies", "notes", "flags", "rank",
@@ -202,10 +203,12 @@ def test_one_line_for_each_reason(tmp_path, capsys):
     assert out.count("no effect") == 1 and "4 layers: no effect: the names of its tensors" in out
 
 
-@pytest.mark.parametrize("option", [(), ("--json",)], ids=["table", "json"])
-@pytest.mark.parametrize("engine,code", [("vllm", 0), ("sglang", 1)])
-def test_a_reader_that_stops_changes_no_exit_status(option, engine, code, tmp_path):
+@pytest.mark.parametrize(
+    ("verdict", "option"), paired([("vllm", 0), ("sglang", 1)], [(), ("--json",)])
+)
+def test_a_reader_that_stops_changes_no_exit_status(verdict, option, tmp_path):
     """As `lora-kernels check ... | head -0`, with a pipe that nobody reads."""
+    engine, code = verdict
     adapter = write(tmp_path / "a", use_rslora=True)
     command = [sys.executable, "-m", "lora_kernels.cli", "check", adapter, "--for", engine, *option]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

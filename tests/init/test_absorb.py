@@ -12,6 +12,7 @@ from torch import nn
 from lora_kernels import LoRALinear
 from lora_kernels.init import InitAB, LoRAM, PiSSA, get_initializer, initializer_names
 
+from ..support.exhaustive import paired
 from ..support.oracle import ROUNDING, TINY, to_numpy
 from ..support.packages import needs_real_model
 from ..support.running import layer_data
@@ -112,8 +113,10 @@ def test_implicit_start_is_the_base(initializer, dtype, device):
 
 
 @needs_real_model
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("initializer", [n for n in STARTS if get_initializer(n).changes_base])
+@pytest.mark.parametrize(
+    ("initializer", "dtype"),
+    paired([n for n in STARTS if get_initializer(n).changes_base], DTYPES[1:]),
+)
 def test_real_weights(initializer, dtype, real_linears, real_gradients, device):
     for linear, G in zip(real_linears, real_gradients, strict=True):
         ours = copy.deepcopy(linear).to(device, dtype)

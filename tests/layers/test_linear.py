@@ -18,6 +18,7 @@ from lora_kernels.init import LoRA, LoRAM
 
 from ..support import ROOT
 from ..support.devices import rng_state
+from ..support.exhaustive import paired
 from ..support.oracle import ROUNDING
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -484,8 +485,9 @@ print((max(peak, resident().rss) - before) / (8192 * 8192 * dtype.itemsize))
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"), paired(["contiguous", "transposed", "strided"], ["float32", "bfloat16"])
+)
 def test_absorbing_holds_no_second_copy(dtype, layout):
     """The process grows by A and B, and never by a tenth of W."""
     command = [sys.executable, "-c", PEAK, dtype, layout]

@@ -1,7 +1,8 @@
 """Whether all combinations are tested: LORA_KERNELS_TEST_ALL=1, set by continuous integration.
 
 Without it, `make test` runs the large sweeps in full only for the best instruction set, mostly
-skips them for the others, and compiles the Triton kernels ahead of time for only one architecture.
+skips them for the others, and compiles only a third of the launches of Triton kernels ahead of
+time, and for only one architecture.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from lora_kernels.training.rescaling.reference import SMALL, StudyTask
 from lora_kernels.training.rescaling.step_size import LayerSize, StepSize, moving, sampled
 
 from ..support import ROOT, tiny_models
+from ..support.exhaustive import paired
 from ..support.oracle import loram_beta, to_numpy
 from ..support.packages import needs_bitsandbytes, needs_peft, needs_transformers
 from ..support.quantized import OnlyForward, linear_4bit
@@ -166,8 +167,10 @@ class TestStepSize:
         scalings = [layer.scaling for layer in adapted_layers(model).values()]
         assert found.scaling == (min(scalings), max(scalings))
 
-    @pytest.mark.parametrize("ratio", [1.0, 4.0])
-    @pytest.mark.parametrize("start", ["lora", "loram", "lora_one", "mica", "lora_xs", "lora_sb"])
+    @pytest.mark.parametrize(
+        ("start", "ratio"),
+        paired(["lora", "loram", "lora_one", "mica", "lora_xs", "lora_sb"], [1.0, 4.0]),
+    )
     def test_after_a_step(self, start, ratio):
         """The mean of κ² over random signs of a step, by autograd, at the rate of the study."""
         model = Blocks()

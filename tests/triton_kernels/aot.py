@@ -4,15 +4,18 @@ No signature is written down twice: `record` runs the real wrappers and records 
 instead of executing them, and `compile_launch` compiles each to a cubin and reports on it.
 
     python -m tests.triton_kernels.aot [CASES_MODULE] [--arch 80 90 100] [--jobs 2] [--cache FOLDER]
+        [--every 3]  # compiles one of every three launches of each kernel
     python -m tests.triton_kernels.aot --table  # rewrites resources.csv
 
 `CASES_MODULE` has `CASES`, name -> callable that takes the arch, and may have `EXPECTS`,
-"case:kernel" -> {arch: instructions that every launch of that kernel in that case must contain}.
+"case:kernel" -> {arch: instructions that every launch of that kernel in that case must contain},
+and `NEVER_LEFT_OUT`, the cases that `--every` does not thin.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copyreg
 import importlib
@@ -21,7 +24,7 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -137,20 +140,42 @@ def _compile_new(launches: list[Launch], jobs: int, cache: Cache) -> list[Report
     return [next(compiled) if report is None else Report(**report) for report in known]
 
 
+Recorded = dict[tuple[str, int], "list[Launch] | str"]
+
+
+def _thinned(recorded: Recorded, every: int, whole_cases: Collection[str]) -> dict[str, Launch]:
+    """One of `every` distinct launches of each kernel for each arch, and all of some cases."""
+    kept, seen, counts = {}, set(), collections.Counter()
+    for (case, arch), launches in recorded.items():
+        for launch in () if isinstance(launches, str) else launches:
+            if case in whole_cases:
+                kept[launch.identity] = launch
+            if launch.identity in seen:
+                continue
+            seen.add(launch.identity)
+            if counts[arch, launch.fn] % every == 0:
+                kept[launch.identity] = launch
+            counts[arch, launch.fn] += 1
+    return kept
+
+
 def check(
     module: Any,
     archs: tuple[int, ...] = ARCHS,
     jobs: int | None = None,
     cache: Path | None = None,
+    every: int = 1,
 ) -> list[dict]:
-    """Record and compile all cases of a module; identical launches are compiled once."""
+    """Record and compile the cases of a module; identical launches are compiled once. Launches that
+    `every` leaves out are reported as "left_out".
+    """
     recorded = {
         (case, arch): _attempt(record, lambda f=f, a=arch: f(a), arch)
         for case, f in module.CASES.items()
         for arch in archs
     }
     expects = dict(getattr(module, "EXPECTS", {}))
-    unique = {x.identity: x for r in recorded.values() if not isinstance(r, str) for x in r}
+    unique = _thinned(recorded, every, getattr(module, "NEVER_LEFT_OUT", ()))
     results = _compile_new([*unique.values()], jobs or os.cpu_count(), Cache(cache))
     compiled = dict(zip(unique, results, strict=True))
     reports, met = [], set()
@@ -159,8 +184,12 @@ def check(
             reports.append({"case": case, "arch": arch, "error": launches})
             continue
         for launch in launches:
-            result, name = compiled[launch.identity], launch.fn.__name__
+            name = launch.fn.__name__
             about = {"case": case, "arch": arch, "kernel": name}
+            if launch.identity not in compiled:
+                reports.append({**about, "left_out": True})
+                continue
+            result = compiled[launch.identity]
             if isinstance(result, str):
                 reports.append({**about, "arguments": launch.arguments, "error": result})
                 continue
@@ -168,7 +197,7 @@ def check(
             wanted = expects.get(f"{case}:{name}", {}).get(arch, ())
             missing = [each for each in wanted if each not in result.instructions]
             reports.append({**asdict(result), "case": case, "missing": missing})
-    if set(archs) != set(ARCHS):
+    if every > 1 or set(archs) != set(ARCHS):
         return reports  # further faults may concern the others
     for case in module.CASES:
         if not any(recorded[case, arch] for arch in archs):
@@ -186,6 +215,7 @@ def main() -> None:
     parser.add_argument("cases_module", nargs="?", default="tests.triton_kernels.aot_cases")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--every", type=int, default=1, help="compile one of so many launches")
     parser.add_argument("--cache", type=Path, help="a folder to keep results in")
     parser.add_argument("--table", action="store_true", help=f"write {aot_table.TABLE.name} anew")
     arguments = parser.parse_args()
@@ -198,7 +228,8 @@ def main() -> None:
     with output, tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # inherited by workers: nothing is stale
         module = importlib.import_module(arguments.cases_module)
-        reports = check(module, archs, arguments.jobs, arguments.cache)
+        every = 1 if arguments.table else arguments.every
+        reports = check(module, archs, arguments.jobs, arguments.cache, every)
         if arguments.table:
             aot_table.write(reports)
         else:

@@ -47,10 +47,10 @@ def rows(reports: list[dict]) -> list[dict[str, str]]:
     launches = collections.Counter()
     table = []
     for report in reports:
-        if "registers" not in report:
-            continue  # an error
-        about = report["case"], report["kernel"], report["arch"]
+        about = report["case"], report.get("kernel"), report["arch"]
         launches[about] += 1
+        if "registers" not in report:
+            continue  # an error, or left out
         named = report["arguments"].items()
         pointers = [kind.removesuffix("/16")[1:] for _, kind in named if kind.startswith("*")]
         constants = [f"{name}={value}" for name, value in named if name.isupper()]
@@ -66,6 +66,11 @@ def rows(reports: list[dict]) -> list[dict[str, str]]:
         row = {name: str(row.get(name, report.get(name))) for name in COLUMNS}
         table.append(row)
     return table
+
+
+def place(row: dict[str, str]) -> tuple[str, ...]:
+    """Which launch a row of the table is about."""
+    return tuple(row[name] for name in ("case", "kernel", "launch", "arch"))
 
 
 def read() -> list[dict[str, str]]:

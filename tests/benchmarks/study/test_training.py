@@ -20,6 +20,8 @@ from benchmarks.study.store import RunKey, Store, read_curves, read_runs
 from benchmarks.study.tasks.base import Task
 from benchmarks.study.training import Started, schedule
 
+from ...support.exhaustive import EXHAUSTIVE, thinned
+
 
 class Tiny(Task):
     """A two-layer network learns another one's function."""
@@ -64,13 +66,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+# The others begin from another model.
+AT_THE_BASE = [m for m in METHODS if m not in ("init_ab_plus", "lora_one")]
+
+
 def runner(folder: Path, seen: list | None = None, **options) -> tuple[Runner, Store]:
     store = Store(folder)
     report = (lambda run: None) if seen is None else seen.append
     return Runner(store, torch.device("cpu"), report, **options), store
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", thinned(METHODS))
 def test_every_method_trains_from_the_same_start_at_every_rate(method: str) -> None:
     started = Started(Tiny(torch.device("cpu")), method, 4, 0)
     first = started.run(1e-3)
@@ -82,7 +88,7 @@ def test_every_method_trains_from_the_same_start_at_every_rate(method: str) -> N
     assert started.step_size > 0 and started.nu_weight > 0
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("init_ab_plus", "lora_one")])
+@pytest.mark.parametrize("method", thinned(AT_THE_BASE))
 def test_training_begins_as_the_untouched_model(method: str) -> None:
     task = Tiny(torch.device("cpu"))
     started = Started(task, method, 4, 0)
@@ -114,6 +120,7 @@ def test_a_run_that_diverges_stops() -> None:
     assert outcome.diverged and outcome.points[-1].step < 6
 
 
+@pytest.mark.skipif(not EXHAUSTIVE, reason="trains sixty small models")
 def test_a_killed_study_goes_on_and_writes_the_same_rows(tmp_path: Path) -> None:
     parts = ("main", plan.REFINEMENT, plan.CONFIRMATION)
     work = [(part, Cell("tiny", "loram", 4)) for part in parts]

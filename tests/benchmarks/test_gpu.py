@@ -92,29 +92,20 @@ def run(out: Path, *argv: str, plan=TINY) -> int:
     return main([*argv, "--out", str(out)], device=CPU, plan=plan)
 
 
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("gpu")
-    assert run(out) == 0
-    return out
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_part_leaves_its_files(part, everything):
-    for name, columns in FILES[part].items():
-        rows = read(everything / f"{name}.csv")
-        assert rows
+def test_every_part_leaves_its_files_and_every_target_is_measured(tmp_path):
+    assert run(tmp_path) == 0
+    assert set(FILES) == set(PARTS)
+    for name, columns in [item for files in FILES.values() for item in files.items()]:
+        rows = read(tmp_path / f"{name}.csv")
+        assert rows, name
         assert columns | {"device", "torch", "plan"} <= set(rows[0])
         failures = {row.get("failure", "") for row in rows}
         assert failures <= {"", peers.NOT_INSTALLED, "left out of the tiny plan"}
-        assert (everything / f"{name}.png").stat().st_size > 1000
-
-
-def test_every_target_is_measured(everything):
-    table = {row["line"]: row for row in read(everything / "headline.csv")}
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    table = {row["line"]: row for row in read(tmp_path / "headline.csv")}
     assert list(table) == [line.name for line in lines(H200, TINY)]
     assert all(row["measured"] for row in table.values())
-    assert (everything / "headline.png").stat().st_size > 1000
+    assert (tmp_path / "headline.png").stat().st_size > 1000
 
 
 @pytest.fixture

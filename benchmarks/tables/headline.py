@@ -35,7 +35,7 @@ def headline(results: Results) -> str:
             f"PEFT's `pissa_niter_4`: {ms('PEFT pissa_niter_4')} ms; `pissa`: {ms('PEFT pissa')}",
         ],
         [
-            "`add_lora` on SmolLM2-135M, 210 layers",
+            "`add_lora` on SmolLM2-135M in memory, 210 layers",
             f"LoRAM: {whole('add_lora loram')} s; PiSSA: {whole('add_lora pissa')}",
             f"PEFT's plain LoRA: {whole('PEFT lora')} s; `pissa`: {whole('PEFT pissa')}",
         ],

@@ -23,6 +23,12 @@ def check(names, output, folder):
         trained = names["model"](**prompt).logits
         served = names["served"](**prompt).logits
     assert (trained - served).norm() <= 1e-5 * trained.norm()
-    assert "of 210 layers" in output or "210" in output
+    assert "fused forward in 210 of 210 LoRA layers" in output
+    with torch.no_grad():
+        untouched = names["peft_model"](**prompt).logits
+    with torch.no_grad(), names["peft_model"].disable_adapter():
+        base = names["peft_model"](**prompt).logits
+    assert (untouched - base).norm() <= 1e-5 * base.norm()  # the start is subtracted
+    assert (served - base).norm() > 0.05 * base.norm()  # ten steps have changed the model
     merged = load_file(folder / "merged" / "model.safetensors")
     assert merged["model.layers.0.mlp.up_proj.weight"].shape == (1536, 576)

@@ -20,7 +20,7 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """better, worse, or not told apart."""
+        """better, worse, or no clear difference."""
         return verdict(self.difference.mean, self.p_holm)
 
 

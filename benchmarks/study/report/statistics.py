@@ -13,7 +13,7 @@ import numpy as np
 from numpy.polynomial import Polynomial
 from scipy import stats
 
-LEVEL = 0.95  # of intervals; methods that are told apart have an adjusted p below 1 - LEVEL
+LEVEL = 0.95  # of intervals; a clear difference has an adjusted p below 1 - LEVEL
 SHARE = 0.01  # of the best loss: the robustness of a method
 COVERED = 0.9  # of the cells, by a spread
 DEGREE = 3  # of the curve that is fitted to losses
@@ -88,7 +88,7 @@ def holm(p: Sequence[float]) -> list[float]:
 def verdict(mean: float, p: float) -> str:
     """The verdict on a difference of losses, given its adjusted p."""
     if p >= 1 - LEVEL:
-        return "not told apart"
+        return "no clear difference"
     return "better" if mean < 0 else "worse"
 
 

@@ -296,7 +296,7 @@ def test_a_row_of_methods():
         100 * np.mean(np.array(losses) / references) - 100
     )
     assert loram["p"] == loram["p_holm"] == pytest.approx(oracle.pvalue)
-    assert loram["verdict"] == ("better" if oracle.pvalue < 0.05 else "not told apart")
+    assert loram["verdict"] == ("better" if oracle.pvalue < 0.05 else "no clear difference")
     assert (loram["metric"], loram["start_seconds"], loram["seeds"]) == (pytest.approx(0.6), 0.7, 3)
     assert loram["relative_update"] == pytest.approx(
         10 * step_size(LORAM) * 10 ** (own.best / 2) / 0.2

@@ -14,7 +14,7 @@ from benchmarks.study.report.hypotheses.losses import NEARLY_EQUAL
 
 
 def best_losses(study: Study, path: Path) -> bool:
-    """The comparisons at r = 16; a method that is not told apart from LoRA has an open mark."""
+    """The comparisons at r = 16; a method without a clear difference has an open mark."""
     found = {cell: c for cell, c in compare_with_lora(study).items() if cell.r == RANK}
     tasks = [task for task in study.tasks if any(cell.task == task for cell in found)]
     if not tasks:
@@ -38,7 +38,7 @@ def best_losses(study: Study, path: Path) -> bool:
     axes[0, 0].set_ylim(len(methods) - 0.4, -0.6)
     title = (
         "Final loss against LoRA (B = 0), each at its best rate: mean of the differences of three "
-        "seeds with 95 % intervals. Filled: told apart by Holm's method. Gray: within ± 2 %"
+        "seeds with 95 % intervals. Filled: clearly different by Holm's method. Gray: within ± 2 %"
     )
     save(figure, path, title)
     return True
@@ -46,7 +46,7 @@ def best_losses(study: Study, path: Path) -> bool:
 
 def _mark(axis: Any, position: int, comparison: Comparison, color: str) -> None:
     found = comparison.difference
-    face = "white" if comparison.verdict == "not told apart" else color
+    face = "white" if comparison.verdict == "no clear difference" else color
     axis.plot([found.low, found.high], [position] * 2, color=color, linewidth=1.6)
     axis.plot(found.mean, position, "o", color=color, markerfacecolor=face, markersize=6)
 

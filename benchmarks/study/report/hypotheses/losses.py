@@ -95,20 +95,20 @@ def _ablations(study: Study, task: str) -> Finding:
     loram = study.get(task, "loram")
     tuned = [own for own in (study.get(task, name) for name in ABLATIONS) if own is not None]
     found = compare([(own, loram) for own in tuned]) if loram is not None else {}
-    apart = [each for each in found.values() if each.verdict != "not told apart"]
+    clear = [each for each in found.values() if each.verdict != "no clear difference"]
     largest = max(found, key=lambda c: abs(found[c].difference.mean), default=None)
     return Finding(
         4,
         task,
         "ablations that are better or worse than LoRAM",
-        float(len(apart)) if found else None,
+        float(len(clear)) if found else None,
         "= 0",
         f"largest difference: {METHODS[largest.method].title}, "
         f"{found[largest].difference.mean:+.2f} %"
         if largest is not None
         else "",
         counted(cells, left),
-        for_all(not apart, left),
+        for_all(not clear, left),
     )
 
 

@@ -175,7 +175,7 @@ class Initializer:
         """The initializer for a base that is already quantized; `original()` returns the weight W
         [out, in] before quantization. Only initializers with `compensates` have one.
         """
-        raise TypeError(f"{type(self).__name__} has no use for the weight before quantization")
+        raise TypeError(f"{type(self).__name__} does not use the weight before quantization")
 
     def for_embedding(self) -> Initializer:
         """The initializer that embeddings get instead; by default this one."""

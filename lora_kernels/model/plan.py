@@ -419,7 +419,7 @@ def _initializer(
     so that it can approximate the quantization error.
     """
     if originals is not None and not initializer.compensates:
-        raise ValueError(f"{type(initializer).__name__} has no use for original_weights")
+        raise ValueError(f"{type(initializer).__name__} does not use original_weights")
     if base.rewritable or not initializer.compensates:
         return initializer
     if originals is None:

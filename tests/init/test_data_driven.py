@@ -196,7 +196,7 @@ class TestBadGradients:
 
     def test_one_that_nobody_asked_for(self, device):
         linear = nn.Linear(48, 40).to(device)
-        with pytest.raises(ValueError, match="LoRAM has no use for a gradient"):
+        with pytest.raises(ValueError, match="LoRAM does not use a gradient"):
             LoRALinear.from_linear(linear, gradient=torch.ones(40, 48, device=device))
 
     @pytest.mark.parametrize("scaling", [0.0, -1.0, math.nan, math.inf])

@@ -363,7 +363,7 @@ class TestLoftQ:
             assert not adapted_layers(model)
 
         refused(r"gate is quantized already \(forward\): without .*original_weights=")
-        refused("LoRAM has no use for original_weights", state, "loram")
+        refused("LoRAM does not use original_weights", state, "loram")
         refused("no weight of 'gate'; did you mean", {"gates.weight": state["gate.weight"]})
         refused(r"'up\.weight' is \[3, 3\]", {**state, "up.weight": torch.ones(3, 3)})
         refused("for quantized layers, of which there are none", state, model=original)

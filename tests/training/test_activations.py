@@ -509,7 +509,7 @@ def test_add_lora_refuses():
     before = state_of(model)
     for options, data, text in (
         ({"init_lora_weights": "eva"}, None, "EVA starts from the inputs of the layers: pass"),
-        ({"init_lora_weights": "lora"}, activations, "LoRA has no use for activations"),
+        ({"init_lora_weights": "lora"}, activations, "LoRA does not use activations"),
         (
             {"init_lora_weights": "corda"},
             {k: v for k, v in activations.items() if k != "blocks.1.o"},

@@ -419,7 +419,7 @@ class TestRates:
         there = measured(model, one, reference=(other, 1e-3), gradients=gradients)
         back = measured(model, other, reference=(one, there.learning_rate), gradients=gradients)
         assert back.learning_rate == pytest.approx(1e-3, rel=1e-9)
-        with pytest.raises(ValueError, match="LoRAM has no use for gradients"):
+        with pytest.raises(ValueError, match="LoRAM does not use gradients"):
             measured(model, one, reference=(one, 1e-3), gradients=gradients)
 
     @pytest.mark.parametrize(
@@ -623,9 +623,9 @@ class TestErrors:
             ({"reference": (LoRAConfig(),)}, TypeError, "reference must be a tuple"),
             ({"reference": (2e-4, LoRAConfig())}, TypeError, "the learning rate comes second"),
             ({"reference": (LoRAConfig(), -1.0)}, ValueError, "learning rate of reference must be"),
-            ({"gradients": {}}, ValueError, "LoRAM has no use for gradients"),
-            ({"activations": {}}, ValueError, "LoRAM has no use for activations"),
-            ({"original_weights": {}}, ValueError, "LoRAM has no use for original_weights"),
+            ({"gradients": {}}, ValueError, "LoRAM does not use gradients"),
+            ({"activations": {}}, ValueError, "LoRAM does not use activations"),
+            ({"original_weights": {}}, ValueError, "LoRAM does not use original_weights"),
             (
                 {"config": LoRAConfig(r=4, init_lora_weights="lora_sb")},
                 ValueError,

@@ -168,7 +168,7 @@ def _refuse_noise(S: Tensor, rows: Tensor, found: Activations) -> None:
     rank = int(torch.gt(S.square(), error * (rows.square() @ diagonal)).sum())
     if rank < len(S):
         raise ValueError(
-            f"{_ON_INPUTS} has numerical rank {rank}, less than r = {len(S)}: QERA has no use for "
+            f"{_ON_INPUTS} has numerical rank {rank}, less than r = {len(S)}: QERA does not use "
             f"the other {len(S) - rank} components; capture inputs of more directions, or take "
             f"r <= {rank}"
         )

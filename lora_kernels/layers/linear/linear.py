@@ -170,9 +170,9 @@ class LoRALinear(AdaptedFloatLayer, nn.Linear):
         check_weight(self.weight)
         check_startable(self.weight, self.weight, options.r, initializer)
         if gradient is not None and not initializer.needs_gradient:
-            raise ValueError(f"{type(initializer).__name__} has no use for a gradient")
+            raise ValueError(f"{type(initializer).__name__} does not use a gradient")
         if activations is not None and not initializer.needs_activations:
-            raise ValueError(f"{type(initializer).__name__} has no use for activations")
+            raise ValueError(f"{type(initializer).__name__} does not use activations")
         r, scaling = options.r, options.scaling
         data = (gradient,) if activations is None else (gradient, activations)
         if options.residual == "absorb":

@@ -106,7 +106,7 @@ def matched(
     title = type(jobs[0].initializer).__name__
     if not needed:
         if given is not None:
-            raise ValueError(f"{title} has no use for {what}")
+            raise ValueError(f"{title} does not use {what}")
         return {job.name: None for job in jobs}
     if what == "activations":
         for job in jobs:

@@ -9,6 +9,7 @@ from lora_kernels import LoRAConfig, add_lora
 from lora_kernels.init import (
     Initializer,
     KaSA,
+    LoftQ,
     LoRAM,
     LoRAXS,
     PiSSA,
@@ -31,13 +32,15 @@ OPTIONS: list[Initializer] = [
 
 
 def without_data() -> list[Initializer]:
-    """The registered starts with their default options, and `OPTIONS`. Without a seed, KaSA's A and
-    λ are drawn by the process that computes the SVD.
+    """`OPTIONS` and the registered starts with their default options, except LoftQ, which is
+    refused, and KaSA without a seed, drawn by the process that computes the SVD.
     """
     named = [get_initializer(name) for name in initializer_names() if name != "kasa"]
-    data = [start.needs_gradient or start.needs_activations for start in named]
-    found = [start for start, needs in zip(named, data, strict=True) if not needs]
-    return [start for start in found if type(start).__name__ != "LoftQ"] + OPTIONS
+    return OPTIONS + [
+        start
+        for start in named
+        if not (start.needs_gradient or start.needs_activations or isinstance(start, LoftQ))
+    ]
 
 
 def adapted(model: torch.nn.Module, start: Initializer) -> dict[str, Tensor]:

@@ -43,6 +43,18 @@ def find_cuda_home() -> None:
         os.environ["CUDA_HOME"] = str(Path(top[1].strip()).resolve())
 
 
+def choose_cuda_archs() -> None:
+    """Without a GPU, as in the build of a container, compiles for the GPUs of data centers. torch
+    compiles for the GPUs that it sees, and fails with an IndexError if it sees none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        cuda = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+        archs = "8.0;9.0;10.0+PTX" if cuda >= (12, 8) else "8.0;9.0+PTX"  # what its nvcc knows
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", archs)
+
+
 def lacking_cuda() -> str:
     """The reason why no CUDA kernels can be built."""
     import torch
@@ -147,6 +159,8 @@ def extensions() -> tuple[list, dict]:
     if choice == "cuda" and not has_cuda:
         raise SystemExit(f"LORA_KERNELS_BUILD=cuda: {lacking_cuda()}")
     with_cuda = bool(cuda_sources) and has_cuda and choice != "cpu"
+    if with_cuda:
+        choose_cuda_archs()
     # torch uses ccache where it is installed; with this, other clones find the same objects.
     os.environ.setdefault("CCACHE_BASEDIR", str(ROOT))
     make = CUDAExtension if with_cuda else CppExtension

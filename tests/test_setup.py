@@ -26,6 +26,7 @@ def setup(ext_modules, cmdclass):
     (extension,) = ext_modules
     print("cuda sources:", any(s.endswith(".cu") for s in extension.sources))
     print("include:", *extension.include_dirs)
+    print("archs:", os.environ.get("TORCH_CUDA_ARCH_LIST"))
     from torch.utils.cpp_extension import BuildExtension
     BuildExtension.run = lambda self: None
     object.__new__(cmdclass["build_ext"]).run()
@@ -53,17 +54,22 @@ for name, case in json.loads(sys.argv[1]).items():
 
 @dataclass
 class Case:
-    """`cuda`: torch's CUDA version if it is a CUDA build; `found`: whether nvcc exists."""
+    """`cuda`: torch's CUDA version if it is a CUDA build; `found`: whether nvcc exists; `archs`:
+    what TORCH_CUDA_ARCH_LIST says. There is no GPU.
+    """
 
     cuda: str | None
     choice: str = "auto"
     found: bool = True
     home: str = ""
+    archs: str = ""
 
 
 CASES = {
     "wrapper": Case("13.0", "cuda"),
     "given home": Case("13.0", home="/a/given/home"),
+    "older": Case("12.6"),
+    "given archs": Case("13.0", archs="9.0"),
     "no nvcc": Case("13.0", found=False),
     "no nvcc, but wanted": Case("13.0", "cuda", found=False),
     "cpu": Case(None),
@@ -92,13 +98,14 @@ def home(tmp_path_factory) -> Path:
 def said(home) -> dict[str, str]:
     """setup.py's output, by case."""
     folder = home.parent
-    kept = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
-    kept |= {"OMP_NUM_THREADS": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    others = ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+    kept = {k: v for k, v in os.environ.items() if k not in others} | {"OMP_NUM_THREADS": "1"}
     given = {}
     for name, case in CASES.items():
         path = f"{folder}/usr/bin:/usr/bin:/bin" if case.found else "/nowhere"
         environment = {"PATH": path, "LORA_KERNELS_BUILD": case.choice}
         environment |= {"CUDA_HOME": case.home} if case.home else {}
+        environment |= {"TORCH_CUDA_ARCH_LIST": case.archs} if case.archs else {}
         output = str(folder / f"{name}.txt")
         given[name] = {**vars(case), "environment": environment, "output": output}
     command = [sys.executable, "-c", PROGRAM, json.dumps(given)]
@@ -116,6 +123,20 @@ def test_home_is_what_nvcc_says(said, home):
 
 def test_given_home_stays(said):
     assert "(CUDA_HOME=/a/given/home)" in said["given home"]
+
+
+@pytest.mark.parametrize(
+    ("case", "archs"),
+    [
+        ("wrapper", "8.0;9.0;10.0+PTX"),
+        ("older", "8.0;9.0+PTX"),
+        ("given archs", "9.0"),
+        ("cpu", "None"),
+    ],
+)
+def test_without_a_gpu_it_compiles_for_those_of_data_centers(case, archs, said):
+    """torch alone would fail with an IndexError."""
+    assert f"archs: {archs}\n" in said[case]
 
 
 def test_cpu_kernels_under_a_gpu_torch_are_not_silent(said):

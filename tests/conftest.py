@@ -33,6 +33,7 @@ import lora_kernels  # noqa: F401  (registers the operators)
 
 from .support.devices import DEVICES
 from .support.exhaustive import EXHAUSTIVE
+from .support.packages import skipped_without_packages
 from .support.sticky_errors import end_if_broken
 
 examples = 40 if EXHAUSTIVE else 25
@@ -52,6 +53,18 @@ def pytest_configure(config) -> None:
         "markers",
         "sanitize: small enough for `compute-sanitizer python -m pytest -m sanitize -k cuda`",
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item) -> Iterator[None]:
+    with skipped_without_packages():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item) -> Iterator[None]:
+    with skipped_without_packages():
+        return (yield)
 
 
 # Hypothesis refuses function-scoped fixtures.

@@ -16,6 +16,7 @@ from lora_kernels.files.serving.convert import convert
 from lora_kernels.files.serving.stored import DIFFUSERS, NATIVE, PEFT, read_stored
 from lora_kernels.files.serving.updates import Update, relative_error
 
+from ...support.packages import needs_transformers
 from ...support.tiny_models import gpt2, llama, mixtral
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -449,6 +450,7 @@ def test_gpt2_blocks_have_no_number_for_sglang(tmp_path):
     assert found["peft"].outcome == RIGHT and found["vllm"].outcome == RIGHT
 
 
+@needs_transformers
 @pytest.mark.parametrize(
     "start,outcomes",
     [
@@ -471,6 +473,7 @@ def test_text_adapters_on_multimodal_models(start, outcomes, tmp_path):
         assert names == {name.replace("model.", "model.language_model.", 1) for name in QV}
 
 
+@needs_transformers
 def test_vision_towers(tmp_path):
     names = [f"model.vision_tower.encoder.layers.0.self_attn.{p}_proj" for p in "qv"]
     adapter = write(tmp_path / "a", named({name: pair() for name in names}))
@@ -547,6 +550,7 @@ def test_headless_names(tmp_path):
     assert found["vllm"].outcome == found["peft"].outcome == WRONG
 
 
+@needs_transformers
 def test_one_build_for_all_older_names(tmp_path, monkeypatch):
     """Building a large model takes seconds."""
     from lora_kernels.files.serving.engines import model
@@ -596,6 +600,7 @@ def test_remedies(tmp_path):
     assert one(tmp_path / "narrow", "vllm").outcome == RIGHT
 
 
+@needs_transformers
 def test_renaming_as_the_result_says(tmp_path):
     tensors = named([name.replace("model.", "text.", 1) for name in QV])
     adapter, base = write(tmp_path / "a", tensors), gemma3(tmp_path / "base")

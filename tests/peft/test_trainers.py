@@ -12,7 +12,7 @@ from torch import nn
 from ..support.packages import needs_trainer, needs_trl
 from ..support.peft_models import accelerate, adapted, initialize
 from ..support.running import close, logits, same_bits, token_ids, training_arguments, weights_of
-from ..support.tiny_models import VOCABULARY, llama
+from ..support.tiny_models import llama, word_tokenizer
 
 STEPS = 6
 PAIRS = [("the", "rank"), ("one", "svd"), ("train", "sines"), ("and", "matrix")]
@@ -95,17 +95,7 @@ def test_best_model_at_the_end(tmp_path):
 
 @pytest.fixture
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = sorted({word for text in TEXTS for word in text.split()})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
-    assert len(vocabulary) <= VOCABULARY
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    return word_tokenizer(TEXTS)
 
 
 @needs_trl

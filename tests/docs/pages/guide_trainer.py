@@ -10,24 +10,10 @@ from torch import nn
 from lora_kernels.model.install import adapted_layers
 
 from ...support.running import close, logits, same_bits, token_ids
-from ...support.tiny_models import VOCABULARY, llama
+from ...support.tiny_models import llama, word_tokenizer
 
 PAIRS = [("the", "rank"), ("one", "svd"), ("train", "sines"), ("and", "matrix")]
 TEXTS = ["the rank of a matrix", "a basis of sines", "one norm and no svd", "train and resume"]
-
-
-def tokenizer_of(texts: list[str]):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = sorted({word for text in texts for word in text.split()})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
-    assert len(vocabulary) <= VOCABULARY
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
 
 
 def quantized_from(folder: Path) -> nn.Module:
@@ -53,7 +39,7 @@ def names(folder):
         "dataset": [{"input_ids": row, "labels": row} for row in token_ids(8)],
         "texts": Dataset.from_dict({"text": TEXTS}),
         "pairs": Dataset.from_list(pairs),
-        "tokenizer": tokenizer_of(TEXTS),
+        "tokenizer": word_tokenizer(TEXTS),
     }
 
 
